@@ -1,0 +1,213 @@
+"""What one run is: the model's parts, the stages of training, the data of each, and the machine's share.
+
+Paper: section 4.1. A value here is data only; nothing in this file builds or trains anything.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tinyllava.errors import ConfigError
+
+Aspect = Literal["pad", "square"]
+Component = Literal["vision_encoder", "connector", "language_model"]
+COMPONENTS: tuple[Component, ...] = ("vision_encoder", "connector", "language_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Which parameters of one component a stage trains (section 3.2's theta' and phi')."""
+
+    kind: Literal["frozen", "full", "from_layer", "lora"]
+    """frozen: none; full: all; from_layer: layers first_layer.. only; lora: adapters on the linear layers."""
+    first_layer: int = 0
+    """First trained layer, counted from 0; embeddings and outer norms stay frozen (from_layer)."""
+    rank: int = 0
+    """Rank of the adapters (lora)."""
+    alpha: int = 0
+    """Scale of the adapters, applied as alpha / rank (lora)."""
+    dropout: float = 0.0
+    """Dropout in front of the adapters (lora)."""
+    bits: Literal[4, 8, 16] = 16
+    """Bits of the frozen weights below the adapters; 4 is QLoRA and needs bitsandbytes and CUDA (lora)."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter of the component is trained."""
+        return self.kind != "frozen"
+
+
+FROZEN = Tune(kind="frozen")
+FULL = Tune(kind="full")
+
+
+def from_layer(first_layer: int) -> Tune:
+    """Train layers ``first_layer``, ``first_layer + 1``, ... of a component and nothing else of it."""
+    return Tune(kind="from_layer", first_layer=first_layer)
+
+
+def lora(rank: int, alpha: int = 0, dropout: float = 0.0, bits: Literal[4, 8, 16] = 16) -> Tune:
+    """Train low-rank adapters on every linear layer of a component; ``alpha`` defaults to twice the rank."""
+    return Tune(kind="lora", rank=rank, alpha=alpha or 2 * rank, dropout=dropout, bits=bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The three parts of a model (Figure 2)."""
+
+    vision_encoder: str
+    """A name of the table of vision encoders, or a local Hugging Face folder."""
+    language_model: str
+    """A name of the table of language models, or a local Hugging Face folder."""
+    connector: str = "mlp"
+    """A name of the table of connectors."""
+    connector_options: dict[str, int] = field(default_factory=dict)
+    """Sizes that the connector takes, e.g. num_queries of the resampler."""
+    image_aspect: Aspect = "pad"
+    """pad: centre the picture on a square of the mean colour; square: what the image processor does alone."""
+    image_size_px: int = 0
+    """Side of the picture that the encoder sees; 0 means the encoder's own."""
+    template: str = ""
+    """Prompt template; empty means the language model's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The records of one stage and where their pictures are."""
+
+    records: tuple[str, ...] = ()
+    """Mixtures of Table 2 by name, or LLaVA-format JSON or JSONL files."""
+    images: str = ""
+    """Folder that the records' picture paths start from; empty means the mixture's own, or the file's folder."""
+    skip: tuple[str, ...] = ()
+    """Named defects whose records are left out and counted instead of stopping the run (see the data guide)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of training: what is trained, on what, how (section 3.2)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    template: str = ""
+    """Prompt template of the stage; empty means the model's. Pre-training uses 'caption'."""
+    vision_encoder: Tune = FROZEN
+    connector: Tune = FULL
+    language_model: Tune = FROZEN
+    learning_rate: float
+    """Peak learning rate of every trained component without one of its own."""
+    vision_encoder_learning_rate: float | None = None
+    connector_learning_rate: float | None = None
+    language_model_learning_rate: float | None = None
+    global_batch_size: int
+    """Samples per optimizer step over all ranks."""
+    num_epochs: float = 1.0
+    max_steps: int = 0
+    """Optimizer steps after which the stage ends; 0 means by epochs."""
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length_tokens: int = 2048
+    """Longest sequence, image tokens included; a longer record is an error or the skip 'too_long'."""
+    group_by: Literal["none", "length", "modality_length"] = "none"
+    """Batches of similar length (and of one modality) waste less padding."""
+    loss_norm: Literal["global", "micro"] = "global"
+    """global: mean over the supervised tokens of the whole optimizer step; micro: mean of the micro-batches'
+    means, as the published code of 2023 did."""
+
+    def tune(self, component: Component) -> Tune:
+        """What the stage trains of one component."""
+        value: Tune = getattr(self, component)
+        return value
+
+    def learning_rate_of(self, component: Component) -> float:
+        """The peak learning rate of one component."""
+        own: float | None = getattr(self, f"{component}_learning_rate")
+        return self.learning_rate if own is None else own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """How a run uses the machine; nothing here changes what is computed beyond rounding."""
+
+    device_batch_size: int = 0
+    """Samples per forward pass and rank; 0 means the largest divisor of the global batch up to 8 (CPU) or 16."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the hardware has it, otherwise fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    num_workers: int = 2
+    """Background processes that read and prepare pictures."""
+    cache_features: bool = False
+    """Compute the features of a frozen encoder once per picture and keep them on disk."""
+    save_steps: int = 0
+    """Optimizer steps between checkpoints; 0 means ten per stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run, complete: saved with its result, and enough to repeat it."""
+
+    name: str
+    model: ModelConfig
+    stages: dict[str, Stage]
+    """Stages by name, in the order in which they run."""
+    recipe: str = ""
+    """Name of the recipe that the stages came from."""
+    data_root: str = ""
+    """Folder that holds the mixtures of Table 2 in their published layout."""
+    output: str = ""
+    """Run folder; empty means runs/<name>."""
+    start_from: str = ""
+    """Checkpoint folder whose weights and processor start the run; empty means the parts' own weights."""
+    seed: int = 42
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Trackers of the transformers Trainer: tensorboard, wandb, mlflow, ..."""
+    hardware: Hardware = field(default_factory=Hardware)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output or f"runs/{self.name}")
+
+
+def to_json(value: Any) -> str:
+    """Return a config dataclass as indented JSON."""
+    return json.dumps(dataclasses.asdict(value), indent=2) + "\n"
+
+
+def run_from_json(text: str, source: str = "config") -> Run:
+    """Read a run back.
+
+    Raises:
+        ConfigError: not JSON, an unknown field, or a value of the wrong type; all of them are listed.
+    """
+    from pydantic import TypeAdapter, ValidationError  # a tenth of a second that --help need not pay
+
+    try:
+        raw = json.loads(text)
+        _refuse_unknown_fields(raw, Run, source)
+        return TypeAdapter(Run).validate_python(raw)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}: not JSON: {error}") from error
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{source}: wrong values:\n" + "\n".join(lines)) from error
+
+
+def _refuse_unknown_fields(raw: Any, kind: type, where: str) -> None:
+    """Raise for the first key that is no field: a misspelt setting must not be ignored."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: expected an object, found {type(raw).__name__}.")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in raw.items():
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown field {key!r}; known: {', '.join(fields)}.")
+        inner = fields[key].type
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            _refuse_unknown_fields(value, inner, f"{where}.{key}")
+        elif key == "stages" and isinstance(value, Mapping):
+            for name, stage in value.items():
+                _refuse_unknown_fields(stage, Stage, f"{where}.stages.{name}")

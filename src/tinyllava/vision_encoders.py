@@ -1,0 +1,139 @@
+"""Table 1, lower half: the vision encoders, and how each one's output becomes patch features.
+
+Paper: section 3.1, V = {v_j}, j = 1..M, from a Vision Transformer or from the grid of a CNN.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tinyllava.errors import CheckpointError, ConfigError
+from tinyllava.lookup import look_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionEncoder:
+    """What the framework must know of an encoder before its weights are there."""
+
+    name: str
+    abbreviation: str
+    path: str
+    """Hugging Face path, or a local folder."""
+    kind: Literal["transformer", "cnn"]
+    """transformer: the output of the feature layer; cnn: the last grid, flattened row by row."""
+    image_size_px: int
+    """Side of the square picture that the encoder was trained on."""
+    patch_size_px: int
+    """Side of the square that one patch feature stands for."""
+    width: int
+    """Length X of one patch feature."""
+    num_layers: int
+    feature_layer: int = -2
+    """Layer whose output is used, as transformers counts hidden states; what lies above is not computed."""
+    num_prefix_tokens: int = 0
+    """Leading outputs that are no patches (CLS, registers) and are dropped."""
+    num_parameters: int = 0
+    """Of the whole encoder as published."""
+    mlp_width: int = 0
+    licence: str = ""
+
+    def num_patches(self, image_size_px: int = 0) -> int:
+        """Return M, the number of patch features of one picture of that side."""
+        return self.grid_side(image_size_px) ** 2
+
+    def grid_side(self, image_size_px: int = 0) -> int:
+        """Return the number of patches along one side; a CNN rounds a partial cell up, a ViT drops it."""
+        side = image_size_px or self.image_size_px
+        return -(-side // self.patch_size_px) if self.kind == "cnn" else side // self.patch_size_px
+
+
+VISION_ENCODERS: dict[str, VisionEncoder] = {
+    encoder.name: encoder
+    for encoder in (
+        VisionEncoder(
+            name="CLIP", abbreviation="C", path="openai/clip-vit-large-patch14-336", kind="transformer",
+            image_size_px=336, patch_size_px=14, width=1024, num_layers=24, num_prefix_tokens=1,
+            num_parameters=303_507_456, mlp_width=4096, licence="MIT",
+        ),
+        VisionEncoder(
+            name="SigLIP", abbreviation="Sig", path="google/siglip-so400m-patch14-384", kind="transformer",
+            image_size_px=384, patch_size_px=14, width=1152, num_layers=27,
+            num_parameters=428_225_600, mlp_width=4304, licence="Apache-2.0",
+        ),
+        VisionEncoder(
+            name="EfficientNet-Lite2", abbreviation="EN2", path="starter:efficientnet-lite2", kind="cnn",
+            image_size_px=260, patch_size_px=32, width=1280, num_layers=0, feature_layer=-1,
+            num_parameters=4_810_000, licence="Apache-2.0",
+        ),
+    )
+}  # fmt: skip
+
+# What a local folder's config.json means; the sizes are read from it.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {"kind": "transformer", "num_prefix_tokens": 1},
+    "siglip_vision_model": {"kind": "transformer", "num_prefix_tokens": 0},
+    "siglip2_vision_model": {"kind": "transformer", "num_prefix_tokens": 0},
+    "dinov2": {"kind": "transformer", "num_prefix_tokens": 1},
+    "dinov2_with_registers": {"kind": "transformer", "num_prefix_tokens": 5},
+    "efficientnet_lite": {"kind": "cnn", "feature_layer": -1},
+    "convnext": {"kind": "cnn", "feature_layer": -1},
+    "convnextv2": {"kind": "cnn", "feature_layer": -1},
+    "resnet": {"kind": "cnn", "feature_layer": -1},
+}
+
+
+def find_vision_encoder(name: str) -> VisionEncoder:
+    """Return the encoder of that name or abbreviation, or the description of a local folder.
+
+    Raises:
+        UnknownNameError: neither a known name nor a folder.
+        CheckpointError: a folder without a readable config.json.
+        ConfigError: a folder of a family that is not known.
+    """
+    if Path(name).is_dir():
+        return _describe_folder(Path(name))
+    by_abbreviation = {encoder.abbreviation: encoder for encoder in VISION_ENCODERS.values()}
+    if name in by_abbreviation:
+        return by_abbreviation[name]
+    return look_up(VISION_ENCODERS, name, "vision encoder (or local folder)")
+
+
+def _describe_folder(folder: Path) -> VisionEncoder:
+    config = read_config(folder)
+    config = config.get("vision_config", config) if config.get("model_type") in ("clip", "siglip", "siglip2") else config
+    model_type = config.get("model_type", "")
+    family = _FAMILIES.get(model_type) or _FAMILIES.get(f"{model_type}_vision_model")
+    if family is None:
+        raise ConfigError(
+            f"{folder / 'config.json'}: model_type {model_type!r} is no vision encoder known here; "
+            f"known: {', '.join(_FAMILIES)}. Add its family to tinyllava/vision_encoders.py."
+        )
+    hidden_sizes = config.get("hidden_sizes") or [0]
+    described = VisionEncoder(
+        name=folder.name, abbreviation=folder.name, path=str(folder), kind=family["kind"],
+        image_size_px=int(config.get("image_size", 224)), patch_size_px=int(config.get("patch_size", 32)),
+        width=int(config.get("hidden_size") or hidden_sizes[-1]),
+        num_layers=int(config.get("num_hidden_layers", 0)), mlp_width=int(config.get("intermediate_size", 0)),
+    )  # fmt: skip
+    if family["kind"] == "cnn":
+        described = replace(described, patch_size_px=32)
+    return replace(described, **family)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no config.json; give a Hugging Face model folder.") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); fetch the folder again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected an object, found {type(config).__name__}.")
+    return config
