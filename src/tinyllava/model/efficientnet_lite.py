@@ -1,21 +1,23 @@
 """EfficientNet-Lite: a small convolutional vision encoder that runs in a few milliseconds on a CPU core.
 
-Paper: section 3.1, the second kind of vision encoder ("CNNs that output a grid features followed by a reshape").
+Paper: section 3.1, the second kind of vision encoder: a CNN whose output grid of features is reshaped.
 Differs: the paper's experiments use CLIP and SigLIP only; this encoder serves the starter.
-Source: EfficientNet-Lite as published for TensorFlow Lite (no squeeze-and-excitation, ReLU6, fixed stem and head).
+Source: EfficientNet-Lite of TensorFlow Lite (no squeeze-and-excitation, ReLU6, stem and head not scaled).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class BlockGroup(NamedTuple):
@@ -42,7 +44,7 @@ STEM_CHANNELS = 32
 STRIDE = 32
 
 
-class EfficientNetLiteConfig(PreTrainedConfig):
+class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Size of an EfficientNet-Lite; `image_size` in pixels is a default, any size works.
 
     Lite0 has the multipliers (width 1.0, depth 1.0), Lite1 (1.0, 1.1), Lite2 (1.1, 1.2).
@@ -97,9 +99,11 @@ class ConvolutionNorm(nn.Module):
 
 
 class InvertedBottleneck(nn.Module):
-    """MobileNet's inverted residual block: expand, filter each channel, project; a residual where shapes allow."""
+    """MobileNet's inverted residual block: expand, filter each channel, project; residual if shapes allow."""
 
-    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, eps: float) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, eps: float
+    ) -> None:
         super().__init__()
         width = inputs * expansion
         self.expand = ConvolutionNorm(inputs, width, eps) if expansion != 1 else None
@@ -110,7 +114,7 @@ class InvertedBottleneck(nn.Module):
     def forward(self, grid: Tensor) -> Tensor:
         """[I, inputs, H, W] -> [I, outputs, ceil(H / stride), ceil(W / stride)]."""
         hidden = grid if self.expand is None else self.expand(grid)
-        hidden = self.project(self.depthwise(hidden))
+        hidden = cast(Tensor, self.project(self.depthwise(hidden)))
         return hidden + grid if self.is_residual else hidden
 
 
@@ -134,7 +138,7 @@ def flatten_grid(grid: Tensor) -> Tensor:
     return grid.flatten(2).transpose(1, 2)
 
 
-class EfficientNetLiteModel(PreTrainedModel):
+class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The encoder V of eq. 1 as a CNN: pictures in, a flattened grid of features out.
 
     `last_hidden_state` is the grid before the classifier's pooling, [I, M, 1280] with
@@ -144,7 +148,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "vision_encoder"
     main_input_name = "pixel_values"
-    _no_split_modules: ClassVar[list[str]] = ["InvertedBottleneck"]
+    _no_split_modules = {"InvertedBottleneck"}  # noqa: RUF012
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
@@ -153,12 +157,12 @@ class EfficientNetLiteModel(PreTrainedModel):
         self.blocks = nn.ModuleList(build_blocks(config))
         last = scale_channels(GROUPS[-1].channels, config.width_multiplier)
         self.head = ConvolutionNorm(last, config.hidden_size, eps)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, **_: object
     ) -> BaseModelOutput:
-        """Encode normalised pictures [I, 3, H, W]; (pixel - 127) / 128 is the normalisation it was trained with.
+        """Encode pictures [I, 3, H, W], normalised as (pixel - 127) / 128 with pixels from 0 to 255.
 
         With `output_hidden_states` the flattened grids after the stem, each block and the head are returned
         too; their M and X differ from layer to layer.

