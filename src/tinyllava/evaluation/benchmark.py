@@ -1,0 +1,243 @@
+"""What a benchmark is: questions from files, a grade for each answer, a score over the grades.
+
+Paper: section 4.1.3 (which benchmarks) and appendix A (what each measures).
+
+The way of the data: ``load`` gives questions; the model answers; ``score`` grades every answer and sums up.
+Grading reads text only, so that saved predictions are scored again without a model. ``summarise`` needs
+nothing but the predictions, so that two files of predictions can be compared without the data set.
+"""
+
+import datetime
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinyllava.conversation import Conversation
+from tinyllava.errors import DataError
+from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.judging import Judging
+from tinyllava.evaluation.scoring.statistics import Ratio, estimate
+from tinyllava.results import Metric, Result
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One question, ready to be asked, with what is needed to grade the answer.
+
+    ``picture`` names the picture, also where several questions share one ("" for a question without picture);
+    ``target`` is JSON-able; ``groups`` are the breakdowns that the question counts in, each ``kind=value``.
+    """
+
+    id: str
+    conversation: Conversation
+    picture: str
+    target: Any
+    category: str = ""
+    groups: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The text that the model is asked, suffix included."""
+        return self.conversation.messages[-1].text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """One answer, as it is saved: raw, parsed and scored (None: not to be scored here, or not yet)."""
+
+    benchmark: str
+    question_id: str
+    picture: str
+    prompt: str
+    answer: str
+    parsed: str
+    score: float | None
+    category: str = ""
+    groups: tuple[str, ...] = ()
+
+    @property
+    def cluster(self) -> str:
+        """What the prediction shares its error with: its picture, or itself where there is none."""
+        return self.picture or f"question {self.question_id}"
+
+
+class Grade(NamedTuple):
+    """What was understood of an answer, and its score in [0, 1] (None: not to be scored here)."""
+
+    parsed: str
+    score: float | None
+
+
+Summary = Mapping[str, Sequence[Ratio]]
+"""Names of metrics, in the order of printing, each a sum of ratios."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Metrics (none where answers are not public, or not yet judged), predictions, number of missing ones."""
+
+    metrics: tuple[Metric, ...]
+    predictions: tuple[Prediction, ...]
+    num_missing: int
+
+
+def mean_scores(predictions: Sequence[Prediction]) -> Summary:
+    """Return the mean score in percent: over all questions, and over every group of them."""
+    return {"accuracy": [mean_of(predictions)], **means_by_group(predictions)}
+
+
+def means_by_group(predictions: Sequence[Prediction]) -> dict[str, list[Ratio]]:
+    """Return the mean score of every group, kinds and values in the order of their names."""
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        for group in prediction.groups:
+            groups.setdefault(group, []).append(prediction)
+    return {group: [mean_of(groups[group])] for group in sorted(groups)}
+
+
+def mean_of(predictions: Sequence[Prediction]) -> Ratio:
+    """Return the mean score of these predictions, in percent."""
+    return Ratio(numerators=[p.score or 0.0 for p in predictions], clusters=[p.cluster for p in predictions])
+
+
+Exporter = Callable[[Sequence[Question], Mapping[str, str], Path, Path], Sequence[Path]]
+"""(questions, answers by question id, the benchmark's folder, folder to write to) -> files written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A benchmark under one protocol."""
+
+    name: str
+    title: str
+    """Heading of its column in the tables of the paper."""
+    protocol: str
+    """Id of the rules; another prompt, parser, metric or judge prompt is another id."""
+    split: str
+    metric: str
+    """Name of the headline metric."""
+    num_questions: int
+    """Questions in the published set."""
+    prompt: str
+    """What is asked, with the fields of the record in braces."""
+    load: Callable[[Path], list[Question]]
+    grade: Callable[[Question, str], Grade]
+    summarise: Callable[[Sequence[Prediction]], Summary] = mean_scores
+    max_new_tokens: int = 128
+    judging: Judging | None = None
+    """How a judge model grades the answers; None where none is needed."""
+    details: Callable[[Sequence[Question], Sequence[Prediction]], Sequence[Metric]] | None = None
+    """Sub-scores of the official tool that are not ratios of sums."""
+    export: Exporter | None = None
+    """Writes the files that the official server or tool reads."""
+    files: tuple[NeededFile, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader of the number has to know."""
+
+    def predict(self, question: Question, answer: str | None, review: str | None = None) -> Prediction:
+        """Grade one answer; None stands for a question that was not answered, which counts as wrong."""
+        if answer is None:
+            grade = Grade("", 0.0)
+        elif review is not None and self.judging is not None:
+            grade = Grade(*self.judging.grade(review, answer, question.target))
+        else:
+            grade = self.grade(question, answer)
+        return Prediction(
+            benchmark=self.name,
+            question_id=question.id,
+            picture=question.picture,
+            prompt=question.prompt,
+            answer=answer or "",
+            parsed=grade.parsed,
+            score=grade.score,
+            category=question.category,
+            groups=question.groups,
+        )
+
+    def score(
+        self,
+        questions: Sequence[Question],
+        answers: Mapping[str, str],
+        reviews: Mapping[str, str] | None = None,
+    ) -> Scored:
+        """Grade all answers (by question id) and sum up; ``reviews`` are a judge's replies by question id.
+
+        Raises:
+            DataError: an answer or a review belongs to no question, or two questions have one id.
+        """
+        _check_ids(self.name, questions, answers, reviews or {})
+        predictions = tuple(self.predict(q, answers.get(q.id), (reviews or {}).get(q.id)) for q in questions)
+        metrics: tuple[Metric, ...] = ()
+        if predictions and all(prediction.score is not None for prediction in predictions):
+            summary = self.summarise(predictions)
+            metrics = tuple(estimate(name, ratios) for name, ratios in summary.items())
+            metrics += tuple(self.details(questions, predictions)) if self.details else ()
+        num_missing = sum(q.id not in answers for q in questions)
+        return Scored(metrics=metrics, predictions=predictions, num_missing=num_missing)
+
+    def result(
+        self,
+        questions: Sequence[Question],
+        scored: Scored,
+        *,
+        model: str,
+        decoding: Mapping[str, Any] | None = None,
+        dtype: str = "",
+        judge: str | None = None,
+        notes: Sequence[str] = (),
+    ) -> Result:
+        """Return the record of a scored run, dated now."""
+        partial = f"partial set: {len(questions):,} of {self.num_questions:,} questions"
+        return Result(
+            benchmark=self.name,
+            protocol=self.protocol,
+            split=self.split,
+            model=model,
+            metric=self.metric,
+            metrics=scored.metrics,
+            num_questions=len(questions),
+            num_pictures=len({q.picture for q in questions} - {""}),
+            num_missing=scored.num_missing,
+            num_expected=self.num_questions,
+            data_sha256=hash_questions(questions),
+            decoding=dict(decoding or {"do_sample": False, "max_new_tokens": self.max_new_tokens}),
+            dtype=dtype,
+            judge=judge,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            notes=(*([partial] if len(questions) < self.num_questions else []), *self.notes, *notes),
+        )
+
+
+def _check_ids(
+    name: str, questions: Sequence[Question], answers: Mapping[str, str], reviews: Mapping[str, str]
+) -> None:
+    ids = {question.id for question in questions}
+    if len(ids) < len(questions):
+        twice, times = Counter(question.id for question in questions).most_common(1)[0]
+        raise DataError(f"{name}: question id {twice!r} occurs {times} times; keep one in the data files.")
+    for noun, given in (("answers", answers), ("reviews", reviews)):
+        extra = [given_id for given_id in given if given_id not in ids]
+        if extra:
+            raise DataError(
+                f"{name}: {len(extra):,} of {len(given):,} {noun} belong to no question, the first with id "
+                f"{extra[0]!r}. They were made for other data files; score them with those."
+            )
+
+
+def hash_questions(questions: Sequence[Question]) -> str:
+    """Return a SHA-256 over ids, prompts, picture names and targets, whatever the order of the questions."""
+    digests = sorted(
+        hashlib.sha256(
+            json.dumps([q.id, q.prompt, q.picture, q.target], sort_keys=True, default=str).encode()
+        ).digest()
+        for q in questions
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()

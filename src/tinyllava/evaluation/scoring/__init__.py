@@ -1,0 +1,1 @@
+"""Normalisers, parsers, metrics and their errors: pure functions over text and numbers."""
