@@ -1,0 +1,72 @@
+"""The command line: one table of commands, imported when called, so that help and errors come at once."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from tinyllava import __version__
+from tinyllava.errors import TinyLlavaError
+from tinyllava.lookup import look_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: where its ``main(arguments) -> exit status`` is, and one line of help."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "starter": Command(module="starter", help="make, train, measure and show a real small model, all by itself"),
+    "chat": Command(module="chat", help="ask a model about a picture"),
+    "train": Command(module="train", help="train a variant or a model of your own parts"),
+    "record": Command(module="record", help="show records as they will be trained: supervised text in colour"),
+    "show": Command(module="show", help="print variants, parts, recipes, templates, and what a run would take"),
+    "evaluate": Command(module="evaluate", help="measure a checkpoint on benchmarks"),
+    "compare": Command(module="compare", help="compare two evaluations question by question"),
+    "data": Command(module="data", help="check data: what a benchmark or a mixture needs and what is there"),
+    "import": Command(module="import_", help="bring in a checkpoint of another layout"),
+    "export": Command(module="export", help="write a checkpoint for stock transformers, vLLM or a hub"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status; errors of ours are printed without a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"tinyllava {__version__}")
+        return 0
+    try:
+        command = look_up(COMMANDS, arguments[0], "command")
+        run: Callable[[list[str]], int] = import_module(f"tinyllava.commands.{command.module}").main
+        return run(arguments[1:])
+    except TinyLlavaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: tinyllava COMMAND [ARGUMENTS]",
+            "",
+            "Small large multimodal models: vision encoder + connector + small language model.",
+            "",
+            *lines,
+            "",
+            "`tinyllava COMMAND --help` explains one; start with `tinyllava starter`.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

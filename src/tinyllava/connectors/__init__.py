@@ -1,0 +1,112 @@
+"""The connectors P_phi: from M patch features of width X to T image tokens of width D.
+
+Paper: section 3.1 (h_j = P_phi(v_j)), section 4.1.1 and Figure 6.
+This table is the one owner of how many tokens a picture takes; it imports no torch, so that a plan can
+be made before anything is loaded. The modules stand in one file each and are imported when built.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from math import isqrt
+from typing import TYPE_CHECKING
+
+from tinyllava.errors import ConfigError
+from tinyllava.lookup import look_up
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Options = Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connector:
+    """What is known of a connector before it is built."""
+
+    module: str
+    """``file:Class`` inside this package; the class takes (vision_width, language_width, num_patches, **options)."""
+    summary: str
+    num_tokens: Callable[[int, Options], int]
+    """T from M and the options."""
+    options: Options = field(default_factory=dict)
+    """Every option with its default."""
+
+
+def _one_per_patch(num_patches: int, options: Options) -> int:
+    return num_patches
+
+
+def _one_per_query(num_patches: int, options: Options) -> int:
+    return options["num_queries"]
+
+
+def _one_per_block(num_patches: int, options: Options) -> int:
+    side, block = isqrt(num_patches), options["block"]
+    if side * side != num_patches or side % block:
+        raise ConfigError(
+            f"connector pixel_shuffle: a grid of {num_patches} patches ({side} x {side}) does not divide into "
+            f"blocks of {block} x {block}; choose a block out of {_divisors(side)}."
+        )
+    return (side // block) ** 2
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+CONNECTORS: dict[str, Connector] = {
+    "linear": Connector(
+        module="linear:Linear", summary="one linear layer, a token for each patch", num_tokens=_one_per_patch
+    ),
+    "mlp": Connector(
+        module="mlp:MLP", summary="two linear layers with GELU between (the paper's)", num_tokens=_one_per_patch
+    ),
+    "resampler": Connector(
+        module="resampler:Resampler", summary="Perceiver resampler: learned queries attend to the patches",
+        num_tokens=_one_per_query,
+        options={"num_queries": 64, "num_layers": 3, "width": 768, "num_heads": 8, "head_width": 64},
+    ),
+    "pixel_shuffle": Connector(
+        module="pixel_shuffle:PixelShuffle", summary="space to depth: block x block patches become one token, then MLP",
+        num_tokens=_one_per_block, options={"block": 3},
+    ),
+}  # fmt: skip
+
+
+def resolve_options(name: str, options: Options) -> dict[str, int]:
+    """Return every option of a connector, defaults filled in.
+
+    Raises:
+        UnknownNameError: no such connector.
+        ConfigError: an option that the connector does not have, or that is not a positive number.
+    """
+    connector = look_up(CONNECTORS, name, "connector")
+    for key, value in options.items():
+        if key not in connector.options:
+            known = ", ".join(connector.options) or "none"
+            raise ConfigError(f"connector {name!r} has no option {key!r}; known: {known}.")
+        if value < 1:
+            raise ConfigError(f"connector option {key} = {value}: must be at least 1.")
+    return {**connector.options, **options}
+
+
+def num_tokens(name: str, num_patches: int, options: Options) -> int:
+    """Return T, the exact number of image tokens of one picture.
+
+    Raises:
+        ConfigError: the grid does not suit the options; the message names sizes that do.
+    """
+    return look_up(CONNECTORS, name, "connector").num_tokens(num_patches, resolve_options(name, options))
+
+
+def build_connector(
+    name: str, *, vision_width: int, language_width: int, num_patches: int, options: Options
+) -> "nn.Module":
+    """Build a connector: a module that maps [I, M, X] to [I, T, D]."""
+    resolved = resolve_options(name, options)
+    num_tokens(name, num_patches, resolved)  # sizes that do not fit are said here, not in a matrix product
+    file, _, class_name = CONNECTORS[name].module.partition(":")
+    cls = getattr(import_module(f"tinyllava.connectors.{file}"), class_name)
+    module: nn.Module = cls(vision_width, language_width, num_patches, **resolved)
+    return module

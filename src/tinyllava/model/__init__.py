@@ -1,0 +1,17 @@
+"""The model of Figure 2: vision encoder, connector, small language model, and the processor in front of it.
+
+Importing this package makes transformers' Auto classes know a tinyllava folder.
+"""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from tinyllava.model import efficientnet_lite  # noqa: F401  (registers the starter's encoder)
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+
+AutoConfig.register("tinyllava", TinyLlavaConfig, exist_ok=True)
+AutoModelForImageTextToText.register(TinyLlavaConfig, TinyLlavaForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(TinyLlavaConfig, TinyLlavaProcessor, exist_ok=True)
+
+__all__ = ["TinyLlavaConfig", "TinyLlavaForConditionalGeneration", "TinyLlavaProcessor"]

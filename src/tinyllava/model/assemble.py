@@ -1,0 +1,212 @@
+"""Put a model together from its three parts, or open one that exists.
+
+Paper: section 3.1 and Table 1.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+
+from tinyllava.config import ModelConfig
+from tinyllava.connectors import num_tokens, resolve_options
+from tinyllava.errors import CheckpointError, ConfigError
+from tinyllava.language_models import LanguageModel, find_language_model
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
+from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
+from tinyllava.templates import read_template
+from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder
+
+_ROWS_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
+
+
+def assemble(
+    model: ModelConfig, *, dtype: torch.dtype = torch.float32
+) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor]:
+    """Load encoder and language model, build a new connector, and join them.
+
+    The connector's initial weights follow from torch's random state. Everything else is the parts' own.
+
+    Raises:
+        UnknownNameError, ConfigError, CheckpointError: see the tables of parts.
+    """
+    encoder = find_vision_encoder(model.vision_encoder)
+    language = find_language_model(model.language_model, model.template)
+    tokenizer = load_tokenizer(language)
+    llm = AutoModelForCausalLM.from_pretrained(language.path, dtype=dtype)
+    vision_tower = cut_encoder(_load_encoder(encoder, dtype), encoder)
+    config = make_config(model, encoder, vision_tower.config, llm, tokenizer)
+
+    with torch.device("meta"):
+        assembled = TinyLlavaForConditionalGeneration(config)
+    assembled.model.vision_tower = vision_tower
+    assembled.model.language_model = llm.base_model
+    assembled.lm_head = llm.get_output_embeddings()
+    assembled.model.multi_modal_projector = _new_connector(config).to(dtype)
+    _make_room_for_image_token(assembled, config.image_token_id)
+    assembled.generation_config = copy.deepcopy(llm.generation_config)
+    assembled.generation_config.update(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, do_sample=False,
+        temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    return assembled.eval(), make_processor(model, encoder, language, tokenizer, config.num_image_tokens)
+
+
+def open_checkpoint(
+    folder: str | Path, *, dtype: torch.dtype | str = "auto"
+) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor]:
+    """Open a saved folder, whatever it is called, with no network.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete, or of another kind.
+    """
+    folder = Path(folder)
+    check_checkpoint(folder)
+    try:
+        model, report = TinyLlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+        processor = TinyLlavaProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: cannot be opened: {error}") from error
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(fault):
+            raise CheckpointError(f"{folder}: {fault.replace('_', ' ')}: {', '.join(map(str, sorted(report[fault])))}")
+    return model.eval(), processor
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Say what a folder lacks before anything is loaded from it.
+
+    Raises:
+        CheckpointError: no folder, no config, another kind of model, or a weight file that is not there.
+    """
+    import json
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no tinyllava checkpoint there (no config.json). Train one, or import one.")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "tinyllava":
+        raise CheckpointError(
+            f"{folder}: config.json says model_type {kind!r}, not 'tinyllava'; bring it in with `tinyllava import`."
+        )
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise CheckpointError(f"{folder}: weight files are missing: {', '.join(missing)}; copy the folder again.")
+
+
+def load_tokenizer(language: LanguageModel) -> Any:
+    """Load a tokenizer that ends turns as the template does, with a padding token and ``<image>``."""
+    tokenizer = AutoTokenizer.from_pretrained(language.path)
+    if language.eos_token and tokenizer.eos_token != language.eos_token:
+        raise ConfigError(
+            f"{language.path}: the tokenizer ends a turn with {tokenizer.eos_token!r}, but template "
+            f"{language.template!r} is meant for {language.eos_token!r}; choose another template."
+        )
+    if tokenizer.pad_token is None:
+        # Never a reason to touch the embedding: what is padded is told by the attention mask alone.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    tokenizer.model_max_length = language.context_tokens
+    return tokenizer
+
+
+def _load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
+    """Load the vision half of a folder that may also hold a text half (CLIP, SigLIP)."""
+    config = AutoConfig.from_pretrained(encoder.path)
+    config = getattr(config, "vision_config", None) or config
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False  # SigLIP's pooling head is not on the way of the patch features
+    return AutoModel.from_pretrained(encoder.path, config=config, dtype=dtype)
+
+
+def cut_encoder(vision_tower: Any, encoder: VisionEncoder) -> Any:
+    """Drop the layers above the feature layer: they would be computed, stored and trained for nothing."""
+    if encoder.kind == "cnn":
+        return vision_tower
+    layers = encoder_layers(vision_tower)
+    num_kept = len(layers) + 1 + encoder.feature_layer if encoder.feature_layer < 0 else encoder.feature_layer
+    if not 1 <= num_kept <= len(layers):
+        raise ConfigError(f"feature layer {encoder.feature_layer} of {encoder.name}: it has {len(layers)} layers.")
+    del layers[num_kept:]
+    vision_tower.config.num_hidden_layers = num_kept
+    return vision_tower
+
+
+def make_config(model: ModelConfig, encoder: VisionEncoder, vision_config: Any, llm: Any, tokenizer: Any) -> TinyLlavaConfig:
+    """Describe the assembled model."""
+    options = resolve_options(model.connector, model.connector_options)
+    num_patches = encoder.num_patches(model.image_size_px)
+    config = TinyLlavaConfig(
+        vision_config=vision_config.to_dict(),
+        text_config=llm.config.to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=num_tokens(model.connector, num_patches, options),
+        connector=model.connector,
+        connector_options=options,
+        num_patches=num_patches,
+        num_prefix_tokens=encoder.num_prefix_tokens,
+        encoder_kind=encoder.kind,
+        vision_width=encoder.width,
+        vision_feature_select_strategy="default" if encoder.num_prefix_tokens == 1 else "full",
+        lm_head_bias=llm.get_output_embeddings().bias is not None,
+        tie_word_embeddings=bool(llm.config.tie_word_embeddings),
+    )
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return config
+
+
+def make_processor(
+    model: ModelConfig, encoder: VisionEncoder, language: LanguageModel, tokenizer: Any, num_image_tokens: int
+) -> TinyLlavaProcessor:
+    """Load the encoder's image processor and join it with tokenizer and template."""
+    image_processor = AutoImageProcessor.from_pretrained(encoder.path, backend="pil")
+    if model.image_size_px:
+        side = model.image_size_px
+        image_processor.size = {"shortest_edge": side} if "shortest_edge" in image_processor.size else {"height": side, "width": side}
+        if getattr(image_processor, "crop_size", None):
+            image_processor.crop_size = {"height": side, "width": side}
+    return TinyLlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        chat_template=read_template(model.template or language.template),
+        num_image_tokens=num_image_tokens,
+        image_aspect=model.image_aspect,
+    )
+
+
+def _new_connector(config: TinyLlavaConfig) -> Any:
+    from tinyllava.connectors import build_connector
+
+    return build_connector(
+        config.connector, vision_width=config.vision_width, language_width=config.text_config.hidden_size,
+        num_patches=config.num_patches, options=config.connector_options or {},
+    )  # fmt: skip
+
+
+def _make_room_for_image_token(model: TinyLlavaForConditionalGeneration, image_token_id: int) -> None:
+    """Give ``<image>`` a row when the language model has none to spare.
+
+    New rows are zero: the input row is never read (a feature stands there) and a zero output row gives the
+    neutral logit 0, so that the language model's distribution stays what it was.
+    """
+    num_rows = model.get_input_embeddings().num_embeddings
+    if image_token_id < num_rows:
+        return
+    model.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=_ROWS_MULTIPLE, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[num_rows:] = 0

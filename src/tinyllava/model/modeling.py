@@ -1,0 +1,238 @@
+"""The model: image through encoder and connector into the language model's sequence, and the loss.
+
+Paper: section 3.1 (V, P, F), equations 1-3.
+Differs: a subclass of transformers' LlavaForConditionalGeneration with any connector and the language model's
+own head bias; the head is applied to supervised positions only, which gives the same loss for less work.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModel, LlavaForConditionalGeneration
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+    LlavaPreTrainedModel,
+)
+
+from tinyllava.connectors import build_connector
+from tinyllava.model.configuration import TinyLlavaConfig
+
+IGNORED = -100  # label of a position that is not supervised, as everywhere in transformers
+
+
+class TinyLlavaModel(LlavaModel):  # type: ignore[misc]
+    """Encoder, connector and language model without its head."""
+
+    config: TinyLlavaConfig
+
+    def __init__(self, config: TinyLlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's own would build the stock projector
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = build_connector(
+            config.connector,
+            vision_width=config.vision_width,
+            language_width=config.text_config.hidden_size,
+            num_patches=config.num_patches,
+            options=config.connector_options or {},
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Return patch features V [I, M, X] of pictures [I, 3, H, W]; without gradient if the encoder is frozen."""
+        trained = any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
+            if self.config.encoder_kind == "cnn":
+                grid = self.vision_tower(pixel_values).last_hidden_state
+                return grid.flatten(2).transpose(1, 2) if grid.ndim == 4 else grid
+            return self._last_layer_output(pixel_values)[:, self.config.num_prefix_tokens :]
+
+    def _last_layer_output(self, pixel_values: Tensor) -> Tensor:
+        """Catch what the last layer gives, before the norm that some encoders put behind it.
+
+        ``output_hidden_states=True`` would give the same and keep every other layer's output in memory too.
+        """
+        caught: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            caught.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = encoder_layers(self.vision_tower)[-1].register_forward_hook(keep)
+        try:
+            self.vision_tower(pixel_values)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Return image tokens h = P(V(X)) [I, T, D] of pictures [I, 3, H, W]."""
+        tokens: Tensor = self.multi_modal_projector(self.encode_images(pixel_values))
+        return tokens
+
+    def forward(
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None, attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, **kwargs: Any,
+    ) -> LlavaModelOutputWithPast:  # fmt: skip
+        """Run the sequence [B, N] with pictures [I, 3, H, W], or with their patch features [I, M, X].
+
+        Raises:
+            ValueError: the image tokens in ``input_ids`` are not exactly T for each picture.
+        """
+        image_tokens = self._image_tokens(pixel_values, image_features)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if image_tokens is not None:
+                inputs_embeds = self._splice(input_ids, inputs_embeds, image_tokens)
+        outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_tokens,
+        )
+
+    def _image_tokens(self, pixel_values: Tensor | None, features: Tensor | None) -> Tensor | None:
+        if features is None and pixel_values is not None:
+            features = self.encode_images(pixel_values)
+        if features is None and self.training and any(p.requires_grad for p in self.vision_parameters()):
+            features = self._no_features()
+        if features is None:
+            return None
+        connector_dtype = next(self.multi_modal_projector.parameters()).dtype
+        tokens: Tensor = self.multi_modal_projector(features.to(connector_dtype))
+        return tokens
+
+    def vision_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of encoder and connector."""
+        return [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
+
+    def _no_features(self) -> Tensor:
+        """Features [0, M, X] of no picture, so that a text-only batch reaches every trained parameter.
+
+        Without them ranks that drew text only would have no gradient to reduce, and the others would wait
+        forever (DDP, FSDP and ZeRO alike). A trained encoder is run on one blank picture for the same reason.
+        """
+        weight = next(self.multi_modal_projector.parameters())
+        if any(p.requires_grad for p in self.vision_tower.parameters()):
+            side = self.config.vision_config.image_size
+            return self.encode_images(weight.new_zeros(1, 3, side, side))[:0]
+        return weight.new_zeros(0, self.config.num_patches, self.config.vision_width)
+
+    def _splice(self, input_ids: Tensor, embeds: Tensor, image_tokens: Tensor) -> Tensor:
+        """Put image tokens [I, T, D] where ``input_ids`` [B, N] holds the image token."""
+        at_image = input_ids == self.config.image_token_id
+        num_expected, num_found = image_tokens.shape[0] * image_tokens.shape[1], int(at_image.sum())
+        if num_expected != num_found:
+            raise ValueError(
+                f"{image_tokens.shape[0]} pictures of {image_tokens.shape[1]} tokens need {num_expected} image "
+                f"tokens in input_ids, found {num_found}; let the processor expand <image>, and do not truncate."
+            )
+        return embeds.masked_scatter(at_image.unsqueeze(-1), image_tokens.to(embeds.dtype))
+
+
+class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
+    """A small LMM with its head; trains with ``labels`` and answers with ``generate``."""
+
+    config_class = TinyLlavaConfig
+    config: TinyLlavaConfig
+
+    def __init__(self, config: TinyLlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = TinyLlavaModel(config)
+        self.lm_head = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=config.lm_head_bias
+        )
+        self.post_init()
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """V of Figure 2."""
+        return self.model.vision_tower  # type: ignore[no-any-return]
+
+    @property
+    def connector(self) -> nn.Module:
+        """P of Figure 2."""
+        return self.model.multi_modal_projector  # type: ignore[no-any-return]
+
+    @property
+    def language_model(self) -> nn.Module:
+        """F of Figure 2, without its head."""
+        return self.model.language_model  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> "TinyLlavaForConditionalGeneration":
+        """Switch the trained components to training mode; frozen ones stay in inference mode (no dropout)."""
+        super().train(mode)
+        for component in (self.vision_encoder, self.connector, self.language_model):
+            if not any(p.requires_grad for p in component.parameters()):
+                component.eval()
+        return self
+
+    def forward(
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None, attention_mask: Tensor | None = None,
+        labels: Tensor | None = None, logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
+    ) -> LlavaCausalLMOutputWithPast:  # fmt: skip
+        """Return the loss over supervised positions if ``labels`` [B, N] are given, otherwise logits [B, N, K].
+
+        Args:
+            image_features: patch features [I, M, X] in place of ``pixel_values``, computed beforehand.
+            labels: token ids where supervised, -100 elsewhere; not shifted.
+            num_items_in_batch: supervised tokens of the whole optimizer step; the loss is the sum divided by
+                it. Without it the mean over this batch.
+        """
+        outputs = self.model(
+            input_ids=input_ids, pixel_values=pixel_values, image_features=image_features,
+            attention_mask=attention_mask, **kwargs,
+        )  # fmt: skip
+        hidden, loss, logits = outputs.last_hidden_state, None, None
+        if labels is not None:
+            loss = self._loss(hidden, labels, num_items_in_batch)
+            if outputs.image_hidden_states is not None and len(outputs.image_hidden_states) == 0:
+                loss = loss + 0.0 * outputs.image_hidden_states.sum()  # see TinyLlavaModel._no_features
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Equation 3: cross-entropy at the positions whose next token is supervised."""
+        targets = labels[:, 1:]
+        supervised = targets != IGNORED
+        logits = self.lm_head(hidden[:, :-1][supervised]).float()
+        total = cross_entropy(logits, targets[supervised], reduction="sum")
+        return total / (supervised.sum() if num_items is None else num_items)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, image_features: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand pictures to the first step only; afterwards they are in the cache."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if image_features is not None and is_first_iteration:
+            inputs["image_features"] = image_features
+        return inputs
+
+
+def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
+    """Return the layers of a transformer encoder, wherever its class keeps them."""
+    num_layers = vision_tower.config.num_hidden_layers
+    found = [m for m in vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    assert found, f"{type(vision_tower).__name__} has no list of {num_layers} layers"
+    return found[0]

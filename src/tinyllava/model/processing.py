@@ -1,0 +1,147 @@
+"""From a conversation to token ids and pixels: the template, the expansion of ``<image>``, the picture's shape.
+
+Paper: section 3.2; ``Encoded.supervised`` is the indicator of equation 3.
+Differs: the published code finds the answers by tokenising every turn again and comparing lengths; here the
+template marks them, and the tokenizer's offsets carry the mark to tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tinyllava.config import Aspect
+from tinyllava.conversation import Conversation, to_chat
+from tinyllava.errors import DataError
+
+IMAGE_TOKEN = "<image>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A conversation as the model sees it: N token ids, image tokens expanded, and what is supervised."""
+
+    text: str
+    """The rendered text, with one ``<image>`` for each picture."""
+    input_ids: list[int]
+    supervised: list[bool]
+    """Whether each token belongs to the set A of equation 3."""
+
+
+class TinyLlavaProcessor(ProcessorMixin):  # type: ignore[misc]
+    """Tokenizer, image processor and chat template of one checkpoint.
+
+    Args:
+        num_image_tokens: T, how many tokens stand for one picture.
+        image_aspect: ``pad`` centres the picture on a square of the image processor's mean colour first.
+    """
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None,
+        num_image_tokens: int = 576, image_aspect: Aspect = "pad",
+    ) -> None:  # fmt: skip
+        self.num_image_tokens = num_image_tokens
+        self.image_aspect: Aspect = image_aspect
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, padding: bool = True, **kwargs: Any
+    ) -> BatchFeature:
+        """Prepare rendered prompts for ``generate``: expanded, tokenised, padded on the left.
+
+        Args:
+            images: PIL pictures in the order of the ``<image>`` in ``text``; None if there are none.
+            text: one prompt or a list of prompts, as ``apply_chat_template(tokenize=False)`` gives them.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        images = [images] if isinstance(images, Image.Image) else list(images or [])
+        num_expected = sum(t.count(IMAGE_TOKEN) for t in texts)
+        if num_expected != len(images):
+            raise DataError(f"{len(images)} pictures for {num_expected} {IMAGE_TOKEN} in the prompts.")
+        kwargs = {key: value for key, value in kwargs.items() if key != "return_tensors"}
+        kwargs.setdefault("add_special_tokens", False)
+        inputs = self.tokenizer(
+            [self.expand(t) for t in texts], padding=padding, padding_side="left", return_tensors="pt", **kwargs
+        )
+        data = dict(inputs)
+        if images:
+            data["pixel_values"] = self.to_pixels(images)
+        return BatchFeature(data=data)
+
+    def expand(self, text: str) -> str:
+        """Write T image tokens for each ``<image>``."""
+        return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens)
+
+    def to_pixels(self, images: list[Image.Image]) -> Any:
+        """Return ``pixel_values`` [I, 3, H, W] of RGB pictures."""
+        if self.image_aspect == "pad":
+            images = [pad_to_square(image, self.mean_colour) for image in images]
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    @property
+    def mean_colour(self) -> tuple[int, ...]:
+        """The image processor's mean as a colour, 0-255, truncated as LLaVA does."""
+        return tuple(int(channel * 255) for channel in self.image_processor.image_mean)
+
+    def render(
+        self, conversation: Conversation, *, template: str | None = None, open_answer: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of a conversation and the spans [start, end) of what the assistant says.
+
+        Args:
+            template: Jinja text; the checkpoint's own if None.
+            open_answer: end where the assistant is to speak.
+        """
+        rendered, spans = render_jinja_template(
+            [to_chat(conversation)],
+            chat_template=template or self.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=open_answer,
+            bos_token=self.tokenizer.bos_token or "",
+            eos_token=self.tokenizer.eos_token or "",
+            leading_bos=self._leading_bos(),
+        )
+        return rendered[0], [(start, end) for start, end in spans[0]]
+
+    def encode(
+        self, conversation: Conversation, *, template: str | None = None, open_answer: bool = False
+    ) -> Encoded:
+        """Tokenise a conversation whole and mark the supervised tokens.
+
+        Raises:
+            DataError: a token reaches from a prompt into an answer, so that no exact mask exists.
+        """
+        text, spans = self.render(conversation, template=template, open_answer=open_answer)
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        input_ids: list[int] = []
+        supervised: list[bool] = []
+        for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            inside = any(a <= start and end <= b for a, b in spans) and end > start
+            if not inside and any(start < a < end or start < b < end for a, b in spans):
+                raise DataError(
+                    f"{conversation.source or 'conversation'} {conversation.id}: the token {text[start:end]!r} "
+                    "joins prompt and answer; give the template a separator that the tokenizer keeps apart."
+                )
+            repeat = self.num_image_tokens if token == self.image_token_id else 1
+            input_ids += [token] * repeat
+            supervised += [inside] * repeat
+        return Encoded(text=text, input_ids=input_ids, supervised=supervised)
+
+    def _leading_bos(self) -> str:
+        """The BOS of a tokenizer that puts one in front by itself, otherwise nothing."""
+        ids = self.tokenizer("").input_ids
+        return str(self.tokenizer.bos_token) if ids[:1] == [self.tokenizer.bos_token_id] else ""
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """Centre a picture on a square of one colour; the odd pixel goes below and to the right."""
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

@@ -1,0 +1,130 @@
+"""Toy parts in the real layouts: Llama, Phi and StableLM with CLIP and SigLIP, saved as Hugging Face folders.
+
+Tokenizers are trained here on a few sentences, in the kinds that the real models have: a byte-level BPE without
+BOS (Phi, StableLM, ChatML) and a SentencePiece-like BPE with BOS and a leading-space mark (Llama).
+"""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    StableLmConfig,
+)
+
+SENTENCES = [
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "USER: What is in the picture? ASSISTANT: A red circle and 12 blue squares.",
+    "Is there a dog? yes no. Answer the question using a single word or phrase.",
+]
+WIDTH = 32
+
+
+def byte_level_tokenizer(eos: str) -> PreTrainedTokenizerFast:
+    """A GPT-2-like tokenizer: byte level, no BOS, padding with EOS (as Phi-2's users do)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[eos],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=eos, eos_token=eos, pad_token=eos)
+
+
+def chatml_tokenizer() -> PreTrainedTokenizerFast:
+    """A ChatML tokenizer: byte level with <|im_start|> and <|im_end|>."""
+    tokenizer = byte_level_tokenizer("<|endoftext|>")
+    tokenizer.add_special_tokens(
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    )
+    return tokenizer
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """A Llama-2-like tokenizer: '▁' for a space, one in front of the text, <s> in front, byte fallback."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        "▁", "merged_with_next"
+    )  # words, while the merges are learnt
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.pre_tokenizer = None  # as in Llama's own file
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+
+
+_COMMON = dict(
+    hidden_size=WIDTH,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+)
+
+
+def make_language_model(folder: Path, kind: str) -> Path:
+    """Save a toy language model: 'llama', 'phi', 'stablelm' or 'chatml' (a Llama with tied rows)."""
+    tokenizer = {
+        "llama": llama_tokenizer, "chatml": chatml_tokenizer,
+        "phi": lambda: byte_level_tokenizer("<|endoftext|>"), "stablelm": lambda: byte_level_tokenizer("<|endoftext|>"),
+    }[kind]()  # fmt: skip
+    rows = (
+        len(tokenizer) if kind == "llama" else len(tokenizer) + 20
+    )  # Phi-2 and StableLM-2 have rows to spare
+    ids = dict(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = {
+        "llama": lambda: LlamaConfig(vocab_size=rows, num_key_value_heads=2, **_COMMON, **ids),
+        "chatml": lambda: LlamaConfig(vocab_size=rows, num_key_value_heads=2, tie_word_embeddings=True, **_COMMON, **ids),
+        "phi": lambda: PhiConfig(vocab_size=rows, partial_rotary_factor=0.5, **_COMMON, **ids),
+        "stablelm": lambda: StableLmConfig(vocab_size=rows, num_key_value_heads=4, use_qkv_bias=True, **_COMMON, **ids),
+    }[kind]()  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    if kind == "phi":
+        torch.nn.init.normal_(model.lm_head.bias)  # the bias that stock LLaVA drops
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_vision_encoder(folder: Path, kind: str, image_size_px: int = 28, num_layers: int = 4) -> Path:
+    """Save a toy encoder: 'clip' (CLS, centre crop) or 'siglip' (no CLS, distorting resize); 2 x 2 patches."""
+    sizes = dict(
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
+        image_size=image_size_px, patch_size=14,
+    )  # fmt: skip
+    side = {"height": image_size_px, "width": image_size_px}
+    if kind == "clip":
+        CLIPVisionModel(CLIPVisionConfig(**sizes, projection_dim=WIDTH)).save_pretrained(folder)
+        CLIPImageProcessorPil(size={"shortest_edge": image_size_px}, crop_size=side).save_pretrained(folder)
+    else:
+        SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(folder)
+        SiglipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    return folder
