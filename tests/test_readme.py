@@ -1,0 +1,49 @@
+"""Every command and example of the README is executed: here, or by .ci/run in a fresh clone."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from documents import ROOT, blocks, commands
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CI_COMMANDS = commands(f"```bash\n{(ROOT / '.ci' / 'run').read_text(encoding='utf-8')}```")
+
+# Commands that take no weights and no data: run by the test below.
+RUN_HERE = ("tinyllava --help", "tinyllava show")
+
+
+def is_run_by_ci(command: str) -> bool:
+    """CI runs the very command, or the same make target in its short form."""
+    return command in CI_COMMANDS or f"{command} ARGS=--short" in CI_COMMANDS
+
+
+@pytest.mark.parametrize("command", commands(README))
+def test_every_command_of_the_readme_is_executed(command: str, tmp_path: Path) -> None:
+    if is_run_by_ci(command):
+        return
+    assert command.startswith(RUN_HERE), f"{command!r}: add it to .ci/run, or to RUN_HERE when it is quick"
+    words = shlex.split(command)
+    program = Path(sys.executable).with_name(words[0])
+    done = subprocess.run([program, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_ci_executes_the_python_example() -> None:
+    assert len(blocks(README, "python")) == 1
+    assert "tests/run_readme_example.py" in " ".join(CI_COMMANDS)
+
+
+def test_ci_stops_at_the_first_failure_and_ends_with_the_tests() -> None:
+    assert CI_COMMANDS[0] == "set -euo pipefail"
+    assert CI_COMMANDS[-1] == "make test"
+
+
+def test_the_first_screen_has_the_measured_result_and_the_two_commands() -> None:
+    screen = "\n".join(README.splitlines()[:40])
+    assert "<!-- result:starter -->" in screen
+    assert {"make starter", "make test"} <= set(commands(screen))

@@ -1,0 +1,143 @@
+"""The limits that keep the package small and readable, and what may be imported where."""
+
+import ast
+import contextlib
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SRC = ROOT / "src" / "tinyllava"
+FILES = sorted(SRC.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+# Names under which distributions are imported, where the two differ.
+IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL"}
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def function_lengths() -> dict[str, int]:
+    return {
+        f"{path.relative_to(SRC)}:{node.name}": node.end_lineno - node.lineno + 1
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
+    }
+
+
+def imported_packages(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_file_is_longer_than_400_lines_and_the_median_is_at_most_150() -> None:
+    lengths = {str(path.relative_to(SRC)): num_lines(path) for path in FILES}
+    assert lengths
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+    assert statistics.median(lengths.values()) <= 150
+
+
+def test_no_function_is_longer_than_60_lines_and_nine_of_ten_have_at_most_40() -> None:
+    lengths = function_lengths()
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= 40
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"if stage ==", r"if recipe\b", r"isinstance\(tokenizer", "NotImplementedError"]
+)
+def test_the_code_has_no_branch_on_stage_recipe_or_tokenizer_and_no_gap(pattern: str) -> None:
+    found = [str(path) for path in FILES if re.search(pattern, path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_every_module_says_in_one_sentence_what_it_is() -> None:
+    docs = {str(path): ast.get_docstring(tree) or "" for path, tree in TREES.items()}
+    assert [path for path, doc in docs.items() if not doc.partition("\n")[0].endswith((".", ":"))] == []
+
+
+def test_modules_without_torch_stay_without_it() -> None:
+    """What the command line needs for --help, show and wrong names starts in a fraction of a second."""
+    light = "cli config conversation errors language_models lookup recipes report results vision_encoders"
+    names = [f"tinyllava.{name}" for name in light.split()]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = {'torch', 'transformers', 'accelerate', 'peft'} & set(sys.modules)\n"
+        "    assert not heavy, f'{name} imports {heavy}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "folder"),
+    [("fastapi", "serving"), ("starlette", "serving"), ("uvicorn", "serving"), ("matplotlib", "report")],
+)
+def test_only_one_folder_imports(package: str, folder: str) -> None:
+    users = {
+        path.relative_to(SRC).parts[0] for path, tree in TREES.items() if package in imported_packages(tree)
+    }
+    assert users <= {folder}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_used() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    optional = [line for name, lines in extras.items() if name != "dev" for line in lines]
+    distributions = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"] + optional}  # type: ignore[index]
+    declared = {IMPORT_NAMES.get(name, name) for name in distributions}
+    imported = {name for tree in TREES.values() for name in imported_packages(tree)}
+    assert imported - declared - set(sys.stdlib_module_names) == {"tinyllava"}
+    # transformers loads these itself: peft for adapters, tensorboard for its tracker, gguf for the starter's
+    # weights, accelerate for its Trainer, jinja2 for chat templates.
+    assert declared - imported <= {"accelerate", "gguf", "jinja2", "peft", "tensorboard"}
+
+
+def test_constraints_name_one_version_each_and_nothing_of_the_machine() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)] == []
+    names = [pin.partition("==")[0].lower() for pin in pins]
+    assert len(names) == len(set(names))
+    assert "torch" in names
+    assert [name for name in names if name.startswith(("nvidia", "cuda"))] == []
+
+
+def lines_with(pattern: re.Pattern[str]) -> list[str]:
+    found = []
+    for path in tracked_files():
+        with contextlib.suppress(UnicodeDecodeError):
+            text = path.read_text(encoding="utf-8")
+            found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in pattern.finditer(text)]
+    return found
+
+
+def test_tracked_files_hold_no_path_of_somebodys_machine() -> None:
+    folders = "home|root|work|tmp|opt|Users|mnt|scratch"
+    assert lines_with(re.compile(rf"(?<![\w.~$}}/:-])/(?:{folders})/\w")) == []
+
+
+def test_tracked_files_do_not_speak_of_how_they_were_written() -> None:
+    # Spelt in halves, so that this file does not find itself.
+    halves = [("cla", "ude"), ("anthr", "opic"), ("shared/des", "ign"), ("sub", "agent"), ("arti", "factory")]
+    words = "|".join(first + second for first, second in halves)
+    assert lines_with(re.compile(words, re.IGNORECASE)) == []
