@@ -10,7 +10,7 @@ from typing import Literal
 Role = Literal["system", "user", "assistant"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
     """Where a picture is to be found: a file, or the encoded bytes of one (a parquet cell, an upload)."""
 
@@ -22,7 +22,7 @@ class ImageRef:
         return self.name or (str(self.path) if self.path else f"<{len(self.data or b'')} bytes>")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
     """One turn. Pictures stand before the text, as LLaVA's ``<image>\\n`` puts them."""
 
@@ -31,7 +31,7 @@ class Message:
     images: tuple[ImageRef, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
     """Turns in order, with the id of the record they came from (shown in every error about it)."""
 

@@ -1,0 +1,1 @@
+"""Records to batches: LLaVA's JSON, pictures, examples, padding."""
