@@ -1,0 +1,93 @@
+"""The variants by name: recipe, vision encoder and language model, with data and connector as further axes.
+
+Paper: section 4.2.3 for the names, Table A1 for the twelve.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+
+from tinyllava.config import ModelConfig, Run
+from tinyllava.connectors import CONNECTORS
+from tinyllava.errors import UnknownNameError
+from tinyllava.language_models import LANGUAGE_MODELS
+from tinyllava.lookup import look_up
+from tinyllava.recipes.base import BASE
+from tinyllava.recipes.lora import LORA, QLORA, QLORA_8_BITS, SHARE_LORA
+from tinyllava.recipes.recipe import DATASETS, Recipe
+from tinyllava.recipes.share import SHARE, SHARE_FROZEN
+from tinyllava.vision_encoders import VISION_ENCODERS
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (BASE, SHARE, SHARE_FROZEN, LORA, SHARE_LORA, QLORA, QLORA_8_BITS)
+}
+PREFIX = "TinyLLaVA-"
+VARIANTS: tuple[str, ...] = tuple(
+    f"{recipe}-{encoder}-{language}"
+    for recipe, language, encoder in product(("base", "share"), ("TL", "SLM", "Phi"), ("C", "Sig"))
+)
+"""The rows of Table A1, in its order."""
+
+
+def variant(name: str) -> Run:
+    """Return the run of a variant: ``[TinyLLaVA-]RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR]``.
+
+    ``share-Sig-Phi`` is a row of Table A1, ``base-C-TL-ShareGPT4V`` a bar of Figure 7 and
+    ``base-C-TL-resampler`` one of Figure 6. Encoder and language model are abbreviations of their tables.
+
+    Raises:
+        UnknownNameError: the name has another form, or a part of it is not known.
+    """
+    parts = name.removeprefix(PREFIX).split("-", 3)
+    if len(parts) < 3:
+        raise UnknownNameError(
+            f"unknown variant {name!r}; a name is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], "
+            f"such as {VARIANTS[-1]!r}; see `tinyllava show variants`."
+        )
+    recipe = look_up(RECIPES, parts[0], f"recipe in {name!r}")
+    dataset, connector = _split_further_axes(parts[3] if len(parts) > 3 else "", name)
+    return make_run(recipe, parts[1], parts[2], dataset=dataset, connector=connector)
+
+
+def make_run(
+    recipe: Recipe,
+    vision_encoder: str,
+    language_model: str,
+    *,
+    dataset: str = "",
+    connector: str = "mlp",
+    connector_options: Mapping[str, int] | None = None,
+) -> Run:
+    """Return the run of a recipe on parts, named after the axes that are not the recipe's own.
+
+    Args:
+        vision_encoder: an abbreviation of the table of vision encoders.
+        language_model: an abbreviation of the table of language models.
+        dataset: of Table 2; empty means the recipe's own.
+    """
+    dataset = dataset or recipe.dataset
+    encoders = {encoder.abbreviation: encoder.name for encoder in VISION_ENCODERS.values()}
+    languages = {language.abbreviation: language.name for language in LANGUAGE_MODELS.values()}
+    further = [dataset] * (dataset != recipe.dataset) + [connector] * (connector != "mlp")
+    return Run(
+        name=PREFIX + "-".join([recipe.name, vision_encoder, language_model, *further]),
+        recipe=recipe.name,
+        model=ModelConfig(
+            vision_encoder=look_up(encoders, vision_encoder, "vision encoder"),
+            language_model=look_up(languages, language_model, "language model"),
+            connector=connector,
+            connector_options=dict(connector_options or {}),
+        ),
+        stages=recipe.on(dataset),
+    )
+
+
+def _split_further_axes(rest: str, name: str) -> tuple[str, str]:
+    """Take ``[DATASET][-CONNECTOR]`` apart."""
+    for dataset in ("", *DATASETS):
+        if dataset and rest != dataset and not rest.startswith(f"{dataset}-"):
+            continue
+        connector = rest.removeprefix(dataset).removeprefix("-") or "mlp"
+        if connector in CONNECTORS:
+            return dataset, connector
+    known = ", ".join([*DATASETS, *CONNECTORS])
+    raise UnknownNameError(f"unknown dataset or connector {rest!r} in {name!r}; known: {known}.")
