@@ -1,0 +1,152 @@
+"""Conversations to examples: token ids, what is supervised, pixels or cached features.
+
+Paper: section 3.2, (X, Y) and the set A; in pre-training the template 'caption' reduces Y to Y_a (equation 1).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tinyllava.conversation import Conversation
+from tinyllava.data.features import FeatureCache
+from tinyllava.data.images import open_image
+from tinyllava.data.records import Defect
+from tinyllava.model.modeling import IGNORED
+from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training sample of N tokens."""
+
+    input_ids: Tensor
+    """[N]"""
+    labels: Tensor
+    """[N], -100 where not supervised"""
+    pixel_values: Tensor | None = None
+    """[I, 3, H, W]"""
+    image_features: Tensor | None = None
+    """[I, M, X], in place of pixels"""
+    id: str = ""
+
+
+@dataclass(kw_only=True)
+class Examples(Dataset[Example]):
+    """The examples of one stage, made when asked for."""
+
+    conversations: Sequence[Conversation]
+    processor: TinyLlavaProcessor
+    template: str | None = None
+    """Jinja text of the stage's template; None for the checkpoint's own."""
+    features: FeatureCache | None = None
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each example, image tokens included; filled by ``measure``."""
+    supervised_lengths: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> Example:
+        """Make one example.
+
+        Raises:
+            ImageError: its picture is broken.
+        """
+        conversation = self.conversations[index]
+        encoded = self.processor.encode(conversation, template=self.template)
+        input_ids = torch.tensor(encoded.input_ids)
+        labels = input_ids.masked_fill(~torch.tensor(encoded.supervised), IGNORED)
+        pixels = features = None
+        if conversation.images and self.features is not None:
+            features = torch.stack([self.features.read(ref) for ref in conversation.images])
+        elif conversation.images:
+            pixels = self.processor.to_pixels([open_image(ref) for ref in conversation.images])
+        return Example(
+            input_ids=input_ids, labels=labels, pixel_values=pixels, image_features=features,
+            id=f"{conversation.source}:{conversation.id}",
+        )  # fmt: skip
+
+
+def measure(
+    examples: Examples, max_length_tokens: int, skip: tuple[str, ...], progress: Callable[[int], None] = lambda n: None
+) -> tuple[Examples, Counter[str]]:
+    """Tokenise everything once: find records that are too long or hold special tokens before the first step.
+
+    Returns:
+        The examples that are left, with their lengths, and the number left out by defect.
+
+    Raises:
+        Defect: the first such record whose defect is not in ``skip``.
+    """
+    kept: list[Conversation] = []
+    lengths: list[int] = []
+    supervised: list[int] = []
+    skipped: Counter[str] = Counter()
+    specials = tuple({*examples.processor.tokenizer.all_special_tokens, IMAGE_TOKEN})
+    for conversation in examples.conversations:
+        try:
+            _refuse_special_tokens(conversation, specials)
+            encoded = examples.processor.encode(conversation, template=examples.template)
+            if len(encoded.input_ids) > max_length_tokens:
+                detail = f"{len(encoded.input_ids)} tokens are more than max_length_tokens = {max_length_tokens}"
+                raise Defect("too_long", _place(conversation), detail)
+            kept.append(conversation)
+            lengths.append(len(encoded.input_ids))
+            supervised.append(sum(encoded.supervised))
+        except Defect as defect:
+            if defect.name not in skip:
+                raise
+            skipped[defect.name] += 1
+        progress(1)
+    return (
+        Examples(
+            conversations=kept, processor=examples.processor, template=examples.template,
+            features=examples.features, lengths=lengths, supervised_lengths=supervised,
+        ),
+        skipped,
+    )  # fmt: skip
+
+
+def _refuse_special_tokens(conversation: Conversation, specials: tuple[str, ...]) -> None:
+    for message in conversation.messages:
+        for token in specials:
+            if token in message.text:
+                raise Defect("special_token", _place(conversation), f"the text of a turn contains {token!r}")
+
+
+def _place(conversation: Conversation) -> str:
+    return f"{conversation.source}: record {conversation.id}"
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Examples to one right-padded batch."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Return input_ids, attention_mask, labels [B, N], pictures over the whole batch, and the samples' ids."""
+        longest = max(len(example.input_ids) for example in examples)
+        batch: dict[str, Any] = {
+            "input_ids": _pad([e.input_ids for e in examples], longest, self.pad_token_id),
+            "attention_mask": _pad([torch.ones_like(e.input_ids) for e in examples], longest, 0),
+            "labels": _pad([e.labels for e in examples], longest, IGNORED),
+        }
+        for name in ("pixel_values", "image_features"):
+            parts = [value for e in examples if (value := getattr(e, name)) is not None]
+            if parts:
+                batch[name] = torch.cat(parts)
+        batch["sample_ids"] = [example.id for example in examples]
+        return batch
+
+
+def _pad(rows: list[Tensor], length: int, value: int) -> Tensor:
+    padded = rows[0].new_full((len(rows), length), value)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return padded

@@ -1,0 +1,209 @@
+"""LLaVA's JSON and JSONL: records to conversations, with a name for everything that can be wrong.
+
+Paper: section 4.1.2 (the four data sets of Table 2 come in this form).
+Nothing behind this file repairs text: what a record says is settled here.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyllava.conversation import Conversation, ImageRef, Message, Role
+from tinyllava.errors import ConfigError, DataError, ImageError
+
+IMAGE_MARK = "<image>"
+_ROLES: dict[str, Role] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+}  # fmt: skip
+
+DEFECTS: dict[str, str] = {
+    "malformed": "a record that is no object, or lacks its conversations, or holds a value of a wrong type",
+    "leading_answer": "a conversation that begins with an answer (asked for: only that turn is dropped)",
+    "roles": "turns that do not alternate between user and assistant",
+    "unanswered": "a conversation that ends with a question",
+    "empty_answer": "an answer without text",
+    "empty_question": "a question without text and without a picture",
+    "image_count": "as many <image> as pictures is the rule; here they differ, or an answer contains one",
+    "missing_image": "a picture file that is not there",
+    "broken_image": "a picture that cannot be decoded (asked for: every picture is decoded before training)",
+    "special_token": "text that contains one of the tokenizer's special tokens, e.g. the end-of-turn mark",
+    "too_long": "more tokens than max_length_tokens, image tokens included",
+    "duplicate_id": "two records of one file with the same id and the same picture and turns",
+}
+"""Names of what may be skipped, and what each means."""
+
+
+class Defect(DataError):
+    """A defect of one record, by its name in ``DEFECTS``."""
+
+    def __init__(self, name: str, where: str, detail: str) -> None:
+        assert name in DEFECTS
+        self.name = name
+        super().__init__(f"{where}: {detail} [{name}] Mend the record, or leave such records out with skip {name!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """The conversations of one or more files, and what was left out by name."""
+
+    conversations: tuple[Conversation, ...]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Number of records left out (or, for leading_answer, turns dropped), by the name of the defect."""
+
+
+def read_records(path: Path, images: Path, skip: tuple[str, ...] = ()) -> Records:
+    """Read a LLaVA-format file.
+
+    Args:
+        path: ``.json`` (one array) or ``.jsonl`` (one object a line).
+        images: folder that picture paths start from.
+        skip: names out of ``DEFECTS`` whose records are left out and counted.
+
+    Raises:
+        ConfigError: an unknown name in ``skip``.
+        DataError: the file is missing or not JSON; or ``Defect`` for the first record with a defect not skipped.
+    """
+    check_skip(skip)
+    skipped: Counter[str] = Counter()
+    conversations: list[Conversation] = []
+    seen: set[int] = set()
+    for where, raw in _read_raw(path):
+        try:
+            conversation = _to_conversation(raw, where, str(path), images, skip, skipped)
+            key = hash((conversation.id, conversation.messages))
+            if conversation.id and key in seen:
+                raise Defect("duplicate_id", where, f"the record {conversation.id!r} stands in the file twice")
+            seen.add(key)
+            conversations.append(conversation)
+        except Defect as defect:
+            if defect.name not in skip:
+                raise
+            skipped[defect.name] += 1
+    if not conversations:
+        raise DataError(f"{path}: no record left" + (f" after skips {dict(skipped)}." if skipped else "."))
+    return Records(conversations=tuple(conversations), skipped=dict(skipped))
+
+
+def check_skip(skip: tuple[str, ...]) -> None:
+    """Raise ConfigError for a name that is no defect."""
+    for name in skip:
+        if name not in DEFECTS:
+            raise ConfigError(f"skip {name!r}: unknown; known: {', '.join(DEFECTS)}.")
+
+
+def _read_raw(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) for each record of a file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file of records.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+        return
+    records = _parse(text, str(path))
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected one JSON array of records, found {type(records).__name__}; or name it .jsonl.")
+    for index, raw in enumerate(records):
+        id_ = raw.get("id") if isinstance(raw, dict) else None
+        yield f"{path}: record {index}" + (f" (id {id_})" if id_ is not None else ""), raw
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at line {error.lineno} column {error.colno}.") from error
+
+
+def _to_conversation(
+    raw: Any, where: str, source: str, images: Path, skip: tuple[str, ...], skipped: Counter[str]
+) -> Conversation:
+    turns = _turns(raw, where)
+    if turns and turns[0][0] == "assistant" and "leading_answer" in skip:
+        skipped["leading_answer"] += 1
+        turns = turns[1:]
+    _check_order(turns, where)
+    refs = [_image_ref(name, images, where) for name in _image_names(raw, where)]
+    return Conversation(messages=_messages(turns, refs, where), id=str(raw.get("id", "")), source=source)
+
+
+def _turns(raw: Any, where: str) -> list[tuple[Role, str]]:
+    """Return (role, text) of each turn."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list) or not raw["conversations"]:
+        raise Defect("malformed", where, "expected an object with a non-empty list 'conversations'")
+    turns: list[tuple[Role, str]] = []
+    for number, turn in enumerate(raw["conversations"]):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise Defect("malformed", where, f"turn {number} has no text 'value': {str(turn)[:80]}")
+        if turn.get("from") not in _ROLES:
+            raise Defect("malformed", where, f"turn {number} is from {turn.get('from')!r}; allowed: human, gpt, system")
+        turns.append((_ROLES[turn["from"]], turn["value"]))
+    return turns
+
+
+def _check_order(turns: list[tuple[Role, str]], where: str) -> None:
+    roles = [role for role, _ in turns]
+    if roles[:1] == ["system"]:
+        roles = roles[1:]
+    if roles[:1] == ["assistant"]:
+        raise Defect("leading_answer", where, "the conversation begins with an answer")
+    if roles and roles[-1] == "user":
+        raise Defect("unanswered", where, "the conversation ends with a question")
+    if not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
+        raise Defect("roles", where, f"turns do not alternate: {', '.join(roles) or 'none'}")
+
+
+def _image_names(raw: dict[str, Any], where: str) -> list[str]:
+    names = raw.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise Defect("malformed", where, f"'image' must be a path or a list of paths, found {str(names)[:80]}")
+    return names
+
+
+def _image_ref(name: str, images: Path, where: str) -> ImageRef:
+    path = images / name
+    if not path.is_file():
+        raise Defect("missing_image", where, f"no picture {path}")
+    return ImageRef(path=path, name=name)
+
+
+def _messages(turns: list[tuple[Role, str]], refs: list[ImageRef], where: str) -> tuple[Message, ...]:
+    """Move each turn's ``<image>`` in front of its text, as LLaVA's loader does, and hand it its pictures."""
+    counts = [text.count(IMAGE_MARK) for _, text in turns]
+    if sum(counts) != len(refs):
+        raise Defect("image_count", where, f"{sum(counts)} {IMAGE_MARK} for {len(refs)} pictures")
+    messages, rest = [], iter(refs)
+    for (role, text), count in zip(turns, counts, strict=True):
+        text = text.replace(IMAGE_MARK, "").strip()
+        if role != "user" and count:
+            raise Defect("image_count", where, f"{IMAGE_MARK} stands in a turn of the {role}")
+        if role == "assistant" and not text:
+            raise Defect("empty_answer", where, "an answer has no text")
+        if role == "user" and not text and not count:
+            raise Defect("empty_question", where, "a question has neither text nor picture")
+        messages.append(Message(role=role, text=text, images=tuple(next(rest) for _ in range(count))))
+    return tuple(messages)
+
+
+def drop_broken_images(records: Records, progress: Callable[[int], None] = lambda n: None) -> Records:
+    """Decode every picture once and leave out the records whose picture is broken, counted."""
+    from tinyllava.data.images import open_image
+
+    good, num_broken = [], 0
+    for conversation in records.conversations:
+        try:
+            for ref in conversation.images:
+                open_image(ref)
+            good.append(conversation)
+        except ImageError:
+            num_broken += 1
+        progress(1)
+    return Records(conversations=tuple(good), skipped={**records.skipped, "broken_image": num_broken})

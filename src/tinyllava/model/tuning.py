@@ -1,0 +1,168 @@
+"""Apply a stage's plan of what is trained, and keep the ledger that proves it.
+
+Paper: sections 3.2 (theta' and phi') and 4.1.2, Figure 3.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tinyllava.config import COMPONENTS, Component, Stage, Tune
+from tinyllava.errors import ConfigError, TrainingError
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
+
+# Parts of an encoder that stand behind the features: no gradient ever reaches them.
+_BEHIND_FEATURES = ("post_layernorm.", "layernorm.", "head.", "pooler.", "layer_norm.")
+
+
+def component_of(name: str) -> Component:
+    """Return the component that a parameter of the model belongs to, by its name."""
+    if ".vision_tower." in f".{name}":
+        return "vision_encoder"
+    return "connector" if ".multi_modal_projector." in f".{name}" else "language_model"
+
+
+def apply_tuning(model: TinyLlavaForConditionalGeneration, stage: Stage) -> None:
+    """Set which parameters require gradients; add adapters where the stage asks for LoRA.
+
+    Raises:
+        ConfigError: a plan that does not fit the component.
+    """
+    model.requires_grad_(False)
+    for component in COMPONENTS:
+        tune = stage.tune(component)
+        if tune.kind == "full":
+            _train_all(model, component)
+        elif tune.kind == "from_layer":
+            _train_from_layer(model, component, tune)
+        elif tune.kind == "lora":
+            _add_adapters(model, component, tune)
+    model.train()
+
+
+def _train_all(model: nn.Module, component: Component) -> None:
+    for name, parameter in model.named_parameters():
+        behind = name.partition("vision_tower.")[2].startswith(_BEHIND_FEATURES)
+        if component_of(name) == component and not behind:
+            parameter.requires_grad_(True)
+
+
+def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune) -> None:
+    """Train only ``layers.N`` with N >= first_layer: embeddings and outer norms stay frozen, as in ShareGPT4V."""
+    if component == "connector":
+        raise ConfigError("connector: from_layer has no meaning for it; choose full or frozen.")
+    if component == "vision_encoder" and model.config.encoder_kind == "cnn":
+        raise ConfigError("vision_encoder: from_layer needs a transformer encoder; a CNN can be full or frozen.")
+    layers = (
+        encoder_layers(model.vision_encoder) if component == "vision_encoder" else model.language_model.layers
+    )
+    if not 0 <= tune.first_layer < len(layers):
+        raise ConfigError(
+            f"{component}: from_layer {tune.first_layer} is beyond its {len(layers)} layers (0 to {len(layers) - 1})."
+        )
+    for layer in layers[tune.first_layer :]:
+        layer.requires_grad_(True)
+
+
+def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune) -> None:
+    """Put adapters on every linear layer of a component, in place (peft)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if tune.rank < 1:
+        raise ConfigError(f"{component}: lora needs a rank of at least 1, found {tune.rank}.")
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and component_of(name) == component and name != "lm_head"
+    ]
+    already = {n for n, p in model.named_parameters() if p.requires_grad}
+    config = LoraConfig(r=tune.rank, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=targets)
+    inject_adapter_in_model(config, model, adapter_name=component)
+    for name, parameter in model.named_parameters():  # peft freezes everything else: give the others back
+        parameter.requires_grad_(name in already or f".{component}." in name and "lora_" in name)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Fold every adapter into the layer below it and take it out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in found:
+        module.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerRow:
+    """One tensor of the model in one stage."""
+
+    name: str
+    component: Component
+    shape: tuple[int, ...]
+    trained: bool
+    before: str
+    """Digest of its bytes before the stage."""
+    after: str = ""
+
+    @property
+    def moved(self) -> bool:
+        """Whether the stage changed it."""
+        return self.after != self.before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Every tensor of the model: what was to be trained, and what really moved."""
+
+    rows: tuple[LedgerRow, ...]
+
+    def num_parameters(self, component: Component | None = None, *, trained_only: bool = False) -> int:
+        """Count parameters, of one component or of all."""
+        return sum(
+            torch.Size(row.shape).numel()
+            for row in self.rows
+            if component in (None, row.component) and (row.trained or not trained_only)
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the ledger as JSON, a row for each tensor."""
+        rows = [{**asdict(row), "moved": row.moved} for row in self.rows]
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def open_ledger(model: nn.Module) -> Ledger:
+    """Record what is to be trained and a digest of every tensor."""
+    return Ledger(
+        rows=tuple(
+            LedgerRow(
+                name=name, component=component_of(name), shape=tuple(p.shape), trained=p.requires_grad, before=_digest(p)
+            )
+            for name, p in model.named_parameters()
+        )
+    )  # fmt: skip
+
+
+def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
+    """Record where every tensor stands now.
+
+    Raises:
+        TrainingError: a frozen tensor moved.
+    """
+    now = dict(model.named_parameters())
+    closed = Ledger(rows=tuple(LedgerRow(**{**asdict(row), "after": _digest(now[row.name])}) for row in ledger.rows))
+    moved = [row.name for row in closed.rows if row.moved and not row.trained]
+    if moved:
+        raise TrainingError(f"frozen tensors moved: {', '.join(moved[:5])} ({len(moved)} in all); do not use this run.")
+    return closed
+
+
+def _digest(parameter: nn.Parameter) -> str:
+    tensor = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(tensor.numpy(), digest_size=8).hexdigest()

@@ -1,0 +1,81 @@
+"""What a person sees of a stage while it trains, and what a program reads: a bar with rates, metrics.jsonl."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tinyllava.training.trainer import StageTrainer
+
+
+def make_progress() -> Progress:
+    """Return a progress bar with count, free text and remaining time."""
+    return Progress(
+        TextColumn("{task.description:<22}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+
+
+class StageProgress(TrainerCallback):  # type: ignore[misc]
+    """Draws the bar and appends every logged step to metrics.jsonl with rates."""
+
+    def __init__(self, name: str, metrics: Path) -> None:
+        self.name, self.metrics = name, metrics
+        self.trainer: StageTrainer | None = None
+        self.progress, self.task = make_progress(), TaskID(0)
+        self.start = self.last = 0.0
+        self.seen = (0, 0)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the bar at the step that the run resumes from."""
+        if not state.is_world_process_zero:
+            return
+        self.start = self.last = time.monotonic()
+        self._drop_steps_after(state.global_step)
+        self.progress.start()
+        self.task = self.progress.add_task(self.name, total=state.max_steps, completed=state.global_step, note="")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, float] | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        """Write one line of metrics and move the bar."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs or self.trainer is None:
+            return
+        now = time.monotonic()
+        seconds = max(now - self.last, 1e-9)
+        samples, tokens = self.trainer.num_samples - self.seen[0], self.trainer.num_tokens - self.seen[1]
+        self.seen, self.last = (self.trainer.num_samples, self.trainer.num_tokens), now
+        line = {
+            "step": state.global_step, **logs,
+            "samples_per_second": round(samples * args.world_size / seconds, 3),
+            "tokens_per_second": round(tokens * args.world_size / seconds, 1),
+            "seconds": round(now - self.start, 2),
+        }  # fmt: skip
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        elapsed = max(now - self.start, 1e-9)
+        rates = f"{self.trainer.num_samples / elapsed:.1f} samples/s {self.trainer.num_tokens / elapsed:,.0f} tokens/s"
+        self.progress.update(self.task, completed=state.global_step, note=f"loss {logs['loss']:.3f}  {rates}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the finished bar on the screen."""
+        self.progress.stop()
+
+    def _drop_steps_after(self, step: int) -> None:
+        """Take out lines of steps that a killed run did after its last checkpoint and that are done again."""
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

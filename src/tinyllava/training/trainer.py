@@ -1,0 +1,166 @@
+"""transformers' Trainer with what the paper needs: a learning rate for each component, lean checkpoints,
+grouped batches, and a stop when the loss is no number.
+
+Paper: section 4.1.2.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from tinyllava.config import COMPONENTS, Hardware, Stage
+from tinyllava.data.dataset import Examples
+from tinyllava.data.sampler import GroupedSampler
+from tinyllava.errors import TrainingError
+from tinyllava.model.tuning import component_of
+
+
+class StageTrainer(Trainer):  # type: ignore[misc]
+    """Trains one stage.
+
+    Args:
+        stage: the stage; its learning rates and grouping are read here, the rest stands in ``args``.
+    """
+
+    def __init__(self, *args: Any, stage: Stage, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = stage
+        self.num_tokens = 0
+        self.num_samples = 0
+        if stage.loss_norm == "micro":
+            self.model_accepts_loss_kwargs = False  # then the Trainer averages the micro-batches' means
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with one group for each trained component, at its own learning rate."""
+        if self.optimizer is None:
+            trained = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            groups = [
+                {
+                    "params": [p for n, p in trained if component_of(n) == component],
+                    "lr": self.stage.learning_rate_of(component),
+                    "weight_decay": self.stage.weight_decay,
+                    "component": component,
+                }
+                for component in COMPONENTS
+            ]
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            self.optimizer = cls([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        examples = self.train_dataset
+        if self.stage.group_by == "none" or not isinstance(examples, Examples):
+            return super()._get_train_sampler(train_dataset)
+        by_modality = self.stage.group_by == "modality_length"
+        return GroupedSampler(
+            lengths=examples.lengths,
+            with_image=[bool(c.images) for c in examples.conversations] if by_modality else None,
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            seed=self.args.seed,
+        )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            TrainingError: the loss is not a finite number; the samples are named.
+        """
+        sample_ids = inputs.pop("sample_ids", [])
+        self.num_tokens += int(inputs["attention_mask"].sum())
+        self.num_samples += len(sample_ids)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; samples: {', '.join(sample_ids)}. "
+                "Look at them with `tinyllava record`; lower the learning rate, or train with precision fp32."
+            )
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the trained tensors only: the frozen ones are where they came from, and no pickle is needed."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        save_file(trained_tensors(model, state_dict), folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Missing keys are the frozen tensors; a key that the model does not know is an error.
+
+        Raises:
+            TrainingError: the checkpoint is of another model.
+        """
+        if load_result.unexpected_keys:
+            raise TrainingError(f"the checkpoint holds tensors of another model: {load_result.unexpected_keys[:5]}")
+
+
+def trained_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the trained tensors by name, a tied one once."""
+    state = state_dict if state_dict is not None else model.state_dict()
+    return {n: state[n].detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def make_arguments(
+    stage: Stage, hardware: Hardware, folder: Path, *, seed: int, num_samples: int, report_to: tuple[str, ...]
+) -> TrainingArguments:
+    """Translate a stage into the Trainer's words."""
+    world_size = int(_environment("WORLD_SIZE", "1"))
+    per_device = hardware.device_batch_size or default_device_batch(stage.global_batch_size // world_size)
+    num_steps = stage.max_steps or max(1, round(-(-num_samples // stage.global_batch_size) * stage.num_epochs))
+    precision = choose_precision(hardware.precision)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=stage.global_batch_size // (per_device * world_size),
+        num_train_epochs=stage.num_epochs,
+        max_steps=stage.max_steps or -1,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=-(-int(num_steps * stage.warmup_ratio * 1000) // 1000),
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=hardware.gradient_checkpointing,
+        dataloader_num_workers=hardware.num_workers,
+        dataloader_persistent_workers=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+        data_seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=hardware.save_steps or max(1, num_steps // 10),
+        save_total_limit=1,
+        remove_unused_columns=False,
+        report_to=list(report_to),
+        disable_tqdm=True,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def default_device_batch(per_rank: int) -> int:
+    """Return the largest divisor of the rank's share of a batch that a modest machine holds."""
+    bound = 16 if torch.cuda.is_available() else 8
+    return max(d for d in range(1, bound + 1) if per_rank % d == 0)
+
+
+def choose_precision(wanted: str) -> str:
+    """Return fp32, bf16 or fp16; 'auto' is bf16 on a GPU that has it, otherwise fp32."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _environment(name: str, default: str) -> str:
+    import os
+
+    return os.environ.get(name, default)
