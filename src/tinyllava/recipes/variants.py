@@ -37,13 +37,18 @@ def variant(name: str) -> Run:
     Raises:
         UnknownNameError: the name has another form, or a part of it is not known.
     """
+    return run_of(name, RECIPES)
+
+
+def run_of(name: str, recipes: Mapping[str, Recipe]) -> Run:
+    """Return the run of a variant's name whose recipe stands in a table; raises as ``variant``."""
     parts = name.removeprefix(PREFIX).split("-", 3)
     if len(parts) < 3:
         raise UnknownNameError(
             f"unknown variant {name!r}; a name is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], "
             f"such as {VARIANTS[-1]!r}; see `tinyllava show variants`."
         )
-    recipe = look_up(RECIPES, parts[0], f"recipe in {name!r}")
+    recipe = look_up(recipes, parts[0], "recipe")
     dataset, connector = _split_further_axes(parts[3] if len(parts) > 3 else "", name)
     return make_run(recipe, parts[1], parts[2], dataset=dataset, connector=connector)
 
