@@ -1,0 +1,138 @@
+"""Table 2: the four files that the paper trains on, and where records and pictures lie under one data root.
+
+Paper: section 4.1.2, Table 2.
+The layout is the published one: the record files in ``text_files/``, the pictures of every source in its own
+folder beside it. ``tinyllava show data`` prints what to fetch and where to put it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tinyllava.config import DataConfig
+from tinyllava.errors import ConfigError, DataError, UnknownNameError
+from tinyllava.lookup import look_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """One row of Table 2."""
+
+    name: str
+    stage: Literal["PT", "SFT"]
+    records: str
+    """Record file below the data root; it may also stand in the root itself."""
+    images: str
+    """Folder below the data root that the records' picture paths start from."""
+    folders: tuple[str, ...]
+    """Folders of pictures that the records name, below ``images``."""
+    num_samples: int
+    num_text_only: int = 0
+    """Records without a picture."""
+    mean_text_tokens: int
+    """Text of a record, estimated from the size of the file at 4.5 characters a token."""
+    size_bytes: int
+    """Of the record file; the pictures are far larger."""
+    source: str
+    licence: str
+
+
+_SFT_FOLDERS = (
+    "coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2"
+)  # fmt: skip
+_SHARE_FOLDERS = (
+    "llava/llava_pretrain/images", "sam/images", "share_textvqa/images", "web-celebrity/images",
+    "web-landmark/images", "wikiart/images",
+)  # fmt: skip
+
+MIXTURES: dict[str, Mixture] = {
+    mixture.name: mixture
+    for mixture in (
+        Mixture(
+            name="LLaVA-1.5-558k", stage="PT", records="text_files/blip_laion_cc_sbu_558k.json",
+            images="llava/llava_pretrain/images", folders=("00000",), num_samples=558_128,
+            mean_text_tokens=20, size_bytes=181_000_000,
+            source="https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain",
+            licence="that of CC-3M and BLIP",
+        ),
+        Mixture(
+            name="LLaVA-1.5-mix-665k", stage="SFT", records="text_files/llava_v1_5_mix665k.json", images="",
+            folders=_SFT_FOLDERS, num_samples=665_298, num_text_only=40_688, mean_text_tokens=250,
+            size_bytes=1_030_000_000,
+            source="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
+            licence="CC-BY-4.0 and OpenAI's terms of use",
+        ),
+        Mixture(
+            name="ShareGPT4V-PT-1246k", stage="PT",
+            records="text_files/share-captioner_coco_lcs_sam_1246k_1107.json", images="",
+            folders=("coco/train2017", "llava/llava_pretrain/images", "sam/images"), num_samples=1_246_000,
+            mean_text_tokens=190, size_bytes=1_500_000_000,
+            source="https://huggingface.co/datasets/Lin-Chen/ShareGPT4V", licence="CC-BY-NC-4.0",
+        ),
+        Mixture(
+            name="ShareGPT4V-mix-665k", stage="SFT",
+            records="text_files/sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json", images="",
+            folders=_SFT_FOLDERS + _SHARE_FOLDERS, num_samples=665_000, num_text_only=40_688,
+            mean_text_tokens=290, size_bytes=1_200_000_000,
+            source="https://huggingface.co/datasets/Lin-Chen/ShareGPT4V", licence="CC-BY-NC-4.0",
+        ),
+    )
+}  # fmt: skip
+"""By the source that Table 2 names; the two of ShareGPT4V have the paper's rounded number of samples."""
+
+
+def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Path, Path]]:
+    """Return the record files of a stage, each with the folder that its picture paths start from.
+
+    Args:
+        data: mixtures by name, or LLaVA-format files of the user.
+        data_root: folder of the mixtures; not needed for the user's own files.
+
+    Raises:
+        UnknownNameError: a name that is neither a mixture nor looks like a file.
+        ConfigError: a mixture is asked for without a data root.
+        DataError: files or folders are missing; all of them are listed, each with where it comes from.
+    """
+    found = [_resolve_one(record, data.images, data_root) for record in data.records]
+    missing = [line for _, _, lines in found for line in lines]
+    if missing:
+        raise DataError("data is missing:\n" + "\n".join(f"  {line}" for line in missing))
+    return [(records, images) for records, images, _ in found]
+
+
+def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path, Path, list[str]]:
+    """Return record file, image root, and what is missing of them in words."""
+    if record not in MIXTURES:
+        if not record.endswith((".json", ".jsonl")):
+            raise _unknown(record)
+        path = Path(record)
+        root = Path(images) if images else path.parent
+        lines = (
+            [] if path.is_file() else [f"{path}: no such record file; give the path of a LLaVA-format file."]
+        )
+        return path, root, lines + _missing_folder(root)
+    mixture = MIXTURES[record]
+    if not str(data_root):
+        raise ConfigError(
+            f"data.records = {record!r} is a mixture of Table 2 and needs data_root, the folder that holds "
+            f"{mixture.records}; see `tinyllava show data`."
+        )
+    candidates = [Path(data_root) / mixture.records, Path(data_root) / Path(mixture.records).name]
+    path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+    lines = [] if path.is_file() else [f"{path}: record file of {record}; fetch it from {mixture.source}."]
+    root = Path(images) if images else Path(data_root) / mixture.images
+    return path, root, lines + _missing_folder(root)
+
+
+def _missing_folder(root: Path) -> list[str]:
+    return (
+        [] if root.is_dir() else [f"{root}: no such folder of pictures; set data.images, or put them there."]
+    )
+
+
+def _unknown(record: str) -> UnknownNameError:
+    try:
+        look_up(MIXTURES, record, "mixture (or .json / .jsonl file)")
+    except UnknownNameError as error:
+        return error
+    raise AssertionError(record)
