@@ -4,10 +4,12 @@ Paper: section 3.1 and Table 1.
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -15,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
+from transformers.utils import logging
 
 from tinyllava.config import ModelConfig
 from tinyllava.connectors import num_tokens, resolve_options
@@ -76,7 +79,7 @@ def open_checkpoint(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True
         )
         processor = TinyLlavaProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be opened: {error}") from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(fault):
@@ -90,8 +93,6 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         CheckpointError: no folder, no config, another kind of model, or a weight file that is not there.
     """
-    import json
-
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no tinyllava checkpoint there (no config.json). Train one, or import one.")
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -130,7 +131,15 @@ def _load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
     config = getattr(config, "vision_config", None) or config
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False  # SigLIP's pooling head is not on the way of the patch features
-    return AutoModel.from_pretrained(encoder.path, config=config, dtype=dtype)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list the text half and the head, which are left out on purpose
+    try:
+        tower, report = AutoModel.from_pretrained(encoder.path, config=config, dtype=dtype, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    if report["missing_keys"]:
+        raise CheckpointError(f"{encoder.path}: lacks tensors of {type(tower).__name__}: {sorted(report['missing_keys'])}")
+    return tower
 
 
 def cut_encoder(vision_tower: Any, encoder: VisionEncoder) -> Any:

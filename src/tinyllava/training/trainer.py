@@ -4,6 +4,8 @@ grouped batches, and a stop when the loss is no number.
 Paper: section 4.1.2.
 """
 
+import os
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,7 @@ def make_arguments(
     stage: Stage, hardware: Hardware, folder: Path, *, seed: int, num_samples: int, report_to: tuple[str, ...]
 ) -> TrainingArguments:
     """Translate a stage into the Trainer's words."""
-    world_size = int(_environment("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     per_device = hardware.device_batch_size or default_device_batch(stage.global_batch_size // world_size)
     num_steps = stage.max_steps or max(1, round(-(-num_samples // stage.global_batch_size) * stage.num_epochs))
     precision = choose_precision(hardware.precision)
@@ -121,7 +123,7 @@ def make_arguments(
         max_steps=stage.max_steps or -1,
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=-(-int(num_steps * stage.warmup_ratio * 1000) // 1000),
+        warmup_steps=ceil(num_steps * stage.warmup_ratio),
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         bf16=precision == "bf16",
@@ -159,8 +161,3 @@ def choose_precision(wanted: str) -> str:
         return wanted
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
-
-def _environment(name: str, default: str) -> str:
-    import os
-
-    return os.environ.get(name, default)

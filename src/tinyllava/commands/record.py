@@ -1,0 +1,84 @@
+"""``tinyllava record``: show a record as it will be trained.
+
+Paper: section 3.2; what is green is the set A of equation 3.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    """Print the rendered text with supervised spans coloured, and the token counts."""
+    parser = argparse.ArgumentParser(
+        prog="tinyllava record",
+        description="Show records of a LLaVA-format file as the model will see them: supervised text is green "
+        "(in a plain terminal: between >> and <<), with token counts.",
+    )
+    parser.add_argument("file", help="LLaVA-format .json or .jsonl")
+    parser.add_argument("--images", default="", help="folder that picture paths start from (default: the file's)")
+    parser.add_argument("--model", default="", help="checkpoint folder whose tokenizer and template are used")
+    parser.add_argument("--language-model", default="", help="or a language model by name or folder")
+    parser.add_argument("--template", default="", help="template by name, e.g. caption")
+    parser.add_argument("--image-tokens", type=int, default=0, help="tokens of one picture (default: the checkpoint's)")
+    parser.add_argument("--index", type=int, default=0, help="first record to show")
+    parser.add_argument("--count", type=int, default=1, help="number of records")
+    known = parser.parse_args(arguments)
+    if bool(known.model) == bool(known.language_model):
+        parser.error("give one of --model CHECKPOINT and --language-model NAME")
+
+    from tinyllava.data.records import read_records
+    from tinyllava.templates import read_template
+
+    file = Path(known.file)
+    records = read_records(file, Path(known.images) if known.images else file.parent)
+    processor = _load_processor(known)
+    template = read_template(known.template) if known.template else None
+    for conversation in records.conversations[known.index : known.index + known.count]:
+        _print_record(conversation, processor, template)
+    return 0
+
+
+def _load_processor(known: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from tinyllava.model.assemble import check_checkpoint, load_tokenizer
+    from tinyllava.model.processing import TinyLlavaProcessor
+
+    if known.model:
+        check_checkpoint(Path(known.model))
+        processor = TinyLlavaProcessor.from_pretrained(known.model)
+    else:
+        from transformers import CLIPImageProcessorPil
+
+        from tinyllava.language_models import find_language_model
+        from tinyllava.templates import read_template
+
+        language = find_language_model(known.language_model)
+        processor = TinyLlavaProcessor(
+            image_processor=CLIPImageProcessorPil(), tokenizer=load_tokenizer(language),
+            chat_template=read_template(language.template),
+        )  # fmt: skip
+    if known.image_tokens:
+        processor.num_image_tokens = known.image_tokens
+    return processor
+
+
+def _print_record(conversation, processor, template) -> None:  # type: ignore[no-untyped-def]
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    text, spans = processor.render(conversation, template=template)
+    encoded = processor.encode(conversation, template=template)
+    shown, position = Text(), 0
+    for start, end in spans:
+        shown.append(text[position:start])
+        shown.append(text[start:end] if console.is_terminal else f">>{text[start:end]}<<", style="bold green")
+        position = end
+    shown.append(text[position:])
+    console.rule(f"record {conversation.id or '(no id)'}")
+    console.print(shown)
+    num_image = encoded.input_ids.count(processor.image_token_id)
+    console.print(
+        f"{len(encoded.input_ids)} tokens, {num_image} of them for {len(conversation.images)} picture(s), "
+        f"{sum(encoded.supervised)} supervised",
+        style="dim",
+    )

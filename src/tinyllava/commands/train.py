@@ -1,0 +1,108 @@
+"""``tinyllava train VARIANT``: resolve a run, check it, train its stages."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from tinyllava.config import DataConfig, Run
+from tinyllava.errors import ConfigError, DataError
+from tinyllava.recipes.variants import variant
+
+_HELP = """
+Train a variant of the paper, or your own model, and write a self-contained checkpoint.
+
+  tinyllava train base-Sig-Phi --data /data              Table 2's files in their published layout under /data
+  tinyllava train base-C-TL --from CKPT --data my.json   fine-tune a checkpoint on your own LLaVA-format records
+  tinyllava train my_recipes.py:MINE --data /data        a run of your own: a Python file and the name in it
+
+VARIANT is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], e.g. share-Sig-Phi (see `tinyllava show variants`).
+Every setting of the run is an option, e.g. --finetune.learning-rate 1e-5 --model.connector resampler
+--hardware.device-batch-size 4; `tinyllava train VARIANT --options` lists them all with their values.
+Running the same command again goes on where a stopped run was.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Train; print the folder of the model as the last line."""
+    parser = argparse.ArgumentParser(
+        prog="tinyllava train", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("variant", help="variant, or FILE.py:NAME")
+    parser.add_argument("--data", action="append", default=[], help="data folder, or LLaVA-format .json/.jsonl (repeatable)")
+    parser.add_argument("--images", default="", help="folder that picture paths start from (with --data FILE)")
+    parser.add_argument("--skip", action="append", default=[], help="named defect whose records are left out and counted")
+    parser.add_argument("--from", dest="start_from", default="", help="checkpoint folder to start from: fine-tuning only")
+    parser.add_argument("--only", default="", help="run only this stage")
+    parser.add_argument("--output", default="", help="run folder (default runs/NAME)")
+    parser.add_argument("--options", action="store_true", help="list every option of the run and stop")
+    known, rest = parser.parse_known_args(arguments)
+    run = _with_shortcuts(find_run(known.variant), known)
+    run = _with_options(run, ["--help"] if known.options else rest, known.variant)
+
+    from tinyllava.training.run import train
+
+    folder = train(run)
+    print(f"\nmodel: {folder}\nnext: tinyllava chat PICTURE --model {folder}")
+    return 0
+
+
+def find_run(name: str) -> Run:
+    """Return the run of a variant's name or of ``FILE.py:NAME``.
+
+    Raises:
+        UnknownNameError: no such variant.
+        ConfigError: the file or the name in it is not there, or is no Run.
+    """
+    file, colon, attribute = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        return variant(name)
+    import runpy
+
+    if not Path(file).is_file():
+        raise ConfigError(f"{file}: no such file.")
+    value = runpy.run_path(file).get(attribute)
+    value = value() if callable(value) else value
+    if not isinstance(value, Run):
+        raise ConfigError(f"{file}: {attribute} must be a tinyllava.config.Run or a function that returns one.")
+    return value
+
+
+def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
+    """Apply --data, --images, --from, --only and --output."""
+    files = tuple(path for path in known.data if Path(path).suffix in (".json", ".jsonl"))
+    folders = [path for path in known.data if path not in files]
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise DataError(f"--data {folder}: neither a folder nor a .json or .jsonl file.")
+    stages = dict(run.stages)
+    if known.start_from:
+        stages = dict([list(stages.items())[-1]])
+    if known.only:
+        if known.only not in stages:
+            raise ConfigError(f"--only {known.only}: no such stage; this run has {', '.join(run.stages)}.")
+        stages = {known.only: stages[known.only]}
+    if files:
+        name = list(stages)[-1]
+        stages[name] = dataclasses.replace(stages[name], data=DataConfig(records=files, images=known.images))
+    if known.skip:
+        stages = {
+            name: dataclasses.replace(stage, data=dataclasses.replace(stage.data, skip=(*stage.data.skip, *known.skip)))
+            for name, stage in stages.items()
+        }
+    return dataclasses.replace(
+        run, stages=stages, start_from=known.start_from or run.start_from,
+        output=known.output or run.output, data_root=folders[0] if folders else run.data_root,
+    )  # fmt: skip
+
+
+def _with_options(run: Run, rest: list[str], name: str) -> Run:
+    """Apply every other option; ``--finetune.x`` is short for ``--stages.finetune.x``."""
+    import tyro
+
+    rest = [
+        next((f"--stages.{arg[2:]}" for stage in run.stages if arg.startswith(f"--{stage}.")), arg) for arg in rest
+    ]
+    return tyro.cli(
+        Run, default=run, args=rest, prog=f"tinyllava train {name}",
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )  # fmt: skip

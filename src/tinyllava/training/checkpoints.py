@@ -1,0 +1,140 @@
+"""What stays of a stage: its trained tensors, its papers, and a key by which the same stage is found again.
+
+Differs: the published code tells a stage by its folder's name; here the key is made from what went in.
+"""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import tinyllava
+from tinyllava.config import Run, Stage, to_json
+from tinyllava.errors import CheckpointError, TrainingError
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.tuning import Ledger
+from tinyllava.training.trainer import trained_tensors
+
+PAPERS = "stage.json"
+TENSORS = "trained.safetensors"
+
+
+def stage_key(run: Run, stage: Stage, ledger: Ledger, data_digest: str, template: str) -> str:
+    """Return a digest of everything that decides a stage's result: weights before, plan, data, seed."""
+    settings = dataclasses.asdict(stage)
+    settings["data"] = data_digest
+    inputs = {
+        "tensors": [(row.name, row.trained, row.before) for row in ledger.rows],
+        "stage": settings,
+        "template": template,
+        "seed": run.seed,
+        "precision": run.hardware.precision,
+        "aspect": run.model.image_aspect,
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def find_stage(runs: Path, key: str) -> Path | None:
+    """Return the folder of a finished stage with that key, in any run beside this one."""
+    for papers in sorted(runs.glob(f"*/*/{PAPERS}")):
+        if json.loads(papers.read_text(encoding="utf-8")).get("key") == key and (papers.parent / TENSORS).is_file():
+            return papers.parent
+    return None
+
+
+def save_stage(folder: Path, model: TinyLlavaForConditionalGeneration, papers: Mapping[str, Any]) -> None:
+    """Write trained tensors and papers; the papers last, because they say that the stage is done."""
+    save_file(trained_tensors(model), folder / TENSORS, metadata={"format": "pt"})
+    (folder / PAPERS).write_text(json.dumps(papers, indent=2) + "\n", encoding="utf-8")
+
+
+def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
+    """Put a finished stage's tensors into a model whose plan was applied.
+
+    Raises:
+        CheckpointError: the tensors are not exactly those that the plan trains, or the file is damaged.
+    """
+    path = folder / TENSORS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); delete {folder} and train the stage again.") from error
+    expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    wrong = [n for n in expected.keys() | tensors.keys() if n not in expected or n not in tensors or tensors[n].shape != expected[n]]
+    if wrong:
+        raise CheckpointError(f"{path}: does not fit the stage's plan: {', '.join(sorted(wrong)[:5])} ({len(wrong)} tensors).")
+    model.load_state_dict(tensors, strict=False)
+
+
+def save_model(
+    folder: Path, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor,
+    run: Run, provenance: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write a self-contained folder; it appears whole or not at all."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    processor.save_pretrained(part)
+    (part / "run.json").write_text(to_json(run), encoding="utf-8")
+    (part / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint of a stage; one that a kill cut short lacks its state."""
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in folder.glob("checkpoint-*")
+        if (path / "trainer_state.json").is_file() and _is_json(path / "trainer_state.json")
+    ]
+    return str(max(found)[1]) if found else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def require_space(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
+    """Refuse to begin what cannot be saved.
+
+    Raises:
+        TrainingError: less free space than two checkpoints and the model take.
+    """
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    needed = 2 * 3 * trained + whole  # a checkpoint holds weights and AdamW's two moments; the next one overlaps it
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TrainingError(
+            f"{folder}: {free / 1e9:.1f} GB free, checkpoints and model need {needed / 1e9:.1f} GB; "
+            "free some space, or choose another folder with --output."
+        )
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return versions and hardware, for the run's papers."""
+    return {
+        "tinyllava": tinyllava.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "num_threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+    }

@@ -1,0 +1,99 @@
+"""Everything of a stage that is decided before its first step: records, lengths, features, a digest of the data.
+
+Paper: section 4.1.2, Table 2.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllava.config import DataConfig, Run, Stage
+from tinyllava.conversation import Conversation
+from tinyllava.data.dataset import Examples, measure
+from tinyllava.data.features import FeatureCache
+from tinyllava.data.mixtures import resolve
+from tinyllava.data.records import Records, check_skip, drop_broken_images, read_records
+from tinyllava.errors import DataError
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.templates import read_template
+from tinyllava.training.progress import make_progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The data of one stage, ready to be trained on."""
+
+    examples: Examples
+    skipped: Mapping[str, int]
+    """Records left out, by the name of the defect; only names that the stage asked for."""
+    digest: str
+    """Of the record files' bytes and of what was left out: the same digest is the same data."""
+
+    def summary(self) -> dict[str, object]:
+        """Return counts for the run's papers."""
+        return {
+            "num_samples": len(self.examples),
+            "num_with_image": sum(bool(c.images) for c in self.examples.conversations),
+            "num_tokens": sum(self.examples.lengths),
+            "num_supervised_tokens": sum(self.examples.supervised_lengths),
+            "longest_tokens": max(self.examples.lengths),
+            "skipped": dict(self.skipped),
+            "digest": self.digest,
+        }
+
+
+def read_data(data: DataConfig, data_root: str) -> tuple[Records, str]:
+    """Read the records of a stage and the digest of their files.
+
+    Raises:
+        ConfigError, DataError: see ``resolve`` and ``read_records``.
+    """
+    check_skip(data.skip)
+    conversations: list[Conversation] = []
+    skipped: dict[str, int] = {}
+    digest = hashlib.sha256(repr(data.skip).encode())
+    for path, images in resolve(data, data_root):
+        records = read_records(Path(path), Path(images), data.skip)
+        conversations += records.conversations
+        for name, count in records.skipped.items():
+            skipped[name] = skipped.get(name, 0) + count
+        digest.update(Path(path).read_bytes())
+    records = Records(conversations=tuple(conversations), skipped=skipped)
+    if "broken_image" in data.skip:
+        with make_progress() as bar:
+            task = bar.add_task("decoding pictures", total=len(conversations), note="")
+            records = drop_broken_images(records, lambda n: bar.advance(task, n))
+    return records, digest.hexdigest()[:16]
+
+
+def prepare(
+    run: Run, stage: Stage, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor
+) -> Prepared:
+    """Make the examples of a stage: every record read, tokenised once and measured, features computed.
+
+    Raises:
+        ConfigError, DataError, ImageError: the first thing that is wrong and was not asked to be skipped.
+    """
+    records, digest = read_data(stage.data, run.data_root)
+    template = read_template(stage.template) if stage.template else None
+    examples = Examples(conversations=records.conversations, processor=processor, template=template)
+    with make_progress() as bar:
+        task = bar.add_task("reading records", total=len(examples), note="")
+        examples, skipped = measure(
+            examples, stage.max_length_tokens, stage.data.skip, lambda n: bar.advance(task, n)
+        )
+        if not len(examples):
+            raise DataError(f"{', '.join(stage.data.records)}: no record left after skips {dict(skipped)}.")
+        if run.hardware.cache_features and not stage.vision_encoder.trains:
+            examples.features = _fill_features(run, model, processor, examples, bar)
+    return Prepared(examples=examples, skipped={**records.skipped, **skipped}, digest=digest)
+
+
+def _fill_features(run: Run, model, processor, examples: Examples, bar) -> FeatureCache:  # type: ignore[no-untyped-def]
+    cache = FeatureCache(run.folder.parent / ".features", model, processor)
+    refs = [ref for conversation in examples.conversations for ref in conversation.images]
+    task = bar.add_task("encoding pictures", total=len(refs), note="")
+    cache.fill(refs, progress=lambda n: bar.advance(task, n))
+    return cache

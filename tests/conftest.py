@@ -1,0 +1,62 @@
+"""Shared fixtures: toy parts, toy pictures and records in the real formats, made once per test session."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import toys
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Toy language models and encoders by kind."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    made = {kind: toys.make_language_model(folder / kind, kind) for kind in ("llama", "phi", "stablelm", "chatml")}
+    return made | {kind: toys.make_vision_encoder(folder / kind, kind) for kind in ("clip", "siglip")}
+
+
+def make_records(folder: Path, num_records: int = 12, text_only_every: int = 4) -> Path:
+    """Write pictures of one colour and LLaVA-format records about them; every n-th record has no picture."""
+    colours = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 220)}
+    random = np.random.default_rng(0)
+    records = []
+    for number in range(num_records):
+        colour = list(colours)[number % 3]
+        question, name = f"What colour is number {number}?", f"{number}.png"
+        record = {
+            "id": f"r{number}",
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "gpt", "value": colour},
+                {"from": "human", "value": "Is it " + "really " * (number % 3) + f"{colour}?"},
+                {"from": "gpt", "value": "yes"},
+            ],
+        }
+        if number % text_only_every == text_only_every - 1:
+            record["conversations"][0]["value"] = question
+        else:
+            pixels = np.clip(np.array(colours[colour]) + random.integers(-20, 20, (40, 50, 3)), 0, 255)
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name)
+            record["image"] = name
+        records.append(record)
+    path = folder / "records.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve records, three of them without a picture."""
+    return make_records(tmp_path_factory.mktemp("records"))

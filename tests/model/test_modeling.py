@@ -1,0 +1,172 @@
+"""The assembled model: against transformers' own classes, saved and opened, answering in batches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+from tinyllava.config import ModelConfig
+from tinyllava.connectors import CONNECTORS, build_connector, num_tokens
+from tinyllava.conversation import ask
+from tinyllava.errors import CheckpointError, ConfigError
+from tinyllava.model.assemble import assemble, open_checkpoint
+
+LLMS, ENCODERS = ("llama", "phi", "stablelm", "chatml"), ("clip", "siglip")
+PAIRS = [(llm, encoder) for llm in LLMS for encoder in ENCODERS]
+
+
+def make(parts: dict[str, Path], llm: str, encoder: str, **kwargs):
+    torch.manual_seed(1)
+    config = ModelConfig(vision_encoder=str(parts[encoder]), language_model=str(parts[llm]), **kwargs)
+    return assemble(config)
+
+
+def picture(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
+    return Image.effect_noise(size, 60 + seed).convert("RGB")
+
+
+@pytest.mark.parametrize("llm", LLMS)
+def test_text_alone_gives_the_language_models_own_logits(parts, llm):
+    model, processor = make(parts, llm, "siglip")
+    reference = AutoModelForCausalLM.from_pretrained(parts[llm])
+    ids = processor.tokenizer("A red circle and 12 blue squares.", return_tensors="pt").input_ids
+    expected, found = reference(ids).logits, model(input_ids=ids).logits
+    torch.testing.assert_close(found[..., : expected.shape[-1]], expected, rtol=0, atol=0)
+    assert found[..., expected.shape[-1] :].abs().sum() == 0  # rows added for <image> are neutral
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_features_are_hidden_states_of_the_second_last_layer(parts, encoder):
+    from transformers import AutoModel
+
+    model, processor = make(parts, "llama", encoder)
+    pixels = processor.to_pixels([picture(0), picture(1)])
+    whole = AutoModel.from_pretrained(parts[encoder])(pixels, output_hidden_states=True).hidden_states[-2]
+    expected = whole[:, 1:] if encoder == "clip" else whole
+    torch.testing.assert_close(model.model.encode_images(pixels), expected, rtol=0, atol=0)
+    assert expected.shape[1] == 4
+    assert len(model.vision_encoder.encoder.layers) == 3  # the layer above the feature layer is not there
+
+
+@pytest.mark.parametrize(("llm", "encoder"), PAIRS)
+def test_saved_folder_opens_the_same_under_any_name(parts, tmp_path, llm, encoder):
+    model, processor = make(parts, llm, encoder)
+    folder = tmp_path / "llava-lora-phi-3.1b"  # a name that the published loaders would misread
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    again, processor_again = open_checkpoint(folder)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    prompt, _ = processor.render(ask("What is it?", "x"), open_answer=True)
+    inputs = processor(images=[picture(0)], text=prompt)
+    assert processor_again.render(ask("What is it?", "x"), open_answer=True)[0] == prompt
+    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    assert again.lm_head.bias is None or llm == "phi"
+    assert type(AutoModelForImageTextToText.from_pretrained(folder)) is type(model)
+    assert type(AutoProcessor.from_pretrained(folder)) is type(processor)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_stock_llava_opens_a_llama_mlp_checkpoint_with_equal_logits(parts, tmp_path, encoder):
+    model, processor = make(parts, "llama", encoder)
+    model.save_pretrained(tmp_path)
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    prompt, _ = processor.render(ask("What is it?", "x"), open_answer=True)
+    inputs = processor(images=[picture(0)], text=prompt)
+    torch.testing.assert_close(stock(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+
+
+def test_phi_head_bias_is_kept_and_used(parts):
+    model, _ = make(parts, "phi", "clip")
+    reference = AutoModelForCausalLM.from_pretrained(parts["phi"])
+    assert torch.equal(model.lm_head.bias, reference.lm_head.bias)
+    assert model.lm_head.bias.abs().max() > 0.5
+
+
+def test_loss_is_cross_entropy_over_supervised_positions(parts):
+    model, _ = make(parts, "phi", "clip")
+    ids = torch.randint(0, 200, (3, 20))
+    labels = ids.masked_fill(torch.rand(3, 20) < 0.6, -100)
+    logits = model(input_ids=ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, expected)
+    halved = model(input_ids=ids, labels=labels, num_items_in_batch=2 * int((labels[:, 1:] != -100).sum())).loss
+    torch.testing.assert_close(halved, expected / 2)
+
+
+@pytest.mark.parametrize(("llm", "encoder"), PAIRS)
+def test_generate_for_a_mixed_padded_batch_equals_each_alone(parts, llm, encoder):
+    model, processor = make(parts, llm, encoder)
+    requests = [
+        (ask("What is it?", "x"), [picture(0)]),
+        (ask("Is there a dog in the picture? Answer the question using a single word or phrase."), []),
+        (ask("What is in it, and what is not?", "x", "y"), [picture(1), picture(2, (30, 80))]),
+        (ask("A"), []),
+    ]
+    prompts = [processor.render(conversation, open_answer=True)[0] for conversation, _ in requests]
+    images = [image for _, group in requests for image in group]
+    together = model.generate(**processor(images=images, text=prompts), max_new_tokens=8, min_new_tokens=8)[:, -8:]
+    for row, prompt, (_, group) in zip(together, prompts, requests, strict=True):
+        alone = model.generate(**processor(images=group, text=prompt), max_new_tokens=8, min_new_tokens=8)[0, -8:]
+        assert row.tolist() == alone.tolist()
+
+
+def test_wrong_number_of_image_tokens_is_refused(parts):
+    model, processor = make(parts, "llama", "clip")
+    prompt, _ = processor.render(ask("What is it?", "x"), open_answer=True)
+    inputs = processor(images=[picture(0)], text=prompt)
+    with pytest.raises(ValueError, match="1 pictures of 4 tokens need 4 image tokens in input_ids, found 3"):
+        model(input_ids=inputs["input_ids"].where(inputs["input_ids"] != processor.image_token_id, 5).index_put(
+            (torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2])), torch.tensor(processor.image_token_id)),
+            pixel_values=inputs["pixel_values"])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "resampler", "pixel_shuffle"])
+def test_connectors_give_the_tokens_they_announce(name):
+    options = {"pixel_shuffle": {"block": 3}, "resampler": {"num_queries": 5, "width": 32}}.get(name, {})
+    connector = build_connector(name, vision_width=24, language_width=40, num_patches=36, options=options)
+    features = torch.randn(2, 36, 24)
+    assert connector(features).shape == (2, num_tokens(name, 36, options), 40)
+    assert torch.equal(connector(features)[1], connector(features[1:])[0]) or torch.allclose(
+        connector(features)[1], connector(features[1:])[0], atol=1e-6
+    )
+    assert name in CONNECTORS
+
+
+def test_pixel_shuffle_keeps_neighbours_together():
+    connector = build_connector("pixel_shuffle", vision_width=1, language_width=4, num_patches=16, options={"block": 2})
+    seen = []
+    connector.linear_1.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    connector(torch.arange(16.0).reshape(1, 16, 1))
+    assert seen[0][0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_a_grid_that_does_not_divide_is_refused_with_the_sizes_that_do():
+    with pytest.raises(ConfigError, match=r"27 x 27.*blocks of 2 x 2.*\[1, 3, 9, 27\]"):
+        num_tokens("pixel_shuffle", 729, {"block": 2})
+
+
+def test_a_missing_shard_is_named(parts, tmp_path):
+    model, processor = make(parts, "llama", "clip")
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    processor.save_pretrained(tmp_path)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=shard.name):
+        open_checkpoint(tmp_path)
+
+
+def test_a_truncated_weight_file_is_a_checkpoint_error(parts, tmp_path):
+    model, processor = make(parts, "llama", "clip")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no tinyllava checkpoint there"):
+        open_checkpoint(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="'phi', not 'tinyllava'"):
+        open_checkpoint(parts["phi"])
