@@ -10,43 +10,19 @@ nothing but the predictions, so that two files of predictions can be compared wi
 import datetime
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinyllava.conversation import Conversation
 from tinyllava.errors import DataError
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import Judging
+from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.scoring.statistics import Ratio, estimate
 from tinyllava.results import Metric, Result
-
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """One question, ready to be asked, with what is needed to grade the answer.
-
-    ``picture`` names the picture, also where several questions share one ("" for a question without picture);
-    ``target`` is JSON-able; ``groups`` are the breakdowns that the question counts in, each ``kind=value``.
-    """
-
-    id: str
-    conversation: Conversation
-    picture: str
-    target: Any
-    category: str = ""
-    groups: tuple[str, ...] = ()
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def prompt(self) -> str:
-        """The text that the model is asked, suffix included."""
-        return self.conversation.messages[-1].text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +66,7 @@ class Scored:
 
 
 def mean_scores(predictions: Sequence[Prediction]) -> Summary:
-    """Return the mean score in percent: over all questions, and over every group of them."""
+    """Return the mean score in percent: over all questions, and over each group of them."""
     return {"accuracy": [mean_of(predictions)], **means_by_group(predictions)}
 
 
@@ -100,7 +76,11 @@ def means_by_group(predictions: Sequence[Prediction]) -> dict[str, list[Ratio]]:
     for prediction in predictions:
         for group in prediction.groups:
             groups.setdefault(group, []).append(prediction)
-    return {group: [mean_of(groups[group])] for group in sorted(groups)}
+    return {group: [mean_of(groups[group])] for group in sorted(groups, key=_natural_order)}
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)]
 
 
 def mean_of(predictions: Sequence[Prediction]) -> Ratio:
@@ -125,12 +105,14 @@ class Benchmark:
     metric: str
     """Name of the headline metric."""
     num_questions: int
-    """Questions in the published set."""
+    """Questions in the published set, as ``count`` counts them."""
     prompt: str
     """What is asked, with the fields of the record in braces."""
     load: Callable[[Path], list[Question]]
     grade: Callable[[Question, str], Grade]
     summarise: Callable[[Sequence[Prediction]], Summary] = mean_scores
+    count: Callable[[Sequence[Question]], int] = len
+    """Number of questions in a list (MMBench asks each several times)."""
     max_new_tokens: int = 128
     judging: Judging | None = None
     """How a judge model grades the answers; None where none is needed."""
@@ -143,13 +125,15 @@ class Benchmark:
     """What a reader of the number has to know."""
 
     def predict(self, question: Question, answer: str | None, review: str | None = None) -> Prediction:
-        """Grade one answer; None stands for a question that was not answered, which counts as wrong."""
-        if answer is None:
-            grade = Grade("", 0.0)
-        elif review is not None and self.judging is not None:
-            grade = Grade(*self.judging.grade(review, answer, question.target))
+        """Grade one answer; None stands for a question that was not answered, which counts as wrong.
+
+        An answer that waits for its judge has no score yet.
+        """
+        judging = self.judging
+        if judging is not None and judging.is_needed(question, answer or ""):
+            grade = Grade("", None) if review is None else Grade(*judging.grade(question, review))
         else:
-            grade = self.grade(question, answer)
+            grade = Grade("", 0.0) if answer is None else self.grade(question, answer)
         return Prediction(
             benchmark=self.name,
             question_id=question.id,
@@ -195,7 +179,8 @@ class Benchmark:
         notes: Sequence[str] = (),
     ) -> Result:
         """Return the record of a scored run, dated now."""
-        partial = f"partial set: {len(questions):,} of {self.num_questions:,} questions"
+        num = self.count(questions)
+        partial = f"partial set: {num:,} of {self.num_questions:,} questions"
         return Result(
             benchmark=self.name,
             protocol=self.protocol,
@@ -203,7 +188,7 @@ class Benchmark:
             model=model,
             metric=self.metric,
             metrics=scored.metrics,
-            num_questions=len(questions),
+            num_questions=num,
             num_pictures=len({q.picture for q in questions} - {""}),
             num_missing=scored.num_missing,
             num_expected=self.num_questions,
@@ -212,7 +197,7 @@ class Benchmark:
             dtype=dtype,
             judge=judge,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            notes=(*([partial] if len(questions) < self.num_questions else []), *self.notes, *notes),
+            notes=(*([partial] if num < self.num_questions else []), *self.notes, *notes),
         )
 
 

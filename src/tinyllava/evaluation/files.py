@@ -1,8 +1,8 @@
 """What each benchmark needs on disk: what is there, what is missing, where it comes from."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -19,7 +19,8 @@ class NeededFile:
     licence: str = "see the source"
     num_files: int | None = None
     """How many files a complete folder (or pattern) has."""
-    md5: str | None = None
+    known_md5: Mapping[str, str] = field(default_factory=dict)
+    """MD5 of known releases -> the release's name."""
     is_optional: bool = False
 
 
@@ -30,6 +31,8 @@ class FileStatus:
     needed: NeededFile
     found: tuple[Path, ...]
     problem: str = ""
+    release: str = ""
+    """Which known release it is, told by its MD5."""
 
     @property
     def is_present(self) -> bool:
@@ -39,7 +42,7 @@ class FileStatus:
     def __str__(self) -> str:
         needed = self.needed
         state = "present" if self.is_present else "missing" if not self.found else "doubtful"
-        extra = f" ({self.problem})" if self.problem else ""
+        extra = "".join(f" ({remark})" for remark in (self.problem, self.release) if remark)
         optional = ", optional" if needed.is_optional else ""
         return (
             f"{state}{extra}{optional}: {' or '.join(needed.names)}: {needed.purpose}; "
@@ -52,7 +55,8 @@ def find_files(folder: Path, needed: NeededFile) -> FileStatus:
     for name in needed.names:
         found = tuple(sorted(folder.glob(name)))
         if found:
-            return FileStatus(needed=needed, found=found, problem=_find_problem(found, needed))
+            problem, release = _count(found, needed), _name_release(found[0], needed)
+            return FileStatus(needed=needed, found=found, problem=problem, release=release)
     return FileStatus(needed=needed, found=())
 
 
@@ -61,14 +65,16 @@ def check_files(folder: Path, needed: Sequence[NeededFile]) -> tuple[FileStatus,
     return tuple(find_files(folder, one) for one in needed)
 
 
-def _find_problem(found: tuple[Path, ...], needed: NeededFile) -> str:
-    if needed.num_files is not None:
-        inside = sum(1 for _ in found[0].iterdir()) if found[0].is_dir() else len(found)
-        if inside < needed.num_files:
-            return f"{inside:,} of {needed.num_files:,} files"
-    if needed.md5 is not None:
-        with found[0].open("rb") as file:
-            md5 = hashlib.file_digest(file, "md5").hexdigest()
-        if md5 != needed.md5:
-            return f"md5 {md5}, expected {needed.md5}"
-    return ""
+def _count(found: tuple[Path, ...], needed: NeededFile) -> str:
+    if needed.num_files is None:
+        return ""
+    inside = sum(1 for _ in found[0].iterdir()) if found[0].is_dir() else len(found)
+    return f"{inside:,} of {needed.num_files:,} files" if inside < needed.num_files else ""
+
+
+def _name_release(path: Path, needed: NeededFile) -> str:
+    if not needed.known_md5 or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        md5 = hashlib.file_digest(file, "md5").hexdigest()
+    return f"{needed.known_md5.get(md5, 'unknown release')}, md5 {md5}"

@@ -3,37 +3,36 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Message = Mapping[str, str]
-"""A chat message as OpenAI's API has it: ``role`` and ``content``."""
+from tinyllava.evaluation.question import Question
+
+Wording = Mapping[str, str]
+"""The texts of a judge's prompt, by the benchmark's own keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeRequest:
-    """One call of a judge."""
+    """One call of a judge: chat messages as OpenAI's API has them, and the sampling."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Mapping[str, str], ...]
     temperature: float
     max_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judging:
-    """How a benchmark uses a judge.
-
-    ``wording`` reads the judge's prompt from the user's copy of the benchmark's files (or returns our own);
-    ``ask`` makes the request for (wording, question text, target, answer, number of earlier tries);
-    ``is_valid`` tells whether a reply can be read, else the judge is asked again, up to ``max_tries``;
-    ``grade`` turns the last reply (with answer and target at hand) into what was understood and a score in
-    [0, 1].
-    """
+    """How a benchmark uses a judge."""
 
     official_judge: str
-    wording: Callable[[Path], str]
-    ask: Callable[[str, str, Any, str, int], JudgeRequest]
-    is_valid: Callable[[str], bool]
-    grade: Callable[[str, str, Any], tuple[str, float]]
+    """The judge of the published numbers; another judge's numbers stand in another column."""
+    wording: Callable[[Path], Wording]
+    """Reads the prompt from the user's copy of the benchmark's files in this folder, or returns our own."""
+    ask: Callable[[Wording, Question, str, int], JudgeRequest]
+    """Makes the request for a question, an answer and the number of earlier tries."""
+    is_valid: Callable[[Question, str], bool]
+    """Tells whether a reply can be read; if not, the judge is asked again, up to ``max_tries`` times."""
+    grade: Callable[[Question, str], tuple[str, float]]
+    """Turns the last reply into what was understood and a score."""
     max_tries: int = 1
-    is_needed: Callable[[str, Any], bool] = lambda *_: True
-    """Whether this answer (with its target) has to be judged at all."""
+    is_needed: Callable[[Question, str], bool] = lambda *_: True
+    """Whether this answer has to be judged; if not, the benchmark's own ``grade`` serves."""

@@ -30,6 +30,8 @@ class Ratio:
     clusters: Sequence[str]
     denominators: Sequence[float] | None = None
     weight: float = 100.0
+    num_questions: int | None = None
+    """Questions that this ratio adds to the count; one an entry if not given."""
 
     @property
     def bottom(self) -> Sequence[float]:
@@ -51,11 +53,14 @@ def estimate(name: str, ratios: Sequence[Ratio]) -> Metric:
     interval. With a single picture nothing can be said about the error.
     """
     value = math.fsum(ratio.value for ratio in ratios)
-    num = sum(len(ratio.numerators) for ratio in ratios)
+    num = sum(
+        len(ratio.numerators) if ratio.num_questions is None else ratio.num_questions for ratio in ratios
+    )
     if len(ratios) == 1 and _is_plain_accuracy(ratios[0]):
         share, weight = value / ratios[0].weight, ratios[0].weight
-        low, high = wilson_interval(share, num)
-        error = weight * math.sqrt(share * (1 - share) / num)
+        num_units = len(ratios[0].numerators)
+        low, high = wilson_interval(share, num_units)
+        error = weight * math.sqrt(share * (1 - share) / num_units)
         return Metric(
             name=name,
             value=value,

@@ -1,0 +1,165 @@
+"""GQA: compositional questions about Visual Genome pictures, one gold answer each (testdev_balanced).
+
+Paper: appendix A; the column GQA of Tables 3 and A1.
+Differs: the official validity, plausibility and consistency need files that the release does not have.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tinyllava.conversation import ImageRef
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction
+from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.question import (
+    SHORT,
+    Question,
+    QuestionList,
+    no_source,
+    read_llava_prompts,
+)
+from tinyllava.evaluation.read import (
+    Pictures,
+    Record,
+    find_parquet,
+    read_entries,
+    read_list,
+    read_parquet,
+    unpack_picture,
+)
+from tinyllava.results import Metric
+
+PROMPT = "{question}\n" + SHORT
+GOLD = "testdev_balanced_questions.json"
+LLAVA = "llava_gqa_testdev_balanced.jsonl"
+SITE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
+_NO_STEP = ("exist", "query: name", "choose name")
+
+
+def load(folder: Path) -> list[Question]:
+    """Read the gold file, with LLaVA's prompts where its question file is there, or the parquet configs."""
+    questions = QuestionList()
+    prompts: dict[str, str] = {}
+    if (folder / LLAVA).exists():
+        prompts = {record.text("question_id"): text for record, text in read_llava_prompts(folder / LLAVA)}
+    source = folder / GOLD
+    for question_id, record, image in _read_records(folder):
+        types = record.part("types")
+        text = prompts.get(question_id) or PROMPT.format(question=record.text("question"))
+        structural = types.text("structural")
+        groups = (
+            f"answer_type={'open' if structural == 'query' else 'binary'}",
+            f"structural={structural}",
+            f"semantic={types.text('semantic')}",
+            f"steps={_count_steps(record)}",
+            f"words={len(record.text('question').split())}",
+        )
+        meta = {"group": record.part("groups").values.get("global")}
+        answer = record.text("answer")
+        questions.add(record, id=question_id, text=text, image=image, target=answer, groups=groups, meta=meta)
+    return questions.finish(source)
+
+
+def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef]]:
+    if (folder / GOLD).exists():
+        pictures = Pictures(folder / "images")
+        for question_id, record in read_entries(folder / GOLD).items():
+            yield question_id, record, pictures[f"{record.text('imageId')}.jpg"]
+        return
+    shards = find_parquet(folder, "testdev")
+    if not shards:
+        raise no_source(folder, "gqa", GOLD, "parquet shards (testdev_balanced_instructions and _images)")
+    images: dict[str, ImageRef] = {}
+    for record in read_parquet([path for path in shards if "images" in str(path.relative_to(folder))]):
+        name = f"{record.text('id')}.jpg"
+        images[record.text("id")] = unpack_picture(record, "image", folder, name)
+    for record in read_parquet([path for path in shards if "images" not in str(path.relative_to(folder))]):
+        if record.text("imageId") not in images:
+            record.fail(f"no picture {record.text('imageId')!r} among the shards of the config _images.")
+        yield record.text("id"), record, images[record.text("imageId")]
+
+
+def _count_steps(record: Record) -> int:
+    """Return the reasoning steps as the official tool counts them: without the closing look-up of a name."""
+    steps = [
+        f"{step.text('operation')}: {step.text('argument')}"
+        for step in read_list(record, "semantic", "operation")
+    ]
+    return sum(not any(mark in step for mark in _NO_STEP) for step in steps)
+
+
+def post_process(answer: str) -> str:
+    """Drop trailing periods and lower the case, as LLaVA's converter does."""
+    return answer.rstrip(".").lower()
+
+
+def grade(question: Question, answer: str) -> Grade:
+    """Compare to the letter after post-processing."""
+    parsed = post_process(answer)
+    return Grade(parsed, float(parsed == question.target))
+
+
+def measure_distribution(
+    questions: Sequence[Question], predictions: Sequence[Prediction]
+) -> tuple[Metric, ...]:
+    """Return the official chi-square distance of predicted from gold answers, by group; lower is better."""
+    gold: dict[str, Counter[str]] = defaultdict(Counter)
+    predicted: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, prediction in zip(questions, predictions, strict=True):
+        group = question.meta["group"]
+        if group is not None:
+            gold[group][question.target] += 1
+            predicted[group][prediction.parsed] += 1
+    total, weighted = 0, 0.0
+    for group, counts in gold.items():
+        distance = sum((predicted[group][answer] - num) ** 2 / num for answer, num in counts.items())
+        weighted += distance * counts.total()
+        total += counts.total()
+    return (Metric(name="distribution", value=weighted / total, num_questions=total),) if total else ()
+
+
+def export_predictions(
+    questions: Sequence[Question], answers: Mapping[str, str], folder: Path, out: Path
+) -> Sequence[Path]:
+    """Write the file that the official eval.py reads; questions without an answer get an empty one."""
+    entries = [{"questionId": q.id, "prediction": post_process(answers.get(q.id, ""))} for q in questions]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "testdev_balanced_predictions.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return (path,)
+
+
+BENCHMARK = Benchmark(
+    name="gqa",
+    title="GQA",
+    protocol="gqa/llava-1.5",
+    split="testdev_balanced",
+    metric="accuracy",
+    num_questions=12_578,
+    prompt=PROMPT,
+    load=load,
+    grade=grade,
+    details=measure_distribution,
+    export=export_predictions,
+    files=(
+        NeededFile(
+            names=(GOLD, "**/testdev*.parquet"),
+            purpose="12,578 questions with answers and types",
+            source=SITE,
+            licence="CC BY 4.0",
+        ),
+        NeededFile(
+            names=("images", "**/*images*/testdev*.parquet"),
+            purpose="398 pictures (n161313.jpg and so on, out of images.zip)",
+            source=SITE,
+            licence="CC BY 4.0",
+        ),
+        NeededFile(
+            names=(LLAVA,),
+            purpose="LLaVA's prompts (else made by the same rule)",
+            source="LLaVA's eval.zip (docs/Evaluation.md of the LLaVA repository)",
+            is_optional=True,
+        ),
+    ),
+)

@@ -1,0 +1,238 @@
+"""LLaVA-Bench (in the wild): 60 questions on 24 pictures; a judge compares the answer with GPT-4's.
+
+Paper: appendix A; the column LLaVA-W of Tables 3 and A1 is the ratio of the mean scores over all questions.
+Differs: ``llava-w-own-prompt`` asks the judge in our own words, for those without LLaVA's files.
+"""
+
+import ast
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tinyllava.conversation import ImageRef
+from tinyllava.errors import DataError
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary
+from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
+from tinyllava.evaluation.question import Question, QuestionList, no_source
+from tinyllava.evaluation.read import (
+    Pictures,
+    Record,
+    find_parquet,
+    read_json,
+    read_lines,
+    read_parquet,
+    read_text,
+    unpack_picture,
+)
+from tinyllava.evaluation.scoring.statistics import Ratio
+
+CATEGORIES = ("conv", "detail", "complex")
+RULES, SCRIPT = "rule.json", "eval_gpt_review_bench.py"
+SITE = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+LLAVA = "llava/eval of https://github.com/haotian-liu/LLaVA"
+UNREADABLE = "-1 -1"
+
+
+def load(folder: Path) -> list[Question]:
+    """Read questions, captions and reference answers from the official files, or from a parquet mirror."""
+    questions = QuestionList()
+    for record, text, image, caption, reference in _read_records(folder):
+        questions.add(
+            record,
+            id=record.text("question_id"),
+            text=text,
+            image=image,
+            target={"reference": reference, "caption": caption},
+            category=record.one_of("category", *CATEGORIES),
+        )
+    return questions.finish(folder)
+
+
+def _read_records(folder: Path) -> Iterator[tuple[Record, str, ImageRef, str, str]]:
+    if not (folder / "questions.jsonl").exists():
+        shards = find_parquet(folder, "")
+        if not shards:
+            raise no_source(folder, "llava-w", "questions.jsonl", "parquet shards")
+        for record in read_parquet(shards):
+            image = unpack_picture(
+                record, "image", folder, f"{record.text('image_id').removesuffix('.jpg')}.jpg"
+            )
+            yield record, record.text("question"), image, _caption(record), record.text("gpt_answer")
+        return
+    pictures = Pictures(folder / "images")
+    contexts = {record.text("image"): record for record in read_lines(folder / "context.jsonl")}
+    answers = {record.text("question_id"): record for record in read_lines(folder / "answers_gpt4.jsonl")}
+    for record in read_lines(folder / "questions.jsonl"):
+        question_id, image_name = record.text("question_id"), record.text("image")
+        if image_name not in contexts:
+            record.fail(f"picture {image_name!r} has no caption in {folder / 'context.jsonl'}.")
+        if question_id not in answers:
+            record.fail(f"question {question_id} has no reference answer in {folder / 'answers_gpt4.jsonl'}.")
+        caption, reference = _caption(contexts[image_name]), answers[question_id].text("text")
+        yield record, record.text("text"), pictures[image_name], caption, reference
+
+
+def _caption(record: Record) -> str:
+    caption = record.field("caption")
+    return "\n".join(record.texts("caption")) if isinstance(caption, list) else record.text("caption")
+
+
+def read_official_wording(folder: Path) -> Wording:
+    """Return the rules, the role and the system line out of the user's copy of LLaVA's files."""
+    for name in (RULES, SCRIPT):
+        if not (folder / name).exists():
+            raise DataError(
+                f"{folder / name}: no such file; the official judge prompt is read from it. Take it from "
+                f"{LLAVA}, or evaluate llava-w-own-prompt, whose numbers stand in a column of their own."
+            )
+    rules = read_json(folder / RULES)
+    wording: dict[str, str] = {}
+    for category in CATEGORIES:
+        rule = rules.part(f"llava_bench_{category}")
+        wording[category], wording[f"{category} role"] = rule.text("prompt"), rule.text("role")
+    system = [
+        _constants(node)["content"]
+        for node in ast.walk(ast.parse(read_text(folder / SCRIPT)))
+        if isinstance(node, ast.Dict) and _constants(node).get("role") == "system"
+    ]
+    if not system:
+        raise DataError(f"{folder / SCRIPT}:1: holds no system message. Take the file from {LLAVA}.")
+    return {**wording, "system": system[0]}
+
+
+def _constants(node: ast.Dict) -> dict[str, str]:
+    return {
+        str(key.value): str(value.value)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Constant)
+    }
+
+
+_OWN_RULE = (
+    "Two assistants answered a question about a picture that they saw and you know from the context alone. "
+    "Grade both from 1 to 10 by how helpful, to the point, right and detailed the answer is; which came "
+    "first must not matter. The first line of your reply holds the two grades and nothing else, a space "
+    "between them; then give reasons."
+)
+_OWN_WORDING = {
+    "system": "You grade answers with care.",
+    **dict.fromkeys(CATEGORIES, _OWN_RULE),
+    **{f"{category} role": "Assistant" for category in CATEGORIES},
+}
+
+
+def _ask(wording: Wording, question: Question, answer: str, num_tries: int) -> JudgeRequest:
+    """Lay out context, question, reference, answer and rule in the official order."""
+    role = wording[f"{question.category} role"]
+    blocks = (
+        f"[Context]\n{question.target['caption']}",
+        f"[Question]\n{question.prompt}",
+        f"[{role} 1]\n{question.target['reference']}\n\n[End of {role} 1]",
+        f"[{role} 2]\n{answer}\n\n[End of {role} 2]",
+        f"[System]\n{wording[question.category]}",
+    )
+    content = "".join(block + "\n\n" for block in blocks)
+    messages = ({"role": "system", "content": wording["system"]}, {"role": "user", "content": content})
+    return JudgeRequest(messages=messages, temperature=0.2, max_tokens=1024)
+
+
+def read_scores(reply: str) -> tuple[float, float]:
+    """Return the scores of reference and model from the first line, else (-1, -1), which counts in the mean.
+
+    "8, 7" is not readable: the comma becomes a second space, and the official script then sees three parts.
+    """
+    parts = reply.split("\n", maxsplit=1)[0].replace(",", " ").split(" ")
+    try:
+        reference, model = (float(part) for part in parts)
+    except ValueError:
+        return -1.0, -1.0
+    return reference, model
+
+
+def _grade_reply(question: Question, reply: str) -> tuple[str, float]:
+    reference, model = read_scores(reply)
+    return f"{reference:g} {model:g}", model / 10
+
+
+def summarise(predictions: Sequence[Prediction]) -> Summary:
+    """Return the ratio of means (model / reference, percent), all and by category; both means times ten."""
+    summary: dict[str, list[Ratio]] = {}
+    for name in ("all", *CATEGORIES):
+        chosen = [p for p in predictions if name in ("all", p.category)]
+        if not chosen:
+            continue
+        pairs = [tuple(map(float, p.parsed.split())) for p in chosen]
+        reference, model = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        clusters = [p.cluster for p in chosen]
+        summary[name] = [Ratio(numerators=model, denominators=reference, clusters=clusters)]
+        summary[f"{name} reference"] = [Ratio(numerators=reference, clusters=clusters, weight=10)]
+        summary[f"{name} model"] = [Ratio(numerators=model, clusters=clusters, weight=10)]
+    return summary
+
+
+def export_answers(
+    questions: Sequence[Question], answers: Mapping[str, str], folder: Path, out: Path
+) -> Sequence[Path]:
+    """Write the answers file that LLaVA's review script reads, in the order of the questions."""
+    lines = [
+        json.dumps(
+            {"question_id": int(q.id), "prompt": q.prompt, "text": answers.get(q.id, ""), "answer_id": q.id}
+        )
+        for q in questions
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "llava_w_answers.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return (path,)
+
+
+_FILES = (
+    *(
+        NeededFile(names=(name, "**/*.parquet"), purpose=purpose, source=SITE)
+        for name, purpose in (
+            ("questions.jsonl", "60 questions"),
+            ("context.jsonl", "captions of the 24 pictures, for the judge"),
+            ("answers_gpt4.jsonl", "reference answers"),
+            ("images", "24 pictures"),
+        )
+    ),
+)
+
+BENCHMARK = Benchmark(
+    name="llava-w",
+    title="LLaVA-W",
+    protocol="llava-w/official-prompt",
+    split="test",
+    metric="all",
+    num_questions=60,
+    prompt="{question}",
+    load=load,
+    grade=lambda *_: Grade("", None),
+    summarise=summarise,
+    max_new_tokens=1024,
+    judging=Judging(
+        official_judge="gpt-4-0314",
+        wording=read_official_wording,
+        ask=_ask,
+        is_valid=lambda _, reply: read_scores(reply) != (-1.0, -1.0),
+        grade=_grade_reply,
+    ),
+    export=export_answers,
+    files=(
+        *_FILES,
+        NeededFile(names=(RULES,), purpose="the official rules for the judge", source=f"{LLAVA}/table"),
+        NeededFile(names=(SCRIPT,), purpose="the judge's system line", source=LLAVA),
+    ),
+)
+
+OWN_PROMPT = replace(
+    BENCHMARK,
+    name="llava-w-own-prompt",
+    title="LLaVA-W (own prompt)",
+    protocol="llava-w/own-prompt",
+    judging=replace(BENCHMARK.judging, wording=lambda _: _OWN_WORDING) if BENCHMARK.judging else None,
+    files=_FILES,
+    notes=("judged with a prompt of our own; not a number for the column LLaVA-W",),
+)

@@ -1,0 +1,182 @@
+"""POPE: is there an object of this kind in the picture? Asked of COCO val2014 in three splits.
+
+Paper: appendix A. The paper says "POPE accuracy"; its numbers follow LLaVA's script, which is the mean F1
+of the adversarial, popular and random splits, at the pinned release with 2,910 random questions. Differs:
+answers and labels are joined by id, not by order. ``pope-pooled`` is lmms-eval's protocol: 9,000 questions
+in one pool, exact match.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from tinyllava.conversation import ImageRef
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of
+from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source
+from tinyllava.evaluation.read import (
+    Pictures,
+    Record,
+    find_parquet,
+    read_lines,
+    read_parquet,
+    unpack_picture,
+)
+from tinyllava.evaluation.scoring.statistics import Ratio
+from tinyllava.evaluation.scoring.yes_no import NO, YES, parse_exact, parse_pope
+
+PROMPT = "{question}\n" + SHORT
+FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
+NUM_PINNED_RANDOM = 2_910
+PINNED = "commit e3e3926 of https://github.com/AoiDragon/POPE (output/coco)"
+
+
+def load(folder: Path, *, is_pinned: bool) -> list[Question]:
+    """Read the three files (in the folder or in ``coco/``), or the parquet mirror; ids are LLaVA's."""
+    questions = QuestionList()
+    num_random = 0
+    for split, record, image in _read_records(folder):
+        if split not in FIRST_ID:
+            record.fail(f"field 'category' is {split!r}; it has to be one of {', '.join(FIRST_ID)}.")
+        num_random += split == "random"
+        if is_pinned and num_random > NUM_PINNED_RANDOM:
+            record.fail(
+                f"the random split has more than the {NUM_PINNED_RANDOM:,} questions of the release that "
+                "published numbers use.",
+                f"Take the files of {PINNED}, or evaluate pope-pooled.",
+            )
+        label = record.one_of("label" if "label" in record.values else "answer", YES, NO)
+        text = record.text("text" if "text" in record.values else "question")
+        questions.add(
+            record,
+            id=str(FIRST_ID[split] + record.integer("question_id")),
+            text=PROMPT.format(question=text),
+            image=image,
+            target=label,
+            category=split,
+            groups=(f"label={label}",),
+        )
+    return questions.finish(folder)
+
+
+def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef]]:
+    names = {split: f"coco_pope_{split}.json" for split in FIRST_ID}
+    root = folder / "coco" if (folder / "coco").is_dir() else folder
+    is_official = any((root / name).exists() for name in names.values())
+    shards = find_parquet(folder, "")
+    if shards and not is_official:
+        for record in read_parquet(shards):
+            name = f"{record.text('image_source')}.jpg"
+            yield record.text("category").lower(), record, unpack_picture(record, "image", folder, name)
+        return
+    if not is_official:
+        raise no_source(folder, "pope", *names.values(), "parquet shards")
+    pictures = Pictures(folder / "val2014")
+    for split, name in names.items():
+        for record in read_lines(root / name):
+            yield split, record, pictures[record.text("image")]
+
+
+def grade(question: Question, answer: str) -> Grade:
+    """Compare yes or no; what is unclear counts as yes."""
+    parsed = parse_pope(answer)
+    return Grade(parsed, float(parsed == question.target))
+
+
+def grade_exact(question: Question, answer: str) -> Grade:
+    """Compare the whole answer in lower case."""
+    parsed = parse_exact(answer)
+    return Grade(parsed, float(parsed == question.target))
+
+
+def summarise(predictions: Sequence[Prediction]) -> Summary:
+    """Return the mean F1 of the splits, the accuracy over all, and the five numbers of each split."""
+    splits = [split for split in FIRST_ID if any(p.category == split for p in predictions)]
+    by_split = {split: _rates([p for p in predictions if p.category == split]) for split in splits}
+    headline = [replace(by_split[split]["f1"], weight=100 / len(splits)) for split in splits]
+    each = {f"{split} {name}": [rate] for split in splits for name, rate in by_split[split].items()}
+    return {"f1": headline, "accuracy": [mean_of(predictions)], **each}
+
+
+def summarise_pooled(predictions: Sequence[Prediction]) -> Summary:
+    """Return the five numbers over all questions in one pool."""
+    return {name: [rate] for name, rate in _rates(predictions).items()}
+
+
+def _rates(predictions: Sequence[Prediction]) -> dict[str, Ratio]:
+    """Return F1, accuracy, precision, recall and the share of yes among the predictions.
+
+    A missing answer is a false one of its label, and no yes.
+    """
+    clusters = [p.cluster for p in predictions]
+    is_yes = ["label=yes" in p.groups for p in predictions]
+    hit = [float(truth and p.parsed == YES) for p, truth in zip(predictions, is_yes, strict=True)]
+    false_yes = [
+        float(not truth and p.parsed in (YES, "")) for p, truth in zip(predictions, is_yes, strict=True)
+    ]
+    false_no = [float(truth and p.parsed in (NO, "")) for p, truth in zip(predictions, is_yes, strict=True)]
+
+    def ratio(numerators: list[float], *rest: list[float]) -> Ratio:
+        bottom = [sum(parts) for parts in zip(numerators, *rest, strict=True)]
+        return Ratio(numerators=numerators, denominators=bottom, clusters=clusters)
+
+    doubled = [2 * one for one in hit]
+    return {
+        "f1": ratio(doubled, false_yes, false_no),
+        "accuracy": mean_of(predictions),
+        "precision": ratio(hit, false_yes),
+        "recall": ratio(hit, false_no),
+        "yes_ratio": Ratio(numerators=[float(p.parsed == YES) for p in predictions], clusters=clusters),
+    }
+
+
+_FILES = (
+    *(
+        NeededFile(
+            names=(f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json"),
+            purpose=f"{num:,} questions, split {split}",
+            source=PINNED,
+            licence="MIT",
+        )
+        for split, num in (("adversarial", 3_000), ("popular", 3_000), ("random", NUM_PINNED_RANDOM))
+    ),
+    NeededFile(names=("val2014",), purpose="500 pictures of COCO val2014", source="https://cocodataset.org"),
+)
+
+BENCHMARK = Benchmark(
+    name="pope",
+    title="POPE",
+    protocol="pope/mean-f1/llava-1.5",
+    split="adversarial + popular + random (2,910)",
+    metric="f1",
+    num_questions=8_910,
+    prompt=PROMPT,
+    load=partial(load, is_pinned=True),
+    grade=grade,
+    summarise=summarise,
+    files=_FILES,
+    notes=("f1 is the mean F1 of the three splits; accuracy is printed beside it",),
+)
+
+POOLED = replace(
+    BENCHMARK,
+    name="pope-pooled",
+    title="POPE (pooled)",
+    protocol="pope/pooled-exact/lmms-eval",
+    split="adversarial + popular + random (3,000)",
+    metric="accuracy",
+    num_questions=9_000,
+    load=partial(load, is_pinned=False),
+    grade=grade_exact,
+    summarise=summarise_pooled,
+    files=(
+        NeededFile(
+            names=("**/*.parquet", "coco_pope_random.json", "coco/coco_pope_random.json"),
+            purpose="9,000 questions, with pictures in parquet",
+            source="the data set lmms-lab/POPE, or https://github.com/AoiDragon/POPE",
+            licence="MIT",
+        ),
+    ),
+    notes=("exact match of yes or no over one pool; not a number for the column POPE",),
+)

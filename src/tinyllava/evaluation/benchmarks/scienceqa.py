@@ -1,0 +1,118 @@
+"""ScienceQA: school questions with two to five choices; the paper reports those with a picture (test).
+
+Paper: appendix A, ScienceQA-IMG; the column SQA-I of Tables 3 and A1 is the accuracy over questions with a
+picture. Differs: an unanswered question is wrong in both numbers; LLaVA's script drops it from the second.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tinyllava.conversation import ImageRef
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, mean_scores
+from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.question import LETTER, Question, QuestionList, no_source
+from tinyllava.evaluation.read import (
+    Pictures,
+    Record,
+    find_parquet,
+    read_entries,
+    read_json,
+    read_parquet,
+    unpack_picture,
+)
+from tinyllava.evaluation.scoring.choices import parse_scienceqa
+
+PROMPT = "{context}{question}\n{options}\n" + LETTER
+LETTERS = "ABCDE"
+SITE = "https://github.com/lupantech/ScienceQA"
+
+
+def load(folder: Path) -> list[Question]:
+    """Read the test split of the official files, or of a parquet mirror (whose rows then serve as ids)."""
+    questions = QuestionList()
+    for question_id, record, image in _read_records(folder):
+        choices = record.texts("choices")
+        if not 2 <= len(choices) <= len(LETTERS):
+            record.fail(f"field 'choices' has {len(choices)} entries; it has to have 2 to 5.")
+        if record.integer("answer") not in range(len(choices)):
+            record.fail(
+                f"field 'answer' is {record.integer('answer')}; there are choices 0 to {len(choices) - 1}."
+            )
+        hint = record.text("hint")
+        text = PROMPT.format(
+            context=f"Context: {hint}\n" if hint else "",
+            question=record.text("question"),
+            options="\n".join(
+                f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
+            ),
+        )
+        groups = (
+            f"context={'image' if image else 'text' if hint else 'none'}",
+            f"grade={record.text('grade').removeprefix('grade')}",
+            f"subject={record.text('subject')}",
+        )
+        target = LETTERS[record.integer("answer")]
+        category = "image" if image else "text"
+        questions.add(
+            record, id=question_id, text=text, image=image, target=target, category=category, groups=groups
+        )
+    return questions.finish(folder / "problems.json")
+
+
+def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef | None]]:
+    if (folder / "problems.json").exists():
+        problems, pictures = read_entries(folder / "problems.json"), Pictures(folder / "images" / "test")
+        splits = read_json(folder / "pid_splits.json")
+        for question_id in splits.texts("test"):
+            if question_id not in problems:
+                splits.fail(f"id {question_id!r} of the split 'test' is not in {folder / 'problems.json'}.")
+            image = problems[question_id].field("image")
+            yield question_id, problems[question_id], pictures[f"{question_id}/{image}"] if image else None
+        return
+    shards = find_parquet(folder, "test")
+    if not shards:
+        raise no_source(folder, "scienceqa", "problems.json", "parquet shards (test)")
+    for number, record in enumerate(read_parquet(shards)):
+        has_image = record.field("image") is not None
+        name = f"{number}.png"
+        yield str(number), record, unpack_picture(record, "image", folder, name) if has_image else None
+
+
+def grade(question: Question, answer: str) -> Grade:
+    """Compare letters; a letter beyond the choices is no letter of this question and so wrong."""
+    parsed = parse_scienceqa(answer)
+    return Grade(parsed, float(parsed == question.target))
+
+
+def summarise(predictions: Sequence[Prediction]) -> Summary:
+    """Return the accuracy over questions with a picture, over all, and over the official groups."""
+    with_image = [prediction for prediction in predictions if prediction.category == "image"]
+    return {"image_accuracy": [mean_of(with_image)], **mean_scores(predictions)}
+
+
+BENCHMARK = Benchmark(
+    name="scienceqa",
+    title="SQA-I",
+    protocol="scienceqa/llava-1.5",
+    split="test",
+    metric="image_accuracy",
+    num_questions=4_241,
+    prompt=PROMPT,
+    load=load,
+    grade=grade,
+    summarise=summarise,
+    max_new_tokens=1024,
+    files=(
+        NeededFile(
+            names=("problems.json", "**/*test*.parquet"), purpose="questions with answers", source=SITE
+        ),
+        NeededFile(
+            names=("pid_splits.json", "**/*test*.parquet"), purpose="the 4,241 ids of the split", source=SITE
+        ),
+        NeededFile(
+            names=("images/test", "**/*test*.parquet"),
+            purpose="2,017 pictures, images/test/{id}/image.png",
+            source=SITE,
+        ),
+    ),
+)

@@ -1,0 +1,110 @@
+"""A question of a benchmark, and the list that the loaders fill.
+
+Paper: section 4.1.3 and appendix A; the suffixes are those of LLaVA-1.5's evaluation, which the paper
+follows.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyllava.conversation import Conversation, ImageRef, ask
+from tinyllava.errors import DataError
+from tinyllava.evaluation.read import FIX, Record, read_lines
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One question, ready to be asked, with what is needed to grade the answer.
+
+    ``picture`` names the picture, also where several questions share one ("" for a question without picture);
+    ``target`` is JSON-able; ``groups`` are the breakdowns that the question counts in, each ``kind=value``.
+    """
+
+    id: str
+    conversation: Conversation
+    picture: str
+    target: Any
+    category: str = ""
+    groups: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """What only one benchmark needs; ``llava_id`` is the id in LLaVA's files where that is another one."""
+
+    @property
+    def prompt(self) -> str:
+        """The text that the model is asked, suffix included."""
+        return self.conversation.messages[-1].text
+
+
+class QuestionList:
+    """The questions read so far; a repeated id is told with both places."""
+
+    def __init__(self) -> None:
+        self._questions: list[Question] = []
+        self._places: dict[str, tuple[Path, int | None]] = {}
+
+    def add(
+        self,
+        record: Record,
+        *,
+        id: str,
+        text: str,
+        image: ImageRef | None,
+        target: Any,
+        picture: str | None = None,
+        category: str = "",
+        groups: tuple[str, ...] = (),
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add the question of ``record``; ``picture`` is the image's name if not given."""
+        if id in self._places:
+            path, line = self._places[id]
+            other = f"{path}:{line}" if line else str(path)
+            record.fail(f"question id {id!r} occurs a second time (the first is in {other}).")
+        self._places[id] = (record.path, record.line)
+        self._questions.append(
+            Question(
+                id=id,
+                conversation=ask(text, *([image] if image else []), id=id),
+                picture=picture if picture is not None else image.name if image else "",
+                target=target,
+                category=category,
+                groups=groups,
+                meta=meta or {},
+            )
+        )
+
+    def finish(self, source: Path) -> list[Question]:
+        """Return the questions; there has to be at least one."""
+        if not self._questions:
+            raise DataError(f"{source}:1: holds no question of this benchmark. {FIX}")
+        return self._questions
+
+
+def read_llava_prompts(path: Path) -> Iterator[tuple[Record, str]]:
+    """Yield the records of one of LLaVA's question files with their prompt; its suffix is checked."""
+    for record in read_lines(path):
+        text = record.text("text")
+        if not text.endswith("\n" + SHORT):
+            record.fail(
+                f"field 'text' does not end with a new line and {SHORT!r}: another prompt is another "
+                "protocol."
+            )
+        yield record, text
+
+
+def find_source(folder: Path, *names: str) -> Path | None:
+    """Return the first of these files that is in the folder."""
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def no_source(folder: Path, benchmark: str, *names: str) -> DataError:
+    """Return the error for a folder in which none of the files is that the questions could come from."""
+    return DataError(
+        f"{folder}: no questions of {benchmark}; looked for {', '.join(names)}. "
+        f"`tinyllava data benchmarks {benchmark} {folder}` says where to get them."
+    )

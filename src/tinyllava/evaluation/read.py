@@ -1,0 +1,236 @@
+"""Reading the files of benchmarks: JSON, JSON lines, tables, parquet; each record knows its place.
+
+Every fault becomes a DataError that names the file, the line, the field, what is allowed and what to do.
+"""
+
+import base64
+import binascii
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tinyllava.conversation import ImageRef
+from tinyllava.errors import DataError
+
+FIX = "Fetch the file again; `tinyllava data benchmarks` says where each comes from."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One record of a data file; its methods return a field in the asked type, or fail with the place."""
+
+    values: Mapping[str, Any]
+    path: Path
+    line: int | None = None
+    entry: str = ""
+
+    @property
+    def place(self) -> str:
+        """File, line and entry, as a user finds them."""
+        line = self.line or _find_line(self.path, self.entry)
+        return f"{self.path}:{line}" + (f", entry {self.entry!r}" if self.entry else "")
+
+    def fail(self, problem: str, fix: str = FIX) -> NoReturn:
+        """Raise a DataError about this record."""
+        raise DataError(f"{self.place}: {problem} {fix}")
+
+    def field(self, name: str) -> Any:
+        """Return a field of any type; it has to be there."""
+        if name not in self.values:
+            fields = ", ".join(map(str, self.values)) or "none"
+            self.fail(f"no field {name!r}; the record has: {fields}.")
+        return self.values[name]
+
+    def text(self, name: str) -> str:
+        """Return a field that is text, or a whole number that serves as an id, as text."""
+        value = self.field(name)
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            self.fail(f"field {name!r} is {_show(value)}; it has to be text.")
+        return str(value)
+
+    def texts(self, name: str, *, num: int | None = None) -> list[str]:
+        """Return a field that is a list of texts, ``num`` of them if given."""
+        value = self.field(name)
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            self.fail(f"field {name!r} is {_show(value)}; it has to be a list of texts.")
+        if num is not None and len(value) != num:
+            self.fail(f"field {name!r} has {len(value)} entries; it has to have {num}.")
+        return value
+
+    def integer(self, name: str) -> int:
+        """Return a field that is a whole number, or text that spells one."""
+        value = self.field(name)
+        if isinstance(value, bool) or not re.fullmatch(r"\s*-?\d+(\.0)?\s*", str(value)):
+            self.fail(f"field {name!r} is {_show(value)}; it has to be a whole number.")
+        return int(float(value))
+
+    def one_of(self, name: str, *allowed: str) -> str:
+        """Return a field that is one of a few words, whatever its case."""
+        value = self.text(name).strip().lower()
+        if value not in allowed:
+            self.fail(f"field {name!r} is {_show(self.values[name])}; it has to be {' or '.join(allowed)}.")
+        return value
+
+    def part(self, name: str) -> "Record":
+        """Return a field that is a record itself."""
+        value = self.field(name)
+        if not isinstance(value, dict):
+            self.fail(f"field {name!r} is {_show(value)}; it has to be a record.")
+        return Record(values=value, path=self.path, line=self.line, entry=self.entry)
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _find_line(path: Path, entry: str) -> int:
+    """Return the line on which an entry of a JSON document begins (asked for only when an error is told)."""
+    if not entry or path.suffix != ".json":
+        return 1
+    text = path.read_text(encoding="utf-8", errors="replace")
+    match = re.search(rf"{re.escape(json.dumps(entry))}|[:\s]{re.escape(entry)}\s*[,}}]", text)
+    return text.count("\n", 0, match.start()) + 1 if match else 1
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; it has to exist and to be UTF-8 (a byte order mark is passed over)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. {FIX}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start:,} is not UTF-8 text. {FIX}") from None
+    if not text.strip():
+        raise DataError(f"{path}:1: the file is empty. {FIX}")
+    return text
+
+
+def _parse(text: str, path: Path, line: int = 0) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line or error.lineno}"
+        raise DataError(f"{where}: not JSON at column {error.colno} ({error.msg}). {FIX}") from None
+
+
+def read_json(path: Path) -> Record:
+    """Read a JSON document that is a record."""
+    values = _parse(read_text(path), path)
+    if not isinstance(values, dict):
+        raise DataError(f"{path}:1: the document is {_show(values)}; it has to be a record. {FIX}")
+    return Record(values=values, path=path, line=1)
+
+
+def read_entries(path: Path) -> dict[str, Record]:
+    """Read a JSON document that is a record of records, by id."""
+    document = read_json(path)
+    return {
+        name: Record(values=document.part(name).values, path=path, entry=name) for name in document.values
+    }
+
+
+def read_list(record: Record, name: str, id_field: str) -> Iterator[Record]:
+    """Yield the records of a list that stands in a field of a document."""
+    entries = record.field(name)
+    if not isinstance(entries, list):
+        record.fail(f"field {name!r} is {_show(entries)}; it has to be a list of records.")
+    for number, values in enumerate(entries):
+        if not isinstance(values, dict):
+            record.fail(f"entry {number} of {name!r} is {_show(values)}; it has to be a record.")
+        yield Record(values=values, path=record.path, entry=str(values.get(id_field, number)))
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """Yield the records of a file of JSON lines; empty lines are passed over."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        values = _parse(line, path, number)
+        if not isinstance(values, dict):
+            raise DataError(f"{path}:{number}: the line is {_show(values)}; it has to be a record. {FIX}")
+        yield Record(values=values, path=path, line=number)
+
+
+def read_table(path: Path, *columns: str) -> Iterator[Record]:
+    """Yield the rows of a table: tabs between cells, quotes around them where needed, as pandas has it."""
+    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole picture
+    read_text(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        missing = [column for column in columns if column not in (rows.fieldnames or ())]
+        if missing:
+            raise DataError(f"{path}:1: no column {missing[0]!r}; needed: {', '.join(columns)}. {FIX}")
+        while True:
+            line = rows.line_num + 1
+            row = next(rows, None)
+            if row is None:
+                return
+            record = Record(values=row, path=path, line=line)
+            if None in row or None in row.values():
+                record.fail(f"the row has not the {len(rows.fieldnames or ())} cells of the header.")
+            yield record
+
+
+def find_parquet(folder: Path, split: str) -> list[Path]:
+    """Return the parquet shards of a split (``testdev-00000-of-00004.parquet``), in order."""
+    return sorted(folder.rglob(f"*{split}*.parquet"))
+
+
+def read_parquet(paths: list[Path]) -> Iterator[Record]:
+    """Yield the rows of parquet shards, a few at a time; ``line`` counts the rows of a file from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in paths:
+        try:
+            file = pq.ParquetFile(path)
+            number = 0
+            for batch in file.iter_batches(batch_size=64):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Record(values=values, path=path, line=number)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: not a whole parquet file ({error}). {FIX}") from None
+
+
+def unpack_picture(record: Record, field: str, folder: Path, name: str) -> ImageRef:
+    """Return the picture of a cell (parquet's ``bytes``, or base64 text).
+
+    It is written to ``folder/pictures`` once, so that memory does not grow with the benchmark.
+    """
+    cell = record.field(field)
+    path = folder / "pictures" / name
+    if not path.exists():
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(data, str):
+            try:
+                data = base64.b64decode(data, validate=True)
+            except (binascii.Error, ValueError):
+                record.fail(f"field {field!r} is {_show(cell)}; it has to be a picture in base64.")
+        if not isinstance(data, bytes) or not data:
+            record.fail(f"field {field!r} holds no picture.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(data)
+        partial.replace(path)
+    return ImageRef(path=path, name=name)
+
+
+class Pictures:
+    """The pictures of a folder, one reference each, however many questions ask about it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._references: dict[str, ImageRef] = {}
+
+    def __getitem__(self, name: str) -> ImageRef:
+        """Return the reference of a picture; whether the file is there is seen when it is opened."""
+        if name not in self._references:
+            self._references[name] = ImageRef(path=self.folder / name, name=name)
+        return self._references[name]

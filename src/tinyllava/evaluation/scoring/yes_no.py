@@ -1,0 +1,26 @@
+"""Whether an answer says yes or no.
+
+Paper: appendix A, POPE and MME.
+"""
+
+YES, NO, OTHER = "yes", "no", "other"
+_NEGATIONS = frozenset({"No", "no", "not"})
+
+
+def parse_pope(answer: str) -> str:
+    """Return "no" if the first sentence has the word No, no or not, else "yes", be it unclear or empty."""
+    words = answer.split(".", maxsplit=1)[0].replace(",", "").split(" ")
+    return YES if _NEGATIONS.isdisjoint(words) else NO
+
+
+def parse_exact(answer: str) -> str:
+    """Return the whole answer in lower case: what lmms-eval compares with "yes" and "no"."""
+    return answer.lower().strip()
+
+
+def parse_mme(answer: str) -> str:
+    """Return "yes" or "no" if the first four characters hold it (yes first), else "other"."""
+    start = answer.lower()
+    if start in (YES, NO):
+        return start
+    return next((word for word in (YES, NO) if word in start[:4]), OTHER)
