@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from tinyllava.check import check
@@ -102,6 +103,8 @@ def _train_stage(
     prepared: Prepared, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     checkpoints.require_space(folder, model)
+    if run.hardware.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     transformers.utils.logging.set_verbosity_error()  # its notes on our lean checkpoints would only mislead
     arguments = make_arguments(
         stage, run.hardware, folder, seed=run.seed, num_samples=len(prepared.examples), report_to=run.report_to
@@ -116,7 +119,7 @@ def _train_stage(
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if "No space left" in str(error) or "PytorchStreamWriter" in str(error):
             raise TrainingError(f"{folder}: the disk is full; free some space and run the same command again.") from error
         raise

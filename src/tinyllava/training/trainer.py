@@ -129,7 +129,6 @@ def make_arguments(
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=hardware.gradient_checkpointing,
         dataloader_num_workers=hardware.num_workers,
         dataloader_persistent_workers=False,
         dataloader_pin_memory=torch.cuda.is_available(),
