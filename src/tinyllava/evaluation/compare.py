@@ -1,0 +1,136 @@
+"""Two models on the same questions: the difference with its error, and the questions that flipped.
+
+Paper: none; Tables 3 and A1 compare single numbers. A difference over the same questions is known better than
+either number, because the questions that both models get right or wrong cancel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllava.errors import DataError
+from tinyllava.evaluation.benchmark import Benchmark, Prediction
+from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.predictions import read_predictions
+from tinyllava.evaluation.scoring.statistics import PairedDifference, mcnemar, paired_bootstrap
+from tinyllava.lookup import look_up
+
+RIGHT = 0.5
+"""From this score on, an answer counts as right in McNemar's test and in the list of flips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """B against A on one benchmark, over the questions that both answered."""
+
+    benchmark: str
+    metric: str
+    a: float
+    b: float
+    bootstrap: PairedDifference
+    """Of the headline metric, B minus A, pictures resampled."""
+    num_questions: int
+    num_unpaired: int
+    """Questions that only one of the two has; they are left out."""
+    only_a: int
+    """Questions that A got right and B wrong."""
+    only_b: int
+    mcnemar_p: float
+    flips: tuple[tuple[Prediction, Prediction], ...]
+    """Pairs (of A, of B) of which one is right and the other wrong."""
+
+    def __str__(self) -> str:
+        low, high = self.bootstrap.interval
+        return (
+            f"{self.benchmark} {self.metric}: {self.a:.2f} -> {self.b:.2f}, difference "
+            f"{self.bootstrap.difference:+.2f} [{low:+.2f}, {high:+.2f}], p = {self.bootstrap.p_value:.4f} "
+            f"(bootstrap), {self.mcnemar_p:.4f} (McNemar: {self.only_a} only A, {self.only_b} only B right), "
+            f"n = {self.num_questions:,}"
+        )
+
+
+def compare_predictions(
+    a: Sequence[Prediction],
+    b: Sequence[Prediction],
+    benchmark: Benchmark,
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two models' scored predictions on one benchmark.
+
+    Raises:
+        DataError: no question in common, a prompt that differs, or answers that were not scored.
+    """
+    of_a, of_b = ({p.question_id: p for p in predictions} for predictions in (a, b))
+    pairs = [(of_a[key], of_b[key]) for key in of_a if key in of_b]
+    _check_pairs(pairs, benchmark)
+    left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    ratios_a = benchmark.summarise(left)[benchmark.metric]
+    ratios_b = benchmark.summarise(right)[benchmark.metric]
+    flips = tuple(pair for pair in pairs if _is_right(pair[0]) != _is_right(pair[1]))
+    only_a = sum(_is_right(of_one) for of_one, _ in flips)
+    return Comparison(
+        benchmark=benchmark.name,
+        metric=benchmark.metric,
+        a=sum(ratio.value for ratio in ratios_a),
+        b=sum(ratio.value for ratio in ratios_b),
+        bootstrap=paired_bootstrap(ratios_a, ratios_b, num_resamples=num_resamples, seed=seed),
+        num_questions=len(pairs),
+        num_unpaired=len(of_a) + len(of_b) - 2 * len(pairs),
+        only_a=only_a,
+        only_b=len(flips) - only_a,
+        mcnemar_p=mcnemar(only_a, len(flips) - only_a),
+        flips=flips,
+    )
+
+
+def _is_right(prediction: Prediction) -> bool:
+    return (prediction.score or 0.0) >= RIGHT
+
+
+def _check_pairs(pairs: Sequence[tuple[Prediction, Prediction]], benchmark: Benchmark) -> None:
+    if not pairs:
+        raise DataError(
+            f"{benchmark.name}: A and B have no question in common; evaluate both on the same data."
+        )
+    for left, right in pairs:
+        if left.prompt != right.prompt or left.groups != right.groups:
+            raise DataError(
+                f"{benchmark.name}: question {left.question_id!r} was another one for B: {left.prompt!r} and "
+                f"{right.prompt!r}. Evaluate both on the same data under the same protocol."
+            )
+        if left.score is None or right.score is None:
+            side = "A" if left.score is None else "B"
+            raise DataError(
+                f"{benchmark.name}: the answers of {side} have no scores (question {left.question_id!r}). "
+                + ("Judge them first." if benchmark.judging else "They are scored by the server alone.")
+            )
+
+
+def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tuple[Comparison, ...]:
+    """Compare two runs: folders with ``BENCHMARK/predictions.jsonl`` in them, or two such files.
+
+    Benchmarks that only one folder has are left out; there has to be one in common.
+    """
+    files = [(a, b)]
+    if a.is_dir() and b.is_dir():
+        found = sorted(path.relative_to(a) for path in a.glob("*/predictions.jsonl"))
+        files = [(a / path, b / path) for path in found if (b / path).exists()]
+    comparisons = []
+    for left, right in files:
+        of_a, of_b = read_predictions(left), read_predictions(right)
+        if not of_a or not of_b:
+            raise DataError(
+                f"{left if not of_a else right}:1: holds no predictions. Evaluate the model first."
+            )
+        if of_a[0].benchmark != of_b[0].benchmark:
+            raise DataError(
+                f"{left} is of {of_a[0].benchmark!r}, {right} of {of_b[0].benchmark!r}; "
+                "name two files of one benchmark."
+            )
+        benchmark = look_up(BENCHMARKS, of_a[0].benchmark, "benchmark")
+        comparisons.append(compare_predictions(of_a, of_b, benchmark, num_resamples=num_resamples, seed=seed))
+    if not comparisons:
+        raise DataError(f"{a} and {b} have no benchmark in common (NAME/predictions.jsonl).")
+    return tuple(comparisons)

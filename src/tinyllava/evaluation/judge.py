@@ -1,0 +1,281 @@
+"""A judge model behind any OpenAI-compatible endpoint, or its recorded reviews.
+
+Paper: appendix A; GPT-4 grades MM-Vet and LLaVA-W. A local model served by ``tinyllava serve`` comes through
+the same door. Replies are kept on disk as they arrive: a killed run goes on where it stopped, and nothing is
+paid twice.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tinyllava.errors import DataError, JudgeError
+from tinyllava.evaluation.benchmark import Benchmark
+from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
+from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.read import Record, read_entries, read_lines
+
+CHARACTERS_PER_TOKEN = 4
+"""English text in the judges' vocabularies; the cost shown beforehand is an estimate."""
+_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A judge: a model at an address that speaks OpenAI's chat completions."""
+
+    url: str
+    """Up to and with the version, as ``https://api.openai.com/v1``."""
+    model: str
+    api_key: str = ""
+    num_concurrent: int = 8
+    num_attempts: int = 6
+    """Attempts to get a reply through a busy or failing endpoint."""
+    first_wait_seconds: float = 1.0
+    """Before the second attempt; doubles each time, unless the endpoint says how long to wait."""
+    timeout_seconds: float = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a judge would be asked, before it is: calls, tokens in and out (estimates), and their price."""
+
+    num_requests: int
+    num_cached: int
+    prompt_tokens: int
+    completion_tokens: int
+    price: float | None
+    """In the currency of the prices given; None where none were."""
+
+    def __str__(self) -> str:
+        price = "price not known" if self.price is None else f"at most about {self.price:.2f}"
+        return (
+            f"{self.num_requests:,} requests ({self.num_cached:,} more are cached), about "
+            f"{self.prompt_tokens:,} tokens in and at most {self.completion_tokens:,} out: {price}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reviews:
+    """A judge's last reply to each question, by question id, and the judge that gave them."""
+
+    judge: str
+    replies: Mapping[str, str]
+
+
+class ReplyCache:
+    """Replies on disk by a hash of judge and request; safe to append to from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._replies: dict[str, str] = {}
+        if path.exists():
+            content = path.read_bytes()
+            path.write_bytes(content[: content.rfind(b"\n") + 1])  # a killed run may leave half a line
+            if path.stat().st_size:
+                self._replies = {one.text("key"): one.text("reply") for one in read_lines(path)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    def key(model: str, request: JudgeRequest) -> str:
+        """Return the key of a request to a judge; tries of one text differ by temperature or wording."""
+        content = [model, list(map(dict, request.messages)), request.temperature, request.max_tokens]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def find(self, key: str) -> str | None:
+        """Return the reply that is kept under ``key``, if any."""
+        return self._replies.get(key)
+
+    def keep(self, key: str, reply: str) -> None:
+        """Keep a reply, on disk at once."""
+        with self._lock, self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+            self._replies[key] = reply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """An endpoint with its cache."""
+
+    endpoint: Endpoint
+    cache: ReplyCache
+
+    def estimate_cost(
+        self,
+        benchmark: Benchmark,
+        questions: Sequence[Question],
+        answers: Mapping[str, str],
+        folder: Path,
+        *,
+        price_in: float | None = None,
+        price_out: float | None = None,
+    ) -> Cost:
+        """Return what judging would cost if every first reply is readable; prices per million tokens."""
+        judging, wording, needed = _prepare(benchmark, questions, answers, folder)
+        requests = [judging.ask(wording, question, answers.get(question.id, ""), 0) for question in needed]
+        new = [one for one in requests if self.cache.find(ReplyCache.key(self.endpoint.model, one)) is None]
+        tokens_in = sum(
+            len(message["content"]) // CHARACTERS_PER_TOKEN + 4 for one in new for message in one.messages
+        )
+        tokens_out = sum(one.max_tokens for one in new)
+        price = None
+        if price_in is not None and price_out is not None:
+            price = (tokens_in * price_in + tokens_out * price_out) / 1e6
+        return Cost(
+            num_requests=len(new),
+            num_cached=len(requests) - len(new),
+            prompt_tokens=tokens_in,
+            completion_tokens=tokens_out,
+            price=price,
+        )
+
+    def review(
+        self, benchmark: Benchmark, questions: Sequence[Question], answers: Mapping[str, str], folder: Path
+    ) -> Reviews:
+        """Have all answers that need it judged; unreadable replies are asked for again as the protocol says.
+
+        Args:
+            benchmark: The benchmark, with its ``judging``.
+            questions: Its questions.
+            answers: The model's answers by question id; a missing one is judged as empty.
+            folder: The benchmark's folder, where the official prompt is read from.
+
+        Raises:
+            JudgeError: the endpoint refuses, or does not answer after all attempts; replies are kept.
+        """
+        judging, wording, needed = _prepare(benchmark, questions, answers, folder)
+        with httpx.Client(timeout=self.endpoint.timeout_seconds) as client:
+
+            def review_one(question: Question) -> str:
+                reply = ""
+                for num_tries in range(judging.max_tries):
+                    request = judging.ask(wording, question, answers.get(question.id, ""), num_tries)
+                    reply = self._reply(client, request)
+                    if judging.is_valid(question, reply):
+                        break
+                return reply
+
+            with ThreadPoolExecutor(self.endpoint.num_concurrent) as pool:
+                futures = [pool.submit(review_one, question) for question in needed]
+                try:
+                    replies = [future.result() for future in futures]
+                except JudgeError:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        ids = [question.id for question in needed]
+        return Reviews(judge=self.endpoint.model, replies=dict(zip(ids, replies, strict=True)))
+
+    def _reply(self, client: httpx.Client, request: JudgeRequest) -> str:
+        key = ReplyCache.key(self.endpoint.model, request)
+        reply = self.cache.find(key)
+        if reply is None:
+            reply = _call(client, self.endpoint, request)
+            self.cache.keep(key, reply)
+        return reply
+
+
+def _prepare(
+    benchmark: Benchmark, questions: Sequence[Question], answers: Mapping[str, str], folder: Path
+) -> tuple[Judging, Wording, list[Question]]:
+    if benchmark.judging is None:
+        raise JudgeError(f"{benchmark.name} needs no judge; score its answers without one.")
+    needed = [q for q in questions if benchmark.judging.is_needed(q, answers.get(q.id, ""))]
+    return benchmark.judging, benchmark.judging.wording(folder), needed
+
+
+def _call(client: httpx.Client, endpoint: Endpoint, request: JudgeRequest) -> str:
+    url = endpoint.url.rstrip("/") + "/chat/completions"
+    body = {
+        "model": endpoint.model,
+        "messages": list(map(dict, request.messages)),
+        "temperature": request.temperature,
+        "max_tokens": request.max_tokens,
+    }
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    problem = ""
+    for attempt in range(endpoint.num_attempts):
+        wait = endpoint.first_wait_seconds * 2**attempt
+        try:
+            response = client.post(url, json=body, headers=headers)
+        except httpx.TransportError as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if response.is_success:
+                return _read_reply(url, response)
+            problem = f"status {response.status_code}: {response.text[:200]}"
+            if response.status_code not in _RETRIED:
+                raise JudgeError(
+                    f"{url} refused judge {endpoint.model!r}: {problem}. Mend the address or the key."
+                )
+            told = response.headers.get("retry-after", "")
+            wait = float(told) if told.replace(".", "", 1).isdigit() else wait
+        if attempt + 1 < endpoint.num_attempts:
+            time.sleep(wait)
+    raise JudgeError(
+        f"{url} gave no reply of judge {endpoint.model!r} in {endpoint.num_attempts} attempts; "
+        f"last: {problem}. Run the same command later: the replies so far are kept."
+    )
+
+
+def _read_reply(url: str, response: httpx.Response) -> str:
+    try:
+        document: Any = response.json()
+        reply = document["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        sent = response.text[:200]
+        raise JudgeError(f"{url} does not speak chat completions; it sent {sent!r}.") from None
+    return reply if isinstance(reply, str) else ""
+
+
+def read_reviews(path: Path, *, judge: str = "") -> Reviews:
+    """Read recorded reviews: ours or LLaVA's (JSON lines) or MM-Vet's grades (JSON by question id).
+
+    MM-Vet's record several runs; the last one counts. Ours and MM-Vet's name the judge; LLaVA's do not.
+
+    Raises:
+        DataError: the judge is not recorded and not given, another one is recorded than given, or there are two.
+    """
+    if path.suffix == ".json":
+        entries = read_entries(path)
+        found = {key: (_last(one, "model"), _last(one, "content")) for key, one in entries.items()}
+    else:
+        found = {}
+        for record in read_lines(path):
+            key = record.text("question_id")
+            if key in found:
+                record.fail(f"question {key!r} is reviewed a second time.", "Keep one of the two lines.")
+            found[key] = (str(record.values.get("judge", "")), record.text("content"))
+    judges = {name for name, _ in found.values() if name} | ({judge} if judge else set())
+    if len(judges) != 1:
+        named = ", ".join(sorted(judges)) or "none"
+        raise DataError(
+            f"{path}:1: the reviews have to be of one judge; recorded or given: {named}. Name the judge, or "
+            "keep the reviews of each judge in a file and a column of its own."
+        )
+    return Reviews(judge=judges.pop(), replies={key: content for key, (_, content) in found.items()})
+
+
+def _last(record: Record, name: str) -> str:
+    entries = record.field(name)
+    if not isinstance(entries, list) or not entries:
+        record.fail(f"field {name!r} has to list one entry a run.")
+    return str(entries[-1])
+
+
+def save_reviews(reviews: Reviews, path: Path) -> None:
+    """Write reviews as JSON lines: question id, judge, content."""
+    lines = (
+        json.dumps({"question_id": key, "judge": reviews.judge, "content": reply}, ensure_ascii=False)
+        for key, reply in reviews.replies.items()
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
