@@ -1,0 +1,223 @@
+"""Measure a checkpoint on a benchmark: ask what is not answered yet, score, and write results.json.
+
+Paper: section 4.1.3. Folder of a benchmark: ``answers-*.jsonl`` (as they come), ``predictions.jsonl``
+(scored), ``run.json`` (whose answers these are) and ``upload/`` (what official servers and tools read).
+Differs: a run that was stopped goes on where it was; several processes share the pictures among them.
+"""
+
+import datetime
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from tinyllava.conversation import Conversation
+from tinyllava.evaluation.answers import AnswerFile, claim_folder, read_answers, save_predictions
+from tinyllava.evaluation.benchmark import Benchmark
+from tinyllava.evaluation.prepare import (
+    Prepared,
+    blank,
+    blank_picture,
+    fill_batches,
+    group_by_picture,
+    prepare,
+)
+from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.shared_prefix import answer_groups, can_share
+from tinyllava.inference import Chat, decode
+from tinyllava.results import Result, ResultTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a benchmark is run; none of it but ``blind`` and ``limit`` changes an answer."""
+
+    blind: bool = False
+    """Replace every picture by one of the mean colour."""
+    limit: int = 0
+    """Ask only the first questions; 0 means all."""
+    batch_tokens: int = 0
+    """Most tokens of one batch; 0 means what suits the device."""
+    num_workers: int = 1
+    """Background processes that open pictures and tokenise, for each process with a model."""
+
+
+def processes() -> PartialState:
+    """Return the processes that ``torchrun`` or ``accelerate launch`` started; otherwise this one."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(days=2))
+
+
+def evaluate(
+    chat: Chat, benchmark: Benchmark, data: Path, output: Path, *, model: str, settings: Settings = Settings()
+) -> Result | None:
+    """Answer, score and record one benchmark; all processes call it, the first returns the result.
+
+    Args:
+        data: the benchmark's folder.
+        output: the answers are kept in ``output/<benchmark>``, results in ``output/results.json``.
+        model: checkpoint folder, and the model's name in results.
+
+    Raises:
+        DataError, ImageError: files of the benchmark are missing or broken.
+        ConfigError: the output folder holds the answers of another run.
+    """
+    state = processes()
+    questions = benchmark.load(data)[: settings.limit or None]
+    folder = output / (f"{benchmark.name}-blind" if settings.blind else benchmark.name)
+    identity = {
+        "model": model, "weights": _fingerprint(Path(model)), "protocol": benchmark.protocol,
+        "max_new_tokens": benchmark.max_new_tokens, "blind": settings.blind, "dtype": _dtype(chat),
+    }  # fmt: skip
+    if state.is_main_process:
+        claim_folder(folder, identity)
+    state.wait_for_everyone()
+    answer_questions(chat, questions, folder, benchmark.name, benchmark.max_new_tokens, settings, state)
+    return (
+        _score(benchmark, questions, data, folder, chat, model, settings) if state.is_main_process else None
+    )
+
+
+def answer_questions(
+    chat: Chat, questions: Sequence[Question], folder: Path, name: str, max_new_tokens: int,
+    settings: Settings, state: PartialState,
+) -> None:  # fmt: skip
+    """Ask this process's share of the questions without an answer; return when all are done."""
+    done = read_answers(folder, questions)
+    state.wait_for_everyone()  # nobody writes before all have read: they have to divide the same work
+    asked: Sequence[Conversation] = [question.conversation for question in questions]
+    if settings.blind:
+        picture = blank_picture(chat.processor.mean_colour)
+        asked = [blank(conversation, picture) for conversation in asked]
+    groups = group_by_picture(asked, (i for i, question in enumerate(questions) if question.id not in done))
+    mine = groups[state.process_index :: state.num_processes]
+    total = sum(map(len, mine))
+    with AnswerFile(folder, state.process_index) as file, _progress(name, total, state) as bar:
+        for answers in ask_groups(chat, asked, mine, max_new_tokens, settings):
+            file.append((questions[i], text) for i, text in answers)
+            bar.advance(bar.task_ids[0], len(answers))
+    state.wait_for_everyone()
+
+
+def ask_groups(
+    chat: Chat,
+    conversations: Sequence[Conversation],
+    groups: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    settings: Settings,
+) -> Iterator[list[tuple[int, str]]]:
+    """Yield (index, answer) of the conversations in the groups, a batch at a time."""
+    if not can_share(chat.model):
+        for indices in groups:
+            texts = chat.answer([conversations[i] for i in indices], max_new_tokens)
+            yield list(zip(indices, texts, strict=True))
+        return
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # a tokenizer with threads does not survive a fork
+    num_workers = min(settings.num_workers, len(groups) // 4)
+    prepared = prepare(chat.processor, conversations, groups, num_workers=num_workers)
+    for batch in fill_batches(prepared, settings.batch_tokens or suitable_batch_tokens(chat.model)):
+        yield [answer for part in _answer_batch(chat, batch, max_new_tokens) for answer in part]
+
+
+def _answer_batch(chat: Chat, batch: list[Prepared], max_new_tokens: int) -> Iterator[list[tuple[int, str]]]:
+    """Answer a batch; one that the GPU has no room for is answered in halves."""
+    try:
+        ids = answer_groups(chat.model, [prepared.group for prepared in batch], max_new_tokens)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        torch.cuda.empty_cache()
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            yield from _answer_batch(chat, half, max_new_tokens)
+        return
+    for prepared, group_ids in zip(batch, ids, strict=True):
+        yield list(zip(prepared.indices, decode(chat.processor, group_ids), strict=True))
+
+
+def suitable_batch_tokens(model: Any) -> int:
+    """Return the tokens of a batch: enough to fill a CPU core, or a third of the GPU's free memory."""
+    if model.device.type != "cuda":
+        return 8_192
+    text = model.config.text_config
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_width = text.hidden_size // text.num_attention_heads
+    # Keys and values of all layers, and the activations of one layer at their widest.
+    numbers = 2 * text.num_hidden_layers * num_heads * head_width + 6 * text.intermediate_size
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return int(min(262_144, max(8_192, free / 3 / (numbers * model.dtype.itemsize))))
+
+
+def _score(
+    benchmark: Benchmark,
+    questions: list[Question],
+    data: Path,
+    folder: Path,
+    chat: Chat,
+    model: str,
+    settings: Settings,
+) -> Result:
+    answers = read_answers(folder, questions)
+    scored = benchmark.score(questions, answers)
+    save_predictions(scored.predictions, folder / "predictions.jsonl")
+    if benchmark.export is not None and not settings.blind:
+        (folder / "upload").mkdir(exist_ok=True)
+        benchmark.export(questions, answers, data, folder / "upload")
+    result = benchmark.result(
+        questions, scored, model=f"{model} (blank pictures)" if settings.blind else model, dtype=_dtype(chat),
+        notes=["blind: every picture replaced by one of the mean colour"] if settings.blind else [],
+    )  # fmt: skip
+    path = folder.parent / "results.json"
+    table = ResultTable.load(path) if path.exists() else ResultTable()
+    table.with_result(result).save(path)
+    return result
+
+
+def _dtype(chat: Chat) -> str:
+    return str(chat.model.dtype).removeprefix("torch.")
+
+
+def _fingerprint(model: Path) -> str:
+    """Return a hash over names, sizes and times of a checkpoint's files; the weights are not read."""
+    files = sorted(model.glob("*.safetensors")) + [p for p in [model / "config.json"] if p.exists()]
+    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+
+
+class _Speed(ProgressColumn):
+    """Questions per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f} questions/s")
+
+
+@contextmanager
+def _progress(name: str, total: int, state: PartialState) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+    )
+    share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    with Progress(*columns, disable=not state.is_main_process) as progress:
+        progress.add_task(name + share, total=total)
+        yield progress

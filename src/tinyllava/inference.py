@@ -1,0 +1,174 @@
+"""Ask a model: conversations in, text out, in batches or word by word.
+
+Paper: section 3.1; decoding is greedy, as in the published evaluation.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any, Self
+
+import torch
+from transformers import TextIteratorStreamer
+
+from tinyllava.conversation import Conversation
+from tinyllava.data.images import open_image
+from tinyllava.errors import DataError
+from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
+from tinyllava.model.assemble import open_checkpoint
+
+
+class Chat:
+    """A model with its processor, ready to answer.
+
+    Args:
+        batch_tokens: most tokens of one batch, padding and answers included; bounds the memory.
+    """
+
+    def __init__(
+        self,
+        model: TinyLlavaForConditionalGeneration,
+        processor: TinyLlavaProcessor,
+        *,
+        batch_tokens: int = 16_384,
+    ) -> None:
+        self.model: Any = model.train(False)  # Any: the stock classes are only partly typed
+        self.processor = processor
+        self.batch_tokens = batch_tokens
+
+    @classmethod
+    def open(cls, folder: str | Path, *, device: str = "", dtype: str = "auto") -> Self:
+        """Open a checkpoint on the best device there is.
+
+        Args:
+            device: a device of torch; empty means a GPU if there is one.
+            dtype: ``auto`` is the checkpoint's own on a GPU and float32 on a CPU.
+
+        Raises:
+            CheckpointError: the folder is missing, incomplete, or of another kind.
+        """
+        device = device or best_device()
+        on_cpu = torch.device(device).type == "cpu"
+        model, processor = open_checkpoint(folder, dtype="float32" if dtype == "auto" and on_cpu else dtype)
+        model.to(device)  # type: ignore[arg-type]
+        return cls(model, processor)
+
+    def answer(
+        self, conversations: Sequence[Conversation], max_new_tokens: int = 128, **options: Any
+    ) -> list[str]:
+        """Return one answer for each conversation, the same as if each were asked alone.
+
+        Conversations with and without pictures may be mixed; each ends where the assistant is to speak.
+
+        Args:
+            options: of transformers' ``generate``, e.g. ``do_sample=True, temperature=0.2``.
+
+        Raises:
+            ImageError: a picture is broken.
+            DataError: a conversation does not fit the model's context.
+        """
+        prompts = [encode_prompt(self.processor, conversation) for conversation in conversations]
+        answers = [""] * len(prompts)
+        for batch in self._batches([len(prompt) for prompt in prompts], max_new_tokens):
+            inputs = self._collate([conversations[i] for i in batch], [prompts[i] for i in batch])
+            with torch.inference_mode():
+                output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+            new = output[:, inputs["input_ids"].shape[1] :]
+            for i, text in zip(batch, decode(self.processor, new.tolist()), strict=True):
+                answers[i] = text
+        return answers
+
+    def stream(self, conversation: Conversation, max_new_tokens: int = 512, **options: Any) -> Iterator[str]:
+        """Yield the answer in pieces as they come; joined they are the answer.
+
+        Closing the iterator stops the model. Raises as ``answer`` does.
+        """
+        inputs = self._collate([conversation], [encode_prompt(self.processor, conversation)])
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped = Event()
+
+        def is_stopped(ids: torch.Tensor, scores: object) -> torch.Tensor:
+            return torch.full((len(ids),), stopped.is_set(), device=ids.device)
+
+        def generate() -> None:
+            options.update(streamer=streamer, stopping_criteria=[is_stopped], max_new_tokens=max_new_tokens)
+            try:
+                with torch.inference_mode():
+                    self.model.generate(**inputs, **options)
+            finally:  # the reader must not wait for more, whatever happened
+                streamer.text_queue.put(streamer.stop_signal)
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(generate)
+            try:
+                yield from _strip(streamer)
+                running.result()
+            finally:
+                stopped.set()
+
+    def _batches(self, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
+        """Yield indices, longest first, as many as fit the token budget."""
+        batch: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if batch and (lengths[batch[0]] + max_new_tokens) * (len(batch) + 1) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _collate(self, conversations: list[Conversation], prompts: list[list[int]]) -> dict[str, Any]:
+        """Pad prompts on the left and open the pictures."""
+        device, width = self.model.device, max(map(len, prompts))
+        pad = self.processor.tokenizer.pad_token_id
+        inputs = {
+            "input_ids": torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device),
+            "attention_mask": torch.tensor(
+                [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
+            ),
+        }
+        images = [open_image(ref) for conversation in conversations for ref in conversation.images]
+        if images:
+            inputs["pixel_values"] = self.processor.to_pixels(images).to(device)
+        return inputs
+
+
+def encode_prompt(processor: TinyLlavaProcessor, conversation: Conversation) -> list[int]:
+    """Return the token ids of a conversation up to where the assistant is to speak, image tokens expanded.
+
+    Raises:
+        DataError: it does not fit the context of the language model.
+    """
+    input_ids = processor.encode(conversation, open_answer=True).input_ids
+    if len(input_ids) >= processor.tokenizer.model_max_length:
+        raise DataError(
+            f"conversation {conversation.id or conversation.messages[-1].text[:40]!r} has {len(input_ids):,} "
+            f"tokens; the model's context is {processor.tokenizer.model_max_length:,}. Shorten it."
+        )
+    return input_ids
+
+
+def decode(processor: TinyLlavaProcessor, ids: list[list[int]]) -> list[str]:
+    """Return the text of answers, without special tokens and outer blanks."""
+    texts: list[str] = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def best_device() -> str:
+    """Return ``cuda``, ``mps`` or ``cpu``, whichever comes first on this machine."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _strip(pieces: Iterator[str]) -> Iterator[str]:
+    """Drop empty pieces and the blanks at both ends of the whole."""
+    held, is_first = "", True
+    for piece in pieces:
+        text = held + (piece.lstrip() if is_first else piece)
+        kept = text.rstrip()
+        held = text[len(kept) :]  # blanks are given out once something follows them
+        if kept:
+            yield kept
+            is_first = False

@@ -1,0 +1,235 @@
+"""A run that is killed, resumed, shared by processes or cut short gives the answers of one that was not."""
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from chats import make_chat
+from tinyllava.conversation import ImageRef, ask
+from tinyllava.errors import ConfigError, DataError, ImageError
+from tinyllava.evaluation.answers import AnswerFile, load_predictions, read_answers
+from tinyllava.evaluation.benchmark import Benchmark, Grade
+from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.run import Settings, evaluate, suitable_batch_tokens
+from tinyllava.inference import Chat
+from tinyllava.results import ResultTable
+
+SMALL = Settings(batch_tokens=200, num_workers=0)
+FORK = multiprocessing.get_context("fork")
+
+
+def load(folder: Path) -> list[Question]:
+    """60 questions on 20 pictures, a fifth of them without a picture."""
+    words = ["picture", "dog", "red circle", "blue squares", "12"]
+    return [
+        Question(
+            id=f"q{n}",
+            conversation=ask(
+                f"Is there a {words[n % 5]} {n}?",
+                *([ImageRef(path=folder / f"{n % 20}.png")] if n % 5 else []),
+            ),
+            picture=f"{n % 20}.png" if n % 5 else "",
+            target="yes",
+        )
+        for n in range(60)
+    ]
+
+
+BENCHMARK = Benchmark(
+    name="toy", title="Toy", protocol="toy", split="test", metric="accuracy", num_questions=60,
+    prompt="{question}", load=load, max_new_tokens=6,
+    grade=lambda question, answer: Grade(answer, float("a" in answer)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    for n in range(20):
+        pixels = np.random.default_rng(n).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Chat:
+    return make_chat(tmp_path_factory.mktemp("parts"), "llama")
+
+
+@pytest.fixture(scope="module")
+def expected(chat, data) -> dict[str, str]:
+    return {q.id: chat.answer([q.conversation], 6)[0] for q in load(data)}
+
+
+def run(chat: Chat, data: Path, output: Path, settings: Settings = SMALL):
+    return evaluate(chat, BENCHMARK, data, output, model="toy-model", settings=settings)
+
+
+def lines(folder: Path) -> list[str]:
+    return [line for path in folder.glob("answers-*") for line in path.read_text().splitlines()]
+
+
+def test_answers_are_scored_and_recorded(chat, data, tmp_path, expected):
+    result = run(chat, data, tmp_path)
+    predictions = load_predictions(tmp_path / "toy" / "predictions.jsonl")
+    assert {p.question_id: p.answer for p in predictions} == expected
+    assert len(set(expected.values())) > 20
+    share = sum("a" in answer for answer in expected.values()) / 60
+    assert result.value == pytest.approx(100 * share)
+    assert ResultTable.load(tmp_path / "results.json").results == (result,)
+    again = run(chat, data, tmp_path, Settings(num_workers=2))
+    assert again.metrics == result.metrics
+    assert len(lines(tmp_path / "toy")) == 60
+
+
+def test_killed_at_20_moments_it_loses_nothing_and_asks_nothing_twice(
+    chat, data, tmp_path, expected, monkeypatch
+):
+    generator = random.Random(0)
+    answer_groups = torch.inference_mode()(lambda *a: (time.sleep(0.02), original(*a))[1])
+    import tinyllava.evaluation.run as module
+
+    original = module.answer_groups
+    monkeypatch.setattr(module, "answer_groups", answer_groups)
+    num_seen = []
+    for _ in range(20):
+        process = FORK.Process(
+            target=run, args=(chat, data, tmp_path, Settings(batch_tokens=100, num_workers=0))
+        )
+        process.start()
+        time.sleep(generator.uniform(0.0, 0.15))
+        process.kill()
+        process.join()
+        num_seen.append(len(lines(tmp_path / "toy")) if (tmp_path / "toy").exists() else 0)
+    assert num_seen == sorted(num_seen)
+    assert len(set(num_seen)) >= 5, "the kills have to fall on different stages of the run"
+    run(chat, data, tmp_path)
+    assert sorted(json.loads(line)["question_id"] for line in lines(tmp_path / "toy")) == sorted(expected)
+    assert read_answers(tmp_path / "toy", load(data)) == expected
+
+
+def test_a_line_cut_short_at_any_byte_is_asked_again(data, tmp_path):
+    questions = load(data)[:2]
+    with AnswerFile(tmp_path) as file:
+        file.append([(questions[0], "yes"), (questions[1], "nö\n")])
+    whole = (tmp_path / "answers-000.jsonl").read_bytes()
+    first = whole.index(b"\n") + 1
+    for length in range(len(whole)):
+        (tmp_path / "answers-000.jsonl").write_bytes(whole[:length])
+        kept = read_answers(tmp_path, questions)
+        assert kept == ({} if length < first else {"q0": "yes"})
+        with AnswerFile(tmp_path) as file:
+            file.append((q, {"q0": "yes", "q1": "nö\n"}[q.id]) for q in questions if q.id not in kept)
+        assert (tmp_path / "answers-000.jsonl").read_bytes() == whole
+
+
+def run_as(rank: int, port: int, *arguments) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    PartialState._reset_state()
+    run(*arguments)
+
+
+def test_two_processes_share_the_pictures(chat, data, tmp_path, expected):
+    run(chat, data, tmp_path / "one")
+    port = 20_000 + os.getpid() % 10_000
+    ranks = [
+        FORK.Process(target=run_as, args=(rank, port, chat, data, tmp_path / "two")) for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    parts = [path.read_text().splitlines() for path in sorted((tmp_path / "two" / "toy").glob("answers-*"))]
+    assert sorted(len(part) for part in parts) > [15, 15]
+    one, two = ((tmp_path / name / "toy" / "predictions.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
+    first, second = (ResultTable.load(tmp_path / name / "results.json").results[0] for name in ("one", "two"))
+    assert (first.metrics, first.data_sha256) == (second.metrics, second.data_sha256)
+
+
+def test_blind_answers_do_not_hang_on_the_picture(chat, data, tmp_path, expected):
+    run(chat, data, tmp_path)
+    result = run(chat, data, tmp_path, Settings(blind=True, num_workers=0))
+    assert result.model == "toy-model (blank pictures)"
+    assert len(ResultTable.load(tmp_path / "results.json").results) == 2
+    blind = read_answers(tmp_path / "toy-blind", load(data))
+    changed = {q for q, answer in blind.items() if answer != expected[q]}
+    with_picture = {q.id for q in load(data) if q.picture}
+    assert changed <= with_picture
+    assert len(changed) > len(with_picture) / 2
+    colour = tuple(int(c * 255) for c in chat.processor.image_processor.image_mean)
+    for n in (1, 2):  # the same as asking with a picture of the mean colour, whatever its size
+        Image.new("RGB", (30 * n, 50), colour).save(tmp_path / "mean.png")
+        assert chat.answer([ask(load(data)[n].prompt, tmp_path / "mean.png")], 6)[0] == blind[f"q{n}"]
+
+
+def test_a_limit_can_be_raised_later(chat, data, tmp_path, expected):
+    result = run(chat, data, tmp_path, Settings(limit=10, num_workers=0))
+    assert (result.num_questions, result.is_partial, len(lines(tmp_path / "toy"))) == (10, True, 10)
+    run(chat, data, tmp_path, Settings(limit=30, num_workers=0))
+    assert len(lines(tmp_path / "toy")) == 30
+    assert run(chat, data, tmp_path, Settings(limit=20, num_workers=0)).num_questions == 20
+
+
+def test_answers_of_two_runs_are_never_mixed(chat, data, tmp_path):
+    run(chat, data, tmp_path, Settings(limit=3, num_workers=0))
+    with pytest.raises(ConfigError, match="model = 'toy-model', this one has 'other'"):
+        evaluate(chat, BENCHMARK, data, tmp_path, model="other")
+    path = tmp_path / "toy" / "answers-000.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("Is there a dog 1?", "Is there a cat 1?"))
+    with pytest.raises(DataError, match="other data files"):
+        run(chat, data, tmp_path)
+    path.write_text(text + text)
+    with pytest.raises(DataError, match="two answers"):
+        run(chat, data, tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_picture_is_named_whoever_opens_it(chat, data, tmp_path, num_workers):
+    broken = [ask("Is there a dog?", tmp_path / "broken.png", id="b")]
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    questions = [
+        *load(data)[:40],
+        Question(id="b", conversation=broken[0], picture="broken.png", target="yes"),
+    ]
+    benchmark = Benchmark(**{**BENCHMARK.__dict__, "load": lambda folder: questions})
+    settings = Settings(batch_tokens=100, num_workers=num_workers)
+    with pytest.raises(ImageError, match=r"broken\.png: .*not a picture|damaged"):
+        evaluate(chat, benchmark, data, tmp_path, model="toy-model", settings=settings)
+    assert len(lines(tmp_path / "toy")) > 10, "what was answered before is kept"
+
+
+def test_a_batch_without_room_is_answered_in_halves(chat, data, tmp_path, expected, monkeypatch):
+    import tinyllava.evaluation.run as module
+
+    original = module.answer_groups
+
+    def answer_groups(model, groups, max_new_tokens):
+        if len(groups) > 1:
+            raise torch.OutOfMemoryError
+        return original(model, groups, max_new_tokens)
+
+    monkeypatch.setattr(module, "answer_groups", answer_groups)
+    run(chat, data, tmp_path)
+    assert read_answers(tmp_path / "toy", load(data)) == expected
+
+
+def test_without_sharing_the_answers_are_the_same(chat, data, tmp_path, expected, monkeypatch):
+    monkeypatch.setattr("tinyllava.evaluation.run.can_share", lambda model: False)
+    run(chat, data, tmp_path)
+    assert read_answers(tmp_path / "toy", load(data)) == expected
+    assert suitable_batch_tokens(chat.model) == 8192
