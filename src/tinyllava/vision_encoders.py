@@ -37,15 +37,28 @@ class VisionEncoder:
     """Of the whole encoder as published."""
     mlp_width: int = 0
     licence: str = ""
+    family: str = ""
+    """Architecture, as config.json's model_type names it."""
+    any_size: bool = False
+    """Whether it takes pictures of any side: a CNN, or a transformer that interpolates its positions."""
+    num_positions: int = 0
+    """Rows of the table of positions where it is not one per patch and prefix token; 0 means it is."""
+    rounds_up: bool = False
+    """Whether a partial cell at the border counts as one (convolutions padded as SAME) or is dropped."""
+
+    @property
+    def num_kept_layers(self) -> int:
+        """Layers up to the feature layer; those above are cut off when a model is assembled."""
+        return self.num_layers + 1 + self.feature_layer if self.feature_layer < 0 else self.feature_layer
 
     def num_patches(self, image_size_px: int = 0) -> int:
         """Return M, the number of patch features of one picture of that side."""
         return self.grid_side(image_size_px) ** 2
 
     def grid_side(self, image_size_px: int = 0) -> int:
-        """Return the number of patches along one side; a CNN rounds a partial cell up, a ViT drops it."""
+        """Return the number of patches along one side."""
         side = image_size_px or self.image_size_px
-        return -(-side // self.patch_size_px) if self.kind == "cnn" else side // self.patch_size_px
+        return -(-side // self.patch_size_px) if self.rounds_up else side // self.patch_size_px
 
 
 VISION_ENCODERS: dict[str, VisionEncoder] = {
@@ -53,18 +66,34 @@ VISION_ENCODERS: dict[str, VisionEncoder] = {
     for encoder in (
         VisionEncoder(
             name="CLIP", abbreviation="C", path="openai/clip-vit-large-patch14-336", kind="transformer",
-            image_size_px=336, patch_size_px=14, width=1024, num_layers=24, num_prefix_tokens=1,
-            num_parameters=303_507_456, mlp_width=4096, licence="MIT",
+            family="clip_vision_model", image_size_px=336, patch_size_px=14, width=1024, num_layers=24,
+            num_prefix_tokens=1, num_parameters=303_507_456, mlp_width=4096, licence="MIT",
         ),
         VisionEncoder(
             name="SigLIP", abbreviation="Sig", path="google/siglip-so400m-patch14-384", kind="transformer",
-            image_size_px=384, patch_size_px=14, width=1152, num_layers=27,
+            family="siglip_vision_model", image_size_px=384, patch_size_px=14, width=1152, num_layers=27,
             num_parameters=428_225_600, mlp_width=4304, licence="Apache-2.0",
         ),
         VisionEncoder(
+            name="SigLIP2", abbreviation="Sig2", path="google/siglip2-so400m-patch14-384", kind="transformer",
+            family="siglip_vision_model", image_size_px=384, patch_size_px=14, width=1152, num_layers=27,
+            num_parameters=428_225_600, mlp_width=4304, licence="Apache-2.0",
+        ),
+        VisionEncoder(
+            name="DINOv2", abbreviation="Dino", path="facebook/dinov2-large", kind="transformer",
+            family="dinov2", image_size_px=224, patch_size_px=14, width=1024, num_layers=24,
+            num_prefix_tokens=1, num_parameters=304_368_640, mlp_width=4096, any_size=True,
+            num_positions=1370, licence="Apache-2.0",
+        ),
+        VisionEncoder(
+            name="ConvNeXt", abbreviation="CNX", path="facebook/convnext-large-384-22k-1k", kind="cnn",
+            family="convnext", image_size_px=384, patch_size_px=32, width=1536, num_layers=0,
+            feature_layer=-1, num_parameters=196_230_336, any_size=True, licence="Apache-2.0",
+        ),
+        VisionEncoder(
             name="EfficientNet-Lite2", abbreviation="EN2", path="starter:efficientnet-lite2", kind="cnn",
-            image_size_px=260, patch_size_px=32, width=1280, num_layers=0, feature_layer=-1,
-            num_parameters=4_810_000, licence="Apache-2.0",
+            family="efficientnet_lite", image_size_px=260, patch_size_px=32, width=1280, num_layers=0,
+            feature_layer=-1, num_parameters=4_811_072, any_size=True, rounds_up=True, licence="Apache-2.0",
         ),
     )
 }  # fmt: skip
@@ -74,12 +103,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "clip_vision_model": {"kind": "transformer", "num_prefix_tokens": 1},
     "siglip_vision_model": {"kind": "transformer", "num_prefix_tokens": 0},
     "siglip2_vision_model": {"kind": "transformer", "num_prefix_tokens": 0},
-    "dinov2": {"kind": "transformer", "num_prefix_tokens": 1},
-    "dinov2_with_registers": {"kind": "transformer", "num_prefix_tokens": 5},
-    "efficientnet_lite": {"kind": "cnn", "feature_layer": -1},
-    "convnext": {"kind": "cnn", "feature_layer": -1},
-    "convnextv2": {"kind": "cnn", "feature_layer": -1},
-    "resnet": {"kind": "cnn", "feature_layer": -1},
+    "dinov2": {"kind": "transformer", "num_prefix_tokens": 1, "any_size": True},
+    "dinov2_with_registers": {"kind": "transformer", "num_prefix_tokens": 5, "any_size": True},
+    "efficientnet_lite": {"kind": "cnn", "feature_layer": -1, "any_size": True, "rounds_up": True},
+    "convnext": {"kind": "cnn", "feature_layer": -1, "any_size": True},
+    "convnextv2": {"kind": "cnn", "feature_layer": -1, "any_size": True},
+    "resnet": {"kind": "cnn", "feature_layer": -1, "any_size": True, "rounds_up": True},
 }
 
 
@@ -110,15 +139,35 @@ def _describe_folder(folder: Path) -> VisionEncoder:
             f"known: {', '.join(_FAMILIES)}. Add its family to tinyllava/vision_encoders.py."
         )
     hidden_sizes = config.get("hidden_sizes") or [0]
+    width, side = int(config.get("hidden_size") or hidden_sizes[-1]), int(config.get("image_size", 224))
+    patch = int(config.get("patch_size", 32))
     described = VisionEncoder(
-        name=folder.name, abbreviation=folder.name, path=str(folder), kind=family["kind"],
-        image_size_px=int(config.get("image_size", 224)), patch_size_px=int(config.get("patch_size", 32)),
-        width=int(config.get("hidden_size") or hidden_sizes[-1]),
-        num_layers=int(config.get("num_hidden_layers", 0)), mlp_width=int(config.get("intermediate_size", 0)),
+        name=folder.name, abbreviation=folder.name, path=str(folder), kind=family["kind"], family=model_type,
+        image_size_px=side, patch_size_px=32 if family["kind"] == "cnn" else patch, width=width,
+        num_layers=int(config.get("num_hidden_layers", 0)),
+        mlp_width=int(config.get("intermediate_size") or width * config.get("mlp_ratio", 0)),
     )  # fmt: skip
-    if family["kind"] == "cnn":
-        described = replace(described, patch_size_px=32)
-    return replace(described, **family)
+    described = replace(described, **family)
+    if described.any_size:
+        described = replace(
+            described, image_size_px=_processed_side(folder) or side,
+            num_positions=(side // patch) ** 2 + described.num_prefix_tokens,
+        )  # fmt: skip
+    return described
+
+
+def _processed_side(folder: Path) -> int:
+    """Return the side of the picture that a folder's image processor makes; 0 if it does not say.
+
+    What takes any size is often used at another one than it was trained at (DINOv2: 518 and 224 pixels).
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return 0
+    config = json.loads(path.read_text(encoding="utf-8"))
+    sizes = [config.get("crop_size") if config.get("do_center_crop", True) else None, config.get("size")]
+    size = next((value for value in sizes if value), 0)
+    return int(size if isinstance(size, int) else size.get("height") or size.get("shortest_edge") or 0)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -25,10 +25,12 @@ class Connector:
     """What is known of a connector before it is built."""
 
     module: str
-    """``file:Class`` inside this package; the class takes (vision_width, language_width, num_patches, **options)."""
+    """``file:Class`` of this package; takes (vision_width, language_width, num_patches, **options)."""
     summary: str
     num_tokens: Callable[[int, Options], int]
     """T from M and the options."""
+    num_parameters: Callable[[int, int, Options], int]
+    """Parameters from X, D and the options."""
     options: Options = field(default_factory=dict)
     """Every option with its default."""
 
@@ -45,8 +47,8 @@ def _one_per_block(num_patches: int, options: Options) -> int:
     side, block = isqrt(num_patches), options["block"]
     if side * side != num_patches or side % block:
         raise ConfigError(
-            f"connector pixel_shuffle: a grid of {num_patches} patches ({side} x {side}) does not divide into "
-            f"blocks of {block} x {block}; choose a block out of {_divisors(side)}."
+            f"connector pixel_shuffle: a grid of {num_patches} patches ({side} x {side}) does not divide "
+            f"into blocks of {block} x {block}; choose a block out of {_divisors(side)}."
         )
     return (side // block) ** 2
 
@@ -55,21 +57,56 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _mlp(vision_width: int, language_width: int, options: Options) -> int:
+    inputs = vision_width * options.get("block", 1) ** 2
+    return _linear(inputs, language_width) + _linear(language_width, language_width)
+
+
+def _resampler(vision_width: int, language_width: int, options: Options) -> int:
+    width, attention = options["width"], options["num_heads"] * options["head_width"]
+    layer = 4 * width * attention + 8 * width**2 + 6 * width
+    ends = _linear(vision_width, width) + _linear(width, language_width) + 2 * width
+    return ends + options["num_queries"] * width + options["num_layers"] * layer
+
+
+def _qformer(vision_width: int, language_width: int, options: Options) -> int:
+    width, num_layers = options["width"], options["num_layers"]
+    attention = 4 * _linear(width, width) + 2 * width
+    across = 2 * _linear(width, width) + 2 * _linear(vision_width, width) + 2 * width
+    feed_forward = _linear(width, 4 * width) + _linear(4 * width, width) + 2 * width
+    num_across = -(-num_layers // options["cross_every"])
+    ends = options["num_queries"] * width + 2 * width + _linear(width, language_width)
+    return ends + num_layers * (attention + feed_forward) + num_across * across
+
+
 CONNECTORS: dict[str, Connector] = {
     "linear": Connector(
-        module="linear:Linear", summary="one linear layer, a token for each patch", num_tokens=_one_per_patch
+        module="linear:Linear", summary="one linear layer, a token for each patch", num_tokens=_one_per_patch,
+        num_parameters=lambda vision_width, language_width, _: _linear(vision_width, language_width),
     ),
     "mlp": Connector(
-        module="mlp:MLP", summary="two linear layers with GELU between (the paper's)", num_tokens=_one_per_patch
+        module="mlp:MLP", summary="two linear layers with GELU between (the paper's)",
+        num_tokens=_one_per_patch, num_parameters=_mlp,
     ),
     "resampler": Connector(
         module="resampler:Resampler", summary="Perceiver resampler: learned queries attend to the patches",
-        num_tokens=_one_per_query,
+        num_tokens=_one_per_query, num_parameters=_resampler,
         options={"num_queries": 64, "num_layers": 3, "width": 768, "num_heads": 8, "head_width": 64},
     ),
     "pixel_shuffle": Connector(
-        module="pixel_shuffle:PixelShuffle", summary="space to depth: block x block patches become one token, then MLP",
-        num_tokens=_one_per_block, options={"block": 3},
+        module="pixel_shuffle:PixelShuffle",
+        summary="space to depth: block x block patches become one token, then MLP",
+        num_tokens=_one_per_block, num_parameters=_mlp, options={"block": 3},
+    ),
+    "qformer": Connector(
+        module="qformer:QFormer",
+        summary="BLIP-2's Q-Former: queries through a small BERT that looks at the patches",
+        num_tokens=_one_per_query, num_parameters=_qformer,
+        options={"num_queries": 32, "num_layers": 6, "width": 768, "num_heads": 12, "cross_every": 2},
     ),
 }  # fmt: skip
 

@@ -23,5 +23,6 @@ class PixelShuffle(nn.Module):
         num_images, _, width = features.shape
         side, block = self.side // self.block, self.block
         blocks = features.reshape(num_images, side, block, side, block, width).transpose(2, 3)
-        tokens: Tensor = self.linear_2(self.act(self.linear_1(blocks.reshape(num_images, side**2, -1))))
+        blocks = blocks.reshape(num_images, side**2, block**2 * width)
+        tokens: Tensor = self.linear_2(self.act(self.linear_1(blocks)))
         return tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from tinyllava.config import DataConfig
-from tinyllava.errors import ConfigError, DataError, UnknownNameError
+from tinyllava.errors import ConfigError, DataError
 from tinyllava.lookup import look_up
 
 
@@ -81,6 +81,17 @@ MIXTURES: dict[str, Mixture] = {
 """By the source that Table 2 names; the two of ShareGPT4V have the paper's rounded number of samples."""
 
 
+def find_mixture(record: str) -> Mixture | None:
+    """Return the mixture of that name, or None for a file of the user's.
+
+    Raises:
+        UnknownNameError: neither a mixture nor the name of a LLaVA-format file.
+    """
+    if record not in MIXTURES and record.endswith((".json", ".jsonl")):
+        return None
+    return look_up(MIXTURES, record, "mixture (or .json / .jsonl file)")
+
+
 def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Path, Path]]:
     """Return the record files of a stage, each with the folder that its picture paths start from.
 
@@ -102,16 +113,14 @@ def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Path, Pa
 
 def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path, Path, list[str]]:
     """Return record file, image root, and what is missing of them in words."""
-    if record not in MIXTURES:
-        if not record.endswith((".json", ".jsonl")):
-            raise _unknown(record)
+    mixture = find_mixture(record)
+    if mixture is None:
         path = Path(record)
         root = Path(images) if images else path.parent
         lines = (
             [] if path.is_file() else [f"{path}: no such record file; give the path of a LLaVA-format file."]
         )
         return path, root, lines + _missing_folder(root)
-    mixture = MIXTURES[record]
     if not str(data_root):
         raise ConfigError(
             f"data.records = {record!r} is a mixture of Table 2 and needs data_root, the folder that holds "
@@ -128,11 +137,3 @@ def _missing_folder(root: Path) -> list[str]:
     return (
         [] if root.is_dir() else [f"{root}: no such folder of pictures; set data.images, or put them there."]
     )
-
-
-def _unknown(record: str) -> UnknownNameError:
-    try:
-        look_up(MIXTURES, record, "mixture (or .json / .jsonl file)")
-    except UnknownNameError as error:
-        return error
-    raise AssertionError(record)

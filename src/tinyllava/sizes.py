@@ -1,0 +1,108 @@
+"""Closed forms of the sizes of the parts: parameters, and the linear layers that adapters are put on.
+
+Paper: Table 1 and Table A1 name sizes; here they follow from the specs, so that nothing need be downloaded.
+"""
+
+from dataclasses import dataclass
+
+from tinyllava.connectors import CONNECTORS, resolve_options
+from tinyllava.language_models import LanguageModel
+from tinyllava.vision_encoders import VisionEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSize:
+    """Parameters of one component, split as a stage can train them."""
+
+    outer: int
+    """Embeddings, outer norms, head: trained by ``full`` only."""
+    per_layer: int = 0
+    num_layers: int = 0
+    behind: int = 0
+    """Norms behind the features, which no gradient reaches: never trained."""
+    adapted_widths: int = 0
+    """Inputs + outputs over the linear layers of one layer: an adapter's parameters per unit of rank."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.outer + self.behind + self.per_layer * self.num_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """How the layers of one architecture differ from Llama's."""
+
+    gated: bool = True
+    """Three matrices in the feed-forward block, or two."""
+    qkv_bias: bool = False
+    biased: bool = False
+    """Biases in every other linear layer too."""
+    norms: int = 2
+    norm_rows: int = 1
+    """1: a weight (RMSNorm); 2: weight and bias (LayerNorm)."""
+    qk_norm: bool = False
+    head_bias: bool = False
+
+
+_FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(),
+    "qwen2": _Family(qkv_bias=True),
+    "qwen3": _Family(qk_norm=True),
+    "gemma": _Family(),
+    "stablelm": _Family(qkv_bias=True, norm_rows=2),
+    "phi": _Family(gated=False, qkv_bias=True, biased=True, norms=1, norm_rows=2, head_bias=True),
+}
+
+
+def language_model_size(language: LanguageModel) -> PartSize:
+    """Return the size of a language model, head included; an unknown family is counted as Llama's."""
+    family = _FAMILIES.get(language.family, _Family())
+    width, mlp = language.width, language.mlp_width
+    head_width = language.head_width or width // language.num_heads
+    queries, keys = language.num_heads * head_width, language.num_kv_heads * head_width
+    linears = [(width, queries), (width, keys), (width, keys), (queries, width)]
+    linears += [(width, mlp)] * (2 if family.gated else 1) + [(mlp, width)]
+    biases = (queries + 2 * keys) * family.qkv_bias + (width + mlp + width) * family.biased
+    norms = family.norms * width * family.norm_rows + 2 * head_width * family.qk_norm
+    heads = 1 if language.tied else 2
+    return PartSize(
+        outer=heads * language.vocab_size * width
+        + width * family.norm_rows
+        + language.vocab_size * family.head_bias,
+        per_layer=sum(a * b for a, b in linears) + biases + norms,
+        num_layers=language.num_layers,
+        adapted_widths=sum(a + b for a, b in linears),
+    )
+
+
+def vision_encoder_size(encoder: VisionEncoder) -> PartSize:
+    """Return the size of an encoder as it is assembled: cut at its feature layer, without a pooling head."""
+    if encoder.kind == "cnn":
+        return PartSize(outer=encoder.num_parameters)
+    width, mlp = encoder.width, encoder.mlp_width
+    is_clip, is_dino = encoder.family.startswith("clip"), encoder.family.startswith("dinov2")
+    linears = [(width, width)] * 4 + [(width, mlp), (mlp, width)]
+    rows = encoder.num_positions or encoder.num_patches() + encoder.num_prefix_tokens
+    patches = 3 * encoder.patch_size_px**2 * width + (0 if is_clip else width)
+    # CLIP and DINOv2 have a CLS vector beside its position; DINOv2 a mask token, CLIP an outer norm too.
+    tokens = width * encoder.num_prefix_tokens + (width if is_dino else 0) + (2 * width if is_clip else 0)
+    scales = 2 * width if is_dino else 0
+    return PartSize(
+        outer=patches + rows * width + tokens,
+        per_layer=sum(a * b + b for a, b in linears) + 4 * width + scales,
+        num_layers=encoder.num_kept_layers,
+        behind=2 * width,
+        adapted_widths=sum(a + b for a, b in linears),
+    )
+
+
+def connector_size(name: str, vision_width: int, language_width: int, options: dict[str, int]) -> PartSize:
+    """Return the size of a connector.
+
+    Raises:
+        UnknownNameError, ConfigError: see ``resolve_options``.
+    """
+    resolved = resolve_options(name, options)
+    return PartSize(outer=CONNECTORS[name].num_parameters(vision_width, language_width, resolved))
