@@ -16,8 +16,9 @@ from PIL import Image
 from chats import make_chat
 from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import ConfigError, DataError, ImageError
-from tinyllava.evaluation.answers import AnswerFile, load_predictions, read_answers
+from tinyllava.evaluation.answers import AnswerFile, read_answers
 from tinyllava.evaluation.benchmark import Benchmark, Grade
+from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.run import Settings, evaluate, suitable_batch_tokens
 from tinyllava.inference import Chat
@@ -80,7 +81,7 @@ def lines(folder: Path) -> list[str]:
 
 def test_answers_are_scored_and_recorded(chat, data, tmp_path, expected):
     result = run(chat, data, tmp_path)
-    predictions = load_predictions(tmp_path / "toy" / "predictions.jsonl")
+    predictions = read_predictions(tmp_path / "toy" / "predictions.jsonl")
     assert {p.question_id: p.answer for p in predictions} == expected
     assert len(set(expected.values())) > 20
     share = sum("a" in answer for answer in expected.values()) / 60

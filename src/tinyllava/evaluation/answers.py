@@ -5,12 +5,10 @@ Paper: section 4.1.3. The lines have those fields of LLaVA's answer files that s
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Self
 
 from tinyllava.errors import ConfigError, DataError
-from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.question import Question
 
 
@@ -85,37 +83,6 @@ def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
                 f"{folder}: holds answers of a run with {name} = {known.get(name)!r}, this one has "
                 f"{run.get(name)!r}. Choose another output folder, or delete this one."
             )
-
-
-def save_predictions(predictions: Iterable[Prediction], path: Path) -> None:
-    """Write scored answers as JSON lines, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for prediction in predictions:
-            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-    partial.replace(path)
-
-
-def load_predictions(path: Path) -> list[Prediction]:
-    """Read scored answers.
-
-    Raises:
-        DataError: no such file, or a line that is no prediction.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no predictions there; `tinyllava evaluate` writes them.")
-    predictions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line:
-            continue
-        try:
-            values = json.loads(line)
-            predictions.append(Prediction(**{**values, "groups": tuple(values["groups"])}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path}:{number}: not a prediction ({error}); score the answers again."
-            ) from None
-    return predictions
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

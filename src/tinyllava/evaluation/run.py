@@ -28,8 +28,9 @@ from rich.progress import (
 from rich.text import Text
 
 from tinyllava.conversation import Conversation
-from tinyllava.evaluation.answers import AnswerFile, claim_folder, read_answers, save_predictions
+from tinyllava.evaluation.answers import AnswerFile, claim_folder, read_answers
 from tinyllava.evaluation.benchmark import Benchmark
+from tinyllava.evaluation.judge import Judge, Reviews
 from tinyllava.evaluation.prepare import (
     Prepared,
     blank,
@@ -39,9 +40,10 @@ from tinyllava.evaluation.prepare import (
     prepare,
 )
 from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.score import answers_folder, score
 from tinyllava.evaluation.shared_prefix import answer_groups, can_share
 from tinyllava.inference import Chat, decode
-from tinyllava.results import Result, ResultTable
+from tinyllava.results import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,14 @@ def processes() -> PartialState:
 
 
 def evaluate(
-    chat: Chat, benchmark: Benchmark, data: Path, output: Path, *, model: str, settings: Settings = Settings()
+    chat: Chat,
+    benchmark: Benchmark,
+    data: Path,
+    output: Path,
+    *,
+    model: str,
+    settings: Settings = Settings(),
+    judge: Judge | Reviews | None = None,
 ) -> Result | None:
     """Answer, score and record one benchmark; all processes call it, the first returns the result.
 
@@ -72,14 +81,16 @@ def evaluate(
         data: the benchmark's folder.
         output: the answers are kept in ``output/<benchmark>``, results in ``output/results.json``.
         model: checkpoint folder, and the model's name in results.
+        judge: see ``score``.
 
     Raises:
         DataError, ImageError: files of the benchmark are missing or broken.
         ConfigError: the output folder holds the answers of another run.
+        JudgeError: the judge does not answer.
     """
     state = processes()
     questions = benchmark.load(data)[: settings.limit or None]
-    folder = output / (f"{benchmark.name}-blind" if settings.blind else benchmark.name)
+    folder = answers_folder(output, benchmark, blind=settings.blind)
     identity = {
         "model": model, "weights": _fingerprint(Path(model)), "protocol": benchmark.protocol,
         "max_new_tokens": benchmark.max_new_tokens, "blind": settings.blind, "dtype": _dtype(chat),
@@ -88,9 +99,9 @@ def evaluate(
         claim_folder(folder, identity)
     state.wait_for_everyone()
     answer_questions(chat, questions, folder, benchmark.name, benchmark.max_new_tokens, settings, state)
-    return (
-        _score(benchmark, questions, data, folder, chat, model, settings) if state.is_main_process else None
-    )
+    if not state.is_main_process:
+        return None
+    return score(benchmark, data, output, blind=settings.blind, limit=settings.limit, judge=judge)
 
 
 def answer_questions(
@@ -162,31 +173,6 @@ def suitable_batch_tokens(model: Any) -> int:
     numbers = 2 * text.num_hidden_layers * num_heads * head_width + 6 * text.intermediate_size
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(min(262_144, max(8_192, free / 3 / (numbers * model.dtype.itemsize))))
-
-
-def _score(
-    benchmark: Benchmark,
-    questions: list[Question],
-    data: Path,
-    folder: Path,
-    chat: Chat,
-    model: str,
-    settings: Settings,
-) -> Result:
-    answers = read_answers(folder, questions)
-    scored = benchmark.score(questions, answers)
-    save_predictions(scored.predictions, folder / "predictions.jsonl")
-    if benchmark.export is not None and not settings.blind:
-        (folder / "upload").mkdir(exist_ok=True)
-        benchmark.export(questions, answers, data, folder / "upload")
-    result = benchmark.result(
-        questions, scored, model=f"{model} (blank pictures)" if settings.blind else model, dtype=_dtype(chat),
-        notes=["blind: every picture replaced by one of the mean colour"] if settings.blind else [],
-    )  # fmt: skip
-    path = folder.parent / "results.json"
-    table = ResultTable.load(path) if path.exists() else ResultTable()
-    table.with_result(result).save(path)
-    return result
 
 
 def _dtype(chat: Chat) -> str:
