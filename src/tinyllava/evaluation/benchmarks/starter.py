@@ -1,0 +1,102 @@
+"""The starter's held-out questions: benchmark number ten, about pictures that everybody can fetch.
+
+Paper: none; the starter's own pictures (easy-VQA and the Grocery Store photographs, official test splits).
+``starter`` is a fixed sample of 1,500 questions, ``starter-whole`` all of them.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tinyllava.conversation import ImageRef
+from tinyllava.errors import DataError
+from tinyllava.evaluation.benchmark import Benchmark, Grade
+from tinyllava.evaluation.question import Question, ask
+from tinyllava.evaluation.read import read_text
+
+FILE = "held_out.json"
+QUOTAS = {
+    ("easy_vqa", "yes_no"): 500, ("easy_vqa", "shape"): 150, ("easy_vqa", "colour"): 150,
+    ("grocery_store", "yes_no"): 400, ("grocery_store", "fruit"): 200, ("grocery_store", "variety"): 100,
+}  # fmt: skip
+"""Questions of the fixed sample, by data set and kind; 100 of a kind that an option added."""
+
+
+def load(folder: Path) -> list[Question]:
+    """Read all held-out questions; the folder holds ``held_out.json`` and ``images``.
+
+    Raises:
+        DataError: the file is missing, or a record of it has another form.
+    """
+    path = folder / FILE
+    try:
+        return [_question(record, folder) for record in json.loads(read_text(path))]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: a record has another form ({error!r}); run `tinyllava starter` again.") from error
+
+
+def _question(record: dict, folder: Path) -> Question:  # type: ignore[type-arg]
+    asked, answered = record["conversations"]
+    image = ImageRef(path=folder / "images" / record["image"], name=record["image"])
+    text = asked["value"].replace("<image>", "").strip()
+    return Question(
+        id=record["id"],
+        conversation=ask(text, image, id=record["id"]),
+        picture=record["image"],
+        target=answered["value"],
+        category=record["kind"],
+        groups=(f"kind={record['kind']}", f"source={record['source']}"),
+    )
+
+
+def load_sample(folder: Path) -> list[Question]:
+    """Read the fixed sample: of each data set and kind the questions whose ids hash lowest."""
+    strata: dict[tuple[str, str], list[Question]] = defaultdict(list)
+    for question in load(folder):
+        source = question.groups[1].removeprefix("source=")
+        strata[source, question.category].append(question)
+    chosen: list[Question] = []
+    for key, questions in sorted(strata.items()):
+        chosen += sorted(questions, key=_hash_of)[: QUOTAS.get(key, 100)]
+    return sorted(chosen, key=lambda question: question.picture)
+
+
+def _hash_of(question: Question) -> str:
+    return hashlib.sha256(question.id.encode()).hexdigest()
+
+
+def grade(question: Question, answer: str) -> Grade:
+    """Compare whole answers, regardless of case and of a final period."""
+    parsed = answer.strip().rstrip(".").lower()
+    return Grade(parsed, float(parsed == question.target.lower()))
+
+
+def majority_answers(questions: Sequence[Question], answers: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Answer every question with the training part's most frequent answer of its kind.
+
+    Args:
+        answers: (kind, answer) of every training question.
+    """
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for kind, answer in answers:
+        counts[kind][answer] += 1
+    best = {kind: max(sorted(found), key=found.__getitem__) for kind, found in counts.items()}
+    return {question.id: best.get(question.category, "") for question in questions}
+
+
+BENCHMARK = Benchmark(
+    name="starter",
+    title="Starter",
+    protocol="starter/exact",
+    split="held-out sample",
+    metric="accuracy",
+    num_questions=sum(QUOTAS.values()),
+    prompt="{question}",
+    load=load_sample,
+    grade=grade,
+    max_new_tokens=8,
+)
+WHOLE = replace(BENCHMARK, name="starter-whole", split="held-out", load=load, num_questions=0)

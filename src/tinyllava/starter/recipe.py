@@ -1,0 +1,50 @@
+"""The starter's run: the base recipe at the size of two CPU cores and twelve minutes.
+
+Paper: section 4.1.2, base. What is trained in which stage is the paper's; batch sizes and learning rates are
+those of a set a thousand times smaller, found by trying (docs/log.md).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from tinyllava.config import DataConfig, Hardware, ModelConfig, Run
+from tinyllava.recipes.base import BASE
+
+Length = Literal["short", "default", "full"]
+
+
+def starter_run(language_model: Path, vision_encoder: Path, records: Path, output: Path, length: Length) -> Run:
+    """Return the run on converted parts and written records.
+
+    Args:
+        length: default is twelve minutes; short stops each stage early (to see that all works); full goes on
+            until the model no longer improves much.
+    """
+    pretrain, finetune = BASE.stages["pretrain"], BASE.stages["finetune"]
+    stages = {
+        "pretrain": replace(
+            pretrain, data=_data(records, "pretrain"), learning_rate=2e-3, global_batch_size=32,
+            num_epochs={"short": 0.02, "default": 1.0, "full": 4.0}[length], max_length_tokens=512, group_by="length",
+        ),
+        "finetune": replace(
+            finetune, data=_data(records, "finetune"), learning_rate=2e-4, connector_learning_rate=1e-3,
+            global_batch_size=4, num_epochs={"short": 0.02, "default": 1.0, "full": 6.0}[length],
+            max_length_tokens=512, group_by="length",
+        ),
+    }  # fmt: skip
+    return Run(
+        name="starter",
+        recipe="base",
+        model=ModelConfig(
+            vision_encoder=str(vision_encoder), language_model=str(language_model), connector="pixel_shuffle",
+            connector_options={"block": 3}, image_aspect="pad",
+        ),
+        stages=stages,
+        output=str(output),
+        hardware=Hardware(device_batch_size=0, num_workers=0, cache_features=True),
+    )  # fmt: skip
+
+
+def _data(records: Path, stage: str) -> DataConfig:
+    return DataConfig(records=(str(records / f"{stage}.json"),), images=str(records / "images"))
