@@ -55,7 +55,7 @@ def assemble(
     assembled.model.language_model = llm.base_model
     assembled.lm_head = llm.get_output_embeddings()
     assembled.model.multi_modal_projector = _new_connector(config).to(dtype)
-    _make_room_for_image_token(assembled, config.image_token_id)
+    make_room_for_image_token(assembled, config.image_token_id)
     assembled.generation_config = copy.deepcopy(llm.generation_config)
     assembled.generation_config.update(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, do_sample=False,
@@ -83,7 +83,9 @@ def open_checkpoint(
         raise CheckpointError(f"{folder}: cannot be opened: {error}") from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(fault):
-            raise CheckpointError(f"{folder}: {fault.replace('_', ' ')}: {', '.join(map(str, sorted(report[fault])))}")
+            raise CheckpointError(
+                f"{folder}: {fault.replace('_', ' ')}: {', '.join(map(str, sorted(report[fault])))}"
+            )
     return model.eval(), processor
 
 
@@ -94,19 +96,27 @@ def check_checkpoint(folder: Path) -> None:
         CheckpointError: no folder, no config, another kind of model, or a weight file that is not there.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no tinyllava checkpoint there (no config.json). Train one, or import one.")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != "tinyllava":
         raise CheckpointError(
-            f"{folder}: config.json says model_type {kind!r}, not 'tinyllava'; bring it in with `tinyllava import`."
+            f"{folder}: no tinyllava checkpoint there (no config.json). Train one, or import one."
         )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = config.get("model_type")
+    if kind != "tinyllava" or "connector_type" in config:  # TinyLLaVA Factory has the same model_type
+        layout = (
+            f"model_type {kind!r}, not 'tinyllava'"
+            if kind != "tinyllava"
+            else "connector_type, which is Factory's"
+        )
+        raise CheckpointError(f"{folder}: config.json says {layout}; bring it in with `tinyllava import`.")
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
-        raise CheckpointError(f"{folder}: weight files are missing: {', '.join(missing)}; copy the folder again.")
+        raise CheckpointError(
+            f"{folder}: weight files are missing: {', '.join(missing)}; copy the folder again."
+        )
 
 
 def load_tokenizer(language: LanguageModel) -> Any:
@@ -134,11 +144,15 @@ def _load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the text half and the head, which are left out on purpose
     try:
-        tower, report = AutoModel.from_pretrained(encoder.path, config=config, dtype=dtype, output_loading_info=True)
+        tower, report = AutoModel.from_pretrained(
+            encoder.path, config=config, dtype=dtype, output_loading_info=True
+        )
     finally:
         logging.set_verbosity(verbosity)
     if report["missing_keys"]:
-        raise CheckpointError(f"{encoder.path}: lacks tensors of {type(tower).__name__}: {sorted(report['missing_keys'])}")
+        raise CheckpointError(
+            f"{encoder.path}: lacks tensors of {type(tower).__name__}: {sorted(report['missing_keys'])}"
+        )
     return tower
 
 
@@ -149,13 +163,17 @@ def cut_encoder(vision_tower: Any, encoder: VisionEncoder) -> Any:
     layers = encoder_layers(vision_tower)
     num_kept = len(layers) + 1 + encoder.feature_layer if encoder.feature_layer < 0 else encoder.feature_layer
     if not 1 <= num_kept <= len(layers):
-        raise ConfigError(f"feature layer {encoder.feature_layer} of {encoder.name}: it has {len(layers)} layers.")
+        raise ConfigError(
+            f"feature layer {encoder.feature_layer} of {encoder.name}: it has {len(layers)} layers."
+        )
     del layers[num_kept:]
     vision_tower.config.num_hidden_layers = num_kept
     return vision_tower
 
 
-def make_config(model: ModelConfig, encoder: VisionEncoder, vision_config: Any, llm: Any, tokenizer: Any) -> TinyLlavaConfig:
+def make_config(
+    model: ModelConfig, encoder: VisionEncoder, vision_config: Any, llm: Any, tokenizer: Any
+) -> TinyLlavaConfig:
     """Describe the assembled model."""
     options = resolve_options(model.connector, model.connector_options)
     num_patches = encoder.num_patches(model.image_size_px)
@@ -185,7 +203,11 @@ def make_processor(
     image_processor = AutoImageProcessor.from_pretrained(encoder.path, backend="pil")
     if model.image_size_px:
         side = model.image_size_px
-        image_processor.size = {"shortest_edge": side} if "shortest_edge" in image_processor.size else {"height": side, "width": side}
+        image_processor.size = (
+            {"shortest_edge": side}
+            if "shortest_edge" in image_processor.size
+            else {"height": side, "width": side}
+        )
         if getattr(image_processor, "crop_size", None):
             image_processor.crop_size = {"height": side, "width": side}
     return TinyLlavaProcessor(
@@ -206,7 +228,7 @@ def _new_connector(config: TinyLlavaConfig) -> Any:
     )  # fmt: skip
 
 
-def _make_room_for_image_token(model: TinyLlavaForConditionalGeneration, image_token_id: int) -> None:
+def make_room_for_image_token(model: TinyLlavaForConditionalGeneration, image_token_id: int) -> None:
     """Give ``<image>`` a row when the language model has none to spare.
 
     New rows are zero: the input row is never read (a feature stands there) and a zero output row gives the
