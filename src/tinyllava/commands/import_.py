@@ -1,0 +1,59 @@
+"""``tinyllava import``: bring in a checkpoint of another layout."""
+
+import argparse
+from pathlib import Path
+
+_DESCRIPTION = """\
+Bring in a checkpoint of TinyLLaVABench (whole model, stage-1 connector, LoRA), TinyLLaVA Factory (one file,
+three folders, LoRA), LLaVA-1.5, or transformers' own LLaVA. The kind is recognised by config.json and the
+names of the tensors. Every tensor is accounted for, or the import stops and lists them. DIR is complete in
+itself."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="tinyllava import",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder, connector file, or name on the hub")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where to write the imported checkpoint")
+    parser.add_argument(
+        "--vision-encoder", metavar="DIR", type=Path, help="the encoder that the source names"
+    )
+    parser.add_argument(
+        "--language-model", metavar="DIR", type=Path,
+        help="the language model (or model) that the source was trained on; its tokenizer is used",
+    )  # fmt: skip
+    parser.add_argument(
+        "--template", default="", metavar="NAME", help="prompt template in place of the source's"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="type of the weights; auto loses nothing (default)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+
+    import torch  # after the options, so that help and mistakes come at once
+
+    from tinyllava.importing import Given, import_checkpoint
+
+    given = Given(
+        vision_encoder=options.vision_encoder,
+        language_model=options.language_model,
+        template=options.template,
+    )
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    report = import_checkpoint(options.source, options.folder, given=given, dtype=dtype)
+    print(f"{report.kind}: {report.num_tensors} tensors, {report.num_image_tokens} image tokens a picture")
+    for name, values in (("dropped", report.dropped), ("recomputed", report.recomputed)):
+        if values:
+            others = " and others" if values[1:] else ""
+            print(f"{name}: {len(values)} tensors, {values[0]}{others} (see import.json)")
+    if report.num_new_rows:
+        print(f"new: {report.num_new_rows} zero rows of embedding and head, for <image>")
+    for note in report.notes:
+        print(note)
+    print(f"written: {options.folder}")
+    return 0

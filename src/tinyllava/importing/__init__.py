@@ -1,0 +1,85 @@
+"""Bring in checkpoints of other layouts: TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, stock transformers."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from tinyllava.errors import CheckpointError
+from tinyllava.importing import factory, flat, stock
+from tinyllava.importing.build import ImportReport, build
+from tinyllava.importing.parts import Given, Parts, fetch
+from tinyllava.importing.tensors import read_json
+from tinyllava.templates import read_template
+
+__all__ = ["Given", "ImportReport", "import_checkpoint", "read_parts"]
+
+_KINDS = "TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, transformers' LLaVA"
+
+
+def import_checkpoint(
+    source: str | Path, folder: str | Path, *, given: Given | None = None, dtype: torch.dtype | None = None
+) -> ImportReport:
+    """Read a checkpoint of another layout and write it as ours, complete in itself.
+
+    Args:
+        source: its folder, the file of a connector alone, or its name on the hub.
+        folder: where to write; it must not exist, or be empty.
+        given: local folders for the parts that the source only names, and another template.
+        dtype: type of the weights; None keeps the widest of the source's types, which loses nothing.
+
+    Raises:
+        CheckpointError: an unknown layout, a part that cannot be had, tensors left over or missing.
+    """
+    folder, given = Path(folder), given or Given()
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder}: is not empty; name a new folder.")
+    if given.template:
+        read_template(given.template)  # a wrong name is said before gigabytes are read
+    logging.set_verbosity_error()  # what the loader would warn of is an error here, and said as one
+    logging.disable_progress_bar()
+    model, processor, report = build(read_parts(source, given), dtype)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    text = json.dumps(dataclasses.asdict(report), indent=2) + "\n"
+    (partial / "import.json").write_text(text, encoding="utf-8")
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+    return report
+
+
+def read_parts(source: str | Path, given: Given) -> Parts:
+    """Recognise a checkpoint by its config.json and take it apart.
+
+    Raises:
+        CheckpointError: no checkpoint, or of an unknown kind.
+    """
+    path = Path(source) if Path(source).exists() else fetch(str(source))
+    config = read_json(_config_of(path))
+    for kind in (flat, factory, stock):
+        if kind.recognises(config):
+            parts: Parts = kind.read(path, config, given)
+            return parts
+    model_type = config.get("model_type")
+    if model_type == "tinyllava":
+        raise CheckpointError(f"{path}: is a tinyllava checkpoint already; nothing to import.")
+    raise CheckpointError(
+        f"{path}: config.json (model_type {model_type!r}) is of no known kind; known: {_KINDS}."
+    )
+
+
+def _config_of(path: Path) -> Path:
+    """Return the config.json of a folder; for a file, the nearest above it."""
+    if path.is_dir():
+        return path / "config.json"
+    places = (path.parent, path.parent.parent)
+    return next(
+        (place / "config.json" for place in places if (place / "config.json").is_file()),
+        places[0] / "config.json",
+    )

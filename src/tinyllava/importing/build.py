@@ -1,0 +1,244 @@
+"""Build our model from a checkpoint's parts and hold every tensor to account: none left over, none made up.
+
+Paper: section 3.1. The encoder is cut at its feature layer, as ``assemble`` does; what lay above is listed.
+"""
+
+import copy
+import re
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+from tinyllava.config import ModelConfig
+from tinyllava.connectors import build_connector, num_tokens
+from tinyllava.errors import CheckpointError
+from tinyllava.importing.parts import Parts
+from tinyllava.importing.processor import load_processor
+from tinyllava.importing.tensors import Tensors, drop, refuse_left_over
+from tinyllava.model.assemble import make_config, make_room_for_image_token
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.vision_encoders import VisionEncoder
+
+# Encoders that the importable code bases know, and the outputs in front of the patches (CLS).
+_NUM_CLS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
+_LAYER = re.compile(r"(?:^|\.)encoder\.layers?\.(\d+)\.")
+# Settings of old configs that transformers moves to their new place by itself.
+_MOVED = {
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportReport:
+    """What became of a checkpoint's tensors; saved as import.json."""
+
+    kind: str
+    source: str
+    num_tensors: int
+    """Tensors of the source that the model has taken over."""
+    dropped: list[str] = field(default_factory=list)
+    """Names of what the model does not compute: layers above the feature layer, pooling heads."""
+    recomputed: list[str] = field(default_factory=list)
+    """Stored constants (positions, rotary frequencies), each equal to what the model computes."""
+    num_new_rows: int = 0
+    """Zero rows that give ``<image>`` a place in embedding and head."""
+    num_image_tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def build(
+    parts: Parts, dtype: torch.dtype | None
+) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, ImportReport]:
+    """Return model, processor and account; ``dtype`` None keeps the widest of the source's types.
+
+    Raises:
+        CheckpointError: tensors left over or missing, sizes that do not fit, or parts that cannot be had.
+    """
+    dtype = dtype or _widest_type(parts)
+    text_config = _make_text_config(parts)
+    constants = {**_take_constants(parts.text), **_take_constants(parts.vision)}
+    dropped = _drop_duplicate_head(parts, text_config) + drop(parts.vision, r"(^|\.)head\.")
+    vision_tower, encoder, cut = _load_encoder(parts, dtype)
+    num_tensors = len(parts.text) + len(parts.vision) + len(parts.connector_tensors)
+    llm = _load_part(AutoModelForCausalLM, text_config, parts.text, dtype, f"{parts.where}: language model")
+    _check_constants(constants, llm, parts.where)
+    processor = load_processor(parts, encoder, text_config)
+    config = _describe(parts, encoder, vision_tower, llm, processor.tokenizer)
+    processor.num_image_tokens = config.num_image_tokens
+
+    with torch.device("meta"):
+        model = TinyLlavaForConditionalGeneration(config)
+    model.model.vision_tower, model.model.language_model = vision_tower, llm.base_model
+    model.lm_head = llm.get_output_embeddings()
+    model.model.multi_modal_projector = _load_connector(parts, config).to(dtype)
+    num_rows = llm.get_input_embeddings().num_embeddings
+    make_room_for_image_token(model, config.image_token_id)
+    model.generation_config = copy.deepcopy(llm.generation_config)
+    model.generation_config.update(
+        pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id, do_sample=False,
+        temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    report = ImportReport(
+        kind=parts.kind, source=parts.where, num_tensors=num_tensors, dropped=dropped + cut,
+        recomputed=sorted(constants), num_new_rows=model.get_input_embeddings().num_embeddings - num_rows,
+        num_image_tokens=config.num_image_tokens, notes=list(parts.notes),
+    )  # fmt: skip
+    model.train(False)
+    return model, processor, report
+
+
+def _widest_type(parts: Parts) -> torch.dtype:
+    """Return the type that holds every tensor without loss."""
+    groups = (parts.text, parts.vision, parts.connector_tensors)
+    return reduce(
+        torch.promote_types, {t.dtype for group in groups for t in group.values() if t.is_floating_point()}
+    )
+
+
+def _make_text_config(parts: Parts) -> Any:
+    """Make the language model's own config out of one that also describes the rest."""
+    family = str(parts.text_config.get("model_type", "llama"))
+    if family not in CONFIG_MAPPING:
+        raise CheckpointError(f"{parts.where}: transformers has no language model {family!r}.")
+    config_class = CONFIG_MAPPING[family]
+    known = {f.name for f in fields(config_class)} | _MOVED
+    kept = {key: value for key, value in parts.text_config.items() if key in known and key != "model_type"}
+    try:
+        return config_class(**kept)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{parts.where}: config.json of the language model: {error}") from error
+
+
+def _drop_duplicate_head(parts: Parts, text_config: Any) -> list[str]:
+    """Where head and embedding share their rows, a second copy must be the same and is not needed."""
+    head = parts.text.get("lm_head.weight")
+    if not text_config.tie_word_embeddings or head is None:
+        return []
+    if not torch.equal(head, parts.text["model.embed_tokens.weight"]):
+        raise CheckpointError(
+            f"{parts.where}: config.json ties the head to the embedding (tie_word_embeddings), but "
+            "lm_head.weight and model.embed_tokens.weight differ; correct config.json."
+        )
+    return drop(parts.text, r"^lm_head\.weight$")
+
+
+def _load_encoder(parts: Parts, dtype: torch.dtype) -> tuple[nn.Module, VisionEncoder, list[str]]:
+    """Return the encoder cut at its feature layer, its description, and the names of what was cut."""
+    values, where = parts.vision_config, f"{parts.where}: vision encoder"
+    family = str(values.get("model_type", "clip_vision_model"))
+    if family not in _NUM_CLS:
+        raise CheckpointError(
+            f"{where}: model_type {family!r} cannot be imported; allowed: {', '.join(_NUM_CLS)}."
+        )
+    config = _make_vision_config(family, values)
+    total, layer = config.num_hidden_layers, parts.feature_layer
+    num_kept = parts.num_vision_layers or (total + 1 + layer if layer < 0 else layer)
+    if not 1 <= num_kept <= total:
+        raise CheckpointError(
+            f"{where}: feature layer {layer} of {total} layers; allowed: 1 to {total}, or -1 to {-total}."
+        )
+    cut = [name for name in parts.vision if (at := _LAYER.search(name)) and int(at[1]) >= num_kept]
+    for name in cut:
+        del parts.vision[name]
+    config = _make_vision_config(family, values | {"num_hidden_layers": num_kept})
+    encoder = VisionEncoder(
+        name=family, abbreviation=family, path="", kind="transformer", image_size_px=config.image_size,
+        patch_size_px=config.patch_size, width=config.hidden_size, num_layers=num_kept, feature_layer=-1,
+        num_prefix_tokens=parts.num_prefix_tokens,
+    )  # fmt: skip
+    return _load_part(AutoModel, config, parts.vision, dtype, where), encoder, sorted(cut)
+
+
+def _make_vision_config(family: str, values: dict[str, Any]) -> Any:
+    """Make the encoder's own config; DINOv2's list of stages is left to follow from its number of layers."""
+    config_class = CONFIG_MAPPING[family]
+    not_taken = {"model_type", "stage_names", "out_features", "out_indices"}
+    known = {f.name for f in fields(config_class)} - not_taken
+    config = config_class(**{key: value for key, value in values.items() if key in known})
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False  # SigLIP's pooling head is not on the way of the patch features
+    return config
+
+
+def _load_part(auto_class: Any, config: Any, tensors: Tensors, dtype: torch.dtype, where: str) -> Any:
+    """Load one part with transformers' own class, which also knows the older names of tensors."""
+    with torch.device("meta"):
+        part_class = type(auto_class.from_config(config))
+    try:
+        part, report = part_class.from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{where}: the tensors do not fit config.json: {error}") from error
+    refuse_left_over(report["unexpected_keys"], where)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing)}.")
+    # The loader's report leaves out names that its class thinks harmless; a count of numbers does not.
+    num_given, num_there = sum(t.numel() for t in tensors.values()), sum(p.numel() for p in part.parameters())
+    if num_given != num_there:
+        raise CheckpointError(f"{where}: {num_given:,} numbers were given and {num_there:,} have a place.")
+    return part
+
+
+def _load_connector(parts: Parts, config: TinyLlavaConfig) -> nn.Module:
+    width: int = config.text_config.hidden_size  # type: ignore[union-attr]
+    connector = build_connector(
+        parts.connector, vision_width=config.vision_width, language_width=width,
+        num_patches=config.num_patches, options=parts.connector_options,
+    )  # fmt: skip
+    try:
+        connector.load_state_dict(parts.connector_tensors, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{parts.where}: connector {parts.connector}: {error}") from error
+    return connector
+
+
+def _describe(
+    parts: Parts, encoder: VisionEncoder, vision_tower: Any, llm: Any, tokenizer: Any
+) -> TinyLlavaConfig:
+    model = ModelConfig(
+        vision_encoder=encoder.name, language_model=llm.config.model_type, connector=parts.connector,
+        connector_options=parts.connector_options, image_aspect=parts.image_aspect,
+    )  # fmt: skip
+    config = make_config(model, encoder, vision_tower.config, llm, tokenizer)
+    # What is dropped in front need not be what the encoder puts there: Factory drops SigLIP's first patch.
+    config.num_patches = encoder.num_patches() + _NUM_CLS[encoder.name] - parts.num_prefix_tokens
+    config.image_seq_length = num_tokens(parts.connector, config.num_patches, parts.connector_options)
+    if parts.image_token_id not in (None, config.image_token_id):
+        raise CheckpointError(
+            f"{parts.where}: config.json says that <image> is token {parts.image_token_id}, the tokenizer "
+            f"says {config.image_token_id}; give the folder with the right tokenizer: --language-model DIR."
+        )
+    return config
+
+
+def _take_constants(tensors: Tensors) -> Tensors:
+    names = [name for name in tensors if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))]
+    return {name: tensors.pop(name) for name in names}
+
+
+def _check_constants(constants: Tensors, llm: nn.Module, where: str) -> None:
+    computed = next((b for name, b in llm.named_buffers() if name.endswith("rotary_emb.inv_freq")), None)
+    for name, stored in constants.items():
+        expected: Tensor | None = computed if name.endswith("inv_freq") else torch.arange(stored.numel())
+        flat = stored.flatten().float()
+        if (
+            expected is None
+            or flat.shape != expected.shape
+            or not torch.allclose(flat, expected.float(), rtol=1e-2)
+        ):
+            raise CheckpointError(
+                f"{where}: {name} is not what the model computes; config.json does not fit."
+            )

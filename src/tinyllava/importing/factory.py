@@ -1,0 +1,141 @@
+"""TinyLLaVA Factory: one file, or a folder for each part, these also with adapters.
+
+Differs: its code drops the first feature of every encoder, which for SigLIP is a patch (728 image tokens
+instead of 729); checkpoints trained so are imported so.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllava.errors import CheckpointError
+from tinyllava.importing.adapters import merge_lora, read_adapter, strip_wrapping
+from tinyllava.importing.parts import Given, Parts, choose_template, find_part, name_connector, read_aspect
+from tinyllava.importing.tensors import Tensors, has_weights, read_folder, refuse_left_over, take
+
+_PREFIXES = {
+    "language_model": "language_model.",
+    "vision_tower": "vision_tower._vision_tower.",
+    "connector": "connector.",
+}
+_RESAMPLER = {
+    "latents": "queries", "linear.weight": "input.weight", "linear.bias": "input.bias",
+    "norm.weight": "norm.weight", "norm.bias": "norm.bias",
+}  # fmt: skip
+_RESAMPLER_LAYER = {"0.norm_latents.": "norm_queries.", "0.": "", "1.": "feed_forward."}
+
+
+def recognises(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of this kind; ours has the same model_type and other keys."""
+    return config.get("model_type") == "tinyllava" and "llm_model_name_or_path" in config
+
+
+def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
+    """Take a checkpoint of this kind apart.
+
+    Raises:
+        CheckpointError: two encoders, a connector that is not here, or a part that is missing.
+    """
+    where = str(source)
+    if config.get("vision_model_name_or_path2"):
+        raise CheckpointError(
+            f"{where}: two vision encoders (vision_model_name_or_path2) cannot be imported."
+        )
+    strategy = config.get("vision_feature_select_strategy", "patch")
+    if strategy not in ("patch", "cls_patch"):
+        raise CheckpointError(
+            f"{where}: vision_feature_select_strategy {strategy!r}; allowed: patch, cls_patch."
+        )
+    absent = [key for key in ("text_config", "vision_config") if not isinstance(config.get(key), dict)]
+    if absent:
+        raise CheckpointError(
+            f"{where}: config.json has no {' and no '.join(absent)}; fetch the folder again."
+        )
+    tensors, form, notes = _read_tensors(source)
+    text, vision, projector = (take(tensors, {prefix: ""}) for prefix in _PREFIXES.values())
+    refuse_left_over(tensors, where)
+    projector = {name.removeprefix("_connector."): tensor for name, tensor in projector.items()}
+    kind, options, renamed = _connector(config, projector, where)
+    family = str(config["text_config"].get("model_type", "llama"))
+    return Parts(
+        kind=f"TinyLLaVA Factory, {form}",
+        where=where,
+        text_config=config["text_config"],
+        text=text,
+        vision_config=config["vision_config"],
+        vision=vision,
+        feature_layer=int(config.get("vision_feature_layer", -2)),
+        num_prefix_tokens=int(strategy == "patch"),
+        connector=kind,
+        connector_options=options,
+        connector_tensors=renamed,
+        image_aspect=read_aspect(config.get("image_aspect_ratio"), where),
+        image_processor=_encoder_folder(config, given),
+        tokenizer=_tokenizer_folder(source, config, given),
+        template=choose_template(given.template, family, where),
+        notes=tuple(notes),
+    )
+
+
+def _read_tensors(source: Path) -> tuple[Tensors, str, list[str]]:
+    """Return all tensors under the single file's names, and the form that they had."""
+    if has_weights(source):
+        return read_folder(source), "one file", []
+    missing = [name for name in _PREFIXES if not (source / name).is_dir()]
+    if missing:
+        raise CheckpointError(f"{source}: neither weights nor the folders {', '.join(missing)}.")
+    tensors: Tensors = {}
+    for name, prefix in _PREFIXES.items():
+        tensors |= {
+            prefix + key: tensor for key, tensor in strip_wrapping(read_folder(source / name)).items()
+        }
+    if not (source / "adapter_config.json").is_file():
+        return tensors, "three folders", []
+    adapter_config, adapter = read_adapter(source)
+    merged = merge_lora(tensors, adapter_config, strip_wrapping(adapter), str(source))
+    return tensors, "three folders with LoRA", [f"{len(merged)} weights merged with their adapters"]
+
+
+def _connector(config: dict[str, Any], tensors: Tensors, where: str) -> tuple[str, dict[str, int], Tensors]:
+    if config.get("connector_type") != "resampler":
+        kind, renamed = name_connector(str(config.get("connector_type")), tensors, where)
+        return kind, {}, renamed
+    width = tensors["latents"].shape[1] if "latents" in tensors else 0
+    options = {
+        "num_queries": int(config["num_queries"]), "num_layers": int(config["num_resampler_layers"]),
+        "width": width, "num_heads": 8, "head_width": 64,
+    }  # fmt: skip
+    # Ours ends in a layer to the language model's width; theirs has that width throughout.
+    identity = {"output.weight": torch.eye(width), "output.bias": torch.zeros(width)}
+    return (
+        "resampler",
+        options,
+        {_name_in_resampler(name): tensor for name, tensor in tensors.items()} | identity,
+    )
+
+
+def _name_in_resampler(name: str) -> str:
+    if not name.startswith("layers."):
+        return _RESAMPLER.get(name, name)
+    _, index, inner = name.split(".", 2)
+    for old, new in _RESAMPLER_LAYER.items():
+        if inner.startswith(old):
+            return f"layers.{index}.{new}{inner.removeprefix(old)}"
+    return name
+
+
+def _encoder_folder(config: dict[str, Any], given: Given) -> Path | None:
+    """Return a folder with the image processor, if the user gave one; the weights are the source's own."""
+    reference = str(config.get("vision_model_name_or_path") or "")
+    if given.vision_encoder is None and not Path(reference).is_dir():
+        return None
+    folder = find_part(given.vision_encoder, reference, option="--vision-encoder", noun="vision encoder")
+    return folder if (folder / "preprocessor_config.json").is_file() else None
+
+
+def _tokenizer_folder(source: Path, config: dict[str, Any], given: Given) -> Path:
+    if given.language_model is None and (source / "tokenizer_config.json").is_file():
+        return source
+    reference = str(config.get("tokenizer_name_or_path") or config.get("llm_model_name_or_path") or "")
+    return find_part(given.language_model, reference, option="--language-model", noun="the tokenizer of")

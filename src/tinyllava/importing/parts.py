@@ -1,0 +1,151 @@
+"""What every layout is brought to before a model is built: three parts with their configs and tensors."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyllava.config import Aspect
+from tinyllava.errors import CheckpointError
+from tinyllava.importing.tensors import Tensors
+
+# The prompt that the published code trained each family of language models with, and its EOS token after it.
+TEMPLATES = {"llama": "llama", "phi": "phi", "stablelm": "phi", "qwen2": "phi", "gemma": "gemma"}
+_MLP = {"0.": "linear_1.", "2.": "linear_2."}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the user gives besides the source: local folders for the parts that it refers to by hub path."""
+
+    vision_encoder: Path | None = None
+    language_model: Path | None = None
+    template: str = ""
+    """Prompt template; empty means the one that the source was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A checkpoint taken apart: the tensors of each part under transformers' names for that part alone."""
+
+    kind: str
+    """The layout, in words."""
+    where: str
+    """Where it came from, for messages."""
+    text_config: dict[str, Any]
+    text: Tensors
+    """Names of the causal language model: ``model.*`` and ``lm_head.*``."""
+    vision_config: dict[str, Any]
+    vision: Tensors
+    """Names of the vision model, with or without a leading ``vision_model.``."""
+    num_vision_layers: int = 0
+    """Encoder layers that the features come through; 0 means by ``feature_layer``."""
+    feature_layer: int = -2
+    num_prefix_tokens: int
+    connector: str
+    connector_options: dict[str, int] = field(default_factory=dict)
+    connector_tensors: Tensors
+    """Names of our connector."""
+    image_aspect: Aspect
+    image_processor: Path | None
+    """Folder with a preprocessor_config.json; None means the encoder family's defaults at its image size."""
+    tokenizer: Path
+    template: str
+    """Name of a template, or the text of a Jinja template."""
+    image_token_id: int | None = None
+    """The id that stands for a picture in the source, if its tokenizer has one."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of this import."""
+
+
+def name_connector(kind: str, tensors: Tensors, where: str) -> tuple[str, Tensors]:
+    """Return our connector for the published code's name of it, and its tensors under our names.
+
+    Raises:
+        CheckpointError: a connector that is not here.
+    """
+    if kind == "mlp2x_gelu":
+        return "mlp", {_rename(name, _MLP): tensor for name, tensor in tensors.items()}
+    if kind in ("linear", "mlp1x_gelu"):
+        return "linear", {f"linear.{name.removeprefix('0.')}": tensor for name, tensor in tensors.items()}
+    raise CheckpointError(
+        f"{where}: its connector {kind!r} does not exist here; importable: linear, mlp1x_gelu, mlp2x_gelu, "
+        "and TinyLLaVA Factory's resampler."
+    )
+
+
+def _rename(name: str, prefixes: dict[str, str]) -> str:
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def read_aspect(value: Any, where: str) -> Aspect:
+    """Return how the source shapes pictures.
+
+    Raises:
+        CheckpointError: several crops of one picture, which the model does not take.
+    """
+    if value in ("pad", "square"):
+        aspect: Aspect = value
+        return aspect
+    if value is None:
+        return "square"
+    raise CheckpointError(f"{where}: image_aspect_ratio {value!r} cannot be imported; allowed: pad, square.")
+
+
+def choose_template(given: str, model_type: str, where: str) -> str:
+    """Return the template that the user named, or the one of the published code.
+
+    Raises:
+        CheckpointError: none is known for the language model.
+    """
+    if given or model_type in TEMPLATES:
+        return given or TEMPLATES[model_type]
+    raise CheckpointError(
+        f"{where}: no template is known for language model {model_type!r}; give --template NAME."
+    )
+
+
+def find_part(given: Path | None, reference: str, *, option: str, noun: str) -> Path:
+    """Return the folder of a part: the given one, a local one that the source names, or one from the hub.
+
+    Raises:
+        CheckpointError: the folder is not there, or neither folder nor network is; names the option.
+    """
+    if given is not None:
+        if not given.is_dir():
+            raise CheckpointError(f"{option} {given}: no such folder.")
+        return given
+    if reference and Path(reference).is_dir():
+        return Path(reference)
+    if not reference:
+        raise CheckpointError(
+            f"the source does not say which {noun} it was made with; give its folder: {option} DIR."
+        )
+    try:
+        return fetch(reference)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the source needs its {noun}: {error} Give a local folder: {option} DIR."
+        ) from error
+
+
+def fetch(name: str) -> Path:
+    """Return the folder of a hub repository, fetched unless it is in the cache.
+
+    Raises:
+        CheckpointError: no such repository, or no network.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, ignore_patterns=["*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.py"])
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{name!r} is no folder here and could not be fetched from the hub "
+            f"({type(error).__name__}: {reason})."
+        ) from error

@@ -1,0 +1,217 @@
+"""The published layouts with small random weights, each with an independent computation of its logits.
+
+The reference never touches the package: transformers' text and vision classes, functional layers between.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import toys
+
+Tensors = dict[str, Tensor]
+IMAGE_SIZE_PX = 28
+FINAL_NORM = {"phi": "final_layernorm"}
+BENCH_TYPES = {"llama": "tiny_llava", "phi": "tiny_llava_phi", "stablelm": "tiny_llava_stablelm"}
+ARCHITECTURES = {
+    "llama": "TinyLlavaLlamaForCausalLM", "phi": "TinyLlavaPhiForCausalLM",
+    "stablelm": "TinyLlavaStablelmForCausalLM",
+}  # fmt: skip
+
+
+@dataclass
+class Toy:
+    """A language model and an encoder, folder and model, and the tensors of a connector (nn.Sequential)."""
+
+    language_folder: Path
+    vision_folder: Path
+    language_kind: str
+    vision_kind: str
+    llm: Any
+    encoder: Any
+    connector: Tensors
+
+    @property
+    def text(self) -> Tensors:
+        return dict(self.llm.state_dict())
+
+    @property
+    def vision(self) -> Tensors:
+        """The encoder under the hub's names, which all begin with vision_model."""
+        return {f"vision_model.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
+
+    def text_config(self) -> dict[str, Any]:
+        return json.loads((self.language_folder / "config.json").read_text())
+
+    def vision_config(self) -> dict[str, Any]:
+        return json.loads((self.vision_folder / "config.json").read_text())
+
+
+def make_toy(folder: Path, language: str = "llama", vision: str = "clip", seed: int = 0) -> Toy:
+    torch.manual_seed(seed)
+    language_folder = toys.make_language_model(folder / "llm", language)
+    vision_folder = toys.make_vision_encoder(folder / "encoder", vision)
+    connector = {
+        "0.weight": torch.randn(toys.WIDTH, toys.WIDTH) / 4, "0.bias": torch.randn(toys.WIDTH),
+        "2.weight": torch.randn(toys.WIDTH, toys.WIDTH) / 4, "2.bias": torch.randn(toys.WIDTH),
+    }  # fmt: skip
+    return Toy(
+        language_folder, vision_folder, language, vision,
+        AutoModelForCausalLM.from_pretrained(language_folder).eval(),
+        AutoModel.from_pretrained(vision_folder).eval(), connector,
+    )  # fmt: skip
+
+
+def pictures() -> Tensor:
+    return torch.randn(1, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=torch.Generator().manual_seed(5))
+
+
+def mlp(connector: Tensors, features: Tensor) -> Tensor:
+    hidden = gelu(linear(features, connector["0.weight"], connector["0.bias"]))
+    return linear(hidden, connector["2.weight"], connector["2.bias"])
+
+
+@torch.no_grad()
+def reference_logits(
+    toy: Toy,
+    before: list[int],
+    after: list[int],
+    *,
+    num_dropped: int,
+    layer: int = -2,
+    llm: Any = None,
+    tokens: Any = None,
+) -> Tensor:
+    """Logits of text, picture, text: embeddings put together by hand and run through the text class."""
+    llm = llm or toy.llm
+    features = toy.encoder(pictures(), output_hidden_states=True).hidden_states[layer][:, num_dropped:]
+    image = (tokens or mlp)(toy.connector, features)
+    embed = llm.get_input_embeddings()
+    parts = [embed(torch.tensor([before])), image, embed(torch.tensor([after]))]
+    return llm(inputs_embeds=torch.cat(parts, dim=1)).logits
+
+
+@torch.no_grad()
+def model_logits(model: Any, before: list[int], after: list[int]) -> Tensor:
+    """Logits of our model for the same sequence."""
+    ids = [*before, *[model.config.image_token_id] * model.config.num_image_tokens, *after]
+    return model(input_ids=torch.tensor([ids]), pixel_values=pictures()).logits
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def save_tokenizer(toy: Toy, folder: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((toy.language_folder / file).read_bytes())
+
+
+def bench_config(toy: Toy, **changes: Any) -> dict[str, Any]:
+    """config.json of TinyLLaVABench: the language model's keys and those of the connector and the encoder."""
+    config = toy.text_config() | {
+        "model_type": BENCH_TYPES[toy.language_kind], "architectures": [ARCHITECTURES[toy.language_kind]],
+        "auto_map": {"AutoConfig": "configuration_phi.PhiConfig"}, "mm_vision_tower": "owner/not-there",
+        "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": toys.WIDTH, "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat", "use_mm_proj": True,
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_projector_lr": None,
+        "image_aspect_ratio": "pad", "tokenizer_padding_side": "right", "tokenizer_model_max_length": 3072,
+        "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False, "tune_vision_tower": True,
+        "tune_entire_model": True, "tune_embed_tokens": False, "pad_token": "<unk>",
+        "transformers_version": "4.37.2",
+    }  # fmt: skip
+    return config | changes
+
+
+def bench_vision(toy: Toy) -> Tensors:
+    """What TinyLLaVABench keeps of an encoder: of SigLIP all layers but the last and no pooling head."""
+    vision = toy.vision
+    if toy.vision_kind == "siglip":
+        vision = {
+            n: t for n, t in vision.items() if "encoder.layers.3." not in n and "vision_model.head." not in n
+        }
+    return vision
+
+
+def write_bench(
+    toy: Toy, folder: Path, *, num_shards: int = 2, with_encoder: bool = True, **changes: Any
+) -> Path:
+    """The whole model: sharded safetensors with an index, the encoder's config in a folder of its own."""
+    tensors = toy.text | {f"model.mm_projector.{n}": t for n, t in toy.connector.items()}
+    if with_encoder:
+        tensors |= {f"model.vision_tower.vision_tower.{n}": t for n, t in bench_vision(toy).items()}
+        write_json(folder / "some_tower" / "config.json", toy.vision_config())
+    write_json(folder / "config.json", bench_config(toy, **changes))
+    save_tokenizer(toy, folder)
+    names = sorted(tensors)
+    weight_map = {}
+    for shard in range(num_shards):
+        file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        chosen = names[shard::num_shards]
+        save_file(
+            {name: tensors[name].contiguous().clone() for name in chosen}, folder / file, {"format": "pt"}
+        )
+        weight_map |= dict.fromkeys(chosen, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    return folder
+
+
+def factory_config(toy: Toy, **changes: Any) -> dict[str, Any]:
+    """config.json of TinyLLaVA Factory."""
+    return {
+        "model_type": "tinyllava", "architectures": ["TinyLlavaForConditionalGeneration"],
+        "llm_model_name_or_path": "owner/not-there", "tokenizer_name_or_path": "owner/not-there",
+        "vision_model_name_or_path": "owner/not-there-either", "vision_model_name_or_path2": "",
+        "connector_type": "mlp2x_gelu", "text_config": toy.text_config(),
+        "vision_config": toy.vision_config(),
+        "hidden_size": toys.WIDTH, "vocab_size": toy.text_config()["vocab_size"],
+        "vision_hidden_size": toys.WIDTH,
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "patch", "image_aspect_ratio": "square",
+        "ignore_index": -100, "image_token_index": -200, "num_queries": 128, "num_resampler_layers": 3,
+        "resampler_hidden_size": 768, "tokenizer_model_max_length": 3072, "tune_type_llm": "full",
+    } | changes  # fmt: skip
+
+
+def factory_parts(toy: Toy) -> dict[str, Tensors]:
+    return {
+        "language_model": toy.text, "vision_tower": toy.vision,
+        "connector": {f"_connector.{n}": t for n, t in toy.connector.items()},
+    }  # fmt: skip
+
+
+def write_factory(toy: Toy, folder: Path, *, three_folders: bool = False, **changes: Any) -> Path:
+    write_json(folder / "config.json", factory_config(toy, **changes))
+    save_tokenizer(toy, folder)
+    parts = factory_parts(toy)
+    if three_folders:
+        for name, tensors in parts.items():
+            (folder / name).mkdir()
+            torch.save(tensors, folder / name / "pytorch_model.bin")
+        return folder
+    prefixes = {
+        "language_model": "language_model.",
+        "vision_tower": "vision_tower._vision_tower.",
+        "connector": "connector.",
+    }
+    tensors = {prefixes[part] + n: t.contiguous().clone() for part in parts for n, t in parts[part].items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def change_tensors(path: Path, *, add: Tensors | None = None, remove: str = "") -> None:
+    """Spoil a safetensors file."""
+    tensors = load_file(path) | (add or {})
+    tensors.pop(remove, None)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def load_config(folder: Path) -> Any:
+    return AutoConfig.from_pretrained(folder)
