@@ -88,6 +88,15 @@ def evaluate(
         ConfigError: the output folder holds the answers of another run.
         JudgeError: the judge does not answer.
     """
+    if not answer_benchmark(chat, benchmark, data, output, model=model, settings=settings):
+        return None
+    return score(benchmark, data, output, blind=settings.blind, limit=settings.limit, judge=judge)
+
+
+def answer_benchmark(
+    chat: Chat, benchmark: Benchmark, data: Path, output: Path, *, model: str, settings: Settings
+) -> bool:
+    """Do the first half of ``evaluate``: ask; return whether this is the process that is to score."""
     state = processes()
     questions = benchmark.load(data)[: settings.limit or None]
     folder = answers_folder(output, benchmark, blind=settings.blind)
@@ -99,9 +108,7 @@ def evaluate(
         claim_folder(folder, identity)
     state.wait_for_everyone()
     answer_questions(chat, questions, folder, benchmark.name, benchmark.max_new_tokens, settings, state)
-    if not state.is_main_process:
-        return None
-    return score(benchmark, data, output, blind=settings.blind, limit=settings.limit, judge=judge)
+    return bool(state.is_main_process)
 
 
 def answer_questions(

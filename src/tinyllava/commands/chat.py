@@ -1,0 +1,109 @@
+"""``tinyllava chat PICTURE [QUESTION]``: ask a model about a picture in the terminal."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllava.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tinyllava.conversation import Conversation
+
+_HELP = """
+Ask about a picture. Without a question, ask as many as you like; each is answered knowing those before it.
+
+  tinyllava chat cat.jpg "What is on the chair?"
+  tinyllava chat cat.jpg                            several turns; an empty line ends
+  tinyllava chat cat.jpg --model runs/share-Sig-Phi/model
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Answer one question, or converse."""
+    parser = argparse.ArgumentParser(
+        prog="tinyllava chat", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("picture", help="picture file, or - for none")
+    parser.add_argument("question", nargs="?", default="", help="what to ask (default: ask in turns)")
+    parser.add_argument("--model", default="", help="checkpoint folder (default: the starter's)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 always gives the likeliest answer")
+    parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
+    known = parser.parse_args(arguments)
+
+    model = find_model(known.model)
+    picture = None if known.picture == "-" else Path(known.picture)
+    if picture is not None:
+        from tinyllava.conversation import ImageRef
+        from tinyllava.data.images import open_image
+
+        open_image(ImageRef(path=picture))  # a wrong path is told before a model is opened
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils.logging import disable_progress_bar
+
+    from tinyllava.inference import Chat
+
+    disable_progress_bar()
+    chat = Chat.open(model, device=known.device)
+    sampling = {"do_sample": True, "temperature": known.temperature} if known.temperature else {}
+
+    def stream(conversation: "Conversation") -> Iterator[str]:
+        return chat.stream(conversation, known.max_tokens, **sampling)
+
+    converse(stream, picture, [known.question] if known.question else _read_questions())
+    return 0
+
+
+def find_model(name: str) -> Path:
+    """Return the checkpoint folder: the given one, or the starter's.
+
+    Raises:
+        CheckpointError: there is no model yet.
+    """
+    from tinyllava.starter.packages import cache_folder
+
+    if name:
+        return Path(name)
+    starter = cache_folder() / "starter" / "model"
+    if not (starter / "config.json").is_file():
+        raise CheckpointError(
+            "there is no model yet. Make a small real one with `tinyllava starter` (minutes on a laptop), "
+            "or name a checkpoint folder with --model."
+        )
+    return starter
+
+
+def converse(
+    stream: Callable[["Conversation"], Iterator[str]],
+    picture: Path | None,
+    questions: "Iterator[str] | list[str]",
+) -> None:
+    """Print the answer to each question as it comes; every turn sees those before it."""
+    from tinyllava.conversation import Conversation, Message, ask
+
+    messages: tuple[Message, ...] = ()
+    for question in questions:
+        turn = ask(question, *([picture] if picture and not messages else [])).messages
+        messages += turn
+        pieces = []
+        for piece in stream(Conversation(messages=messages)):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        messages += (Message(role="assistant", text="".join(pieces)),)
+
+
+def _read_questions() -> Iterator[str]:
+    """Yield lines of the terminal, or of a pipe, until an empty one."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            question = input(prompt).strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question

@@ -1,0 +1,48 @@
+"""``tinyllava compare A B``: two evaluations, question by question."""
+
+import argparse
+from pathlib import Path
+
+_HELP = """
+Compare two evaluations of the same questions: the difference of each headline number with its 95% interval
+(paired bootstrap over pictures), McNemar's test, and a page with the questions that flipped.
+
+  tinyllava compare evaluations/mine evaluations/other --data /data/benchmarks
+  tinyllava compare evaluations/mine/pope evaluations/mine/pope-blind
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Compare; print one line for each benchmark and the page's path as the last line."""
+    parser = argparse.ArgumentParser(
+        prog="tinyllava compare", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("a", type=_find, help="folder of an evaluation or of one benchmark in it")
+    parser.add_argument("b", type=_find, help="the same of the other model")
+    parser.add_argument("--data", default="", help="folder of the benchmarks: shows pictures and truths")
+    parser.add_argument("--output", default="flips.html", help="page to write")
+    parser.add_argument("--limit", type=int, default=200, help="flipped questions shown of each benchmark")
+    known = parser.parse_args(arguments)
+
+    from tinyllava.commands.evaluate import find_benchmarks, find_folders
+    from tinyllava.evaluation.compare import compare
+    from tinyllava.report.flips import write_flips
+
+    comparisons = compare(known.a, known.b)
+    for comparison in comparisons:
+        print(comparison)
+    questions = {}
+    if known.data:
+        benchmarks = find_benchmarks(",".join(comparison.benchmark for comparison in comparisons))
+        folders = find_folders(benchmarks, Path(known.data))
+        questions = {name: benchmark.load(folders[name]) for name, benchmark in benchmarks.items()}
+    output = Path(known.output)
+    write_flips(comparisons, output, a=str(known.a), b=str(known.b), questions=questions, limit=known.limit)
+    print(output)
+    return 0
+
+
+def _find(path: str) -> Path:
+    """Return the predictions of a benchmark's folder; other paths as they are."""
+    inside = Path(path) / "predictions.jsonl"
+    return inside if inside.is_file() else Path(path)

@@ -1,0 +1,184 @@
+"""``tinyllava evaluate MODEL``: measure a checkpoint on benchmarks."""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinyllava.evaluation.benchmark import Benchmark
+    from tinyllava.evaluation.judge import Judge, Reviews
+
+_HELP = """
+Measure a checkpoint on the benchmarks of the paper, with the published prompts, parsing and metrics.
+
+  tinyllava evaluate MODEL --benchmarks pope,gqa --data /data/benchmarks  in /data/benchmarks/pope and .../gqa
+  tinyllava evaluate MODEL --benchmarks all --data DIR --limit 100            the first 100 questions of each
+  tinyllava evaluate MODEL --benchmarks pope --data DIR --blind               the same with blank pictures
+  torchrun --nproc-per-node 8 -m tinyllava.cli evaluate MODEL ...             8 processes share the pictures
+
+The same command again goes on where a stopped run was. What a benchmark needs on disk and where it comes
+from: `tinyllava data benchmarks NAME DIR`. MM-Vet and LLaVA-W are judged by a model (--judge-url) or by
+recorded reviews (--reviews).
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluate; print one line for each benchmark, and the results file as the last line."""
+    known = _parse(arguments)
+    benchmarks = find_benchmarks(known.benchmarks)
+    folders = find_folders(benchmarks, Path(known.data))
+    output = Path(known.output or f"evaluations/{Path(known.model).resolve().name}")
+    judge = _make_judge(known, output)
+    ask = (lambda *_: True) if known.score_only else _open_model(known, output)
+    for name, benchmark in benchmarks.items():
+        if ask(benchmark, folders[name]):
+            _announce(judge, benchmark, folders[name], output, known)
+            _score(benchmark, folders[name], output, known, judge)
+    print(output / "results.json")
+    return 0
+
+
+def _open_model(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
+    """Return what has a benchmark answered and tells whether this process is to score it."""
+    from tinyllava.evaluation.run import Settings, answer_benchmark, processes
+    from tinyllava.inference import Chat
+
+    device = known.device or (str(processes().device) if processes().num_processes > 1 else "")
+    chat = Chat.open(known.model, device=device, dtype=known.dtype)
+    settings = Settings(
+        blind=known.blind, limit=known.limit, batch_tokens=known.batch_tokens, num_workers=known.workers
+    )
+    return lambda benchmark, data: answer_benchmark(
+        chat, benchmark, data, output, model=known.model, settings=settings
+    )
+
+
+def _score(
+    benchmark: "Benchmark",
+    data: Path,
+    output: Path,
+    known: argparse.Namespace,
+    judge: "Judge | Reviews | None",
+) -> None:
+    from tinyllava.evaluation.score import score
+
+    result = score(benchmark, data, output, blind=known.blind, limit=known.limit, judge=judge)
+    headline = [metric for metric in result.metrics if metric.name == result.metric]
+    print(
+        f"{benchmark.name} ({result.protocol}): {headline[0] if headline else 'answers saved, no score here'}"
+    )
+    for note in result.notes:
+        print(f"  {note}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tinyllava evaluate", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", help="checkpoint folder")
+    add("--benchmarks", default="all", help="names with commas between, or all (the nine of the paper)")
+    add("--data", required=True, help="folder with a folder for each benchmark")
+    add("--output", default="", help="folder for answers and results (default evaluations/MODEL)")
+    add("--blind", action="store_true", help="replace every picture by one of the mean colour")
+    add("--limit", type=int, default=0, help="ask only the first questions (a partial set, named as such)")
+    add("--score-only", action="store_true", help="score the answers that are there; opens no model")
+    add("--device", default="", help="device of torch (default: a GPU if there is one)")
+    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--batch-tokens", type=int, default=0, help="tokens of one batch (default: what suits the device)")
+    add(
+        "--workers",
+        type=int,
+        default=max(1, min(4, (os.cpu_count() or 2) - 1)),
+        help="processes that open pictures",
+    )
+    add("--judge-url", default="", help="OpenAI-compatible endpoint of the judge, up to /v1")
+    add("--judge-model", default="", help="the judge's model name")
+    add("--judge-key", default="OPENAI_API_KEY", help="environment variable that holds the key")
+    add(
+        "--judge-price",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="price per million tokens, for the estimate",
+    )
+    add("--reviews", default="", help="recorded reviews instead of a judge (.jsonl, or MM-Vet's .json)")
+    return parser.parse_args(arguments)
+
+
+def find_benchmarks(names: str) -> dict[str, "Benchmark"]:
+    """Return benchmarks by name, from names with commas between, or ``all``.
+
+    Raises:
+        UnknownNameError: no such benchmark.
+    """
+    from tinyllava.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
+    from tinyllava.lookup import look_up
+
+    if names == "all":
+        return dict(PAPER_BENCHMARKS)
+    return {name: look_up(BENCHMARKS, name, "benchmark") for name in names.split(",")}
+
+
+def find_folders(benchmarks: Mapping[str, "Benchmark"], data: Path) -> dict[str, Path]:
+    """Return each benchmark's folder in ``data``; a further protocol uses the folder of its benchmark.
+
+    Raises:
+        DataError: a folder is missing; all of them are listed.
+    """
+    from tinyllava.errors import DataError
+    from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS
+
+    folders, missing = {}, []
+    for name in benchmarks:
+        bases = [base for base in PAPER_BENCHMARKS if name.startswith(f"{base}-")]
+        found = [data / one for one in (name, *bases) if (data / one).is_dir()]
+        folders[name] = found[0] if found else data / name
+        missing += [] if found else [name]
+    if missing:
+        raise DataError(
+            f"--data {data}: no folder for {', '.join(missing)}. `tinyllava data benchmarks {missing[0]} "
+            f"{data / missing[0]}` says what belongs there; or name the benchmarks with --benchmarks."
+        )
+    return folders
+
+
+def _make_judge(known: argparse.Namespace, output: Path) -> "Judge | Reviews | None":
+    from tinyllava.errors import ConfigError
+
+    if known.reviews:
+        from tinyllava.evaluation.judge import read_reviews
+
+        return read_reviews(Path(known.reviews), judge=known.judge_model)
+    if not known.judge_url:
+        return None
+    if not known.judge_model:
+        raise ConfigError("--judge-url needs --judge-model: the name of the judge stands in every result.")
+    from tinyllava.evaluation.judge import Endpoint, Judge, ReplyCache
+
+    key = os.environ.get(known.judge_key, "")
+    endpoint = Endpoint(url=known.judge_url, model=known.judge_model, api_key=key)
+    return Judge(endpoint=endpoint, cache=ReplyCache(output / "judge_replies.jsonl"))
+
+
+def _announce(
+    judge: "Judge | Reviews | None",
+    benchmark: "Benchmark",
+    data: Path,
+    output: Path,
+    known: argparse.Namespace,
+) -> None:
+    """Print what a judge will be asked and what it costs, before it is asked."""
+    from tinyllava.evaluation.answers import read_answers
+    from tinyllava.evaluation.judge import Judge
+    from tinyllava.evaluation.score import answers_folder
+
+    if benchmark.judging is None or not isinstance(judge, Judge):
+        return
+    questions = benchmark.load(data)[: known.limit or None]
+    answers = read_answers(answers_folder(output, benchmark, blind=known.blind), questions)
+    price_in, price_out = known.judge_price or (None, None)
+    cost = judge.estimate_cost(benchmark, questions, answers, data, price_in=price_in, price_out=price_out)
+    print(f"{benchmark.name}: judge {judge.endpoint.model}: {cost}")

@@ -1,0 +1,149 @@
+"""Evaluate, compare, look at data and chat from the command line, on POPE in its official files."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chats import make_chat
+from tinyllava.cli import main
+from tinyllava.results import load_results
+
+SPLITS = ("adversarial", "popular", "random")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    chat = make_chat(folder, "llama")
+    chat.model.save_pretrained(folder / "model")
+    chat.processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    pope = folder / "pope"
+    (pope / "val2014").mkdir(parents=True)
+    for n in range(4):
+        pixels = np.random.default_rng(n).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pope / "val2014" / f"{n}.jpg")
+    for split in SPLITS:
+        records = [
+            {"question_id": n + 1, "image": f"{n % 4}.jpg", "text": f"Is there a {split} {n} in the image?",
+             "label": ("yes", "no")[n % 2]}
+            for n in range(8)
+        ]  # fmt: skip
+        (pope / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, records)) + "\n")
+    return folder
+
+
+def test_evaluate_then_score_again_then_compare(model, data, tmp_path, capsys):
+    arguments = [
+        "evaluate",
+        str(model),
+        "--benchmarks",
+        "pope",
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path),
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == str(tmp_path / "results.json")
+    assert any(line.startswith("pope (pope/mean-f1/llava-1.5): f1 ") for line in printed)
+    assert "  partial set: 24 of 8,910 questions" in printed
+    (result,) = load_results(tmp_path / "results.json")
+    assert (result.num_questions, result.num_pictures, result.dtype) == (24, 4, "float32")
+
+    assert main([*arguments, "--blind"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "pope"), str(tmp_path / "pope-blind"), "--data", str(data),
+                 "--output", str(tmp_path / "flips.html")]) == 0  # fmt: skip
+    assert "n = 24" in capsys.readouterr().out
+    assert "Is there a" in (tmp_path / "flips.html").read_text()
+
+    for path in model.glob("*"):
+        path.rename(path.with_name(path.name + ".away"))
+    try:  # scoring again needs no model
+        assert main([*arguments, "--score-only"]) == 0
+    finally:
+        for path in model.glob("*.away"):
+            path.rename(path.with_name(path.name.removesuffix(".away")))
+    assert load_results(tmp_path / "results.json")[-1].metrics == result.metrics
+
+
+def test_two_real_processes_give_the_same_predictions(model, data, tmp_path):
+    arguments = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(data), "--output"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    subprocess.run(
+        [*launch, "-m", "tinyllava.cli", *arguments, str(tmp_path / "two")], check=True, timeout=200
+    )
+    one, two = ((tmp_path / name / "pope/predictions.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
+    assert len(list((tmp_path / "two" / "pope").glob("answers-*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmarks", "popee"], "unknown benchmark 'popee'.*Did you mean 'pope'"),
+        (["--benchmarks", "pope,gqa"], "no folder for gqa.*tinyllava data benchmarks gqa"),
+        (["--benchmarks", "pope", "--judge-url", "http://localhost/v1"], "--judge-model"),
+        (["--benchmarks", "pope", "--score-only"], "no answers there"),
+    ],
+)
+def test_wrong_requests_are_told_before_a_model_is_opened(data, tmp_path, capsys, arguments, message):
+    import re
+
+    asked = ["evaluate", "no-such-model", "--data", str(data), "--output", str(tmp_path), *arguments]
+    assert main(asked) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_data_tells_what_is_missing(data, tmp_path, capsys):
+    assert main(["data", "benchmarks"]) == 0
+    assert "8,910 questions" in capsys.readouterr().out
+    assert main(["data", "benchmarks", "pope", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.count("missing: ") == 4
+    assert main(["data", "benchmarks", "pope", str(data / "pope")]) == 0
+
+
+def test_chat_answers_once_and_in_turns(model, data, capsys, monkeypatch):
+    picture = str(data / "pope" / "val2014" / "0.jpg")
+    base = ["chat", picture, "--model", str(model), "--max-tokens", "8"]
+    assert main([*base[:2], "Is there a dog?", *base[2:]]) == 0
+    once = capsys.readouterr().out
+    assert once.strip()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is there a dog?\nWhat is it?\n\nnot asked\n"))
+    assert main(base) == 0
+    turns = capsys.readouterr().out
+    assert turns.startswith(once)
+    assert len(turns) > len(once)
+
+
+def test_chat_without_a_model_says_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path))
+    assert main(["chat", "cat.jpg"]) == 2
+    assert "tinyllava starter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "data", "chat"])
+def test_help_comes_at_once(command):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "tinyllava.cli", command, "--help"], check=True, capture_output=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
