@@ -193,9 +193,9 @@ def _load_part(auto_class: Any, config: Any, tensors: Tensors, dtype: torch.dtyp
 
 
 def _load_connector(parts: Parts, config: TinyLlavaConfig) -> nn.Module:
-    width: int = config.text_config.hidden_size  # type: ignore[union-attr]
+    language: Any = config.text_config
     connector = build_connector(
-        parts.connector, vision_width=config.vision_width, language_width=width,
+        parts.connector, vision_width=config.vision_width, language_width=language.hidden_size,
         num_patches=config.num_patches, options=parts.connector_options,
     )  # fmt: skip
     try:
