@@ -1,9 +1,11 @@
 """Toy parts in the real layouts: Llama, Phi and StableLM with CLIP and SigLIP, saved as Hugging Face folders.
 
-Tokenizers are trained here on a few sentences, in the kinds that the real models have: a byte-level BPE without
+Tokenizers are trained here on a few sentences, in the kinds that the real models have: a byte-level BPE
+without
 BOS (Phi, StableLM, ChatML) and a SentencePiece-like BPE with BOS and a leading-space mark (Llama).
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -72,6 +74,9 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    saved = json.loads(tokenizer.to_str())  # bytes are ordinary tokens in Llama's file, not special ones
+    saved["added_tokens"] = saved["added_tokens"][:3]
+    tokenizer = Tokenizer.from_str(json.dumps(saved))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )

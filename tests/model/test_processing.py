@@ -1,0 +1,289 @@
+"""Mask, layouts and pixels: properties over generated conversations, literal strings, references."""
+
+import dataclasses
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from tinyllava.config import ModelConfig
+from tinyllava.conversation import Conversation, ImageRef, Message
+from tinyllava.errors import DataError
+from tinyllava.model.assemble import assemble
+from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, pad_to_square
+from tinyllava.templates import read_template
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+# Template, the toy tokenizer it is meant for, what an answer ends with.
+LAYOUTS = {
+    "phi": ("phi", "<|endoftext|>"), "llama": ("llama", "</s>"), "gemma": ("llama", "</s>"),
+    "chatml": ("chatml", "<|im_end|>"), "llama3": ("llama3", "<|eot_id|>"), "caption": ("llama", "\n"),
+    "caption-phi": ("phi", "\n"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def processors(parts) -> dict[str, TinyLlavaProcessor]:
+    """A processor for each layout, with the toy tokenizer of its kind."""
+    made = {}
+    for layout, (kind, _) in LAYOUTS.items():
+        language_model = parts["phi" if kind == "llama3" else kind]
+        processor = assemble(
+            ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(language_model))
+        )[1]
+        if kind == "llama3":
+            headers = ["<|start_header_id|>", "<|end_header_id|>"]
+            marks = {
+                "bos_token": "<|begin_of_text|>",
+                "eos_token": "<|eot_id|>",
+                "additional_special_tokens": headers,
+            }
+            processor.tokenizer.add_special_tokens(marks)
+        processor.chat_template = read_template(layout.partition("-")[0])
+        made[layout] = processor
+    return made
+
+
+SPECIALS = ("<image>", "<s>", "</s>", "<unk>", "<|")
+words = st.sampled_from(
+    ["ASSISTANT:", "USER: ", "assistant", "a red circle", "'s", "...", "12", "\n", "\n\n", "  ", "?!", "\t", "<"]
+)  # fmt: skip
+anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=6)
+joined = st.lists(words | anything, max_size=8).map("".join)
+texts = joined.filter(lambda text: not any(special in text for special in SPECIALS))
+spoken = texts.map(str.strip).filter(bool)
+picture = ImageRef(name="x")
+
+
+@st.composite
+def conversations(draw) -> Conversation:
+    messages = [Message(role="system", text=draw(spoken))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 4))):
+        num_images = draw(st.integers(0, 2))
+        question = draw(texts if num_images else spoken)
+        messages.append(Message(role="user", text=question, images=(picture,) * num_images))
+        messages.append(Message(role="assistant", text=draw(spoken)))
+    return Conversation(messages=tuple(messages))
+
+
+def supervised_runs(processor, encoded) -> list[str]:
+    """The decoded text of each unbroken run of supervised tokens."""
+    pairs = zip(encoded.supervised, encoded.input_ids, strict=True)
+    groups = [(inside, list(group)) for inside, group in groupby(pairs, key=lambda pair: pair[0])]
+    runs = [[token for _, token in group] for inside, group in groups if inside]
+    return [processor.tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(conversation=conversations())
+@settings(max_examples=100, deadline=None)
+def test_what_is_supervised_decodes_to_the_answers_and_their_ends(processors, layout, conversation):
+    processor, end = processors[layout], LAYOUTS[layout][1]
+    encoded = processor.encode(conversation)
+    answers = [m.text + end for m in conversation.messages if m.role == "assistant"]
+    runs = supervised_runs(processor, encoded)
+    if layout.startswith("caption"):  # nothing stands between two captions but a picture
+        assert "".join(runs) == "".join(answers)
+    elif layout == "phi":
+        assert runs == [" " + answer for answer in answers]
+    else:
+        assert runs == answers
+    assert len(encoded.supervised) == len(encoded.input_ids)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(conversation=conversations())
+@settings(max_examples=60, deadline=None)
+def test_every_prompt_is_the_beginning_of_the_conversation_it_is_trained_in(processors, layout, conversation):
+    processor = processors[layout]
+    whole = processor.encode(conversation).input_ids
+    for number, message in enumerate(conversation.messages):
+        if message.role == "assistant" and not (layout.startswith("caption") and number > 2):
+            asked = dataclasses.replace(conversation, messages=conversation.messages[:number])
+            prompt = processor.encode(asked, open_answer=True)
+            assert prompt.input_ids == whole[: len(prompt.input_ids)]
+            assert not any(prompt.supervised[-1:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(conversation=conversations())
+@settings(max_examples=30, deadline=None)
+def test_image_tokens_are_counted_exactly_and_never_supervised(processors, layout, conversation):
+    processor = processors[layout]
+    encoded = processor.encode(conversation)
+    at_image = [token == processor.image_token_id for token in encoded.input_ids]
+    assert sum(at_image) == 4 * len(conversation.images)
+    assert encoded.text.count(IMAGE_TOKEN) == len(conversation.images)
+    assert not any(inside for inside, image in zip(encoded.supervised, at_image, strict=True) if image)
+
+
+@pytest.mark.parametrize("layout", ["phi", "llama", "chatml", "llama3"])
+@given(conversation=conversations())
+@settings(max_examples=20, deadline=None)
+def test_generate_gets_the_ids_that_training_has(processors, layout, conversation):
+    processor = processors[layout]
+    asked = dataclasses.replace(conversation, messages=conversation.messages[:-1])
+    images = [Image.new("RGB", (9, 7))] * len(asked.images)
+    inputs = processor(images=images, text=processor.render(asked, open_answer=True)[0])
+    assert inputs["input_ids"][0].tolist() == processor.encode(asked, open_answer=True).input_ids
+    assert len(inputs.get("pixel_values", [])) == len(images)
+
+
+TWO_TURNS = Conversation(
+    messages=(
+        Message(role="user", text="What is it?", images=(picture,)),
+        Message(role="assistant", text="A dog."),
+        Message(role="user", text="Sure?"),
+        Message(role="assistant", text="Yes."),
+    )
+)
+
+# Worked out by hand from the published layouts.
+WRITTEN = {
+    "phi": f"{SYSTEM}USER: <image>\nWhat is it? ASSISTANT: A dog.<|endoftext|>"
+    "USER: Sure? ASSISTANT: Yes.<|endoftext|>",
+    "llama": f"<s>{SYSTEM}USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT: Yes.</s>",
+    "gemma": f"<s>{SYSTEM}USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT: Yes.</s>",
+    "chatml": "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA dog.<|im_end|>\n"
+    "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n",
+    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nA dog.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>",
+    "caption": "<s><image>A dog.\nYes.\n",
+    "caption-phi": "<image>A dog.\nYes.\n",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_is_the_published_one(processors, layout):
+    text, spans = processors[layout].render(TWO_TURNS)
+    assert text == WRITTEN[layout]
+    end = LAYOUTS[layout][1]
+    space = " " if "ASSISTANT:" in text else ""  # the space before the answer is learnt with it
+    assert [text[a:b] for a, b in spans] == [f"{space}A dog.{end}", f"{space}Yes.{end}"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "end"),
+    [("phi", "Sure? ASSISTANT:"), ("llama", "Sure? ASSISTANT:"), ("gemma", "Sure? ASSISTANT:"),
+     ("chatml", "Sure?<|im_end|>\n<|im_start|>assistant\n"),
+     ("llama3", "Sure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")],
+)  # fmt: skip
+def test_an_open_answer_ends_where_the_assistant_is_to_speak(processors, layout, end):
+    asked = dataclasses.replace(TWO_TURNS, messages=TWO_TURNS.messages[:3])
+    text, spans = processors[layout].render(asked, open_answer=True)
+    assert text.endswith(end)
+    assert len(spans) == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "start"),
+    [("phi", "Be short. USER: <image>\n"), ("llama", "<s>Be short. USER: <image>\n"),
+     ("chatml", "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n<image>\n"),
+     ("caption", "<s><image>A dog.")],
+)  # fmt: skip
+def test_a_system_line_of_the_record_takes_the_place_of_the_templates(processors, layout, start):
+    system = Message(role="system", text="Be short.")
+    text, _ = processors[layout].render(
+        dataclasses.replace(TWO_TURNS, messages=(system, *TWO_TURNS.messages))
+    )
+    assert text.startswith(start)
+
+
+def test_a_stage_may_bring_its_own_template(processors):
+    text, _ = processors["llama"].render(TWO_TURNS, template=read_template("caption"))
+    assert text == WRITTEN["caption"]
+
+
+def test_a_token_over_the_edge_of_an_answer_is_refused_with_the_record(processors):
+    template = "{% for m in messages %}{{ 'r' }}{% generation %}{{ 'ed' }}{% endgeneration %}{% endfor %}"
+    one = Conversation(messages=(Message(role="assistant", text="x"),), id="r7", source="a.json")
+    with pytest.raises(DataError, match=r"a\.json r7: the token 're' joins prompt and answer"):
+        processors["phi"].encode(one, template=template)
+
+
+def test_pictures_and_marks_in_the_prompts_must_agree(processors):
+    with pytest.raises(DataError, match="1 pictures for 2 <image> in the prompts"):
+        processors["phi"](images=[Image.new("RGB", (4, 4))], text=["<image>", "<image>"])
+
+
+def noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def padded(image: Image.Image, colour: tuple[int, ...]) -> np.ndarray:
+    """A square of one colour with the picture in the middle, in numpy."""
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
+    square = np.empty((max(height, width), max(height, width), 3), dtype=np.uint8)
+    square[:] = colour
+    top, left = (len(square) - height) // 2, (len(square) - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    return square
+
+
+@given(width=st.integers(1, 40), height=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_pad_to_square_against_numpy(width, height):
+    image = noise(width, height)
+    assert np.array_equal(np.asarray(pad_to_square(image, (122, 116, 104))), padded(image, (122, 116, 104)))
+
+
+SIZES = [(50, 40), (31, 64), (28, 28), (7, 100), (100, 3), (3, 50), (1, 1), (40, 1), (640, 11)]
+
+
+def processor_of(parts: dict[str, Path], encoder: str, aspect: str) -> TinyLlavaProcessor:
+    config = ModelConfig(
+        vision_encoder=str(parts[encoder]), language_model=str(parts["llama"]), image_aspect=aspect
+    )
+    return assemble(config)[1]
+
+
+def through(reference, pixels: np.ndarray) -> torch.Tensor:
+    """One picture through a processor of transformers, told where the channels are."""
+    return reference(pixels, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+
+
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+def test_square_is_what_the_image_processor_does_alone(parts, encoder):
+    processor = processor_of(parts, encoder, "square")
+    reference = AutoImageProcessor.from_pretrained(parts[encoder], backend="pil")
+    for size in SIZES:
+        found = processor.to_pixels([noise(*size)])
+        torch.testing.assert_close(
+            found, through(reference, np.asarray(noise(*size))), rtol=0, atol=0, msg=str(size)
+        )
+
+
+@pytest.mark.parametrize(("encoder", "colour"), [("clip", (122, 116, 104)), ("siglip", (127, 127, 127))])
+def test_pad_is_the_image_processor_after_a_square_of_the_mean_colour(parts, encoder, colour):
+    processor = processor_of(parts, encoder, "pad")
+    reference = AutoImageProcessor.from_pretrained(parts[encoder], backend="pil")
+    assert processor.mean_colour == colour
+    pixels = processor.to_pixels([noise(*size) for size in SIZES])
+    for size, found in zip(SIZES, pixels, strict=True):
+        expected = through(reference, padded(noise(*size), colour))[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=str(size))
+
+
+def test_pad_agrees_with_the_stock_llava_image_processor(parts):
+    from transformers import LlavaImageProcessorPil
+
+    reference = LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    processor = processor_of(parts, "clip", "pad")
+    for size in [(50, 40), (31, 64), (28, 28)]:
+        found, expected = processor.to_pixels([noise(*size)]), through(reference, np.asarray(noise(*size)))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
