@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from tinyllava.starter.pictures import Picture, Question
+    from tinyllava.starter.pictures import Picture
 
 Record = dict[str, Any]
 
@@ -40,7 +40,8 @@ def write_records(
 ) -> RecordFiles:
     """Write every picture once and the records of both sides, in a shuffled order that the seed fixes.
 
-    A held-out record asks one question and carries its `kind` and `source`.
+    A held-out record asks one question and carries its `kind` and `source`; a conversation for fine-tuning
+    carries the `kinds` of its questions, in their order.
 
     Raises:
         DataError: a picture stands on both sides.
@@ -109,17 +110,18 @@ def _conversations(pictures: Iterable[Picture], length: int, generator: random.R
         for start in range(0, len(questions), length):
             part = questions[start : start + length]
             turns = [(question.text, question.answer) for question in part]
-            records.append(_record(picture, start // length, turns))
+            kinds = [question.kind for question in part]
+            records.append({**_record(picture, start // length, turns), "kinds": kinds})
     return records
 
 
 def _single_questions(pictures: Iterable[Picture]) -> list[Record]:
     return [
-        {**_record(picture, number, [(question.text, question.answer)]), **_labels(picture, question)}
+        {
+            **_record(picture, number, [(question.text, question.answer)]),
+            "kind": question.kind,
+            "source": picture.source,
+        }
         for picture in pictures
         for number, question in enumerate(picture.questions)
     ]
-
-
-def _labels(picture: Picture, question: Question) -> dict[str, str]:
-    return {"kind": question.kind, "source": picture.source}
