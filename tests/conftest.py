@@ -22,7 +22,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Toy language models and encoders by kind."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    made = {kind: toys.make_language_model(folder / kind, kind) for kind in ("llama", "phi", "stablelm", "chatml")}
+    made = {
+        kind: toys.make_language_model(folder / kind, kind) for kind in ("llama", "phi", "stablelm", "chatml")
+    }
     return made | {kind: toys.make_vision_encoder(folder / kind, kind) for kind in ("clip", "siglip")}
 
 

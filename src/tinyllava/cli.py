@@ -19,11 +19,17 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "starter": Command(module="starter", help="make, train, measure and show a real small model, all by itself"),
+    "starter": Command(
+        module="starter", help="make, train, measure and show a real small model, all by itself"
+    ),
     "chat": Command(module="chat", help="ask a model about a picture"),
     "train": Command(module="train", help="train a variant or a model of your own parts"),
-    "record": Command(module="record", help="show records as they will be trained: supervised text in colour"),
-    "show": Command(module="show", help="print variants, parts, recipes, templates, and what a run would take"),
+    "record": Command(
+        module="record", help="show records as they will be trained: supervised text in colour"
+    ),
+    "show": Command(
+        module="show", help="print variants, parts, recipes, templates, and what a run would take"
+    ),
     "evaluate": Command(module="evaluate", help="measure a checkpoint on benchmarks"),
     "compare": Command(module="compare", help="compare two evaluations question by question"),
     "data": Command(module="data", help="check data: what a benchmark or a mixture needs and what is there"),

@@ -81,9 +81,11 @@ class DataConfig:
     records: tuple[str, ...] = ()
     """Mixtures of Table 2 by name, or LLaVA-format JSON or JSONL files."""
     images: str = ""
-    """Folder that the records' picture paths start from; empty means the mixture's own, or the file's folder."""
+    """Folder that the records' picture paths start from; empty means the mixture's own, or the file's
+    folder."""
     skip: tuple[str, ...] = ()
-    """Named defects whose records are left out and counted instead of stopping the run (see the data guide)."""
+    """Named defects whose records are left out and counted instead of stopping the run (see the data
+    guide)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,8 @@ class Hardware:
     """How a run uses the machine; nothing here changes what is computed beyond rounding."""
 
     device_batch_size: int = 0
-    """Samples per forward pass and rank; 0 means the largest divisor of the global batch up to 8 (CPU) or 16."""
+    """Samples per forward pass and rank; 0 means the largest divisor of the global batch up to 8 (CPU) or
+    16."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware has it, otherwise fp32."""
     gradient_checkpointing: bool = False

@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+)
 
 from tinyllava.config import ModelConfig
 from tinyllava.connectors import CONNECTORS, build_connector, num_tokens
@@ -58,7 +63,10 @@ def test_saved_folder_opens_the_same_under_any_name(parts, tmp_path, llm, encode
     processor.save_pretrained(folder)
     again, processor_again = open_checkpoint(folder)
     assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     prompt, _ = processor.render(ask("What is it?", "x"), open_answer=True)
     inputs = processor(images=[picture(0)], text=prompt)
     assert processor_again.render(ask("What is it?", "x"), open_answer=True)[0] == prompt
@@ -90,9 +98,13 @@ def test_loss_is_cross_entropy_over_supervised_positions(parts):
     ids = torch.randint(0, 200, (3, 20))
     labels = ids.masked_fill(torch.rand(3, 20) < 0.6, -100)
     logits = model(input_ids=ids).logits[:, :-1]
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
     torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, expected)
-    halved = model(input_ids=ids, labels=labels, num_items_in_batch=2 * int((labels[:, 1:] != -100).sum())).loss
+    halved = model(
+        input_ids=ids, labels=labels, num_items_in_batch=2 * int((labels[:, 1:] != -100).sum())
+    ).loss
     torch.testing.assert_close(halved, expected / 2)
 
 
@@ -107,9 +119,13 @@ def test_generate_for_a_mixed_padded_batch_equals_each_alone(parts, llm, encoder
     ]
     prompts = [processor.render(conversation, open_answer=True)[0] for conversation, _ in requests]
     images = [image for _, group in requests for image in group]
-    together = model.generate(**processor(images=images, text=prompts), max_new_tokens=8, min_new_tokens=8)[:, -8:]
+    together = model.generate(**processor(images=images, text=prompts), max_new_tokens=8, min_new_tokens=8)[
+        :, -8:
+    ]
     for row, prompt, (_, group) in zip(together, prompts, requests, strict=True):
-        alone = model.generate(**processor(images=group, text=prompt), max_new_tokens=8, min_new_tokens=8)[0, -8:]
+        alone = model.generate(**processor(images=group, text=prompt), max_new_tokens=8, min_new_tokens=8)[
+            0, -8:
+        ]
         assert row.tolist() == alone.tolist()
 
 
@@ -136,7 +152,9 @@ def test_connectors_give_the_tokens_they_announce(name):
 
 
 def test_pixel_shuffle_keeps_neighbours_together():
-    connector = build_connector("pixel_shuffle", vision_width=1, language_width=4, num_patches=16, options={"block": 2})
+    connector = build_connector(
+        "pixel_shuffle", vision_width=1, language_width=4, num_patches=16, options={"block": 2}
+    )
     seen = []
     connector.linear_1.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     connector(torch.arange(16.0).reshape(1, 16, 1))

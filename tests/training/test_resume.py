@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from training_toys import toy_run
 
 from tinyllava.config import to_json
 from tinyllava.errors import TrainingError
 from tinyllava.training.run import train
+from training_toys import toy_run
 
 PROGRAM = """
 import sys, torch
@@ -26,7 +26,9 @@ train(run_from_json(Path(sys.argv[1]).read_text(), sys.argv[1]))
 
 def start(config: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(config)], env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(config)], env=environment, stdout=subprocess.DEVNULL
+    )
 
 
 def kill_at(config: Path, metrics: Path, num_lines: int) -> bool:
@@ -46,9 +48,13 @@ def configured(parts, records, folder: Path) -> tuple[Path, Path]:
 
     from tinyllava.config import Hardware, lora
 
-    run = toy_run(parts, records, folder / "run", hardware=Hardware(num_workers=0, device_batch_size=2, save_steps=3))
+    run = toy_run(
+        parts, records, folder / "run", hardware=Hardware(num_workers=0, device_batch_size=2, save_steps=3)
+    )
     stages = {name: dataclasses.replace(stage, num_epochs=8) for name, stage in run.stages.items()}
-    stages["finetune"] = dataclasses.replace(stages["finetune"], language_model=lora(4, dropout=0.2))  # draws random numbers
+    stages["finetune"] = dataclasses.replace(
+        stages["finetune"], language_model=lora(4, dropout=0.2)
+    )  # draws random numbers
     folder.mkdir()
     (folder / "run.json").write_text(to_json(dataclasses.replace(run, stages=stages)))
     return folder / "run.json", folder / "run"
@@ -87,7 +93,9 @@ def test_a_full_disk_is_said_before_the_first_step(parts, records, tmp_path, mon
         train(toy_run(parts, records, tmp_path / "run"))
 
 
-def test_a_disk_that_fills_up_while_training_stops_the_run_with_the_reason(parts, records, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_while_training_stops_the_run_with_the_reason(
+    parts, records, tmp_path, monkeypatch
+):
     from safetensors import SafetensorError
 
     import tinyllava.training.trainer as trainer

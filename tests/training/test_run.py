@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_toys import plain_loop, toy_run
 from transformers import set_seed
 
 from tinyllava.config import FROZEN, FULL, Hardware, from_layer, lora
@@ -15,6 +14,7 @@ from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.tuning import apply_tuning, component_of
 from tinyllava.templates import read_template
 from tinyllava.training.run import train
+from training_toys import plain_loop, toy_run
 
 
 def losses(folder, stage):
@@ -29,7 +29,9 @@ def sampled_order(num_samples: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("llm", "encoder"), [("llama", "siglip"), ("phi", "clip"), ("stablelm", "siglip")])
-def test_the_trainer_gives_the_losses_of_a_ten_line_loop(parts, records, tmp_path, llm, encoder, trainer_order):
+def test_the_trainer_gives_the_losses_of_a_ten_line_loop(
+    parts, records, tmp_path, llm, encoder, trainer_order
+):
     run = toy_run(parts, records, tmp_path / "run", llm=llm, encoder=encoder)
     train(run)
     set_seed(run.seed)
@@ -62,7 +64,9 @@ def test_the_split_of_a_batch_does_not_change_the_losses(parts, records, tmp_pat
     found = []
     for device_batch in (4, 2, 1):
         folder = tmp_path / str(device_batch) / "run"  # apart, or the second would reuse the first's stages
-        train(toy_run(parts, records, folder, hardware=Hardware(num_workers=0, device_batch_size=device_batch)))
+        train(
+            toy_run(parts, records, folder, hardware=Hardware(num_workers=0, device_batch_size=device_batch))
+        )
         found.append(losses(folder, "pretrain") + losses(folder, "finetune"))
     assert found[1] == pytest.approx(found[0], abs=2e-5)
     assert found[2] == pytest.approx(found[0], abs=2e-5)
@@ -85,7 +89,9 @@ def test_four_samples_are_learnt_by_heart(parts, tmp_path):
         prompt, _ = processor.render(first, open_answer=True)
         inputs = processor(images=[open_image(ref) for ref in first.images], text=prompt)
         ids = model.generate(**inputs, max_new_tokens=10)[0, inputs["input_ids"].shape[1] :]
-        assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == conversation.messages[1].text
+        assert (
+            processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == conversation.messages[1].text
+        )
 
 
 def test_what_was_frozen_did_not_move_and_what_was_trained_did(parts, records, tmp_path):
@@ -99,11 +105,15 @@ def test_what_was_frozen_did_not_move_and_what_was_trained_did(parts, records, t
 
 def test_share_trains_the_encoder_from_a_layer_on(parts, records, tmp_path):
     run = toy_run(parts, records, tmp_path / "run")
-    stage = dataclasses.replace(run.stages["finetune"], vision_encoder=from_layer(2), vision_encoder_learning_rate=5e-3)
+    stage = dataclasses.replace(
+        run.stages["finetune"], vision_encoder=from_layer(2), vision_encoder_learning_rate=5e-3
+    )
     train(dataclasses.replace(run, stages={"share_pretrain": stage}))
     rows = json.loads((tmp_path / "run/share_pretrain/ledger.json").read_text())
     encoder = [row for row in rows if row["component"] == "vision_encoder"]
-    assert {row["name"] for row in encoder if row["moved"]} == {row["name"] for row in encoder if ".layers.2." in row["name"]}
+    assert {row["name"] for row in encoder if row["moved"]} == {
+        row["name"] for row in encoder if ".layers.2." in row["name"]
+    }
 
 
 def test_each_component_has_its_own_learning_rate(parts, records, tmp_path):
@@ -115,17 +125,33 @@ def test_each_component_has_its_own_learning_rate(parts, records, tmp_path):
     )  # fmt: skip
     folder = train(dataclasses.replace(run, stages={"finetune": stage}))
     set_seed(run.seed)
-    before, after = dict(assemble(run.model)[0].named_parameters()), dict(open_checkpoint(folder)[0].named_parameters())
+    before, after = (
+        dict(assemble(run.model)[0].named_parameters()),
+        dict(open_checkpoint(folder)[0].named_parameters()),
+    )
     steps = {"vision_encoder": 0.0, "connector": 0.0, "language_model": 0.0}
     for name in before:
-        steps[component_of(name)] = max(steps[component_of(name)], (after[name] - before[name]).abs().max().item())
-    assert steps == pytest.approx({"vision_encoder": 4e-3, "connector": 2e-3, "language_model": 1e-3}, rel=0.05)
+        steps[component_of(name)] = max(
+            steps[component_of(name)], (after[name] - before[name]).abs().max().item()
+        )
+    assert steps == pytest.approx(
+        {"vision_encoder": 4e-3, "connector": 2e-3, "language_model": 1e-3}, rel=0.05
+    )
 
 
 def test_cached_features_change_nothing(parts, records, tmp_path):
     for cache in (False, True):
-        train(toy_run(parts, records, tmp_path / f"{cache}" / "run", hardware=Hardware(num_workers=0, device_batch_size=2, cache_features=cache)))
-    assert losses(tmp_path / "True/run", "finetune") == pytest.approx(losses(tmp_path / "False/run", "finetune"), abs=2e-6)
+        train(
+            toy_run(
+                parts,
+                records,
+                tmp_path / f"{cache}" / "run",
+                hardware=Hardware(num_workers=0, device_batch_size=2, cache_features=cache),
+            )
+        )
+    assert losses(tmp_path / "True/run", "finetune") == pytest.approx(
+        losses(tmp_path / "False/run", "finetune"), abs=2e-6
+    )
     assert len(list((tmp_path / "True/.features").glob("*/index.txt"))) == 1
 
 
@@ -138,7 +164,9 @@ def test_adapters_are_trained_merged_and_leave_the_rest_alone(parts, records, tm
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {component_of(name) for name in moved} == {"connector", "language_model"}
-    assert not any("norm" in name or "embed" in name or "vision" in name or "lm_head" in name for name in moved)
+    assert not any(
+        "norm" in name or "embed" in name or "vision" in name or "lm_head" in name for name in moved
+    )
 
 
 def test_a_finished_stage_is_reused_by_its_content(parts, records, tmp_path, capsys):
@@ -156,7 +184,15 @@ def test_a_finished_stage_is_reused_by_its_content(parts, records, tmp_path, cap
 def test_the_model_folder_tells_where_it_came_from(parts, records, tmp_path):
     folder = train(toy_run(parts, records, tmp_path / "run"))
     names = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json", "run.json", "provenance.json"} <= names
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "processor_config.json",
+        "run.json",
+        "provenance.json",
+    } <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     papers = json.loads((folder / "provenance.json").read_text())
     assert papers["stages"]["pretrain"]["data"]["num_samples"] == 12
@@ -171,13 +207,17 @@ def test_another_run_in_the_same_folder_is_refused(parts, records, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(parts, records, tmp_path):
     run = toy_run(parts, records, tmp_path / "run")
-    stage = dataclasses.replace(run.stages["finetune"], learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)
+    stage = dataclasses.replace(
+        run.stages["finetune"], learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0
+    )
     with pytest.raises(TrainingError, match=r"the loss is .*samples: .*records.json:r\d"):
         train(dataclasses.replace(run, stages={"finetune": stage}))
 
 
 def test_stage_one_checkpoints_hold_the_connector_alone(parts, records, tmp_path):
-    run = toy_run(parts, records, tmp_path / "run", hardware=Hardware(num_workers=0, device_batch_size=2, save_steps=2))
+    run = toy_run(
+        parts, records, tmp_path / "run", hardware=Hardware(num_workers=0, device_batch_size=2, save_steps=2)
+    )
     train(run)
     saved = load_file(next((tmp_path / "run/pretrain").glob("checkpoint-*")) / "model.safetensors")
     assert {component_of(name) for name in saved} == {"connector"}

@@ -11,15 +11,19 @@ def main(arguments: list[str]) -> int:
     """Print the rendered text with supervised spans coloured, and the token counts."""
     parser = argparse.ArgumentParser(
         prog="tinyllava record",
-        description="Show records of a LLaVA-format file as the model will see them: supervised text is green "
-        "(in a plain terminal: between >> and <<), with token counts.",
+        description="Show records of a LLaVA-format file as the model will see them: supervised text "
+        "is green (in a plain terminal: between >> and <<), with token counts.",
     )
     parser.add_argument("file", help="LLaVA-format .json or .jsonl")
-    parser.add_argument("--images", default="", help="folder that picture paths start from (default: the file's)")
+    parser.add_argument(
+        "--images", default="", help="folder that picture paths start from (default: the file's)"
+    )
     parser.add_argument("--model", default="", help="checkpoint folder whose tokenizer and template are used")
     parser.add_argument("--language-model", default="", help="or a language model by name or folder")
     parser.add_argument("--template", default="", help="template by name, e.g. caption")
-    parser.add_argument("--image-tokens", type=int, default=0, help="tokens of one picture (default: the checkpoint's)")
+    parser.add_argument(
+        "--image-tokens", type=int, default=0, help="tokens of one picture (default: the checkpoint's)"
+    )
     parser.add_argument("--index", type=int, default=0, help="first record to show")
     parser.add_argument("--count", type=int, default=1, help="number of records")
     known = parser.parse_args(arguments)

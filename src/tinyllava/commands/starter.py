@@ -19,14 +19,19 @@ def main(arguments: list[str]) -> int:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--short", action="store_true", help="two minutes: only to see that everything works")
-    length.add_argument("--full", action="store_true", help="train until it no longer improves much (see the starter guide)")
-    parser.add_argument("--output", default="", help="run folder (default <cache>/starter/run, run-short, run-full)")
+    length.add_argument(
+        "--full", action="store_true", help="train until it no longer improves much (see the starter guide)"
+    )
+    parser.add_argument(
+        "--output", default="", help="run folder (default <cache>/starter/run, run-short, run-full)"
+    )
     known = parser.parse_args(arguments)
 
     from tinyllava.starter.packages import cache_folder
+    from tinyllava.starter.recipe import Length
     from tinyllava.starter.run import run_starter
 
-    name = "full" if known.full else "short" if known.short else "default"
+    name: Length = "full" if known.full else "short" if known.short else "default"
     suffix = "" if name == "default" else f"-{name}"
     output = Path(known.output) if known.output else cache_folder() / "starter" / f"run{suffix}"
     print(run_starter(output, name))

@@ -12,7 +12,8 @@ _HELP = """
 Train a variant of the paper, or your own model, and write a self-contained checkpoint.
 
   tinyllava train base-Sig-Phi --data /data              Table 2's files in their published layout under /data
-  tinyllava train base-C-TL --from CKPT --data my.json   fine-tune a checkpoint on your own LLaVA-format records
+  tinyllava train base-C-TL --from CKPT --data my.json   fine-tune a checkpoint on your own LLaVA-format
+  records
   tinyllava train my_recipes.py:MINE --data /data        a run of your own: a Python file and the name in it
 
 VARIANT is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], e.g. share-Sig-Phi (see `tinyllava show variants`).
@@ -28,10 +29,18 @@ def main(arguments: list[str]) -> int:
         prog="tinyllava train", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("variant", help="variant, or FILE.py:NAME")
-    parser.add_argument("--data", action="append", default=[], help="data folder, or LLaVA-format .json/.jsonl (repeatable)")
-    parser.add_argument("--images", default="", help="folder that picture paths start from (with --data FILE)")
-    parser.add_argument("--skip", action="append", default=[], help="named defect whose records are left out and counted")
-    parser.add_argument("--from", dest="start_from", default="", help="checkpoint folder to start from: fine-tuning only")
+    parser.add_argument(
+        "--data", action="append", default=[], help="data folder, or LLaVA-format .json/.jsonl (repeatable)"
+    )
+    parser.add_argument(
+        "--images", default="", help="folder that picture paths start from (with --data FILE)"
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], help="named defect whose records are left out and counted"
+    )
+    parser.add_argument(
+        "--from", dest="start_from", default="", help="checkpoint folder to start from: fine-tuning only"
+    )
     parser.add_argument("--only", default="", help="run only this stage")
     parser.add_argument("--output", default="", help="run folder (default runs/NAME)")
     parser.add_argument("--options", action="store_true", help="list every option of the run and stop")
@@ -63,7 +72,9 @@ def find_run(name: str) -> Run:
     value = runpy.run_path(file).get(attribute)
     value = value() if callable(value) else value
     if not isinstance(value, Run):
-        raise ConfigError(f"{file}: {attribute} must be a tinyllava.config.Run or a function that returns one.")
+        raise ConfigError(
+            f"{file}: {attribute} must be a tinyllava.config.Run or a function that returns one."
+        )
     return value
 
 
@@ -86,7 +97,9 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
         stages[name] = dataclasses.replace(stages[name], data=DataConfig(records=files, images=known.images))
     if known.skip:
         stages = {
-            name: dataclasses.replace(stage, data=dataclasses.replace(stage.data, skip=(*stage.data.skip, *known.skip)))
+            name: dataclasses.replace(
+                stage, data=dataclasses.replace(stage.data, skip=(*stage.data.skip, *known.skip))
+            )
             for name, stage in stages.items()
         }
     return dataclasses.replace(
@@ -100,7 +113,8 @@ def _with_options(run: Run, rest: list[str], name: str) -> Run:
     import tyro
 
     rest = [
-        next((f"--stages.{arg[2:]}" for stage in run.stages if arg.startswith(f"--{stage}.")), arg) for arg in rest
+        next((f"--stages.{arg[2:]}" for stage in run.stages if arg.startswith(f"--{stage}.")), arg)
+        for arg in rest
     ]
     return tyro.cli(
         Run, default=run, args=rest, prog=f"tinyllava train {name}",

@@ -45,7 +45,8 @@ class ResamplerLayer(nn.Module):
         self.to_kv = nn.Linear(width, 2 * num_heads * head_width, bias=False)
         self.to_out = nn.Linear(num_heads * head_width, width, bias=False)
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
+            nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width,
+            width, bias=False)
         )  # fmt: skip
 
     def forward(self, queries: Tensor, media: Tensor) -> Tensor:
@@ -61,4 +62,5 @@ class ResamplerLayer(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[I, N, H * W] -> [I, H, N, W]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, -1))
+        return heads.transpose(1, 2)

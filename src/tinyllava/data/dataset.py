@@ -1,6 +1,7 @@
 """Conversations to examples: token ids, what is supervised, pixels or cached features.
 
-Paper: section 3.2, (X, Y) and the set A; in pre-training the template 'caption' reduces Y to Y_a (equation 1).
+Paper: section 3.2, (X, Y) and the set A; in pre-training the template 'caption' reduces Y to Y_a (equation
+1).
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from tinyllava.conversation import Conversation
 from tinyllava.data.features import FeatureCache
-from tinyllava.data.images import open_image
+from tinyllava.data.images import naming_record, open_image
 from tinyllava.data.records import Defect
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
@@ -55,17 +56,18 @@ class Examples(Dataset[Example]):
         """Make one example.
 
         Raises:
-            ImageError: its picture is broken.
+            ImageError: its picture is broken; the record is named.
         """
         conversation = self.conversations[index]
         encoded = self.processor.encode(conversation, template=self.template)
         input_ids = torch.tensor(encoded.input_ids)
         labels = input_ids.masked_fill(~torch.tensor(encoded.supervised), IGNORED)
         pixels = features = None
-        if conversation.images and self.features is not None:
-            features = torch.stack([self.features.read(ref) for ref in conversation.images])
-        elif conversation.images:
-            pixels = self.processor.to_pixels([open_image(ref) for ref in conversation.images])
+        with naming_record(conversation):
+            if conversation.images and self.features is not None:
+                features = torch.stack([self.features.read(ref) for ref in conversation.images])
+            elif conversation.images:
+                pixels = self.processor.to_pixels([open_image(ref) for ref in conversation.images])
         return Example(
             input_ids=input_ids, labels=labels, pixel_values=pixels, image_features=features,
             id=f"{conversation.source}:{conversation.id}",
@@ -73,7 +75,10 @@ class Examples(Dataset[Example]):
 
 
 def measure(
-    examples: Examples, max_length_tokens: int, skip: tuple[str, ...], progress: Callable[[int], None] = lambda n: None
+    examples: Examples,
+    max_length_tokens: int,
+    skip: tuple[str, ...],
+    progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[Examples, Counter[str]]:
     """Tokenise everything once: find records that are too long or hold special tokens before the first step.
 
@@ -87,13 +92,15 @@ def measure(
     lengths: list[int] = []
     supervised: list[int] = []
     skipped: Counter[str] = Counter()
-    specials = tuple({*examples.processor.tokenizer.all_special_tokens, IMAGE_TOKEN})
+    specials = _special_tokens(examples.processor)
     for conversation in examples.conversations:
         try:
             _refuse_special_tokens(conversation, specials)
             encoded = examples.processor.encode(conversation, template=examples.template)
             if len(encoded.input_ids) > max_length_tokens:
-                detail = f"{len(encoded.input_ids)} tokens are more than max_length_tokens = {max_length_tokens}"
+                detail = (
+                    f"{len(encoded.input_ids)} tokens are more than max_length_tokens = {max_length_tokens}"
+                )
                 raise Defect("too_long", _place(conversation), detail)
             kept.append(conversation)
             lengths.append(len(encoded.input_ids))
@@ -112,6 +119,12 @@ def measure(
     )  # fmt: skip
 
 
+def _special_tokens(processor: TinyLlavaProcessor) -> tuple[str, ...]:
+    """Everything that the tokenizer reads as one mark, wherever it stands in a text."""
+    added = (token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(sorted({*processor.tokenizer.all_special_tokens, *added, IMAGE_TOKEN}))
+
+
 def _refuse_special_tokens(conversation: Conversation, specials: tuple[str, ...]) -> None:
     for message in conversation.messages:
         for token in specials:
@@ -120,7 +133,7 @@ def _refuse_special_tokens(conversation: Conversation, specials: tuple[str, ...]
 
 
 def _place(conversation: Conversation) -> str:
-    return f"{conversation.source}: record {conversation.id}"
+    return f"{conversation.source}: record {conversation.id or 'without id'}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +143,7 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return input_ids, attention_mask, labels [B, N], pictures over the whole batch, and the samples' ids."""
+        """Return input_ids, attention_mask and labels [B, N], all pictures, and the samples' ids."""
         longest = max(len(example.input_ids) for example in examples)
         batch: dict[str, Any] = {
             "input_ids": _pad([e.input_ids for e in examples], longest, self.pad_token_id),

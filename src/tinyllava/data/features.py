@@ -11,80 +11,114 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from tinyllava.conversation import ImageRef
-from tinyllava.data.images import open_image, read_image_bytes
+from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.data.images import naming_record, open_image, read_image_bytes
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
+
+_Missing = tuple[str, ImageRef, Conversation]
+"""Digest of a picture, where it is, and a record that shows it."""
 
 
 class FeatureCache:
     """Rows [M, X] of patch features in one file that only grows.
 
-    A row counts when its line stands in the index, which is written after the row: a killed run leaves at most
-    bytes that the next one writes over.
+    A row counts when its line stands in the index, which is written after the row: a killed run leaves at
+    most bytes that the next one writes over.
 
     Args:
         folder: where features of any encoder may be kept.
     """
 
-    def __init__(self, folder: Path, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor) -> None:
+    def __init__(
+        self, folder: Path, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor
+    ) -> None:
         self.model, self.processor = model, processor
         self.shape = (model.config.num_patches, model.config.vision_width)
         self.folder = folder / encoder_key(model, processor)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, int] = {}
         self._digests: dict[str, str] = {}
-        index = self.folder / "index.txt"
-        if index.exists():
-            lines = index.read_text(encoding="ascii").split("\n")[:-1]  # what follows the last newline is unfinished
-            self.rows = {digest: row for row, digest in enumerate(lines)}
 
-    def fill(self, refs: Iterable[ImageRef], *, batch_size: int = 16, progress: Callable[[int], None] = lambda n: None) -> None:
-        """Compute what is not there yet.
+    def fill(
+        self,
+        conversations: Iterable[Conversation],
+        *,
+        batch_size: int = 16,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        """Compute what is not there yet; of several processes one computes and the others wait.
 
         Raises:
-            ImageError: a picture is broken.
+            ImageError: a picture is broken; its record is named.
             DataError: the disk is full; what was finished stays.
         """
-        missing: dict[str, ImageRef] = {}
-        for ref in refs:
-            digest = self._digest(ref)
-            if digest not in self.rows and digest not in missing:
-                missing[digest] = ref
-            else:
-                progress(1)
-        todo = list(missing.items())
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            try:
-                self._append(batch)
-            except OSError as error:
-                raise DataError(f"{self.folder}: features cannot be written ({error.strerror}); free some space.") from error
-            progress(len(batch))
+        try:
+            with FileLock(self.folder / "lock"):
+                self._read_index()
+                todo = self._find_missing(conversations, progress)
+                for start in range(0, len(todo), batch_size):
+                    batch = todo[start : start + batch_size]
+                    self._append(batch)
+                    progress(len(batch))
+        except OSError as error:
+            raise DataError(
+                f"{self.folder}: features cannot be written ({error.strerror}); free some space."
+            ) from error
+
+    def _read_index(self) -> None:
+        """Learn which rows are there, and take out a last line that a kill cut short."""
+        index = self.folder / "index.txt"
+        text = index.read_text(encoding="ascii") if index.exists() else ""
+        *lines, unfinished = text.split("\n")
+        if unfinished:
+            index.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
+        self.rows = {digest: row for row, digest in enumerate(lines)}
+
+    def _find_missing(
+        self, conversations: Iterable[Conversation], progress: Callable[[int], None]
+    ) -> list[_Missing]:
+        missing: dict[str, _Missing] = {}
+        for conversation in conversations:
+            for ref in conversation.images:
+                with naming_record(conversation):
+                    digest = self._digest(ref)
+                if digest in self.rows or digest in missing:
+                    progress(1)
+                else:
+                    missing[digest] = (digest, ref, conversation)
+        return list(missing.values())
 
     def read(self, ref: ImageRef) -> Tensor:
         """Return the features [M, X] of a picture that ``fill`` has seen."""
         row = self.rows[self._digest(ref)]
         size = self.shape[0] * self.shape[1]
-        values = np.fromfile(self.folder / "features.f32", dtype=np.float32, count=size, offset=4 * size * row)
+        values = np.fromfile(
+            self.folder / "features.f32", dtype=np.float32, count=size, offset=4 * size * row
+        )
         return torch.from_numpy(values.reshape(self.shape))
 
-    def _append(self, batch: list[tuple[str, ImageRef]]) -> None:
-        pixels = self.processor.to_pixels([open_image(ref) for _, ref in batch])
-        device = next(self.model.parameters()).device
+    def _append(self, batch: list[_Missing]) -> None:
+        images = []
+        for _, ref, conversation in batch:
+            with naming_record(conversation):
+                images.append(open_image(ref))
+        pixels = self.processor.to_pixels(images)
+        device = next(self.model.vision_encoder.parameters()).device
         with torch.inference_mode():
             features = self.model.model.encode_images(pixels.to(device)).float().cpu().numpy()
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
         path = self.folder / "features.f32"
-        with open(path, "r+b" if path.exists() else "w+b") as file:
+        with path.open("r+b" if path.exists() else "w+b") as file:
             file.seek(features[0].nbytes * len(self.rows))
             file.write(features.tobytes())
-        with open(self.folder / "index.txt", "a", encoding="ascii") as index:
-            index.writelines(f"{digest}\n" for digest, _ in batch)
-        for digest, _ in batch:
+        with (self.folder / "index.txt").open("a", encoding="ascii") as index:
+            index.writelines(f"{digest}\n" for digest, _, _ in batch)
+        for digest, _, _ in batch:
             self.rows[digest] = len(self.rows)
 
     def _digest(self, ref: ImageRef) -> str:

@@ -1,20 +1,25 @@
 """Open a picture as RGB, or say exactly what is wrong with it. Image bytes are decoded here and nowhere else.
 
-Differs: the published code decodes truncated files to grey, clips 16-bit pictures and ignores a camera's rotation
+Differs: the published code decodes truncated files to grey, clips 16-bit pictures and ignores a camera's
+rotation
 mark; here the first is an error, the second is scaled, the third is applied.
 """
 
 import io
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tinyllava.conversation import ImageRef
+from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.errors import ImageError
 
-MAX_PIXELS = 178_956_970  # Pillow's own bound for a picture that may be a decompression bomb
+MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb: a quarter of a GiB as RGB
+MAX_SIDE_PX = 16_384  # a strip of one pixel's height would become this square when it is padded
 
 
 def read_image_bytes(ref: ImageRef) -> bytes:
@@ -29,9 +34,21 @@ def read_image_bytes(ref: ImageRef) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such picture; check the images folder, or skip 'missing_image'.") from error
+        raise ImageError(
+            f"{path}: no such picture; check the images folder, or skip 'missing_image'."
+        ) from error
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+@contextmanager
+def naming_record(conversation: Conversation) -> Iterator[None]:
+    """Put the record and its file in front of what is said about its pictures."""
+    try:
+        yield
+    except ImageError as error:
+        record = f"record {conversation.id}" if conversation.id else "a record without id"
+        raise ImageError(f"{conversation.source or 'conversation'}: {record}: {error}") from error
 
 
 def open_image(ref: ImageRef) -> Image.Image:
@@ -46,24 +63,40 @@ def open_image(ref: ImageRef) -> Image.Image:
     data = read_image_bytes(ref)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # Pillow's remarks on tags; what is an error is raised below
             with Image.open(io.BytesIO(data)) as image:
+                _refuse_huge(image, ref)
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image), ref)
+                return _to_rgb(ImageOps.exif_transpose(image), image.format, ref)
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
         what = "an empty file" if not data else f"not a picture that can be read (begins with {data[:8]!r})"
         raise ImageError(f"{ref}: {what}; replace it, or skip 'broken_image'.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{ref}: more than {MAX_PIXELS:,} pixels; scale it down, or skip 'broken_image'.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{ref}: more than {MAX_PIXELS:,} pixels; scale it down, or skip 'broken_image'."
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError, NotImplementedError, struct.error) as error:
         raise ImageError(f"{ref}: damaged ({error}); fetch it again, or skip 'broken_image'.") from error
 
 
-def _to_rgb(image: Image.Image, ref: ImageRef) -> Image.Image:
+def _refuse_huge(image: Image.Image, ref: ImageRef) -> None:
+    """Look at the size that the header claims, before anything is decoded."""
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE_PX:
+        raise ImageError(
+            f"{ref}: {image.width:,} x {image.height:,} pixels; at most {MAX_PIXELS:,} in all and "
+            f"{MAX_SIDE_PX:,} on a side. Scale it down, or skip 'broken_image'."
+        )
+
+
+def _to_rgb(image: Image.Image, file_format: str | None, ref: ImageRef) -> Image.Image:
+    if image.mode == "F" or (image.mode == "I" and file_format != "PPM"):  # Pillow scales PGM to 16 bits
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ImageError(
+            f"{ref}: {kind} pixels have no fixed range; save it with 8 or 16 bits, or skip 'broken_image'."
+        )
     if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.int64)
         # 16-bit greyscale: Pillow's own conversion would clip everything above 255 to white.
-        return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ImageError(f"{ref}: floating-point pixels have no fixed range; save it as PNG or JPEG.")
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")

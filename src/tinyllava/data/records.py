@@ -36,13 +36,15 @@ DEFECTS: dict[str, str] = {
 """Names of what may be skipped, and what each means."""
 
 
-class Defect(DataError):
+class Defect(DataError):  # noqa: N818 (the word that users meet in skips and docs)
     """A defect of one record, by its name in ``DEFECTS``."""
 
     def __init__(self, name: str, where: str, detail: str) -> None:
         assert name in DEFECTS
         self.name = name
-        super().__init__(f"{where}: {detail} [{name}] Mend the record, or leave such records out with skip {name!r}.")
+        super().__init__(
+            f"{where}: {detail} [{name}] Mend the record, or leave such records out with skip {name!r}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,8 @@ def read_records(path: Path, images: Path, skip: tuple[str, ...] = ()) -> Record
 
     Raises:
         ConfigError: an unknown name in ``skip``.
-        DataError: the file is missing or not JSON; or ``Defect`` for the first record with a defect not skipped.
+        DataError: the file is missing or not JSON; or ``Defect`` for the first record with a defect not
+        skipped.
     """
     check_skip(skip)
     skipped: Counter[str] = Counter()
@@ -75,7 +78,9 @@ def read_records(path: Path, images: Path, skip: tuple[str, ...] = ()) -> Record
             conversation = _to_conversation(raw, where, str(path), images, skip, skipped)
             key = hash((conversation.id, conversation.messages))
             if conversation.id and key in seen:
-                raise Defect("duplicate_id", where, f"the record {conversation.id!r} stands in the file twice")
+                raise Defect(
+                    "duplicate_id", where, f"the record {conversation.id!r} stands in the file twice"
+                )
             seen.add(key)
             conversations.append(conversation)
         except Defect as defect:
@@ -100,50 +105,68 @@ def _read_raw(path: Path) -> Iterator[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file of records.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as a file of records ({error.strerror}).") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+        raise DataError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
+        ) from error
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings
             if line.strip():
-                yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+                yield f"{path}:{number}", _parse(line, str(path), number)
         return
     records = _parse(text, str(path))
     if not isinstance(records, list):
-        raise DataError(f"{path}: expected one JSON array of records, found {type(records).__name__}; or name it .jsonl.")
+        raise DataError(
+            f"{path}: expected one JSON array of records, found {type(records).__name__}; or name it .jsonl."
+        )
     for index, raw in enumerate(records):
         id_ = raw.get("id") if isinstance(raw, dict) else None
         yield f"{path}: record {index}" + (f" (id {id_})" if id_ is not None else ""), raw
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, where: str, first_line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at line {error.lineno} column {error.colno}.") from error
+        line = first_line + error.lineno - 1
+        raise DataError(f"{where}: not JSON: {error.msg} at line {line} column {error.colno}.") from error
 
 
 def _to_conversation(
     raw: Any, where: str, source: str, images: Path, skip: tuple[str, ...], skipped: Counter[str]
 ) -> Conversation:
     turns = _turns(raw, where)
-    if turns and turns[0][0] == "assistant" and "leading_answer" in skip:
+    first = 1 if turns[0][0] == "system" else 0
+    if "leading_answer" in skip and turns[first:] and turns[first][0] == "assistant":
         skipped["leading_answer"] += 1
-        turns = turns[1:]
+        del turns[first]
     _check_order(turns, where)
     refs = [_image_ref(name, images, where) for name in _image_names(raw, where)]
-    return Conversation(messages=_messages(turns, refs, where), id=str(raw.get("id", "")), source=source)
+    return Conversation(
+        messages=_messages(turns, refs, where),
+        id="" if raw.get("id") is None else str(raw["id"]),
+        source=source,
+    )
 
 
 def _turns(raw: Any, where: str) -> list[tuple[Role, str]]:
     """Return (role, text) of each turn."""
-    if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list) or not raw["conversations"]:
+    if (
+        not isinstance(raw, dict)
+        or not isinstance(raw.get("conversations"), list)
+        or not raw["conversations"]
+    ):
         raise Defect("malformed", where, "expected an object with a non-empty list 'conversations'")
     turns: list[tuple[Role, str]] = []
     for number, turn in enumerate(raw["conversations"]):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise Defect("malformed", where, f"turn {number} has no text 'value': {str(turn)[:80]}")
-        if turn.get("from") not in _ROLES:
-            raise Defect("malformed", where, f"turn {number} is from {turn.get('from')!r}; allowed: human, gpt, system")
+        if not isinstance(turn.get("from"), str) or turn["from"] not in _ROLES:
+            raise Defect(
+                "malformed", where, f"turn {number} is from {turn.get('from')!r}; allowed: human, gpt, system"
+            )
         turns.append((_ROLES[turn["from"]], turn["value"]))
     return turns
 
@@ -161,17 +184,26 @@ def _check_order(turns: list[tuple[Role, str]], where: str) -> None:
 
 
 def _image_names(raw: dict[str, Any], where: str) -> list[str]:
-    names = raw.get("image") or []
+    names = raw.get("image")
+    if names in (None, "", []):
+        return []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise Defect("malformed", where, f"'image' must be a path or a list of paths, found {str(names)[:80]}")
+        raise Defect(
+            "malformed", where, f"'image' must be a path or a list of paths, found {str(names)[:80]}"
+        )
     return names
 
 
 def _image_ref(name: str, images: Path, where: str) -> ImageRef:
     path = images / name
-    if not path.is_file():
-        raise Defect("missing_image", where, f"no picture {path}")
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that is too long: a caption in the wrong field
+        raise Defect("malformed", where, f"'image' is no path ({error.strerror}): {name[:80]}") from error
+    if not there:
+        what = "a folder, not a picture:" if path.is_dir() else "no picture"
+        raise Defect("missing_image", where, f"{what} {path}")
     return ImageRef(path=path, name=name)
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 
 class GroupedSampler(Sampler[int]):
-    """Shuffle, sort inside large windows by length, and shuffle whole batches; the same for the same seed and epoch.
+    """Shuffle, sort inside large windows by length, shuffle whole batches; fixed by seed and epoch.
 
     Args:
         lengths: tokens of each sample.

@@ -13,7 +13,7 @@ from tinyllava.connectors import num_tokens
 
 
 @strict
-class TinyLlavaConfig(LlavaConfig):  # type: ignore[misc]
+class TinyLlavaConfig(LlavaConfig):
     """Configuration of ``TinyLlavaForConditionalGeneration``.
 
     The encoder is stored cut at its feature layer (``vision_config.num_hidden_layers`` counts what is left),

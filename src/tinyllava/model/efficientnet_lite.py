@@ -44,7 +44,7 @@ STEM_CHANNELS = 32
 STRIDE = 32
 
 
-class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class EfficientNetLiteConfig(PreTrainedConfig):
     """Size of an EfficientNet-Lite; `image_size` in pixels is a default, any size works.
 
     Lite0 has the multipliers (width 1.0, depth 1.0), Lite1 (1.0, 1.1), Lite2 (1.1, 1.2).
@@ -138,7 +138,7 @@ def flatten_grid(grid: Tensor) -> Tensor:
     return grid.flatten(2).transpose(1, 2)
 
 
-class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+class EfficientNetLiteModel(PreTrainedModel):
     """The encoder V of eq. 1 as a CNN: pictures in, a flattened grid of features out.
 
     `last_hidden_state` is the grid before the classifier's pooling, [I, M, 1280] with
@@ -157,7 +157,7 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.blocks = nn.ModuleList(build_blocks(config))
         last = scale_channels(GROUPS[-1].channels, config.width_multiplier)
         self.head = ConvolutionNorm(last, config.hidden_size, eps)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, **_: object

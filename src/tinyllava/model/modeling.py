@@ -24,7 +24,7 @@ from tinyllava.model.configuration import TinyLlavaConfig
 IGNORED = -100  # label of a position that is not supervised, as everywhere in transformers
 
 
-class TinyLlavaModel(LlavaModel):  # type: ignore[misc]
+class TinyLlavaModel(LlavaModel):
     """Encoder, connector and language model without its head."""
 
     config: TinyLlavaConfig
@@ -43,12 +43,12 @@ class TinyLlavaModel(LlavaModel):  # type: ignore[misc]
         self.post_init()
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Return patch features V [I, M, X] of pictures [I, 3, H, W]; without gradient if the encoder is frozen."""
+        """Return patch features V [I, M, X] of pictures; without gradient if the encoder is frozen."""
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
             if self.config.encoder_kind == "cnn":
-                grid = self.vision_tower(pixel_values).last_hidden_state
+                grid: Tensor = self.vision_tower(pixel_values).last_hidden_state
                 return grid.flatten(2).transpose(1, 2) if grid.ndim == 4 else grid
             return self._last_layer_output(pixel_values)[:, self.config.num_prefix_tokens :]
 
@@ -132,13 +132,14 @@ class TinyLlavaModel(LlavaModel):  # type: ignore[misc]
         num_expected, num_found = image_tokens.shape[0] * image_tokens.shape[1], int(at_image.sum())
         if num_expected != num_found:
             raise ValueError(
-                f"{image_tokens.shape[0]} pictures of {image_tokens.shape[1]} tokens need {num_expected} image "
-                f"tokens in input_ids, found {num_found}; let the processor expand <image>, and do not truncate."
+                f"{image_tokens.shape[0]} pictures of {image_tokens.shape[1]} tokens need {num_expected} "
+                f"image tokens in input_ids, found {num_found}; let the processor expand <image>, and do not "
+                "truncate."
             )
         return embeds.masked_scatter(at_image.unsqueeze(-1), image_tokens.to(embeds.dtype))
 
 
-class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
+class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """A small LMM with its head; trains with ``labels`` and answers with ``generate``."""
 
     config_class = TinyLlavaConfig
@@ -160,7 +161,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type:
     @property
     def connector(self) -> nn.Module:
         """P of Figure 2."""
-        return self.model.multi_modal_projector  # type: ignore[no-any-return]
+        return self.model.multi_modal_projector
 
     @property
     def language_model(self) -> nn.Module:
@@ -181,7 +182,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type:
         labels: Tensor | None = None, logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:  # fmt: skip
-        """Return the loss over supervised positions if ``labels`` [B, N] are given, otherwise logits [B, N, K].
+        """Return the loss over supervised positions if there are ``labels``, otherwise logits [B, N, K].
 
         Args:
             image_features: patch features [I, M, X] in place of ``pixel_values``, computed beforehand.
@@ -219,7 +220,11 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type:
         return total / (supervised.sum() if num_items is None else num_items)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, image_features: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        image_features: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Hand pictures to the first step only; afterwards they are in the cache."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
@@ -232,7 +237,8 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type:
 
 def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
     """Return the layers of a transformer encoder, wherever its class keeps them."""
-    num_layers = vision_tower.config.num_hidden_layers
+    config: Any = vision_tower.config
+    num_layers = config.num_hidden_layers
     found = [m for m in vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     assert found, f"{type(vision_tower).__name__} has no list of {num_layers} layers"
     return found[0]

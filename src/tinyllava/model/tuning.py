@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,17 +53,19 @@ def _train_all(model: nn.Module, component: Component) -> None:
 
 
 def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune) -> None:
-    """Train only ``layers.N`` with N >= first_layer: embeddings and outer norms stay frozen, as in ShareGPT4V."""
+    """Train only ``layers.N``, N >= first_layer; embeddings and outer norms stay frozen (ShareGPT4V)."""
     if component == "connector":
         raise ConfigError("connector: from_layer has no meaning for it; choose full or frozen.")
     if component == "vision_encoder" and model.config.encoder_kind == "cnn":
-        raise ConfigError("vision_encoder: from_layer needs a transformer encoder; a CNN can be full or frozen.")
-    layers = (
-        encoder_layers(model.vision_encoder) if component == "vision_encoder" else model.language_model.layers
-    )
+        raise ConfigError(
+            "vision_encoder: from_layer needs a transformer encoder; a CNN can be full or frozen."
+        )
+    language_model: Any = model.language_model
+    layers = encoder_layers(model.vision_encoder) if component == "vision_encoder" else language_model.layers
     if not 0 <= tune.first_layer < len(layers):
         raise ConfigError(
-            f"{component}: from_layer {tune.first_layer} is beyond its {len(layers)} layers (0 to {len(layers) - 1})."
+            f"{component}: from_layer {tune.first_layer} is beyond its {len(layers)} layers "
+            f"(0 to {len(layers) - 1})."
         )
     for layer in layers[tune.first_layer :]:
         layer.requires_grad_(True)
@@ -83,7 +86,7 @@ def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component
     config = LoraConfig(r=tune.rank, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=targets)
     inject_adapter_in_model(config, model, adapter_name=component)
     for name, parameter in model.named_parameters():  # peft freezes everything else: give the others back
-        parameter.requires_grad_(name in already or f".{component}." in name and "lora_" in name)
+        parameter.requires_grad_(name in already or (f".{component}." in name and "lora_" in name))
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -142,7 +145,8 @@ def open_ledger(model: nn.Module) -> Ledger:
     return Ledger(
         rows=tuple(
             LedgerRow(
-                name=name, component=component_of(name), shape=tuple(p.shape), trained=p.requires_grad, before=_digest(p)
+                name=name, component=component_of(name), shape=tuple(p.shape), trained=p.requires_grad,
+                before=_digest(p)
             )
             for name, p in model.named_parameters()
         )
@@ -156,13 +160,17 @@ def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
         TrainingError: a frozen tensor moved.
     """
     now = dict(model.named_parameters())
-    closed = Ledger(rows=tuple(LedgerRow(**{**asdict(row), "after": _digest(now[row.name])}) for row in ledger.rows))
+    closed = Ledger(
+        rows=tuple(LedgerRow(**{**asdict(row), "after": _digest(now[row.name])}) for row in ledger.rows)
+    )
     moved = [row.name for row in closed.rows if row.moved and not row.trained]
     if moved:
-        raise TrainingError(f"frozen tensors moved: {', '.join(moved[:5])} ({len(moved)} in all); do not use this run.")
+        raise TrainingError(
+            f"frozen tensors moved: {', '.join(moved[:5])} ({len(moved)} in all); do not use this run."
+        )
     return closed
 
 
 def _digest(parameter: nn.Parameter) -> str:
     tensor = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(tensor.numpy(), digest_size=8).hexdigest()
+    return hashlib.blake2b(tensor.numpy().data, digest_size=8).hexdigest()

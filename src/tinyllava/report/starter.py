@@ -7,8 +7,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from tinyllava.results import Metric, Result
+
+
+class Cell(TypedDict):
+    """One number of the report: accuracy in [0, 1], its 95% interval, the number of questions."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    count: int
+
+
+ReportTable = dict[str, dict[str, Cell]]
+"""Kind of question -> who answered -> number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,26 +34,26 @@ class Shown:
     truth: str
 
 
-def results_table(results: Mapping[str, Result]) -> dict[str, dict[str, dict[str, object]]]:
-    """Return kind -> answerer -> accuracy in [0, 1], its 95% interval and the number of questions.
+def results_table(results: Mapping[str, Result]) -> ReportTable:
+    """Return the numbers of all answerers, overall and for each kind of question.
 
     Args:
         results: by answerer (model, majority, blanked), of the starter's benchmark.
     """
     first = next(iter(results.values()))
     kinds = [metric.name for metric in first.metrics if metric.name.startswith("kind=")]
-    table: dict[str, dict[str, dict[str, object]]] = {}
+    table: ReportTable = {}
     for name in ["accuracy", *kinds]:
         label = name.removeprefix("kind=") if name != "accuracy" else "overall"
         table[label] = {who: _cell(result.metric_named(name)) for who, result in results.items()}
     return table
 
 
-def _cell(metric: Metric) -> dict[str, object]:
+def _cell(metric: Metric) -> Cell:
     low, high = metric.interval or (metric.value, metric.value)
     return {
         "accuracy": round(metric.value / 100, 4),
-        "interval": [round(low / 100, 4), round(high / 100, 4)],
+        "interval": (round(low / 100, 4), round(high / 100, 4)),
         "count": metric.num_questions,
     }
 
@@ -50,7 +63,9 @@ def draw_losses(metrics: Mapping[str, Path], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axes, (stage, file) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
+    for axes, (stage, file) in zip(
+        figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
+    ):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         axes.plot(steps, losses, color="0.75", linewidth=0.8)
@@ -62,7 +77,10 @@ def draw_losses(metrics: Mapping[str, Path], path: Path) -> None:
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    return [sum(values[max(0, i - window) : i + 1]) / len(values[max(0, i - window) : i + 1]) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - window) : i + 1]) / len(values[max(0, i - window) : i + 1])
+        for i in range(len(values))
+    ]
 
 
 def draw_sheet(shown: Sequence[Shown], path: Path, columns: int = 6) -> None:
@@ -72,16 +90,21 @@ def draw_sheet(shown: Sequence[Shown], path: Path, columns: int = 6) -> None:
 
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(columns * 2.3, rows * 2.9), layout="constrained")
-    for axes, one in zip(figure.subplots(rows, columns, squeeze=False).flat, [*shown, *[None] * (rows * columns - len(shown))], strict=True):
+    for axes, one in zip(
+        figure.subplots(rows, columns, squeeze=False).flat,
+        [*shown, *[None] * (rows * columns - len(shown))],
+        strict=True,
+    ):
         axes.set_axis_off()
         if one is None:
             continue
         axes.imshow(Image.open(one.picture).convert("RGB"))
         is_right = one.answer.lower() == one.truth.lower()
+        below = (one.answer or "(nothing)") + ("" if is_right else f"  (truth: {one.truth})")
         axes.set_title(_wrap(one.question), fontsize=8)
         axes.text(
-            0.5, -0.04, _wrap(f"{one.answer or '(nothing)'}" + ("" if is_right else f"  (truth: {one.truth})")),
-            transform=axes.transAxes, ha="center", va="top", fontsize=9, color="darkgreen" if is_right else "crimson",
+            0.5, -0.04, _wrap(below), transform=axes.transAxes, ha="center", va="top", fontsize=9,
+            color="darkgreen" if is_right else "crimson",
         )  # fmt: skip
     figure.savefig(path, dpi=110)
 

@@ -69,7 +69,7 @@ def _save_language_model(package: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # The weights are dense by now; what still calls them quantised would forbid saving.
-    model.hf_quantizer = None  # type: ignore[assignment]
+    model.hf_quantizer = None
     del model.config.quantization_config
     tokenizer.model_max_length = CONTEXT_TOKENS
     model.save_pretrained(folder)

@@ -13,37 +13,47 @@ from tinyllava.recipes.base import BASE
 
 Length = Literal["short", "default", "full"]
 
+PRETRAIN_STEPS: dict[Length, int] = {"short": 6, "default": 145, "full": 600}
+FINETUNE_STEPS: dict[Length, int] = {"short": 6, "default": 130, "full": 1200}
 
-def starter_run(language_model: Path, vision_encoder: Path, records: Path, output: Path, length: Length) -> Run:
+
+def starter_run(
+    language_model: Path, vision_encoder: Path, records: Path, output: Path, length: Length
+) -> Run:
     """Return the run on converted parts and written records.
 
     Args:
-        length: default is twelve minutes; short stops each stage early (to see that all works); full goes on
+        length: default is twelve minutes; short stops each stage at once (to see that all works); full goes on
             until the model no longer improves much.
     """
-    pretrain, finetune = BASE.stages["pretrain"], BASE.stages["finetune"]
-    stages = {
-        "pretrain": replace(
-            pretrain, data=_data(records, "pretrain"), learning_rate=2e-3, global_batch_size=32,
-            num_epochs={"short": 0.02, "default": 1.0, "full": 4.0}[length], max_length_tokens=512, group_by="length",
-        ),
-        "finetune": replace(
-            finetune, data=_data(records, "finetune"), learning_rate=2e-4, connector_learning_rate=1e-3,
-            global_batch_size=4, num_epochs={"short": 0.02, "default": 1.0, "full": 6.0}[length],
-            max_length_tokens=512, group_by="length",
-        ),
-    }  # fmt: skip
+    pretrain = replace(
+        BASE.stages["pretrain"],
+        data=_data(records, "pretrain"),
+        learning_rate=2e-3,
+        global_batch_size=32,
+        max_steps=PRETRAIN_STEPS[length],
+        group_by="length",
+    )
+    finetune = replace(
+        BASE.stages["finetune"],
+        data=_data(records, "finetune"),
+        learning_rate=2e-4,
+        global_batch_size=4,
+        max_steps=FINETUNE_STEPS[length],
+        group_by="length",
+    )
     return Run(
         name="starter",
         recipe="base",
         model=ModelConfig(
-            vision_encoder=str(vision_encoder), language_model=str(language_model), connector="pixel_shuffle",
-            connector_options={"block": 3}, image_aspect="pad",
+            vision_encoder=str(vision_encoder),
+            language_model=str(language_model),
+            connector="mlp",
         ),
-        stages=stages,
+        stages={"pretrain": pretrain, "finetune": finetune},
         output=str(output),
         hardware=Hardware(device_batch_size=0, num_workers=0, cache_features=True),
-    )  # fmt: skip
+    )
 
 
 def _data(records: Path, stage: str) -> DataConfig:

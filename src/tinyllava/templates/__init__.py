@@ -13,7 +13,9 @@ _FOLDER = files("tinyllava.templates")
 
 def template_names() -> list[str]:
     """Return the names of all templates."""
-    return sorted(entry.name.removesuffix(".jinja") for entry in _FOLDER.iterdir() if entry.name.endswith(".jinja"))
+    return sorted(
+        entry.name.removesuffix(".jinja") for entry in _FOLDER.iterdir() if entry.name.endswith(".jinja")
+    )
 
 
 def read_template(name: str) -> str:

@@ -47,7 +47,10 @@ def stage_key(run: Run, stage: Stage, ledger: Ledger, data_digest: str, template
 def find_stage(runs: Path, key: str) -> Path | None:
     """Return the folder of a finished stage with that key, in any run beside this one."""
     for papers in sorted(runs.glob(f"*/*/{PAPERS}")):
-        if json.loads(papers.read_text(encoding="utf-8")).get("key") == key and (papers.parent / TENSORS).is_file():
+        if (
+            json.loads(papers.read_text(encoding="utf-8")).get("key") == key
+            and (papers.parent / TENSORS).is_file()
+        ):
             return papers.parent
     return None
 
@@ -68,11 +71,19 @@ def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); delete {folder} and train the stage again.") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); delete {folder} and train the stage again."
+        ) from error
     expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    wrong = [n for n in expected.keys() | tensors.keys() if n not in expected or n not in tensors or tensors[n].shape != expected[n]]
+    wrong = [
+        n
+        for n in expected.keys() | tensors.keys()
+        if n not in expected or n not in tensors or tensors[n].shape != expected[n]
+    ]
     if wrong:
-        raise CheckpointError(f"{path}: does not fit the stage's plan: {', '.join(sorted(wrong)[:5])} ({len(wrong)} tensors).")
+        raise CheckpointError(
+            f"{path}: does not fit the stage's plan: {', '.join(sorted(wrong)[:5])} ({len(wrong)} tensors)."
+        )
     model.load_state_dict(tensors, strict=False)
 
 
@@ -117,7 +128,9 @@ def require_space(folder: Path, model: TinyLlavaForConditionalGeneration) -> Non
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    needed = 2 * 3 * trained + whole  # a checkpoint holds weights and AdamW's two moments; the next one overlaps it
+    needed = (
+        2 * 3 * trained + whole
+    )  # a checkpoint holds weights and AdamW's two moments; the next one overlaps it
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TrainingError(

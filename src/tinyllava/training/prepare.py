@@ -1,4 +1,4 @@
-"""Everything of a stage that is decided before its first step: records, lengths, features, a digest of the data.
+"""What is decided of a stage before its first step: records, lengths, features, a digest of the data.
 
 Paper: section 4.1.2, Table 2.
 """
@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
+
 from tinyllava.config import DataConfig, Run, Stage
-from tinyllava.conversation import Conversation
+from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.mixtures import resolve
@@ -29,7 +31,7 @@ class Prepared:
     skipped: Mapping[str, int]
     """Records left out, by the name of the defect; only names that the stage asked for."""
     digest: str
-    """Of the record files' bytes and of what was left out: the same digest is the same data."""
+    """Of the record files' bytes, of what is left of them, and of the pictures' names and sizes."""
 
     def summary(self) -> dict[str, object]:
         """Return counts for the run's papers."""
@@ -65,7 +67,14 @@ def read_data(data: DataConfig, data_root: str) -> tuple[Records, str]:
         with make_progress() as bar:
             task = bar.add_task("decoding pictures", total=len(conversations), note="")
             records = drop_broken_images(records, lambda n: bar.advance(task, n))
+    for conversation in records.conversations:
+        digest.update(repr([conversation.id, *map(_describe, conversation.images)]).encode())
     return records, digest.hexdigest()[:16]
+
+
+def _describe(ref: ImageRef) -> tuple[str, int]:
+    """Name and size in bytes: tells pictures of two folders apart without reading them all."""
+    return ref.name, ref.path.stat().st_size if ref.path else len(ref.data or b"")
 
 
 def prepare(
@@ -92,8 +101,9 @@ def prepare(
 
 
 def _fill_features(run: Run, model, processor, examples: Examples, bar) -> FeatureCache:  # type: ignore[no-untyped-def]
+    model.vision_encoder.to(PartialState().device)
     cache = FeatureCache(run.folder.parent / ".features", model, processor)
-    refs = [ref for conversation in examples.conversations for ref in conversation.images]
-    task = bar.add_task("encoding pictures", total=len(refs), note="")
-    cache.fill(refs, progress=lambda n: bar.advance(task, n))
+    num_pictures = sum(len(conversation.images) for conversation in examples.conversations)
+    task = bar.add_task("encoding pictures", total=num_pictures, note="")
+    cache.fill(examples.conversations, progress=lambda n: bar.advance(task, n))
     return cache

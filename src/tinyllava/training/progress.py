@@ -1,10 +1,11 @@
-"""What a person sees of a stage while it trains, and what a program reads: a bar with rates, metrics.jsonl."""
+"""What a person sees of a stage while it trains (a bar with rates) and a program reads (metrics.jsonl)."""
 
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,14 +21,16 @@ from tinyllava.training.trainer import StageTrainer
 
 
 def make_progress() -> Progress:
-    """Return a progress bar with count, free text and remaining time."""
+    """Return a progress bar with count, free text and remaining time, shown by the first rank alone."""
     return Progress(
-        TextColumn("{task.description:<22}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<22}"), BarColumn(bar_width=28), MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        disable=not PartialState().is_main_process,
     )  # fmt: skip
 
 
-class StageProgress(TrainerCallback):  # type: ignore[misc]
+class StageProgress(TrainerCallback):
     """Draws the bar and appends every logged step to metrics.jsonl with rates."""
 
     def __init__(self, name: str, metrics: Path) -> None:
@@ -37,14 +40,18 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         self.start = self.last = 0.0
         self.seen = (0, 0)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Start the bar at the step that the run resumes from."""
         if not state.is_world_process_zero:
             return
         self.start = self.last = time.monotonic()
         self._drop_steps_after(state.global_step)
         self.progress.start()
-        self.task = self.progress.add_task(self.name, total=state.max_steps, completed=state.global_step, note="")
+        self.task = self.progress.add_task(
+            self.name, total=state.max_steps, completed=state.global_step, note=""
+        )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -63,19 +70,25 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
             "tokens_per_second": round(tokens * args.world_size / seconds, 1),
             "seconds": round(now - self.start, 2),
         }  # fmt: skip
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         elapsed = max(now - self.start, 1e-9)
-        rates = f"{self.trainer.num_samples / elapsed:.1f} samples/s {self.trainer.num_tokens / elapsed:,.0f} tokens/s"
-        self.progress.update(self.task, completed=state.global_step, note=f"loss {logs['loss']:.3f}  {rates}")
+        done = (self.trainer.num_samples * args.world_size, self.trainer.num_tokens * args.world_size)
+        rates = (done[0] / elapsed, done[1] / elapsed)
+        note = f"loss {logs['loss']:.3f}  {rates[0]:.1f} samples/s {rates[1]:,.0f} tokens/s"
+        self.progress.update(self.task, completed=state.global_step, note=note)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Leave the finished bar on the screen."""
         self.progress.stop()
 
     def _drop_steps_after(self, step: int) -> None:
         """Take out lines of steps that a killed run did after its last checkpoint and that are done again."""
         if self.metrics.exists():
-            lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            lines = [
+                line for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+            ]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             self.metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

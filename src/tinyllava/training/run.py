@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import set_seed
@@ -16,7 +19,7 @@ from transformers import set_seed
 from tinyllava.check import check
 from tinyllava.config import COMPONENTS, Run, Stage, to_json
 from tinyllava.data.dataset import Collator
-from tinyllava.errors import TrainingError
+from tinyllava.errors import ImageError, TrainingError
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -32,16 +35,18 @@ console = Console(highlight=False, soft_wrap=True)
 def train(run: Run) -> Path:
     """Train every stage of a run and return the folder of the finished model.
 
-    Calling it again after a kill goes on from the last checkpoint, with the same weights bit by bit; stages that
-    this or a neighbouring run has finished with the same inputs are reused.
+    Calling it again after a kill goes on from the last checkpoint, with the same weights bit by bit; stages
+    that this or a neighbouring run has finished with the same inputs are reused. Under ``torchrun`` every
+    process calls it; the first one writes.
 
     Raises:
         ConfigError: the run cannot work; everything that is wrong is listed.
         DataError, ImageError, CheckpointError, TrainingError: see the stages.
     """
     check(run)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    _save_or_compare(run)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with processes.main_process_first():
+        _save_or_compare(run)
     set_seed(run.seed)
     model, processor = open_checkpoint(run.start_from) if run.start_from else assemble(run.model)
     papers: dict[str, Any] = {}
@@ -49,8 +54,9 @@ def train(run: Run) -> Path:
         papers[name] = _run_stage(run, name, stage, model, processor)
     folder = run.folder / "model"
     provenance = {"environment": checkpoints.describe_environment(), "stages": papers}
-    if _is_first_rank():
+    if processes.is_main_process:
         checkpoints.save_model(folder, model, processor, run, provenance)
+    processes.wait_for_everyone()
     return folder
 
 
@@ -66,6 +72,9 @@ def _save_or_compare(run: Run) -> None:
             f"{path}: this folder holds a run with other settings; choose another --output, "
             f"or delete {run.folder} to begin anew."
         )
+    if not PartialState().is_main_process:
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(run), encoding="utf-8")
     environment = json.dumps(checkpoints.describe_environment(), indent=2)
     (run.folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
@@ -80,18 +89,21 @@ def _run_stage(
     apply_tuning(model, stage)
     ledger = open_ledger(model)
     prepared = prepare(run, stage, model, processor)
-    key = checkpoints.stage_key(run, stage, ledger, prepared.digest, prepared.examples.template or processor.chat_template)
-    done = checkpoints.find_stage(run.folder.parent, key)
+    key = checkpoints.stage_key(
+        run, stage, ledger, prepared.digest, prepared.examples.template or processor.chat_template
+    )
+    [done] = broadcast_object_list([checkpoints.find_stage(run.folder.parent, key)])  # one answer for all ranks
     if done is not None:
-        console.print(f"{name}: done before, taken from {done}")
+        _say(f"{name}: done before, taken from {done}")
         checkpoints.load_stage(done, model)
         papers = json.loads((done / checkpoints.PAPERS).read_text(encoding="utf-8"))
     else:
         _announce(name, stage, ledger, prepared)
         papers = _train_stage(run, name, stage, model, processor, prepared, folder)
-        close_ledger(ledger, model).save(folder / "ledger.json")
+        ledger = close_ledger(ledger, model)
         papers = {"key": key, "stage": name, **papers, "data": prepared.summary()}
-        if _is_first_rank():
+        if PartialState().is_main_process:
+            ledger.save(folder / "ledger.json")
             checkpoints.save_stage(folder, model, papers)
     merge_adapters(model)
     model.requires_grad_(False)
@@ -99,7 +111,8 @@ def _run_stage(
 
 
 def _train_stage(
-    run: Run, name: str, stage: Stage, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor,
+    run: Run, name: str, stage: Stage, model: TinyLlavaForConditionalGeneration, processor:
+    TinyLlavaProcessor,
     prepared: Prepared, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     checkpoints.require_space(folder, model)
@@ -107,7 +120,12 @@ def _train_stage(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     transformers.utils.logging.set_verbosity_error()  # its notes on our lean checkpoints would only mislead
     arguments = make_arguments(
-        stage, run.hardware, folder, seed=run.seed, num_samples=len(prepared.examples), report_to=run.report_to
+        stage,
+        run.hardware,
+        folder,
+        seed=run.seed,
+        num_samples=len(prepared.examples),
+        report_to=run.report_to,
     )
     progress = StageProgress(name, folder / "metrics.jsonl")
     trainer = StageTrainer(
@@ -119,9 +137,13 @@ def _train_stage(
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
+    except ImageError as error:  # a worker process hands over its whole traceback as the message
+        raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if "No space left" in str(error) or "PytorchStreamWriter" in str(error):
-            raise TrainingError(f"{folder}: the disk is full; free some space and run the same command again.") from error
+            raise TrainingError(
+                f"{folder}: the disk is full; free some space and run the same command again."
+            ) from error
         raise
     finally:
         progress.progress.stop()
@@ -139,16 +161,19 @@ def _train_stage(
 def _announce(name: str, stage: Stage, ledger: Ledger, prepared: Prepared) -> None:
     """Say what is about to be trained on what."""
     data = prepared.summary()
-    console.print(f"\n{name}: {data['num_samples']:,} samples, {data['num_tokens']:,} tokens")
+    _say(f"\n{name}: {data['num_samples']:,} samples, {data['num_tokens']:,} tokens")
     for component in COMPONENTS:
         trained = ledger.num_parameters(component, trained_only=True)
         rate = f" at {stage.learning_rate_of(component):g}" if trained else ""
-        console.print(f"  {component:<15} {trained:>13,} of {ledger.num_parameters(component):>13,} trained{rate}")
+        _say(
+            f"  {component:<15} {trained:>13,} of {ledger.num_parameters(component):>13,} trained{rate}"
+        )
     if prepared.skipped:
-        console.print("  left out: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items()))
+        _say(
+            "  left out: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items())
+        )
 
 
-def _is_first_rank() -> bool:
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        console.print(text)

@@ -1,5 +1,6 @@
-"""transformers' Trainer with what the paper needs: a learning rate for each component, lean checkpoints,
-grouped batches, and a stop when the loss is no number.
+"""transformers' Trainer with what the paper needs.
+
+A learning rate for each component, lean checkpoints, grouped batches, and a stop when the loss is no number.
 
 Paper: section 4.1.2.
 """
@@ -21,7 +22,7 @@ from tinyllava.errors import TrainingError
 from tinyllava.model.tuning import component_of
 
 
-class StageTrainer(Trainer):  # type: ignore[misc]
+class StageTrainer(Trainer):
     """Trains one stage.
 
     Args:
@@ -30,6 +31,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, stage: Stage, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.optimizer: Any
         self.stage = stage
         self.num_tokens = 0
         self.num_samples = 0
@@ -51,7 +53,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             ]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
             self.optimizer = cls([group for group in groups if group["params"]], **options)
-        return self.optimizer
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         examples = self.train_dataset
@@ -61,7 +64,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         return GroupedSampler(
             lengths=examples.lengths,
             with_image=[bool(c.images) for c in examples.conversations] if by_modality else None,
-            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            batch_size=self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size,
             seed=self.args.seed,
         )
 
@@ -77,13 +82,14 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; samples: {', '.join(sample_ids)}. "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; "
+                f"samples: {', '.join(sample_ids)}. "
                 "Look at them with `tinyllava record`; lower the learning rate, or train with precision fp32."
             )
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the trained tensors only: the frozen ones are where they came from, and no pickle is needed."""
+        """Write the trained tensors only: the frozen ones are where they came from; no pickle."""
         folder = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
@@ -98,7 +104,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             TrainingError: the checkpoint is of another model.
         """
         if load_result.unexpected_keys:
-            raise TrainingError(f"the checkpoint holds tensors of another model: {load_result.unexpected_keys[:5]}")
+            raise TrainingError(
+                f"the checkpoint holds tensors of another model: {load_result.unexpected_keys[:5]}"
+            )
 
 
 def trained_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -113,12 +121,16 @@ def make_arguments(
     """Translate a stage into the Trainer's words."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     per_device = hardware.device_batch_size or default_device_batch(stage.global_batch_size // world_size)
-    num_steps = stage.max_steps or max(1, round(-(-num_samples // stage.global_batch_size) * stage.num_epochs))
+    num_steps = stage.max_steps or max(
+        1, round(-(-num_samples // stage.global_batch_size) * stage.num_epochs)
+    )
+    num_passes = stage.global_batch_size // (per_device * world_size)
+    assert num_passes * per_device * world_size == stage.global_batch_size, "a rule of tinyllava.check"
     precision = choose_precision(hardware.precision)
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=stage.global_batch_size // (per_device * world_size),
+        gradient_accumulation_steps=num_passes,
         num_train_epochs=stage.num_epochs,
         max_steps=stage.max_steps or -1,
         learning_rate=stage.learning_rate,
@@ -159,4 +171,3 @@ def choose_precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-

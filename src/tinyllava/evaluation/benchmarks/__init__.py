@@ -12,6 +12,7 @@ from tinyllava.evaluation.benchmarks import (
     mmvet,
     pope,
     scienceqa,
+    starter,
     textvqa,
     vqav2,
 )
@@ -37,4 +38,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mmvet-own-prompt": mmvet.OWN_PROMPT,
     "llava-w-own-prompt": llava_w.OWN_PROMPT,
     "mmbench-judge": mmbench.WITH_JUDGE,
+    "starter": starter.BENCHMARK,
+    "starter-whole": starter.WHOLE,
 }

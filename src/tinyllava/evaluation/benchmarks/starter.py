@@ -6,15 +6,15 @@ Paper: none; the starter's own pictures (easy-VQA and the Grocery Store photogra
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tinyllava.conversation import ImageRef
+from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade
-from tinyllava.evaluation.question import Question, ask
+from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import read_text
 
 FILE = "held_out.json"
@@ -35,7 +35,9 @@ def load(folder: Path) -> list[Question]:
     try:
         return [_question(record, folder) for record in json.loads(read_text(path))]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: a record has another form ({error!r}); run `tinyllava starter` again.") from error
+        raise DataError(
+            f"{path}: a record has another form ({error!r}); run `tinyllava starter` again."
+        ) from error
 
 
 def _question(record: dict, folder: Path) -> Question:  # type: ignore[type-arg]
@@ -74,17 +76,14 @@ def grade(question: Question, answer: str) -> Grade:
     return Grade(parsed, float(parsed == question.target.lower()))
 
 
-def majority_answers(questions: Sequence[Question], answers: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Answer every question with the training part's most frequent answer of its kind.
-
-    Args:
-        answers: (kind, answer) of every training question.
-    """
-    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for kind, answer in answers:
-        counts[kind][answer] += 1
-    best = {kind: max(sorted(found), key=found.__getitem__) for kind, found in counts.items()}
-    return {question.id: best.get(question.category, "") for question in questions}
+def majority_answers(questions: Sequence[Question], training_answers: Sequence[str]) -> dict[str, str]:
+    """Answer every question with the most frequent training answer among those that its kind allows."""
+    counts = Counter(training_answers)
+    allowed: dict[str, set[str]] = defaultdict(set)
+    for question in questions:
+        allowed[question.category].add(question.target)
+    best = {kind: max(sorted(answers), key=counts.__getitem__) for kind, answers in allowed.items()}
+    return {question.id: best[question.category] for question in questions}
 
 
 BENCHMARK = Benchmark(
