@@ -242,7 +242,7 @@ def read_reviews(path: Path, *, judge: str = "") -> Reviews:
     MM-Vet's record several runs; the last one counts. Ours and MM-Vet's name the judge; LLaVA's do not.
 
     Raises:
-        DataError: the judge is not recorded and not given, another one is recorded than given, or there are two.
+        DataError: the judge is not recorded and not given, a given one differs, or there are two.
     """
     if path.suffix == ".json":
         entries = read_entries(path)

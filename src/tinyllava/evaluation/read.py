@@ -178,8 +178,8 @@ def read_table(path: Path, *columns: str) -> Iterator[Record]:
 
 
 def find_parquet(folder: Path, split: str) -> list[Path]:
-    """Return the parquet shards of a split (``testdev-00000-of-00004.parquet``), in order."""
-    return sorted(folder.rglob(f"*{split}*.parquet"))
+    """Return the parquet shards of a split (``testdev-00000-of-00004.parquet``), of any if it is ""."""
+    return sorted(path for path in folder.rglob("*.parquet") if path.name.startswith(split))
 
 
 def read_parquet(paths: list[Path]) -> Iterator[Record]:

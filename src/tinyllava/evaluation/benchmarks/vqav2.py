@@ -47,7 +47,7 @@ def load_test(folder: Path, *, split: str) -> list[Question]:
     """Read the questions of test-dev or test from LLaVA's file, the official one, or parquet; no targets."""
     questions, pictures = QuestionList(), Pictures(folder / "test2015")
     names = (f"llava_vqav2_mscoco_{split}2015.jsonl", f"v2_OpenEnded_mscoco_{split}2015_questions.json")
-    source, shards = find_source(folder, *names), find_parquet(folder, split.replace("-", ""))
+    source, shards = find_source(folder, *names), find_parquet(folder, split.replace("-", "") + "-")
     if source is None:
         if not shards:
             raise no_source(folder, "vqav2", *names, "parquet shards")

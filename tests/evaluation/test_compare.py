@@ -1,0 +1,78 @@
+"""Two models compared: the difference, its error, and the flips."""
+
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from evaluation import benchmark_files as files
+from tinyllava.errors import DataError
+from tinyllava.evaluation.benchmark import Prediction
+from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.compare import compare, compare_predictions
+from tinyllava.evaluation.predictions import write_predictions
+
+
+def predict(name: str, folder: Path, answer: str, **special: str) -> list[Prediction]:
+    write = {"gqa": files.gqa, "pope": files.pope, "mme": files.mme, "mmbench": files.mmbench}[name]
+    if not folder.exists():
+        write(folder)
+    questions = BENCHMARKS[name].load(folder)
+    scored = BENCHMARKS[name].score(questions, {q.id: special.get(f"q{q.id}", answer) for q in questions})
+    return list(scored.predictions)
+
+
+@pytest.mark.parametrize("name", ["gqa", "pope", "mme", "mmbench"])
+def test_the_compared_numbers_are_the_headlines(name: str, tmp_path: Path) -> None:
+    a, b = predict(name, tmp_path / "d", "no"), predict(name, tmp_path / "d", "yes A women")
+    result = compare_predictions(a, b, BENCHMARKS[name], num_resamples=200)
+    for side, value in ((a, result.a), (b, result.b)):
+        questions = BENCHMARKS[name].load(tmp_path / "d")
+        scored = BENCHMARKS[name].score(questions, {p.question_id: p.answer for p in side})
+        headline = next(m.value for m in scored.metrics if m.name == BENCHMARKS[name].metric)
+        assert value == pytest.approx(headline)
+    assert result.bootstrap.difference == pytest.approx(result.b - result.a)
+    assert result.num_unpaired == 0
+
+
+def test_flips_and_mcnemar(tmp_path: Path) -> None:
+    a = predict("pope", tmp_path / "d", "yes")
+    b = predict("pope", tmp_path / "d", "yes", q2="no", q3="no", q1="no")
+    result = compare_predictions(a, b, BENCHMARKS["pope"])
+    assert (result.only_a, result.only_b, result.num_questions) == (1, 2, 11)
+    assert result.mcnemar_p == pytest.approx(stats.binomtest(1, 3).pvalue)
+    assert {left.question_id for left, _ in result.flips} == {"1", "2", "3"}
+    assert "only A" in str(result)
+
+
+def test_questions_of_one_side_are_left_out_and_counted(tmp_path: Path) -> None:
+    a, b = predict("gqa", tmp_path / "d", "no"), predict("gqa", tmp_path / "d", "man")
+    result = compare_predictions(a[1:], b, BENCHMARKS["gqa"])
+    assert (result.num_questions, result.num_unpaired) == (3, 1)
+
+
+def test_folders_are_compared_by_benchmark(tmp_path: Path) -> None:
+    for run, answer in (("a", "no"), ("b", "yes")):
+        for name in ("gqa", "pope") if run == "a" else ("pope", "mme"):
+            predictions = predict(name, tmp_path / "data" / name, answer)
+            write_predictions(predictions, tmp_path / run / name / "predictions.jsonl")
+    (result,) = compare(tmp_path / "a", tmp_path / "b", num_resamples=50)
+    assert result.benchmark == "pope"
+    with pytest.raises(DataError, match="no benchmark in common"):
+        compare(tmp_path / "a", tmp_path / "data")
+    with pytest.raises(DataError, match="is of 'gqa'"):
+        compare(tmp_path / "a/gqa/predictions.jsonl", tmp_path / "b/pope/predictions.jsonl")
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    a = predict("gqa", tmp_path / "d", "no")
+    gqa = BENCHMARKS["gqa"]
+    with pytest.raises(DataError, match="no question in common"):
+        compare_predictions(a[:1], a[1:], gqa)
+    values = {name: getattr(a[0], name) for name in Prediction.__dataclass_fields__}
+    with pytest.raises(DataError, match="was another one for B"):
+        compare_predictions(a[:1], [Prediction(**{**values, "prompt": "Another?"})], gqa)
+    with pytest.raises(
+        DataError, match=r"answers of B have no scores.*Judge them|answers of B have no scores"
+    ):
+        compare_predictions(a[:1], [Prediction(**{**values, "score": None})], gqa)

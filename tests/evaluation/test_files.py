@@ -1,0 +1,69 @@
+"""What a benchmark needs on disk, told present, missing or doubtful; and what listing the names costs."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluation import benchmark_files as files
+from tinyllava.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
+from tinyllava.evaluation.files import NeededFile, check_files, find_files
+
+WRITERS = {
+    "gqa": files.gqa, "scienceqa": files.scienceqa, "textvqa": files.textvqa, "mme": files.mme,
+    "mmbench": files.mmbench, "mmvet": files.mmvet, "llava-w": files.llava_w, "pope": files.pope,
+    "vqav2": files.vqav2_test, "vqav2-val": files.vqav2_val,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_files_that_load_reads_are_the_files_that_are_asked_for(name: str, tmp_path: Path) -> None:
+    before = check_files(tmp_path, BENCHMARKS[name].files)
+    assert before
+    assert not any(status.is_present for status in before)
+    WRITERS[name](tmp_path)
+    BENCHMARKS[name].load(tmp_path)
+    present = [status for status in check_files(tmp_path, BENCHMARKS[name].files) if status.is_present]
+    assert present
+    missing = {status.needed.purpose for status in check_files(tmp_path, BENCHMARKS[name].files)} - {
+        status.needed.purpose for status in present
+    }
+    assert all("picture" in purpose or "prompts" in purpose for purpose in missing)
+
+
+def test_an_incomplete_folder_is_doubtful(tmp_path: Path) -> None:
+    needed = NeededFile(names=("images",), purpose="pictures", source="there", num_files=2)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.jpg").touch()
+    status = find_files(tmp_path, needed)
+    assert not status.is_present
+    assert str(status).startswith("doubtful (1 of 2 files): images: pictures; from there")
+    (tmp_path / "images" / "2.jpg").touch()
+    assert find_files(tmp_path, needed).is_present
+
+
+def test_a_known_release_is_told_by_its_md5(tmp_path: Path) -> None:
+    files.mmbench(tmp_path)
+    (status,) = check_files(tmp_path, BENCHMARKS["mmbench"].files)
+    md5 = hashlib.md5((tmp_path / "mmbench_dev_20230712.tsv").read_bytes()).hexdigest()
+    assert status.release == f"unknown release, md5 {md5}"
+    known = NeededFile(names=("*.tsv",), purpose="p", source="s", known_md5={md5: "V1"})
+    assert find_files(tmp_path, known).release == f"V1, md5 {md5}"
+
+
+def test_every_benchmark_says_what_it_needs() -> None:
+    assert len(PAPER_BENCHMARKS) == 9
+    for benchmark in PAPER_BENCHMARKS.values():
+        assert benchmark.files
+        assert all(needed.source and needed.purpose for needed in benchmark.files)
+
+
+def test_listing_the_names_imports_no_torch() -> None:
+    script = (
+        "import sys\nfrom tinyllava.evaluation.benchmarks import BENCHMARKS\nimport tinyllava.report.flips\n"
+        "heavy = {'torch', 'transformers', 'pyarrow', 'openpyxl', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nassert 'pope' in BENCHMARKS\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

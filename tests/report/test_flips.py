@@ -1,0 +1,47 @@
+"""The page of flips: self-contained, escaped, with pictures."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from evaluation import benchmark_files as files
+from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.compare import compare_predictions
+from tinyllava.report.flips import write_flips
+
+
+def test_the_page_holds_pictures_and_escapes_answers(tmp_path: Path) -> None:
+    benchmark = BENCHMARKS["pope"]
+    questions = benchmark.load(files.pope_parquet(tmp_path))
+    a, b = (
+        benchmark.score(questions, {q.id: answer for q in questions}).predictions
+        for answer in ("yes <script>alert(1)</script>", 'no & "nothing"')
+    )
+    comparison = compare_predictions(a, b, benchmark, num_resamples=50)
+    write_flips(
+        [comparison], tmp_path / "out" / "flips.html", a="A<1>", b="B", questions={"pope": questions}, limit=4
+    )
+    page = (tmp_path / "out" / "flips.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "A&lt;1&gt;" in page
+    assert page.count("<article>") == 4
+    assert "The first 4 of 11." in page
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert len(pictures) == 4
+    assert base64.b64decode(pictures[0]) == questions[0].conversation.images[0].path.read_bytes()
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is fetched
+    assert page.count('class="right"') == page.count('class="wrong"') == 4
+    HTMLParser().feed(page)
+
+
+def test_without_the_data_set_the_page_names_the_pictures(tmp_path: Path) -> None:
+    benchmark = BENCHMARKS["pope"]
+    questions = benchmark.load(files.pope(tmp_path))
+    a, b = (benchmark.score(questions, {q.id: text for q in questions}).predictions for text in ("yes", "no"))
+    comparison = compare_predictions(a, b, benchmark, num_resamples=50)
+    write_flips([comparison], tmp_path / "flips.html", a="A", b="B")
+    page = (tmp_path / "flips.html").read_text(encoding="utf-8")
+    assert "COCO_val2014_000000000000.jpg" in page
+    assert "<img" not in page
