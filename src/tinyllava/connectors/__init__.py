@@ -53,6 +53,16 @@ def _one_per_block(num_patches: int, options: Options) -> int:
     return (side // block) ** 2
 
 
+def _one_per_cell(num_patches: int, options: Options) -> int:
+    grid, side = isqrt(num_patches), options["side"]
+    if grid**2 != num_patches or side > grid:
+        raise ConfigError(
+            f"connector pool: {num_patches} patches are a grid of {grid} x {grid}, which has no {side} x {side} "
+            f"cells to average; choose a side of at most {grid}."
+        )
+    return side**2
+
+
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
@@ -101,6 +111,10 @@ CONNECTORS: dict[str, Connector] = {
         module="pixel_shuffle:PixelShuffle",
         summary="space to depth: block x block patches become one token, then MLP",
         num_tokens=_one_per_block, num_parameters=_mlp, options={"block": 3},
+    ),
+    "pool": Connector(
+        module="pool:Pool", summary="average the grid to side x side cells, then MLP",
+        num_tokens=_one_per_cell, num_parameters=_mlp, options={"side": 2},
     ),
     "qformer": Connector(
         module="qformer:QFormer",
