@@ -13,7 +13,7 @@ from tinyllava.recipes.base import BASE
 
 Length = Literal["short", "default", "full"]
 
-PRETRAIN_STEPS: dict[Length, int] = {"short": 6, "default": 145, "full": 600}
+PRETRAIN_STEPS: dict[Length, int] = {"short": 6, "default": 218, "full": 900}
 FINETUNE_STEPS: dict[Length, int] = {"short": 6, "default": 130, "full": 1200}
 
 
@@ -29,8 +29,8 @@ def starter_run(
     pretrain = replace(
         BASE.stages["pretrain"],
         data=_data(records, "pretrain"),
-        learning_rate=2e-3,
-        global_batch_size=32,
+        learning_rate=5e-3,
+        global_batch_size=16,
         max_steps=PRETRAIN_STEPS[length],
         group_by="length",
     )
@@ -48,7 +48,8 @@ def starter_run(
         model=ModelConfig(
             vision_encoder=str(vision_encoder),
             language_model=str(language_model),
-            connector="mlp",
+            connector="pool",
+            connector_options={"side": 2},
         ),
         stages={"pretrain": pretrain, "finetune": finetune},
         output=str(output),

@@ -10,6 +10,7 @@ import io
 import json
 import random
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -17,12 +18,27 @@ from PIL import Image
 from tinyllava.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from tinyllava.starter.pictures import Picture
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """How many records of one data set go into each stage; more than it has pictures repeats pictures."""
+
+    captions: int
+    conversations: int
+
+
+# What twelve minutes on two CPU cores train on; photographs are fewer and harder, so they come again.
+DEFAULT_AMOUNTS = {
+    "easy_vqa": Amount(captions=1500, conversations=1200),
+    "grocery_store": Amount(captions=2900, conversations=730),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,34 +52,46 @@ class RecordFiles:
 
 
 def write_records(
-    pictures: Sequence[Picture], folder: Path, *, questions_per_conversation: int = 4, seed: int = 0
+    pictures: Sequence[Picture],
+    folder: Path,
+    amounts: Mapping[str, Amount] = DEFAULT_AMOUNTS,
+    *,
+    questions_per_conversation: int = 4,
+    seed: int = 0,
 ) -> RecordFiles:
-    """Write every picture once and the records of both sides, in a shuffled order that the seed fixes.
+    """Write the pictures and the records of both sides, in an order that the seed fixes.
 
-    A held-out record asks one question and carries its `kind` and `source`; a conversation for fine-tuning
-    carries the `kinds` of its questions, in their order.
+    Both stages begin with the same pictures of a data set, so that few have to be encoded. Conversations
+    about a picture that comes again ask its next questions. All held-out questions are written, one in a
+    record, with their `kind` and `source`.
 
     Raises:
         DataError: a picture stands on both sides.
     """
     prove_disjoint(pictures)
-    files = RecordFiles(
-        images=folder / "images",
-        pretrain=folder / "pretrain.json",
-        finetune=folder / "finetune.json",
-        held_out=folder / "held_out.json",
-    )
+    images = folder / "images"
     for picture in pictures:
-        file = files.images / picture.name
+        file = images / picture.name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(picture.data)
     generator = random.Random(seed)
-    training = [picture for picture in pictures if not picture.is_held_out]
-    held_out = [picture for picture in pictures if picture.is_held_out]
-    _write(files.pretrain, _captions(training), generator)
-    _write(files.finetune, _conversations(training, questions_per_conversation, generator), generator)
-    _write(files.held_out, _single_questions(held_out), generator)
-    return files
+    captions: list[Record] = []
+    conversations: list[Record] = []
+    for source, amount in amounts.items():
+        training = [p for p in pictures if p.source == source and not p.is_held_out]
+        generator.shuffle(training)
+        training.sort(key=lambda picture: picture.caption is None)  # described ones serve both stages
+        captions += _captions(training, amount.captions)
+        conversations += _conversations(training, amount.conversations, questions_per_conversation, generator)
+    held_out = _single_questions(picture for picture in pictures if picture.is_held_out)
+    generator.shuffle(captions)
+    generator.shuffle(conversations)
+    return RecordFiles(
+        images=images,
+        pretrain=_write(folder / "pretrain.json", captions),
+        finetune=_write(folder / "finetune.json", conversations),
+        held_out=_write(folder / "held_out.json", held_out),
+    )
 
 
 def prove_disjoint(pictures: Iterable[Picture]) -> None:
@@ -81,9 +109,9 @@ def prove_disjoint(pictures: Iterable[Picture]) -> None:
             raise DataError(f"{other.name} and {picture.name} are one picture on both sides of the split")
 
 
-def _write(file: Path, records: list[Record], generator: random.Random) -> None:
-    generator.shuffle(records)
-    file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+def _write(file: Path, records: list[Record]) -> Path:
+    file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return file
 
 
 def _record(picture: Picture, number: int, turns: Iterable[tuple[str, str]]) -> Record:
@@ -96,22 +124,29 @@ def _record(picture: Picture, number: int, turns: Iterable[tuple[str, str]]) -> 
     return {"id": f"{name}-{number}", "image": picture.name, "conversations": conversation}
 
 
-def _captions(pictures: Iterable[Picture]) -> list[Record]:
+def _captions(pictures: Iterable[Picture], count: int) -> list[Record]:
     described = [(picture, picture.caption) for picture in pictures if picture.caption is not None]
-    return [_record(picture, 0, [("Describe the picture.", caption)]) for picture, caption in described]
+    return [
+        _record(picture, number // len(described), [("Describe the picture.", caption)])
+        for number, (picture, caption) in enumerate(islice(cycle(described), count))
+    ]
 
 
-def _conversations(pictures: Iterable[Picture], length: int, generator: random.Random) -> list[Record]:
-    """Spread the questions of a picture over conversations of at most `length`, in a random order."""
+def _conversations(
+    pictures: Sequence[Picture], count: int, length: int, generator: random.Random
+) -> list[Record]:
+    """Ask up to `length` questions of a picture, in a random order, and other ones in the next round."""
     records = []
-    for picture in pictures:
+    for number, picture in enumerate(islice(cycle(pictures), count)):
         questions = list({question.text: question for question in picture.questions}.values())
-        generator.shuffle(questions)
-        for start in range(0, len(questions), length):
-            part = questions[start : start + length]
-            turns = [(question.text, question.answer) for question in part]
-            kinds = [question.kind for question in part]
-            records.append({**_record(picture, start // length, turns), "kinds": kinds})
+        random.Random(picture.name).shuffle(questions)
+        start = number // len(pictures) * length % len(questions)
+        part = (questions[start:] + questions[:start])[:length]
+        generator.shuffle(part)
+        # "Which kind of apple?" names the fruit, so it comes after the question for it.
+        part.sort(key=lambda question: question.kind == "variety")
+        turns = [(question.text, question.answer) for question in part]
+        records.append(_record(picture, number // len(pictures), turns))
     return records
 
 

@@ -62,6 +62,7 @@ def run_starter(output: Path, length: Length = "default") -> Path:
     train_start = time.monotonic()
     model = train(run)
     trained = time.monotonic()
+    offer_model(model, replace=length != "short")
     benchmark = WHOLE if length == "full" else BENCHMARK
     results = measure(
         model, benchmark, parts.records, output / "evaluation", limit=60 if length == "short" else 0
@@ -73,6 +74,18 @@ def run_starter(output: Path, length: Length = "default") -> Path:
         f"ask it: tinyllava chat {_first_picture(parts.records)} --model {model}"
     )
     return report
+
+
+def offer_model(model: Path, *, replace: bool) -> None:
+    """Make this the model that ``tinyllava chat`` opens by default."""
+    default = cache_folder() / "starter" / "model"
+    if default.exists() and not replace:
+        return
+    default.parent.mkdir(parents=True, exist_ok=True)
+    link = default.with_name("model.new")
+    link.unlink(missing_ok=True)
+    link.symlink_to(model.resolve())
+    link.replace(default)
 
 
 def prepare_parts() -> Parts:
