@@ -1,6 +1,7 @@
 """The published layouts with small random weights, each with an independent computation of its logits.
 
 The reference never touches the package: transformers' text and vision classes, functional layers between.
+At the end, a checkpoint of ours to export.
 """
 
 import json
@@ -15,6 +16,10 @@ from torch.nn.functional import gelu, linear
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import toys
+from tinyllava.config import ModelConfig
+from tinyllava.conversation import ImageRef, ask
+from tinyllava.export.compare import example_picture
+from tinyllava.model.assemble import assemble, open_checkpoint
 
 Tensors = dict[str, Tensor]
 IMAGE_SIZE_PX = 28
@@ -215,3 +220,26 @@ def change_tensors(path: Path, *, add: Tensors | None = None, remove: str = "") 
 
 def load_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
+
+
+def make_checkpoint(
+    parts: dict[str, Path], folder: Path, language: str, vision: str, **settings: Any
+) -> Path:
+    """A checkpoint of ours, of toy parts and a connector that is not near zero."""
+    torch.manual_seed(3)
+    config = ModelConfig(vision_encoder=str(parts[vision]), language_model=str(parts[language]), **settings)
+    model, processor = assemble(config)
+    for parameter in model.connector.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def chat_logits(checkpoint: Path, text: str) -> tuple[Any, torch.Tensor]:
+    """A prompt about the example picture, and our model's logits for it."""
+    model, processor = open_checkpoint(checkpoint)
+    prompt, _ = processor.render(ask(text, ImageRef(name="p")), open_answer=True)
+    inputs = processor(images=example_picture(), text=prompt)
+    with torch.no_grad():
+        return inputs, model(**inputs).logits

@@ -1,0 +1,59 @@
+"""``tinyllava export``: write a checkpoint for stock transformers, vLLM or a hub."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+_DESCRIPTION = """\
+Write a checkpoint for others, with a model card: as transformers' LLaVA (--format llava), for vLLM
+(--format vllm), or in the layout of tinyllava; adapters of peft are merged. The folder is opened again as
+its reader would, and its logits compared, before it is there. --push uploads it to a repository of a hub."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="tinyllava export",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="DIR", type=Path, help="checkpoint, or peft adapter over one")
+    parser.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="where to write")
+    parser.add_argument(
+        "--format", choices=("tinyllava", "llava", "vllm"), default="tinyllava", dest="layout"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", default="", help="upload to this repository")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--base", metavar="DIR", type=Path, help="the checkpoint below an adapter")
+    parser.add_argument("--results", metavar="FILE", type=Path, help="results.json with scores for the card")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a weight file (5GB)")
+    options = parser.parse_args(arguments)
+    if options.folder is None and not options.push:
+        parser.error("give OUT, or --push OWNER/NAME")
+    if options.folder is not None:
+        _export(options, options.folder)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        _export(options, Path(temporary) / options.push.rpartition("/")[2])
+    return 0
+
+
+def _export(options: argparse.Namespace, folder: Path) -> None:
+    import torch  # after the options, so that help and mistakes come at once
+
+    from tinyllava.export import export_checkpoint
+    from tinyllava.export.push import check_repository, push
+
+    if options.push:
+        check_repository(options.push)
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    exported = export_checkpoint(
+        options.checkpoint, folder, layout=options.layout, base=options.base, name=options.push,
+        results=options.results, dtype=dtype, max_shard_size=options.max_shard_size,
+    )  # fmt: skip
+    print(f"opened again and compared: largest difference of a logit {exported.largest_difference:.2g}")
+    if options.push:
+        print(f"pushed: {push(folder, options.push, private=options.private)}")
+    if options.folder is not None:
+        print(f"written: {folder}")

@@ -1,0 +1,222 @@
+"""The model card: what the model is made of and under which licences, how it was trained, what it scored.
+
+Everything in it comes from files beside the checkpoint: config.json, run.json, import.json and results.json.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from tinyllava.config import COMPONENTS, DataConfig, Run, Stage, Tune, run_from_json
+from tinyllava.data.mixtures import MIXTURES
+from tinyllava.language_models import LANGUAGE_MODELS, LanguageModel
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.results import Metric, Result, ResultTable
+from tinyllava.vision_encoders import VISION_ENCODERS, VisionEncoder
+
+_UNKNOWN = "not recorded"
+_SUMMARY = (
+    "A small multimodal model that answers questions about pictures: vision encoder, connector, small "
+    "language model (TinyLLaVA, arXiv:2402.14289)."
+)
+_USE = {
+    "llava": """```python
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")
+content = [{{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt",
+)
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+```""",
+    "vllm": """```console
+$ vllm serve {name}
+```""",
+    "tinyllava": """```console
+$ tinyllava chat {name} picture.jpg
+```""",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What the folder of a checkpoint says of its origin."""
+
+    run: Run | None
+    imported_from: str
+    results: tuple[Result, ...]
+
+
+def read_provenance(folder: Path, results: Path | None) -> Provenance:
+    """Read the files beside a checkpoint; ``results`` None takes a results.json in its folder, if any.
+
+    Raises:
+        ConfigError, DataError: a file is there and cannot be read.
+    """
+    run_file, import_file = folder / "run.json", folder / "import.json"
+    run = run_from_json(run_file.read_text(encoding="utf-8"), str(run_file)) if run_file.is_file() else None
+    imported = json.loads(import_file.read_text(encoding="utf-8"))["kind"] if import_file.is_file() else ""
+    if results is None and (folder / "results.json").is_file():
+        results = folder / "results.json"
+    scores = ResultTable.load(results).results if results else ()
+    return Provenance(run=run, imported_from=imported, results=scores)
+
+
+def write_card(
+    name: str, layout: str, model: TinyLlavaForConditionalGeneration, provenance: Provenance
+) -> str:
+    """Return the text of README.md.
+
+    Args:
+        name: what the card calls the model, and what its examples open.
+        layout: tinyllava, llava or vllm.
+    """
+    parts = _parts(provenance.run)
+    sections = [
+        f"# {name.rpartition('/')[2]}",
+        _SUMMARY,
+        "## Use\n\n" + _USE[layout].format(name=name),
+        "## Parts\n\n" + _parts_table(model, parts),
+        "## Training\n\n" + _training(provenance),
+        "## Scores\n\n" + _scores(provenance.results),
+        "## Licences\n\n" + _licences(provenance.run, parts),
+    ]
+    return f"---\n{_metadata(name, layout, provenance, parts)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _parts(run: Run | None) -> dict[str, VisionEncoder | LanguageModel | None]:
+    """Return the table rows of encoder and language model; None for a part that is not in the tables."""
+    if run is None:
+        return {"vision_encoder": None, "language_model": None}
+    encoders = {key: e for e in VISION_ENCODERS.values() for key in (e.name, e.abbreviation)}
+    languages = {key: m for m in LANGUAGE_MODELS.values() for key in (m.name, m.abbreviation)}
+    return {
+        "vision_encoder": encoders.get(run.model.vision_encoder),
+        "language_model": languages.get(run.model.language_model),
+    }
+
+
+def _parts_table(
+    model: TinyLlavaForConditionalGeneration, parts: dict[str, VisionEncoder | LanguageModel | None]
+) -> str:
+    names = {
+        "vision_encoder": model.config.vision_config.model_type,
+        "connector": f"{model.config.connector}, {model.config.num_image_tokens} tokens a picture",
+        "language_model": model.config.text_config.model_type,
+    }
+    rows = []
+    for component in COMPONENTS:
+        part = parts.get(component)
+        modules = [getattr(model, component)] + ([model.lm_head] if component == "language_model" else [])
+        # A head that shares the embedding's rows is the same parameter and counts once.
+        parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
+        label = f"{part.name} ({part.path})" if part else names[component]
+        rows.append([component.replace("_", " "), label, f"{sum(parameters.values()):,}"])
+    return _table(["part", "", "parameters"], rows)
+
+
+def _training(provenance: Provenance) -> str:
+    run = provenance.run
+    if run is None:
+        if provenance.imported_from:
+            return f"Imported from {provenance.imported_from}; see its publisher for data and recipe."
+        return f"{_UNKNOWN.capitalize()}: there was no run.json beside the checkpoint."
+    recipe = f"Recipe `{run.recipe}`, seed {run.seed}." if run.recipe else f"Seed {run.seed}."
+    rows = [
+        [
+            name, ", ".join(_data_names(stage.data)) or _UNKNOWN,
+            "; ".join(f"{c.replace('_', ' ')} {_tuning(stage.tune(c))}" for c in COMPONENTS),
+            f"{stage.learning_rate:g}", str(stage.global_batch_size), _length(stage),
+        ]
+        for name, stage in run.stages.items()
+    ]  # fmt: skip
+    header = ["stage", "data", "trained", "learning rate", "batch size", "length"]
+    return f"{recipe}\n\n{_table(header, rows)}"
+
+
+def _data_names(data: DataConfig) -> list[str]:
+    """Return names of mixtures, or of files without the folders of somebody's machine."""
+    return [record if record in MIXTURES else Path(record).name for record in data.records]
+
+
+def _length(stage: Stage) -> str:
+    return f"{stage.max_steps} steps" if stage.max_steps else f"{stage.num_epochs:g} epochs"
+
+
+def _tuning(tune: Tune) -> str:
+    detail = {"from_layer": f" {tune.first_layer}", "lora": f" of rank {tune.rank}"}.get(tune.kind, "")
+    return tune.kind.replace("_", " ") + detail
+
+
+def _scores(results: Iterable[Result]) -> str:
+    rows = [[r.benchmark, r.metric, *_score(r), r.protocol, _remark(r)] for r in results]
+    if not rows:
+        return f"{_UNKNOWN.capitalize()}."
+    header = ["benchmark", "metric", "score", "95% interval", "questions", "protocol", "remark"]
+    return _table(header, rows)
+
+
+def _score(result: Result) -> list[str]:
+    metric: Metric | None = next((m for m in result.metrics if m.name == result.metric), None)
+    if metric is None:
+        return [_UNKNOWN, "", f"{result.num_questions:,}"]
+    interval = f"{metric.interval[0]:.1f} to {metric.interval[1]:.1f}" if metric.interval else ""
+    return [f"{metric.value:.1f}", interval, f"{metric.num_questions:,}"]
+
+
+def _remark(result: Result) -> str:
+    partial = [f"{result.num_questions} of {result.num_expected} questions"] if result.is_partial else []
+    return "; ".join([*partial, *([f"judge {result.judge}"] if result.judge else []), *result.notes])
+
+
+def _licences(run: Run | None, parts: dict[str, VisionEncoder | LanguageModel | None]) -> str:
+    rows = [[name.replace("_", " "), part.licence if part else _UNKNOWN] for name, part in parts.items()]
+    for stage in run.stages.values() if run else ():
+        for record in stage.data.records:
+            licence = MIXTURES[record].licence if record in MIXTURES else _UNKNOWN
+            rows.append([f"data: {record if record in MIXTURES else Path(record).name}", licence])
+    unique = list(dict.fromkeys(map(tuple, rows)))
+    note = "The model is a work made from all of these; each licence binds whoever uses it."
+    return _table(["", "licence"], [list(row) for row in unique]) + f"\n\n{note}"
+
+
+def _metadata(
+    name: str, layout: str, provenance: Provenance, parts: dict[str, VisionEncoder | LanguageModel | None]
+) -> str:
+    known = [part for part in parts.values() if part]
+    records = (
+        [r for stage in provenance.run.stages.values() for r in stage.data.records] if provenance.run else []
+    )
+    mixtures = [MIXTURES[r] for r in dict.fromkeys(records) if r in MIXTURES]
+    data = ModelCardData(
+        model_name=name.rpartition("/")[2] if provenance.results else None,
+        library_name="tinyllava" if layout == "tinyllava" else "transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["tinyllava", "multimodal"],
+        base_model=[part.path for part in known if not part.path.startswith("starter:")] or None,
+        datasets=list(dict.fromkeys("/".join(m.source.split("/")[-2:]) for m in mixtures)) or None,
+        license="other",  # the parts and the data have one each, and the field holds one
+        license_name="licences-of-the-parts",
+        license_link="README.md",
+        eval_results=[
+            EvalResult(
+                task_type="image-text-to-text", dataset_type=r.benchmark.lower(), dataset_name=r.benchmark,
+                dataset_split=r.split, metric_type=r.metric, metric_value=round(r.value, 2),
+            )
+            for r in provenance.results
+            if r.value is not None
+        ]
+        or None,
+    )  # fmt: skip
+    return str(data.to_yaml()).strip()
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
