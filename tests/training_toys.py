@@ -3,20 +3,36 @@
 from pathlib import Path
 
 import torch
+from torch.utils.data import RandomSampler
 
 from tinyllava.config import FROZEN, FULL, DataConfig, Hardware, ModelConfig, Run, Stage
 from tinyllava.data.dataset import Collator, Examples
 from tinyllava.data.records import read_records
 
 
-def toy_run(parts: dict[str, Path], records: Path, output: Path, *, llm: str = "llama", encoder: str = "siglip", **changes) -> Run:
+def toy_run(
+    parts: dict[str, Path],
+    records: Path,
+    output: Path,
+    *,
+    llm: str = "llama",
+    encoder: str = "siglip",
+    **changes,
+) -> Run:
     """Base recipe on toy parts: pre-training of the connector, then connector and language model."""
     data = DataConfig(records=(str(records),), images=str(records.parent / "images"))
     pretrain = Stage(
         data=data, template="caption", connector=FULL, vision_encoder=FROZEN, language_model=FROZEN,
         learning_rate=1e-2, global_batch_size=4, max_length_tokens=256,
     )  # fmt: skip
-    finetune = Stage(data=data, connector=FULL, language_model=FULL, learning_rate=1e-3, global_batch_size=4, max_length_tokens=256)
+    finetune = Stage(
+        data=data,
+        connector=FULL,
+        language_model=FULL,
+        learning_rate=1e-3,
+        global_batch_size=4,
+        max_length_tokens=256,
+    )
     settings = dict(
         name="toy",
         model=ModelConfig(vision_encoder=str(parts[encoder]), language_model=str(parts[llm])),
@@ -28,10 +44,20 @@ def toy_run(parts: dict[str, Path], records: Path, output: Path, *, llm: str = "
     return Run(**settings | changes)
 
 
-def plain_loop(model, processor, stage: Stage, records: Path, order: list[int], template: str | None = None) -> list[float]:
+def sampled_order(num_samples: int, seed: int) -> list[int]:
+    """The order of transformers' random sampler for a seed."""
+    return list(RandomSampler(range(num_samples), generator=torch.Generator().manual_seed(seed)))
+
+
+def plain_loop(
+    model, processor, stage: Stage, records: Path, order: list[int], template: str | None = None
+) -> list[float]:
     """Train without the Trainer: losses of each step, in plain PyTorch."""
     conversations = read_records(records, records.parent / "images").conversations
-    examples, collate = Examples(conversations=conversations, processor=processor, template=template), Collator(0)
+    examples, collate = (
+        Examples(conversations=conversations, processor=processor, template=template),
+        Collator(0),
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate, weight_decay=0.0)
     num_steps = len(order) // stage.global_batch_size
@@ -41,10 +67,14 @@ def plain_loop(model, processor, stage: Stage, records: Path, order: list[int], 
         if step < warmup:
             factor = step / warmup
         else:
-            factor = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - warmup) / (num_steps - warmup))).item())
+            factor = 0.5 * (
+                1 + torch.cos(torch.tensor(torch.pi * (step - warmup) / (num_steps - warmup))).item()
+            )
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * factor
-        batch = collate([examples[i] for i in order[step * stage.global_batch_size :][: stage.global_batch_size]])
+        batch = collate(
+            [examples[i] for i in order[step * stage.global_batch_size :][: stage.global_batch_size]]
+        )
         batch.pop("sample_ids")
         labels = batch.pop("labels")
         logits = model(**batch).logits[:, :-1]

@@ -21,13 +21,6 @@ def losses(folder, stage):
     return [json.loads(line)["loss"] for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
 
 
-def sampled_order(num_samples: int, seed: int) -> list[int]:
-    """The order of transformers' random sampler for a seed."""
-    from torch.utils.data import RandomSampler
-
-    return list(RandomSampler(range(num_samples), generator=torch.Generator().manual_seed(seed)))
-
-
 @pytest.mark.parametrize(("llm", "encoder"), [("llama", "siglip"), ("phi", "clip"), ("stablelm", "siglip")])
 def test_the_trainer_gives_the_losses_of_a_ten_line_loop(
     parts, records, tmp_path, llm, encoder, trainer_order

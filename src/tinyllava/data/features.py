@@ -132,7 +132,7 @@ class FeatureCache:
 
 
 def encoder_key(model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor) -> str:
-    """Return a name for what decides the features: the encoder's weights, its config and the preprocessing."""
+    """Return a name for what decides the features: the encoder's weights and the preprocessing."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.vision_encoder.state_dict().items()):
         digest.update(name.encode())

@@ -54,11 +54,11 @@ def naming_record(conversation: Conversation) -> Iterator[None]:
 def open_image(ref: ImageRef) -> Image.Image:
     """Return a picture as RGB.
 
-    Greyscale, palette and CMYK are converted; 16-bit is scaled to 8; of an animation the first frame is taken;
-    transparency is dropped, as the published code does; a rotation mark (EXIF) is applied.
+    Greyscale, palette and CMYK are converted; 16-bit is scaled to 8; of an animation the first frame is
+    taken; transparency is dropped, as the published code does; a rotation mark (EXIF) is applied.
 
     Raises:
-        ImageError: missing, empty, not a picture, truncated, too large, or of a kind without a meaning as RGB.
+        ImageError: missing, empty, not a picture, truncated, too large, or without a meaning as RGB.
     """
     data = read_image_bytes(ref)
     try:

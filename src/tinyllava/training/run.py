@@ -92,7 +92,8 @@ def _run_stage(
     key = checkpoints.stage_key(
         run, stage, ledger, prepared.digest, prepared.examples.template or processor.chat_template
     )
-    [done] = broadcast_object_list([checkpoints.find_stage(run.folder.parent, key)])  # one answer for all ranks
+    # One answer for all ranks, whatever another run finishes meanwhile.
+    [done] = broadcast_object_list([checkpoints.find_stage(run.folder.parent, key)])
     if done is not None:
         _say(f"{name}: done before, taken from {done}")
         checkpoints.load_stage(done, model)

@@ -1,0 +1,208 @@
+"""Pictures as they really come: every odd kind becomes the right RGB, every broken one a named error."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tinyllava.conversation import ImageRef
+from tinyllava.data.images import MAX_PIXELS, MAX_SIDE_PX, open_image
+from tinyllava.errors import ImageError
+
+ORIENTATION = 0x0112
+CORNERS = [[(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(255, 255, 0), (0, 255, 255), (255, 0, 255)]]
+"""Two rows of three colours, so that each of the eight orientations looks different."""
+
+
+def rgb(scale: int = 8) -> Image.Image:
+    pixels = np.array(CORNERS, dtype=np.uint8).repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(pixels)
+
+
+def save(image: Image.Image, path: Path, **options) -> ImageRef:
+    image.save(path, **options)
+    return ImageRef(path=path, name=path.name)
+
+
+def pixels(ref: ImageRef) -> np.ndarray:
+    image = open_image(ref)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "tiff", "gif"])
+def test_lossless_formats_give_their_pixels(tmp_path, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    assert np.array_equal(pixels(save(rgb(), tmp_path / f"a.{suffix}", **options)), np.asarray(rgb()))
+
+
+def test_bytes_are_opened_as_a_file_is(tmp_path):
+    ref = save(rgb(), tmp_path / "a.png")
+    assert np.array_equal(pixels(ImageRef(data=ref.path.read_bytes(), name="cell 3")), np.asarray(rgb()))
+
+
+def test_the_suffix_does_not_matter(tmp_path):
+    """OCR-VQA: files that the records call .jpg are GIFs and PNGs."""
+    for kind in ("GIF", "PNG"):
+        assert np.array_equal(pixels(save(rgb(), tmp_path / "a.jpg", format=kind)), np.asarray(rgb()))
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "green", "blue")]
+    for suffix, options in (("gif", {}), ("png", {}), ("webp", {"lossless": True})):
+        ref = save(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **options)
+        assert (pixels(ref) == (255, 0, 0)).all()
+
+
+def test_cmyk_is_converted(tmp_path):
+    ref = save(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "a.jpg", quality=100)
+    assert np.abs(pixels(ref).astype(int) - (255, 0, 0)).max() <= 2
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 256, 257, 1000], [25_700, 32_768, 65_000, 65_535]], dtype=np.uint16)
+    expected = (values // 257).astype(np.uint8)
+    for suffix in ("png", "tiff"):
+        found = pixels(save(Image.fromarray(values), tmp_path / f"a.{suffix}"))
+        assert np.array_equal(found, np.stack([expected] * 3, axis=-1))
+
+
+def test_a_pgm_with_a_maximum_of_its_own_is_scaled(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 4095\n" + np.array([0, 2048, 4095], dtype=">u2").tobytes())
+    assert pixels(ImageRef(path=tmp_path / "a.pgm"))[0, :, 0].tolist() == [0, 127, 255]
+
+
+def test_one_bit_and_grey_and_palette(tmp_path):
+    grey = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5)
+    assert np.array_equal(pixels(save(grey, tmp_path / "l.png"))[..., 1], np.asarray(grey))
+    bits = grey.convert("1", dither=Image.Dither.NONE)
+    assert set(np.unique(pixels(save(bits, tmp_path / "1.png")))) == {0, 255}
+    palette = rgb().convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.array_equal(pixels(save(palette, tmp_path / "p.png")), np.asarray(rgb()))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_dropped_and_the_colour_below_kept(tmp_path, mode):
+    """What `convert("RGB")` alone gives, as in the code that the published models were trained with."""
+    if mode == "P":
+        image, options = (
+            rgb().convert("P", palette=Image.Palette.ADAPTIVE),
+            {"transparency": bytes([0, 128] * 3)},
+        )
+        expected = np.asarray(rgb())
+    else:
+        image, options = rgb().convert(mode), {}
+        image.putalpha(0)
+        expected = np.asarray(rgb() if mode == "RGBA" else rgb().convert("L").convert("RGB"))
+    found = pixels(save(image, tmp_path / "a.png", **options))
+    assert np.array_equal(found, expected)
+
+
+# Where the camera's top row and left column are, by EXIF's table: what undoes each mark, in numpy.
+UPRIGHT = {
+    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", UPRIGHT)
+def test_a_rotation_mark_is_applied(tmp_path, mark):
+    exif = Image.Exif()
+    exif[ORIENTATION] = mark
+    ref = save(rgb(), tmp_path / "a.png", exif=exif)
+    assert np.array_equal(pixels(ref), UPRIGHT[mark](np.asarray(rgb())))
+    ref = save(rgb(), tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    assert np.abs(pixels(ref).astype(int) - UPRIGHT[mark](np.asarray(rgb())).astype(int)).max() < 20
+
+
+def truncated(path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, format="JPEG")
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+def bomb(path: Path) -> None:
+    Image.new("1", (12_000, 12_000)).save(path, format="PNG")
+
+
+def monstrous(path: Path) -> None:
+    """A header that claims 60,000 x 60,000 pixels."""
+    path.write_bytes(b"BM" + bytes(8) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
+                     + (60_000).to_bytes(4, "little") * 2 + b"\x01\0\x18\0" + bytes(24))  # fmt: skip
+
+
+def strip(path: Path) -> None:
+    Image.new("1", (60_000, 1)).save(path, format="PNG")
+
+
+BROKEN = {
+    "missing": (lambda path: None, "no such picture; check the images folder, or skip 'missing_image'"),
+    "folder": (lambda path: path.mkdir(), r"cannot be read \(Is a directory\)"),
+    "empty": (lambda path: path.touch(), "an empty file; replace it, or skip 'broken_image'"),
+    "text": (
+        lambda path: path.write_text("<html>404</html>"),
+        r"not a picture that can be read \(begins with b'<html>40'\)",
+    ),
+    "json": (lambda path: path.write_text(json.dumps({"a": 1})), "not a picture that can be read"),
+    "truncated": (truncated, r"damaged \(.*truncated.*; fetch it again, or skip 'broken_image'"),
+    "bomb": (bomb, "12,000 x 12,000 pixels; at most 89,478,485 in all"),
+    "monstrous": (monstrous, "more than 89,478,485 pixels; scale it down"),
+    "strip": (strip, "60,000 x 1 pixels; at most .* 16,384 on a side"),
+    "float": (
+        lambda path: Image.new("F", (4, 4), 0.5).save(path, format="TIFF"),
+        "floating-point pixels have no fixed range",
+    ),
+    "32-bit": (
+        lambda path: Image.new("I", (4, 4), 200).save(path, format="TIFF"),
+        "32-bit pixels have no fixed range",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_picture_is_named_with_what_to_do(tmp_path, kind):
+    make, message = BROKEN[kind]
+    path = tmp_path / "picture.jpg"
+    make(path)
+    with pytest.raises(ImageError, match=message) as caught:
+        open_image(ImageRef(path=path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("picture.jpg") == 1  # said once, not once more around it
+
+
+def test_the_bounds_are_those_of_the_messages():
+    assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS == 89_478_485
+    assert MAX_SIDE_PX == 16_384
+
+
+def encoded(kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    buffer = io.BytesIO()
+    rgb().save(buffer, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}))
+    return buffer.getvalue()
+
+
+SAMPLES = {kind: encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DDS", "ICO")}
+
+
+@given(
+    kind=st.sampled_from(list(SAMPLES)), cut=st.none() | st.integers(0, 400),
+    changes=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=4),
+)  # fmt: skip
+@settings(max_examples=400, deadline=None)
+def test_damage_anywhere_gives_a_picture_or_the_named_error(kind, cut, changes):
+    data = bytearray(SAMPLES[kind])
+    for place, value in changes:
+        data[place % len(data)] = value
+    try:
+        assert open_image(ImageRef(data=bytes(data[:cut]), name="x")).mode == "RGB"
+    except ImageError:
+        pass  # any other kind of error fails the test
