@@ -39,7 +39,7 @@ def toy_run(
         stages={"pretrain": pretrain, "finetune": finetune},
         output=str(output),
         report_to=(),
-        hardware=Hardware(num_workers=0, device_batch_size=2),
+        hardware=Hardware(num_workers=0, device_batch_size=2, precision="fp32"),
     )
     return Run(**settings | changes)
 

@@ -49,7 +49,10 @@ def configured(parts, records, folder: Path) -> tuple[Path, Path]:
     from tinyllava.config import Hardware, lora
 
     run = toy_run(
-        parts, records, folder / "run", hardware=Hardware(num_workers=0, device_batch_size=2, save_steps=3)
+        parts,
+        records,
+        folder / "run",
+        hardware=Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=3),
     )
     stages = {name: dataclasses.replace(stage, num_epochs=8) for name, stage in run.stages.items()}
     stages["finetune"] = dataclasses.replace(

@@ -58,7 +58,12 @@ def test_the_split_of_a_batch_does_not_change_the_losses(parts, records, tmp_pat
     for device_batch in (4, 2, 1):
         folder = tmp_path / str(device_batch) / "run"  # apart, or the second would reuse the first's stages
         train(
-            toy_run(parts, records, folder, hardware=Hardware(num_workers=0, device_batch_size=device_batch))
+            toy_run(
+                parts,
+                records,
+                folder,
+                hardware=Hardware(num_workers=0, precision="fp32", device_batch_size=device_batch),
+            )
         )
         found.append(losses(folder, "pretrain") + losses(folder, "finetune"))
     assert found[1] == pytest.approx(found[0], abs=2e-5)
@@ -139,7 +144,7 @@ def test_cached_features_change_nothing(parts, records, tmp_path):
                 parts,
                 records,
                 tmp_path / f"{cache}" / "run",
-                hardware=Hardware(num_workers=0, device_batch_size=2, cache_features=cache),
+                hardware=Hardware(num_workers=0, precision="fp32", device_batch_size=2, cache_features=cache),
             )
         )
     assert losses(tmp_path / "True/run", "finetune") == pytest.approx(
@@ -209,7 +214,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(parts, rec
 
 def test_stage_one_checkpoints_hold_the_connector_alone(parts, records, tmp_path):
     run = toy_run(
-        parts, records, tmp_path / "run", hardware=Hardware(num_workers=0, device_batch_size=2, save_steps=2)
+        parts,
+        records,
+        tmp_path / "run",
+        hardware=Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=2),
     )
     train(run)
     saved = load_file(next((tmp_path / "run/pretrain").glob("checkpoint-*")) / "model.safetensors")

@@ -23,7 +23,7 @@ from tinyllava.errors import CheckpointError, TrainingError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import Ledger
-from tinyllava.training.trainer import trained_tensors
+from tinyllava.training.trainer import choose_precision, trained_tensors
 
 PAPERS = "stage.json"
 TENSORS = "trained.safetensors"
@@ -38,7 +38,7 @@ def stage_key(run: Run, stage: Stage, ledger: Ledger, data_digest: str, template
         "stage": settings,
         "template": template,
         "seed": run.seed,
-        "precision": run.hardware.precision,
+        "precision": choose_precision(run.hardware.precision),
         "aspect": run.model.image_aspect,
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,0 +1,147 @@
+"""Two processes against one: equal weights on both, and those of one process, though one sees no picture."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tinyllava.config import FULL, to_json
+from tinyllava.errors import ConfigError
+from tinyllava.training.run import train
+from training_toys import sampled_order, toy_run
+
+PROGRAM = """
+import json, os, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from tinyllava.config import run_from_json
+from tinyllava.training.run import train
+from tinyllava.training.trainer import StageTrainer, trained_tensors
+
+torch.set_num_threads(1)
+config, rank, seen = Path(sys.argv[1]), os.environ.get("RANK", "0"), []
+train_stage, step = StageTrainer.train, StageTrainer.training_step
+
+def noting(self, model, inputs, *args, **kwargs):
+    seen.append("pixel_values" in inputs or "image_features" in inputs)
+    return step(self, model, inputs, *args, **kwargs)
+
+def saving(self, *args, **kwargs):
+    train_stage(self, *args, **kwargs)
+    file = config.parent / f"{Path(self.args.output_dir).name}-{rank}.safetensors"
+    save_file(trained_tensors(self.accelerator.unwrap_model(self.model)), file)
+
+StageTrainer.training_step, StageTrainer.train = noting, saving
+folder = train(run_from_json(config.read_text(), str(config)))
+assert (folder / "model.safetensors").is_file()  # whole, whichever rank asks
+(config.parent / f"seen-{rank}.json").write_text(json.dumps(seen))
+"""
+
+
+def start_two(config: Path) -> list[str]:
+    """Train in two processes and return what each printed; a hang is a failure."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(config)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=500) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "".join(
+        errors[-2000:] for _, errors in outputs
+    )
+    return [output for output, _ in outputs]
+
+
+def seen(folder: Path, rank: int) -> list[bool]:
+    """Whether each batch of a rank had a picture."""
+    return json.loads((folder / f"seen-{rank}.json").read_text())
+
+
+def make_records(folder: Path, text_only: set[int]) -> Path:
+    """Eight records; those in ``text_only`` have no picture."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    for number in range(8):
+        question = f"What colour is number {number}?"
+        answer = ("red", "a blue circle", "green")[number % 3]
+        record = {
+            "id": str(number),
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        }
+        if number not in text_only:
+            Image.new("RGB", (30, 20 + number), (30 * number, 90, 255 - 30 * number)).save(
+                folder / f"images/{number}.png"
+            )
+            record |= {"image": f"{number}.png"}
+            record["conversations"][0]["value"] = f"<image>\n{question}"
+        records.append(record)
+    (folder / "records.json").write_text(json.dumps(records))
+    return folder / "records.json"
+
+
+@pytest.mark.timeout(1100)
+def test_a_rank_without_pictures_neither_hangs_nor_changes_the_result(parts, tmp_path):
+    """The connector alone in pre-training, encoder, connector and language model in fine-tuning."""
+    order = sampled_order(8, seed=42)
+    records = make_records(tmp_path, {index for place, index in enumerate(order) if place % 4 >= 2})
+    run = toy_run(parts, records, tmp_path / "two/run", encoder="clip", llm="phi")
+    finetune = dataclasses.replace(run.stages["finetune"], vision_encoder=FULL)
+    run = dataclasses.replace(run, stages={**run.stages, "finetune": finetune})
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/run.json").write_text(to_json(run))
+    start_two(tmp_path / "two/run.json")
+    train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
+
+    assert seen(tmp_path / "two", 0) == [True] * 4  # two steps in each of two stages
+    assert seen(tmp_path / "two", 1) == [False] * 4
+    for stage in run.stages:
+        one = load_file(tmp_path / f"one/run/{stage}/trained.safetensors")
+        two = [load_file(tmp_path / f"two/{stage}-{rank}.safetensors") for rank in (0, 1)]
+        assert one.keys() == two[0].keys() == two[1].keys()
+        for name in one:
+            assert torch.equal(two[0][name], two[1][name]), name
+            torch.testing.assert_close(two[0][name], one[name], rtol=0, atol=1e-5, msg=name)
+        losses = [
+            [
+                json.loads(line)["loss"]
+                for line in (tmp_path / f"{n}/run/{stage}/metrics.jsonl").read_text().splitlines()
+            ]
+            for n in ("one", "two")
+        ]
+        assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # and written by one rank only
+    saved = [load_file(tmp_path / f"{name}/run/model/model.safetensors") for name in ("one", "two")]
+    assert max((saved[0][name] - saved[1][name]).abs().max().item() for name in saved[0]) < 1e-5
+
+    again = start_two(tmp_path / "two/run.json")
+    assert [output.count("done before, taken from") for output in again] == [2, 0]  # both stages, said once
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(parts, records, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"global_batch_size = 4: does not divide by 3 ranks"):
+        train(toy_run(parts, records, tmp_path / "run"))
