@@ -2,9 +2,10 @@
 
 import io
 import json
+import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,17 @@ def test_evaluate_then_score_again_then_compare(model, data, tmp_path, capsys):
 
     assert main([*arguments, "--blind"]) == 0
     capsys.readouterr()
+    path = tmp_path / "pope-blind" / "predictions.jsonl"
+    first, *rest = path.read_text().splitlines()
+    flipped = json.loads(first)
+    flipped.update(score=1 - flipped["score"], parsed={"yes": "no", "no": "yes"}[flipped["parsed"]])
+    path.write_text("\n".join([json.dumps(flipped), *rest]) + "\n")
     assert main(["compare", str(tmp_path / "pope"), str(tmp_path / "pope-blind"), "--data", str(data),
                  "--output", str(tmp_path / "flips.html")]) == 0  # fmt: skip
     assert "n = 24" in capsys.readouterr().out
-    assert "Is there a" in (tmp_path / "flips.html").read_text()
+    page = (tmp_path / "flips.html").read_text()
+    assert page.count("Is there a") == 1
+    assert "data:image/jpeg;base64" in page
 
     for path in model.glob("*"):
         path.rename(path.with_name(path.name + ".away"))
@@ -84,7 +92,7 @@ def test_evaluate_then_score_again_then_compare(model, data, tmp_path, capsys):
 def test_two_real_processes_give_the_same_predictions(model, data, tmp_path):
     arguments = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(data), "--output"]
     assert main([*arguments, str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
         [*launch, "-m", "tinyllava.cli", *arguments, str(tmp_path / "two")], check=True, timeout=200
     )
@@ -103,8 +111,6 @@ def test_two_real_processes_give_the_same_predictions(model, data, tmp_path):
     ],
 )
 def test_wrong_requests_are_told_before_a_model_is_opened(data, tmp_path, capsys, arguments, message):
-    import re
-
     asked = ["evaluate", "no-such-model", "--data", str(data), "--output", str(tmp_path), *arguments]
     assert main(asked) == 2
     assert re.search(message, capsys.readouterr().err)
@@ -139,11 +145,15 @@ def test_chat_without_a_model_says_what_to_do(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("command", ["evaluate", "compare", "data", "chat"])
 def test_help_comes_at_once(command):
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)  # not the clock: the machine may be busy
+        return usage.ru_utime + usage.ru_stime
+
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = used()
         subprocess.run(
             [sys.executable, "-m", "tinyllava.cli", command, "--help"], check=True, capture_output=True
         )
-        seconds.append(time.perf_counter() - start)
+        seconds.append(used() - start)
     assert min(seconds) < 0.3
