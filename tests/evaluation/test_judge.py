@@ -175,7 +175,8 @@ def test_llava_w_lays_out_context_question_answers_and_rule(tmp_path: Path) -> N
         {
             "role": "user",
             "content": "[Context]\nFirst.\nSecond.\n\n[Question]\nQuestion 2?\n\n"
-            "[Assistant 1]\nReference 2.\n\n[End of Assistant 1]\n\n[Assistant 2]\nAnswer 2.\n\n[End of Assistant 2]\n\n"
+            "[Assistant 1]\nReference 2.\n\n[End of Assistant 1]\n\n"
+            "[Assistant 2]\nAnswer 2.\n\n[End of Assistant 2]\n\n"
             "[System]\nRule complex.\n\n",
         },
     ]

@@ -92,6 +92,13 @@ Exporter = Callable[[Sequence[Question], Mapping[str, str], Path, Path], Sequenc
 """(questions, answers by question id, the benchmark's folder, folder to write to) -> files written."""
 
 
+def write_export(path: Path, text: str) -> tuple[Path]:
+    """Write one file of an export, its folder too if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return (path,)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """A benchmark under one protocol."""

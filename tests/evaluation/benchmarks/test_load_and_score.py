@@ -8,6 +8,7 @@ import openpyxl
 import pytest
 
 from evaluation import benchmark_files as files
+from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Scored
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.question import LETTER, SHORT, Question
@@ -61,6 +62,20 @@ def test_vqav2_test_has_no_score_but_an_upload(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == [
         {"question_id": n, "answer": {1000: "dog", 1002: "2"}.get(n, "")} for n in range(1000, 1006)
     ]
+
+
+def test_vqav2_upload_without_all_the_ids_says_so_in_its_name(tmp_path: Path) -> None:
+    questions = load("vqav2", files.vqav2_test(tmp_path))
+    (tmp_path / "llava_vqav2_mscoco_test2015.jsonl").unlink()
+    export = BENCHMARKS["vqav2"].export
+    assert export is not None
+    (path,) = export(list(questions.values()), {}, tmp_path, tmp_path / "out")
+    assert path.name == "vqav2_upload_incomplete.json"
+    assert len(json.loads(path.read_text())) == 4
+    lines = [{"question_id": 1000, "image": "a.jpg", "text": "?"}]
+    files.write_lines(tmp_path / "llava_vqav2_mscoco_test2015.jsonl", lines)
+    with pytest.raises(DataError, match="3 questions are not in it, as 1001"):
+        export(list(questions.values()), {}, tmp_path, tmp_path / "out")
 
 
 def test_vqav2_official_question_file(tmp_path: Path) -> None:
@@ -293,6 +308,30 @@ def test_mmbench_new_table_shares_the_picture_of_the_base_row(tmp_path: Path) ->
     )
     assert {q.id: q.prompt for q in old.values()} == {q.id: q.prompt for q in new.values()}
     assert new["1000241"].conversation.images[0].path.read_bytes() == files.png(241)
+
+
+def test_exports_of_the_judged(tmp_path: Path) -> None:
+    for name, write in (
+        ("mmvet", files.mmvet),
+        ("llava-w", files.llava_w),
+        ("mmbench", files.mmbench_parquet),
+    ):
+        questions = list(load(name, write(tmp_path / name)).values())
+        export = BENCHMARKS[name].export
+        assert export is not None
+        paths = export(questions, {questions[0].id: "é"}, tmp_path / name, tmp_path / "out")
+        if name == "mmvet":
+            assert json.loads(paths[0].read_text()) == {"v1_0": "é", "v1_1": "", "v1_2": ""}
+        elif name == "llava-w":
+            lines = [json.loads(line) for line in paths[0].read_text().splitlines()]
+            assert [(line["question_id"], line["text"]) for line in lines] == [
+                (0, "é"),
+                (1, ""),
+                (2, ""),
+                (3, ""),
+            ]
+        else:
+            assert list(paths) == []  # the order of the table's columns is lost in parquet
 
 
 def test_every_protocol_has_a_name_of_its_own() -> None:

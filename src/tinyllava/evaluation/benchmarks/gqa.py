@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tinyllava.conversation import ImageRef
-from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.question import (
     SHORT,
@@ -124,10 +124,7 @@ def export_predictions(
 ) -> Sequence[Path]:
     """Write the file that the official eval.py reads; questions without an answer get an empty one."""
     entries = [{"questionId": q.id, "prediction": post_process(answers.get(q.id, ""))} for q in questions]
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "testdev_balanced_predictions.json"
-    path.write_text(json.dumps(entries), encoding="utf-8")
-    return (path,)
+    return write_export(out / "testdev_balanced_predictions.json", json.dumps(entries))
 
 
 BENCHMARK = Benchmark(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
-from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
 from tinyllava.evaluation.question import Question, QuestionList, no_source
@@ -182,10 +182,7 @@ def export_answers(
         )
         for q in questions
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "llava_w_answers.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return (path,)
+    return write_export(out / "llava_w_answers.jsonl", "\n".join(lines) + "\n")
 
 
 _FILES = (

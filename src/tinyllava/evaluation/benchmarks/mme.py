@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tinyllava.conversation import ImageRef
-from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source
 from tinyllava.evaluation.read import Record, find_parquet, read_parquet, read_text, unpack_picture
@@ -137,10 +137,8 @@ def export_lines(
         gold = question.target.capitalize()
         cells = (question.meta["file"], question.meta["question"], gold, answer)
         lines[question.category].append("\t".join(cells))
-    out.mkdir(parents=True, exist_ok=True)
-    for task, rows in lines.items():
-        (out / f"{task}.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return tuple(out / f"{task}.txt" for task in lines)
+    written = [write_export(out / f"{task}.txt", "\n".join(rows) + "\n") for task, rows in lines.items()]
+    return [path for (path,) in written]
 
 
 BENCHMARK = Benchmark(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
-from tinyllava.evaluation.benchmark import Benchmark, Grade
+from tinyllava.evaluation.benchmark import Benchmark, Grade, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
 from tinyllava.evaluation.question import Question, QuestionList, no_source
@@ -138,11 +138,8 @@ def export_answers(
     questions: Sequence[Question], answers: Mapping[str, str], folder: Path, out: Path
 ) -> Sequence[Path]:
     """Write the JSON that the hosted evaluator reads: question id -> answer."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "mm-vet_answers.json"
     entries = {question.id: answers.get(question.id, "") for question in questions}
-    path.write_text(json.dumps(entries, indent=2, ensure_ascii=False), encoding="utf-8")
-    return (path,)
+    return write_export(out / "mm-vet_answers.json", json.dumps(entries, indent=2, ensure_ascii=False))
 
 
 _FILES = (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
-from tinyllava.evaluation.benchmark import Benchmark, Grade
+from tinyllava.evaluation.benchmark import Benchmark, Grade, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.question import (
     SHORT,
@@ -117,23 +117,27 @@ def grade(question: Question, answer: str) -> Grade:
 def export_upload(
     questions: Sequence[Question], answers: Mapping[str, str], folder: Path, out: Path
 ) -> Sequence[Path]:
-    """Write the JSON for EvalAI (challenge 830): all test2015 ids, "" where there is no answer."""
+    """Write the JSON for EvalAI (challenge 830): all test2015 ids, "" where there is no answer.
+
+    Without a file that lists them all, the server will refuse what is written, and its name says so.
+    """
     names = ("llava_vqav2_mscoco_test2015.jsonl", "v2_OpenEnded_mscoco_test2015_questions.json")
     source = find_source(folder, *names)
-    if source is None:
-        raise DataError(f"{folder}: the server wants every id of test2015; put {' or '.join(names)} there.")
-    records = read_lines(source) if source.name == names[0] else read_list(read_json(source), "questions", "")
-    ids = [record.integer("question_id") for record in records]
+    ids = _read_ids(source) if source else [int(question.id) for question in questions]
     unknown = {question.id for question in questions} - {str(one) for one in ids}
     if unknown:
         raise DataError(
             f"{source}:1: {len(unknown)} questions are not in it, as {min(unknown)}; it is not whole."
         )
     upload = [{"question_id": one, "answer": normalise_evalai(answers.get(str(one), ""))} for one in ids]
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "vqav2_upload.json"
-    path.write_text(json.dumps(upload), encoding="utf-8")
-    return (path,)
+    name = "vqav2_upload.json" if source else "vqav2_upload_incomplete.json"
+    return write_export(out / name, json.dumps(upload))
+
+
+def _read_ids(source: Path) -> list[int]:
+    is_llava = source.suffix == ".jsonl"
+    records = read_lines(source) if is_llava else read_list(read_json(source), "questions", "question_id")
+    return [record.integer("question_id") for record in records]
 
 
 _TEST_PICTURES = NeededFile(
