@@ -27,7 +27,7 @@ SYSTEM = (
 LAYOUTS = {
     "phi": ("phi", "<|endoftext|>"), "llama": ("llama", "</s>"), "gemma": ("llama", "</s>"),
     "chatml": ("chatml", "<|im_end|>"), "llama3": ("llama3", "<|eot_id|>"), "caption": ("llama", "\n"),
-    "caption-phi": ("phi", "\n"),
+    "caption-phi": ("phi", "\n"), "caption-chatml": ("chatml", "\n"),
 }  # fmt: skip
 
 
@@ -48,9 +48,15 @@ def processors(parts) -> dict[str, TinyLlavaProcessor]:
                 "additional_special_tokens": headers,
             }
             processor.tokenizer.add_special_tokens(marks)
-        processor.chat_template = read_template(layout.partition("-")[0])
+        if not layout.startswith("caption"):
+            processor.chat_template = read_template(layout)
         made[layout] = processor
     return made
+
+
+def stage_template(layout: str) -> str | None:
+    """The template that a stage brings; None for the checkpoint's own."""
+    return read_template("caption") if layout.startswith("caption") else None
 
 
 SPECIALS = ("<image>", "<s>", "</s>", "<unk>", "<|")
@@ -88,7 +94,7 @@ def supervised_runs(processor, encoded) -> list[str]:
 @settings(max_examples=100, deadline=None)
 def test_what_is_supervised_decodes_to_the_answers_and_their_ends(processors, layout, conversation):
     processor, end = processors[layout], LAYOUTS[layout][1]
-    encoded = processor.encode(conversation)
+    encoded = processor.encode(conversation, template=stage_template(layout))
     answers = [m.text + end for m in conversation.messages if m.role == "assistant"]
     runs = supervised_runs(processor, encoded)
     if layout.startswith("caption"):  # nothing stands between two captions but a picture
@@ -105,11 +111,12 @@ def test_what_is_supervised_decodes_to_the_answers_and_their_ends(processors, la
 @settings(max_examples=60, deadline=None)
 def test_every_prompt_is_the_beginning_of_the_conversation_it_is_trained_in(processors, layout, conversation):
     processor = processors[layout]
-    whole = processor.encode(conversation).input_ids
+    template = stage_template(layout)
+    whole = processor.encode(conversation, template=template).input_ids
     for number, message in enumerate(conversation.messages):
         if message.role == "assistant" and not (layout.startswith("caption") and number > 2):
             asked = dataclasses.replace(conversation, messages=conversation.messages[:number])
-            prompt = processor.encode(asked, open_answer=True)
+            prompt = processor.encode(asked, template=template, open_answer=True)
             assert prompt.input_ids == whole[: len(prompt.input_ids)]
             assert not any(prompt.supervised[-1:])
 
@@ -119,7 +126,7 @@ def test_every_prompt_is_the_beginning_of_the_conversation_it_is_trained_in(proc
 @settings(max_examples=30, deadline=None)
 def test_image_tokens_are_counted_exactly_and_never_supervised(processors, layout, conversation):
     processor = processors[layout]
-    encoded = processor.encode(conversation)
+    encoded = processor.encode(conversation, template=stage_template(layout))
     at_image = [token == processor.image_token_id for token in encoded.input_ids]
     assert sum(at_image) == 4 * len(conversation.images)
     assert encoded.text.count(IMAGE_TOKEN) == len(conversation.images)
@@ -161,12 +168,13 @@ WRITTEN = {
     "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>",
     "caption": "<s><image>A dog.\nYes.\n",
     "caption-phi": "<image>A dog.\nYes.\n",
+    "caption-chatml": "<|im_start|><image>A dog.\nYes.\n",  # BOS, as that model's conversations begin
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_is_the_published_one(processors, layout):
-    text, spans = processors[layout].render(TWO_TURNS)
+    text, spans = processors[layout].render(TWO_TURNS, template=stage_template(layout))
     assert text == WRITTEN[layout]
     end = LAYOUTS[layout][1]
     space = " " if "ASSISTANT:" in text else ""  # the space before the answer is learnt with it
@@ -194,9 +202,8 @@ def test_an_open_answer_ends_where_the_assistant_is_to_speak(processors, layout,
 )  # fmt: skip
 def test_a_system_line_of_the_record_takes_the_place_of_the_templates(processors, layout, start):
     system = Message(role="system", text="Be short.")
-    text, _ = processors[layout].render(
-        dataclasses.replace(TWO_TURNS, messages=(system, *TWO_TURNS.messages))
-    )
+    conversation = dataclasses.replace(TWO_TURNS, messages=(system, *TWO_TURNS.messages))
+    text, _ = processors[layout].render(conversation, template=stage_template(layout))
     assert text.startswith(start)
 
 

@@ -1,0 +1,261 @@
+"""LLaVA's JSON: what a good record becomes, what each bad one is called, and that a skip drops just that."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tinyllava.data.records import DEFECTS, Defect, drop_broken_images, read_records
+from tinyllava.errors import ConfigError, DataError
+
+
+def turns(*values: str, first: str = "human") -> list[dict[str, str]]:
+    roles = ("human", "gpt") if first == "human" else ("gpt", "human")
+    return [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def record(*values: str, **fields) -> dict[str, object]:
+    return {"id": "r1", "conversations": turns(*values), **fields}
+
+
+GOOD = [{**record(f"Q{n}", f"A{n}"), "id": f"good{n}"} for n in range(3)]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    (tmp_path / "images/folder.jpg").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images/a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "images/b.png")
+    (tmp_path / "images/text.jpg").write_text("no picture")
+    return tmp_path / "images"
+
+
+def write(folder: Path, content: object, name: str = "data.json") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def read(tmp_path: Path, records: object, skip: tuple[str, ...] = ()):
+    return read_records(write(tmp_path, records), tmp_path / "images", skip)
+
+
+def test_a_record_becomes_a_conversation(tmp_path, images):
+    raw = record("What is it?\n<image>", " A dog. \n", "Sure?", "Yes.", image="a.png", model="")
+    [conversation] = read(tmp_path, [raw]).conversations
+    assert (conversation.id, conversation.source) == ("r1", str(tmp_path / "data.json"))
+    assert [(m.role, m.text, len(m.images)) for m in conversation.messages] == [
+        ("user", "What is it?", 1), ("assistant", "A dog.", 0), ("user", "Sure?", 0), ("assistant", "Yes.", 0),
+    ]  # fmt: skip
+    assert conversation.images[0].path == images / "a.png"
+
+
+def test_text_only_and_system_lines_and_several_pictures(tmp_path, images):
+    system = [{"from": "system", "value": "Be short."}, *turns("Q", "A")]
+    records = [
+        record("Q", "A"), {"conversations": system},
+        {"id": 7, "conversations": turns("Q", "A"), "image": ""},
+        {"id": None, "conversations": turns("Q", "B"), "image": None},
+        record("<image> and <image>", "A", "And?<image>", "B", image=["a.png", "b.png", "a.png"]),
+    ]  # fmt: skip
+    found = read(tmp_path, records).conversations
+    assert [conversation.id for conversation in found] == ["r1", "", "7", "", "r1"]
+    assert found[1].messages[0].role == "system"
+    assert [[ref.name for ref in m.images] for m in found[4].messages] == [
+        ["a.png", "b.png"],
+        [],
+        ["a.png"],
+        [],
+    ]
+
+
+def test_a_picture_alone_is_a_question(tmp_path, images):
+    [conversation] = read(tmp_path, [record("<image>", "A dog.", image="a.png")]).conversations
+    assert conversation.messages[0].text == ""
+
+
+def test_jsonl_is_one_record_a_line_whatever_stands_in_its_strings(tmp_path, images):
+    lines = [
+        json.dumps(record(f"Q {mark} Q", "A"), ensure_ascii=False) for mark in ("\u2028", "\x85", "\x0c")
+    ]
+    path = write(tmp_path, "\n\n".join(lines) + "\n", "data.jsonl")
+    assert len(read_records(path, images).conversations) == 3
+
+
+def test_a_byte_order_mark_is_not_part_of_the_json(tmp_path, images):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    assert len(read_records(path, images).conversations) == 3
+
+
+LONG = "a caption in the wrong field " * 20
+
+DEFECTIVE: dict[str, tuple[str, object, str]] = {
+    "string": ("malformed", "hello", "expected an object with a non-empty list 'conversations'"),
+    "no turns": ("malformed", {"id": "r1", "conversations": []}, "expected an object with a non-empty list"),
+    "number as text": ("malformed", record("Q", 5), "turn 1 has no text 'value'"),
+    "unknown speaker": (
+        "malformed",
+        {"id": "r1", "conversations": [{"from": "bot", "value": "x"}]},
+        "from 'bot'; allowed",
+    ),
+    "list as speaker": (
+        "malformed",
+        {"id": "r1", "conversations": [{"from": ["gpt"], "value": "x"}]},
+        r"from \['gpt'\]",
+    ),
+    "number as picture": (
+        "malformed",
+        record("<image>Q", "A", image=5),
+        "must be a path or a list of paths, found 5",
+    ),
+    "zero as picture": ("malformed", record("Q", "A", image=0), "must be a path or a list of paths, found 0"),
+    "caption as picture": ("malformed", record("<image>Q", "A", image=LONG), "is no path"),
+    "gpt first": (
+        "leading_answer",
+        {"id": "r1", "conversations": turns("A", "Q", "A", first="gpt")},
+        "begins with an answer",
+    ),
+    "two questions": (
+        "roles",
+        {"id": "r1", "conversations": [*turns("Q"), *turns("Q", "A")]},
+        "user, user, assistant",
+    ),
+    "two answers": (
+        "roles",
+        {"id": "r1", "conversations": [*turns("Q", "A"), *turns("A", first="gpt")]},
+        "do not alternate",
+    ),
+    "no answer": ("unanswered", record("Q", "A", "Q"), "ends with a question"),
+    "empty answer": ("empty_answer", record("Q", " \n"), "an answer has no text"),
+    "empty question": ("empty_question", record(" ", "A"), "neither text nor picture"),
+    "mark without picture": ("image_count", record("<image>\nQ", "A"), "1 <image> for 0 pictures"),
+    "picture without mark": ("image_count", record("Q", "A", image="a.png"), "0 <image> for 1 pictures"),
+    "two marks": ("image_count", record("<image><image>Q", "A", image="a.png"), "2 <image> for 1 pictures"),
+    "mark in an answer": (
+        "image_count",
+        record("Q", "<image> A", image="a.png"),
+        "stands in a turn of the assistant",
+    ),
+    "missing picture": (
+        "missing_image",
+        record("<image>Q", "A", image="x/none.png"),
+        r"no picture .*x/none\.png",
+    ),
+    "folder as picture": (
+        "missing_image",
+        record("<image>Q", "A", image="folder.jpg"),
+        "a folder, not a picture",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEFECTIVE)
+def test_a_defect_is_named_with_file_record_and_fix(tmp_path, images, case):
+    name, raw, message = DEFECTIVE[case]
+    with pytest.raises(Defect, match=message) as caught:
+        read(tmp_path, [*GOOD, raw])
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / 'data.json'}: record 3")
+    assert ("(id r1)" in text) == isinstance(raw, dict)
+    assert f"[{name}]" in text
+    assert f"leave such records out with skip {name!r}" in text
+    assert len(text) < 500
+
+
+@pytest.mark.parametrize("case", DEFECTIVE)
+def test_a_skip_leaves_out_that_record_counted_and_no_other(tmp_path, images, case):
+    name, raw, _ = DEFECTIVE[case]
+    records = read(tmp_path, [GOOD[0], raw, *GOOD[1:]], (name,))
+    assert records.skipped == {name: 1}
+    kept = [conversation.id for conversation in records.conversations]
+    assert [kept_id for kept_id in kept if kept_id != "r1"] == ["good0", "good1", "good2"]
+    assert ("r1" in kept) == (name == "leading_answer")
+
+
+@pytest.mark.parametrize("case", DEFECTIVE)
+def test_another_skip_does_not_hide_a_defect(tmp_path, images, case):
+    name, raw, _ = DEFECTIVE[case]
+    others = tuple(other for other in DEFECTS if other != name)
+    with pytest.raises(Defect) as caught:
+        read(tmp_path, [*GOOD, raw], others)
+    assert caught.value.name == name
+
+
+def test_of_a_leading_answer_only_that_turn_is_dropped(tmp_path, images):
+    system = {"from": "system", "value": "Be short."}
+    for before in ([], [system]):
+        raw = {"id": "r1", "conversations": [*before, *turns("Hello", "Q", "A", first="gpt")]}
+        [conversation] = read(tmp_path, [raw], ("leading_answer",)).conversations
+        assert [m.text for m in conversation.messages][-2:] == ["Q", "A"]
+        assert len(conversation.messages) == 2 + len(before)
+
+
+def test_the_same_record_twice(tmp_path, images):
+    with pytest.raises(Defect, match=r"record 3 \(id good0\): the record 'good0' stands in the file twice"):
+        read(tmp_path, [*GOOD, GOOD[0]])
+    assert read(tmp_path, [*GOOD, GOOD[0]], ("duplicate_id",)).skipped == {"duplicate_id": 1}
+    other = {**GOOD[0], "conversations": turns("Q0", "another answer")}
+    assert len(read(tmp_path, [*GOOD, other]).conversations) == 4  # one id for several records is common
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out_on_demand(tmp_path, images):
+    broken = record("<image>Q", "A", image="text.jpg")
+    fine = {**record("<image>Q", "A", image="a.png"), "id": "fine"}
+    left = drop_broken_images(read(tmp_path, [*GOOD, broken, fine]))
+    assert left.skipped == {"broken_image": 1}
+    assert [conversation.id for conversation in left.conversations] == ["good0", "good1", "good2", "fine"]
+
+
+def test_every_defect_of_a_record_has_a_case():
+    elsewhere = {"broken_image", "special_token", "too_long", "duplicate_id"}
+    assert {name for name, _, _ in DEFECTIVE.values()} | elsewhere == set(DEFECTS)
+
+
+FILES = {
+    "malformed json": (
+        '[{"id": 1},\n {"id": }]',
+        r"data\.json: not JSON: Expecting value at line 2 column 9\.",
+    ),
+    "cut short": ('[{"id": "1", "conv', r"not JSON: Unterminated string starting at at line 1 column 14"),
+    "an object": ({"data": GOOD}, r"expected one JSON array of records, found dict; or name it \.jsonl"),
+    "empty file": ("", "not JSON: Expecting value at line 1 column 1"),
+    "empty array": ("[]", "no record left"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_no_array_of_records(tmp_path, case):
+    content, message = FILES[case]
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path, content)
+    assert str(tmp_path / "data.json") in str(caught.value)
+
+
+def test_malformed_jsonl_names_the_line(tmp_path):
+    path = write(tmp_path, json.dumps(GOOD[0]) + '\n\n{"id": "x",,}\n', "data.jsonl")
+    with pytest.raises(DataError, match=r"data\.jsonl: not JSON: .* at line 3 column 12"):
+        read_records(path, tmp_path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin.json").write_bytes('[{"id": "é"}]'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.json: not UTF-8 \(.* at byte 9\); save it as UTF-8"):
+        read_records(tmp_path / "latin.json", tmp_path)
+    with pytest.raises(DataError, match=r"none\.json: no such file of records"):
+        read_records(tmp_path / "none.json", tmp_path)
+    with pytest.raises(DataError, match="cannot be read as a file of records"):
+        read_records(tmp_path, tmp_path)
+
+
+def test_all_records_skipped_is_an_error_with_the_counts(tmp_path, images):
+    with pytest.raises(DataError, match=r"no record left after skips \{'unanswered': 1\}"):
+        read(tmp_path, [record("Q")], ("unanswered",))
+
+
+def test_an_unknown_skip_lists_the_known_ones(tmp_path, images):
+    with pytest.raises(
+        ConfigError, match=r"skip 'unanswerd': unknown; known: malformed, leading_answer, roles"
+    ):
+        read(tmp_path, GOOD, ("unanswerd",))
