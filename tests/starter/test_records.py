@@ -114,7 +114,8 @@ def test_no_held_out_picture_is_trained_on(easy_vqa: list[Picture], tmp_path: Pa
     files = write(easy_vqa, tmp_path, easy_vqa=Amount(captions=9, conversations=9))
     trained = {r["image"] for f in (files.pretrain, files.finetune) for r in json.loads(f.read_text())}
     held_out = {record["image"] for record in json.loads(files.held_out.read_text())}
-    assert trained and held_out
+    assert trained
+    assert held_out
     assert not trained & held_out
 
 
