@@ -1,0 +1,94 @@
+"""``tinyllava show``: the tables, a variant's plan, and that neither takes long nor imports torch."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from tinyllava.cli import main
+from tinyllava.commands.show import TABLES
+from tinyllava.config import run_from_json
+from tinyllava.connectors import CONNECTORS
+from tinyllava.data.mixtures import MIXTURES
+from tinyllava.language_models import LANGUAGE_MODELS
+from tinyllava.plan import GPUS
+from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
+from tinyllava.templates import template_names
+from tinyllava.vision_encoders import VISION_ENCODERS
+
+NAMES = {
+    "encoders": VISION_ENCODERS, "language-models": LANGUAGE_MODELS, "connectors": CONNECTORS,
+    "templates": template_names(), "recipes": RECIPES, "variants": VARIANTS, "data": MIXTURES, "gpus": GPUS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_has_a_row_for_every_name(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", table]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("  ")[0] for row in rows] == list(NAMES[table])
+
+
+def test_a_variant_is_shown_with_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "share-Sig-Phi"]) == 0
+    text = capsys.readouterr().out
+    for said in ("SigLIP + mlp + Phi-2", "729 of 729 patches", "1319 are left for text", "from layer 12",
+                 "4,868", "3,186,939,424", "12.7 GB", "DOES NOT FIT", "sharded over 8"):  # fmt: skip
+        assert said in text
+    assert "refused" not in text
+
+
+def test_another_machine_changes_batch_and_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["show", "base-C-TL", "--gpu", "H100-80G", "--gpus", "1"])
+    text = capsys.readouterr().out
+    assert "on 1 x H100-80G" in text
+    assert "sharded" not in text
+
+
+def test_published_settings_that_cannot_work_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "base-Sig-Phi", "--code", "bench"]) == 0
+    text = capsys.readouterr().out
+    assert "this run would be refused" in text
+    assert text.count("Phi-2 has 2048 positions") == 2
+
+
+def test_the_resolved_config_can_be_read_back(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["show", "share-Sig-Phi", "--json"])
+    text = capsys.readouterr().out
+    assert json.loads(text)["recipe"] == "share"
+    assert run_from_json(text) == variant("share-Sig-Phi")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["base-Sig-Ph"], "Did you mean 'Phi'"),
+        (["encodrs"], "Tables to show: encoders"),
+        (["base-C-TL", "--gpu", "A100"], "Did you mean 'A100-"),
+        (["base-C-TL", "--code", "lava"], "Did you mean 'llava'"),
+    ],
+)
+def test_a_wrong_name_is_answered(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["share-Sig-Phi", "encoders", "data", "wrong-name"])
+def test_it_takes_less_than_three_tenths_of_a_second_and_no_torch(what: str) -> None:
+    code = (
+        "import sys\nfrom tinyllava.cli import main\n"
+        f"main(['show', {what!r}])\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'tyro', 'rich', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert (
+        after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.3
+    )  # of a core, not of a busy clock
