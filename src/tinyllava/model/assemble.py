@@ -46,7 +46,7 @@ def assemble(
     language = find_language_model(model.language_model, model.template)
     tokenizer = load_tokenizer(language)
     llm = AutoModelForCausalLM.from_pretrained(language.path, dtype=dtype)
-    vision_tower = cut_encoder(_load_encoder(encoder, dtype), encoder)
+    vision_tower = cut_encoder(load_encoder(encoder, dtype), encoder)
     config = make_config(model, encoder, vision_tower.config, llm, tokenizer)
 
     with torch.device("meta"):
@@ -135,7 +135,7 @@ def load_tokenizer(language: LanguageModel) -> Any:
     return tokenizer
 
 
-def _load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
+def load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
     """Load the vision half of a folder that may also hold a text half (CLIP, SigLIP)."""
     config = AutoConfig.from_pretrained(encoder.path)
     config = getattr(config, "vision_config", None) or config
