@@ -76,9 +76,7 @@ def test_a_picture_alone_is_a_question(tmp_path, images):
 
 
 def test_jsonl_is_one_record_a_line_whatever_stands_in_its_strings(tmp_path, images):
-    lines = [
-        json.dumps(record(f"Q {mark} Q", "A"), ensure_ascii=False) for mark in ("\u2028", "\x85", "\x0c")
-    ]
+    lines = [json.dumps(record(f"Q {mark} Q", "A"), ensure_ascii=False) for mark in "\u2028\x85\x0c"]
     path = write(tmp_path, "\n\n".join(lines) + "\n", "data.jsonl")
     assert len(read_records(path, images).conversations) == 3
 

@@ -1,0 +1,152 @@
+"""Examples and batches: what is measured, left out, padded, and said when a picture is broken."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinyllava.config import ModelConfig
+from tinyllava.conversation import Conversation, Message
+from tinyllava.data.dataset import Collator, Example, Examples, measure
+from tinyllava.data.records import Defect, read_records
+from tinyllava.errors import ImageError
+from tinyllava.model.assemble import assemble
+from tinyllava.model.processing import TinyLlavaProcessor
+
+
+@pytest.fixture(scope="module")
+def processor(parts) -> TinyLlavaProcessor:
+    config = ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["chatml"]))
+    return assemble(config)[1]
+
+
+@pytest.fixture(scope="module")
+def examples(processor, records) -> Examples:
+    conversations = read_records(records, records.parent / "images").conversations
+    return Examples(conversations=conversations, processor=processor)
+
+
+def talk(question: str, answer: str, id: str = "r1") -> Conversation:
+    messages = (Message(role="user", text=question), Message(role="assistant", text=answer))
+    return Conversation(messages=messages, id=id, source="data.json")
+
+
+def test_labels_are_the_ids_where_supervised_and_ignored_elsewhere(examples, processor):
+    for index in (0, 3):
+        example, encoded = examples[index], processor.encode(examples.conversations[index])
+        expected = [t if on else -100 for t, on in zip(encoded.input_ids, encoded.supervised, strict=True)]
+        assert example.labels.tolist() == expected
+        assert example.input_ids.tolist() == encoded.input_ids
+    assert examples[0].pixel_values.shape == (1, 3, 28, 28)
+    assert examples[3].pixel_values is None
+    assert examples[3].id.endswith("records.json:r3")
+
+
+def test_measured_lengths_are_those_of_the_examples(examples):
+    measured, skipped = measure(examples, 512, ())
+    assert measured.lengths == [len(example.input_ids) for example in map(examples.__getitem__, range(12))]
+    assert measured.supervised_lengths == [int((examples[i].labels != -100).sum()) for i in range(12)]
+    assert not skipped
+
+
+def test_too_long_is_an_error_or_counted(processor):
+    conversations = [talk("Q", "A", "short"), talk("Q", "word " * 100, "long"), talk("Q", "A", "end")]
+    examples = Examples(conversations=conversations, processor=processor)
+    length = len(processor.encode(conversations[1]).input_ids)
+    message = rf"record long: {length} tokens are more than max_length_tokens = {length - 1} \[too_long\]"
+    with pytest.raises(Defect, match=message):
+        measure(examples, length - 1, ())
+    kept, skipped = measure(examples, length - 1, ("too_long",))
+    assert [c.id for c in kept.conversations] == ["short", "end"]
+    assert skipped == {"too_long": 1}
+    assert measure(examples, length, ())[0].conversations == conversations
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<image>"])
+@pytest.mark.parametrize("where", ["question", "answer"])
+def test_special_tokens_in_a_text_are_an_error_or_counted(processor, mark, where):
+    texts = {"question": "Q", "answer": "A"} | {where: f"it ends with {mark}, see?"}
+    examples = Examples(conversations=[talk(**texts), talk("Q", "A", "r2")], processor=processor)
+    with pytest.raises(
+        Defect, match=r"data\.json: record r1: the text of a turn contains .*\[special_token\]"
+    ) as caught:
+        measure(examples, 512, ())
+    assert mark in str(caught.value)
+    kept, skipped = measure(examples, 512, ("special_token",))
+    assert [c.id for c in kept.conversations] == ["r2"]
+    assert skipped == {"special_token": 1}
+
+
+def test_a_batch_is_padded_on_the_right_and_holds_all_pictures(examples):
+    chosen = [examples[0], examples[3], examples[2]]
+    batch = Collator(pad_token_id=7)(chosen)
+    longest = max(len(example.input_ids) for example in chosen)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (3, longest)
+    for row, example in enumerate(chosen):
+        size = len(example.input_ids)
+        assert batch["input_ids"][row].tolist() == example.input_ids.tolist() + [7] * (longest - size)
+        assert batch["labels"][row].tolist() == example.labels.tolist() + [-100] * (longest - size)
+        assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (longest - size)
+    assert torch.equal(batch["pixel_values"], torch.cat([chosen[0].pixel_values, chosen[2].pixel_values]))
+    assert "pixel_values" not in Collator(pad_token_id=7)([examples[3], examples[7]])
+
+
+def test_padding_with_a_token_of_the_text_leaves_labels_and_mask_alone():
+    """Phi-2 pads with its EOS: what is padding is told by the attention mask."""
+    rows = [torch.tensor([5, 9, 9]), torch.tensor([9])]
+    batch = Collator(pad_token_id=9)([Example(input_ids=row, labels=row) for row in rows])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 9, 9], [9, -100, -100]]
+
+
+def broken_records(folder: Path) -> Path:
+    (folder / "gone.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    path = folder / "data.json"
+    path.write_text(json.dumps([{"id": "r9", "image": "gone.png", "conversations": turns}]))
+    return path
+
+
+def test_a_picture_that_breaks_while_training_is_named_with_its_record(tmp_path, processor):
+    conversations = read_records(broken_records(tmp_path), tmp_path).conversations
+    examples = Examples(conversations=conversations, processor=processor)
+    with pytest.raises(ImageError, match=r"data\.json: record r9: gone\.png: .*skip 'broken_image'"):
+        examples[0]
+    (tmp_path / "gone.png").unlink()
+    with pytest.raises(ImageError, match=r"data\.json: record r9: .*gone\.png: no such picture"):
+        examples[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_run_stops_with_that_line_also_out_of_a_worker_process(parts, tmp_path, num_workers):
+    import dataclasses
+
+    from tinyllava.config import DataConfig, Hardware
+    from tinyllava.training.run import train
+    from training_toys import toy_run
+
+    hardware = Hardware(num_workers=num_workers, device_batch_size=2)
+    run = toy_run(parts, broken_records(tmp_path), tmp_path / "run", hardware=hardware)
+    data = DataConfig(records=(str(tmp_path / "data.json"),))
+    stage = dataclasses.replace(run.stages["finetune"], data=data)
+    with pytest.raises(ImageError) as caught:
+        train(dataclasses.replace(run, stages={"finetune": stage}))
+    assert str(caught.value).startswith(f"{tmp_path / 'data.json'}: record r9: gone.png: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_pictures_under_the_same_names_are_other_data(parts, records, tmp_path):
+    import shutil
+
+    from PIL import Image
+
+    from tinyllava.config import DataConfig
+    from tinyllava.training.prepare import read_data
+
+    before = DataConfig(records=(str(records),), images=str(records.parent / "images"))
+    shutil.copytree(records.parent / "images", tmp_path / "images")
+    after = DataConfig(records=(str(records),), images=str(tmp_path / "images"))
+    assert read_data(before, "")[1] == read_data(after, "")[1]
+    Image.new("RGB", (50, 40)).save(tmp_path / "images/0.png")
+    assert read_data(before, "")[1] != read_data(after, "")[1]

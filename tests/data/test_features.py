@@ -1,0 +1,141 @@
+"""Kept features: the encoder's own, computed once, shared, whole after a kill, apart for each encoder."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tinyllava.config import ModelConfig
+from tinyllava.conversation import Conversation, ImageRef, Message
+from tinyllava.data.features import FeatureCache, encoder_key
+from tinyllava.data.images import open_image
+from tinyllava.errors import DataError, ImageError
+from tinyllava.model.assemble import assemble
+
+
+@pytest.fixture(scope="module")
+def model_and_processor(parts):
+    return assemble(ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["llama"])))
+
+
+def shown(ref: ImageRef, id: str = "r") -> Conversation:
+    return Conversation(messages=(Message(role="user", text="", images=(ref,)),), id=id, source="data.json")
+
+
+@pytest.fixture
+def conversations(tmp_path) -> list[Conversation]:
+    """Five records over four files with three different contents."""
+    random = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "copy.png").write_bytes((tmp_path / "a.png").read_bytes())
+    return [
+        shown(ImageRef(path=tmp_path / f"{name}.png", name=name)) for name in ("a", "b", "copy", "c", "a")
+    ]
+
+
+@pytest.fixture
+def counted(model_and_processor, monkeypatch) -> list[int]:
+    """Number of pictures of each pass through the encoder."""
+    passes: list[int] = []
+    inner = model_and_processor[0].model
+    original = inner.encode_images
+    monkeypatch.setattr(
+        inner, "encode_images", lambda pixels: (passes.append(len(pixels)), original(pixels))[1]
+    )
+    return passes
+
+
+def test_rows_are_the_encoders_features(model_and_processor, tmp_path, conversations):
+    model, processor = model_and_processor
+    cache = FeatureCache(tmp_path / "kept", model, processor)
+    progressed = []
+    cache.fill(conversations, progress=progressed.append)
+    assert sum(progressed) == 5
+    for conversation in conversations:
+        [ref] = conversation.images
+        with torch.inference_mode():
+            expected = model.model.encode_images(processor.to_pixels([open_image(ref)]))[0]
+        torch.testing.assert_close(cache.read(ref), expected, rtol=0, atol=1e-5)
+
+
+def test_each_content_is_computed_once_and_found_again(model_and_processor, tmp_path, conversations, counted):
+    FeatureCache(tmp_path / "kept", *model_and_processor).fill(conversations, batch_size=2)
+    assert counted == [2, 1]
+    again = FeatureCache(tmp_path / "kept", *model_and_processor)
+    again.fill(conversations)
+    assert counted == [2, 1]
+    assert again.read(conversations[0].images[0]).shape == (4, 32)
+    data = (tmp_path / "a.png").read_bytes()
+    again.fill([shown(ImageRef(data=data, name="cell"))])
+    assert counted == [2, 1]  # the same picture, as bytes
+
+
+def test_what_a_kill_left_unfinished_is_written_over(model_and_processor, tmp_path, conversations, counted):
+    cache = FeatureCache(tmp_path / "kept", *model_and_processor)
+    cache.fill(conversations[:2])
+    expected = cache.read(conversations[1].images[0])
+    with (cache.folder / "index.txt").open("a") as index:
+        index.write("0123")  # a line without its end
+    with (cache.folder / "features.f32").open("ab") as rows:
+        rows.write(b"xyz")
+    again = FeatureCache(tmp_path / "kept", *model_and_processor)
+    again.fill(conversations)
+    third = FeatureCache(tmp_path / "kept", *model_and_processor)
+    third.fill(conversations)
+    assert counted == [2, 1]  # the third picture once; nothing was lost
+    assert torch.equal(third.read(conversations[1].images[0]), expected)
+    assert len((cache.folder / "index.txt").read_text().splitlines()) == 3
+
+
+def test_two_caches_open_at_once_share_their_rows(model_and_processor, tmp_path, conversations, counted):
+    """As two ranks do: the second finds what the first wrote after both were opened."""
+    caches = [FeatureCache(tmp_path / "kept", *model_and_processor) for _ in range(2)]
+    for cache in caches:
+        cache.fill(conversations)
+    assert sum(counted) == 3
+    refs = [conversation.images[0] for conversation in conversations]
+    assert all(torch.equal(caches[0].read(ref), caches[1].read(ref)) for ref in refs)
+
+
+def test_another_encoder_or_another_preprocessing_has_rows_of_its_own(parts, model_and_processor):
+    model, processor = model_and_processor
+    config = ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["phi"]))
+    keys = [
+        encoder_key(model, processor),
+        encoder_key(*assemble(dataclasses.replace(config, image_aspect="square"))),
+    ]
+    changed, _ = assemble(config)
+    keys.append(encoder_key(changed, processor))
+    with torch.no_grad():
+        next(changed.vision_encoder.parameters()).add_(1e-3)
+    keys.append(encoder_key(changed, processor))
+    assert keys[0] == keys[2]  # the language model does not matter
+    assert len(set(keys)) == 3
+
+
+def test_a_broken_picture_is_named_with_its_record(model_and_processor, tmp_path, conversations):
+    (tmp_path / "bad.png").write_text("no picture")
+    bad = shown(ImageRef(path=tmp_path / "bad.png", name="bad.png"), id="r7")
+    with pytest.raises(ImageError, match=r"data\.json: record r7: bad\.png: not a picture"):
+        FeatureCache(tmp_path / "kept", *model_and_processor).fill([*conversations, bad])
+
+
+def test_a_full_disk_is_said_and_what_was_finished_stays(
+    model_and_processor, tmp_path, conversations, monkeypatch
+):
+    cache = FeatureCache(tmp_path / "kept", *model_and_processor)
+    cache.fill(conversations[:1])
+
+    def full(self, batch):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FeatureCache, "_append", full)
+    with pytest.raises(
+        DataError, match=r"features cannot be written \(No space left on device\); free some space"
+    ):
+        cache.fill(conversations)
+    monkeypatch.undo()
+    assert cache.read(conversations[0].images[0]).shape == (4, 32)
