@@ -46,7 +46,8 @@ def test_a_record_becomes_a_conversation(tmp_path, images):
     [conversation] = read(tmp_path, [raw]).conversations
     assert (conversation.id, conversation.source) == ("r1", str(tmp_path / "data.json"))
     assert [(m.role, m.text, len(m.images)) for m in conversation.messages] == [
-        ("user", "What is it?", 1), ("assistant", "A dog.", 0), ("user", "Sure?", 0), ("assistant", "Yes.", 0),
+        ("user", "What is it?", 1), ("assistant", "A dog.", 0),
+        ("user", "Sure?", 0), ("assistant", "Yes.", 0),
     ]  # fmt: skip
     assert conversation.images[0].path == images / "a.png"
 

@@ -24,6 +24,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--image-tokens", type=int, default=0, help="tokens of one picture (default: the checkpoint's)"
     )
+    parser.add_argument(
+        "--skip", action="append", default=[], help="named defect whose records are left out (repeatable)"
+    )
     parser.add_argument("--index", type=int, default=0, help="first record to show")
     parser.add_argument("--count", type=int, default=1, help="number of records")
     known = parser.parse_args(arguments)
@@ -31,13 +34,17 @@ def main(arguments: list[str]) -> int:
         parser.error("give one of --model CHECKPOINT and --language-model NAME")
 
     from tinyllava.data.records import read_records
+    from tinyllava.errors import DataError
     from tinyllava.templates import read_template
 
     file = Path(known.file)
-    records = read_records(file, Path(known.images) if known.images else file.parent)
+    images = Path(known.images) if known.images else file.parent
+    conversations = read_records(file, images, tuple(known.skip)).conversations
+    if not 0 <= known.index < len(conversations):
+        raise DataError(f"--index {known.index}: {file} has records 0 to {len(conversations) - 1}.")
     processor = _load_processor(known)
     template = read_template(known.template) if known.template else None
-    for conversation in records.conversations[known.index : known.index + known.count]:
+    for conversation in conversations[known.index : known.index + known.count]:
         _print_record(conversation, processor, template)
     return 0
 
@@ -78,7 +85,7 @@ def _print_record(conversation, processor, template) -> None:  # type: ignore[no
         shown.append(text[start:end] if console.is_terminal else f">>{text[start:end]}<<", style="bold green")
         position = end
     shown.append(text[position:])
-    console.rule(f"record {conversation.id or '(no id)'}")
+    console.rule(Text(f"record {conversation.id or '(no id)'}"))
     console.print(shown)
     num_image = encoded.input_ids.count(processor.image_token_id)
     console.print(

@@ -85,6 +85,8 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
     for folder in folders:
         if not Path(folder).is_dir():
             raise DataError(f"--data {folder}: neither a folder nor a .json or .jsonl file.")
+    if known.images and not files:
+        raise ConfigError(f"--images {known.images}: it goes with --data FILE.json, which is not given.")
     stages = dict(run.stages)
     if known.start_from:
         stages = dict([list(stages.items())[-1]])

@@ -43,7 +43,7 @@ class Defect(DataError):  # noqa: N818 (the word that users meet in skips and do
         assert name in DEFECTS
         self.name = name
         super().__init__(
-            f"{where}: {detail} [{name}] Mend the record, or leave such records out with skip {name!r}."
+            f"{where}: {detail} [{name}]. Mend the record, or leave such records out with skip {name!r}."
         )
 
 

@@ -29,7 +29,7 @@ from tinyllava.training.prepare import Prepared, prepare
 from tinyllava.training.progress import StageProgress
 from tinyllava.training.trainer import StageTrainer, make_arguments
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def train(run: Run) -> Path:
@@ -167,13 +167,9 @@ def _announce(name: str, stage: Stage, ledger: Ledger, prepared: Prepared) -> No
     for component in COMPONENTS:
         trained = ledger.num_parameters(component, trained_only=True)
         rate = f" at {stage.learning_rate_of(component):g}" if trained else ""
-        _say(
-            f"  {component:<15} {trained:>13,} of {ledger.num_parameters(component):>13,} trained{rate}"
-        )
+        _say(f"  {component:<15} {trained:>13,} of {ledger.num_parameters(component):>13,} trained{rate}")
     if prepared.skipped:
-        _say(
-            "  left out: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items())
-        )
+        _say("  left out: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items()))
 
 
 def _say(text: str) -> None:
