@@ -82,34 +82,32 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-_COMMON = dict(
-    hidden_size=WIDTH,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-)
+_COMMON = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
 
 
 def make_language_model(folder: Path, kind: str) -> Path:
     """Save a toy language model: 'llama', 'phi', 'stablelm' or 'chatml' (a Llama with tied rows)."""
     tokenizer = {
         "llama": llama_tokenizer, "chatml": chatml_tokenizer,
-        "phi": lambda: byte_level_tokenizer("<|endoftext|>"), "stablelm": lambda: byte_level_tokenizer("<|endoftext|>"),
+        "phi": lambda: byte_level_tokenizer("<|endoftext|>"),
+        "stablelm": lambda: byte_level_tokenizer("<|endoftext|>"),
     }[kind]()  # fmt: skip
-    rows = (
-        len(tokenizer) if kind == "llama" else len(tokenizer) + 20
-    )  # Phi-2 and StableLM-2 have rows to spare
-    ids = dict(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    rows = len(tokenizer) + (0 if kind == "llama" else 20)  # Phi-2 and StableLM-2 have rows to spare
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    llama = {"vocab_size": rows, "num_key_value_heads": 2, **_COMMON, **ids}
     config = {
-        "llama": lambda: LlamaConfig(vocab_size=rows, num_key_value_heads=2, **_COMMON, **ids),
-        "chatml": lambda: LlamaConfig(vocab_size=rows, num_key_value_heads=2, tie_word_embeddings=True, **_COMMON, **ids),
+        "llama": lambda: LlamaConfig(**llama),
+        "chatml": lambda: LlamaConfig(tie_word_embeddings=True, **llama),
         "phi": lambda: PhiConfig(vocab_size=rows, partial_rotary_factor=0.5, **_COMMON, **ids),
-        "stablelm": lambda: StableLmConfig(vocab_size=rows, num_key_value_heads=4, use_qkv_bias=True, **_COMMON, **ids),
+        "stablelm": lambda: StableLmConfig(
+            vocab_size=rows, num_key_value_heads=4, use_qkv_bias=True, **_COMMON, **ids
+        ),
     }[kind]()  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     if kind == "phi":
@@ -120,11 +118,11 @@ def make_language_model(folder: Path, kind: str) -> Path:
 
 
 def make_vision_encoder(folder: Path, kind: str, image_size_px: int = 28, num_layers: int = 4) -> Path:
-    """Save a toy encoder: 'clip' (CLS, centre crop) or 'siglip' (no CLS, distorting resize); 2 x 2 patches."""
-    sizes = dict(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
-        image_size=image_size_px, patch_size=14,
-    )  # fmt: skip
+    """Save a toy encoder of 2 x 2 patches: 'clip' (CLS, centre crop) or 'siglip' (no CLS, no crop)."""
+    sizes = {
+        "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": num_layers,
+        "num_attention_heads": 4, "image_size": image_size_px, "patch_size": 14,
+    }  # fmt: skip
     side = {"height": image_size_px, "width": image_size_px}
     if kind == "clip":
         CLIPVisionModel(CLIPVisionConfig(**sizes, projection_dim=WIDTH)).save_pretrained(folder)

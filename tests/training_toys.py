@@ -33,14 +33,14 @@ def toy_run(
         global_batch_size=4,
         max_length_tokens=256,
     )
-    settings = dict(
-        name="toy",
-        model=ModelConfig(vision_encoder=str(parts[encoder]), language_model=str(parts[llm])),
-        stages={"pretrain": pretrain, "finetune": finetune},
-        output=str(output),
-        report_to=(),
-        hardware=Hardware(num_workers=0, device_batch_size=2, precision="fp32"),
-    )
+    settings = {
+        "name": "toy",
+        "model": ModelConfig(vision_encoder=str(parts[encoder]), language_model=str(parts[llm])),
+        "stages": {"pretrain": pretrain, "finetune": finetune},
+        "output": str(output),
+        "report_to": (),
+        "hardware": Hardware(num_workers=0, device_batch_size=2, precision="fp32"),
+    }
     return Run(**settings | changes)
 
 

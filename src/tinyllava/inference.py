@@ -51,7 +51,7 @@ class Chat:
         device = device or best_device()
         on_cpu = torch.device(device).type == "cpu"
         model, processor = open_checkpoint(folder, dtype="float32" if dtype == "auto" and on_cpu else dtype)
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
         return cls(model, processor)
 
     def answer(

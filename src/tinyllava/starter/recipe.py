@@ -23,8 +23,8 @@ def starter_run(
     """Return the run on converted parts and written records.
 
     Args:
-        length: default is twelve minutes; short stops each stage at once (to see that all works); full goes on
-            until the model no longer improves much.
+        length: default is twelve minutes; short stops each stage at once (to see that all works); full
+            goes on until the model no longer improves much.
     """
     pretrain = replace(
         BASE.stages["pretrain"],

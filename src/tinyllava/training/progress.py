@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from rich.progress import (
@@ -17,7 +17,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tinyllava.training.trainer import StageTrainer
+if TYPE_CHECKING:
+    from tinyllava.training.trainer import StageTrainer
 
 
 def make_progress() -> Progress:
