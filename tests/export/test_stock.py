@@ -127,7 +127,7 @@ def test_encoders_that_vllm_does_not_have_are_refused(tmp_path: Path) -> None:
         "hidden_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "image_size": 28,
+        "image_size": 42,
         "patch_size": 14,
     }
     toy.encoder = Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)).eval()

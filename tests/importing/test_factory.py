@@ -184,7 +184,7 @@ def test_dinov2_needs_its_folder_for_the_image_processor(tmp_path: Path) -> None
         hidden_size=toys.WIDTH,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=28,
+        image_size=42,
         patch_size=14,
         mlp_ratio=2,
     )

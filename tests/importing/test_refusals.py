@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import layouts
+import toys
 from layouts import change_tensors, make_toy, write_bench, write_factory
 from tinyllava.cli import main
 from tinyllava.errors import CheckpointError, UnknownNameError
@@ -247,6 +248,15 @@ def test_a_tokenizer_that_does_not_open_or_fit(tmp_path: Path) -> None:
     vocab |= {f"more{i}": len(vocab) + i for i in range(9)}
     layouts.write_json(source / "tokenizer.json", large)
     refused(source, r"tokens for 463 rows of the embedding.*--language-model DIR")
+
+
+def test_an_image_processor_of_another_size(factory: Path, tmp_path: Path) -> None:
+    other = toys.make_vision_encoder(tmp_path / "other", "clip", image_size_px=42)
+    refused(
+        factory,
+        "makes pictures of 42 pixels, the encoder takes 28.*--vision-encoder DIR",
+        vision_encoder=other,
+    )
 
 
 def test_wrong_targets_and_names(bench: Path, tmp_path: Path) -> None:

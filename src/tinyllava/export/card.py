@@ -190,9 +190,8 @@ def _metadata(
     name: str, layout: str, provenance: Provenance, parts: dict[str, VisionEncoder | LanguageModel | None]
 ) -> str:
     known = [part for part in parts.values() if part]
-    records = (
-        [r for stage in provenance.run.stages.values() for r in stage.data.records] if provenance.run else []
-    )
+    stages = provenance.run.stages.values() if provenance.run else ()
+    records = [record for stage in stages for record in stage.data.records]
     mixtures = [MIXTURES[r] for r in dict.fromkeys(records) if r in MIXTURES]
     data = ModelCardData(
         model_name=name.rpartition("/")[2] if provenance.results else None,

@@ -106,7 +106,7 @@ def stock_tensors(model: TinyLlavaForConditionalGeneration) -> dict[str, Tensor]
 def make_stock_processor(config: TinyLlavaConfig, processor: TinyLlavaProcessor) -> LlavaProcessor:
     """Return transformers' processor with the same template, the same pixels and as many image tokens."""
     vision: Any = config.vision_config
-    grid = (vision.image_size // vision.patch_size) ** 2
+    grid = (processor.image_size_px // vision.patch_size) ** 2
     return LlavaProcessor(
         image_processor=_stock_image_processor(processor),
         tokenizer=processor.tokenizer,

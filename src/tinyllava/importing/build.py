@@ -5,7 +5,7 @@ Paper: section 3.1. The encoder is cut at its feature layer, as ``assemble`` doe
 
 import copy
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from typing import Any
 
@@ -74,6 +74,7 @@ def build(
     llm = _load_part(AutoModelForCausalLM, text_config, parts.text, dtype, f"{parts.where}: language model")
     _check_constants(constants, llm, parts.where)
     processor = load_processor(parts, encoder, text_config)
+    encoder = _at_size(encoder, processor.image_size_px, parts.where)
     config = _describe(parts, encoder, vision_tower, llm, processor.tokenizer)
     processor.num_image_tokens = config.num_image_tokens
 
@@ -158,6 +159,16 @@ def _load_encoder(parts: Parts, dtype: torch.dtype) -> tuple[nn.Module, VisionEn
         num_prefix_tokens=parts.num_prefix_tokens,
     )  # fmt: skip
     return _load_part(AutoModel, config, parts.vision, dtype, where), encoder, sorted(cut)
+
+
+def _at_size(encoder: VisionEncoder, side_px: int, where: str) -> VisionEncoder:
+    """Return the encoder at the side of its pictures; DINOv2 alone interpolates its positions."""
+    if encoder.name != "dinov2" and side_px != encoder.image_size_px:
+        raise CheckpointError(
+            f"{where}: the image processor makes pictures of {side_px} pixels, the encoder takes "
+            f"{encoder.image_size_px}; give the folder of the right encoder: --vision-encoder DIR."
+        )
+    return replace(encoder, image_size_px=side_px)
 
 
 def _make_vision_config(family: str, values: dict[str, Any]) -> Any:

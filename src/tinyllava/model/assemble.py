@@ -29,6 +29,7 @@ from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
 from tinyllava.templates import read_template
 from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder
 
+_STAGES = ("stage_names", "out_features", "out_indices")
 _ROWS_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
 
 
@@ -178,7 +179,8 @@ def make_config(
     options = resolve_options(model.connector, model.connector_options)
     num_patches = encoder.num_patches(model.image_size_px)
     config = TinyLlavaConfig(
-        vision_config=vision_config.to_dict(),
+        # Lists of stages would have to be cut with the layers; only backbones of detectors read them.
+        vision_config={k: v for k, v in vision_config.to_dict().items() if k not in _STAGES},
         text_config=llm.config.to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=num_tokens(model.connector, num_patches, options),

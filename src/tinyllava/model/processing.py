@@ -88,6 +88,11 @@ class TinyLlavaProcessor(ProcessorMixin):
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     @property
+    def image_size_px(self) -> int:
+        """Side of the square pictures that ``to_pixels`` makes."""
+        return int(self.to_pixels([Image.new("RGB", (64, 64))]).shape[-1])
+
+    @property
     def mean_colour(self) -> tuple[int, ...]:
         """The image processor's mean as a colour, 0-255, truncated as LLaVA does."""
         return tuple(int(channel * 255) for channel in self.image_processor.image_mean)
