@@ -1,0 +1,127 @@
+"""The adapter for lmms-eval: ``lmms-eval --model tinyllava --model_args pretrained=FOLDER --tasks ...``.
+
+Paper: none. lmms-eval finds ``manifest`` by the entry point group ``lmms_eval.models``; the class is made
+when it is asked for, so that this module can be imported without lmms-eval.
+"""
+
+import hashlib
+import tempfile
+from collections import defaultdict
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tinyllava.conversation import Conversation, ask
+from tinyllava.errors import ConfigError
+from tinyllava.evaluation.prepare import group_by_picture
+from tinyllava.evaluation.run import Settings, ask_groups, processes
+from tinyllava.inference import Chat
+
+DEFAULT_MAX_NEW_TOKENS = 128
+
+
+def manifest() -> Any:
+    """Return what lmms-eval registers; our model takes the place of its own of the same name."""
+    return import_module("lmms_eval.models.registry_v2").ModelManifest(
+        model_id="tinyllava", simple_class_path=f"{__name__}.TinyLlava"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class ``TinyLlava`` when it is asked for: its base is lmms-eval's."""
+    if name == "TinyLlava":
+        return _make_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class Answering:
+    """What the adapter does; lmms-eval's base class is joined to it. Pictures are written to a folder once.
+
+    Args:
+        pretrained: checkpoint folder.
+        device: of torch; empty or ``cuda`` means this process's own GPU if there is one.
+    """
+
+    is_simple = True
+    task_dict: dict[str, Any]
+    cache_hook: Any
+
+    def __init__(self, pretrained: str, device: str = "", dtype: str = "auto", **ignored: object) -> None:
+        super().__init__()
+        from accelerate import Accelerator
+
+        state = processes()
+        self._rank, self._world_size = state.process_index, state.num_processes
+        self.accelerator = Accelerator(cpu=state.device.type == "cpu")
+        own = str(state.device) if device in ("", "cuda", "cuda:0") else device
+        self.chat = Chat.open(pretrained, device=own, dtype=dtype)
+        self._folder = tempfile.TemporaryDirectory(prefix="tinyllava-")
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answer requests, those on one picture together."""
+        conversations = [self._to_conversation(request) for request in requests]
+        by_options: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            by_options[repr(sorted(request.args[1].items()))].append(i)
+        answers = [""] * len(requests)
+        for indices in by_options.values():
+            options = requests[indices[0]].args[1]
+            for i, text in self._answer(conversations, indices, options):
+                answers[i] = _cut(text, options.get("until") or [])
+                self.cache_hook.add_partial("generate_until", requests[i].args[:2], answers[i])
+        return answers
+
+    def _answer(
+        self, conversations: list[Conversation], indices: list[int], options: dict[str, Any]
+    ) -> list[tuple[int, str]]:
+        max_new_tokens = int(options.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS)
+        if options.get("do_sample") and float(options.get("temperature") or 0) > 0:
+            sampling = {key: options[key] for key in ("temperature", "top_p", "top_k") if options.get(key)}
+            asked = [conversations[i] for i in indices]
+            texts = self.chat.answer(asked, max_new_tokens, do_sample=True, **sampling)
+            return list(zip(indices, texts, strict=True))
+        groups = group_by_picture(conversations, indices)
+        parts = ask_groups(self.chat, conversations, groups, max_new_tokens, Settings())
+        return [answer for part in parts for answer in part]
+
+    def _to_conversation(self, request: Any) -> Conversation:
+        context, _, doc_to_visual, doc_id, task, split = request.args
+        pictures = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        for picture in pictures:
+            if not isinstance(picture, Image.Image):
+                kind = type(picture).__name__
+                raise ConfigError(f"task {task}: {kind} is no picture; choose a task about pictures.")
+        text = context.replace("<image>", "").strip()
+        return ask(text, *map(self._keep, pictures), id=f"{task} {doc_id}")
+
+    def _keep(self, picture: Image.Image) -> Path:
+        """Write a picture to disk once, so that memory stays bounded and equal pictures are known as such."""
+        rgb = picture.convert("RGB")
+        digest = hashlib.sha256(rgb.tobytes() + str(rgb.size).encode()).hexdigest()
+        path = Path(self._folder.name) / f"{digest}.png"
+        if not path.exists():
+            rgb.save(path, compress_level=1)
+        return path
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Refuse: the paper's protocols generate."""
+        raise ConfigError("tasks that compare likelihoods are not supported; choose one that generates.")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        """Refuse: no protocol of the paper asks in rounds."""
+        raise ConfigError("tasks of several rounds are not supported; choose one that asks once.")
+
+
+@cache
+def _make_class() -> type:
+    lmms = import_module("lmms_eval.api.model").lmms
+    return type("TinyLlava", (Answering, lmms), {"__doc__": Answering.__doc__, "__module__": __name__})
+
+
+def _cut(text: str, until: str | list[str]) -> str:
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.split(stop, maxsplit=1)[0] if stop else text
+    return text.strip()

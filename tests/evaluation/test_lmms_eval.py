@@ -1,0 +1,83 @@
+"""The adapter answers lmms-eval's requests as Chat does; with lmms-eval's own classes where installed."""
+
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from chats import make_chat
+from tinyllava.conversation import ask
+from tinyllava.errors import ConfigError
+from tinyllava.evaluation import lmms_eval as adapter
+
+IS_INSTALLED = importlib.util.find_spec("lmms_eval") is not None
+
+
+class Base:
+    """What lmms-eval's base class gives its models."""
+
+    def __init__(self):
+        self.task_dict = {}
+        self.cache_hook = SimpleNamespace(add_partial=lambda *_: None)
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    if not IS_INSTALLED:
+        for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["lmms_eval.api.model"].lmms = Base
+    adapter._make_class.cache_clear()
+    chat = make_chat(tmp_path, "llama")
+    chat.model.save_pretrained(tmp_path / "model")
+    chat.processor.save_pretrained(tmp_path / "model")
+    made = adapter.TinyLlava(pretrained=str(tmp_path / "model"), batch_size=1, device="cpu")
+    yield made
+    adapter._make_class.cache_clear()
+
+
+def request(context, options, doc_id):
+    return SimpleNamespace(args=(context, options, lambda doc: doc["pictures"], doc_id, "toy", "test"))
+
+
+def test_requests_are_answered_as_chat_does(model, tmp_path):
+    pictures = {}
+    for colour in ("red", "blue"):
+        pictures[colour] = Image.new("RGBA", (30, 40), colour)
+        pictures[colour].convert("RGB").save(tmp_path / f"{colour}.png")
+    documents = [{"pictures": [pictures["red"]]}, {"pictures": [pictures["blue"]]}, {"pictures": []}]
+    model.task_dict = {"toy": {"test": documents}}
+    texts = ["Is there a dog?", "<image>\nIs there a dog?", "Is there a dog?", "What is in the picture?"]
+    options = {"max_new_tokens": 8, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
+    requests = [request(text, dict(options), n % 3) for n, text in enumerate(texts)]
+    requests.append(request(texts[0], {**options, "max_new_tokens": 2}, 0))
+    paths = [tmp_path / "red.png", tmp_path / "blue.png", None]
+    expected = [
+        model.chat.answer([ask(text.removeprefix("<image>\n"), *([p] if (p := paths[n % 3]) else []))], 8)[0]
+        for n, text in enumerate(texts)
+    ]
+    answers = model.generate_until(requests)
+    assert answers[:4] == [text.split("\n\n")[0].strip() for text in expected]
+    assert answers[4] == model.chat.answer([ask(texts[0], paths[0])], 2)[0]
+    assert len({*answers}) >= 4
+
+
+def test_what_it_cannot_do_is_refused_by_name(model):
+    model.task_dict = {"toy": {"test": [{"pictures": ["clip.mp4"]}]}}
+    with pytest.raises(ConfigError, match="task toy: str is no picture"):
+        model.generate_until([request("What?", {}, 0)])
+    with pytest.raises(ConfigError, match="likelihoods"):
+        model.loglikelihood([])
+    with pytest.raises(ConfigError, match="several rounds"):
+        model.generate_until_multi_round([])
+
+
+@pytest.mark.skipif(not IS_INSTALLED, reason="lmms-eval is not installed")
+def test_lmms_eval_finds_and_accepts_it(model):
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    registry = ModelRegistryV2()
+    registry.register_manifest(adapter.manifest())
+    assert registry.get_model_class("tinyllava") is type(model)
