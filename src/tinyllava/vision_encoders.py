@@ -5,6 +5,7 @@ Paper: section 3.1, V = {v_j}, j = 1..M, from a Vision Transformer or from the g
 
 import json
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +99,8 @@ VISION_ENCODERS: dict[str, VisionEncoder] = {
     )
 }  # fmt: skip
 
+_CNN: dict[str, Any] = {"kind": "cnn", "feature_layer": -1, "any_size": True, "patch_size_px": 32}
+
 # What a local folder's config.json means; the sizes are read from it.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "clip_vision_model": {"kind": "transformer", "num_prefix_tokens": 1},
@@ -105,10 +108,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "siglip2_vision_model": {"kind": "transformer", "num_prefix_tokens": 0},
     "dinov2": {"kind": "transformer", "num_prefix_tokens": 1, "any_size": True},
     "dinov2_with_registers": {"kind": "transformer", "num_prefix_tokens": 5, "any_size": True},
-    "efficientnet_lite": {"kind": "cnn", "feature_layer": -1, "any_size": True, "rounds_up": True},
-    "convnext": {"kind": "cnn", "feature_layer": -1, "any_size": True},
-    "convnextv2": {"kind": "cnn", "feature_layer": -1, "any_size": True},
-    "resnet": {"kind": "cnn", "feature_layer": -1, "any_size": True, "rounds_up": True},
+    "efficientnet_lite": {**_CNN, "rounds_up": True},
+    "convnext": _CNN,
+    "convnextv2": _CNN,
+    "resnet": {**_CNN, "rounds_up": True},
+    "fused_vision": {"kind": "cnn", "feature_layer": -1},
 }
 
 
@@ -130,7 +134,8 @@ def find_vision_encoder(name: str) -> VisionEncoder:
 
 def _describe_folder(folder: Path) -> VisionEncoder:
     config = read_config(folder)
-    config = config.get("vision_config", config) if config.get("model_type") in ("clip", "siglip", "siglip2") else config
+    if config.get("model_type") in ("clip", "siglip", "siglip2"):
+        config = config.get("vision_config", config)
     model_type = config.get("model_type", "")
     family = _FAMILIES.get(model_type) or _FAMILIES.get(f"{model_type}_vision_model")
     if family is None:
@@ -143,9 +148,10 @@ def _describe_folder(folder: Path) -> VisionEncoder:
     patch = int(config.get("patch_size", 32))
     described = VisionEncoder(
         name=folder.name, abbreviation=folder.name, path=str(folder), kind=family["kind"], family=model_type,
-        image_size_px=side, patch_size_px=32 if family["kind"] == "cnn" else patch, width=width,
+        image_size_px=side, patch_size_px=patch, width=width,
         num_layers=int(config.get("num_hidden_layers", 0)),
         mlp_width=int(config.get("intermediate_size") or width * config.get("mlp_ratio", 0)),
+        num_parameters=_saved_parameters(folder),
     )  # fmt: skip
     described = replace(described, **family)
     if described.any_size:
@@ -154,6 +160,17 @@ def _describe_folder(folder: Path) -> VisionEncoder:
             num_positions=(side // patch) ** 2 + described.num_prefix_tokens,
         )  # fmt: skip
     return described
+
+
+def _saved_parameters(folder: Path) -> int:
+    """Return the size of a folder's tensors as the head of its safetensors file lists them; 0 without one."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    names = (name for name in tensors if name != "__metadata__" and "running_" not in name)
+    return sum(prod(tensors[name]["shape"]) for name in names if tensors[name]["shape"])
 
 
 def _processed_side(folder: Path) -> int:

@@ -1,0 +1,121 @@
+"""Two encoders as one: the same features as each alone, and the model around them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    BitImageProcessorPil,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+import toys
+from tinyllava.config import ModelConfig
+from tinyllava.errors import ConfigError
+from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.model.fused_encoder import fuse
+from tinyllava.vision_encoders import find_vision_encoder
+
+
+def make_dino(folder: Path) -> Path:
+    """A toy DINOv2: trained at 56 pixels, its processor crops to 28."""
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("encoders")
+    siglip, dino = toys.make_vision_encoder(root / "siglip", "siglip"), make_dino(root / "dino")
+    return {
+        "root": root, "siglip": siglip, "dino": dino, "fused": fuse(str(siglip), str(dino), root / "fused"),
+        "llm": toys.make_language_model(root / "llm", "chatml"),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    pixels = torch.randint(0, 256, (28, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(pixels.numpy())
+
+
+def test_its_features_are_those_of_both(folders: dict[str, Path], picture: Image.Image) -> None:
+    alone = []
+    for name, num_prefix in (("siglip", 0), ("dino", 1)):
+        pixels = AutoImageProcessor.from_pretrained(folders[name], backend="pil")(
+            picture, return_tensors="pt"
+        )
+        outputs = AutoModel.from_pretrained(folders[name])(**pixels, output_hidden_states=True)
+        alone.append(outputs.hidden_states[-2][:, num_prefix:])
+    pixels = AutoImageProcessor.from_pretrained(folders["fused"], backend="pil")(picture, return_tensors="pt")
+    fused = AutoModel.from_pretrained(folders["fused"])(**pixels).last_hidden_state
+    torch.testing.assert_close(fused, torch.cat(alone, dim=-1), atol=1e-5, rtol=1e-4)
+
+
+def test_it_is_described_as_any_folder(folders: dict[str, Path]) -> None:
+    encoder = find_vision_encoder(str(folders["fused"]))
+    assert (encoder.num_patches(), encoder.width, encoder.image_size_px) == (4, toys.WIDTH + 24, 28)
+    model = AutoModel.from_pretrained(folders["fused"])
+    assert encoder.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_with_it_answers_and_comes_back_from_disk(
+    folders: dict[str, Path], picture: Image.Image, tmp_path: Path
+) -> None:
+    model, processor = assemble(
+        ModelConfig(vision_encoder=str(folders["fused"]), language_model=str(folders["llm"]))
+    )
+    inputs = processor(images=[picture], text="<image>\nWhat is it?")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, _ = open_checkpoint(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, logits, atol=0, rtol=0)
+
+
+def test_grids_that_do_not_agree_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    wide = toys.make_vision_encoder(tmp_path / "wide", "siglip", image_size_px=42)
+    with pytest.raises(ConfigError, match=r"3 x 3 patches .* 2 x 2"):
+        fuse(str(wide), str(folders["siglip"]), tmp_path / "fused")
+    fused = fuse(str(wide), str(folders["dino"]), tmp_path / "fused")  # DINOv2 takes any size
+    model = AutoModel.from_pretrained(fused)
+    assert model(torch.rand(1, 3, 42, 42)).last_hidden_state.shape == (1, 9, toys.WIDTH + 24)
+
+
+def test_a_cnn_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], image_size=32)
+    ConvNextModel(config).save_pretrained(tmp_path / "cnn")
+    with pytest.raises(ConfigError, match="a CNN cannot be fused"):
+        fuse(str(folders["siglip"]), str(tmp_path / "cnn"), tmp_path / "fused")
+
+
+@pytest.mark.parametrize("kind", ["dino", "convnext"])
+def test_dinov2_and_convnext_make_models(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    encoder, side, grid = folders["dino"], 28, 2
+    if kind == "convnext":
+        config = ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], image_size=224)
+        encoder, side, grid = tmp_path / "cnn", 64, 2
+        ConvNextModel(config).save_pretrained(encoder)
+        size = {"height": side, "width": side}
+        BitImageProcessorPil(size=size, do_center_crop=False).save_pretrained(encoder)
+    spec = find_vision_encoder(str(encoder))
+    assert (spec.image_size_px, spec.num_patches()) == (side, grid**2)
+    model, processor = assemble(ModelConfig(vision_encoder=str(encoder), language_model=str(folders["llm"])))
+    assert model.model.encode_images(processor.to_pixels([Image.new("RGB", (50, 40))])).shape[1:] == (
+        grid**2,
+        spec.width,
+    )
