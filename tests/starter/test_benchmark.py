@@ -85,7 +85,7 @@ def test_the_pictures_of_the_report_open(tmp_path):
     draw_losses({"pretrain": metrics, "finetune": metrics}, tmp_path / "losses.png")
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     shown = [
-        Shown(picture=tmp_path / "a.png", question="What?", answer=a, truth="red")
+        Shown(picture=tmp_path / "a.png", question="What?", answer=a, truth="red", is_right=a == "red")
         for a in ("red", "blue", "")
     ]
     draw_sheet(shown, tmp_path / "pictures.png")

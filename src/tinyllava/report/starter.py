@@ -32,6 +32,7 @@ class Shown:
     question: str
     answer: str
     truth: str
+    is_right: bool
 
 
 def results_table(results: Mapping[str, Result]) -> ReportTable:
@@ -99,12 +100,11 @@ def draw_sheet(shown: Sequence[Shown], path: Path, columns: int = 6) -> None:
         if one is None:
             continue
         axes.imshow(Image.open(one.picture).convert("RGB"))
-        is_right = one.answer.lower() == one.truth.lower()
-        below = (one.answer or "(nothing)") + ("" if is_right else f"  (truth: {one.truth})")
+        below = (one.answer or "(nothing)") + ("" if one.is_right else f"  (truth: {one.truth})")
         axes.set_title(_wrap(one.question), fontsize=8)
         axes.text(
             0.5, -0.04, _wrap(below), transform=axes.transAxes, ha="center", va="top", fontsize=9,
-            color="darkgreen" if is_right else "crimson",
+            color="darkgreen" if one.is_right else "crimson",
         )  # fmt: skip
     figure.savefig(path, dpi=110)
 

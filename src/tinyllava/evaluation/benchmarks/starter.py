@@ -16,6 +16,7 @@ from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import read_text
+from tinyllava.evaluation.scoring.yes_no import parse_pope
 
 FILE = "held_out.json"
 QUOTAS = {
@@ -71,8 +72,8 @@ def _hash_of(question: Question) -> str:
 
 
 def grade(question: Question, answer: str) -> Grade:
-    """Compare whole answers, regardless of case and of a final period."""
-    parsed = answer.strip().rstrip(".").lower()
+    """Find yes or no in the answer as POPE does; compare a name whole, whatever its case and final period."""
+    parsed = parse_pope(answer) if question.category == "yes_no" else answer.strip().rstrip(".").lower()
     return Grade(parsed, float(parsed == question.target.lower()))
 
 
@@ -89,13 +90,13 @@ def majority_answers(questions: Sequence[Question], training_answers: Sequence[s
 BENCHMARK = Benchmark(
     name="starter",
     title="Starter",
-    protocol="starter/exact",
+    protocol="starter/names-exact-yes-no-pope",
     split="held-out sample",
     metric="accuracy",
     num_questions=sum(QUOTAS.values()),
     prompt="{question}",
     load=load_sample,
     grade=grade,
-    max_new_tokens=8,
+    max_new_tokens=16,
 )
 WHOLE = replace(BENCHMARK, name="starter-whole", split="held-out", load=load, num_questions=0)
