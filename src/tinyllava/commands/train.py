@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 
 from tinyllava.config import DataConfig, Run
@@ -51,7 +52,8 @@ def main(arguments: list[str]) -> int:
     from tinyllava.training.run import train
 
     folder = train(run)
-    print(f"\nmodel: {folder}\nnext: tinyllava chat PICTURE --model {folder}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print(f"\nmodel: {folder}\nnext: tinyllava chat PICTURE --model {folder}")
     return 0
 
 
