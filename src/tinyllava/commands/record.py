@@ -5,6 +5,11 @@ Paper: section 3.2; what is green is the set A of equation 3.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinyllava.conversation import Conversation
+    from tinyllava.model import TinyLlavaProcessor
 
 
 def main(arguments: list[str]) -> int:
@@ -49,13 +54,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _load_processor(known: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
     from tinyllava.model.assemble import check_checkpoint, load_tokenizer
     from tinyllava.model.processing import TinyLlavaProcessor
 
     if known.model:
         check_checkpoint(Path(known.model))
-        processor = TinyLlavaProcessor.from_pretrained(known.model)
+        processor: TinyLlavaProcessor = TinyLlavaProcessor.from_pretrained(known.model)
     else:
         from transformers import CLIPImageProcessorPil
 
@@ -72,7 +77,9 @@ def _load_processor(known: argparse.Namespace):  # type: ignore[no-untyped-def]
     return processor
 
 
-def _print_record(conversation, processor, template) -> None:  # type: ignore[no-untyped-def]
+def _print_record(
+    conversation: "Conversation", processor: "TinyLlavaProcessor", template: str | None
+) -> None:
     from rich.console import Console
     from rich.text import Text
 

@@ -147,8 +147,8 @@ class TinyLlavaProcessor(ProcessorMixin):
 def leading_bos(tokenizer: Any, chat_template: str) -> str:
     """Return what a caption begins with: BOS if the checkpoint's conversations do, otherwise nothing.
 
-    A language model that saw BOS in front of every text rests its attention on it; without it SmolLM2 learns
-    captions an order of magnitude more slowly (docs/log.md).
+    A language model that saw BOS in front of every text rests its attention on it (docs/log.md has what was
+    seen without).
     """
     bos = str(tokenizer.bos_token or "")
     greeting = [{"role": "user", "content": ""}]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
+from rich.progress import Progress
 
 from tinyllava.config import DataConfig, Run, Stage
 from tinyllava.conversation import Conversation, ImageRef
@@ -100,7 +101,13 @@ def prepare(
     return Prepared(examples=examples, skipped={**records.skipped, **skipped}, digest=digest)
 
 
-def _fill_features(run: Run, model, processor, examples: Examples, bar) -> FeatureCache:  # type: ignore[no-untyped-def]
+def _fill_features(
+    run: Run,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    examples: Examples,
+    bar: Progress,
+) -> FeatureCache:
     model.vision_encoder.to(PartialState().device)
     cache = FeatureCache(run.folder.parent / ".features", model, processor)
     num_pictures = sum(len(conversation.images) for conversation in examples.conversations)
