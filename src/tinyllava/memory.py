@@ -136,8 +136,8 @@ def _cast_weights(parts: Parts, stage: Stage) -> int:
 
 
 def _logit_bytes(language: LanguageModel, bf16: bool) -> int:
-    """Log-probabilities and their gradient in fp32; with bf16 the logits before them too."""
-    return language.vocab_size * (2 * FLOAT_BYTES + (HALF_BYTES if bf16 else 0))
+    """Log-probabilities, their gradient and that of the logits, in fp32; with bf16 a cast of the last too."""
+    return language.vocab_size * (3 * FLOAT_BYTES + (HALF_BYTES if bf16 else 0))
 
 
 def _sample_bytes(parts: Parts, stage: Stage, num_tokens: int, bf16: bool, checkpointing: bool) -> int:
