@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from tinyllava.config import FROZEN, FULL, Hardware, from_layer, lora
@@ -204,11 +204,18 @@ def test_another_run_in_the_same_folder_is_refused(parts, records, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(parts, records, tmp_path):
     run = toy_run(parts, records, tmp_path / "run")
-    stage = dataclasses.replace(
-        run.stages["finetune"], learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0
+    weights = train(run) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.multi_modal_projector.linear_2.bias"][0] = float("nan")  # a damaged checkpoint
+    save_file(tensors, weights, metadata={"format": "pt"})
+    damaged = dataclasses.replace(
+        run,
+        start_from=str(weights.parent),
+        stages={"finetune": run.stages["finetune"]},
+        output=str(tmp_path / "on"),
     )
-    with pytest.raises(TrainingError, match=r"the loss is .*samples: .*records.json:r\d"):
-        train(dataclasses.replace(run, stages={"finetune": stage}))
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1; samples: .*records.json:r\d"):
+        train(damaged)
 
 
 def test_stage_one_checkpoints_hold_the_connector_alone(parts, records, tmp_path):

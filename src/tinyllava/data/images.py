@@ -77,7 +77,7 @@ def open_image(ref: ImageRef) -> Image.Image:
         raise ImageError(
             f"{ref}: more than {MAX_PIXELS:,} pixels; scale it down, or skip 'broken_image'."
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, NotImplementedError, struct.error) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
         raise ImageError(f"{ref}: damaged ({error}); fetch it again, or skip 'broken_image'.") from error
 
 

@@ -153,12 +153,19 @@ def _conversations(
 
 
 def _choose(picture: Picture, turn: int, length: int) -> list[Question]:
-    """Take one question of each naming kind and fill up with yes/no ones: those need names to be right."""
+    """Take one question of each naming kind and fill up with yes/no ones; other ones in every turn.
+
+    Yes and no need the names to be right, and left to chance most questions would be of that kind.
+    """
     questions = list({question.text: question for question in picture.questions}.values())
-    random.Random(f"{picture.name} {turn}").shuffle(questions)
-    names = {question.kind: question for question in questions if question.kind != "yes_no"}
-    yes_no = [question for question in questions if question.kind == "yes_no"]
-    return [*names.values(), *yes_no][:length]
+    random.Random(f"{picture.name} 0").shuffle(questions)
+    by_kind: dict[str, list[Question]] = {}
+    for question in questions:
+        by_kind.setdefault(question.kind, []).append(question)
+    yes_no = by_kind.pop("yes_no", [])
+    names = [asked[-1 - turn % len(asked)] for asked in by_kind.values()][:length]
+    start = turn * (length - len(names)) % max(1, len(yes_no))
+    return [*names, *yes_no[start:], *yes_no[:start]][:length]
 
 
 def explain(question: Question, picture: Picture) -> str:
