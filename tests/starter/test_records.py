@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -132,14 +131,41 @@ def test_one_picture_on_both_sides_is_refused(easy_vqa: list[Picture], tmp_path:
 def test_a_picture_that_comes_again_is_asked_something_new(
     grocery_store: list[Picture], tmp_path: Path
 ) -> None:
-    files = write(grocery_store, tmp_path, grocery_store=Amount(captions=0, conversations=16))
+    described = [p for p in grocery_store if not p.is_held_out and p.caption]
+    amount = Amount(captions=0, conversations=2 * len(described))
+    files = write_records(grocery_store, tmp_path, {"grocery_store": amount})
     asked: dict[str, list[set[str]]] = {}
     for record in json.loads(files.finetune.read_text()):
         texts = {
             t["value"].removeprefix("<image>\n") for t in record["conversations"] if t["from"] == "human"
         }
         asked.setdefault(record["image"], []).append(texts)
-    yes_no = re.compile("Is|Are|Do")
-    for first, second in asked.values():
-        assert {text for text in first & second if yes_no.match(text)} == set()
-        assert sum(bool(yes_no.match(text)) for text in first) >= 2
+    assert set(asked) == {picture.name for picture in described}
+    for picture in described:
+        first, second = asked[picture.name]
+        assert {q.text for q in picture.questions if q.kind == "yes_no"} <= first | second
+
+
+def test_yes_and_no_stand_behind_what_the_picture_shows(grocery_store: list[Picture], tmp_path: Path) -> None:
+    files = write_records(grocery_store, tmp_path, {"grocery_store": Amount(captions=0, conversations=16)})
+    kinds_first = set()
+    pictures = {picture.name: picture for picture in grocery_store}
+    for record in json.loads(files.finetune.read_text()):
+        picture = pictures[record["image"]]
+        by_text = {question.text: question for question in picture.questions}
+        texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        asked = [by_text[text] for text in texts[::2]]
+        kinds_first.add(asked[0].kind)
+        for question, answer in zip(asked, texts[1::2], strict=True):
+            expected = (
+                f"{picture.caption}, so {question.answer}" if question.kind == "yes_no" else question.answer
+            )
+            assert answer == expected
+    assert "variety" in kinds_first  # it is also asked alone, not only behind the fruit
+    assert all(
+        record["conversations"][1]["value"] == pictures[record["image"]].questions[number].answer
+        for name in pictures
+        for number, record in enumerate(
+            r for r in json.loads(files.held_out.read_text()) if r["image"] == name
+        )
+    )

@@ -36,8 +36,8 @@ class Amount:
 
 # What twelve minutes on two CPU cores train on; photographs are fewer and harder, so they come again.
 DEFAULT_AMOUNTS = {
-    "easy_vqa": Amount(captions=2000, conversations=640),
-    "grocery_store": Amount(captions=2400, conversations=360),
+    "easy_vqa": Amount(captions=1400, conversations=600),
+    "grocery_store": Amount(captions=1800, conversations=360),
 }
 FULL_AMOUNTS = {
     "easy_vqa": Amount(captions=5400, conversations=5400),
@@ -145,8 +145,12 @@ def _conversations(
     for number, picture in enumerate(islice(cycle(described), count)):
         part = _choose(picture, number // len(described), length)
         generator.shuffle(part)
-        # "Which kind of apple?" names the fruit, so it comes after the question for it.
-        part.sort(key=lambda question: question.kind == "variety")
+        if number % 2 and any(question.kind == "variety" for question in part):
+            # "Which kind of apple?" names the fruit, so where it comes first the fruit is not asked for.
+            part = [question for question in part if question.kind != "fruit"]
+            part.sort(key=lambda question: question.kind != "variety")
+        else:
+            part.sort(key=lambda question: question.kind == "variety")
         turns = [(question.text, explain(question, picture)) for question in part]
         records.append(_record(picture, number // len(described), turns))
     return records
