@@ -174,11 +174,22 @@ def _decoder_layer_bytes(language: LanguageModel, tune: Tune, bf16: bool) -> int
     inputs = num_casts * width * item if weights_trained else 0
     attention = (2 * queries + 2 * keys) * item
     total = norms + inputs + attention + mlp * _feed_forward_bytes(is_phi, weights_trained, bf16)
-    if tune.kind == "lora" and tune.dropout:  # each linear layer's dropped input, and a mask of bytes
-        total += ((4 if is_phi else 5) * width + queries + mlp) * (FLOAT_BYTES + 1)
-    elif tune.kind == "lora":  # the inputs, each once
-        total += (num_norms * width + mlp) * FLOAT_BYTES
+    if tune.kind == "lora":
+        total += _adapter_bytes(language, tune, queries, bf16)
     return total
+
+
+def _adapter_bytes(language: LanguageModel, tune: Tune, queries: int, bf16: bool) -> int:
+    """Bytes that the adapters of a layer keep for each token: inputs, and what is between the two factors.
+
+    With dropout each linear layer keeps its own dropped input and a mask: bytes on a GPU, fp32 on a CPU.
+    """
+    is_phi = language.family == "phi"
+    between = (6 if is_phi else 7) * tune.rank * FLOAT_BYTES
+    if not tune.dropout:
+        return between + ((1 if is_phi else 2) * language.width + language.mlp_width) * FLOAT_BYTES
+    inputs = (4 if is_phi else 5) * language.width + queries + language.mlp_width
+    return between + inputs * (FLOAT_BYTES + (1 if bf16 else FLOAT_BYTES))
 
 
 def _feed_forward_bytes(is_phi: bool, weights_trained: bool, bf16: bool) -> int:
