@@ -76,7 +76,7 @@ def run(chat: Chat, data: Path, output: Path, settings: Settings = SMALL):
 
 
 def lines(folder: Path) -> list[str]:
-    return [line for path in folder.glob("answers-*") for line in path.read_text().splitlines()]
+    return [line for path in folder.glob("answers-*") for line in path.read_text().split("\n")[:-1]]
 
 
 def test_answers_are_scored_and_recorded(chat, data, tmp_path, expected):
@@ -101,16 +101,20 @@ def test_killed_at_20_moments_it_loses_nothing_and_asks_nothing_twice(
 
     original = module.answer_groups
     monkeypatch.setattr(module, "answer_groups", answer_groups)
-    num_seen = []
+    folder = tmp_path / "toy"
+    num_seen = [0]
     for _ in range(20):
-        process = FORK.Process(
-            target=run, args=(chat, data, tmp_path, Settings(batch_tokens=100, num_workers=0))
-        )
+        settings = Settings(batch_tokens=100, num_workers=0)
+        process = FORK.Process(target=run, args=(chat, data, tmp_path, settings))
         process.start()
-        time.sleep(generator.uniform(0.0, 0.15))
+        # Somewhere before the next answers are written, or after: by count, for the machine may be slow.
+        awaited = num_seen[-1] + generator.choice([0, 0, 1])
+        while process.is_alive() and len(lines(folder)) < awaited:
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0.0, 0.1))
         process.kill()
         process.join()
-        num_seen.append(len(lines(tmp_path / "toy")) if (tmp_path / "toy").exists() else 0)
+        num_seen.append(len(lines(folder)))
     assert num_seen == sorted(num_seen)
     assert len(set(num_seen)) >= 5, "the kills have to fall on different stages of the run"
     run(chat, data, tmp_path)
