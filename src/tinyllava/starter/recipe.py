@@ -6,31 +6,18 @@ those of a set a thousand times smaller, found by trying (docs/log.md).
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from tinyllava.config import DataConfig, Hardware, ModelConfig, Run
 from tinyllava.recipes.base import BASE
 
-Length = Literal["short", "default", "full"]
 
-SHORT_STEPS = 6
-
-
-def starter_run(
-    language_model: Path, vision_encoder: Path, records: Path, output: Path, length: Length
-) -> Run:
-    """Return the run on converted parts and written records.
-
-    Args:
-        length: default is twelve minutes; short stops each stage at once (to see that all works); full
-            goes on until the model no longer improves much.
-    """
+def starter_run(language_model: Path, vision_encoder: Path, records: Path, output: Path) -> Run:
+    """Return the run on converted parts and written records: one epoch of each stage's file."""
     pretrain = replace(
         BASE.stages["pretrain"],
         data=_data(records, "pretrain"),
         learning_rate=5e-3,
         global_batch_size=16,
-        max_steps=SHORT_STEPS if length == "short" else 0,
         group_by="length",
     )
     finetune = replace(
@@ -38,7 +25,6 @@ def starter_run(
         data=_data(records, "finetune"),
         learning_rate=3e-4,
         global_batch_size=8,
-        max_steps=SHORT_STEPS if length == "short" else 0,
         group_by="length",
     )
     return Run(

@@ -11,7 +11,7 @@ import json
 import random
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
@@ -34,15 +34,24 @@ class Amount:
     conversations: int
 
 
-# What twelve minutes on two CPU cores train on; photographs are fewer and harder, so they come again.
-DEFAULT_AMOUNTS = {
-    "easy_vqa": Amount(captions=1400, conversations=600),
-    "grocery_store": Amount(captions=1800, conversations=360),
+Length = Literal["short", "default", "full"]
+
+# One epoch of each; photographs are fewer and harder than drawn shapes, so they come again.
+AMOUNTS: dict[Length, dict[str, Amount]] = {
+    "short": {
+        "easy_vqa": Amount(captions=48, conversations=24),
+        "grocery_store": Amount(captions=48, conversations=24),
+    },
+    "default": {
+        "easy_vqa": Amount(captions=1400, conversations=600),
+        "grocery_store": Amount(captions=1800, conversations=360),
+    },
+    "full": {
+        "easy_vqa": Amount(captions=5400, conversations=5400),
+        "grocery_store": Amount(captions=5800, conversations=2900),
+    },
 }
-FULL_AMOUNTS = {
-    "easy_vqa": Amount(captions=5400, conversations=5400),
-    "grocery_store": Amount(captions=5800, conversations=2900),
-}
+"""Default is twelve minutes on two CPU cores, short only shows that all works, full goes on much longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +67,7 @@ class RecordFiles:
 def write_records(
     pictures: Sequence[Picture],
     folder: Path,
-    amounts: Mapping[str, Amount] = DEFAULT_AMOUNTS,
+    amounts: Mapping[str, Amount],
     *,
     questions_per_conversation: int = 4,
     seed: int = 0,

