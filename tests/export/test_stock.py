@@ -52,7 +52,7 @@ def test_transformers_alone_computes_the_same(
     )
 
 
-def test_factorys_missing_patch_survives(tmp_path: Path) -> None:
+def test_the_missing_patch_of_factory_survives(tmp_path: Path) -> None:
     source = write_factory(make_toy(tmp_path, "llama", "siglip"), tmp_path / "source")
     import_checkpoint(source, tmp_path / "own")
     assert export_checkpoint(tmp_path / "own", tmp_path / "out", layout="vllm").largest_difference == 0.0

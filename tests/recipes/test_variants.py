@@ -61,7 +61,7 @@ def test_share_is_what_section_4_1_2_says() -> None:
     assert same == BASE.stages["finetune"]
 
 
-def test_factorys_form_of_share_differs_in_the_frozen_encoder_only() -> None:
+def test_the_factory_form_of_share_differs_in_the_frozen_encoder_only() -> None:
     share, frozen = SHARE.stages, SHARE_FROZEN.stages
     assert {name for name in share if share[name] != frozen[name]} == {"share_pretrain"}
     assert replace(share["share_pretrain"], vision_encoder=FROZEN) == frozen["share_pretrain"]
