@@ -1,5 +1,6 @@
 """Every command and example of the README is executed: here, or by .ci/run in a fresh clone."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -45,5 +46,7 @@ def test_ci_stops_at_the_first_failure_and_ends_with_the_tests() -> None:
 
 def test_the_first_screen_has_the_measured_result_and_the_two_commands() -> None:
     screen = "\n".join(README.splitlines()[:40])
-    assert "<!-- result:starter -->" in screen
+    overall = json.loads((ROOT / "docs" / "starter-results.json").read_text(encoding="utf-8"))["overall"]
+    assert f"answers {overall['model']['accuracy']:.0%}" in screen
+    assert f"with the pictures blanked: {overall['blanked']['accuracy']:.0%}" in screen
     assert {"make starter", "make test"} <= set(commands(screen))
