@@ -165,12 +165,13 @@ def load_results(path: Path) -> tuple[Result, ...]:
             "Read it with the program that wrote it, or score the predictions again."
         )
     try:
-        return tuple(_parse_result(values) for values in document["results"])
+        return tuple(parse_result(values) for values in document["results"])
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: not a results file ({error}); score the predictions again.") from None
 
 
-def _parse_result(values: dict[str, Any]) -> Result:
+def parse_result(values: dict[str, Any]) -> Result:
+    """Return a result out of its JSON; a missing or unknown field is a KeyError or a TypeError."""
     metrics = tuple(
         Metric(**{**metric, "interval": tuple(metric["interval"]) if metric.get("interval") else None})
         for metric in values["metrics"]
