@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,6 +47,7 @@ from tinyllava.model.modeling import IGNORED, TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.templates import read_template
+from tinyllava.training.trainer import fastest_attention
 from train_samples import SHAPES, Shape, make_samples, make_tokenizer
 
 Way = Literal["stock", "ours", "cached"]
@@ -178,9 +180,12 @@ class Contestant:
         if self.way != "stock":
             del batch["attention_mask"]  # as StageTrainer does
         wall, cpu = time.perf_counter(), time.process_time()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            loss = self.model(**batch).loss
-        loss.backward()
+        bf16 = self.dtype is not torch.float32
+        choice = fastest_attention(batch["input_ids"], bf16=bf16) if self.way != "stock" else nullcontext()
+        with choice:
+            with torch.autocast(self.device.type, self.dtype, enabled=bf16):
+                loss = self.model(**batch).loss
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

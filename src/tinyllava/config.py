@@ -135,7 +135,7 @@ class Hardware:
     """How a run uses the machine; nothing here changes what is computed beyond rounding."""
 
     device_batch_size: int = 0
-    """Samples per forward pass and rank; 0 means the largest divisor of the global batch up to 8 (CPU) or
+    """Samples per forward pass and rank; 0 means the largest divisor of the rank's share of a batch up to
     16."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware has it, otherwise fp32."""

@@ -203,6 +203,28 @@ def test_answers_of_two_runs_are_never_mixed(chat, data, tmp_path):
         run(chat, data, tmp_path)
 
 
+def test_a_model_saved_again_keeps_its_answers_and_a_changed_one_does_not(chat, data, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = model / "model.safetensors"
+    settings = Settings(limit=3, num_workers=0)
+
+    def ask_again() -> None:
+        evaluate(chat, BENCHMARK, data, tmp_path / "out", model=str(model), settings=settings)
+
+    weights.write_bytes(b"weights")
+    ask_again()
+    weights.unlink()
+    weights.write_bytes(b"weights")
+    os.utime(weights, (1, 1))
+    ask_again()
+    weights.write_bytes(b"weightz")
+    os.utime(weights, (1, 1))
+    with pytest.raises(ConfigError, match="weights = "):
+        ask_again()
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_picture_is_named_whoever_opens_it(chat, data, tmp_path, num_workers):
     broken = [ask("Is there a dog?", tmp_path / "broken.png", id="b")]

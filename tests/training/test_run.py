@@ -14,6 +14,7 @@ from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.tuning import apply_tuning, component_of
 from tinyllava.templates import read_template
 from tinyllava.training.run import train
+from tinyllava.training.trainer import fastest_attention
 from training_toys import plain_loop, toy_run
 
 
@@ -35,6 +36,18 @@ def test_the_trainer_gives_the_losses_of_a_ten_line_loop(
         expected = plain_loop(model, processor, stage, records, trainer_order[name], template)
         assert losses(tmp_path / "run", name) == pytest.approx(expected, abs=2e-5)
         model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "length", "fused"), [(True, 160, False), (True, 161, True), (False, 10, True)]
+)
+def test_the_slow_attention_kernel_is_passed_over_and_nothing_else_is(bf16, length, fused):
+    with fastest_attention(torch.zeros(2, length, dtype=torch.long), bf16=bf16):
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
+        query = torch.randn(2, 3, 8, 4, dtype=torch.bfloat16)
+        chosen = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(*[query.float()] * 3, is_causal=True)
+    assert torch.allclose(chosen.float(), expected, atol=0.03)
 
 
 @pytest.fixture

@@ -100,11 +100,11 @@ def answer_benchmark(
     state = processes()
     questions = benchmark.load(data)[: settings.limit or None]
     folder = answers_folder(output, benchmark, blind=settings.blind)
-    identity = {
-        "model": model, "weights": _fingerprint(Path(model)), "protocol": benchmark.protocol,
-        "max_new_tokens": benchmark.max_new_tokens, "blind": settings.blind, "dtype": _dtype(chat),
-    }  # fmt: skip
     if state.is_main_process:
+        identity = {
+            "model": model, "weights": _fingerprint(Path(model)), "protocol": benchmark.protocol,
+            "max_new_tokens": benchmark.max_new_tokens, "blind": settings.blind, "dtype": _dtype(chat),
+        }  # fmt: skip
         claim_folder(folder, identity)
     state.wait_for_everyone()
     answer_questions(chat, questions, folder, benchmark.name, benchmark.max_new_tokens, settings, state)
@@ -187,10 +187,12 @@ def _dtype(chat: Chat) -> str:
 
 
 def _fingerprint(model: Path) -> str:
-    """Return a hash over names, sizes and times of a checkpoint's files; the weights are not read."""
-    files = sorted(model.glob("*.safetensors")) + [p for p in [model / "config.json"] if p.exists()]
-    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+    """Return a hash over the contents of weights and config: saved again, a checkpoint stays the same."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")) + [p for p in [model / "config.json"] if p.exists()]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 class _Speed(ProgressColumn):

@@ -43,8 +43,8 @@ AMOUNTS: dict[Length, dict[str, Amount]] = {
         "grocery_store": Amount(captions=48, conversations=24),
     },
     "default": {
-        "easy_vqa": Amount(captions=1400, conversations=600),
-        "grocery_store": Amount(captions=1800, conversations=360),
+        "easy_vqa": Amount(captions=2000, conversations=700),
+        "grocery_store": Amount(captions=2400, conversations=420),
     },
     "full": {
         "easy_vqa": Amount(captions=5400, conversations=5400),
