@@ -1,0 +1,263 @@
+"""The figures of a study: grouped bars, radar, answered pictures, loss curves, in the form of the paper's.
+
+Paper: Figures 4 to 8 (bars), Figure 1 (radar), Figure 9 (answered pictures of two models). Differs: bars have
+error bars, published values stand beside as hollow marks, and a cell that was not measured is an empty frame.
+"""
+
+import io
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllava.report.study import Example, Study
+from tinyllava.report.tables import Entry, Row, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#2f6f9f", "#d98032", "#5b9660", "#a2548b", "#8a7a3d", "#5f6b7a")
+FULL_SCORE = {"mme": 2000.0}
+"""Benchmarks that are not out of 100; a bar shows the share in percent."""
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tinyllava",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#6b7280",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.axisbelow": True,
+}
+
+
+@contextmanager
+def new_figure(width: float, height: float) -> Iterator["Figure"]:
+    """Give a figure of this size in inches, drawn in the style of all figures."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_bars(table: Table, panel: str) -> "Figure":
+    """Draw one panel: for each benchmark a bar of each model, its 95% interval and its published value."""
+    measured = [row for row in table.rows if row.panel == panel and not row.source]
+    printed = {row.model: row for row in table.rows if row.panel == panel and row.source == "the paper"}
+    width = 0.8 / max(1, len(measured))
+    with new_figure(max(4.2, 1.4 + 0.3 * len(table.columns) * (len(measured) + 1)), 3.1) as figure:
+        axes = figure.add_subplot()
+        for number, row in enumerate(measured):
+            places = [i + (number - (len(measured) - 1) / 2) * width for i in range(len(table.columns))]
+            _draw_row(axes, row, printed.get(row.model), table, places, width, COLOURS[number % 6])
+        axes.set_xticks(
+            range(len(table.columns)), [_heading(column.title, column.benchmark) for column in table.columns]
+        )
+        axes.tick_params(axis="x", length=0, labelsize=9)
+        axes.set_xlim(-0.55, len(table.columns) - 0.45)
+        axes.set_ylim(0, 101)
+        axes.set_ylabel("score, percent")
+        axes.grid(axis="y", color="#e5e7eb")
+        axes.set_title(panel, loc="left")
+        _add_legend(axes, measured, bool(printed))
+    return figure
+
+
+def _heading(title: str, benchmark: str) -> str:
+    return f"{title}\n/ {FULL_SCORE[benchmark] / 100:.0f}" if benchmark in FULL_SCORE else title
+
+
+def _share(value: float, benchmark: str) -> float:
+    return 100 * value / FULL_SCORE.get(benchmark, 100.0)
+
+
+def _draw_row(
+    axes: Any,
+    row: Row,
+    printed: Row | None,
+    table: Table,
+    places: Sequence[float],
+    width: float,
+    colour: str,
+) -> None:
+    for i, (column, entry, place) in enumerate(zip(table.columns, row.entries, places, strict=True)):
+        published = printed.entries[i] if printed else None
+        if entry is not None:
+            value = _share(entry.value, column.benchmark)
+            axes.bar(place, value, width * 0.92, color=colour, alpha=0.55 if entry.is_partial else 1)
+            _draw_error(axes, entry, column.benchmark, place)
+        else:
+            height = _share(published.value, column.benchmark) if published else 100
+            axes.bar(
+                place, height, width * 0.82, fill=False, edgecolor=colour, linestyle=(0, (2, 2)),
+                linewidth=0.9,
+            )  # fmt: skip
+            if not published:
+                axes.text(
+                    place, 50, "not measured", rotation=90, ha="center", va="center", fontsize=7, color=colour
+                )
+        if published:
+            axes.plot(
+                place, _share(published.value, column.benchmark), "D", markersize=5, markerfacecolor="white",
+                markeredgecolor="#111827", markeredgewidth=1, zorder=4,
+            )  # fmt: skip
+
+
+def _draw_error(axes: Any, entry: Entry, benchmark: str, place: float) -> None:
+    if entry.interval is None:
+        return
+    value, low, high = (_share(one, benchmark) for one in (entry.value, *entry.interval))
+    axes.errorbar(
+        place,
+        value,
+        [[max(0.0, value - low)], [max(0.0, high - value)]],
+        color="#111827",
+        capsize=2,
+        linewidth=1,
+    )
+
+
+def _add_legend(axes: Any, measured: Sequence[Row], has_published: bool) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    marks: list[Any] = [
+        Patch(color=COLOURS[number % 6], label=row.model) for number, row in enumerate(measured)
+    ]
+    if has_published:
+        hollow: Any = {"markerfacecolor": "white", "markeredgecolor": "#111827", "linestyle": "none"}
+        marks.append(Line2D([], [], marker="D", markersize=5, label="published", **hollow))
+    if any(entry is None for row in measured for entry in row.entries):
+        marks.append(Patch(fill=False, edgecolor="#6b7280", linestyle=":", label="not measured"))
+    axes.legend(
+        handles=marks, ncols=min(3, len(marks)), loc="upper center", bbox_to_anchor=(0.5, -0.16),
+        frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.2,
+    )  # fmt: skip
+
+
+def draw_radar(table: Table, rows: Sequence[Row]) -> "Figure":
+    """Draw models over the benchmarks that all have, each axis scaled to its best (Figure 1)."""
+    shared = [i for i in range(len(table.columns)) if all(row.entries[i] for row in rows)]
+    angles = [2 * math.pi * k / max(1, len(shared)) for k in range(len(shared))]
+    with new_figure(4.6, 4.6) as figure:
+        axes = figure.add_subplot(projection="polar")
+        for number, row in enumerate(rows):
+            values = [entry.value for entry in (row.entries[i] for i in shared) if entry]
+            tops = [max(other.entries[i].value for other in rows) for i in shared]  # type: ignore[union-attr]
+            reach = [value / top for value, top in zip(values, tops, strict=True)]
+            name = f"{row.model}, {row.source}" if row.source else row.model
+            line = "--" if row.source else "-"
+            axes.plot(
+                [*angles, *angles[:1]], [*reach, *reach[:1]], line, color=COLOURS[number % 6], label=name
+            )
+            axes.fill(angles, reach, color=COLOURS[number % 6], alpha=0.08)
+        axes.set_xticks(angles, [_radar_label(table, rows, i) for i in shared], fontsize=8, linespacing=1.3)
+        axes.tick_params(axis="x", pad=12)
+        axes.set_ylim(0, 1.02)
+        axes.set_yticks([0.25, 0.5, 0.75, 1], [])
+        axes.grid(color="#d1d5db")
+        axes.spines["polar"].set_color("#d1d5db")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, ncols=1, fontsize=9)
+    return figure
+
+
+def _radar_label(table: Table, rows: Sequence[Row], i: int) -> str:
+    return (
+        table.columns[i].title
+        + "\n"
+        + " / ".join(f"{entry.value:.1f}" for row in rows if (entry := row.entries[i]))
+    )
+
+
+def draw_losses(study: Study) -> "Figure":
+    """Draw the loss of each stage of each cell, a stage that cells share once."""
+    names = list(dict.fromkeys(stage.name for cell in study.cells for stage in cell.stages if stage.losses))
+    with new_figure(max(4.2, 4.2 * len(names)), 3.3) as figure:
+        for axes, name in zip(figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False):
+            _draw_stage(axes, study, name)
+    return figure
+
+
+def _draw_stage(axes: Any, study: Study, name: str) -> None:
+    curves = {
+        stage.key: (cell, stage)
+        for cell in reversed(study.cells)
+        for stage in cell.stages
+        if stage.name == name and stage.losses
+    }
+    labels = list(dict.fromkeys(cell.label for cell in study.cells))
+    top = 0.0
+    for key, (cell, stage) in reversed(curves.items()):
+        users = dict.fromkeys(o.label for o in study.cells if any(s.key == key for s in o.stages))
+        steps, losses = zip(*stage.losses, strict=True)
+        smooth = _running_mean(losses, max(1, len(losses) // 20))
+        top = max(top, *smooth)
+        colour = COLOURS[labels.index(cell.label) % 6] if len(users) == 1 else "#6b7280"
+        text = cell.label if len(users) == 1 else f"shared by {len(users)} models"
+        axes.plot(steps, smooth, color=colour, linewidth=1, alpha=0.85, label=text)
+    handles, texts = axes.get_legend_handles_labels()
+    once = dict(zip(texts, handles, strict=True))
+    axes.legend(once.values(), once.keys(), frameon=False, fontsize=8)
+    axes.set_title(name, loc="left")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss, nats per supervised token")
+    axes.set_ylim(0, min(top * 1.05, 10) or 1)
+    axes.grid(color="#e5e7eb")
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def draw_answers(
+    examples: Sequence[Example], folder: Path, cells: tuple[str, str], columns: int = 3
+) -> "Figure":
+    """Draw pictures with the answers of two cells below, as in Figure 9; right ones green, wrong ones red."""
+    from PIL import Image
+
+    shown = [one for one in examples if one.picture and all(cell in one.answers for cell in cells)]
+    num_rows = -(-len(shown) // columns)
+    with new_figure(columns * 2.9, max(1, num_rows) * 3.5) as figure:
+        grid = figure.subplots(max(1, num_rows), columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, one in zip(grid.flat, shown, strict=False):
+            with Image.open(folder / one.picture) as picture:
+                axes.imshow(picture.convert("RGB"))
+            axes.set_title(
+                "\n".join(textwrap.wrap(one.prompt.partition("\n")[0], 40)), fontsize=9, loc="left"
+            )
+            for line, cell in enumerate(cells):
+                axes.text(
+                    0, -0.03 - 0.12 * line,
+                    "\n".join(textwrap.wrap(f"{cell}: {one.answers[cell] or '(nothing)'}", 44)[:2]),
+                    transform=axes.transAxes, va="top", fontsize=8,
+                    color="#1d6b34" if (one.scores.get(cell) or 0) >= 0.5 else "#b3261e",
+                )  # fmt: skip
+            axes.text(0, -0.27, f"truth: {one.truth}", transform=axes.transAxes, va="top", fontsize=8)
+    return figure
+
+
+def to_svg(figure: "Figure") -> str:
+    """Return the figure as SVG text, equal for equal content."""
+    return _save(figure, "svg", metadata={"Date": None, "Creator": None}).decode()
+
+
+def to_png(figure: "Figure") -> bytes:
+    """Return the figure as PNG at 160 dots per inch."""
+    return _save(figure, "png", dpi=160, metadata={"Software": None})
+
+
+def _save(figure: "Figure", kind: str, **options: Any) -> bytes:
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        stream = io.BytesIO()
+        figure.savefig(stream, format=kind, **options)
+    return stream.getvalue()
