@@ -50,6 +50,25 @@ def test_the_slow_attention_kernel_is_passed_over_and_nothing_else_is(bf16, leng
     assert torch.allclose(chosen.float(), expected, atol=0.03)
 
 
+def test_every_stage_runs_in_the_precision_that_was_asked_for(parts, records, tmp_path, monkeypatch):
+    from tinyllava.model.modeling import TinyLlavaModel
+
+    seen = []
+    original = TinyLlavaModel.forward
+
+    def recording(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        trained = "finetune" if next(self.language_model.parameters()).requires_grad else "pretrain"
+        product = self.language_model.layers[0].self_attn.q_proj(output.last_hidden_state)
+        seen.append((trained, product.dtype))
+        return output
+
+    monkeypatch.setattr(TinyLlavaModel, "forward", recording)
+    hardware = Hardware(num_workers=0, device_batch_size=2, precision="bf16")
+    train(toy_run(parts, records, tmp_path / "run", hardware=hardware))
+    assert set(seen) == {("pretrain", torch.bfloat16), ("finetune", torch.bfloat16)}
+
+
 @pytest.fixture
 def trainer_order(monkeypatch):
     """Record in which order the Trainer really asked for samples, by stage."""

@@ -149,8 +149,7 @@ def _train_stage(
         raise
     finally:
         progress.progress.stop()
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    trainer.accelerator.free_memory()
+    _release(trainer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "num_steps": trainer.state.global_step,
@@ -158,6 +157,16 @@ def _train_stage(
         "first_loss": losses[0],
         "last_loss": losses[-1],
     }
+
+
+def _release(trainer: StageTrainer) -> None:
+    """Give the model back as it was before accelerate prepared it, so that the next stage's Trainer can.
+
+    Accelerate leaves a model with its mark alone: the next stage would run without autocast.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model._is_accelerate_prepared = False
+    trainer.accelerator.free_memory()
 
 
 def _announce(name: str, stage: Stage, ledger: Ledger, prepared: Prepared) -> None:
