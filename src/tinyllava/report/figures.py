@@ -7,7 +7,7 @@ error bars, published values stand beside as hollow marks, and a cell that was n
 import io
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,12 +216,12 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def draw_answers(
-    examples: Sequence[Example], folder: Path, cells: tuple[str, str], columns: int = 3
+    examples: Sequence[Example], folder: Path, names: Mapping[str, str], columns: int = 3
 ) -> "Figure":
-    """Draw pictures with the answers of two cells below, as in Figure 9; right ones green, wrong ones red."""
+    """Draw pictures with the answers of two cells (id -> name) below, as in Figure 9."""
     from PIL import Image
 
-    shown = [one for one in examples if one.picture and all(cell in one.answers for cell in cells)]
+    shown = [one for one in examples if one.picture and all(cell in one.answers for cell in names)]
     num_rows = -(-len(shown) // columns)
     with new_figure(columns * 2.9, max(1, num_rows) * 3.5) as figure:
         grid = figure.subplots(max(1, num_rows), columns, squeeze=False)
@@ -233,10 +233,10 @@ def draw_answers(
             axes.set_title(
                 "\n".join(textwrap.wrap(one.prompt.partition("\n")[0], 40)), fontsize=9, loc="left"
             )
-            for line, cell in enumerate(cells):
+            for line, (cell, name) in enumerate(names.items()):
                 axes.text(
                     0, -0.03 - 0.12 * line,
-                    "\n".join(textwrap.wrap(f"{cell}: {one.answers[cell] or '(nothing)'}", 44)[:2]),
+                    "\n".join(textwrap.wrap(f"{name}: {one.answers[cell] or '(nothing)'}", 44)[:2]),
                     transform=axes.transAxes, va="top", fontsize=8,
                     color="#1d6b34" if (one.scores.get(cell) or 0) >= 0.5 else "#b3261e",
                 )  # fmt: skip

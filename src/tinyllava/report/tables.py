@@ -20,6 +20,12 @@ CSV_COLUMNS = (
     "panel", "model", "source", "benchmark", "metric", "value", "low", "high", "seed_standard_deviation",
     "num_seeds",
 )  # fmt: skip
+_OTHERS = {
+    "figure-1": ("LLaVA-1.5",),
+    "table-3": (
+        "I-9B", "InstructBLIP", "LLaVA-1.5", "Qwen-VL", "MoE-LLaVA", "LLaVA-Phi", "MobileVLM",
+    ),
+}  # fmt: skip
 _STEMS = ("kind=", "capability=", "category=", "level=")
 
 
@@ -84,7 +90,26 @@ def study_table(study: Study) -> Table:
         rows.append(Row(panel=first.panel, model=first.label, entries=entries, status=status))
         for source in ("the paper", "factory"):
             rows += _published_row(first, source, columns)
+    rows += _others(study.name, columns)
     return Table(title=study.title, columns=columns, rows=_mark_best(rows, len(columns)))
+
+
+def _others(name: str, columns: Sequence[Column]) -> list[Row]:
+    """Return the rows of other groups' models, where the paper puts its own beside them."""
+    printed = published_table("table-3")
+    return [
+        Row(
+            panel="Other models, published",
+            model=f"{row[0]}, {row[2]}, {row[3]} px",
+            entries=tuple(
+                Entry(value=score.value) if score else None
+                for score in (printed.score(row, column.benchmark) for column in columns)
+            ),
+            source="the paper",
+        )
+        for row in printed.rows
+        if row[0] in _OTHERS.get(name, ())
+    ]
 
 
 def models_of(study: Study) -> list[list[StudyCell]]:
