@@ -1,4 +1,4 @@
-"""Predictions on disk, and answer files of LLaVA's scripts."""
+"""Predictions on disk."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,7 @@ from evaluation import benchmark_files as files
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.predictions import (
-    answers_of,
-    read_llava_answers,
     read_predictions,
-    write_llava_answers,
     write_predictions,
 )
 
@@ -40,7 +37,8 @@ def test_scoring_again_needs_no_model(tmp_path: Path) -> None:
     questions = benchmark.load(files.pope(tmp_path))
     first = benchmark.score(questions, {q.id: "No, it is not." for q in questions})
     write_predictions(first.predictions, tmp_path / "p.jsonl")
-    assert benchmark.score(questions, answers_of(read_predictions(tmp_path / "p.jsonl"))) == first
+    answers = {one.question_id: one.answer for one in read_predictions(tmp_path / "p.jsonl")}
+    assert benchmark.score(questions, answers) == first
 
 
 @pytest.mark.parametrize(
@@ -73,26 +71,3 @@ def test_a_broken_line_is_named(tmp_path: Path, old: str, new: str, line: int, g
         read_predictions(path)
     assert f"{path}:{line}: " in str(caught.value)
     assert gist in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [("textvqa", files.textvqa), ("mme", files.mme), ("pope", files.pope), ("mmbench", files.mmbench),
-     ("scienceqa", files.scienceqa), ("mmvet", files.mmvet)],
-)  # fmt: skip
-def test_answers_of_llavas_scripts_find_their_questions(name: str, write, tmp_path: Path) -> None:
-    """TextVQA's and MME's ids stand for several questions there: the prompt tells them apart."""
-    questions = BENCHMARKS[name].load(write(tmp_path))
-    answers = {question.id: f"answer {number}" for number, question in enumerate(questions)}
-    path = tmp_path / "answers" / "merge.jsonl"
-    write_llava_answers(questions, answers, path, model="m")
-    assert read_llava_answers(path, questions) == answers
-    first = json.loads(path.read_text().splitlines()[0])
-    assert first.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
-
-
-def test_an_answer_of_llavas_scripts_to_another_prompt_is_refused(tmp_path: Path) -> None:
-    questions = BENCHMARKS["pope"].load(files.pope(tmp_path))
-    files.write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "prompt": "Another?", "text": "yes"}])
-    with pytest.raises(DataError, match=r"a.jsonl:1: no question with id '1' and this prompt"):
-        read_llava_answers(tmp_path / "a.jsonl", questions)

@@ -1,6 +1,7 @@
-"""Answers on disk while they come: appended line by line, complete or not there, whenever a run is killed.
+"""Answers on disk: ours, line by line as they come, and the answer files of LLaVA's scripts.
 
-Paper: section 4.1.3. The lines have those fields of LLaVA's answer files that say something.
+Paper: section 4.1.3. A line is complete or not there, whenever a run is killed. Scoring starts from these
+files and needs no model.
 """
 
 import json
@@ -8,8 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
-from tinyllava.errors import ConfigError, DataError
+from tinyllava.errors import ConfigError
 from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.read import parse_line, read_lines
+
+_FIX = "Delete the line, or the file, and evaluate again."
 
 
 class AnswerFile:
@@ -40,27 +44,66 @@ def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
     """Return what a folder already has of the answers to these questions, by question id.
 
     Raises:
-        DataError: an answer was given to another prompt, or a question was answered twice.
+        DataError: a line is damaged, was given to another prompt, or answers a question a second time.
     """
     prompts = {question.id: question.prompt for question in questions}
     answers: dict[str, str] = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for number, line in enumerate(_whole_lines(path), start=1):
-            record = json.loads(line)
-            question_id = record["question_id"]
+            record = parse_line(line.decode(errors="replace"), path, number, _FIX)
+            question_id, prompt = record.text("question_id"), record.text("prompt")
             if question_id not in prompts:
                 continue  # of a run with a higher limit
-            if record["prompt"] != prompts[question_id]:
-                raise DataError(
-                    f"{path}:{number}: question {question_id!r} was asked as {record['prompt']!r}, now it is "
-                    f"{prompts[question_id]!r}: other data files. Choose another output folder, or delete "
-                    f"{folder}."
+            if prompt != prompts[question_id]:
+                record.fail(
+                    f"question {question_id!r} was asked as {prompt!r}, now it is {prompts[question_id]!r}: "
+                    "other data files.",
+                    f"Choose another output folder, or delete {folder}.",
                 )
             if question_id in answers:
-                raise DataError(
-                    f"{path}:{number}: question {question_id!r} has two answers; delete one line."
-                )
-            answers[question_id] = record["text"]
+                record.fail(f"question {question_id!r} has two answers.", "Delete one line.")
+            answers[question_id] = record.text("text")
+    return answers
+
+
+def write_llava_answers(
+    questions: Sequence[Question], answers: Mapping[str, str], path: Path, *, model: str
+) -> None:
+    """Write the answers in the form of LLaVA's scripts, for its own scoring tools."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for question in questions:
+            if question.id not in answers:
+                continue
+            given_id = question.meta.get("llava_id", question.id)
+            entry: dict[str, object] = {
+                "question_id": int(given_id) if given_id.isdigit() else given_id,
+                "prompt": question.prompt,
+                "text": answers[question.id],
+                "answer_id": question.id,
+                "model_id": model,
+                "metadata": {},
+            }
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def read_llava_answers(path: Path, questions: Sequence[Question]) -> dict[str, str]:
+    """Return the answers of a file of LLaVA's scripts by our question ids, joined by id and prompt.
+
+    Raises:
+        DataError: a line that belongs to no question, or to one that was answered before.
+    """
+    by_key = {(q.meta.get("llava_id", q.id), _words(q.prompt)): q.id for q in questions}
+    answers: dict[str, str] = {}
+    for record in read_lines(path):
+        key = (record.text("question_id"), _words(record.text("prompt").removeprefix("<image>\n")))
+        if key not in by_key:
+            record.fail(
+                f"no question with id {key[0]!r} and this prompt; the answers are of other data.", _FIX
+            )
+        if by_key[key] in answers:
+            record.fail(f"question {key[0]!r} is answered a second time.", _FIX)
+        answers[by_key[key]] = record.text("text")
     return answers
 
 
@@ -94,3 +137,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 def _whole_bytes(path: Path) -> int:
     return sum(map(len, _whole_lines(path)))
+
+
+def _words(prompt: str) -> str:
+    return " ".join(prompt.split())

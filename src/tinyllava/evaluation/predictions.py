@@ -1,15 +1,14 @@
-"""Scored answers on disk, one line of JSON each, read strictly; and the answer files of LLaVA's scripts.
+"""Scored answers on disk, one line of JSON each, read strictly.
 
-Paper: section 4.1.3. Scoring again, comparing and judging start from these files and need no model.
+Paper: section 4.1.3. Comparing starts from these files; the raw answers are in ``answers``.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from tinyllava.evaluation.benchmark import Prediction
-from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import Record, read_lines
 
 _TEXTS = ("benchmark", "question_id", "picture", "prompt", "answer", "parsed", "category")
@@ -60,53 +59,3 @@ def _parse(record: Record) -> Prediction:
         record.fail(f"unknown field {min(unknown)!r}.", _FIX)
     texts = {name: record.text(name) for name in _TEXTS}
     return Prediction(**texts, score=score, groups=tuple(record.texts("groups")))
-
-
-def answers_of(predictions: Iterable[Prediction]) -> dict[str, str]:
-    """Return the raw answers by question id: what ``Benchmark.score`` takes."""
-    return {prediction.question_id: prediction.answer for prediction in predictions}
-
-
-def write_llava_answers(
-    questions: Sequence[Question], answers: Mapping[str, str], path: Path, *, model: str
-) -> None:
-    """Write the answers in the form of LLaVA's scripts, for its own scoring tools."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for question in questions:
-            if question.id not in answers:
-                continue
-            given_id = question.meta.get("llava_id", question.id)
-            entry: dict[str, object] = {
-                "question_id": int(given_id) if given_id.isdigit() else given_id,
-                "prompt": question.prompt,
-                "text": answers[question.id],
-                "answer_id": question.id,
-                "model_id": model,
-                "metadata": {},
-            }
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def read_llava_answers(path: Path, questions: Sequence[Question]) -> dict[str, str]:
-    """Return the answers of a file of LLaVA's scripts by our question ids, joined by id and prompt.
-
-    Raises:
-        DataError: a line that belongs to no question, or to one that was answered before.
-    """
-    by_key = {(q.meta.get("llava_id", q.id), _words(q.prompt)): q.id for q in questions}
-    answers: dict[str, str] = {}
-    for record in read_lines(path):
-        key = (record.text("question_id"), _words(record.text("prompt").removeprefix("<image>\n")))
-        if key not in by_key:
-            record.fail(
-                f"no question with id {key[0]!r} and this prompt; the answers are of other data.", _FIX
-            )
-        if by_key[key] in answers:
-            record.fail(f"question {key[0]!r} is answered a second time.", _FIX)
-        answers[by_key[key]] = record.text("text")
-    return answers
-
-
-def _words(prompt: str) -> str:
-    return " ".join(prompt.split())

@@ -17,6 +17,9 @@ SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
+_NO_META: Mapping[str, Any] = {}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """One question, ready to be asked, with what is needed to grade the answer.
@@ -31,7 +34,7 @@ class Question:
     target: Any
     category: str = ""
     groups: tuple[str, ...] = ()
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=lambda: _NO_META)
     """What only one benchmark needs; ``llava_id`` is the id in LLaVA's files where that is another one."""
 
     @property
@@ -46,6 +49,7 @@ class QuestionList:
     def __init__(self) -> None:
         self._questions: list[Question] = []
         self._places: dict[str, tuple[Path, int | None]] = {}
+        self._texts: dict[str, str] = {}  # VQAv2's test has 447,793 questions; many are asked again and again
 
     def add(
         self,
@@ -69,12 +73,12 @@ class QuestionList:
         self._questions.append(
             Question(
                 id=id,
-                conversation=ask(text, *([image] if image else []), id=id),
+                conversation=ask(self._texts.setdefault(text, text), *([image] if image else []), id=id),
                 picture=picture if picture is not None else image.name if image else "",
                 target=target,
                 category=category,
                 groups=groups,
-                meta=meta or {},
+                meta=meta or _NO_META,
             )
         )
 

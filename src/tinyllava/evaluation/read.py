@@ -111,12 +111,12 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _parse(text: str, path: Path, line: int = 0) -> Any:
+def _parse(text: str, path: Path, line: int = 0, fix: str = FIX) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}:{line or error.lineno}"
-        raise DataError(f"{where}: not JSON at column {error.colno} ({error.msg}). {FIX}") from None
+        raise DataError(f"{where}: not JSON at column {error.colno} ({error.msg}). {fix}") from None
 
 
 def read_json(path: Path) -> Record:
@@ -147,14 +147,36 @@ def read_list(record: Record, name: str, id_field: str) -> Iterator[Record]:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """Yield the records of a file of JSON lines; empty lines are passed over."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        values = _parse(line, path, number)
-        if not isinstance(values, dict):
-            raise DataError(f"{path}:{number}: the line is {_show(values)}; it has to be a record. {FIX}")
-        yield Record(values=values, path=path, line=number)
+    """Yield the records of a file of JSON lines, one of them in memory at a time; empty lines are skipped."""
+    num_records = 0
+    for number, line in _lines(path):
+        num_records += 1
+        yield parse_line(line, path, number)
+    if not num_records:
+        raise DataError(f"{path}:1: the file is empty. {FIX}")
+
+
+def parse_line(line: str, path: Path, number: int, fix: str = FIX) -> Record:
+    """Return the record that a line of a file is, the first line being number 1."""
+    values = _parse(line, path, number, fix)
+    if not isinstance(values, dict):
+        raise DataError(f"{path}:{number}: the line is {_show(values)}; it has to be a record. {fix}")
+    return Record(values=values, path=path, line=number)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. {FIX}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}:{number}: byte {error.start:,} of the line is not UTF-8 text. {FIX}"
+        ) from None
 
 
 def read_table(path: Path, *columns: str) -> Iterator[Record]:

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 from tinyllava.errors import DataError
-from tinyllava.evaluation.answers import read_answers
+from tinyllava.evaluation.answers import read_answers, write_llava_answers
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.judge import Judge, Reviews, save_reviews
-from tinyllava.evaluation.predictions import write_llava_answers, write_predictions
+from tinyllava.evaluation.predictions import write_predictions
 from tinyllava.results import Result, ResultTable
 
 

@@ -288,7 +288,7 @@ def test_a_cut_parquet_file(tmp_path: Path) -> None:
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     files.pope(tmp_path)
     (tmp_path / "coco_pope_random.json").write_bytes(b'{"question_id": 1, "image": "\xff"}')
-    with pytest.raises(DataError, match=r"coco_pope_random.json: byte 29 is not UTF-8"):
+    with pytest.raises(DataError, match=r"coco_pope_random.json:1: byte 29 of the line is not UTF-8"):
         BENCHMARKS["pope"].load(tmp_path)
 
 

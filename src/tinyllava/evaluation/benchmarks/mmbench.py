@@ -5,6 +5,7 @@ Differs: scored locally; letters and option texts are read by VLMEvalKit's rules
 is wrong, never guessed. ``mmbench-judge`` asks a judge, in our own words, what an unreadable answer means.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -118,8 +119,10 @@ def _means(name: str, predictions: Sequence[Prediction]) -> Summary:
 
 
 def count_base(questions: Sequence[Question]) -> int:
-    """Return the number of questions without their rotations."""
-    return len({int(question.id) % ROTATION for question in questions})
+    """Return the number of questions that are there in all their rotations, one for each option."""
+    rotations = Counter(int(question.id) % ROTATION for question in questions)
+    num_options = {int(q.id) % ROTATION: len(q.target["options"]) for q in questions}
+    return sum(rotations[base] >= num for base, num in num_options.items())
 
 
 def export_xlsx(

@@ -83,7 +83,9 @@ def _find_image(folder: Path, text: Path) -> Path:
 
 
 def _read_pair(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
         cells = line.split("\t")
         record = Record(values=dict(zip(("question", "answer"), cells, strict=False)), path=path, line=number)
         if len(cells) != 2:

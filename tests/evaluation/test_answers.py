@@ -1,0 +1,48 @@
+"""Answers on disk: damaged lines of ours, and the answer files of LLaVA's scripts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation import benchmark_files as files
+from tinyllava.errors import DataError
+from tinyllava.evaluation.answers import AnswerFile, read_answers, read_llava_answers, write_llava_answers
+from tinyllava.evaluation.benchmarks import BENCHMARKS
+
+
+@pytest.mark.parametrize(
+    ("damage", "gist"),
+    [(b"\0" * 20 + b"\n", "not JSON"), (b"7\n", "it has to be a record"), (b'{"text": ""}\n', "no field")],
+)
+def test_a_damaged_line_is_named(damage: bytes, gist: str, tmp_path: Path) -> None:
+    questions = BENCHMARKS["pope"].load(files.pope(tmp_path))
+    with AnswerFile(tmp_path) as file:
+        file.append([(questions[0], "yes")])
+    path = tmp_path / "answers-000.jsonl"
+    path.write_bytes(path.read_bytes() + damage)
+    with pytest.raises(DataError, match=rf"answers-000.jsonl:2: .*{gist}"):
+        read_answers(tmp_path, questions)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("textvqa", files.textvqa), ("mme", files.mme), ("pope", files.pope), ("mmbench", files.mmbench),
+     ("scienceqa", files.scienceqa), ("mmvet", files.mmvet)],
+)  # fmt: skip
+def test_answers_of_llavas_scripts_find_their_questions(name: str, write, tmp_path: Path) -> None:
+    """TextVQA's and MME's ids stand for several questions there: the prompt tells them apart."""
+    questions = BENCHMARKS[name].load(write(tmp_path))
+    answers = {question.id: f"answer {number}" for number, question in enumerate(questions)}
+    path = tmp_path / "answers" / "merge.jsonl"
+    write_llava_answers(questions, answers, path, model="m")
+    assert read_llava_answers(path, questions) == answers
+    first = json.loads(path.read_text().splitlines()[0])
+    assert first.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+
+
+def test_an_answer_of_llavas_scripts_to_another_prompt_is_refused(tmp_path: Path) -> None:
+    questions = BENCHMARKS["pope"].load(files.pope(tmp_path))
+    files.write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "prompt": "Another?", "text": "yes"}])
+    with pytest.raises(DataError, match=r"a.jsonl:1: no question with id '1' and this prompt"):
+        read_llava_answers(tmp_path / "a.jsonl", questions)
