@@ -38,7 +38,8 @@ def starter_run(language_model: Path, vision_encoder: Path, records: Path, outpu
         ),
         stages={"pretrain": pretrain, "finetune": finetune},
         output=str(output),
-        hardware=Hardware(device_batch_size=0, num_workers=0, cache_features=True),
+        # Saving takes longer than a step; what a kill can cost is a minute or two.
+        hardware=Hardware(num_workers=0, cache_features=True, save_steps=50),
     )
 
 

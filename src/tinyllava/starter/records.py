@@ -43,12 +43,12 @@ AMOUNTS: dict[Length, dict[str, Amount]] = {
         "grocery_store": Amount(captions=48, conversations=24),
     },
     "default": {
-        "easy_vqa": Amount(captions=2000, conversations=700),
-        "grocery_store": Amount(captions=2400, conversations=420),
+        "easy_vqa": Amount(captions=2000, conversations=720),
+        "grocery_store": Amount(captions=3000, conversations=600),
     },
     "full": {
-        "easy_vqa": Amount(captions=5400, conversations=5400),
-        "grocery_store": Amount(captions=5800, conversations=2900),
+        "easy_vqa": Amount(captions=2800, conversations=1900),
+        "grocery_store": Amount(captions=4400, conversations=1460),
     },
 }
 """Default is twelve minutes on two CPU cores, short only shows that all works, full goes on much longer."""
