@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tinyllava.config import DataConfig, Run
 from tinyllava.errors import ConfigError, DataError
-from tinyllava.recipes.variants import variant
+from tinyllava.recipes.published import PUBLISHED, as_published
+from tinyllava.recipes.user import find_run
 
 _HELP = """
 Train a variant of the paper, or your own model, and write a self-contained checkpoint.
@@ -16,6 +17,8 @@ Train a variant of the paper, or your own model, and write a self-contained chec
   tinyllava train base-C-TL --from CKPT --data my.json   fine-tune a checkpoint on your own LLaVA-format
   records
   tinyllava train my_recipes.py:MINE --data /data        a run of your own: a Python file and the name in it
+  tinyllava train my_recipes.py:MINE-Sig-Phi --data /data  a recipe of your own on these parts
+  tinyllava train base-C-TL --data /data --code llava    with the settings of published code
 
 VARIANT is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], e.g. share-Sig-Phi (see `tinyllava show variants`).
 Every setting of the run is an option, e.g. --finetune.learning-rate 1e-5 --model.connector resampler
@@ -42,11 +45,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--from", dest="start_from", default="", help="checkpoint folder to start from: fine-tuning only"
     )
+    parser.add_argument("--code", default="", help=f"settings of published code: {', '.join(PUBLISHED)}")
     parser.add_argument("--only", default="", help="run only this stage")
     parser.add_argument("--output", default="", help="run folder (default runs/NAME)")
     parser.add_argument("--options", action="store_true", help="list every option of the run and stop")
     known, rest = parser.parse_known_args(arguments)
-    run = _with_shortcuts(find_run(known.variant), known)
+    run = find_run(known.variant)
+    run = _with_shortcuts(as_published(run, known.code) if known.code else run, known)
     run = _with_options(run, ["--help"] if known.options else rest, known.variant)
 
     from tinyllava.training.run import train
@@ -55,29 +60,6 @@ def main(arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
         print(f"\nmodel: {folder}\nnext: tinyllava chat PICTURE --model {folder}")
     return 0
-
-
-def find_run(name: str) -> Run:
-    """Return the run of a variant's name or of ``FILE.py:NAME``.
-
-    Raises:
-        UnknownNameError: no such variant.
-        ConfigError: the file or the name in it is not there, or is no Run.
-    """
-    file, colon, attribute = name.rpartition(":")
-    if not colon or not file.endswith(".py"):
-        return variant(name)
-    import runpy
-
-    if not Path(file).is_file():
-        raise ConfigError(f"{file}: no such file.")
-    value = runpy.run_path(file).get(attribute)
-    value = value() if callable(value) else value
-    if not isinstance(value, Run):
-        raise ConfigError(
-            f"{file}: {attribute} must be a tinyllava.config.Run or a function that returns one."
-        )
-    return value
 
 
 def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:

@@ -8,7 +8,7 @@ import runpy
 from pathlib import Path
 
 from tinyllava.config import Run
-from tinyllava.errors import ConfigError
+from tinyllava.errors import ConfigError, TinyLlavaError
 from tinyllava.lookup import look_up
 from tinyllava.recipes.recipe import Recipe
 from tinyllava.recipes.variants import RECIPES, run_of, variant
@@ -26,7 +26,7 @@ def find_run(name: str) -> Run:
     path, colon, rest = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         return variant(name)
-    public = {key: value for key, value in _execute(Path(path)).items() if _is_usable(value)}
+    public = {key: value for key, value in execute_file(Path(path)).items() if _is_usable(value)}
     key, _, parts = rest.partition("-")
     value = look_up(public, key, f"run or recipe in {path}")
     if isinstance(value, Recipe):
@@ -45,22 +45,25 @@ def _is_usable(value: object) -> bool:
     """Whether a value of the user's file can name a run; what it imported from here is no candidate."""
     if isinstance(value, Run | Recipe):
         return True
-    return callable(value) and getattr(value, "__module__", "") == _MODULE
+    return callable(value) and getattr(value, "__module__", "") == USER_MODULE
 
 
-_MODULE = "tinyllava_user_recipe"
+USER_MODULE = "tinyllava_user_recipe"
+"""Name that the code of a user's file runs under."""
 
 
-def _execute(path: Path) -> dict[str, object]:
+def execute_file(path: Path) -> dict[str, object]:
     """Execute a Python file and return its names.
 
     Raises:
-        ConfigError: the file is missing or raises.
+        ConfigError: the file is missing or raises; an error of ours comes through as it is.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such recipe file.")
     try:
-        return runpy.run_path(str(path), run_name=_MODULE)
+        return runpy.run_path(str(path), run_name=USER_MODULE)
+    except TinyLlavaError:
+        raise  # says itself what is wrong
     except SyntaxError as error:
         raise ConfigError(f"{path}: line {error.lineno}: {error.msg}.") from error
     except (ImportError, NameError, TypeError, ValueError, AttributeError, KeyError) as error:
