@@ -40,7 +40,7 @@ def check(run: Run, *, on_this_machine: bool = True) -> None:
     """Refuse a run that cannot work.
 
     Args:
-        on_this_machine: also look at what is here: record files, ranks, trackers, CUDA, bitsandbytes.
+        on_this_machine: also look at what is here: record files, ranks, trackers, CUDA.
 
     Raises:
         ConfigError: every problem found, one a line, each with the field, the value and the fix.
@@ -167,7 +167,7 @@ def _machine_problems(run: Run) -> Iterator[str]:
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     for name, stage in run.stages.items():
         yield from (f"stages.{name}.{p}" for p in stage_rules.batch_problems(stage, run.hardware, num_ranks))
-        yield from (f"stages.{name}.{p}" for p in stage_rules.bits_problems(stage, _has_cuda))
+        yield from (f"stages.{name}.{p}" for p in stage_rules.bits_problems(stage))
     if run.hardware.precision == "fp16" and not _has_cuda():
         yield "hardware.precision = 'fp16': needs a CUDA device; choose auto, bf16 or fp32."
 

@@ -47,6 +47,15 @@ def test_another_machine_changes_batch_and_hours(capsys: pytest.CaptureFixture[s
     assert "sharded" not in text
 
 
+def test_a_number_of_gpus_that_cannot_keep_the_global_batch_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["show", "base-C-TL", "--gpus", "3"])
+    assert "stages.pretrain.global_batch_size = 256: does not divide by 3 ranks" in capsys.readouterr().out
+    main(["show", "base-C-TL", "--gpus", "4"])
+    assert "refused" not in capsys.readouterr().out
+
+
 def test_published_settings_that_cannot_work_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "base-Sig-Phi", "--code", "bench"]) == 0
     text = capsys.readouterr().out

@@ -7,6 +7,7 @@ from tinyllava.errors import UnknownNameError
 from tinyllava.plan import UTILISATION, Plan, plan_run
 from tinyllava.recipes.published import as_published
 from tinyllava.recipes.user import find_run
+from tinyllava.stage_rules import batch_problems
 
 
 def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: bool = False) -> str:
@@ -34,6 +35,8 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
         format_table(_forms(plan)),
     ]
     problems = find_problems(run, on_this_machine=False)
+    for stage_name, stage in run.stages.items():
+        problems += [f"stages.{stage_name}.{p}" for p in batch_problems(stage, run.hardware, num_gpus)]
     if problems:
         sections.append("this run would be refused:\n" + "\n".join(f"  {problem}" for problem in problems))
     return "\n\n".join(sections)

@@ -27,9 +27,12 @@ def _with_adapters(name: str, recipe: Recipe, adapters: Tune, summary: str) -> R
 
 LORA = _with_adapters("lora", BASE, ADAPTERS, "base, with LoRA on the language model in fine-tuning")
 QLORA = _with_adapters(
-    "qlora", BASE, ADAPTERS_ON_4_BITS, "lora over a language model held in 4 bits (CUDA, bitsandbytes)"
+    "qlora", BASE, ADAPTERS_ON_4_BITS, "lora over a language model held in 4 bits (estimated, not trained)"
 )
 QLORA_8_BITS = _with_adapters(
-    "qlora8", BASE, ADAPTERS_ON_8_BITS, "lora over 8 bits, as TinyLLaVA Factory's script of that name"
+    "qlora8",
+    BASE,
+    ADAPTERS_ON_8_BITS,
+    "lora over 8 bits, as Factory's of that name (estimated, not trained)",
 )
 SHARE_LORA = _with_adapters("share_lora", SHARE, ADAPTERS, "share, with LoRA in fine-tuning")
