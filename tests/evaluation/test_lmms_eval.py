@@ -1,39 +1,34 @@
-"""The adapter answers lmms-eval's requests as Chat does; with lmms-eval's own classes where installed."""
+"""The adapter does what lmms-eval asks of a model, and answers its requests as Chat does."""
 
-import importlib.util
-import sys
-from types import ModuleType, SimpleNamespace
+from importlib import import_module
+from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from chats import make_chat
+from evaluation import lmms_eval_contract
 from tinyllava.conversation import ask
 from tinyllava.errors import ConfigError
 from tinyllava.evaluation import lmms_eval as adapter
 
-IS_INSTALLED = importlib.util.find_spec("lmms_eval") is not None
-
-
-class Base:
-    """What lmms-eval's base class gives its models."""
-
-    def __init__(self):
-        self.task_dict = {}
-        self.cache_hook = SimpleNamespace(add_partial=lambda *_: None)
-
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    if not IS_INSTALLED:
-        for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
-            monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        sys.modules["lmms_eval.api.model"].lmms = Base
+    """The adapter as lmms-eval makes it: found by its entry point, made from --model_args."""
+    lmms_eval_contract.install(monkeypatch)
     adapter._make_class.cache_clear()
     chat = make_chat(tmp_path, "llama")
     chat.model.save_pretrained(tmp_path / "model")
     chat.processor.save_pretrained(tmp_path / "model")
-    made = adapter.TinyLlava(pretrained=str(tmp_path / "model"), batch_size=1, device="cpu")
+    (entry,) = entry_points(group="lmms_eval.models", name="tinyllava")
+    manifest = entry.load()()
+    module, name = manifest.simple_class_path.rsplit(".", 1)
+    found = getattr(import_module(module), name)
+    made = found.create_from_arg_string(
+        f"pretrained={tmp_path / 'model'}", {"batch_size": 1, "device": "cpu"}
+    )
     yield made
     adapter._make_class.cache_clear()
 
@@ -74,10 +69,9 @@ def test_what_it_cannot_do_is_refused_by_name(model):
         model.generate_until_multi_round([])
 
 
-@pytest.mark.skipif(not IS_INSTALLED, reason="lmms-eval is not installed")
-def test_lmms_eval_finds_and_accepts_it(model):
-    from lmms_eval.models.registry_v2 import ModelRegistryV2
-
-    registry = ModelRegistryV2()
-    registry.register_manifest(adapter.manifest())
-    assert registry.get_model_class("tinyllava") is type(model)
+def test_lmms_eval_accepts_it_under_its_name(model):
+    manifest = adapter.manifest()
+    assert (manifest.model_id, manifest.chat_class_path) == ("tinyllava", None)
+    assert isinstance(model, import_module("lmms_eval.api.model").lmms)
+    assert model.is_simple
+    assert (model.rank, model.world_size) == (0, 1)

@@ -30,12 +30,12 @@ def main(arguments: list[str]) -> int:
     benchmarks = find_benchmarks(known.benchmarks)
     folders = find_folders(benchmarks, Path(known.data))
     output = Path(known.output or f"evaluations/{Path(known.model).resolve().name}")
-    judge = _make_judge(known, output)
+    judges = _make_judges(known, output, benchmarks)
     ask = (lambda *_: True) if known.score_only else _open_model(known, output)
     for name, benchmark in benchmarks.items():
         if ask(benchmark, folders[name]):
-            _announce(judge, benchmark, folders[name], output, known)
-            _score(benchmark, folders[name], output, known, judge)
+            _announce(judges[name], benchmark, folders[name], output, known)
+            _score(benchmark, folders[name], output, known, judges[name])
     print(output / "results.json")
     return 0
 
@@ -104,7 +104,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         metavar=("IN", "OUT"),
         help="price per million tokens, for the estimate",
     )
-    add("--reviews", default="", help="recorded reviews instead of a judge (.jsonl, or MM-Vet's .json)")
+    add(
+        "--reviews",
+        default="",
+        help="recorded reviews instead of a judge: a file (.jsonl, or MM-Vet's .json), or a folder with one "
+        "for each benchmark (NAME.jsonl, NAME.json, or NAME/reviews-JUDGE.jsonl as an evaluation leaves it)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -145,19 +150,30 @@ def find_folders(benchmarks: Mapping[str, "Benchmark"], data: Path) -> dict[str,
     return folders
 
 
-def _make_judge(known: argparse.Namespace, output: Path) -> "Judge | Reviews | None":
-    from tinyllava.errors import ConfigError
-
+def _make_judges(
+    known: argparse.Namespace, output: Path, benchmarks: Mapping[str, "Benchmark"]
+) -> Mapping[str, "Judge | Reviews | None"]:
+    """Return the judge of each benchmark, None for those that need none or have none."""
+    judged = [name for name, benchmark in benchmarks.items() if benchmark.judging is not None]
+    unjudged = dict.fromkeys(benchmarks)
     if known.reviews:
-        from tinyllava.evaluation.judge import read_reviews
+        return unjudged | {name: _read_reviews(known, name) for name in judged}
+    return unjudged | dict.fromkeys(judged, _open_judge(known, output) if known.judge_url else None)
 
-        return read_reviews(Path(known.reviews), judge=known.judge_model)
-    if not known.judge_url:
-        return None
-    if not known.judge_model:
-        raise ConfigError("--judge-url needs --judge-model: the name of the judge stands in every result.")
+
+def _read_reviews(known: argparse.Namespace, benchmark: str) -> "Reviews | None":
+    from tinyllava.evaluation.judge import find_reviews, read_reviews
+
+    path = find_reviews(Path(known.reviews), benchmark)
+    return read_reviews(path, judge=known.judge_model) if path else None
+
+
+def _open_judge(known: argparse.Namespace, output: Path) -> "Judge":
+    from tinyllava.errors import ConfigError
     from tinyllava.evaluation.judge import Endpoint, Judge, ReplyCache
 
+    if not known.judge_model:
+        raise ConfigError("--judge-url needs --judge-model: the name of the judge stands in every result.")
     key = os.environ.get(known.judge_key, "")
     endpoint = Endpoint(url=known.judge_url, model=known.judge_model, api_key=key)
     return Judge(endpoint=endpoint, cache=ReplyCache(output / "judge_replies.jsonl"))

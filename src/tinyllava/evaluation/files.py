@@ -16,7 +16,7 @@ class NeededFile:
     source: str
     """Where it is to be had."""
     size: str = "size not known"
-    licence: str = "see the source"
+    licence: str = "not stated"
     num_files: int | None = None
     """How many files a complete folder (or pattern) has."""
     known_md5: Mapping[str, str] = field(default_factory=dict)

@@ -236,6 +236,24 @@ def _read_reply(url: str, response: httpx.Response) -> str:
     return reply if isinstance(reply, str) else ""
 
 
+def find_reviews(path: Path, benchmark: str) -> Path | None:
+    """Return the recorded reviews of a benchmark: ``path`` itself, or the file for it in that folder, if any.
+
+    Raises:
+        DataError: no such path, or the folder has several files for the benchmark.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; name recorded reviews.")
+    if not path.is_dir():
+        return path
+    patterns = (f"{benchmark}.jsonl", f"{benchmark}.json", f"{benchmark}/reviews-*.jsonl")
+    found = sorted(one for pattern in patterns for one in path.glob(pattern))
+    if len(found) > 1:
+        names = ", ".join(str(one.relative_to(path)) for one in found)
+        raise DataError(f"{path}: several reviews of {benchmark}: {names}. Name the file of one judge.")
+    return found[0] if found else None
+
+
 def read_reviews(path: Path, *, judge: str = "") -> Reviews:
     """Read recorded reviews: ours or LLaVA's (JSON lines) or MM-Vet's grades (JSON by question id).
 

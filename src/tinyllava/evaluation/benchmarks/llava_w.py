@@ -31,8 +31,8 @@ from tinyllava.evaluation.scoring.statistics import Ratio
 CATEGORIES = ("conv", "detail", "complex")
 RULES, SCRIPT = "rule.json", "eval_gpt_review_bench.py"
 SITE = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
-LLAVA = "llava/eval of https://github.com/haotian-liu/LLaVA"
-UNREADABLE = "-1 -1"
+LLAVA = "https://github.com/haotian-liu/LLaVA, llava/eval"
+LICENCE = "Apache-2.0"
 
 
 def load(folder: Path) -> list[Question]:
@@ -187,12 +187,12 @@ def export_answers(
 
 _FILES = (
     *(
-        NeededFile(names=(name, "**/*.parquet"), purpose=purpose, source=SITE)
-        for name, purpose in (
-            ("questions.jsonl", "60 questions"),
-            ("context.jsonl", "captions of the 24 pictures, for the judge"),
-            ("answers_gpt4.jsonl", "reference answers"),
-            ("images", "24 pictures"),
+        NeededFile(names=(name, "**/*.parquet"), purpose=purpose, source=SITE, size=size, licence=LICENCE)
+        for name, purpose, size in (
+            ("questions.jsonl", "60 questions", "8.25 kB"),
+            ("context.jsonl", "captions of the 24 pictures, for the judge", "8.04 kB"),
+            ("answers_gpt4.jsonl", "reference answers", "46.5 kB"),
+            ("images", "24 pictures", "9.7 MB"),
         )
     ),
 )
@@ -219,8 +219,13 @@ BENCHMARK = Benchmark(
     export=export_answers,
     files=(
         *_FILES,
-        NeededFile(names=(RULES,), purpose="the official rules for the judge", source=f"{LLAVA}/table"),
-        NeededFile(names=(SCRIPT,), purpose="the judge's system line", source=LLAVA),
+        NeededFile(
+            names=(RULES,),
+            purpose="the official rules for the judge",
+            source=f"{LLAVA}/table",
+            licence=LICENCE,
+        ),
+        NeededFile(names=(SCRIPT,), purpose="the judge's system line", source=LLAVA, licence=LICENCE),
     ),
 )
 

@@ -200,6 +200,7 @@ BENCHMARK = Benchmark(
             names=("*dev*.tsv", "*DEV*.tsv", "**/dev*.parquet"),
             purpose="1,164 questions with all rotations, pictures inside",
             source=SOURCE,
+            licence="Apache-2.0 (of the repository open-compass/MMBench; not stated for the pictures)",
             known_md5={
                 "b6caf1133a01c6bb705cf753bb527ed8": "MMBench_DEV_EN",
                 "30c05be8f2f347a50be25aa067248184": "MMBench_DEV_EN_V11",

@@ -160,6 +160,7 @@ BENCHMARK = Benchmark(
             names=(TREE, "existence", "**/*.parquet"),
             purpose="1,187 pictures with two questions each, fourteen tasks",
             source="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models (on request)",
+            licence="not stated",
         ),
     ),
     notes=("perception is the sum over ten tasks, at most 2,000; cognition and total stand beside it",),

@@ -29,6 +29,7 @@ from tinyllava.evaluation.read import (
 GOLD = "mm-vet.json"
 EVALUATOR = "mm-vet_evaluator.py"
 SITE = "https://github.com/yuweihao/MM-Vet"
+LICENCE = "CC BY-NC 4.0"
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 
@@ -147,11 +148,13 @@ _FILES = (
         names=("mm-vet/mm-vet.json", GOLD, "**/*.parquet"),
         purpose="218 questions with answers and capabilities",
         source=f"mm-vet.zip of {SITE}",
+        licence=LICENCE,
     ),
     NeededFile(
         names=("mm-vet/images", "images", "**/*.parquet"),
         purpose="200 pictures",
         source=f"mm-vet.zip of {SITE}",
+        licence=LICENCE,
     ),
 )
 

@@ -137,11 +137,22 @@ _FILES = (
             names=(f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json"),
             purpose=f"{num:,} questions, split {split}",
             source=PINNED,
-            licence="MIT",
+            licence="MIT (of the repository)",
+            size=f"{num_bytes:,} bytes",
+            known_md5={md5: "the pinned release"},
         )
-        for split, num in (("adversarial", 3_000), ("popular", 3_000), ("random", NUM_PINNED_RANDOM))
+        for split, num, num_bytes, md5 in (
+            ("adversarial", 3_000, 370_459, "b3f9df71709d436462611d7e88ce1447"),
+            ("popular", 3_000, 370_234, "8233e15e9bb7587b03a624b38a1cee74"),
+            ("random", NUM_PINNED_RANDOM, 360_212, "b635b20061b1262cba65ed5bef7660a2"),
+        )
     ),
-    NeededFile(names=("val2014",), purpose="500 pictures of COCO val2014", source="https://cocodataset.org"),
+    NeededFile(
+        names=("val2014",),
+        purpose="500 pictures of COCO val2014",
+        source="https://cocodataset.org",
+        licence="Flickr terms of use",
+    ),
 )
 
 BENCHMARK = Benchmark(
@@ -175,7 +186,7 @@ POOLED = replace(
             names=("**/*.parquet", "coco_pope_random.json", "coco/coco_pope_random.json"),
             purpose="9,000 questions, with pictures in parquet",
             source="the data set lmms-lab/POPE, or https://github.com/AoiDragon/POPE",
-            licence="MIT",
+            licence="MIT (of the repository); Flickr terms of use (pictures)",
         ),
     ),
     notes=("exact match of yes or no over one pool; not a number for the column POPE",),

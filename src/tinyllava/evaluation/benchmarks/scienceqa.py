@@ -25,6 +25,7 @@ from tinyllava.evaluation.scoring.choices import parse_scienceqa
 PROMPT = "{context}{question}\n{options}\n" + LETTER
 LETTERS = "ABCDE"
 SITE = "https://github.com/lupantech/ScienceQA"
+LICENCE = "CC BY-NC-SA 4.0"
 
 
 def load(folder: Path) -> list[Question]:
@@ -104,15 +105,22 @@ BENCHMARK = Benchmark(
     max_new_tokens=1024,
     files=(
         NeededFile(
-            names=("problems.json", "**/*test*.parquet"), purpose="questions with answers", source=SITE
+            names=("problems.json", "**/*test*.parquet"),
+            purpose="questions with answers",
+            source=SITE,
+            licence=LICENCE,
         ),
         NeededFile(
-            names=("pid_splits.json", "**/*test*.parquet"), purpose="the 4,241 ids of the split", source=SITE
+            names=("pid_splits.json", "**/*test*.parquet"),
+            purpose="the 4,241 ids of the split",
+            source=SITE,
+            licence=LICENCE,
         ),
         NeededFile(
             names=("images/test", "**/*test*.parquet"),
             purpose="2,017 pictures, images/test/{id}/image.png",
             source=SITE,
+            licence=LICENCE,
         ),
     ),
 )

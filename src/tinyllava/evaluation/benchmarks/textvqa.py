@@ -122,11 +122,13 @@ BENCHMARK = Benchmark(
             names=(LLAVA, ROSETTA, "**/*validation*.parquet"),
             purpose="the OCR tokens (Rosetta, v0.2)",
             source=f"LLaVA's eval.zip (docs/Evaluation.md of the LLaVA repository), or {SITE}",
+            licence="CC BY 4.0",
         ),
         NeededFile(
             names=("train_images", "**/*validation*.parquet"),
             purpose="pictures, train_images/{image_id}.jpg",
             source="https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+            licence="CC BY 4.0 (data set); pictures are of Open Images",
         ),
     ),
     notes=("asked with the line of OCR tokens",),
