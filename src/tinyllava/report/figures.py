@@ -18,7 +18,10 @@ from tinyllava.report.tables import Entry, Row, Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#2f6f9f", "#d98032", "#5b9660", "#a2548b", "#8a7a3d", "#5f6b7a")
+COLOURS = (
+    "#2f6f9f", "#d98032", "#5b9660", "#a2548b", "#8a7a3d", "#5f6b7a", "#3aa6a0", "#b3423b", "#6a5acd",
+    "#9aa63a", "#c77fb0", "#7a4a2b",
+)  # fmt: skip
 FULL_SCORE = {"mme": 2000.0}
 """Benchmarks that are not out of 100; a bar shows the share in percent."""
 _STYLE: Any = {
@@ -48,13 +51,14 @@ def new_figure(width: float, height: float) -> Iterator["Figure"]:
 def draw_bars(table: Table, panel: str) -> "Figure":
     """Draw one panel: for each benchmark a bar of each model, its 95% interval and its published value."""
     measured = [row for row in table.rows if row.panel == panel and not row.source]
+    colours = _colours(table)
     printed = {row.model: row for row in table.rows if row.panel == panel and row.source == "the paper"}
     width = 0.8 / max(1, len(measured))
     with new_figure(max(4.2, 1.4 + 0.3 * len(table.columns) * (len(measured) + 1)), 3.1) as figure:
         axes = figure.add_subplot()
         for number, row in enumerate(measured):
             places = [i + (number - (len(measured) - 1) / 2) * width for i in range(len(table.columns))]
-            _draw_row(axes, row, printed.get(row.model), table, places, width, COLOURS[number % 6])
+            _draw_row(axes, row, printed.get(row.model), table, places, width, colours[row.model])
         axes.set_xticks(
             range(len(table.columns)), [_heading(column.title, column.benchmark) for column in table.columns]
         )
@@ -64,7 +68,7 @@ def draw_bars(table: Table, panel: str) -> "Figure":
         axes.set_ylabel("score, percent")
         axes.grid(axis="y", color="#e5e7eb")
         axes.set_title(panel, loc="left")
-        _add_legend(axes, measured, bool(printed))
+        _add_legend(axes, measured, colours, bool(printed))
     return figure
 
 
@@ -122,20 +126,24 @@ def _draw_error(axes: Any, entry: Entry, benchmark: str, place: float) -> None:
     )
 
 
-def _add_legend(axes: Any, measured: Sequence[Row], has_published: bool) -> None:
+def _colours(table: Table) -> dict[str, str]:
+    """Return a colour for each label, the same in all panels."""
+    labels = dict.fromkeys(row.model for row in table.rows if not row.source)
+    return {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
+
+
+def _add_legend(axes: Any, measured: Sequence[Row], colours: Mapping[str, str], has_published: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    marks: list[Any] = [
-        Patch(color=COLOURS[number % 6], label=row.model) for number, row in enumerate(measured)
-    ]
+    marks: list[Any] = [Patch(color=colours[row.model], label=row.model) for row in measured]
     if has_published:
         hollow: Any = {"markerfacecolor": "white", "markeredgecolor": "#111827", "linestyle": "none"}
         marks.append(Line2D([], [], marker="D", markersize=5, label="published", **hollow))
     if any(entry is None for row in measured for entry in row.entries):
         marks.append(Patch(fill=False, edgecolor="#6b7280", linestyle=":", label="not measured"))
     axes.legend(
-        handles=marks, ncols=min(3, len(marks)), loc="upper center", bbox_to_anchor=(0.5, -0.16),
+        handles=marks, ncols=min(4, len(marks)), loc="upper left", bbox_to_anchor=(0, -0.16),
         frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.2,
     )  # fmt: skip
 
@@ -153,9 +161,13 @@ def draw_radar(table: Table, rows: Sequence[Row]) -> "Figure":
             name = f"{row.model}, {row.source}" if row.source else row.model
             line = "--" if row.source else "-"
             axes.plot(
-                [*angles, *angles[:1]], [*reach, *reach[:1]], line, color=COLOURS[number % 6], label=name
+                [*angles, *angles[:1]],
+                [*reach, *reach[:1]],
+                line,
+                color=COLOURS[number % len(COLOURS)],
+                label=name,
             )
-            axes.fill(angles, reach, color=COLOURS[number % 6], alpha=0.08)
+            axes.fill(angles, reach, color=COLOURS[number % len(COLOURS)], alpha=0.08)
         axes.set_xticks(angles, [_radar_label(table, rows, i) for i in shared], fontsize=8, linespacing=1.3)
         axes.tick_params(axis="x", pad=12)
         axes.set_ylim(0, 1.02)
@@ -197,7 +209,7 @@ def _draw_stage(axes: Any, study: Study, name: str) -> None:
         steps, losses = zip(*stage.losses, strict=True)
         smooth = _running_mean(losses, max(1, len(losses) // 20))
         top = max(top, *smooth)
-        colour = COLOURS[labels.index(cell.label) % 6] if len(users) == 1 else "#6b7280"
+        colour = COLOURS[labels.index(cell.label) % len(COLOURS)] if len(users) == 1 else "#6b7280"
         text = cell.label if len(users) == 1 else f"shared by {len(users)} models"
         axes.plot(steps, smooth, color=colour, linewidth=1, alpha=0.85, label=text)
     handles, texts = axes.get_legend_handles_labels()

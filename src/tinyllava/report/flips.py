@@ -20,53 +20,57 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ a }} and {{ b }}: questions that flipped</title>
+<link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark }
-body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; width: 100% }
-th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid #8885 }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
-article { display: grid; grid-template-columns: 14rem 1fr; gap: 1rem; margin: 1.5rem 0 }
-img { max-width: 100%; border-radius: .3rem }
-pre { white-space: pre-wrap; margin: .2rem 0; font: inherit }
-dt { font-weight: 600 }
-.right::after { content: " (right)"; color: #287d3c }
-.wrong::after { content: " (wrong)"; color: #b3261e }
+{{ style | safe }}
+h1 small { font-size: 1rem }
+pre { white-space: pre-wrap; margin: 0; font: inherit }
+dl { margin: 0; font-size: .92rem }
+dt { color: var(--soft); font-size: .82rem; margin-top: .4rem }
+dd { margin: 0 }
+.right::after { content: " (right)"; color: #1d6b34 }
+.wrong::after { content: " (wrong)"; color: #a3231c }
 </style>
 </head>
 <body>
-<h1>{{ a }} (A) and {{ b }} (B)</h1>
+<h1><small>A: {{ a }}</small><small>B: {{ b }}</small>Questions that flipped</h1>
+<div class="scroll" tabindex="0" role="region" aria-label="Differences">
 <table>
-<tr><th>Benchmark</th><th>A</th><th>B</th><th>B - A, 95% interval</th><th>p, bootstrap</th><th>p, McNemar</th>
-<th>questions</th></tr>
+<thead><tr><th>benchmark</th><th class="number">A</th><th class="number">B</th>
+<th class="number">B − A, 95% interval</th><th class="number">p, bootstrap</th>
+<th class="number">p, McNemar</th><th class="number">questions</th></tr></thead>
 {% for one in comparisons %}
-<tr><td>{{ one.benchmark }} ({{ one.metric }})</td>
+<tr><th>{{ one.benchmark }}<small>{{ one.metric }}</small></th>
 <td class="number">{{ "%.2f" | format(one.a) }}</td><td class="number">{{ "%.2f" | format(one.b) }}</td>
 <td class="number">{{ "%+.2f" | format(one.bootstrap.difference) }}
-[{{ "%+.2f" | format(one.bootstrap.interval[0]) }}, {{ "%+.2f" | format(one.bootstrap.interval[1]) }}]</td>
+<small>{{ "%+.2f" | format(one.bootstrap.interval[0]) }} to
+{{ "%+.2f" | format(one.bootstrap.interval[1]) }}</small></td>
 <td class="number">{{ "%.4f" | format(one.bootstrap.p_value) }}</td>
 <td class="number">{{ "%.4f" | format(one.mcnemar_p) }}</td>
-<td class="number">{{ one.num_questions }}</td></tr>
+<td class="number">{{ "{:,}".format(one.num_questions) }}</td></tr>
 {% endfor %}
 </table>
+</div>
 {% for one in comparisons %}
 <h2>{{ one.benchmark }}: {{ one.only_a }} only A right, {{ one.only_b }} only B right</h2>
 {% if one.flips | length > limit %}<p>The first {{ limit }} of {{ one.flips | length }}.</p>{% endif %}
+<div class="cards">
 {% for left, right in one.flips[:limit] %}
 {% set shown = show(one.benchmark, left.question_id) %}
 <article>
-<div>{% if shown.image %}<img src="{{ shown.image }}" alt="{{ left.picture }}" loading="lazy">{% else %}{{
-left.picture or "no picture" }}{% endif %}</div>
-<dl>
-<dt>Question {{ left.question_id }}</dt><dd><pre>{{ left.prompt }}</pre></dd>
-{% if shown.target %}<dt>Truth</dt><dd><pre>{{ shown.target }}</pre></dd>{% endif %}
+{% if shown.image %}<img src="{{ shown.image }}" alt="{{ left.picture }}">{% else %}<div>{{
+left.picture or "no picture" }}</div>{% endif %}
+<div><dl>
+<dt>question {{ left.question_id }}</dt><dd><pre>{{ left.prompt }}</pre></dd>
+{% if shown.target %}<dt>truth</dt><dd><pre>{{ shown.target }}</pre></dd>{% endif %}
 {% for name, answer in (("A", left), ("B", right)) %}
 <dt>{{ name }}</dt>
 <dd><pre class="{{ 'right' if answer.score >= right_from else 'wrong' }}">{{ answer.answer }}</pre></dd>
 {% endfor %}
-</dl>
+</dl></div>
 </article>
 {% endfor %}
+</div>
 {% endfor %}
 </body>
 </html>
@@ -102,8 +106,9 @@ def write_flips(
         images = question.conversation.images
         return {"image": _embed(images[0]) if images else "", "target": _spell(question.target)}
 
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     page = environment.from_string(_PAGE).render(
-        comparisons=comparisons, a=a, b=b, limit=limit, show=show, right_from=RIGHT
+        comparisons=comparisons, a=a, b=b, limit=limit, show=show, right_from=RIGHT, style=style
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")

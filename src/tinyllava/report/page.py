@@ -92,11 +92,19 @@ def _group_in_order(rows: Iterable[Any], attribute: str) -> list[tuple[Any, list
     return list(groups.items())
 
 
-def _by_claim(verdicts: Sequence[Verdict]) -> list[tuple[Claim, list[Verdict]]]:
+def _by_claim(verdicts: Sequence[Verdict]) -> list[tuple[Claim, list[Verdict], list[Verdict]]]:
+    """Return each claim with its tests, and with the comparisons that nothing was measured for."""
     groups: dict[int, list[Verdict]] = {}
     for verdict in verdicts:
         groups.setdefault(id(verdict.claim), []).append(verdict)
-    return [(group[0].claim, group) for group in groups.values()]
+    return [
+        (
+            group[0].claim,
+            [one for one in group if one.difference],
+            [one for one in group if not one.difference],
+        )
+        for group in groups.values()
+    ]
 
 
 def _facts(
@@ -138,8 +146,8 @@ def _facts(
 
 def _tally(verdicts: Sequence[Verdict]) -> str:
     counts = Counter(verdict.outcome for verdict in verdicts)
-    parts = [f"{counts[outcome]} {words}" for outcome, words in WORDS.items() if counts[outcome]]
-    return f"Of {len(verdicts)} comparisons: {', '.join(parts)}."
+    parts = [f"{words}: {counts[outcome]}" for outcome, words in WORDS.items() if counts[outcome]]
+    return f"{len(verdicts)} comparisons. {', '.join(parts).capitalize()}."
 
 
 def _draw_all(
@@ -198,8 +206,8 @@ def _show(example: Example, study: Study, folder: Path) -> Mapping[str, Any]:
             picture = _data_url("jpeg", (folder / example.picture).read_bytes())
         except OSError:
             raise DataError(
-                f"{folder / 'examples.json'}: picture {example.picture!r} of question {example.question_id!r} "
-                "is not in the folder; copy it there or delete the example."
+                f"{folder / 'examples.json'}: picture {example.picture!r} of question "
+                f"{example.question_id!r} is not in the folder; copy it there or delete the example."
             ) from None
     answers = []
     several = len(study.panels) > 1

@@ -87,10 +87,12 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 def draw_sheet(shown: Sequence[Shown], path: Path, columns: int = 6) -> None:
     """Draw pictures in a grid, below each the question, the model's answer and the truth."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from PIL import Image
 
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(columns * 2.3, rows * 2.9), layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.12)  # room for a title and an answer of two lines
+    figure = Figure(figsize=(columns * 2.3, rows * 3.1), layout=layout)
     for axes, one in zip(
         figure.subplots(rows, columns, squeeze=False).flat,
         [*shown, *[None] * (rows * columns - len(shown))],
