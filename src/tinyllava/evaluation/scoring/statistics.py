@@ -98,7 +98,7 @@ def wilson_interval(share: float, num: int) -> tuple[float, float]:
 
 def clustered_standard_error(ratios: Sequence[Ratio]) -> float | None:
     """Return the standard error of a sum of ratios whose units come in pictures; None below two pictures."""
-    names = {cluster for ratio in ratios for cluster in ratio.clusters}
+    names = sorted({cluster for ratio in ratios for cluster in ratio.clusters})  # the same sum every time
     if len(names) < 2:
         return None
     index = {cluster: i for i, cluster in enumerate(names)}
