@@ -48,13 +48,14 @@ def write_report(folder: Path) -> Path:
     study, scores, examples = load_study(folder), load_scores(folder), load_examples(folder)
     table = study_table(study)
     verdicts, anatomy = judge_claims(study, scores), dissect_study(study, scores)
+    shown = [_show(one, study, folder) for one in examples]
     figures = _draw_all(study, table, anatomy, examples, folder)
     page = _environment().get_template("page.jinja").render(
         study=study,
         table=table,
         verdicts=_by_claim(verdicts),
         anatomy=anatomy,
-        examples=[_show(one, study, folder) for one in examples],
+        examples=shown,
         bars=[figures[name] for name in figures if name.startswith(("bars", "radar"))],
         anatomy_figure=figures.get("pope"),
         curves=figures.get("losses"),

@@ -1,0 +1,80 @@
+"""The report of a study: the same bytes again, nothing fetched, what users wrote escaped."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from report.studies import FOLDER, make_study, write_study
+from tinyllava.errors import DataError
+from tinyllava.report.page import write_report
+from tinyllava.report.study import save_study
+
+
+def test_the_report_of_a_committed_folder_is_written_again_byte_for_byte(tmp_path: Path) -> None:
+    """In another process with other hash seeds, from the study's own files alone."""
+    for name in ("study.json", "scores.json", "examples.json"):
+        shutil.copy(FOLDER / name, tmp_path / name)
+    shutil.copytree(FOLDER / "pictures", tmp_path / "pictures")
+    code = "import pathlib; from tinyllava.report.page import write_report; write_report(pathlib.Path.cwd())"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
+    same = "python tests/report/studies.py writes the committed report anew, if the change is meant"
+    for path in sorted(path for path in FOLDER.rglob("*") if path.is_file()):
+        assert (tmp_path / path.relative_to(FOLDER)).read_bytes() == path.read_bytes(), f"{path.name}: {same}"
+
+
+PAGE = (FOLDER / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_there_is() -> None:
+    assert "<title>Training recipes on toy answers</title>" in PAGE
+    assert "7 of 9" in PAGE
+    assert "loss is not a number &lt;at step 41&gt;" in PAGE
+    assert not re.search(r'(src|href)="(?!data:|#)', PAGE)
+    assert "<script" not in PAGE
+    assert PAGE.count('<img src="data:image/') == 8
+    HTMLParser().feed(PAGE)
+
+
+def test_the_time_counts_a_shared_stage_once(tmp_path: Path) -> None:
+    study, _ = make_study()
+    shared = replace(study.cells[0].stages[0], key="shared", seconds=100.0)
+    cells = [replace(c, stages=(shared,) if c.stages else ()) for c in study.cells]
+    save_study(replace(study, cells=tuple(cells)), tmp_path)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<dt>training time behind it</dt><dd>1 min 40 s</dd>" in page
+
+
+def test_a_study_of_which_nothing_was_run_has_a_report(tmp_path: Path) -> None:
+    study, _ = make_study()
+    cells = [replace(c, status="missing", results=(), stages=(), error="") for c in study.cells]
+    save_study(replace(study, cells=tuple(cells)), tmp_path)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "0 of 9" in page
+    assert "Not measured: 19." in page
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"bars-{n}.{kind}" for n in (1, 2, 3) for kind in ("svg", "png")
+    }
+
+
+def test_figure_1_has_a_radar(tmp_path: Path) -> None:
+    study, _ = make_study()
+    save_study(replace(study, name="figure-1"), tmp_path)
+    write_report(tmp_path)
+    svg = (tmp_path / "figures" / "radar.svg").read_text(encoding="utf-8")
+    assert "LLaVA-1.5, 7B, 336 px, the paper" in svg
+
+
+def test_a_missing_picture_is_named(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    (tmp_path / "pictures" / "1.jpg").unlink()
+    with pytest.raises(DataError, match=r"picture 'pictures/1\.jpg' of question '0011' is not in the folder"):
+        write_report(tmp_path)
