@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CI_COMMANDS = commands(f"```bash\n{(ROOT / '.ci' / 'run').read_text(encoding='utf-8')}```")
 
 # Commands that take no weights and no data: run by the test below.
-RUN_HERE = ("tinyllava --help", "tinyllava show")
+RUN_HERE = ("tinyllava --help", "tinyllava show", "tinyllava reproduce figure-4 --plan")
 
 
 def is_run_by_ci(command: str) -> bool:

@@ -32,6 +32,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(module="evaluate", help="measure a checkpoint on benchmarks"),
     "compare": Command(module="compare", help="compare two evaluations question by question"),
+    "reproduce": Command(
+        module="reproduce", help="run a figure or table of the paper, or a grid of yours, and draw it"
+    ),
+    "runs": Command(module="runs", help="list runs, filter them, and show what two of them differ in"),
     "data": Command(module="data", help="check data: what a benchmark or a mixture needs and what is there"),
     "import": Command(module="import_", help="bring in a checkpoint of another layout"),
     "export": Command(module="export", help="write a checkpoint for stock transformers, vLLM or a hub"),

@@ -73,7 +73,7 @@ def read_records(path: Path, images: Path, skip: tuple[str, ...] = ()) -> Record
     skipped: Counter[str] = Counter()
     conversations: list[Conversation] = []
     seen: set[int] = set()
-    for where, raw in _read_raw(path):
+    for where, raw in read_raw(path):
         try:
             conversation = _to_conversation(raw, where, str(path), images, skip, skipped)
             key = hash((conversation.id, conversation.messages))
@@ -99,7 +99,7 @@ def check_skip(skip: tuple[str, ...]) -> None:
             raise ConfigError(f"skip {name!r}: unknown; known: {', '.join(DEFECTS)}.")
 
 
-def _read_raw(path: Path) -> Iterator[tuple[str, Any]]:
+def read_raw(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) for each record of a file."""
     try:
         text = path.read_text(encoding="utf-8-sig")

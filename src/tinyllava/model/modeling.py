@@ -169,11 +169,18 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return self.model.language_model  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> "TinyLlavaForConditionalGeneration":
-        """Switch the trained components to training mode; frozen ones stay in inference mode (no dropout)."""
+        """Switch the trained components to training mode; frozen ones stay in inference mode (no dropout).
+
+        Batch norms of an encoder keep their statistics also where it is trained: batches are small, and
+        statistics are no parameters, so a stage that is reused would lack them.
+        """
         super().train(mode)
         for component in (self.vision_encoder, self.connector, self.language_model):
             if not any(p.requires_grad for p in component.parameters()):
                 component.eval()
+        for module in self.vision_encoder.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
         return self
 
     def forward(

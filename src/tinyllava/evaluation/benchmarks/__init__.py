@@ -39,5 +39,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "llava-w-own-prompt": llava_w.OWN_PROMPT,
     "mmbench-judge": mmbench.WITH_JUDGE,
     "starter": starter.BENCHMARK,
+    "starter-small": starter.SMALL,
     "starter-whole": starter.WHOLE,
 }

@@ -1,7 +1,7 @@
 """The starter's held-out questions: benchmark number ten, about pictures that everybody can fetch.
 
 Paper: none; the starter's own pictures (easy-VQA and the Grocery Store photographs, official test splits).
-``starter`` is a fixed sample of 1,500 questions, ``starter-whole`` all of them.
+``starter`` is a fixed sample of 1,500 questions, ``starter-small`` 360 of it, ``starter-whole`` all of them.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tinyllava.conversation import ImageRef, ask
@@ -24,6 +25,8 @@ QUOTAS = {
     ("grocery_store", "yes_no"): 400, ("grocery_store", "fruit"): 200, ("grocery_store", "variety"): 100,
 }  # fmt: skip
 """Questions of the fixed sample, by data set and kind; 100 of a kind that an option added."""
+SMALL_SHARE = 0.24
+"""Part of each quota that the small sample takes."""
 
 
 def load(folder: Path) -> list[Question]:
@@ -55,7 +58,7 @@ def _question(record: dict, folder: Path) -> Question:  # type: ignore[type-arg]
     )
 
 
-def load_sample(folder: Path) -> list[Question]:
+def load_sample(folder: Path, share: float = 1.0) -> list[Question]:
     """Read the fixed sample: of each data set and kind the questions whose ids hash lowest."""
     strata: dict[tuple[str, str], list[Question]] = defaultdict(list)
     for question in load(folder):
@@ -63,7 +66,7 @@ def load_sample(folder: Path) -> list[Question]:
         strata[source, question.category].append(question)
     chosen: list[Question] = []
     for key, questions in sorted(strata.items()):
-        chosen += sorted(questions, key=_hash_of)[: QUOTAS.get(key, 100)]
+        chosen += sorted(questions, key=_hash_of)[: round(share * QUOTAS.get(key, 100))]
     return sorted(chosen, key=lambda question: question.picture)
 
 
@@ -100,3 +103,8 @@ BENCHMARK = Benchmark(
     max_new_tokens=16,
 )
 WHOLE = replace(BENCHMARK, name="starter-whole", split="held-out", load=load, num_questions=0)
+SMALL = replace(
+    BENCHMARK, name="starter-small", split="held-out sample of 360",
+    load=partial(load_sample, share=SMALL_SHARE),
+    num_questions=sum(round(SMALL_SHARE * quota) for quota in QUOTAS.values()),
+)  # fmt: skip

@@ -1,0 +1,36 @@
+"""``tinyllava runs``: the runs of a folder, filtered, and what two of them differ in."""
+
+import argparse
+from pathlib import Path
+
+_HELP = """
+List the runs of a folder: parts, seed, stages, last losses, scores.
+
+  tinyllava runs                                       those in runs/
+  tinyllava runs FOLDER --where model.connector=mlp --where seed=1
+  tinyllava runs --diff runs/A runs/B                  settings, environments and scores that differ
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table, or the differences of two runs."""
+    parser = argparse.ArgumentParser(
+        prog="tinyllava runs", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", default="runs", help="folder with run folders (default runs)")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="PATH=VALUE", help="keep runs with this setting"
+    )
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="two run folders to compare")
+    known = parser.parse_args(arguments)
+
+    from tinyllava.commands.show import format_table
+    from tinyllava.grid.runs import diff_runs, filter_runs, find_runs, run_rows
+
+    if known.diff:
+        first, second = (find_runs(Path(folder))[0] for folder in known.diff)
+        rows = diff_runs(first, second)
+        print(format_table(rows) if len(rows) > 1 else "no difference")
+        return 0
+    print(format_table(run_rows(filter_runs(find_runs(Path(known.folder)), known.where))))
+    return 0

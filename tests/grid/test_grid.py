@@ -1,0 +1,132 @@
+"""Grids as values: the paper's, a user's own, and what the options make of them."""
+
+from dataclasses import replace
+
+import pytest
+
+from grid_toys import write_grid
+from tinyllava.errors import ConfigError, UnknownNameError
+from tinyllava.grid.find import find_grid
+from tinyllava.grid.grid import change_run, cross, exchange_parts, select_cells
+from tinyllava.grid.listings import list_table_1, list_table_2
+from tinyllava.grid.paper import GRIDS
+from tinyllava.recipes.ablations import ABLATIONS
+from tinyllava.recipes.variants import VARIANTS, variant
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_a_figure_has_the_cells_of_its_ablation(name):
+    grid = find_grid(name)
+    wanted = {
+        (panel, label): run for panel, runs in ABLATIONS[name].panels.items() for label, run in runs.items()
+    }
+    assert {(cell.panel, cell.label): cell.run for cell in grid.cells} == wanted
+    assert len(grid.benchmarks) == 9
+    for claim in grid.claims:  # each side of each claim is on the axes
+        for axis, label in {**claim.better, **claim.worse}.items():
+            assert label in grid.axes[axis]
+
+
+def test_table_a1_has_the_twelve_variants_with_their_published_numbers():
+    assert [cell.published for cell in GRIDS["table-a1"].cells] == list(VARIANTS)
+    assert len(GRIDS["table-a1"].benchmarks) == 7
+
+
+def test_what_the_paper_did_not_print_has_no_published_name():
+    cells = {cell.label: cell.published for cell in GRIDS["figure-6"].cells}
+    assert cells == {"MLP": "base-C-TL", "Resampler": ""}
+
+
+def test_tables_1_and_2_stand_beside_what_is_resolved():
+    (_, *parts), (_, *data) = list_table_1(), list_table_2()
+    assert [(row[1], row[2] == row[4]) for row in parts] == [
+        ("TinyLlama", True), ("StableLM-2", True), ("Phi-2", True), ("CLIP", True), ("SigLIP", True)
+    ]  # fmt: skip
+    assert [row[3] for row in data] == ["558k", "665k", "1246k", "665k"]
+    for row in data:  # the printed amount is ours in thousands
+        assert round(int(str(row[4]).replace(",", "")) / 1000) == int(str(row[3]).removesuffix("k"))
+
+
+def test_a_user_writes_a_grid_in_the_same_form(tmp_path, parts, records):
+    path = write_grid(tmp_path, parts, records, seeds=(1, 2))
+    grid = find_grid(str(path))
+    assert grid == find_grid(f"{path}:TOY")
+    assert grid.panels == ("MLP", "Linear")
+    assert [(cell.panel, cell.label) for cell in grid.cells] == [
+        ("MLP", "low"), ("MLP", "high"), ("Linear", "low"), ("Linear", "high")
+    ]  # fmt: skip
+    rates = [cell.run.stages["finetune"].learning_rate for cell in grid.cells]
+    assert rates == [1e-4, 1e-3, 1e-4, 1e-3]
+    assert {cell.run.stages["pretrain"].learning_rate for cell in grid.cells} == {1e-3}
+    with pytest.raises(UnknownNameError, match="Did you mean 'TOY'"):
+        find_grid(f"{path}:TOI")
+    path.write_text(path.read_text() + "\nOTHER = TOY\n")
+    with pytest.raises(ConfigError, match="holds 2 values"):
+        find_grid(str(path))
+    path.write_text("def make():\n    return 3\n")
+    with pytest.raises(ConfigError, match="returned int; a Grid is needed"):
+        find_grid(f"{path}:make")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model.conector": "mlp"}, "no field 'conector'; known: vision_encoder"),
+        ({"stages.fintune.learning_rate": 1}, "no 'fintune'; known: pretrain, finetune"),
+        ({"seed.x": 1}, "'x' is looked for in 42"),
+    ],
+)
+def test_a_path_that_is_not_there_is_refused(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        change_run(variant("base-C-TL"), changes)
+
+
+def test_recipe_and_data_set_are_exchanged_before_single_values():
+    changes = {"stages.finetune.learning_rate": 1e-5, "recipe": "share", "model.vision_encoder": "SigLIP"}
+    run = change_run(variant("base-C-TL"), changes)
+    wanted = variant("share-Sig-TL").stages
+    assert run.stages["share_pretrain"] == wanted["share_pretrain"]
+    assert run.stages["finetune"] == replace(wanted["finetune"], learning_rate=1e-5)
+    other = change_run(variant("base-C-TL"), {"dataset": "ShareGPT4V"})
+    assert other.stages == variant("base-C-TL-ShareGPT4V").stages
+
+
+def test_cells_are_chosen_by_id_subplot_or_label():
+    grid = GRIDS["figure-4"]
+    assert len(select_cells(grid, ["*Phi*"]).cells) == 2
+    assert len(select_cells(grid, ["CLIP"]).cells) == 3
+    assert [cell.id for cell in select_cells(grid, ["base-C-TL", "base-Sig-*"]).cells] == [
+        "base-C-TL", "base-Sig-TL", "base-Sig-SLM", "base-Sig-Phi"
+    ]  # fmt: skip
+    with pytest.raises(UnknownNameError, match="names no cell of figure-4; known: base-C-TL"):
+        select_cells(grid, ["base-C-Qwen"])
+
+
+def test_parts_that_stand_in_are_named_everywhere(parts):
+    grid = exchange_parts(GRIDS["figure-4"], {"TinyLlama": str(parts["llama"])})
+    cell = grid.cells[0]
+    assert cell.label == cell.labels["language_model"] == "TinyLlama (here llama)"
+    assert cell.run.model.language_model == str(parts["llama"])
+    assert cell.published == ""
+    assert grid.cells[1] == GRIDS["figure-4"].cells[1]
+    assert grid.axes["language_model"][0] == "TinyLlama (here llama)"
+    with pytest.raises(UnknownNameError, match="known: CLIP, Phi-2, SigLIP"):
+        exchange_parts(GRIDS["figure-4"], {"Llama": "x"})
+
+
+def test_a_panel_has_to_be_an_axis():
+    with pytest.raises(ConfigError, match="panel 'x' is no axis"):
+        cross(name="g", title="g", base=variant("base-C-TL"), axes={}, benchmarks=(), panel="x")
+
+
+def test_the_starter_varies_one_axis_in_each_panel(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path))
+    grid = find_grid("starter")
+    assert len(grid.panels) == 4
+    for panel in grid.panels:
+        labels = [cell.labels for cell in grid.cells if cell.panel == panel]
+        varied = {axis for axis in grid.axes if len({place[axis] for place in labels}) > 1}
+        assert len(varied) == 1
+    for claim in grid.claims:
+        (axis,) = claim.better
+        assert {claim.better[axis], claim.worse[axis]} <= set(grid.axes[axis])
