@@ -3,7 +3,6 @@
 Paper: section 3.1. The encoder is cut at its feature layer, as ``assemble`` does; what lay above is listed.
 """
 
-import copy
 import re
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
@@ -19,7 +18,7 @@ from tinyllava.errors import CheckpointError
 from tinyllava.importing.parts import Parts
 from tinyllava.importing.processor import load_processor
 from tinyllava.importing.tensors import Tensors, drop, refuse_left_over
-from tinyllava.model.assemble import make_config, make_room_for_image_token
+from tinyllava.model.assemble import greedy_generation, make_config, make_room_for_image_token
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -85,11 +84,7 @@ def build(
     model.model.multi_modal_projector = _load_connector(parts, config).to(dtype)
     num_rows = llm.get_input_embeddings().num_embeddings
     make_room_for_image_token(model, config.image_token_id)
-    model.generation_config = copy.deepcopy(llm.generation_config)
-    model.generation_config.update(
-        pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id, do_sample=False,
-        temperature=None, top_p=None, top_k=None,
-    )  # fmt: skip
+    model.generation_config = greedy_generation(llm.generation_config, processor.tokenizer)
     report = ImportReport(
         kind=parts.kind, source=parts.where, num_tensors=num_tensors, dropped=dropped + cut,
         recomputed=sorted(constants), num_new_rows=model.get_input_embeddings().num_embeddings - num_rows,

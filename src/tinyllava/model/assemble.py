@@ -3,7 +3,6 @@
 Paper: section 3.1 and Table 1.
 """
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
 )
 from transformers.utils import logging
 
@@ -57,12 +57,19 @@ def assemble(
     assembled.lm_head = llm.get_output_embeddings()
     assembled.model.multi_modal_projector = _new_connector(config).to(dtype)
     make_room_for_image_token(assembled, config.image_token_id)
-    assembled.generation_config = copy.deepcopy(llm.generation_config)
-    assembled.generation_config.update(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, do_sample=False,
-        temperature=None, top_p=None, top_k=None,
-    )  # fmt: skip
+    assembled.generation_config = greedy_generation(llm.generation_config, tokenizer)
     return assembled.eval(), make_processor(model, encoder, language, tokenizer, config.num_image_tokens)
+
+
+def greedy_generation(published: GenerationConfig, tokenizer: Any) -> GenerationConfig:
+    """Return settings under which answers follow from the weights alone.
+
+    Of what a language model was published with (sampling, Qwen's repetition penalty) only its tokens stay.
+    """
+    return GenerationConfig(
+        bos_token_id=published.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, do_sample=False,
+    )  # fmt: skip
 
 
 def open_checkpoint(

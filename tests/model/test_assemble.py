@@ -1,0 +1,40 @@
+"""What a language model was published with does not decide how the assembled model answers."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from tinyllava.config import ModelConfig
+from tinyllava.model.assemble import assemble, open_checkpoint
+
+
+def test_sampling_and_penalties_of_the_language_model_stay_behind(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    language = parts["chatml"]
+    published = tmp_path / "qwen"
+    published.mkdir()
+    for file in language.iterdir():
+        (published / file.name).write_bytes(file.read_bytes())
+    GenerationConfig(
+        do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=5.0, no_repeat_ngram_size=2,
+        eos_token_id=[0, 1], pad_token_id=0,
+    ).save_pretrained(published)  # fmt: skip
+    answers = []
+    for folder in (language, published):
+        torch.manual_seed(0)
+        model, processor = assemble(
+            ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(folder))
+        )
+        model.save_pretrained(tmp_path / f"out-{folder.name}")
+        processor.save_pretrained(tmp_path / f"out-{folder.name}")
+        again, _ = open_checkpoint(tmp_path / f"out-{folder.name}")
+        for opened in (model, again):
+            inputs = processor(text="What is it?")
+            ids = inputs["input_ids"]
+            answers.append(opened.generate(input_ids=ids, max_new_tokens=12, min_new_tokens=12))
+            assert opened.generation_config.do_sample is False
+            assert opened.generation_config.repetition_penalty in (None, 1.0)
+            assert opened.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    assert all(torch.equal(answer, answers[0]) for answer in answers[1:])
