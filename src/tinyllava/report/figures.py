@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllava.report.study import Example, Study
-from tinyllava.report.tables import Entry, Row, Table
+from tinyllava.report.tables import PAPER, Entry, Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def draw_bars(table: Table, panel: str) -> "Figure":
     """Draw one panel: for each benchmark a bar of each model, its 95% interval and its published value."""
     measured = [row for row in table.rows if row.panel == panel and not row.source]
     colours = _colours(table)
-    printed = {row.model: row for row in table.rows if row.panel == panel and row.source == "the paper"}
+    printed = {row.model: row for row in table.rows if row.panel == panel and row.source == PAPER}
     width = 0.8 / max(1, len(measured))
     with new_figure(max(4.2, 1.4 + 0.3 * len(table.columns) * (len(measured) + 1)), 3.1) as figure:
         axes = figure.add_subplot()
@@ -143,7 +143,7 @@ def _add_legend(axes: Any, measured: Sequence[Row], colours: Mapping[str, str], 
     if any(entry is None for row in measured for entry in row.entries):
         marks.append(Patch(fill=False, edgecolor="#6b7280", linestyle=":", label="not measured"))
     axes.legend(
-        handles=marks, ncols=min(4, len(marks)), loc="upper left", bbox_to_anchor=(0, -0.16),
+        handles=marks, ncols=min(5, len(marks)), loc="upper left", bbox_to_anchor=(0, -0.16),
         frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.2,
     )  # fmt: skip
 
@@ -152,7 +152,7 @@ def draw_radar(table: Table, rows: Sequence[Row]) -> "Figure":
     """Draw models over the benchmarks that all have, each axis scaled to its best (Figure 1)."""
     shared = [i for i in range(len(table.columns)) if all(row.entries[i] for row in rows)]
     angles = [2 * math.pi * k / max(1, len(shared)) for k in range(len(shared))]
-    with new_figure(4.6, 4.6) as figure:
+    with new_figure(6, 4.6) as figure:
         axes = figure.add_subplot(projection="polar")
         for number, row in enumerate(rows):
             values = [entry.value for entry in (row.entries[i] for i in shared) if entry]
@@ -168,8 +168,11 @@ def draw_radar(table: Table, rows: Sequence[Row]) -> "Figure":
                 label=name,
             )
             axes.fill(angles, reach, color=COLOURS[number % len(COLOURS)], alpha=0.08)
-        axes.set_xticks(angles, [_radar_label(table, rows, i) for i in shared], fontsize=8, linespacing=1.3)
-        axes.tick_params(axis="x", pad=12)
+        axes.set_xticks(angles, [""] * len(angles))
+        for angle, i in zip(angles, shared, strict=True):
+            side = round(math.cos(angle), 1)
+            where: Any = "left" if side > 0 else "right" if side < 0 else "center"
+            axes.text(angle, 1.1, _radar_label(table, rows, i), ha=where, va="center", fontsize=8)
         axes.set_ylim(0, 1.02)
         axes.set_yticks([0.25, 0.5, 0.75, 1], [])
         axes.grid(color="#d1d5db")

@@ -19,7 +19,7 @@ from tinyllava.report.anatomy import CellAnatomy, dissect_study, draw_anatomy
 from tinyllava.report.figures import draw_answers, draw_bars, draw_losses, draw_radar, to_png, to_svg
 from tinyllava.report.significance import Verdict, judge_claims
 from tinyllava.report.study import Claim, Example, Study, load_examples, load_scores, load_study
-from tinyllava.report.tables import Row, Table, models_of, study_table, to_csv, to_latex, to_markdown
+from tinyllava.report.tables import PAPER, Row, Table, models_of, study_table, to_csv, to_latex, to_markdown
 
 WORDS = {
     "holds": "holds",
@@ -81,6 +81,7 @@ def _environment() -> jinja2.Environment:
         millions=_millions,
         time=_time,
         words=WORDS,
+        statuses={"done": "done", "failed": "failed", "missing": "not run yet"},
         titles={name: benchmark.title for name, benchmark in BENCHMARKS.items()},
     )
     return environment
@@ -178,7 +179,7 @@ def _radar_rows(table: Table) -> list[Row]:
     """Return the measured models, and the published ones in place of those without numbers."""
     rows = [row for row in table.rows if sum(entry is not None for entry in row.entries) >= 3]
     measured = {row.model for row in rows if not row.source}
-    return [row for row in rows if not row.source or row.model not in measured]
+    return [row for row in rows if not row.source or (row.source == PAPER and row.model not in measured)]
 
 
 def _save(figure: Any, alt: str, path: Path) -> Picture:
@@ -230,4 +231,6 @@ def _millions(number: int) -> str:
 def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if not seconds:
+        return "none"
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -16,6 +16,8 @@ from tinyllava.report.study import Study, StudyCell
 from tinyllava.results import Metric
 
 OPEN = "not measured"
+PAPER = "the paper"
+"""Source of a row that the paper prints."""
 CSV_COLUMNS = (
     "panel", "model", "source", "benchmark", "metric", "value", "low", "high", "seed_standard_deviation",
     "num_seeds",
@@ -88,7 +90,7 @@ def study_table(study: Study) -> Table:
         status = "done" if done else first.status
         entries = tuple(_measured(done, column) for column in columns)
         rows.append(Row(panel=first.panel, model=first.label, entries=entries, status=status))
-        for source in ("the paper", "factory"):
+        for source in (PAPER, "factory"):
             rows += _published_row(first, source, columns)
     rows += _others(study.name, columns)
     return Table(title=study.title, columns=columns, rows=_mark_best(rows, len(columns)))
@@ -105,7 +107,7 @@ def _others(name: str, columns: Sequence[Column]) -> list[Row]:
                 Entry(value=score.value) if score else None
                 for score in (printed.score(row, column.benchmark) for column in columns)
             ),
-            source="the paper",
+            source=PAPER,
         )
         for row in printed.rows
         if row[0] in _OTHERS.get(name, ())
@@ -166,7 +168,7 @@ def _published_row(cell: StudyCell, source: str, columns: Sequence[Column]) -> l
     if source == "factory":
         scores, name = published_table("factory").scores(cell.published), "TinyLLaVA Factory"
     else:
-        scores, name = published_scores(cell.published), "the paper"
+        scores, name = published_scores(cell.published), PAPER
     found = [scores.get(column.benchmark) if not column.metric else None for column in columns]
     if not any(found):
         return []
