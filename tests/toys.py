@@ -117,15 +117,17 @@ def make_language_model(folder: Path, kind: str) -> Path:
     return folder
 
 
-def make_vision_encoder(folder: Path, kind: str, image_size_px: int = 28, num_layers: int = 4) -> Path:
+def make_vision_encoder(
+    folder: Path, kind: str, image_size_px: int = 28, num_layers: int = 4, width: int = WIDTH
+) -> Path:
     """Save a toy encoder of 2 x 2 patches: 'clip' (CLS, centre crop) or 'siglip' (no CLS, no crop)."""
     sizes = {
-        "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": num_layers,
+        "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": num_layers,
         "num_attention_heads": 4, "image_size": image_size_px, "patch_size": 14,
     }  # fmt: skip
     side = {"height": image_size_px, "width": image_size_px}
     if kind == "clip":
-        CLIPVisionModel(CLIPVisionConfig(**sizes, projection_dim=WIDTH)).save_pretrained(folder)
+        CLIPVisionModel(CLIPVisionConfig(**sizes, projection_dim=width)).save_pretrained(folder)
         CLIPImageProcessorPil(size={"shortest_edge": image_size_px}, crop_size=side).save_pretrained(folder)
     else:
         SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(folder)
