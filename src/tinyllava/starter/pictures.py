@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from pathlib import Path
 
-Kind = Literal["yes_no", "shape", "colour", "fruit", "variety"]
+Kind = Literal["yes_no", "shape", "colour", "fruit", "variety", "object", "group", "stamp"]
+"""What is asked for; the last three come with the data sets of `starter/options.py`."""
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

