@@ -7,7 +7,8 @@ from PIL import Image
 
 from chats import TEMPLATES, make_chat
 from tinyllava.conversation import Conversation, Message, ask
-from tinyllava.errors import DataError, ImageError
+from tinyllava.errors import ConfigError, DataError, ImageError
+from tinyllava.inference import Chat
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,12 @@ def test_stream_joins_to_the_answer(tmp_path, pictures):
     stream = chat.stream(mixed(pictures)[0], 400)
     next(stream)
     stream.close()  # must not wait for 400 tokens nor leave a thread that does
+
+
+@pytest.mark.parametrize("name", ["cpux", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ConfigError, match=rf"device '{name}': .* This machine's best is"):
+        Chat.open("never looked at", device=name)
 
 
 def test_wrong_requests_are_named(tmp_path, pictures):

@@ -14,7 +14,7 @@ from transformers import TextIteratorStreamer
 
 from tinyllava.conversation import Conversation
 from tinyllava.data.images import open_image
-from tinyllava.errors import DataError
+from tinyllava.errors import ConfigError, DataError
 from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
 from tinyllava.model.assemble import open_checkpoint
 
@@ -46,10 +46,11 @@ class Chat:
             dtype: ``auto`` is the checkpoint's own on a GPU and float32 on a CPU.
 
         Raises:
+            ConfigError: no such device here.
             CheckpointError: the folder is missing, incomplete, or of another kind.
         """
         device = device or best_device()
-        on_cpu = torch.device(device).type == "cpu"
+        on_cpu = check_device(device).type == "cpu"
         model, processor = open_checkpoint(folder, dtype="float32" if dtype == "auto" and on_cpu else dtype)
         model.to(device)
         return cls(model, processor)
@@ -153,6 +154,19 @@ def decode(processor: TinyLlavaProcessor, ids: list[list[int]]) -> list[str]:
     """Return the text of answers, without special tokens and outer blanks."""
     texts: list[str] = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def check_device(name: str) -> torch.device:
+    """Return a device of torch.
+
+    Raises:
+        ConfigError: no such device, or none here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r}: {reason} This machine's best is {best_device()!r}.") from error
 
 
 def best_device() -> str:

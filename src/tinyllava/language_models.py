@@ -3,11 +3,10 @@
 Paper: section 3.1, the small-scale LLM F_theta; section 4.1.1 for the choice.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyllava.errors import ConfigError
+from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.lookup import look_up
 from tinyllava.vision_encoders import read_config
 
@@ -148,7 +147,10 @@ def find_language_model(name: str, template: str = "") -> LanguageModel:
         ConfigError: a folder whose end-of-turn token has no known template, when none is given.
     """
     if Path(name).is_dir():
-        return _describe_folder(Path(name), template)
+        try:
+            return _describe_folder(Path(name), template)
+        except KeyError as error:
+            raise CheckpointError(f"{Path(name) / 'config.json'}: lacks {error}; fetch it again.") from error
     by_abbreviation = {model.abbreviation: model for model in LANGUAGE_MODELS.values()}
     if name in by_abbreviation:
         return by_abbreviation[name]
@@ -178,8 +180,8 @@ def _describe_folder(folder: Path, template: str) -> LanguageModel:
 
 
 def _eos_token(folder: Path) -> str:
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
+    name = "tokenizer_config.json"
+    if not (folder / name).exists():
         return ""
-    eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token") or ""
+    eos = read_config(folder, name).get("eos_token") or ""
     return str(eos["content"] if isinstance(eos, dict) else eos)

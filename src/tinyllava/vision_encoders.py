@@ -167,8 +167,11 @@ def _saved_parameters(folder: Path) -> int:
     path = folder / "model.safetensors"
     if not path.is_file():
         return 0
-    with path.open("rb") as file:
-        tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    try:
+        with path.open("rb") as file:
+            tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its head cannot be read; fetch the folder again.") from error
     names = (name for name in tensors if name != "__metadata__" and "running_" not in name)
     return sum(prod(tensors[name]["shape"]) for name in names if tensors[name]["shape"])
 
@@ -178,17 +181,17 @@ def _processed_side(folder: Path) -> int:
 
     What takes any size is often used at another one than it was trained at (DINOv2: 518 and 224 pixels).
     """
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    name = "preprocessor_config.json"
+    if not (folder / name).is_file():
         return 0
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_config(folder, name)
     sizes = [config.get("crop_size") if config.get("do_center_crop", True) else None, config.get("size")]
     size = next((value for value in sizes if value), 0)
     return int(size if isinstance(size, int) else size.get("height") or size.get("shortest_edge") or 0)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's config.json.
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a folder's config.json, or another file of settings.
 
     Raises:
         CheckpointError: it is missing or no JSON object.
@@ -197,8 +200,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no config.json; give a Hugging Face model folder.") from error
-    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder}: no {name}; give a Hugging Face model folder.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); fetch the folder again.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(config).__name__}.")

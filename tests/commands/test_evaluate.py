@@ -137,6 +137,13 @@ def test_chat_answers_once_and_in_turns(model, data, capsys, monkeypatch):
     assert len(turns) > len(once)
 
 
+@pytest.mark.parametrize("option", [("--max-tokens", "0"), ("--temperature", "-1")])
+def test_chat_refuses_values_that_cannot_be(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "cat.jpg", *option])
+    assert "--max-tokens must be at least 1, --temperature at least 0" in capsys.readouterr().err
+
+
 def test_chat_without_a_model_says_what_to_do(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path))
     assert main(["chat", "cat.jpg"]) == 2

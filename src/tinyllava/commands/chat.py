@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always gives the likeliest answer")
     parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
     known = parser.parse_args(arguments)
+    if known.max_tokens < 1 or known.temperature < 0:
+        parser.error("--max-tokens must be at least 1, --temperature at least 0")
 
     model = find_model(known.model)
     picture = None if known.picture == "-" else Path(known.picture)

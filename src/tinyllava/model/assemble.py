@@ -3,7 +3,6 @@
 Paper: section 3.1 and Table 1.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
 from tinyllava.templates import read_template
-from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder
+from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder, read_config
 
 _STAGES = ("stage_names", "out_features", "out_indices")
 _ROWS_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
@@ -107,7 +106,7 @@ def check_checkpoint(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: no tinyllava checkpoint there (no config.json). Train one, or import one."
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     kind = config.get("model_type")
     if kind != "tinyllava" or "connector_type" in config:  # TinyLLaVA Factory has the same model_type
         layout = (
@@ -119,7 +118,7 @@ def check_checkpoint(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_config(folder, index.name).get("weight_map", {}).values())
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise CheckpointError(

@@ -1,0 +1,60 @@
+"""Folders with a file cut short or a value gone: the file is named, with what to do about it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tinyllava.config import ModelConfig
+from tinyllava.errors import CheckpointError
+from tinyllava.language_models import find_language_model
+from tinyllava.model.assemble import assemble, check_checkpoint
+from tinyllava.vision_encoders import find_vision_encoder
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    """Leave the first thirty bytes of a file."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:30]) and None
+
+
+def without(key: str) -> Callable[[Path], None]:
+    def drop(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        del config[key]
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return drop
+
+
+PARTS = {
+    "llm config": ("phi", cut("config.json"), r"config\.json: not JSON .*; fetch the folder again"),
+    "llm tokenizer": ("phi", cut("tokenizer_config.json"), r"tokenizer_config\.json: not JSON"),
+    "llm value": ("phi", without("num_attention_heads"), r"config\.json: lacks 'num_attention_heads'"),
+    "encoder config": ("siglip", cut("config.json"), r"config\.json: not JSON"),
+    "encoder weights": ("siglip", cut("model.safetensors"), r"model\.safetensors: its head cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_damaged_part_is_named(parts: dict[str, Path], tmp_path: Path, case: str) -> None:
+    kind, damage, message = PARTS[case]
+    folder = tmp_path / "part"
+    shutil.copytree(parts[kind], folder)
+    find = find_vision_encoder if kind == "siglip" else find_language_model
+    assert find(str(folder)).path == str(folder)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        find(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_checkpoints_settings_cut_short(parts: dict[str, Path], tmp_path: Path, name: str) -> None:
+    config = ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts["llama"]))
+    assemble(config)[0].save_pretrained(tmp_path, max_shard_size="60KB")
+    check_checkpoint(tmp_path)
+    cut(name)(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name}: not JSON .*; fetch the folder again"):
+        check_checkpoint(tmp_path)

@@ -1,0 +1,76 @@
+"""A disk that really fills up while a run trains: the reason is said, and with some room it goes on."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyllava.config import Hardware, to_json
+from training_toys import toy_run
+
+MOUNT = 'mount -t tmpfs -o size=24m none "$1" && shift && exec "$@"'
+
+# A second thread takes what is left of the disk as soon as the first step is logged.
+PROGRAM = """
+import json, sys, threading, time, torch
+from pathlib import Path
+from tinyllava.config import run_from_json
+from tinyllava.errors import TrainingError
+from tinyllava.training.run import train
+
+run = run_from_json(Path(sys.argv[1]).read_text())
+filler = run.folder.parent / "filler"
+
+def fill():
+    while not (run.folder / "pretrain/metrics.jsonl").exists():
+        time.sleep(0.001)
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == 28, error
+
+torch.set_num_threads(1)
+threading.Thread(target=fill).start()
+try:
+    train(run)
+    said = "nothing"
+except TrainingError as error:
+    said = str(error)
+filler.unlink()
+num_steps = len((run.folder / "pretrain/metrics.jsonl").read_text().splitlines())
+files = [path.name for path in train(run).iterdir()]
+print(json.dumps({"said": said, "num_steps": num_steps, "files": files}))
+"""
+
+
+def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
+    parts: dict[str, Path], records: Path, tmp_path: Path
+) -> None:
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("a small disk of one's own needs Linux and user namespaces")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    hardware = Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=3)
+    run = toy_run(parts, records, disk / "run", hardware=hardware)
+    stages = {name: dataclasses.replace(stage, num_epochs=16) for name, stage in run.stages.items()}
+    config = tmp_path / "run.json"
+    config.write_text(to_json(dataclasses.replace(run, stages=stages)))
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", MOUNT, "sh", disk, sys.executable, "-c", PROGRAM, config],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["said"] == (
+        f"{disk / 'run' / 'pretrain'}: the disk is full; free some space and run the same command again."
+    )
+    assert 1 <= report["num_steps"] < 48  # it was stopped on the way
+    assert "model.safetensors" in report["files"]
