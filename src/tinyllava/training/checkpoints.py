@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import tinyllava
 from tinyllava.config import Run, Stage, to_json
 from tinyllava.errors import CheckpointError, TrainingError
+from tinyllava.model.adapters import save_adapters
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import Ledger
@@ -27,6 +28,7 @@ from tinyllava.training.trainer import choose_precision, trained_tensors
 
 PAPERS = "stage.json"
 TENSORS = "trained.safetensors"
+ADAPTERS = "adapters"
 
 
 def stage_key(run: Run, stage: Stage, ledger: Ledger, data_digest: str, template: str) -> str:
@@ -48,8 +50,7 @@ def find_stage(runs: Path, key: str) -> Path | None:
     """Return the folder of a finished stage with that key, in any run beside this one."""
     for papers in sorted(runs.glob(f"*/*/{PAPERS}")):
         if (
-            _is_json(papers)  # a full disk may have cut it short
-            and json.loads(papers.read_text(encoding="utf-8")).get("key") == key
+            json.loads(papers.read_text(encoding="utf-8")).get("key") == key
             and (papers.parent / TENSORS).is_file()
         ):
             return papers.parent
@@ -57,7 +58,8 @@ def find_stage(runs: Path, key: str) -> Path | None:
 
 
 def save_stage(folder: Path, model: TinyLlavaForConditionalGeneration, papers: Mapping[str, Any]) -> None:
-    """Write trained tensors and papers; the papers last, because they say that the stage is done."""
+    """Write trained tensors, adapters for PEFT, and papers; these last: they say that the stage is done."""
+    save_adapters(folder / ADAPTERS, model)
     save_file(trained_tensors(model), folder / TENSORS, metadata={"format": "pt"})
     (folder / PAPERS).write_text(json.dumps(papers, indent=2) + "\n", encoding="utf-8")
 

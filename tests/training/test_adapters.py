@@ -1,0 +1,71 @@
+"""Adapters as a stage leaves them are read by PEFT itself, and give what the merged model gives."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import set_seed
+
+from tinyllava.config import FULL, Tune, lora
+from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.training.run import train
+from training_toys import toy_run
+
+PLANS = {
+    "language model": {"connector": FULL, "language_model": lora(4, alpha=16)},
+    "encoder too": {
+        "vision_encoder": lora(2), "connector": FULL, "language_model": lora(4, alpha=16, dropout=0.1),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_peft_opens_them_on_the_weights_below(
+    parts: dict[str, Path], records: Path, tmp_path: Path, plan: str
+) -> None:
+    run = toy_run(parts, records, tmp_path / "run", llm="phi", encoder="clip")
+    stage = dataclasses.replace(run.stages["finetune"], learning_rate=1e-2, **PLANS[plan])
+    folder = train(dataclasses.replace(run, stages={"finetune": stage}))
+    adapted: dict[str, Tune] = {name: tune for name, tune in PLANS[plan].items() if tune.kind == "lora"}
+    saved = tmp_path / "run/finetune/adapters"
+    assert {path.name for path in saved.iterdir()} == set(adapted)
+    for name, tune in adapted.items():
+        config = PeftConfig.from_pretrained(saved / name)
+        assert (config.r, config.lora_alpha, config.lora_dropout) == (tune.rank, tune.alpha, tune.dropout)
+        assert {path.name for path in (saved / name).iterdir()} == {
+            "adapter_config.json", "adapter_model.safetensors",
+        }  # fmt: skip
+
+    merged, processor = open_checkpoint(folder)
+    inputs = processor(images=[Image.new("RGB", (40, 30), (200, 30, 90))], text="<image>\nWhat is it?")
+    set_seed(run.seed)
+    below, _ = assemble(run.model)
+    trained = load_file(tmp_path / "run/finetune/trained.safetensors")
+    others = {name: tensor for name, tensor in trained.items() if ".lora_" not in name}
+    assert {name.split(".")[1] for name in others} == {"multi_modal_projector"}
+    below.load_state_dict(others, strict=False)
+    with torch.no_grad():
+        expected, without = merged(**inputs).logits, below(**inputs).logits
+        opened = below
+        for name in adapted:
+            if opened is below:
+                opened = PeftModel.from_pretrained(below, saved / name, adapter_name=name)
+            else:
+                opened.load_adapter(saved / name, adapter_name=name)
+        opened.base_model.set_adapter(list(adapted))
+        torch.testing.assert_close(opened.eval()(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
+    assert (without - expected).abs().max() > 1e-2
+
+
+def test_a_stage_without_adapters_leaves_no_folder_for_them(
+    parts: dict[str, Path], records: Path, tmp_path: Path
+) -> None:
+    run = toy_run(parts, records, tmp_path / "run")
+    train(dataclasses.replace(run, stages={"pretrain": run.stages["pretrain"]}))
+    assert json.loads((tmp_path / "run/pretrain/stage.json").read_text())["stage"] == "pretrain"
+    assert not (tmp_path / "run/pretrain/adapters").exists()
