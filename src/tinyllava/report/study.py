@@ -7,6 +7,7 @@ of writing, so that a committed folder gives the same report byte for byte.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -218,7 +219,7 @@ class Example:
 
 def save_study(study: Study, folder: Path) -> None:
     """Write ``study.json``, whole or not at all."""
-    _write(folder / "study.json", asdict(study), indent=1)
+    _write(folder / "study.json", asdict(study))
 
 
 def load_study(folder: Path) -> Study:
@@ -246,7 +247,7 @@ def load_scores(folder: Path) -> dict[str, BenchmarkScores]:
 
 def save_examples(examples: Sequence[Example], folder: Path) -> None:
     """Write ``examples.json``; the pictures are written beside it by the caller."""
-    _write(folder / "examples.json", {"examples": [asdict(one) for one in examples]}, indent=1)
+    _write(folder / "examples.json", {"examples": [asdict(one) for one in examples]})
 
 
 def load_examples(folder: Path) -> list[Example]:
@@ -296,12 +297,17 @@ def _parse_examples(values: dict[str, Any]) -> list[Example]:
     return [Example(**example) for example in values["examples"]]
 
 
-def _write(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON with a line for each field, and for each entry of a list."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"version": FORMAT_VERSION, **values}
-    text = json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False)
+    dump = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+    fields = []
+    for name, value in {"version": FORMAT_VERSION, **values}.items():
+        is_list = isinstance(value, list | tuple) and value
+        text = "[\n" + ",\n".join(map(dump, value)) + "\n]" if is_list else dump(value)
+        fields.append(f"{dump(name)}: {text}")
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
     temporary.replace(path)
 
 
