@@ -1,6 +1,7 @@
 """``tinyllava show``: the tables, a variant's plan, and that neither takes long nor imports torch."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -34,10 +35,17 @@ def test_a_table_has_a_row_for_every_name(table: str, capsys: pytest.CaptureFixt
 def test_a_variant_is_shown_with_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "share-Sig-Phi"]) == 0
     text = capsys.readouterr().out
-    for said in ("SigLIP + mlp + Phi-2", "729 of 729 patches", "1319 are left for text", "from layer 12",
-                 "4,868", "3,186,939,424", "12.7 GB", "DOES NOT FIT", "sharded over 8"):  # fmt: skip
+    for said in ("SigLIP + mlp + Phi-2", "729 of 729 patches", "1319 are left for text",
+                 "from layer 12 at 2e-05", "4,868", "3,186,939,424", "12.7 GB", "DOES NOT FIT",
+                 "sharded over 8"):  # fmt: skip
         assert said in text
     assert "refused" not in text
+
+
+def test_each_component_is_shown_with_its_own_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "lora-Sig-Phi"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("finetune  LLaVA")]
+    assert re.split(" {2,}", row)[2:5] == ["frozen", "full at 2e-05", "lora 128 at 0.0002"]
 
 
 def test_another_machine_changes_batch_and_hours(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from tinyllava.check import find_problems
 from tinyllava.commands.show import TABLES, Rows, format_table
-from tinyllava.config import COMPONENTS, Run, Stage, Tune, to_json
+from tinyllava.config import COMPONENTS, Component, Run, Stage, to_json
 from tinyllava.errors import UnknownNameError
 from tinyllava.plan import UTILISATION, Plan, plan_run
 from tinyllava.recipes.published import as_published
@@ -53,11 +53,11 @@ def _model(run: Run, plan: Plan) -> str:
 
 
 def _stages(run: Run) -> Rows:
-    rows: Rows = [("stage", "data", "encoder", "connector", "LLM", "rate", "batch", "epochs", "template")]
+    rows: Rows = [("stage", "data", "encoder", "connector", "LLM", "batch", "epochs", "template")]
     rows += [
         (
-            name, ", ".join(stage.data.records), *(_describe(stage.tune(c)) for c in COMPONENTS),
-            _rates(stage), stage.global_batch_size, f"{stage.num_epochs:g}",
+            name, ", ".join(stage.data.records), *(_describe(stage, c) for c in COMPONENTS),
+            stage.global_batch_size, f"{stage.num_epochs:g}",
             stage.template or run.model.template or "the LLM's",
         )
         for name, stage in run.stages.items()
@@ -65,17 +65,15 @@ def _stages(run: Run) -> Rows:
     return rows
 
 
-def _describe(tune: Tune) -> str:
+def _describe(stage: Stage, component: Component) -> str:
+    """Say what a stage trains of a component, and at which rate."""
+    tune = stage.tune(component)
     details = {
         "from_layer": f"from layer {tune.first_layer}",
         "lora": f"lora {tune.rank}" + (f" on {tune.bits} bits" if tune.bits < 16 else ""),
     }
-    return details.get(tune.kind, tune.kind)
-
-
-def _rates(stage: Stage) -> str:
-    rates = {f"{stage.learning_rate_of(c):g}" for c in COMPONENTS if stage.tune(c).trains}
-    return " / ".join(sorted(rates))
+    rate = f" at {stage.learning_rate_of(component):g}" if tune.trains else ""
+    return details.get(tune.kind, tune.kind) + rate
 
 
 def _parameters(plan: Plan) -> Rows:
