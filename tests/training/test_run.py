@@ -210,6 +210,18 @@ def test_a_finished_stage_is_reused_by_its_content(parts, records, tmp_path, cap
     assert "done before" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("changes", [{"connector_options": {"side": 2}}, {"image_aspect": "square"}])
+def test_a_stage_of_another_model_with_the_same_weights_is_not_reused(
+    parts, records, tmp_path, capsys, changes
+):
+    """Averaging to one token or to four, a padded picture or a squeezed one: the tensors do not tell."""
+    for name, further in (("first", {}), ("second", changes), ("again", changes)):
+        run = toy_run(parts, records, tmp_path / name)
+        model = dataclasses.replace(run.model, connector="pool", connector_options={"side": 1})
+        train(dataclasses.replace(run, name=name, model=dataclasses.replace(model, **further)))
+        assert ("done before" in capsys.readouterr().out) == (name == "again")
+
+
 def test_the_model_folder_tells_where_it_came_from(parts, records, tmp_path):
     folder = train(toy_run(parts, records, tmp_path / "run"))
     names = {path.name for path in folder.iterdir()}

@@ -28,11 +28,19 @@ from tinyllava.training.trainer import choose_precision, trained_tensors
 
 PAPERS = "stage.json"
 TENSORS = "trained.safetensors"
+# What a config says of where it came from; the same model may have come by another way.
+_NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version")
 ADAPTERS = "adapters"
 
 
-def stage_key(run: Run, stage: Stage, ledger: Ledger, data_digest: str, template: str) -> str:
-    """Return a digest of everything that decides a stage's result: weights before, plan, data, seed."""
+def stage_key(
+    run: Run, stage: Stage, ledger: Ledger, data_digest: str, template: str,
+    model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor,
+) -> str:  # fmt: skip
+    """Return a digest of everything that decides a stage's result: model before, pixels, plan, data, seed.
+
+    Weights alone do not tell a model: connectors that average to 1 and to 4 tokens have the same.
+    """
     settings = dataclasses.asdict(stage)
     settings["data"] = data_digest
     inputs = {
@@ -41,9 +49,10 @@ def stage_key(run: Run, stage: Stage, ledger: Ledger, data_digest: str, template
         "template": template,
         "seed": run.seed,
         "precision": choose_precision(run.hardware.precision),
-        "aspect": run.model.image_aspect,
+        "model": {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_MODEL},
+        "pixels": [processor.image_aspect, processor.image_processor.to_dict()],
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def find_stage(runs: Path, key: str) -> Path | None:

@@ -90,8 +90,9 @@ def _run_stage(
     ledger = open_ledger(model)
     prepared = prepare(run, stage, model, processor)
     key = checkpoints.stage_key(
-        run, stage, ledger, prepared.digest, prepared.examples.template or processor.chat_template
-    )
+        run, stage, ledger, prepared.digest, prepared.examples.template or processor.chat_template,
+        model, processor,
+    )  # fmt: skip
     # One answer for all ranks, whatever another run finishes meanwhile.
     [done] = broadcast_object_list([checkpoints.find_stage(run.folder.parent, key)])
     if done is not None:
