@@ -6,7 +6,7 @@ trainer loads them; with bf16 the matrix products run on casts, of which the bac
 docs/memory.md compares the estimate with measured peaks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinyllava.config import Stage, Tune
 from tinyllava.language_models import LanguageModel
@@ -207,6 +207,8 @@ def _encoder_bytes(parts: Parts, tune: Tune, bf16: bool) -> int:
     encoder = parts.encoder
     if not tune.trains:
         return 0
+    if encoder.members:
+        return sum(_encoder_bytes(replace(parts, encoder=e), tune, bf16) for e in encoder.members)
     item = HALF_BYTES if bf16 else FLOAT_BYTES
     if encoder.kind == "cnn":  # about what a residual network keeps: four times its input at every stage
         return 8 * 3 * encoder.image_size_px**2 * item

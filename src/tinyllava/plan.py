@@ -230,6 +230,7 @@ def count_flops(
     connector = 2 * parts.connector_size.total * parts.num_image_tokens * num_pictures
     total += connector * (1 + stage.connector.trains + stage.vision_encoder.trains)
     tokens = (parts.num_patches + encoder.num_prefix_tokens) * num_pictures
-    vision = 2 * parts.encoder_size.total * tokens + 4 * encoder.width * encoder.num_kept_layers * tokens**2
+    vision = 2 * parts.encoder_size.total * tokens
+    vision += sum(4 * e.width * e.num_kept_layers for e in encoder.members or (encoder,)) * tokens**2
     trained = count_trained(parts.encoder_size, stage.vision_encoder) / parts.encoder_size.total
     return total + vision * (1 + 2 * trained)

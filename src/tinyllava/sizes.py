@@ -79,6 +79,9 @@ def language_model_size(language: LanguageModel) -> PartSize:
 
 def vision_encoder_size(encoder: VisionEncoder) -> PartSize:
     """Return the size of an encoder as it is assembled: cut at its feature layer, without a pooling head."""
+    if encoder.members:  # without the norms behind their features
+        sizes = [vision_encoder_size(member) for member in encoder.members]
+        return PartSize(outer=sum(size.total - size.behind for size in sizes))
     if encoder.kind == "cnn":
         return PartSize(outer=encoder.num_parameters)
     width, mlp = encoder.width, encoder.mlp_width

@@ -46,6 +46,8 @@ class VisionEncoder:
     """Rows of the table of positions where it is not one per patch and prefix token; 0 means it is."""
     rounds_up: bool = False
     """Whether a partial cell at the border counts as one (convolutions padded as SAME) or is dropped."""
+    members: "tuple[VisionEncoder, ...]" = ()
+    """The two encoders of a fused one, each at the size of its own picture; the first one's is prepared."""
 
     @property
     def num_kept_layers(self) -> int:
@@ -119,17 +121,54 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 def find_vision_encoder(name: str) -> VisionEncoder:
     """Return the encoder of that name or abbreviation, or the description of a local folder.
 
+    Two of them with a plus between, ``DINOv2+SigLIP``, are the encoder that gives the features of both.
+
     Raises:
         UnknownNameError: neither a known name nor a folder.
         CheckpointError: a folder without a readable config.json.
-        ConfigError: a folder of a family that is not known.
+        ConfigError: a folder of a family that is not known, or two encoders that cannot be fused.
     """
     if Path(name).is_dir():
         return _describe_folder(Path(name))
+    if "+" in name:
+        first, _, second = name.partition("+")
+        if "+" in second:
+            raise ConfigError(f"vision encoder {name!r}: two can be fused; name two, as in 'DINOv2+SigLIP'.")
+        return join_encoders(find_vision_encoder(first), find_vision_encoder(second))
     by_abbreviation = {encoder.abbreviation: encoder for encoder in VISION_ENCODERS.values()}
     if name in by_abbreviation:
         return by_abbreviation[name]
     return look_up(VISION_ENCODERS, name, "vision encoder (or local folder)")
+
+
+def join_encoders(first: VisionEncoder, second: VisionEncoder) -> VisionEncoder:
+    """Describe two transformer encoders as one that gives the features of both for each patch.
+
+    The picture is prepared for the first; if only the second is of a fixed size, the two change places.
+
+    Raises:
+        ConfigError: a CNN, or grids that do not agree.
+    """
+    if first.any_size and not second.any_size:
+        first, second = second, first
+    for encoder in (first, second):
+        if encoder.kind == "cnn":
+            raise ConfigError(f"{encoder.name}: a CNN cannot be fused; choose two transformer encoders.")
+    grid = first.grid_side()
+    if second.any_size:
+        second = replace(second, image_size_px=grid * second.patch_size_px)
+    if second.grid_side() != grid:
+        raise ConfigError(
+            f"{first.name} sees {grid} x {grid} patches and {second.name} {second.grid_side()} x "
+            f"{second.grid_side()}; fuse encoders with equal grids, or one of any size with another."
+        )
+    return VisionEncoder(
+        name=f"{first.name}+{second.name}", abbreviation=f"{first.abbreviation}+{second.abbreviation}",
+        path=first.path, kind="cnn", family="fused_vision", image_size_px=first.image_size_px,
+        patch_size_px=first.patch_size_px, width=first.width + second.width, num_layers=0, feature_layer=-1,
+        num_parameters=first.num_parameters + second.num_parameters, members=(first, second),
+        licence=" and ".join(dict.fromkeys((first.licence, second.licence))),
+    )  # fmt: skip
 
 
 def _describe_folder(folder: Path) -> VisionEncoder:

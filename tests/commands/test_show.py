@@ -48,6 +48,21 @@ def test_each_component_is_shown_with_its_own_rate(capsys: pytest.CaptureFixture
     assert re.split(" {2,}", row)[2:5] == ["frozen", "full at 2e-05", "lora 128 at 0.0002"]
 
 
+def test_two_encoders_are_shown_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "base-Dino+Sig-Phi"]) == 0
+    text = capsys.readouterr().out
+    assert "DINOv2+SigLIP + mlp + Phi-2" in text
+    assert "729 of 729 patches" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("vision_encoder")]
+    sizes = [main(["show", f"base-{short}-Phi"]) for short in ("Sig", "Dino")]
+    assert sizes == [0, 0]
+    alone = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vision_encoder")]
+    total, *single = (int(line.split()[1].replace(",", "")) for line in (row, *alone))
+    assert total == sum(single) - 2 * (1152 + 1024)  # without the norms behind the features
+    assert main(["show", "share-Dino+Sig-Phi"]) == 0
+    assert "there are no layers to count in it" in capsys.readouterr().out
+
+
 def test_another_machine_changes_batch_and_hours(capsys: pytest.CaptureFixture[str]) -> None:
     main(["show", "base-C-TL", "--gpu", "H100-80G", "--gpus", "1"])
     text = capsys.readouterr().out
@@ -94,7 +109,7 @@ def test_a_wrong_name_is_answered(
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["share-Sig-Phi", "encoders", "data", "wrong-name"])
+@pytest.mark.parametrize("what", ["share-Sig-Phi", "base-Sig+Dino-Phi", "encoders", "data", "wrong-name"])
 def test_it_takes_less_than_three_tenths_of_a_second_and_no_torch(what: str) -> None:
     code = (
         "import sys\nfrom tinyllava.cli import main\n"

@@ -17,9 +17,11 @@ from transformers import (
 
 import toys
 from tinyllava.config import ModelConfig
-from tinyllava.errors import ConfigError
+from tinyllava.errors import ConfigError, TinyLlavaError
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.fused_encoder import fuse
+from tinyllava.recipes.variants import variant
+from tinyllava.sizes import vision_encoder_size
 from tinyllava.vision_encoders import find_vision_encoder
 
 
@@ -85,6 +87,49 @@ def test_a_model_with_it_answers_and_comes_back_from_disk(
     again, _ = open_checkpoint(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("order", [("siglip", "dino"), ("dino", "siglip")])
+def test_two_names_with_a_plus_are_the_same_encoder(
+    folders: dict[str, Path], picture: Image.Image, order: tuple[str, str]
+) -> None:
+    name = "+".join(str(folders[part]) for part in order)
+    described, folder = find_vision_encoder(name), find_vision_encoder(str(folders["fused"]))
+    assert (described.name, described.abbreviation) == ("siglip+dino", "siglip+dino")
+    for field in ("kind", "image_size_px", "patch_size_px", "width", "num_prefix_tokens", "family"):
+        assert getattr(described, field) == getattr(folder, field)
+    made = []
+    for encoder in (name, str(folders["fused"])):
+        model, processor = assemble(
+            ModelConfig(vision_encoder=encoder, language_model=str(folders["llm"])), dtype=torch.float32
+        )
+        made.append(model.model.encode_images(processor.to_pixels([picture])))
+    torch.testing.assert_close(made[0], made[1], atol=0, rtol=0)
+    parameters = sum(p.numel() for p in model.vision_encoder.parameters())
+    assert vision_encoder_size(described).total == parameters == folder.num_parameters
+
+
+def test_published_encoders_are_fused_by_their_names() -> None:
+    both = find_vision_encoder("DINOv2+SigLIP")
+    assert both == find_vision_encoder("Sig+Dino")
+    assert (both.name, both.image_size_px) == ("SigLIP+DINOv2", 384)
+    assert (both.num_patches(), both.width) == (729, 1152 + 1024)
+    assert both.members[1].image_size_px == 27 * 14  # DINOv2 takes any size: that of SigLIP's grid
+    assert variant("base-Dino+Sig-Phi").model.vision_encoder == "DINOv2+SigLIP"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("CLIP+SigLIP", "24 x 24 patches and SigLIP 27 x 27"),
+        ("SigLIP+ConvNeXt", "a CNN cannot be fused"),
+        ("SigLIP+DINOv2+CLIP", "two can be fused"),
+        ("SigLIP+DINO", "Did you mean 'DINOv2'"),
+    ],
+)
+def test_names_that_cannot_be_fused_are_refused(name: str, says: str) -> None:
+    with pytest.raises(TinyLlavaError, match=says):
+        find_vision_encoder(name)
 
 
 def test_grids_that_do_not_agree_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

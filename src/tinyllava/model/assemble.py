@@ -143,7 +143,11 @@ def load_tokenizer(language: LanguageModel) -> Any:
 
 
 def load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
-    """Load the vision half of a folder that may also hold a text half (CLIP, SigLIP)."""
+    """Load the vision half of a folder that may also hold a text half (CLIP, SigLIP), or two as one."""
+    if encoder.members:
+        from tinyllava.model.fused_encoder import load_fused  # which loads each of the two with this function
+
+        return load_fused(encoder, dtype)
     config = AutoConfig.from_pretrained(encoder.path)
     config = getattr(config, "vision_config", None) or config
     if hasattr(config, "vision_use_head"):

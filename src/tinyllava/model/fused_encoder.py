@@ -14,8 +14,7 @@ from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from tinyllava.errors import ConfigError
-from tinyllava.vision_encoders import find_vision_encoder
+from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder, join_encoders
 
 
 @strict
@@ -102,43 +101,33 @@ def _without_last_norm(tower: Any) -> Any:
 def fuse(first: str, second: str, folder: str | Path) -> Path:
     """Write two encoders as one local folder, to be named as any other encoder.
 
-    Args:
-        first: encoder whose image processor prepares the picture; a name or a folder.
-        second: encoder that sees the same picture at the size that gives the same grid.
-
     Raises:
-        ConfigError: a CNN, or grids that do not agree.
-        UnknownNameError, CheckpointError: see ``find_vision_encoder``.
+        ConfigError, UnknownNameError, CheckpointError: see ``find_vision_encoder`` and ``join_encoders``.
     """
+    spec = join_encoders(find_vision_encoder(first), find_vision_encoder(second))
+    load_fused(spec, torch.float32).save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(spec.path, backend="pil").save_pretrained(folder)
+    return Path(folder)
+
+
+def load_fused(spec: VisionEncoder, dtype: torch.dtype) -> FusedVisionModel:
+    """Load the two encoders that ``join_encoders`` described, cut at their feature layers, as one."""
     from tinyllava.model.assemble import cut_encoder, load_encoder
 
-    specs = [find_vision_encoder(name) for name in (first, second)]
-    grid = specs[0].grid_side()
-    side = grid * specs[1].patch_size_px if specs[1].any_size else specs[1].image_size_px
-    for spec in specs:
-        if spec.kind == "cnn":
-            raise ConfigError(f"{spec.name}: a CNN cannot be fused; choose two transformer encoders.")
-    if specs[1].grid_side(side) != grid:
-        raise ConfigError(
-            f"{first} sees {grid} x {grid} patches and {second} {specs[1].grid_side(side)} x "
-            f"{specs[1].grid_side(side)}; fuse encoders with equal grids, or one of any size as the second."
-        )
-    towers = [cut_encoder(load_encoder(spec, torch.float32), spec) for spec in specs]
-    processors = [AutoImageProcessor.from_pretrained(spec.path, backend="pil") for spec in specs]
-    model = FusedVisionModel(
-        FusedVisionConfig(
-            first_config=_plain(towers[0].config), second_config=_plain(towers[1].config),
-            num_prefix_tokens=[spec.num_prefix_tokens for spec in specs],
-            image_size=specs[0].image_size_px, second_image_size=side, patch_size=specs[0].patch_size_px,
-            hidden_size=sum(spec.width for spec in specs),
-            means=[list(p.image_mean) for p in processors],
-            deviations=[list(p.image_std) for p in processors],
-        )
+    towers = [cut_encoder(load_encoder(member, dtype), member) for member in spec.members]
+    processors = [AutoImageProcessor.from_pretrained(member.path, backend="pil") for member in spec.members]
+    config = FusedVisionConfig(
+        first_config=_plain(towers[0].config), second_config=_plain(towers[1].config),
+        num_prefix_tokens=[member.num_prefix_tokens for member in spec.members],
+        image_size=spec.image_size_px, second_image_size=spec.members[1].image_size_px,
+        patch_size=spec.patch_size_px, hidden_size=spec.width,
+        means=[list(p.image_mean) for p in processors], deviations=[list(p.image_std) for p in processors],
     )  # fmt: skip
+    with torch.device("meta"):
+        model = FusedVisionModel(config)
     model.first, model.second = map(_without_last_norm, towers)
-    model.save_pretrained(folder)
-    processors[0].save_pretrained(folder)
-    return Path(folder)
+    model.eval()
+    return model
 
 
 AutoConfig.register(FusedVisionConfig.model_type, FusedVisionConfig)

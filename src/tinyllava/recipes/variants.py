@@ -65,7 +65,7 @@ def make_run(
     """Return the run of a recipe on parts, named after the axes that are not the recipe's own.
 
     Args:
-        vision_encoder: an abbreviation of the table of vision encoders.
+        vision_encoder: an abbreviation of the table of vision encoders, or two with a plus between.
         language_model: an abbreviation of the table of language models.
         dataset: of Table 2; empty means the recipe's own.
     """
@@ -77,7 +77,9 @@ def make_run(
         name=PREFIX + "-".join([recipe.name, vision_encoder, language_model, *further]),
         recipe=recipe.name,
         model=ModelConfig(
-            vision_encoder=look_up(encoders, vision_encoder, "vision encoder"),
+            vision_encoder="+".join(
+                look_up(encoders, short, "vision encoder") for short in vision_encoder.split("+")
+            ),
             language_model=look_up(languages, language_model, "language model"),
             connector=connector,
             connector_options=dict(connector_options or {}),
