@@ -59,7 +59,8 @@ def find_stage(runs: Path, key: str) -> Path | None:
     """Return the folder of a finished stage with that key, in any run beside this one."""
     for papers in sorted(runs.glob(f"*/*/{PAPERS}")):
         if (
-            json.loads(papers.read_text(encoding="utf-8")).get("key") == key
+            _is_json(papers)  # a full disk may have cut it short
+            and json.loads(papers.read_text(encoding="utf-8")).get("key") == key
             and (papers.parent / TENSORS).is_file()
         ):
             return papers.parent
