@@ -198,6 +198,15 @@ def test_adapters_are_trained_merged_and_leave_the_rest_alone(parts, records, tm
     )
 
 
+def test_a_model_of_reused_stages_is_the_trained_one_byte_for_byte(parts, records, tmp_path):
+    folders = [tmp_path / name / "model" for name in ("first", "second")]
+    for folder in folders:
+        train(toy_run(parts, records, folder.parent))
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        first, second = (folder / name for folder in folders)
+        assert first.read_bytes() == second.read_bytes(), name
+
+
 def test_a_finished_stage_is_reused_by_its_content(parts, records, tmp_path, capsys):
     train(toy_run(parts, records, tmp_path / "first"))
     run = toy_run(parts, records, tmp_path / "second")

@@ -51,7 +51,7 @@ AMOUNTS: dict[Length, dict[str, Amount]] = {
         "grocery_store": Amount(captions=4400, conversations=1460),
     },
 }
-"""Default is twelve minutes on two CPU cores, short only shows that all works, full goes on much longer."""
+"""Default is twelve minutes on two CPU cores, short only shows that all works, full takes twice as long."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,6 +167,7 @@ def _release(trainer: StageTrainer) -> None:
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     model._is_accelerate_prepared = False
+    vars(model.config).pop("use_cache", None)  # the Trainer's own; a model of reused stages is saved without
     trainer.accelerator.free_memory()
 
 

@@ -120,3 +120,12 @@ def test_order_does_not_matter(pairs: list[tuple[float, str]], shuffler: random.
     )
     assert second.value == pytest.approx(first.value)
     assert second.standard_error == pytest.approx(first.standard_error, abs=1e-9)
+
+
+def test_an_interval_of_shares_stays_within_0_and_100():
+    numerators = [1.0] * 59 + [0.0]  # two questions a picture, all but one right
+    metric = estimate("accuracy", [Ratio(numerators=numerators, clusters=[str(n // 2) for n in range(60)])])
+    assert metric.value + 1.96 * metric.standard_error > 100
+    assert metric.interval[1] == 100
+    other = estimate("sum", [Ratio(numerators=[5.0, 7.0, 0.0], clusters=["a", "b", "c"], weight=1.0)])
+    assert other.interval[1] == pytest.approx(4 + 1.959964 * other.standard_error)

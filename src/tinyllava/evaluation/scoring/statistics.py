@@ -69,14 +69,27 @@ def estimate(name: str, ratios: Sequence[Ratio]) -> Metric:
             interval=(weight * low, weight * high),
         )
     standard_error = clustered_standard_error(ratios)
-    margin = None if standard_error is None else Z_95 * standard_error
+    interval = None
+    if standard_error is not None:
+        low, high = _bounds(ratios)
+        margin = Z_95 * standard_error
+        interval = max(low, value - margin), min(high, value + margin)
     return Metric(
         name=name,
         value=value,
         num_questions=num,
         standard_error=standard_error,
-        interval=None if margin is None else (value - margin, value + margin),
+        interval=interval,
     )
+
+
+def _bounds(ratios: Sequence[Ratio]) -> tuple[float, float]:
+    """Return what no sum of these ratios can leave: shares of units lie in [0, weight]."""
+    are_shares = all(
+        ratio.denominators is None and ratio.weight >= 0 and all(0 <= n <= 1 for n in ratio.numerators)
+        for ratio in ratios
+    )
+    return (0.0, sum(ratio.weight for ratio in ratios)) if are_shares else (-math.inf, math.inf)
 
 
 def _is_plain_accuracy(ratio: Ratio) -> bool:
