@@ -59,7 +59,7 @@ def test_a_user_writes_a_grid_in_the_same_form(tmp_path, parts, records):
     assert rates == [1e-4, 1e-3, 1e-4, 1e-3]
     assert {cell.run.stages["pretrain"].learning_rate for cell in grid.cells} == {1e-3}
     with pytest.raises(UnknownNameError, match="Did you mean 'TOY'"):
-        find_grid(f"{path}:TOI")
+        find_grid(f"{path}:TOYS")
     path.write_text(path.read_text() + "\nOTHER = TOY\n")
     with pytest.raises(ConfigError, match="holds 2 values"):
         find_grid(str(path))
@@ -71,7 +71,7 @@ def test_a_user_writes_a_grid_in_the_same_form(tmp_path, parts, records):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model.conector": "mlp"}, "no field 'conector'; known: vision_encoder"),
+        ({"model.projector": "mlp"}, "no field 'projector'; known: vision_encoder"),
         ({"stages.fintune.learning_rate": 1}, "no 'fintune'; known: pretrain, finetune"),
         ({"seed.x": 1}, "'x' is looked for in 42"),
     ],
