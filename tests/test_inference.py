@@ -58,7 +58,7 @@ def test_stream_joins_to_the_answer(tmp_path, pictures):
 
 @pytest.mark.parametrize("name", ["cpux", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(name):
-    with pytest.raises(ConfigError, match=rf"device '{name}': .* This machine's best is"):
+    with pytest.raises(ConfigError, match=rf"device '{name}': .*; this machine's best is"):
         Chat.open("never looked at", device=name)
 
 

@@ -165,8 +165,8 @@ def check_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r}: {reason} This machine's best is {best_device()!r}.") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"device {name!r}: {reason}; this machine's best is {best_device()!r}.") from error
 
 
 def best_device() -> str:
