@@ -60,6 +60,24 @@ def test_a_saved_folder_gives_the_same_grid(tmp_path: Path) -> None:
     assert output.last_hidden_state.std() > 0
 
 
+def test_folded_norms_give_what_unfolded_ones_give() -> None:
+    model = EfficientNetLiteModel(EfficientNetLiteConfig(hidden_size=24)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.weight.data, module.running_var):
+                values.uniform_(0.5, 1.5, generator=generator)
+            for values in (module.bias.data, module.running_mean):
+                values.uniform_(-0.5, 0.5, generator=generator)
+    pictures = torch.randn(2, 3, 65, 96, generator=generator)
+    unfolded = model(pictures).last_hidden_state  # with gradients the norms are layers of their own
+    with torch.no_grad():
+        folded = model(pictures).last_hidden_state
+    assert unfolded.requires_grad
+    assert unfolded.std() > 0.1
+    torch.testing.assert_close(folded, unfolded.detach(), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.timeout(1800)  # 84 MB come over the network when the starter has not fetched them yet
 def test_the_real_weights_know_fruit(tmp_path: Path) -> None:
     from pyarrow import parquet

@@ -48,7 +48,7 @@ class FeatureCache:
         self,
         conversations: Iterable[Conversation],
         *,
-        batch_size: int = 16,
+        batch_size: int = 8,
         progress: Callable[[int], None] = lambda n: None,
     ) -> None:
         """Compute what is not there yet; of several processes one computes and the others wait.
