@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on from the last checkpoint.", file=sys.stderr)
+        again = "" if arguments[0] == "chat" else "; run the same command again to go on where it was"
+        print(f"\nstopped{again}.", file=sys.stderr)
         return 130
 
 

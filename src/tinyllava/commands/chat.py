@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from tinyllava.conversation import Conversation
 
 _HELP = """
-Ask about a picture. Without a question, ask as many as you like; each is answered knowing those before it.
+Ask about a picture. Without a question, ask as many as you like; each is
+answered knowing those before it.
 
   tinyllava chat cat.jpg "What is on the chair?"
-  tinyllava chat cat.jpg                            several turns; an empty line ends
+  tinyllava chat cat.jpg              several turns; an empty line ends
   tinyllava chat cat.jpg --model runs/share-Sig-Phi/model
+  tinyllava chat cat.jpg < questions.txt
+
+Ctrl-C breaks off an answer; at the prompt it ends.
 """
 
 
@@ -29,8 +33,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("picture", help="picture file, or - for none")
     parser.add_argument("question", nargs="?", default="", help="what to ask (default: ask in turns)")
     parser.add_argument("--model", default="", help="checkpoint folder (default: the starter's)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 always gives the likeliest answer")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest answer")
     parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
     known = parser.parse_args(arguments)
     if known.max_tokens < 1 or known.temperature < 0:
@@ -49,6 +53,8 @@ def main(arguments: list[str]) -> int:
     from tinyllava.inference import Chat
 
     disable_progress_bar()
+    if sys.stderr.isatty():
+        print(f"opening {model} ...", file=sys.stderr)
     chat = Chat.open(model, device=known.device)
     sampling = {"do_sample": True, "temperature": known.temperature} if known.temperature else {}
 
@@ -91,9 +97,14 @@ def converse(
         turn = ask(question, *([picture] if picture and not messages else [])).messages
         messages += turn
         pieces = []
-        for piece in stream(Conversation(messages=messages)):
-            print(piece, end="", flush=True)
-            pieces.append(piece)
+        try:
+            for piece in stream(Conversation(messages=messages)):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print(" [broken off]", end="")
         print()
         messages += (Message(role="assistant", text="".join(pieces)),)
 
@@ -104,7 +115,9 @@ def _read_questions() -> Iterator[str]:
     while True:
         try:
             question = input(prompt).strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
+            if prompt:
+                print()
             return
         if not question:
             return
