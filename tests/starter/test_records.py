@@ -14,7 +14,7 @@ from pyarrow import parquet
 from tinyllava.data.records import read_records
 from tinyllava.errors import DataError
 from tinyllava.starter.pictures import FRUITS, Picture, read_easy_vqa, read_grocery_store
-from tinyllava.starter.records import Amount, RecordFiles, write_records
+from tinyllava.starter.records import Amount, RecordFiles, records_key, write_records
 
 QUESTIONS = {
     0: [
@@ -132,8 +132,8 @@ def test_a_picture_that_comes_again_is_asked_something_new(
     grocery_store: list[Picture], tmp_path: Path
 ) -> None:
     described = [p for p in grocery_store if not p.is_held_out and p.caption]
-    amount = Amount(captions=0, conversations=2 * len(described))
-    files = write_records(grocery_store, tmp_path, {"grocery_store": amount})
+    amounts = {"grocery_store": Amount(captions=0, conversations=2 * len(described))}
+    files = write_records(grocery_store, tmp_path, amounts, questions_per_conversation=4)
     asked: dict[str, list[set[str]]] = {}
     for record in json.loads(files.finetune.read_text()):
         texts = {
@@ -144,6 +144,25 @@ def test_a_picture_that_comes_again_is_asked_something_new(
     for picture in described:
         first, second = asked[picture.name]
         assert {q.text for q in picture.questions if q.kind == "yes_no"} <= first | second
+
+
+def test_names_and_yes_no_questions_are_asked_as_often(grocery_store: list[Picture], tmp_path: Path) -> None:
+    files = write(grocery_store, tmp_path, grocery_store=Amount(captions=0, conversations=40))
+    kinds = {f"{picture.name} {q.text}": q.kind for picture in grocery_store for q in picture.questions}
+    asked = Counter(
+        kinds[f"{record['image']} {turn['value'].removeprefix('<image>' + chr(10))}"]
+        for record in json.loads(files.finetune.read_text())
+        for turn in record["conversations"]
+        if turn["from"] == "human"
+    )
+    assert asked["yes_no"] == asked["fruit"] + asked["variety"] == 40
+    assert asked["variety"] >= 8
+
+
+def test_other_amounts_have_another_folder() -> None:
+    amounts = {"easy_vqa": Amount(captions=5, conversations=4)}
+    assert records_key(amounts) == records_key(dict(amounts))
+    assert records_key(amounts) != records_key({"easy_vqa": Amount(captions=5, conversations=5)})
 
 
 def test_yes_and_no_stand_behind_what_the_picture_shows(grocery_store: list[Picture], tmp_path: Path) -> None:

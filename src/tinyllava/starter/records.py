@@ -11,6 +11,7 @@ import json
 import random
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
@@ -19,7 +20,6 @@ from tinyllava.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from tinyllava.starter.pictures import Picture, Question
 
@@ -43,8 +43,8 @@ AMOUNTS: dict[Length, dict[str, Amount]] = {
         "grocery_store": Amount(captions=48, conversations=24),
     },
     "default": {
-        "easy_vqa": Amount(captions=2000, conversations=720),
-        "grocery_store": Amount(captions=3000, conversations=600),
+        "easy_vqa": Amount(captions=1200, conversations=340),
+        "grocery_store": Amount(captions=1800, conversations=300),
     },
     "full": {
         "easy_vqa": Amount(captions=2800, conversations=1900),
@@ -52,6 +52,17 @@ AMOUNTS: dict[Length, dict[str, Amount]] = {
     },
 }
 """Default is twelve minutes on two CPU cores, short only shows that all works, full takes twice as long."""
+
+
+def records_key(amounts: Mapping[str, Amount]) -> str:
+    """Return a digest of what decides the records: amounts, and the code that draws and writes them.
+
+    Record folders bear it in their name, so that what another version wrote is never taken for one's own.
+    """
+    digest = hashlib.sha256(repr(sorted(amounts.items())).encode())
+    for name in ("records.py", "pictures.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +80,7 @@ def write_records(
     folder: Path,
     amounts: Mapping[str, Amount],
     *,
-    questions_per_conversation: int = 4,
+    questions_per_conversation: int = 2,
     seed: int = 0,
 ) -> RecordFiles:
     """Write the pictures and the records of both sides, in an order that the seed fixes.
@@ -166,17 +177,24 @@ def _conversations(
 
 
 def _choose(picture: Picture, turn: int, length: int) -> list[Question]:
-    """Take one question of each naming kind and fill up with yes/no ones; other ones in every turn.
+    """Take as many naming questions as yes/no ones, of the kinds in turn; other ones every time.
 
     Yes and no need the names to be right, and left to chance most questions would be of that kind.
     """
+    generator = random.Random(f"{picture.name} 0")
     questions = list({question.text: question for question in picture.questions}.values())
-    random.Random(f"{picture.name} 0").shuffle(questions)
+    generator.shuffle(questions)
     by_kind: dict[str, list[Question]] = {}
     for question in questions:
         by_kind.setdefault(question.kind, []).append(question)
     yes_no = by_kind.pop("yes_no", [])
-    names = [asked[-1 - turn % len(asked)] for asked in by_kind.values()][:length]
+    kinds = sorted(by_kind)
+    generator.shuffle(kinds)
+    num_names = min(len(kinds), max(1, length // 2))
+    names = []
+    for number in range(turn * num_names, (turn + 1) * num_names):
+        asked = by_kind[kinds[number % len(kinds)]]
+        names.append(asked[number // len(kinds) % len(asked)])
     start = turn * (length - len(names)) % max(1, len(yes_no))
     return [*names, *yes_no[start:], *yes_no[:start]][:length]
 

