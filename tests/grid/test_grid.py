@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from grid_toys import write_grid
+from tinyllava.commands import reproduce
 from tinyllava.errors import ConfigError, UnknownNameError
 from tinyllava.grid.find import find_grid
 from tinyllava.grid.grid import change_run, cross, exchange_parts, select_cells
@@ -30,6 +31,24 @@ def test_a_figure_has_the_cells_of_its_ablation(name):
 def test_table_a1_has_the_twelve_variants_with_their_published_numbers():
     assert [cell.published for cell in GRIDS["table-a1"].cells] == list(VARIANTS)
     assert len(GRIDS["table-a1"].benchmarks) == 7
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("Figure 4", "figure-4"), ("figure8", "figure-8"), ("fig. 6", "figure-6"), ("FIGURE-1", "figure-1"),
+     ("A1", "table-a1"), ("table-A1", "table-a1"), ("Table 3", "table-3")],
+)  # fmt: skip
+def test_a_name_is_taken_as_the_paper_writes_it(written, name):
+    assert find_grid(written) is GRIDS[name]
+
+
+def test_a_listed_table_is_printed_and_an_unknown_name_is_told_all_names(capsys):
+    reproduce.main(["Table 1"])
+    assert "StableLM-2" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="table-2 lists what exists"):
+        find_grid("table-2")
+    with pytest.raises(UnknownNameError, match=r"known: figure-1, .*figure-9, table-1, .*table-a1, starter"):
+        find_grid("figure-40")
 
 
 def test_what_the_paper_did_not_print_has_no_published_name():

@@ -67,7 +67,7 @@ def test_a_study_of_which_nothing_was_run_has_a_report(tmp_path: Path) -> None:
 
 def test_figure_1_has_a_radar(tmp_path: Path) -> None:
     study, _ = make_study()
-    save_study(replace(study, name="figure-1"), tmp_path)
+    save_study(replace(study, paper="Figure 1"), tmp_path)
     write_report(tmp_path)
     svg = (tmp_path / "figures" / "radar.svg").read_text(encoding="utf-8")
     assert "LLaVA-1.5, 7B, 336 px, the paper" in svg

@@ -98,9 +98,9 @@ def test_a_single_benchmark_shows_its_kinds_of_questions() -> None:
 
 
 def test_other_groups_models_stand_where_the_paper_puts_them() -> None:
-    table = study_table(replace(STUDY, name="table-3"))
+    table = study_table(replace(STUDY, paper="Table 3"))
     others = [row for row in table.rows if row.panel == "Other models, published"]
     assert len(others) == 8
-    assert [row.model for row in study_table(replace(STUDY, name="figure-1")).rows][
+    assert [row.model for row in study_table(replace(STUDY, paper="Figure 1")).rows][
         -1
     ] == "LLaVA-1.5, 7B, 336 px"

@@ -25,23 +25,24 @@ Run what is missing of a figure or table of the paper, reuse what exists, and wr
   tinyllava reproduce my_grid.py                        a grid of your own
   tinyllava reproduce starter                           four ablations on two CPU cores, within an hour
 
-Names: figure-1, figure-4 to figure-9, table-1, table-2, table-3, table-a1, starter. Stages and evaluations
-that several cells need are done once; all is kept below --runs, which grids share. The same command again
-goes on where a stopped one was, tries again what failed, and draws the report anew.
+Names: figure-1, figure-4 to figure-9, table-1, table-2, table-3, table-A1 (or A1), starter. Stages and
+evaluations that several cells need are done once; all is kept below --runs, which grids share. The same
+command again goes on where a stopped one was, tries again what failed, and draws the report anew.
 """
 
 
 def main(arguments: list[str]) -> int:
     """Run a grid; the last line printed is the path of the report. The status is 1 if a cell failed."""
     known = _parse(arguments)
+    from tinyllava.grid.find import STARTER, find_grid, spell_name
     from tinyllava.grid.listings import LISTINGS
 
+    known.name = spell_name(known.name)
     if known.name in LISTINGS:
         from tinyllava.commands.show import format_table
 
         print(format_table(LISTINGS[known.name]()))
         return 0
-    from tinyllava.grid.find import STARTER, find_grid
 
     grid = _adjusted(find_grid(known.name), known)
     if known.name == STARTER and not known.plan:
@@ -57,12 +58,21 @@ def main(arguments: list[str]) -> int:
 
 def _plan_or_run(grid: "Grid", graph: "Graph", known: argparse.Namespace) -> int:
     from tinyllava.commands.show import format_table
-    from tinyllava.grid.needs import plan_graph, plan_rows, summarise
+    from tinyllava.grid.costs import Machine
+    from tinyllava.grid.grid import Costs
+    from tinyllava.grid.needs import cell_rows, explain_costs, plan_graph, plan_rows, summarise
 
-    needs = plan_graph(graph, grid.costs, gpu=known.gpu, num_gpus=known.gpus)
+    default = Machine()
+    machine = Machine(gpu=known.gpu or default.gpu, num_gpus=known.gpus or default.num_gpus)
+    is_asked = bool(known.gpu or known.gpus)
+    costs = Costs() if is_asked else grid.costs
+    needs = plan_graph(graph, costs, machine=machine if is_asked else None)
     if known.plan:
         print(f"{grid.title}\n")
         print(format_table(plan_rows(needs)))
+        if any(need.seconds is not None for need in needs):
+            print(f"\n{format_table(cell_rows(needs, graph))}")
+        print("\n".join(["", *explain_costs(needs, machine)]))
     print("\n".join(summarise(needs, graph)))
     if known.plan:
         return 0
@@ -117,8 +127,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--judge-url", default="", help="endpoint of the judge of MM-Vet and LLaVA-W, up to /v1")
     add("--judge-model", default="", help="the judge's model name")
     add("--judge-key", default="OPENAI_API_KEY", help="environment variable that holds the key")
-    add("--gpu", default="A100-80G", help="kind of GPU that --plan reckons with")
-    add("--gpus", type=int, default=8, help="number of them")
+    add("--gpu", default="", help="kind of GPU that --plan reckons with (default A100-80G)")
+    add("--gpus", type=int, default=0, help="number of them (default 8)")
     return parser.parse_args(arguments)
 
 

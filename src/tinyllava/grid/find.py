@@ -1,5 +1,6 @@
 """Grids by name, those of a user's own Python file included: ``my_grid.py`` or ``my_grid.py:NAME``."""
 
+import re
 from pathlib import Path
 
 from tinyllava.errors import ConfigError
@@ -9,6 +10,18 @@ from tinyllava.lookup import look_up
 from tinyllava.recipes.user import USER_MODULE, execute_file
 
 STARTER = "starter"
+LISTED = ("table-1", "table-2")
+"""Tables that are printed (``tinyllava.grid.listings``)."""
+_SPELLED = re.compile(r"(figure|fig\.?|table)[ _-]*(a?\d+)")
+
+
+def spell_name(name: str) -> str:
+    """Return the name as it is kept: ``Figure 4`` is ``figure-4``, ``A1`` is ``table-a1``."""
+    lower = name.strip().lower()
+    if lower in (STARTER, "a1"):
+        return {"a1": "table-a1"}.get(lower, lower)
+    found = _SPELLED.fullmatch(lower)
+    return f"{'table' if found[1] == 'table' else 'figure'}-{found[2]}" if found else name
 
 
 def find_grid(name: str) -> Grid:
@@ -18,6 +31,7 @@ def find_grid(name: str) -> Grid:
         UnknownNameError: no such grid, or no such value in the file.
         ConfigError: the file is missing or fails, holds no grid, or several without one being named.
     """
+    name = spell_name(name)
     path, _, key = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
     if path.endswith(".py"):
         return _from_file(path, key)
@@ -25,7 +39,15 @@ def find_grid(name: str) -> Grid:
         from tinyllava.grid.starter import starter_grid
 
         return starter_grid()
-    return look_up({**GRIDS, STARTER: None}, name.lower(), "grid") or GRIDS[name.lower()]
+    known = dict.fromkeys(sorted([*GRIDS, *LISTED, STARTER], key=_order))
+    look_up(known, name, "grid")
+    if name in LISTED:
+        raise ConfigError(f"{name} lists what exists and is not run: `tinyllava reproduce {name}` prints it.")
+    return GRIDS[name]
+
+
+def _order(name: str) -> tuple[bool, str]:
+    return name == STARTER, name
 
 
 def _from_file(path: str, key: str) -> Grid:

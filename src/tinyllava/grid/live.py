@@ -1,6 +1,6 @@
 """What a person sees while a grid runs: a table of cells with their stages, progress and remaining time.
 
-Paper: none.
+Paper: none. The table looks at the nodes' files itself, because a node may run in this very process.
 """
 
 import json
@@ -9,14 +9,19 @@ from collections.abc import Mapping
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tinyllava.grid.graph import Graph, Node
-from tinyllava.grid.needs import Need, duration
-from tinyllava.grid.state import State, now
+from tinyllava.grid.costs import correct, duration, learn
+from tinyllava.grid.graph import Graph, Node, SeededCell
+from tinyllava.grid.needs import Need
+from tinyllava.grid.state import State, load_state, now
 
 _STYLES = {"done": "green", "failed": "red", "running": "yellow", "submitted": "cyan"}
+_ORDER = ("running", "failed", "submitted", "waiting", "missing", "done")
+_LINES_AROUND = 8
+"""Lines of the terminal that are not cells: title, heads, borders, sums."""
 
 
 class LiveView:
@@ -26,13 +31,14 @@ class LiveView:
         needs: the plan, for the expected seconds and steps.
     """
 
-    def __init__(self, graph: Graph, needs: list[Need], title: str) -> None:
+    def __init__(self, graph: Graph, needs: list[Need], title: str, console: Console | None = None) -> None:
         self.graph, self.title = graph, title
         self.needs = {need.node.id: need for need in needs}
         self.states: Mapping[str, State] = {id_: State() for id_ in graph.nodes}
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)  # the nodes redirect stdout
+        # The nodes redirect stdout, so the console has to hold on to the one of now.
+        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.live = Live(
-            get_renderable=self._draw, console=self.console, refresh_per_second=1, redirect_stdout=False,
+            get_renderable=self.draw, console=self.console, refresh_per_second=1, redirect_stdout=False,
             redirect_stderr=False,
         )  # fmt: skip
 
@@ -54,14 +60,43 @@ class LiveView:
                     self.console.print(f"{state.status} {id_} {text}", markup=False)
         self.states = dict(states)
 
-    def _draw(self) -> Group:
+    def draw(self) -> Group:
+        """Return the table as things are now."""
+        self.states = {
+            id_: state if state.status in ("done", "failed") else load_state(self.graph.nodes[id_])
+            for id_, state in self.states.items()
+        }
+        seconds = self._expected()
         table = Table(title=self.title, expand=False)
-        for head in ("cell", "stages", "evaluations", "now"):
+        for head in ("model", "stages", "evaluations", "now"):
             table.add_column(head, overflow="fold")
-        for cell in self.graph.cells:
+        shown = self._choose(max(3, self.console.height - _LINES_AROUND))
+        for cell in shown:
             stages = Text(" ").join(self._mark(id_, self.graph.nodes[id_].name) for id_ in cell.stages)
-            table.add_row(cell.id, stages, self._evaluations(cell.evaluations), self._now(cell.nodes))
-        return Group(table, Text(self._remaining()))
+            table.add_row(
+                cell.id, stages, self._evaluations(cell.evaluations), self._now(cell.nodes, seconds)
+            )
+        hidden = len(self.graph.cells) - len(shown)
+        more = [Text(f"and {hidden} more, the table is longer than the terminal", "dim")] if hidden else []
+        foot = Table.grid(padding=(0, 1))
+        foot.add_row(self._bar(), Text(self._remaining(seconds)))
+        return Group(table, *more, foot)
+
+    def _choose(self, room: int) -> list[SeededCell]:
+        """Return as many cells as there is room for: what runs or failed first, what is done last."""
+        cells = list(self.graph.cells)
+        if len(cells) <= room:
+            return cells
+        chosen = sorted(cells, key=lambda cell: _ORDER.index(self._status(cell)))[:room]
+        return [cell for cell in cells if cell in chosen]
+
+    def _status(self, cell: SeededCell) -> str:
+        found = {self._status_of(id_) for id_ in cell.nodes}
+        return next(status for status in _ORDER if status in found)
+
+    def _status_of(self, id_: str) -> str:
+        status = self.states[id_].status
+        return "missing" if status == "waiting" and self.needs[id_].status == "missing" else status
 
     def _mark(self, id_: str, name: str) -> Text:
         return Text(name, style=_STYLES.get(self.states[id_].status, "dim"))
@@ -72,39 +107,75 @@ class LiveView:
         done = sum(self.states[id_].status == "done" for id_ in ids)
         return Text(f"{done} of {len(ids)}", style="green" if done == len(ids) else "")
 
-    def _now(self, ids: tuple[str, ...]) -> str:
-        for id_ in ids:
-            state = self.states[id_]
-            if state.status == "failed":
-                return f"failed: {state.error.splitlines()[0][:60]}" if state.error else "failed"
-            if state.status in ("running", "submitted"):
-                return f"{state.status} {self._progress(self.graph.nodes[id_])}".strip()
-        return ""
+    def _now(self, ids: tuple[str, ...], seconds: Mapping[str, float]) -> str:
+        statuses = {id_: self._status_of(id_) for id_ in ids}
+        for id_, status in statuses.items():
+            node, state = self.graph.nodes[id_], self.states[id_]
+            if status == "failed":
+                return f"{node.name} failed: {(state.error or 'no message').splitlines()[0][:60]}"
+            if status == "submitted":
+                return f"{node.name} submitted"
+            if status == "running":
+                left = f", {duration(seconds[id_])} left" if seconds.get(id_) else ""
+                return f"{node.name} {self._progress(node)}{left}".strip()
+        if set(statuses.values()) == {"done"}:
+            return "done"
+        return "cannot be run here" if "missing" in statuses.values() else ""
 
     def _progress(self, node: Node) -> str:
         if node.kind == "evaluation":
             answers = node.folder.glob("*/answers-*.jsonl")
             return f"{sum(path.read_bytes().count(10) for path in answers):,} answers"
-        step = last_step(node)
-        total = self.needs[node.id].num_steps
-        return "" if step is None else f"step {step}" + (f" of {total:,}" if total else "")
+        step, total = last_step(node), self.needs[node.id].cost.num_steps
+        return "begins" if step is None else f"step {step:,}" + (f" of {total:,}" if total else "")
 
-    def _remaining(self) -> str:
-        """Sum up what is expected of the nodes that are not done, less what running ones have taken."""
-        seconds, unknown = 0.0, 0
+    def _expected(self) -> dict[str, float]:
+        """Return the seconds that each open node still takes, as far as anything is known of it.
+
+        A stage under way is taken on from its own steps; the others from what nodes of their kind take, and
+        before one has begun from the plan, unless that is for GPUs on paper.
+        """
+        whole = {id_: self._whole(id_) for id_ in self.states}
+        learned = learn(
+            (self.graph.nodes[id_], self.needs[id_].cost, seconds)
+            for id_, seconds in whole.items()
+            if seconds
+        )
+        left = {}
         for id_, state in self.states.items():
-            if state.status in ("done", "failed"):
+            if self._status_of(id_) in ("done", "failed", "missing"):
                 continue
-            expected = self.needs[id_].seconds
-            if expected is None:
-                unknown += 1
-                continue
-            elapsed = now() - state.started if state.status == "running" else 0.0
-            seconds += max(0.0, expected - elapsed)
+            need = self.needs[id_]
+            planned = None if need.basis == "reckoned" else need.seconds
+            seconds = whole[id_] or correct(need.node, need.cost, learned) or planned
+            if seconds is not None:
+                elapsed = now() - state.started if state.status == "running" else 0.0
+                left[id_] = max(0.0, seconds - elapsed)
+        return left
+
+    def _whole(self, id_: str) -> float | None:
+        """Return the seconds that a node took, or takes by the steps that it has done; None before those."""
+        state, total = self.states[id_], self.needs[id_].cost.num_steps
+        if state.status != "running":
+            return state.seconds if state.status == "done" else None
+        step = last_step(self.graph.nodes[id_])
+        return (now() - state.started) * total / min(step, total) if step and total else None
+
+    def _bar(self) -> ProgressBar:
         done = sum(state.status == "done" for state in self.states.values())
-        rest = f"about {duration(seconds)} of work left" if seconds else ""
-        rest += f" and {unknown} nodes of unknown length" if unknown else ""
-        return f"{done} of {len(self.states)} done  {rest}"
+        return ProgressBar(total=len(self.states), completed=done, width=20)
+
+    def _remaining(self, seconds: Mapping[str, float]) -> str:
+        """Say how many nodes are done, how many cannot be, and how much work is left."""
+        statuses = [self._status_of(id_) for id_ in self.states]
+        parts = [f"{statuses.count('done')} of {len(statuses)} nodes done"]
+        for status, words in (("failed", "failed"), ("missing", "cannot be run here")):
+            parts += [f"{statuses.count(status)} {words}"] if status in statuses else []
+        if total := sum(seconds.values()):
+            parts.append(f"about {duration(total)} of work left")
+        unknown = sum(status in ("waiting", "submitted", "running") for status in statuses) - len(seconds)
+        parts += [f"{unknown} of unknown length"] if unknown else []
+        return ", ".join(parts)
 
 
 def last_step(node: Node) -> int | None:

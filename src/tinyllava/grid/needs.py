@@ -1,24 +1,25 @@
 """What a graph still needs: which nodes are done, what is missing on this machine, and what the rest takes.
 
-Paper: sections 4.1.2 and 4.1.3. Hours follow from the plan of a run on GPUs, or from measured seconds.
+Paper: sections 4.1.2 and 4.1.3.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 from tinyllava.check import find_problems
-from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.errors import TinyLlavaError
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.files import check_files
+from tinyllava.grid.costs import Cost, Machine, correct, duration, expect, learn
 from tinyllava.grid.graph import Graph, Node
 from tinyllava.grid.grid import Costs
 from tinyllava.grid.state import load_state
 from tinyllava.language_models import find_language_model
-from tinyllava.plan import plan_run
+from tinyllava.lookup import look_up
+from tinyllava.plan import GPUS, UTILISATION
 from tinyllava.vision_encoders import find_vision_encoder
 
 
@@ -31,17 +32,27 @@ class Need:
     status: str
     """done, running, failed, to do, or missing: something that it needs is not here."""
     missing: tuple[str, ...] = ()
-    num_steps: int | None = None
+    cost: Cost = field(default_factory=Cost)
+    """By the costs of the grid, or reckoned for GPUs."""
     seconds: float | None = None
-    """Expected, or measured where it is done; None if nothing is known."""
-    memory_bytes: int | None = None
-    """Peak of one GPU."""
+    """Measured where the node is done, otherwise expected; None if nothing is known."""
+    basis: str = ""
+    """What ``seconds`` rest on: measured, alike (what others of this graph took), estimated (costs of the
+    grid), or reckoned (for GPUs)."""
 
 
-def plan_graph(
-    graph: Graph, costs: Costs | None = None, *, gpu: str = "A100-80G", num_gpus: int = 8
-) -> list[Need]:
-    """Return what every node needs and takes, in the order in which they run."""
+def plan_graph(graph: Graph, costs: Costs | None = None, *, machine: Machine | None = None) -> list[Need]:
+    """Return what every node needs and takes, in the order in which they run.
+
+    Args:
+        costs: what was measured on the machine that the grid is meant for.
+        machine: GPUs to reckon for; without it what finished nodes of the graph took goes before.
+
+    Raises:
+        UnknownNameError: no such GPU.
+    """
+    reckoned_for = machine or Machine()
+    look_up(GPUS, reckoned_for.gpu, "GPU")
     needs: dict[str, Need] = {}
     for id_, node in graph.nodes.items():
         state = load_state(node)
@@ -50,12 +61,28 @@ def plan_graph(
         if not missing and state.status != "done" and before is not None and before.status == "missing":
             missing = (f"what {node.after} needs",)
         status = {"waiting": "to do", "submitted": "running"}.get(state.status, state.status)
-        need = Need(
+        cost = expect(node, costs or Costs(), reckoned_for)
+        is_done = state.status == "done"
+        needs[id_] = Need(
             node=node, cells=tuple(graph.cells_of(id_)), status="missing" if missing else status,
-            missing=missing, seconds=state.seconds if state.status == "done" else None,
+            missing=missing, cost=cost, seconds=state.seconds if is_done else cost.seconds,
+            basis="measured" if is_done else _basis_of(cost),
         )  # fmt: skip
-        needs[id_] = need if state.status == "done" else _with_costs(need, costs or Costs(), gpu, num_gpus)
-    return list(needs.values())
+    return list(needs.values()) if machine else _corrected(list(needs.values()))
+
+
+def _basis_of(cost: Cost) -> str:
+    return "" if cost.seconds is None else "reckoned" if cost.is_reckoned else "estimated"
+
+
+def _corrected(needs: list[Need]) -> list[Need]:
+    """Put what finished nodes of the same kind took in the place of what was reckoned."""
+    learned = learn((n.node, n.cost, n.seconds) for n in needs if n.status == "done" and n.seconds)
+    changed = []
+    for need in needs:
+        seconds = None if need.status == "done" else correct(need.node, need.cost, learned)
+        changed.append(need if seconds is None else replace(need, seconds=seconds, basis="alike"))
+    return changed
 
 
 def find_missing(node: Node) -> list[str]:
@@ -100,66 +127,62 @@ def missing_weights(vision_encoder: str, language_model: str) -> list[str]:
     return missing
 
 
-def _with_costs(need: Need, costs: Costs, gpu: str, num_gpus: int) -> Need:
-    node = need.node
-    if node.kind == "evaluation":
-        count = node.limit or BENCHMARKS[node.name].num_questions
-        seconds = count * costs.seconds_per_question + costs.seconds_per_node
-        return replace(need, seconds=seconds or None)
-    stage = node.run.stages[node.name]
-    num_samples = count_samples(node)
-    num_steps = None
-    if num_samples:
-        num_steps = stage.max_steps or max(
-            1, round(-(-num_samples // stage.global_batch_size) * stage.num_epochs)
-        )
-    if node.name in costs.seconds_per_sample and num_samples:
-        seconds = num_samples * stage.num_epochs * costs.seconds_per_sample[node.name]
-        return replace(need, num_steps=num_steps, seconds=seconds + costs.seconds_per_node)
-    try:
-        plan = next(p for p in plan_run(node.run, gpu=gpu, num_gpus=num_gpus).stages if p.name == node.name)
-    except (TinyLlavaError, AttributeError, ZeroDivisionError):  # parts that cannot be planned: told above
-        return replace(need, num_steps=num_steps)
-    return replace(
-        need, num_steps=plan.load.num_steps if plan.load else num_steps,
-        seconds=plan.hours * 3600 or None,
-        memory_bytes=min(form.memory.peak for name, form in plan.forms.items() if "LoRA" not in name),
-    )  # fmt: skip
-
-
-def count_samples(node: Node) -> int | None:
-    """Return the number of records of a stage, of files as they are here; None where that is not known."""
-    data = node.run.stages[node.name].data
-    mixtures = [find_mixture(record) for record in data.records]
-    if mixtures and all(mixtures):
-        return sum(mixture.num_samples for mixture in mixtures if mixture)
-    try:
-        return sum(_count_records(path) for path, _ in resolve(data, node.run.data_root))
-    except (TinyLlavaError, OSError, ValueError):
-        return None
-
-
-@cache
-def _count_records(path: Path) -> int:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return sum(bool(line.strip()) for line in text.splitlines())
-    return len(json.loads(text))
-
-
 def plan_rows(needs: list[Need]) -> list[Sequence[object]]:
-    """Return the plan as rows, the first being the heads."""
-    rows: list[Sequence[object]] = [("node", "for cells", "status", "steps", "takes", "memory")]
-    rows += [
-        (
-            need.node.id, _cells(need.cells), need.status,
-            "-" if need.num_steps is None else f"{need.num_steps:,}",
-            "-" if need.seconds is None else duration(need.seconds),
-            "-" if need.memory_bytes is None else f"{need.memory_bytes / 1e9:.0f} GB",
-        )
-        for need in needs
-    ]  # fmt: skip
+    """Return the plan as rows, the first being the heads; a model's evaluations of one status are a row."""
+    rows: list[Sequence[object]] = [("node", "for models", "status", "steps", "takes", "", "memory")]
+    for _, group in groupby(needs, key=_row_key):
+        same = list(group)
+        first, steps, memory = same[0], same[0].cost.num_steps, same[0].cost.memory_bytes
+        name = first.node.id if len(same) == 1 else f"{first.node.after}/{len(same)} benchmarks"
+        rows.append(
+            (
+                name, _cells(first.cells), first.status, "-" if steps is None else f"{steps:,}",
+                _sum_up(same), first.basis, "-" if memory is None else f"{memory / 1e9:.1f} GB",
+            )
+        )  # fmt: skip
     return rows
+
+
+def _row_key(need: Need) -> tuple[str, ...]:
+    is_stage = need.node.kind == "stage"
+    return (need.node.id,) if is_stage else (need.node.after, need.status, need.basis)
+
+
+def _sum_up(needs: Iterable[Need]) -> str:
+    """Return the time of nodes together; with a plus where some of it is not known."""
+    seconds = [need.seconds for need in needs]
+    known = [one for one in seconds if one is not None]
+    return duration(sum(known)) + (" +" if len(known) < len(seconds) else "") if known else "-"
+
+
+def cell_rows(needs: list[Need], graph: Graph) -> list[Sequence[object]]:
+    """Return what every model takes, by stage and in all, done or not; the last row counts each node once."""
+    by_id = {need.node.id: need for need in needs}
+    longest_first = sorted(graph.cells, key=lambda cell: -len(cell.stages))
+    stages = list(dict.fromkeys(by_id[id_].node.name for cell in longest_first for id_ in cell.stages))
+    rows: list[Sequence[object]] = [("model", *stages, "evaluations", "in all")]
+    rows += [(cell.id, *_by_stage([by_id[id_] for id_ in cell.nodes], stages)) for cell in graph.cells]
+    rows.append(("all, each node once", *_by_stage(needs, stages)))
+    return rows
+
+
+def _by_stage(needs: Sequence[Need], stages: Sequence[str]) -> list[str]:
+    found = [_sum_up(n for n in needs if n.node.kind == "stage" and n.node.name == name) for name in stages]
+    return [*found, _sum_up(n for n in needs if n.node.kind == "evaluation"), _sum_up(needs)]
+
+
+def explain_costs(needs: list[Need], machine: Machine) -> list[str]:
+    """Return what the words in the plan's column of times mean, those that occur."""
+    gpus = f"{machine.num_gpus} x {machine.gpu} at {UTILISATION:.0%} of the peak"
+    seen = {need.basis for need in needs}
+    meanings = {
+        "measured": "measured: what it took.",
+        "alike": "alike: by what finished nodes of this grid took, wherever they ran.",
+        "estimated": "estimated: by the seconds that the grid gives for each sample and question.",
+        "reckoned": f"reckoned: for {gpus}; evaluations without the judge and without long answers.",
+    }  # fmt: skip
+    nothing = ["no times are known before the first nodes have finished here."]
+    return [text for basis, text in meanings.items() if basis in seen] or nothing
 
 
 def summarise(needs: list[Need], graph: Graph) -> list[str]:
@@ -175,7 +198,7 @@ def summarise(needs: list[Need], graph: Graph) -> list[str]:
     lines = [first]
     if known:
         unknown = f", and {len(open_) - len(known)} nodes not known" if len(known) < len(open_) else ""
-        lines.append(f"still to do: {duration(sum(known))}{unknown}")
+        lines.append(f"still to do: {duration(sum(known))}, one node after the other{unknown}")
     missing = dict.fromkeys(line for need in open_ for line in need.missing if not line.startswith("what "))
     if missing:
         lines += ["missing:", *(f"  {line}" for line in missing)]
@@ -184,21 +207,3 @@ def summarise(needs: list[Need], graph: Graph) -> list[str]:
 
 def _cells(cells: tuple[str, ...]) -> str:
     return cells[0] if len(cells) == 1 else f"{cells[0]} and {len(cells) - 1} more"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def costs_so_far(graph: Graph, seconds: Mapping[str, float]) -> Costs:
-    """Return costs per sample by stage, from the nodes of this graph that are done (id -> seconds)."""
-    sums: dict[str, tuple[float, float]] = {}
-    for id_, taken in seconds.items():
-        node = graph.nodes[id_]
-        if node.kind == "stage" and (count := count_samples(node)):
-            total, samples = sums.get(node.name, (0.0, 0.0))
-            sums[node.name] = (total + taken, samples + count * node.run.stages[node.name].num_epochs)
-    return Costs(seconds_per_sample={name: total / count for name, (total, count) in sums.items()})

@@ -248,15 +248,25 @@ def draw_answers(
             axes.set_title(
                 "\n".join(textwrap.wrap(one.prompt.partition("\n")[0], 40)), fontsize=9, loc="left"
             )
-            for line, (cell, name) in enumerate(names.items()):
-                axes.text(
-                    0, -0.03 - 0.12 * line,
-                    "\n".join(textwrap.wrap(f"{name}: {one.answers[cell] or '(nothing)'}", 44)[:2]),
-                    transform=axes.transAxes, va="top", fontsize=8,
-                    color="#1d6b34" if (one.scores.get(cell) or 0) >= 0.5 else "#b3261e",
-                )  # fmt: skip
-            axes.text(0, -0.27, f"truth: {one.truth}", transform=axes.transAxes, va="top", fontsize=8)
+            _write_answers(axes, one, names)
     return figure
+
+
+def _write_answers(axes: Any, example: Example, names: Mapping[str, str]) -> None:
+    """Write the answers and the truth below a picture, each below the last line of the one before."""
+    lines = 0
+    said = [
+        (f"{name}: {example.answers[cell] or '(nothing)'}", (example.scores.get(cell) or 0) >= 0.5)
+        for cell, name in names.items()
+    ]
+    for text, is_right in [*said, (f"truth: {example.truth}", None)]:
+        wrapped = textwrap.wrap(text, 44, max_lines=3, placeholder=" ...")
+        axes.annotate(
+            "\n".join(wrapped), (0, 0), (0, -4 - 10.5 * lines), xycoords="axes fraction",
+            textcoords="offset points", va="top", fontsize=8, annotation_clip=False,
+            color="#111827" if is_right is None else "#1d6b34" if is_right else "#b3261e",
+        )  # fmt: skip
+        lines += len(wrapped)
 
 
 def to_svg(figure: "Figure") -> str:

@@ -161,7 +161,7 @@ def _draw_all(
         for number, panel in enumerate(study.panels, start=1):
             figures[f"bars-{number}"] = (draw_bars(table, panel), f"Scores of the models of {panel}")
     radar = _radar_rows(table)
-    if study.name == "figure-1" and radar:
+    if study.paper == "Figure 1" and radar:
         figures["radar"] = (draw_radar(table, radar), "Models over all benchmarks")
     if any(stage.losses for cell in study.cells for stage in cell.stages):
         figures["losses"] = (draw_losses(study), "Training loss of every stage over its steps")

@@ -23,8 +23,8 @@ CSV_COLUMNS = (
     "num_seeds",
 )  # fmt: skip
 _OTHERS = {
-    "figure-1": ("LLaVA-1.5",),
-    "table-3": (
+    "Figure 1": ("LLaVA-1.5",),
+    "Table 3": (
         "I-9B", "InstructBLIP", "LLaVA-1.5", "Qwen-VL", "MoE-LLaVA", "LLaVA-Phi", "MobileVLM",
     ),
 }  # fmt: skip
@@ -92,11 +92,11 @@ def study_table(study: Study) -> Table:
         rows.append(Row(panel=first.panel, model=first.label, entries=entries, status=status))
         for source in (PAPER, "factory"):
             rows += _published_row(first, source, columns)
-    rows += _others(study.name, columns)
+    rows += _others(study.paper, columns)
     return Table(title=study.title, columns=columns, rows=_mark_best(rows, len(columns)))
 
 
-def _others(name: str, columns: Sequence[Column]) -> list[Row]:
+def _others(paper: str, columns: Sequence[Column]) -> list[Row]:
     """Return the rows of other groups' models, where the paper puts its own beside them."""
     printed = published_table("table-3")
     return [
@@ -110,7 +110,7 @@ def _others(name: str, columns: Sequence[Column]) -> list[Row]:
             source=PAPER,
         )
         for row in printed.rows
-        if row[0] in _OTHERS.get(name, ())
+        if row[0] in _OTHERS.get(paper, ())
     ]
 
 
