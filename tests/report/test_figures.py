@@ -1,10 +1,15 @@
 """What the figures draw, read from their axes."""
 
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 from matplotlib.colors import to_hex
+from PIL import Image
 
 from report.studies import make_study
-from tinyllava.report.figures import COLOURS, draw_bars, draw_losses, to_png, to_svg
+from tinyllava.report.figures import COLOURS, draw_answers, draw_bars, draw_losses, to_png, to_svg
+from tinyllava.report.study import Example
 from tinyllava.report.tables import study_table
 
 STUDY, _ = make_study()
@@ -39,3 +44,19 @@ def test_a_shared_stage_is_one_curve() -> None:
 def test_figures_are_equal_when_drawn_again() -> None:
     assert to_svg(draw_bars(TABLE, "Phi-2")) == to_svg(draw_bars(TABLE, "Phi-2"))
     assert to_png(draw_losses(STUDY)) == to_png(draw_losses(STUDY))
+
+
+def test_long_answers_lie_below_one_another_and_within_the_figure(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 60)).save(tmp_path / "tall.jpg")
+    one = Example(
+        benchmark="pope", question_id="1", category="", picture="tall.jpg", prompt="What?", truth="much",
+        answers={"a": "many words of an answer " * 9, "b": "more words of an answer " * 9},
+        scores={"a": 1.0, "b": 0.0},
+    )  # fmt: skip
+    figure = draw_answers([one, one, one, one], tmp_path, {"a": "A", "b": "B"})
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert all(low.y1 <= high.y0 + 1 for high, low in pairwise(boxes))
+        assert all(box.y0 >= 0 for box in boxes)
+    assert sum(len(axes.texts) for axes in figure.axes) == 12  # two answers and the truth, four times

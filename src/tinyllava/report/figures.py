@@ -238,17 +238,19 @@ def draw_answers(
 
     shown = [one for one in examples if one.picture and all(cell in one.answers for cell in names)]
     num_rows = -(-len(shown) // columns)
-    with new_figure(columns * 2.9, max(1, num_rows) * 3.5) as figure:
-        grid = figure.subplots(max(1, num_rows), columns, squeeze=False)
+    heights = [2.9, 1.2] * max(1, num_rows)  # a row of pictures, and the text below it
+    with new_figure(columns * 2.9, sum(heights)) as figure:
+        grid = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
         for axes in grid.flat:
             axes.set_axis_off()
-        for axes, one in zip(grid.flat, shown, strict=False):
+        for axes, below, one in zip(grid[::2].flat, grid[1::2].flat, shown, strict=False):
+            axes.set_anchor("S")
             with Image.open(folder / one.picture) as picture:
                 axes.imshow(picture.convert("RGB"))
             axes.set_title(
                 "\n".join(textwrap.wrap(one.prompt.partition("\n")[0], 40)), fontsize=9, loc="left"
             )
-            _write_answers(axes, one, names)
+            _write_answers(below, one, names)
     return figure
 
 
@@ -262,8 +264,8 @@ def _write_answers(axes: Any, example: Example, names: Mapping[str, str]) -> Non
     for text, is_right in [*said, (f"truth: {example.truth}", None)]:
         wrapped = textwrap.wrap(text, 44, max_lines=3, placeholder=" ...")
         axes.annotate(
-            "\n".join(wrapped), (0, 0), (0, -4 - 10.5 * lines), xycoords="axes fraction",
-            textcoords="offset points", va="top", fontsize=8, annotation_clip=False,
+            "\n".join(wrapped), (0, 1), (0, -10.5 * lines), xycoords="axes fraction",
+            textcoords="offset points", va="top", fontsize=8, annotation_clip=False, in_layout=False,
             color="#111827" if is_right is None else "#1d6b34" if is_right else "#b3261e",
         )  # fmt: skip
         lines += len(wrapped)
