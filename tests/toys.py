@@ -12,9 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BitImageProcessorPil,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
@@ -132,4 +135,16 @@ def make_vision_encoder(
     else:
         SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(folder)
         SiglipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    return folder
+
+
+def make_dino(folder: Path) -> Path:
+    """Save a toy DINOv2: trained at 56 pixels, its image processor crops to 28."""
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        folder
+    )
     return folder

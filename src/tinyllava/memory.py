@@ -38,6 +38,8 @@ class Parts:
 
 def count_trained(size: PartSize, tune: Tune) -> int:
     """Return how many parameters a stage trains of one component."""
+    if size.members:
+        return sum(count_trained(member, tune) for member in size.members)
     if tune.kind == "full":
         return size.total - size.behind
     if tune.kind == "from_layer":

@@ -3,7 +3,7 @@
 Paper: Table 1 and Table A1 name sizes; here they follow from the specs, so that nothing need be downloaded.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinyllava.connectors import CONNECTORS, resolve_options
 from tinyllava.language_models import LanguageModel
@@ -19,14 +19,17 @@ class PartSize:
     per_layer: int = 0
     num_layers: int = 0
     behind: int = 0
-    """Norms behind the features, which no gradient reaches: never trained."""
+    """Norms behind the features and DINOv2's mask token, which no gradient reaches: never trained."""
     adapted_widths: int = 0
     """Inputs + outputs over the linear layers of one layer: an adapter's parameters per unit of rank."""
+    members: tuple["PartSize", ...] = ()
+    """Of two encoders that are fused: the size of each."""
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.outer + self.behind + self.per_layer * self.num_layers
+        own = self.outer + self.behind + self.per_layer * self.num_layers
+        return own + sum(member.total for member in self.members)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +83,10 @@ def language_model_size(language: LanguageModel) -> PartSize:
 def vision_encoder_size(encoder: VisionEncoder) -> PartSize:
     """Return the size of an encoder as it is assembled: cut at its feature layer, without a pooling head."""
     if encoder.members:  # without the norms behind their features
-        sizes = [vision_encoder_size(member) for member in encoder.members]
-        return PartSize(outer=sum(size.total - size.behind for size in sizes))
+        sizes = [(member, vision_encoder_size(member)) for member in encoder.members]
+        return PartSize(
+            outer=0, members=tuple(replace(s, behind=s.behind - 2 * member.width) for member, s in sizes)
+        )
     if encoder.kind == "cnn":
         return PartSize(outer=encoder.num_parameters)
     width, mlp = encoder.width, encoder.mlp_width
@@ -89,14 +94,14 @@ def vision_encoder_size(encoder: VisionEncoder) -> PartSize:
     linears = [(width, width)] * 4 + [(width, mlp), (mlp, width)]
     rows = encoder.num_positions or encoder.num_patches() + encoder.num_prefix_tokens
     patches = 3 * encoder.patch_size_px**2 * width + (0 if is_clip else width)
-    # CLIP and DINOv2 have a CLS vector beside its position; DINOv2 a mask token, CLIP an outer norm too.
-    tokens = width * encoder.num_prefix_tokens + (width if is_dino else 0) + (2 * width if is_clip else 0)
+    # CLIP and DINOv2 have a CLS vector beside its position; CLIP an outer norm, DINOv2 a mask token too.
+    tokens = width * encoder.num_prefix_tokens + (2 * width if is_clip else 0)
     scales = 2 * width if is_dino else 0
     return PartSize(
         outer=patches + rows * width + tokens,
         per_layer=sum(a * b + b for a, b in linears) + 4 * width + scales,
         num_layers=encoder.num_kept_layers,
-        behind=2 * width,
+        behind=2 * width + (width if is_dino else 0),
         adapted_widths=sum(a + b for a, b in linears),
     )
 

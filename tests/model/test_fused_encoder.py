@@ -11,36 +11,24 @@ from transformers import (
     BitImageProcessorPil,
     ConvNextConfig,
     ConvNextModel,
-    Dinov2Config,
-    Dinov2Model,
 )
 
 import toys
-from tinyllava.config import ModelConfig
+from tinyllava.config import FULL, DataConfig, ModelConfig, Stage, Tune, lora
 from tinyllava.errors import ConfigError, TinyLlavaError
+from tinyllava.memory import count_trained
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.fused_encoder import fuse
+from tinyllava.model.tuning import apply_tuning
 from tinyllava.recipes.variants import variant
 from tinyllava.sizes import vision_encoder_size
 from tinyllava.vision_encoders import find_vision_encoder
 
 
-def make_dino(folder: Path) -> Path:
-    """A toy DINOv2: trained at 56 pixels, its processor crops to 28."""
-    config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
-    )
-    Dinov2Model(config).save_pretrained(folder)
-    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder
-    )
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("encoders")
-    siglip, dino = toys.make_vision_encoder(root / "siglip", "siglip"), make_dino(root / "dino")
+    siglip, dino = toys.make_vision_encoder(root / "siglip", "siglip"), toys.make_dino(root / "dino")
     return {
         "root": root, "siglip": siglip, "dino": dino, "fused": fuse(str(siglip), str(dino), root / "fused"),
         "llm": toys.make_language_model(root / "llm", "chatml"),
@@ -107,6 +95,21 @@ def test_two_names_with_a_plus_are_the_same_encoder(
     torch.testing.assert_close(made[0], made[1], atol=0, rtol=0)
     parameters = sum(p.numel() for p in model.vision_encoder.parameters())
     assert vision_encoder_size(described).total == parameters == folder.num_parameters
+
+
+@pytest.mark.parametrize("tune", [FULL, lora(3)], ids=["full", "lora"])
+@pytest.mark.parametrize("parts", [("siglip", "dino"), ("dino",)], ids=["siglip+dino", "dino"])
+def test_a_plan_counts_what_a_stage_trains_of_it(
+    folders: dict[str, Path], parts: tuple[str, ...], tune: Tune
+) -> None:
+    name = "+".join(str(folders[part]) for part in parts)
+    model, _ = assemble(ModelConfig(vision_encoder=name, language_model=str(folders["llm"])))
+    apply_tuning(
+        model, Stage(data=DataConfig(), learning_rate=1e-3, global_batch_size=4, vision_encoder=tune)
+    )
+    trained = {n: p.numel() for n, p in model.vision_encoder.named_parameters() if p.requires_grad}
+    assert count_trained(vision_encoder_size(find_vision_encoder(name)), tune) == sum(trained.values()) > 0
+    assert not any("mask_token" in name for name in trained)
 
 
 def test_published_encoders_are_fused_by_their_names() -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import toys
 from tinyllava.config import FULL, to_json
 from tinyllava.errors import ConfigError
 from tinyllava.training.run import train
@@ -139,6 +140,32 @@ def test_a_rank_without_pictures_neither_hangs_nor_changes_the_result(parts, tmp
 
     again = start_two(tmp_path / "two/run.json")
     assert [output.count("done before, taken from") for output in again] == [2, 0]  # both stages, said once
+
+
+@pytest.mark.timeout(1100)
+def test_dinov2_trained_in_two_processes_gives_the_weights_of_one(parts, tmp_path):
+    """Its mask token never gets a gradient: two processes that wait for one would stop."""
+    dino = toys.make_dino(tmp_path / "dino")
+    records = make_records(tmp_path, set())
+    run = toy_run(parts | {"dino": dino}, records, tmp_path / "two/run", encoder="dino")
+    finetune = dataclasses.replace(run.stages["finetune"], vision_encoder=FULL)
+    run = dataclasses.replace(run, stages={"finetune": finetune})
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/run.json").write_text(to_json(run))
+    start_two(tmp_path / "two/run.json")
+    train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
+
+    one = load_file(tmp_path / "one/run/finetune/trained.safetensors")
+    two = [load_file(tmp_path / f"two/finetune-{rank}.safetensors") for rank in (0, 1)]
+    assert one.keys() == two[0].keys() == two[1].keys()
+    assert any("embeddings.cls_token" in name for name in one)
+    assert not any("mask_token" in name for name in one)
+    for name in one:
+        assert torch.equal(two[0][name], two[1][name]), name
+        torch.testing.assert_close(two[0][name], one[name], rtol=0, atol=1e-5, msg=name)
+    ledger = json.loads((tmp_path / "one/run/finetune/ledger.json").read_text())
+    (mask,) = [row for row in ledger if row["name"].endswith("mask_token")]
+    assert (mask["trained"], mask["moved"]) == (False, False)
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(parts, records, tmp_path, monkeypatch):

@@ -18,6 +18,9 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_
 
 # Parts of an encoder that stand behind the features: no gradient ever reaches them.
 _BEHIND_FEATURES = ("post_layernorm.", "layernorm.", "head.", "pooler.", "layer_norm.")
+# DINOv2's stand-in for a masked patch: no picture here has one, so it never gets a gradient, and with several
+# processes a parameter without one stops the run.
+_MASK_TOKEN = ".mask_token"
 
 
 def component_of(name: str) -> Component:
@@ -48,7 +51,7 @@ def apply_tuning(model: TinyLlavaForConditionalGeneration, stage: Stage) -> None
 def _train_all(model: nn.Module, component: Component) -> None:
     for name, parameter in model.named_parameters():
         behind = name.partition("vision_tower.")[2].startswith(_BEHIND_FEATURES)
-        if component_of(name) == component and not behind:
+        if component_of(name) == component and not behind and not name.endswith(_MASK_TOKEN):
             parameter.requires_grad_(True)
 
 
