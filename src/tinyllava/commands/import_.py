@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     report = import_checkpoint(options.source, options.folder, given=given, dtype=dtype)
     print(f"{report.kind}: {report.num_tensors} tensors, {report.num_image_tokens} image tokens a picture")
-    for name, values in (("dropped", report.dropped), ("recomputed", report.recomputed)):
+    lists = {"dropped": report.dropped, "recomputed": report.recomputed, "filled in": report.filled}
+    for name, values in lists.items():
         if values:
             others = " and others" if values[1:] else ""
             print(f"{name}: {len(values)} tensors, {values[0]}{others} (see import.json)")

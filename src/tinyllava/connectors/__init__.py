@@ -83,6 +83,12 @@ def _resampler(vision_width: int, language_width: int, options: Options) -> int:
     return ends + options["num_queries"] * width + options["num_layers"] * layer
 
 
+def _bench_resampler(vision_width: int, language_width: int, options: Options) -> int:
+    width = options["width"]
+    layer = 10 * width**2 + 2 * vision_width * width + 2 * vision_width + 4 * width
+    return options["num_queries"] * width + options["num_layers"] * layer + 2 * width + width * language_width
+
+
 def _qformer(vision_width: int, language_width: int, options: Options) -> int:
     width, num_layers = options["width"], options["num_layers"]
     attention = 4 * _linear(width, width) + 2 * width
@@ -107,6 +113,12 @@ CONNECTORS: dict[str, Connector] = {
         num_tokens=_one_per_query, num_parameters=_resampler,
         options={"num_queries": 64, "num_layers": 3, "width": 768, "num_heads": 8, "head_width": 64},
     ),
+    "bench_resampler": Connector(
+        module="bench_resampler:BenchResampler",
+        summary="TinyLLaVABench's resampler: learned queries attend to the patches alone",
+        num_tokens=_one_per_query, num_parameters=_bench_resampler,
+        options={"num_queries": 128, "num_layers": 3, "width": 768, "num_heads": 12},
+    ),
     "pixel_shuffle": Connector(
         module="pixel_shuffle:PixelShuffle",
         summary="space to depth: block x block patches become one token, then MLP",
@@ -130,7 +142,8 @@ def resolve_options(name: str, options: Options) -> dict[str, int]:
 
     Raises:
         UnknownNameError: no such connector.
-        ConfigError: an option that the connector does not have, or that is not a positive number.
+        ConfigError: an option that the connector does not have, or that is not a positive number, or heads
+            that do not divide the width.
     """
     connector = look_up(CONNECTORS, name, "connector")
     for key, value in options.items():
@@ -139,7 +152,21 @@ def resolve_options(name: str, options: Options) -> dict[str, int]:
             raise ConfigError(f"connector {name!r} has no option {key!r}; known: {known}.")
         if value < 1:
             raise ConfigError(f"connector option {key} = {value}: must be at least 1.")
-    return {**connector.options, **options}
+    resolved = {**connector.options, **options}
+    _check_heads(name, resolved)
+    return resolved
+
+
+def _check_heads(name: str, options: Options) -> None:
+    """Refuse a width that its heads do not divide, where a head has no width of its own."""
+    if "num_heads" not in options or "head_width" in options:
+        return
+    width, num_heads = options["width"], options["num_heads"]
+    if width % num_heads:
+        raise ConfigError(
+            f"connector {name}: width = {width} does not divide by num_heads = {num_heads}; choose "
+            f"num_heads out of {_divisors(width)}."
+        )
 
 
 def num_tokens(name: str, num_patches: int, options: Options) -> int:

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from tinyllava.config import ModelConfig
 from tinyllava.connectors import build_connector, num_tokens
-from tinyllava.errors import CheckpointError
+from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.importing.parts import Parts
 from tinyllava.importing.processor import load_processor
 from tinyllava.importing.tensors import Tensors, drop, refuse_left_over
@@ -50,6 +50,8 @@ class ImportReport:
     """Names of what the model does not compute: layers above the feature layer, pooling heads."""
     recomputed: list[str] = field(default_factory=list)
     """Stored constants (positions, rotary frequencies), each equal to what the model computes."""
+    filled: list[str] = field(default_factory=list)
+    """Tensors of a connector's layer that the source lacks, with values at which it changes nothing."""
     num_new_rows: int = 0
     """Zero rows that give ``<image>`` a place in embedding and head."""
     num_image_tokens: int = 0
@@ -66,15 +68,19 @@ def build(
     """
     dtype = dtype or _widest_type(parts)
     text_config = _make_text_config(parts)
-    constants = {**_take_constants(parts.text), **_take_constants(parts.vision)}
+    groups = (parts.text, parts.vision, parts.connector.tensors)
+    constants = {name: tensor for group in groups for name, tensor in _take_constants(group).items()}
     dropped = _drop_duplicate_head(parts, text_config) + drop(parts.vision, r"(^|\.)head\.")
     vision_tower, encoder, cut = _load_encoder(parts, dtype)
-    num_tensors = len(parts.text) + len(parts.vision) + len(parts.connector_tensors)
+    num_tensors = sum(len(group) for group in groups)
     llm = _load_part(AutoModelForCausalLM, text_config, parts.text, dtype, f"{parts.where}: language model")
     _check_constants(constants, llm, parts.where)
     processor = load_processor(parts, encoder, text_config)
     encoder = _at_size(encoder, processor.image_size_px, parts.where)
-    config = _describe(parts, encoder, vision_tower, llm, processor.tokenizer)
+    try:
+        config = _describe(parts, encoder, vision_tower, llm, processor.tokenizer)
+    except ConfigError as error:  # sizes of a connector that do not fit each other
+        raise CheckpointError(f"{parts.where}: config.json: {error}") from error
     processor.num_image_tokens = config.num_image_tokens
 
     with torch.device("meta"):
@@ -87,7 +93,8 @@ def build(
     model.generation_config = greedy_generation(llm.generation_config, processor.tokenizer)
     report = ImportReport(
         kind=parts.kind, source=parts.where, num_tensors=num_tensors, dropped=dropped + cut,
-        recomputed=sorted(constants), num_new_rows=model.get_input_embeddings().num_embeddings - num_rows,
+        recomputed=sorted(constants), filled=sorted(parts.connector.filled),
+        num_new_rows=model.get_input_embeddings().num_embeddings - num_rows,
         num_image_tokens=config.num_image_tokens, notes=list(parts.notes),
     )  # fmt: skip
     model.train(False)
@@ -96,7 +103,7 @@ def build(
 
 def _widest_type(parts: Parts) -> torch.dtype:
     """Return the type that holds every tensor without loss."""
-    groups = (parts.text, parts.vision, parts.connector_tensors)
+    groups = (parts.text, parts.vision, parts.connector.tensors)
     return reduce(
         torch.promote_types, {t.dtype for group in groups for t in group.values() if t.is_floating_point()}
     )
@@ -200,14 +207,15 @@ def _load_part(auto_class: Any, config: Any, tensors: Tensors, dtype: torch.dtyp
 
 def _load_connector(parts: Parts, config: TinyLlavaConfig) -> nn.Module:
     language: Any = config.text_config
-    connector = build_connector(
-        parts.connector, vision_width=config.vision_width, language_width=language.hidden_size,
-        num_patches=config.num_patches, options=parts.connector_options,
-    )  # fmt: skip
+    found = parts.connector
     try:
-        connector.load_state_dict(parts.connector_tensors, strict=True)
+        connector = build_connector(
+            found.name, vision_width=config.vision_width, language_width=language.hidden_size,
+            num_patches=config.num_patches, options=found.options,
+        )  # fmt: skip
+        connector.load_state_dict(found.tensors | found.filled, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{parts.where}: connector {parts.connector}: {error}") from error
+        raise CheckpointError(f"{parts.where}: connector {found.name}: {error}") from error
     return connector
 
 
@@ -215,13 +223,13 @@ def _describe(
     parts: Parts, encoder: VisionEncoder, vision_tower: Any, llm: Any, tokenizer: Any
 ) -> TinyLlavaConfig:
     model = ModelConfig(
-        vision_encoder=encoder.name, language_model=llm.config.model_type, connector=parts.connector,
-        connector_options=parts.connector_options, image_aspect=parts.image_aspect,
+        vision_encoder=encoder.name, language_model=llm.config.model_type, connector=parts.connector.name,
+        connector_options=parts.connector.options, image_aspect=parts.image_aspect,
     )  # fmt: skip
     config = make_config(model, encoder, vision_tower.config, llm, tokenizer)
     # What is dropped in front need not be what the encoder puts there: Factory drops SigLIP's first patch.
     config.num_patches = encoder.num_patches() + _NUM_CLS[encoder.name] - parts.num_prefix_tokens
-    config.image_seq_length = num_tokens(parts.connector, config.num_patches, parts.connector_options)
+    config.image_seq_length = num_tokens(parts.connector.name, config.num_patches, parts.connector.options)
     if parts.image_token_id not in (None, config.image_token_id):
         raise CheckpointError(
             f"{parts.where}: config.json says that <image> is token {parts.image_token_id}, the tokenizer "

@@ -7,11 +7,10 @@ instead of 729); checkpoints trained so are imported so.
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tinyllava.errors import CheckpointError
 from tinyllava.importing.adapters import merge_lora, read_adapter, strip_wrapping
-from tinyllava.importing.parts import Given, Parts, choose_template, find_part, name_connector, read_aspect
+from tinyllava.importing.connectors import Found, factory_qformer, factory_resampler, name_connector
+from tinyllava.importing.parts import Given, Parts, choose_template, find_part, read_aspect
 from tinyllava.importing.tensors import Tensors, has_weights, read_folder, refuse_left_over, take
 
 _PREFIXES = {
@@ -19,11 +18,6 @@ _PREFIXES = {
     "vision_tower": "vision_tower._vision_tower.",
     "connector": "connector.",
 }
-_RESAMPLER = {
-    "latents": "queries", "linear.weight": "input.weight", "linear.bias": "input.bias",
-    "norm.weight": "norm.weight", "norm.bias": "norm.bias",
-}  # fmt: skip
-_RESAMPLER_LAYER = {"0.norm_latents.": "norm_queries.", "0.": "", "1.": "feed_forward."}
 
 
 def recognises(config: dict[str, Any]) -> bool:
@@ -56,7 +50,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
     text, vision, projector = (take(tensors, {prefix: ""}) for prefix in _PREFIXES.values())
     refuse_left_over(tensors, where)
     projector = {name.removeprefix("_connector."): tensor for name, tensor in projector.items()}
-    kind, options, renamed = _connector(config, projector, where)
+    connector = _connector(config, projector, where)
     family = str(config["text_config"].get("model_type", "llama"))
     return Parts(
         kind=f"TinyLLaVA Factory, {form}",
@@ -67,9 +61,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         vision=vision,
         feature_layer=int(config.get("vision_feature_layer", -2)),
         num_prefix_tokens=int(strategy == "patch"),
-        connector=kind,
-        connector_options=options,
-        connector_tensors=renamed,
+        connector=connector,
         image_aspect=read_aspect(config.get("image_aspect_ratio"), where),
         image_processor=_encoder_folder(config, given),
         tokenizer=_tokenizer_folder(source, config, given),
@@ -97,32 +89,11 @@ def _read_tensors(source: Path) -> tuple[Tensors, str, list[str]]:
     return tensors, "three folders with LoRA", [f"{len(merged)} weights merged with their adapters"]
 
 
-def _connector(config: dict[str, Any], tensors: Tensors, where: str) -> tuple[str, dict[str, int], Tensors]:
-    if config.get("connector_type") != "resampler":
-        kind, renamed = name_connector(str(config.get("connector_type")), tensors, where)
-        return kind, {}, renamed
-    width = tensors["latents"].shape[1] if "latents" in tensors else 0
-    options = {
-        "num_queries": int(config["num_queries"]), "num_layers": int(config["num_resampler_layers"]),
-        "width": width, "num_heads": 8, "head_width": 64,
-    }  # fmt: skip
-    # Ours ends in a layer to the language model's width; theirs has that width throughout.
-    identity = {"output.weight": torch.eye(width), "output.bias": torch.zeros(width)}
-    return (
-        "resampler",
-        options,
-        {_name_in_resampler(name): tensor for name, tensor in tensors.items()} | identity,
-    )
-
-
-def _name_in_resampler(name: str) -> str:
-    if not name.startswith("layers."):
-        return _RESAMPLER.get(name, name)
-    _, index, inner = name.split(".", 2)
-    for old, new in _RESAMPLER_LAYER.items():
-        if inner.startswith(old):
-            return f"layers.{index}.{new}{inner.removeprefix(old)}"
-    return name
+def _connector(config: dict[str, Any], tensors: Tensors, where: str) -> Found:
+    kind = str(config.get("connector_type"))
+    if kind == "resampler":
+        return factory_resampler(config, tensors)
+    return factory_qformer(tensors, where) if kind == "qformer" else name_connector(kind, tensors, where)
 
 
 def _encoder_folder(config: dict[str, Any], given: Given) -> Path | None:

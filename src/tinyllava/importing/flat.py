@@ -10,7 +10,8 @@ from typing import Any
 
 from tinyllava.errors import CheckpointError
 from tinyllava.importing.adapters import merge_lora, read_adapter, strip_wrapping
-from tinyllava.importing.parts import Given, Parts, choose_template, find_part, name_connector, read_aspect
+from tinyllava.importing.connectors import Found, bench_resampler, name_connector
+from tinyllava.importing.parts import Given, Parts, choose_template, find_part, read_aspect
 from tinyllava.importing.tensors import (
     Tensors,
     drop,
@@ -53,7 +54,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
     tensors, base, form, dropped = _read_tensors(source, config, given)
     text = take(tensors, {name: name for name in _text_prefixes(tensors)})
     vision = take(tensors, _TOWER)
-    kind, connector = name_connector(config["mm_projector_type"], take(tensors, _CONNECTOR), str(source))
+    connector = _connector(config, take(tensors, _CONNECTOR), str(source), is_bench)
     refuse_left_over(tensors, str(source))
 
     encoder = _encoder_folder(folder, config, given)
@@ -81,14 +82,20 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         else 0,
         feature_layer=int(config.get("mm_vision_select_layer", -2)),
         num_prefix_tokens=0 if is_siglip or config.get("mm_vision_select_feature") == "cls_patch" else 1,
-        connector=kind,
-        connector_tensors=connector,
+        connector=connector,
         image_aspect=read_aspect(config.get("image_aspect_ratio"), str(source)),
         image_processor=encoder if (encoder / "preprocessor_config.json").is_file() else None,
         tokenizer=_tokenizer_folder(folder, base, given),
         template=choose_template(given.template, family, str(source)),
         notes=(f"vision encoder: {'weights of the source' if from_source else encoder}", *dropped),
     )
+
+
+def _connector(config: dict[str, Any], tensors: Tensors, where: str, is_bench: bool) -> Found:
+    kind = str(config["mm_projector_type"])
+    if is_bench and kind == "resampler":
+        return bench_resampler(config, tensors)
+    return name_connector(kind, tensors, where)
 
 
 def _refuse_options(config: dict[str, Any], where: str) -> None:

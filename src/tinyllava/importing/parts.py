@@ -1,16 +1,16 @@
 """What every layout is brought to before a model is built: three parts with their configs and tensors."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinyllava.config import Aspect
 from tinyllava.errors import CheckpointError
+from tinyllava.importing.connectors import Found
 from tinyllava.importing.tensors import Tensors
 
 # The prompt that the published code trained each family of language models with, and its EOS token after it.
 TEMPLATES = {"llama": "llama", "phi": "phi", "stablelm": "phi", "qwen2": "phi", "gemma": "gemma"}
-_MLP = {"0.": "linear_1.", "2.": "linear_2."}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,7 @@ class Parts:
     """Encoder layers that the features come through; 0 means by ``feature_layer``."""
     feature_layer: int = -2
     num_prefix_tokens: int
-    connector: str
-    connector_options: dict[str, int] = field(default_factory=dict)
-    connector_tensors: Tensors
-    """Names of our connector."""
+    connector: Found
     image_aspect: Aspect
     image_processor: Path | None
     """Folder with a preprocessor_config.json; None means the encoder family's defaults at its image size."""
@@ -55,29 +52,6 @@ class Parts:
     """The id that stands for a picture in the source, if its tokenizer has one."""
     notes: tuple[str, ...] = ()
     """What a user should know of this import."""
-
-
-def name_connector(kind: str, tensors: Tensors, where: str) -> tuple[str, Tensors]:
-    """Return our connector for the published code's name of it, and its tensors under our names.
-
-    Raises:
-        CheckpointError: a connector that is not here.
-    """
-    if kind == "mlp2x_gelu":
-        return "mlp", {_rename(name, _MLP): tensor for name, tensor in tensors.items()}
-    if kind in ("linear", "mlp1x_gelu"):
-        return "linear", {f"linear.{name.removeprefix('0.')}": tensor for name, tensor in tensors.items()}
-    raise CheckpointError(
-        f"{where}: its connector {kind!r} does not exist here; importable: linear, mlp1x_gelu, mlp2x_gelu, "
-        "and TinyLLaVA Factory's resampler."
-    )
-
-
-def _rename(name: str, prefixes: dict[str, str]) -> str:
-    for old, new in prefixes.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
 
 
 def read_aspect(value: Any, where: str) -> Aspect:

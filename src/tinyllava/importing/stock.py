@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tinyllava.errors import CheckpointError
+from tinyllava.importing.connectors import Found
 from tinyllava.importing.parts import Given, Parts, choose_template
 from tinyllava.importing.tensors import Tensors, read_folder, read_json, refuse_left_over, take
 
@@ -60,8 +61,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         vision=vision,
         feature_layer=layer,
         num_prefix_tokens=int(strategy == "default"),
-        connector="mlp",
-        connector_tensors=connector,
+        connector=Found(name="mlp", tensors=connector),
         image_aspect="square",
         image_processor=source if _has_image_processor(source) else given.vision_encoder,
         tokenizer=given.language_model or source,
