@@ -52,6 +52,7 @@ class Case:
     batch: int = 4
     num_tokens: int = 320
     num_supervised: int = 96
+    bf16: bool = False
     options: dict[str, bool] = field(default_factory=dict)
 
 
@@ -71,6 +72,8 @@ CASES: dict[str, Case] = {
     "base finetune, long": Case(FINETUNE, batch=1, num_tokens=1536, num_supervised=512),
     "base finetune, accumulated": Case(FINETUNE, options={"accumulates": True}),
     "base finetune, checkpointing": Case(FINETUNE, options={"checkpointing": True}),
+    "base finetune, bf16": Case(FINETUNE, bf16=True),
+    "base pretrain, bf16": Case(PRETRAIN, bf16=True),
     "share pretrain": Case(SHARE),
     "share pretrain, SigLIP": Case(SHARE, encoder="siglip"),
     "LoRA": Case(ADAPTERS),
@@ -92,7 +95,7 @@ def estimate(case: Case) -> Memory:
     )
     return estimate_memory(
         parts, case.stage, batch=case.batch, num_tokens=case.num_tokens, num_supervised=case.num_supervised,
-        bf16=False, **case.options,
+        bf16=case.bf16, **case.options,
     )  # fmt: skip
 
 
@@ -135,7 +138,9 @@ def measure(case: Case) -> int:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     for _ in range(2):
         for _ in range(2 if case.options.get("accumulates") else 1):
-            model(**make_batch(case, encoder)).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16):
+                loss = model(**make_batch(case, encoder)).loss
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return resident_bytes("VmHWM") - before
