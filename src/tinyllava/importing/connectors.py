@@ -16,16 +16,16 @@ from tinyllava.importing.tensors import Tensors
 _LINEAR = {"0.": "linear.", "": "linear."}
 _MLP = {"0.": "linear_1.", "2.": "linear_2."}
 _BENCH_RESAMPLER = {
-    "resampler_blocks.": "layers.", ".norm_image.": ".norm_patches.", ".norm_hidden.": ".norm_queries.",
-    "post_norm.": "norm.", "final_proj.": "output.",
+    r"^resampler_blocks\.": "layers.", r"\.norm_image\.": ".norm_patches.",
+    r"\.norm_hidden\.": ".norm_queries.", r"^post_norm\.": "norm.", r"^final_proj\.": "output.",
 }  # fmt: skip
 _FACTORY_RESAMPLER = {
-    "latents": "queries", "linear.": "input.", ".0.norm_latents.": ".norm_queries.", ".1.": ".feed_forward.",
-    ".0.": ".",
+    r"^latents$": "queries", r"^linear\.": "input.", r"\.norm_latents\.": ".norm_queries.",
+    r"^(layers\.\d+)\.0\.": r"\1.", r"^(layers\.\d+)\.1\.": r"\1.feed_forward.",
 }  # fmt: skip
 _QFORMER = {
-    "query_tokens": "queries", "projector.": "output.", "bert.encoder.": "former.encoder.",
-    "bert.embeddings.LayerNorm.": "former.layernorm.", "attention.self.": "attention.attention.",
+    r"^query_tokens$": "queries", r"^projector\.": "output.", r"^bert\.encoder\.": "former.encoder.",
+    r"^bert\.embeddings\.LayerNorm\.": "former.layernorm.", r"attention\.self\.": "attention.attention.",
 }  # fmt: skip
 _BERT_LAYERS = {768: 12}
 """Layers of the BERT that Factory takes, by its width; its config.json does not say."""
@@ -122,11 +122,11 @@ def _rename_starts(tensors: Tensors, prefixes: dict[str, str]) -> Tensors:
 
 
 def _replace(tensors: Tensors, pieces: dict[str, str]) -> Tensors:
-    """Return the tensors with every piece of their names exchanged, in the order of ``pieces``."""
+    """Return the tensors with their names rewritten by regular expressions, in the order of ``pieces``."""
     renamed: Tensors = {}
     for name, tensor in tensors.items():
         new = name
         for old, piece in pieces.items():
-            new = new.replace(old, piece, 1)
+            new = re.sub(old, piece, new)
         renamed[new] = tensor
     return renamed
