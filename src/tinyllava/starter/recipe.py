@@ -23,7 +23,7 @@ def starter_run(language_model: Path, vision_encoder: Path, records: Path, outpu
     finetune = replace(
         BASE.stages["finetune"],
         data=_data(records, "finetune"),
-        learning_rate=3e-4,
+        learning_rate=1e-4,
         global_batch_size=8,
         group_by="length",
     )
