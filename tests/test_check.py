@@ -184,7 +184,7 @@ MACHINE: dict[str, tuple[Callable[[Run], Run], str]] = {
         lambda run: replace(run, hardware=replace(run.hardware, device_batch_size=4)),
         "by 1 rank(s) x hardware.device_batch_size = 4; device batches that do: 1, 2, 3, 6",
     ),
-    "start": (lambda run: replace(run, start_from="gone"), "start_from = 'gone': no such folder"),
+    "start": (lambda run: replace(run, start_from="gone"), "start_from: gone: no such folder"),
     "bits": (
         lambda run: change(run, language_model=lora(8, bits=4)),
         "language_model.bits = 4: needs weights held in 4 bits",

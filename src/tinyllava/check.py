@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from tinyllava import stage_rules
-from tinyllava.config import Run
+from tinyllava.checkpoint_folder import check_checkpoint, recorded_model
+from tinyllava.config import ModelConfig, Run
 from tinyllava.connectors import num_tokens, resolve_options
 from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.data.records import check_skip
@@ -18,7 +19,7 @@ from tinyllava.errors import ConfigError, TinyLlavaError
 from tinyllava.language_models import LanguageModel, find_language_model
 from tinyllava.stage_rules import Parts, literal_tokens
 from tinyllava.templates import read_template, template_names
-from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder
+from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder, read_config
 
 T = TypeVar("T")
 
@@ -54,8 +55,7 @@ def check(run: Run, *, on_this_machine: bool = True) -> None:
 def find_problems(run: Run, *, on_this_machine: bool = True) -> list[str]:
     """Return what is wrong with a run, in words; see ``check``."""
     problems: list[str] = []
-    parts = _find_parts(run, problems)
-    problems += _model_problems(run, parts)
+    parts = _checkpoint_parts(run, problems) or _find_parts(run, problems)
     problems += _run_problems(run)
     trained_before = bool(run.start_from)
     for name, stage in run.stages.items():
@@ -68,6 +68,35 @@ def find_problems(run: Run, *, on_this_machine: bool = True) -> list[str]:
     if on_this_machine:
         problems += _machine_problems(run)
     return problems
+
+
+def _checkpoint_parts(run: Run, problems: list[str]) -> Parts | None:
+    """Describe the parts of the checkpoint that a run starts from; None if there is none to be read."""
+    folder = Path(run.start_from)
+    if not run.start_from or not (folder / "config.json").is_file():
+        return None
+    try:
+        recorded, config = recorded_model(folder), read_config(folder)
+    except TinyLlavaError as error:
+        problems.append(f"start_from: {error}")
+        return Parts(num_layers={"connector": 0}, language="", context_tokens=None, num_image_tokens=None)
+    if run.model.connector != recorded.connector:
+        problems.append(
+            f"model.connector = {run.model.connector!r}: the checkpoint {folder} has {recorded.connector!r}; "
+            "leave it at that, or train from the parts."
+        )
+    text, vision = config.get("text_config", {}), config.get("vision_config", {})
+    is_cnn = config.get("encoder_kind") == "cnn"
+    return Parts(
+        num_layers={
+            "vision_encoder": 0 if is_cnn else vision.get("num_hidden_layers"),
+            "connector": 0,
+            "language_model": text.get("num_hidden_layers"),
+        },
+        language=f"the language model of {folder}",
+        context_tokens=text.get("max_position_embeddings"),
+        num_image_tokens=config.get("image_seq_length"),
+    )
 
 
 def _find_parts(run: Run, problems: list[str]) -> Parts:
@@ -95,19 +124,30 @@ def _find_parts(run: Run, problems: list[str]) -> Parts:
         num_image_tokens = found(
             "model.connector_options", lambda: num_tokens(model.connector, num_patches, options)
         )
-    return Parts(encoder=encoder, language=language, num_image_tokens=num_image_tokens)
+    problems += _model_problems(model, encoder, language)
+    return Parts(
+        num_layers={
+            "vision_encoder": encoder.num_kept_layers if encoder else None,
+            "connector": 0,
+            "language_model": language.num_layers if language else None,
+        },
+        language=language.name if language else "",
+        context_tokens=language.context_tokens if language else None,
+        num_image_tokens=num_image_tokens,
+    )
 
 
-def _model_problems(run: Run, parts: Parts) -> Iterator[str]:
-    model = run.model
-    if parts.encoder:
-        yield from _size_problems(model.image_size_px, parts.encoder)
+def _model_problems(
+    model: ModelConfig, encoder: VisionEncoder | None, language: LanguageModel | None
+) -> Iterator[str]:
+    if encoder:
+        yield from _size_problems(model.image_size_px, encoder)
     if model.template == "caption":
         yield "model.template = 'caption': it drops every question; it is a stage's template, not a model's."
     elif model.template and model.template not in template_names():
         yield f"model.template = {model.template!r}: no such template; known: {', '.join(template_names())}."
-    elif parts.language:
-        yield from _template_problems(model.template or parts.language.template, parts.language)
+    elif language:
+        yield from _template_problems(model.template or language.template, language)
 
 
 def _size_problems(image_size_px: int, encoder: VisionEncoder) -> Iterator[str]:
@@ -159,8 +199,11 @@ def _has_cuda() -> bool:
 
 
 def _machine_problems(run: Run) -> Iterator[str]:
-    if run.start_from and not Path(run.start_from).is_dir():
-        yield f"start_from = {run.start_from!r}: no such folder; give a checkpoint's."
+    if run.start_from and not (Path(run.start_from) / "config.json").is_file():
+        try:
+            check_checkpoint(Path(run.start_from))
+        except TinyLlavaError as error:
+            yield f"start_from: {error}"
     for tracker in run.report_to:
         if tracker in TRACKERS and find_spec(tracker) is None:
             yield f"report_to = {tracker!r}: not installed; pip install {tracker}, or leave it out."
@@ -179,8 +222,10 @@ def _data_problems(run: Run, on_this_machine: bool) -> Iterator[str]:
             check_skip(stage.data.skip)
             for record in stage.data.records:
                 find_mixture(record)
-            if on_this_machine:
+            if on_this_machine and not (wanted := _wanted_root(run, name)):
                 resolve(stage.data, run.data_root)
+            elif on_this_machine:
+                yield f"stages.{name}.{wanted}"
         except TinyLlavaError as error:
             yield f"stages.{name}.data: {error}"
             continue
@@ -190,3 +235,16 @@ def _data_problems(run: Run, on_this_machine: bool) -> Iterator[str]:
                     f"stages.{name}.template = 'caption': {mixture.name} has {mixture.num_text_only:,} "
                     "records without a picture; only answers would be left; leave the template empty."
                 )
+
+
+def _wanted_root(run: Run, name: str) -> str:
+    """Say how a stage comes by data when it names a mixture and no data root is given; empty if it has it."""
+    mixture = next((record for record in run.stages[name].data.records if find_mixture(record)), None)
+    if mixture is None or run.data_root:
+        return ""
+    may_start_later = not run.start_from and name != list(run.stages)[-1]
+    return (
+        f"data.records = {mixture!r}: a mixture of Table 2, which needs data_root. Give --data FOLDER (see "
+        f"`tinyllava show data`), or a file of yours with --{name}.data.records FILE"
+        + (", or --from CHECKPOINT to fine-tune only." if may_start_later else ".")
+    )

@@ -4,13 +4,11 @@ Paper: section 3.2 (which parts a stage may train) and section 4.1.2.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tinyllava.config import COMPONENTS, Component, Hardware, Stage, Tune
-from tinyllava.language_models import LanguageModel
 from tinyllava.templates import template_names
-from tinyllava.vision_encoders import VisionEncoder
 
 MIN_TEXT_TOKENS = 64
 """What question and answer need at the least beside a picture: the system sentence alone is half of it."""
@@ -18,17 +16,14 @@ MIN_TEXT_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What is known of the model's parts; None where a name was wrong."""
+    """What is known of the model's parts, by their names or by a checkpoint; None where it is not."""
 
-    encoder: VisionEncoder | None
-    language: LanguageModel | None
+    num_layers: Mapping[Component, int | None]
+    """Layers that a stage can count in a component; 0 if there are none to count."""
+    language: str
+    """Name of the language model, for messages."""
+    context_tokens: int | None
     num_image_tokens: int | None
-
-    def num_layers(self, component: Component) -> int:
-        """Return how many layers a stage can count in a component; 0 if unknown or if there are none."""
-        if component == "vision_encoder" and self.encoder:
-            return self.encoder.num_kept_layers
-        return self.language.num_layers if component == "language_model" and self.language else 0
 
 
 def literal_tokens(template: str) -> set[str]:
@@ -61,11 +56,11 @@ def value_problems(stage: Stage, parts: Parts) -> Iterator[str]:
 
 def length_problems(stage: Stage, parts: Parts) -> Iterator[str]:
     """Sequences longer than the language model's positions, or filled by the picture alone."""
-    length, language = stage.max_length_tokens, parts.language
-    if language and length > language.context_tokens:
+    length, context = stage.max_length_tokens, parts.context_tokens
+    if context is not None and length > context:
         yield (
-            f"max_length_tokens = {length}: {language.name} has {language.context_tokens} positions "
-            f"(published configs say 3072 with 2048 positions); set at most {language.context_tokens}."
+            f"max_length_tokens = {length}: {parts.language} has {context} positions "
+            f"(published configs say 3072 with 2048 positions); set at most {context}."
         )
     if parts.num_image_tokens is not None and parts.num_image_tokens + MIN_TEXT_TOKENS > length:
         yield (
@@ -89,7 +84,7 @@ def tuning_problems(stage: Stage, parts: Parts) -> Iterator[str]:
 
 
 def _tune_problems(tune: Tune, component: Component, parts: Parts) -> Iterator[str]:
-    num_layers = parts.num_layers(component)
+    num_layers = parts.num_layers.get(component)
     if tune.kind == "lora":
         if tune.rank < 1:
             yield f"rank = {tune.rank}: lora needs a rank of at least 1, such as 128 (LLaVA-1.5's)."
@@ -100,8 +95,7 @@ def _tune_problems(tune: Tune, component: Component, parts: Parts) -> Iterator[s
     elif tune.rank or tune.bits != 16:
         yield f"rank = {tune.rank}, bits = {tune.bits}: they belong to lora; set kind to 'lora'."
     if tune.kind == "from_layer":
-        known = parts.encoder if component == "vision_encoder" else parts.language
-        if component == "connector" or (known and not num_layers):
+        if num_layers == 0:
             yield "kind = 'from_layer': there are no layers to count in it; choose full or frozen."
         elif num_layers and not 0 <= tune.first_layer < num_layers:
             yield f"first_layer = {tune.first_layer}: its layers are 0 to {num_layers - 1}; share takes 12."

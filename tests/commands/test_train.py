@@ -93,7 +93,13 @@ def test_one_stage_alone(recipe, tmp_path):
 
 
 ERRORS = {
-    "variant": (("base-C-TinyLama",), "unknown"),
+    "variant": (("base-C-TinyLama",), "'TinyLama'; in a variant's name TinyLlama is written 'TL'."),
+    "encoder": (("base-siglip-TL",), "'siglip'; in a variant's name SigLIP is written 'Sig'."),
+    "recipe alone": (("base",), "A recipe alone goes with --from CHECKPOINT."),
+    "records of two stages": (
+        ("base-C-TL", "--data", "records.json"),
+        "a file of yours with --pretrain.data.records FILE, or --from CHECKPOINT to fine-tune only.",
+    ),
     "stage": (
         ("RECIPE", "--only", "midtune"),
         "--only midtune: no such stage; this run has pretrain, finetune.",
@@ -104,7 +110,7 @@ ERRORS = {
     "no run": (("OTHER",), "unknown run or recipe in"),
     "code": (("RECIPE", "--code", "lava"), "Did you mean 'llava'"),
     "skip": (("RECIPE", "--skip", "unanswerd"), "skip 'unanswerd': unknown; known: malformed,"),
-    "checkpoint": (("RECIPE", "--from", "none"), "start_from = 'none': no such folder"),
+    "checkpoint": (("RECIPE", "--from", "none"), "none: no such folder; give that of a checkpoint"),
     "mixture": (("base-C-TL",), "needs data_root"),
 }
 
@@ -169,3 +175,43 @@ def test_a_bad_record_ends_the_program_with_its_name_and_no_traceback(recipe, tm
         "Mend the record, or leave such records out with skip 'unanswered'.\n"
     )
     assert "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_brings_its_own_model_whatever_the_recipe_names(recipe, records, tmp_path, capsys):
+    pool = ("--model.connector", "pool", "--model.connector-options", "side", 1)
+    assert train(recipe, *pool, "--only", "pretrain", "--pretrain.max-steps", 1, "--output",
+                 tmp_path / "first") == 0  # fmt: skip
+    checkpoint = tmp_path / "first/model"
+    settings = (
+        "--data", records, "--images", records.parent / "images", "--finetune.max-steps", 1, "--report-to",
+        "--finetune.max-length-tokens", 256, "--finetune.global-batch-size", 2, "--hardware.num-workers", 0,
+        "--hardware.precision", "fp32",
+    )  # fmt: skip
+    for name in ("base", "base-Sig-Phi"):  # SigLIP's 729 tokens would not fit 256
+        assert train(name, "--from", checkpoint, *settings, "--output", tmp_path / name) == 0
+        run = trained(tmp_path / name)
+        assert run == trained(tmp_path / name / "model")
+        assert (run.model.connector, run.model.connector_options) == ("pool", {"side": 1})
+        assert run.model.vision_encoder == trained(tmp_path / "first").model.vision_encoder
+        assert (run.name, run.recipe, list(run.stages)) == ("toy-tuned", "base", ["finetune"])
+    capsys.readouterr()
+
+    wrong = (
+        (("--finetune.max-length-tokens", 9000), "finetune.max_length_tokens = 9000: the language model of"),
+        (("--model.connector", "mlp"), "the checkpoint has connector 'pool', not 'mlp'; leave --model.conn"),
+    )
+    for options, message in wrong:
+        assert train("base", "--from", checkpoint, *settings, *options, "--output", tmp_path / "no") == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
+    assert train("base", "--from", tmp_path / "first", *settings) == 2
+    assert f"{tmp_path / 'first'}: a run folder; its checkpoint is {checkpoint}." in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_papers_says_what_its_config_does(recipe, tmp_path):
+    assert train(recipe, "--only", "pretrain", "--pretrain.max-steps", 1, "--output", tmp_path / "first") == 0
+    run = trained(tmp_path / "first")
+    (tmp_path / "first/model/run.json").unlink()
+    assert train(recipe, "--from", tmp_path / "first/model", "--finetune.max-steps", 1, "--output",
+                 tmp_path / "second") == 0  # fmt: skip
+    assert trained(tmp_path / "second").model == run.model

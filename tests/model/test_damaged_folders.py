@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tinyllava.checkpoint_folder import check_checkpoint
 from tinyllava.config import ModelConfig
 from tinyllava.errors import CheckpointError
 from tinyllava.language_models import find_language_model
-from tinyllava.model.assemble import assemble, check_checkpoint
+from tinyllava.model.assemble import assemble
 from tinyllava.vision_encoders import find_vision_encoder
 
 

@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
-    from tinyllava.model.assemble import check_checkpoint, load_tokenizer
+    from tinyllava.checkpoint_folder import check_checkpoint
+    from tinyllava.model.assemble import load_tokenizer
     from tinyllava.model.processing import TinyLlavaProcessor
 
     if known.model:

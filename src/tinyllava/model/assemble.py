@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from tinyllava.checkpoint_folder import check_checkpoint
 from tinyllava.config import ModelConfig
 from tinyllava.connectors import num_tokens, resolve_options
 from tinyllava.errors import CheckpointError, ConfigError
@@ -26,7 +28,7 @@ from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
 from tinyllava.templates import read_template
-from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder, read_config
+from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder
 
 _STAGES = ("stage_names", "out_features", "out_indices")
 _ROWS_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
@@ -42,6 +44,7 @@ def assemble(
     Raises:
         UnknownNameError, ConfigError, CheckpointError: see the tables of parts.
     """
+    hide_loading_bars()
     encoder = find_vision_encoder(model.vision_encoder)
     language = find_language_model(model.language_model, model.template)
     tokenizer = load_tokenizer(language)
@@ -81,6 +84,7 @@ def open_checkpoint(
     """
     folder = Path(folder)
     check_checkpoint(folder)
+    hide_loading_bars()
     try:
         model, report = TinyLlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True
@@ -96,34 +100,12 @@ def open_checkpoint(
     return model.eval(), processor
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Say what a folder lacks before anything is loaded from it.
-
-    Raises:
-        CheckpointError: no folder, no config, another kind of model, or a weight file that is not there.
-    """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: no tinyllava checkpoint there (no config.json). Train one, or import one."
-        )
-    config = read_config(folder)
-    kind = config.get("model_type")
-    if kind != "tinyllava" or "connector_type" in config:  # TinyLLaVA Factory has the same model_type
-        layout = (
-            f"model_type {kind!r}, not 'tinyllava'"
-            if kind != "tinyllava"
-            else "connector_type, which is Factory's"
-        )
-        raise CheckpointError(f"{folder}: config.json says {layout}; bring it in with `tinyllava import`.")
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(read_config(folder, index.name).get("weight_map", {}).values())
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing:
-        raise CheckpointError(
-            f"{folder}: weight files are missing: {', '.join(missing)}; copy the folder again."
-        )
+def hide_loading_bars() -> None:
+    """Switch off transformers' bars for loading and writing weights; those of downloads from the hub stay."""
+    downloads_are_shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads_are_shown:
+        enable_progress_bars()
 
 
 def load_tokenizer(language: LanguageModel) -> Any:

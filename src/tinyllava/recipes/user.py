@@ -7,17 +7,20 @@ the parts are added as in a variant's name: ``my_recipe.py:NAME-Sig-Phi``.
 import runpy
 from pathlib import Path
 
-from tinyllava.config import Run
+from tinyllava.config import ModelConfig, Run
 from tinyllava.errors import ConfigError, TinyLlavaError
 from tinyllava.lookup import look_up
 from tinyllava.recipes.recipe import Recipe
-from tinyllava.recipes.variants import RECIPES, run_of, variant
+from tinyllava.recipes.variants import RECIPES, run_of, tuned_run, variant
 
 
-def find_run(name: str) -> Run:
+def find_run(name: str, checkpoint: ModelConfig | None = None) -> Run:
     """Return the run of a variant's name or of ``FILE.py:NAME``.
 
     The file is executed: it is the user's own code.
+
+    Args:
+        checkpoint: parts of the checkpoint that the run starts from; beside them a recipe's name will do.
 
     Raises:
         UnknownNameError: no such variant, or no such value in the file.
@@ -25,11 +28,13 @@ def find_run(name: str) -> Run:
     """
     path, colon, rest = name.rpartition(":")
     if not colon or not path.endswith(".py"):
-        return variant(name)
+        return tuned_run(RECIPES[name], checkpoint) if checkpoint and name in RECIPES else variant(name)
     public = {key: value for key, value in execute_file(Path(path)).items() if _is_usable(value)}
     key, _, parts = rest.partition("-")
     value = look_up(public, key, f"run or recipe in {path}")
     if isinstance(value, Recipe):
+        if checkpoint and not parts:
+            return tuned_run(value, checkpoint)
         return run_of(f"{value.name}-{parts}", RECIPES | {value.name: value})
     if parts:
         raise ConfigError(f"{name}: {key} is a whole run, it takes no parts; write {path}:{key}.")

@@ -3,7 +3,8 @@
 Paper: section 4.2.3 for the names, Table A1 for the twelve.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from itertools import product
 
 from tinyllava.config import ModelConfig, Run
@@ -44,9 +45,10 @@ def run_of(name: str, recipes: Mapping[str, Recipe]) -> Run:
     """Return the run of a variant's name whose recipe stands in a table; raises as ``variant``."""
     parts = name.removeprefix(PREFIX).split("-", 3)
     if len(parts) < 3:
+        alone = " A recipe alone goes with --from CHECKPOINT." if parts == [name] and name in recipes else ""
         raise UnknownNameError(
             f"unknown variant {name!r}; a name is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], "
-            f"such as {VARIANTS[-1]!r}; see `tinyllava show variants`."
+            f"such as {VARIANTS[-1]!r}; see `tinyllava show variants`.{alone}"
         )
     recipe = look_up(recipes, parts[0], "recipe")
     dataset, connector = _split_further_axes(parts[3] if len(parts) > 3 else "", name)
@@ -72,6 +74,8 @@ def make_run(
     dataset = dataset or recipe.dataset
     encoders = {encoder.abbreviation: encoder.name for encoder in VISION_ENCODERS.values()}
     languages = {language.abbreviation: language.name for language in LANGUAGE_MODELS.values()}
+    _say_abbreviation(encoders, vision_encoder.split("+"), "vision encoder")
+    _say_abbreviation(languages, [language_model], "language model")
     further = [dataset] * (dataset != recipe.dataset) + [connector] * (connector != "mlp")
     return Run(
         name=PREFIX + "-".join([recipe.name, vision_encoder, language_model, *further]),
@@ -86,6 +90,23 @@ def make_run(
         ),
         stages=recipe.on(dataset),
     )
+
+
+def _say_abbreviation(names: Mapping[str, str], parts: Sequence[str], noun: str) -> None:
+    """Refuse a part's full name, right or nearly so, where its abbreviation is meant."""
+    by_name = {name.lower().replace("-", ""): short for short, name in names.items()}
+    for part in parts:
+        close = get_close_matches(part.lower(), by_name, n=1, cutoff=0.8)
+        if part not in names and close:
+            short = by_name[close[0]]
+            raise UnknownNameError(
+                f"unknown {noun} {part!r}; in a variant's name {names[short]} is written {short!r}."
+            )
+
+
+def tuned_run(recipe: Recipe, model: ModelConfig) -> Run:
+    """Return the run of a recipe on the parts of a checkpoint."""
+    return Run(name=PREFIX + recipe.name, recipe=recipe.name, model=model, stages=recipe.on(recipe.dataset))
 
 
 def _split_further_axes(rest: str, name: str) -> tuple[str, str]:

@@ -1,0 +1,84 @@
+"""What a checkpoint folder says of itself in its JSON files, before any weight is read; needs no torch.
+
+Paper: section 3.1; run.json is what training leaves beside the weights, config.json describes the weights.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from tinyllava.config import ModelConfig, run_from_json
+from tinyllava.errors import CheckpointError
+from tinyllava.vision_encoders import read_config
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Say what a folder lacks before anything is loaded from it.
+
+    Raises:
+        CheckpointError: no folder, no config, another kind of model, or a weight file that is not there.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: {_why_there_is_none(folder)}")
+    config = read_config(folder)
+    kind = config.get("model_type")
+    if kind != "tinyllava" or "connector_type" in config:  # TinyLLaVA Factory has the same model_type
+        layout = (
+            f"model_type {kind!r}, not 'tinyllava'"
+            if kind != "tinyllava"
+            else "connector_type, which is Factory's"
+        )
+        raise CheckpointError(f"{folder}: config.json says {layout}; bring it in with `tinyllava import`.")
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(read_config(folder, index.name).get("weight_map", {}).values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise CheckpointError(
+            f"{folder}: weight files are missing: {', '.join(missing)}; copy the folder again."
+        )
+
+
+def _why_there_is_none(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder; give that of a checkpoint."
+    if (folder / "model" / "config.json").is_file():
+        return f"a run folder; its checkpoint is {folder / 'model'}."
+    return "no tinyllava checkpoint there (no config.json). Train one, or import one."
+
+
+def recorded_model(folder: Path) -> ModelConfig:
+    """Return the parts of a checkpoint: names out of its run.json, its own connector.
+
+    What was imported has no run.json: encoder and language model then are what its config calls them, or
+    empty.
+
+    Raises:
+        CheckpointError: see ``check_checkpoint``.
+        ConfigError: run.json is damaged.
+    """
+    check_checkpoint(folder)
+    config = read_config(folder)
+    path = folder / "run.json"
+    model = (
+        run_from_json(path.read_text(encoding="utf-8"), str(path)).model
+        if path.is_file()
+        else ModelConfig(
+            vision_encoder=str(config.get("vision_config", {}).get("_name_or_path", "")),
+            language_model=str(config.get("text_config", {}).get("_name_or_path", "")),
+        )
+    )
+    return replace(
+        model,
+        connector=str(config.get("connector", "mlp")),
+        connector_options=dict(config.get("connector_options") or {}),
+    )
+
+
+def recorded_name(folder: Path) -> str:
+    """Return the name of the run that a checkpoint came from; without a run.json, the folder's."""
+    path = folder / "run.json"
+    if path.is_file():
+        return run_from_json(path.read_text(encoding="utf-8"), str(path)).name
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
