@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from tinyllava.config import ModelConfig
 from tinyllava.model.assemble import assemble, open_checkpoint
@@ -38,3 +41,18 @@ def test_sampling_and_penalties_of_the_language_model_stay_behind(
             assert opened.generation_config.repetition_penalty in (None, 1.0)
             assert opened.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     assert all(torch.equal(answer, answers[0]) for answer in answers[1:])
+
+
+def test_bars_of_loading_and_writing_are_off_and_those_of_downloads_stay(
+    parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.enable_progress_bar()
+    model, processor = assemble(
+        ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["llama"]))
+    )
+    model.save_pretrained(tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
+    logging.enable_progress_bar()
+    open_checkpoint(tmp_path / "out")
+    assert capsys.readouterr().err == ""
+    assert not are_progress_bars_disabled()

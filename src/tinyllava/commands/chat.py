@@ -1,7 +1,6 @@
 """``tinyllava chat PICTURE [QUESTION]``: ask a model about a picture in the terminal."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,12 +46,8 @@ def main(arguments: list[str]) -> int:
         from tinyllava.data.images import open_image
 
         open_image(ImageRef(path=picture))  # a wrong path is told before a model is opened
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils.logging import disable_progress_bar
-
     from tinyllava.inference import Chat
 
-    disable_progress_bar()
     if sys.stderr.isatty():
         print(f"opening {model} ...", file=sys.stderr)
     chat = Chat.open(model, device=known.device)

@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rich
 from accelerate import PartialState
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,14 +23,30 @@ if TYPE_CHECKING:
     from tinyllava.training.trainer import StageTrainer
 
 
-def make_progress() -> Progress:
-    """Return a progress bar with count, free text and remaining time, shown by the first rank alone."""
+_WIDE = 128
+"""Columns that the full form takes; a terminal has 80, and so has a file."""
+
+
+def make_progress(console: Console | None = None) -> Progress:
+    """Return a progress bar with count, free text and remaining time, shown by the first rank alone.
+
+    In fewer than 128 columns the bar is short and the elapsed time left out: with ``note`` it fits 80.
+    """
+    console = console or rich.get_console()
+    is_wide = console.width >= _WIDE
+    elapsed = [TimeElapsedColumn()] if is_wide else []
     return Progress(
-        TextColumn("{task.description:<22}"), BarColumn(bar_width=28), MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.description:<22}" if is_wide else "{task.description}"),
+        BarColumn(bar_width=28 if is_wide else 10), MofNCompleteColumn(), *elapsed,
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        disable=not PartialState().is_main_process,
+        disable=not PartialState().is_main_process, console=console,
     )  # fmt: skip
+
+
+def rates_note(console: Console, loss: float, samples_per_second: float, tokens_per_second: float) -> str:
+    """Return what stands beside the bar of a stage, short in a narrow terminal."""
+    note = f"loss {loss:.3f}  {samples_per_second:.1f} samples/s"
+    return f"{note} {tokens_per_second:,.0f} tokens/s" if console.width >= _WIDE else note
 
 
 class StageProgress(TrainerCallback):
@@ -76,7 +94,7 @@ class StageProgress(TrainerCallback):
         elapsed = max(now - self.start, 1e-9)
         done = (self.trainer.num_samples * args.world_size, self.trainer.num_tokens * args.world_size)
         rates = (done[0] / elapsed, done[1] / elapsed)
-        note = f"loss {logs['loss']:.3f}  {rates[0]:.1f} samples/s {rates[1]:,.0f} tokens/s"
+        note = rates_note(self.progress.console, logs["loss"], *rates)
         self.progress.update(self.task, completed=state.global_step, note=note)
 
     def on_train_end(

@@ -120,7 +120,6 @@ def _train_stage(
     checkpoints.require_space(folder, model)
     if run.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    transformers.utils.logging.disable_progress_bar()  # ours has the rates
     transformers.utils.logging.set_verbosity_error()  # its notes on our lean checkpoints would only mislead
     arguments = make_arguments(
         stage,
