@@ -39,6 +39,21 @@ def check_checkpoint(folder: Path) -> None:
         )
 
 
+def check_processor_files(folder: Path) -> None:
+    """Name the file of tokenizer, image processor or template that is missing or damaged.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    settings = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
+    for name in (*settings, "chat_template.jinja"):
+        path = folder / name
+        if not path.is_file() or not path.stat().st_size:
+            raise CheckpointError(f"{path}: missing or empty; copy the folder again.")
+    for name in settings:
+        read_config(folder, name)
+
+
 def _why_there_is_none(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder; give that of a checkpoint."

@@ -139,12 +139,19 @@ def encode_prompt(processor: TinyLlavaProcessor, conversation: Conversation) -> 
     """Return the token ids of a conversation up to where the assistant is to speak, image tokens expanded.
 
     Raises:
-        DataError: it does not fit the context of the language model.
+        DataError: it does not fit the context of the language model, or its text writes ``<image>``.
     """
     input_ids = processor.encode(conversation, open_answer=True).input_ids
+    name = repr(conversation.id or conversation.messages[-1].text[:40])
+    num_expected = len(conversation.images) * processor.num_image_tokens
+    if input_ids.count(processor.image_token_id) != num_expected:
+        raise DataError(
+            f"conversation {name} has {processor.image_token} in its text; leave it out: a picture goes in "
+            "front of its question by itself."
+        )
     if len(input_ids) >= processor.tokenizer.model_max_length:
         raise DataError(
-            f"conversation {conversation.id or conversation.messages[-1].text[:40]!r} has {len(input_ids):,} "
+            f"conversation {name} has {len(input_ids):,} "
             f"tokens; the model's context is {processor.tokenizer.model_max_length:,}. Shorten it."
         )
     return input_ids

@@ -105,6 +105,12 @@ ERRORS = {
         "--only midtune: no such stage; this run has pretrain, finetune.",
     ),
     "data": (("RECIPE", "--data", "none"), "--data none: neither a folder nor a .json or .jsonl file."),
+    "two folders": (
+        ("RECIPE", "--data", "FOLDER", "--data", "FOLDER"),
+        "one folder holds the mixtures; give one.",
+    ),
+    "output is a file": (("RECIPE", "--output", "FILE"), "cannot be made (File exists); choose another"),
+    "output below a file": (("RECIPE", "--output", "FILE/x"), "cannot be made (Not a directory)"),
     "images alone": (("RECIPE", "--images", "x"), "--images x: it goes with --data FILE.json"),
     "file": (("none.py:TOY",), "none.py: no such recipe file."),
     "no run": (("OTHER",), "unknown run or recipe in"),
@@ -121,7 +127,11 @@ def test_a_mistake_is_said_in_one_block_before_anything_is_written(
 ):
     arguments, message = ERRORS[case]
     monkeypatch.chdir(tmp_path)
-    names = {"RECIPE": recipe, "OTHER": recipe.replace("TOY", "OTHER")}
+    file = tmp_path / "toy.json"
+    names = {
+        "RECIPE": recipe, "OTHER": recipe.replace("TOY", "OTHER"), "FOLDER": tmp_path, "FILE": file,
+        "FILE/x": file / "x",
+    }  # fmt: skip
     assert train(*(names.get(argument, argument) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -137,6 +137,7 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
         record("Q", "<image> A", image="a.png"),
         "stands in a turn of the assistant",
     ),
+    "half a character": ("malformed", record("Q", "A\ud800"), r"turn 1 holds half a character: 'A\\ud800'"),
     "missing picture": (
         "missing_image",
         record("<image>Q", "A", image="x/none.png"),
@@ -258,3 +259,22 @@ def test_an_unknown_skip_lists_the_known_ones(tmp_path, images):
         ConfigError, match=r"skip 'unanswerd': unknown; known: malformed, leading_answer, roles"
     ):
         read(tmp_path, GOOD, ("unanswerd",))
+
+
+OTHER_FORMS = {
+    "lines named .json": (
+        "a.json",
+        '{"id": 1}\n{"id": 2}\n',
+        r"line 2 column 1\. One record a line",
+    ),
+    "an array named .jsonl": ("a.jsonl", "[]", r"a\.jsonl:1: a JSON array; one array of records is named"),
+    "lists without end": ("a.json", "[" * 100_000, r"a\.json: lists in lists without end"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FORMS)
+def test_a_file_of_another_form_is_told_its_name(tmp_path, case):
+    name, text, message = OTHER_FORMS[case]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_records(tmp_path / name, tmp_path)

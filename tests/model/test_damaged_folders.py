@@ -11,7 +11,7 @@ from tinyllava.checkpoint_folder import check_checkpoint
 from tinyllava.config import ModelConfig
 from tinyllava.errors import CheckpointError
 from tinyllava.language_models import find_language_model
-from tinyllava.model.assemble import assemble
+from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.vision_encoders import find_vision_encoder
 
 
@@ -59,3 +59,43 @@ def test_a_checkpoints_settings_cut_short(parts: dict[str, Path], tmp_path: Path
     cut(name)(tmp_path)
     with pytest.raises(CheckpointError, match=rf"{name}: not JSON .*; fetch the folder again"):
         check_checkpoint(tmp_path)
+
+
+def gone(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def holding(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+SETTINGS = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
+CHECKPOINTS = {
+    **{
+        f"no {name}": (gone(name), rf"{name}: missing or empty; copy the folder again")
+        for name in (
+            "processor_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        )
+    },
+    **{f"cut {name}": (cut(name), rf"{name}: not JSON") for name in SETTINGS},
+    "empty template": (holding("chat_template.jinja", ""), r"chat_template\.jinja: missing or empty"),
+    "broken template": (holding("chat_template.jinja", "{% for"), r"chat_template\.jinja: no chat template"),
+    "foreign tokenizer": (holding("tokenizer.json", "{}"), r"its tokenizer or image processor cannot be op"),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_a_damaged_file_of_the_processor_is_named(parts: dict[str, Path], tmp_path: Path, case: str) -> None:
+    damage, message = CHECKPOINTS[case]
+    config = ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["llama"]))
+    model, processor = assemble(config)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    open_checkpoint(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)

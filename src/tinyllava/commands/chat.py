@@ -1,11 +1,13 @@
 """``tinyllava chat PICTURE [QUESTION]``: ask a model about a picture in the terminal."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllava.checkpoint_folder import check_checkpoint
 from tinyllava.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -36,8 +38,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest answer")
     parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
     known = parser.parse_args(arguments)
-    if known.max_tokens < 1 or known.temperature < 0:
+    if known.max_tokens < 1 or not 0 <= known.temperature < math.inf:
         parser.error("--max-tokens must be at least 1, --temperature at least 0")
+    if "://" in known.picture:
+        parser.error(f"{known.picture}: an address; give a picture file of this machine")
 
     model = find_model(known.model)
     picture = None if known.picture == "-" else Path(known.picture)
@@ -64,11 +68,12 @@ def find_model(name: str) -> Path:
     """Return the checkpoint folder: the given one, or the starter's.
 
     Raises:
-        CheckpointError: there is no model yet.
+        CheckpointError: the folder is no checkpoint, or there is no model yet.
     """
     from tinyllava.starter.packages import cache_folder
 
     if name:
+        check_checkpoint(Path(name))
         return Path(name)
     starter = cache_folder() / "starter" / "model"
     if not (starter / "config.json").is_file():

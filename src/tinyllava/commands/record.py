@@ -37,11 +37,16 @@ def main(arguments: list[str]) -> int:
     known = parser.parse_args(arguments)
     if bool(known.model) == bool(known.language_model):
         parser.error("give one of --model CHECKPOINT and --language-model NAME")
+    if known.count < 1 or known.image_tokens < 0:
+        parser.error("--count must be at least 1, --image-tokens at least 0")
 
+    from tinyllava.checkpoint_folder import check_checkpoint
     from tinyllava.data.records import read_records
     from tinyllava.errors import DataError
     from tinyllava.templates import read_template
 
+    if known.model:
+        check_checkpoint(Path(known.model))
     file = Path(known.file)
     images = Path(known.images) if known.images else file.parent
     conversations = read_records(file, images, tuple(known.skip)).conversations
@@ -55,13 +60,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
-    from tinyllava.checkpoint_folder import check_checkpoint
-    from tinyllava.model.assemble import load_tokenizer
+    from tinyllava.model.assemble import load_tokenizer, open_processor
     from tinyllava.model.processing import TinyLlavaProcessor
 
     if known.model:
-        check_checkpoint(Path(known.model))
-        processor: TinyLlavaProcessor = TinyLlavaProcessor.from_pretrained(known.model)
+        processor = open_processor(Path(known.model))
     else:
         from transformers import CLIPImageProcessorPil
 

@@ -90,6 +90,8 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
     for folder in folders:
         if not Path(folder).is_dir():
             raise DataError(f"--data {folder}: neither a folder nor a .json or .jsonl file.")
+    if len(folders) > 1:
+        raise ConfigError(f"--data {' --data '.join(folders)}: one folder holds the mixtures; give one.")
     if known.images and not files:
         raise ConfigError(f"--images {known.images}: it goes with --data FILE.json, which is not given.")
     stages = dict(run.stages)

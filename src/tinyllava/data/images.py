@@ -34,9 +34,9 @@ def read_image_bytes(ref: ImageRef) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ImageError(
-            f"{path}: no such picture; check the images folder, or skip 'missing_image'."
-        ) from error
+        raise ImageError(f"{path}: no such picture; check the path.") from error
+    except ValueError as error:  # a NUL character
+        raise ImageError(f"{str(path)!r}: no path of a file ({error}).") from error
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror}).") from error
 
@@ -48,7 +48,10 @@ def naming_record(conversation: Conversation) -> Iterator[None]:
         yield
     except ImageError as error:
         record = f"record {conversation.id}" if conversation.id else "a record without id"
-        raise ImageError(f"{conversation.source or 'conversation'}: {record}: {error}") from error
+        raise ImageError(
+            f"{conversation.source or 'conversation'}: {record}: {error} Or leave such records out with skip "
+            "'broken_image'."
+        ) from error
 
 
 def open_image(ref: ImageRef) -> Image.Image:
@@ -72,13 +75,11 @@ def open_image(ref: ImageRef) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         what = "an empty file" if not data else f"not a picture that can be read (begins with {data[:8]!r})"
-        raise ImageError(f"{ref}: {what}; replace it, or skip 'broken_image'.") from error
+        raise ImageError(f"{ref}: {what}; replace it.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{ref}: more than {MAX_PIXELS:,} pixels; scale it down, or skip 'broken_image'."
-        ) from error
+        raise ImageError(f"{ref}: more than {MAX_PIXELS:,} pixels; scale it down.") from error
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
-        raise ImageError(f"{ref}: damaged ({error}); fetch it again, or skip 'broken_image'.") from error
+        raise ImageError(f"{ref}: damaged ({error}); fetch it again.") from error
 
 
 def _refuse_huge(image: Image.Image, ref: ImageRef) -> None:
@@ -86,16 +87,14 @@ def _refuse_huge(image: Image.Image, ref: ImageRef) -> None:
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE_PX:
         raise ImageError(
             f"{ref}: {image.width:,} x {image.height:,} pixels; at most {MAX_PIXELS:,} in all and "
-            f"{MAX_SIDE_PX:,} on a side. Scale it down, or skip 'broken_image'."
+            f"{MAX_SIDE_PX:,} on a side. Scale it down."
         )
 
 
 def _to_rgb(image: Image.Image, file_format: str | None, ref: ImageRef) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and file_format != "PPM"):  # Pillow scales PGM to 16 bits
         kind = "floating-point" if image.mode == "F" else "32-bit"
-        raise ImageError(
-            f"{ref}: {kind} pixels have no fixed range; save it with 8 or 16 bits, or skip 'broken_image'."
-        )
+        raise ImageError(f"{ref}: {kind} pixels have no fixed range; save it with 8 or 16 bits.")
     if image.mode.startswith("I"):
         # 16-bit greyscale: Pillow's own conversion would clip everything above 255 to white.
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")

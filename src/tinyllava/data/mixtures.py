@@ -134,6 +134,6 @@ def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path,
 
 
 def _missing_folder(root: Path) -> list[str]:
-    return (
-        [] if root.is_dir() else [f"{root}: no such folder of pictures; set data.images, or put them there."]
-    )
+    if root.is_dir():
+        return []
+    return [f"{root}: no such folder of pictures; set data.images (--images), or put them there."]

@@ -114,7 +114,10 @@ def read_raw(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings
             if line.strip():
-                yield f"{path}:{number}", _parse(line, str(path), number)
+                raw = _parse(line, str(path), number)
+                if isinstance(raw, list):
+                    raise DataError(f"{path}:{number}: a JSON array; one array of records is named .json.")
+                yield f"{path}:{number}", raw
         return
     records = _parse(text, str(path))
     if not isinstance(records, list):
@@ -131,7 +134,12 @@ def _parse(text: str, where: str, first_line: int = 1) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise DataError(f"{where}: not JSON: {error.msg} at line {line} column {error.colno}.") from error
+        hint = " One record a line? Name it .jsonl." if error.msg == "Extra data" else ""
+        raise DataError(
+            f"{where}: not JSON: {error.msg} at line {line} column {error.colno}.{hint}"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{where}: lists in lists without end; that is no file of records.") from error
 
 
 def _to_conversation(
@@ -167,8 +175,19 @@ def _turns(raw: Any, where: str) -> list[tuple[Role, str]]:
             raise Defect(
                 "malformed", where, f"turn {number} is from {turn.get('from')!r}; allowed: human, gpt, system"
             )
+        if not _is_text(turn["value"]):
+            raise Defect("malformed", where, f"turn {number} holds half a character: {turn['value'][:80]!a}")
         turns.append((_ROLES[turn["from"]], turn["value"]))
     return turns
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string is Unicode: JSON can also write one half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_order(turns: list[tuple[Role, str]], where: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -19,9 +20,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from tinyllava.checkpoint_folder import check_checkpoint
+from tinyllava.checkpoint_folder import check_checkpoint, check_processor_files
 from tinyllava.config import ModelConfig
 from tinyllava.connectors import num_tokens, resolve_options
+from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.language_models import LanguageModel, find_language_model
 from tinyllava.model.configuration import TinyLlavaConfig
@@ -84,20 +86,43 @@ def open_checkpoint(
     """
     folder = Path(folder)
     check_checkpoint(folder)
+    processor = open_processor(folder)
     hide_loading_bars()
     try:
         model, report = TinyLlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True
         )
-        processor = TinyLlavaProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be opened: {error}") from error
+        raise CheckpointError(f"{folder}: cannot be opened ({error}); copy the folder again.") from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(fault):
             raise CheckpointError(
                 f"{folder}: {fault.replace('_', ' ')}: {', '.join(map(str, sorted(report[fault])))}"
             )
     return model.eval(), processor
+
+
+def open_processor(folder: Path) -> TinyLlavaProcessor:
+    """Open tokenizer, image processor and template of a saved folder, with no network.
+
+    Raises:
+        CheckpointError: one of their files is missing or damaged; it is named.
+    """
+    check_processor_files(folder)
+    try:
+        processor: TinyLlavaProcessor = TinyLlavaProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: its tokenizer or image processor cannot be opened ({error}); copy the folder again."
+        ) from error
+    try:
+        processor.render(ask(""))
+    except (TemplateError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'chat_template.jinja'}: no chat template with generation marks ({error}); copy the "
+            "folder again."
+        ) from error
+    return processor
 
 
 def hide_loading_bars() -> None:

@@ -64,9 +64,15 @@ def _save_or_compare(run: Run) -> None:
     """Write the resolved config; refuse to mix two different runs in one folder.
 
     Raises:
-        TrainingError: the folder holds another run.
+        TrainingError: the folder holds another run, or cannot be made.
     """
     path = run.folder / "run.json"
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"{run.folder}: cannot be made ({error.strerror}); choose another folder with --output."
+        ) from error
     if path.exists() and path.read_text(encoding="utf-8") != to_json(run):
         raise TrainingError(
             f"{path}: this folder holds a run with other settings; choose another --output, "
@@ -74,7 +80,6 @@ def _save_or_compare(run: Run) -> None:
         )
     if not PartialState().is_main_process:
         return
-    run.folder.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(run), encoding="utf-8")
     environment = json.dumps(checkpoints.describe_environment(), indent=2)
     (run.folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
