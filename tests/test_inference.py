@@ -67,5 +67,7 @@ def test_wrong_requests_are_named(tmp_path, pictures):
     with pytest.raises(ImageError, match="no such picture"):
         chat.answer([ask("Is there a dog?", tmp_path / "none.png")])
     chat.processor.tokenizer.model_max_length = 20
+    with pytest.raises(DataError, match=r"'What <image> is it\?' has <image> in its text; leave it out"):
+        chat.answer([ask("What <image> is it?", pictures[0])])
     with pytest.raises(DataError, match="context is 20"):
         list(chat.stream(ask("Is there a dog? " * 20, id="q7")))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tinyllava.cli import main
 from tinyllava.commands.chat import converse
 from tinyllava.conversation import Conversation
 
@@ -34,3 +35,22 @@ def test_ctrl_c_ends_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(KeyboardInterrupt):
         converse(broken_off, None, ["long", "last"])
+
+
+REFUSED = {
+    "no number": (("a.jpg", "Q", "--temperature", "nan"), "--temperature at least 0"),
+    "no bound": (("a.jpg", "Q", "--temperature", "inf"), "--temperature at least 0"),
+    "no token": (("a.jpg", "Q", "--max-tokens", "0"), "--max-tokens must be at least 1"),
+    "address": (
+        ("https://example.org/a.jpg", "Q"),
+        "https://example.org/a.jpg: an address; give a picture file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_asked_is_refused(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = REFUSED[case]
+    with pytest.raises(SystemExit):
+        main(["chat", *arguments])
+    assert message in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """``tinyllava chat PICTURE [QUESTION]``: ask a model about a picture in the terminal."""
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.checkpoint_folder import check_checkpoint
+from tinyllava.commands.parser import CommandParser
 from tinyllava.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ Ctrl-C breaks off an answer; at the prompt it ends.
 
 def main(arguments: list[str]) -> int:
     """Answer one question, or converse."""
-    parser = argparse.ArgumentParser(
-        prog="tinyllava chat", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("chat", _HELP)
     parser.add_argument("picture", help="picture file, or - for none")
     parser.add_argument("question", nargs="?", default="", help="what to ask (default: ask in turns)")
     parser.add_argument("--model", default="", help="checkpoint folder (default: the starter's)")

@@ -1,22 +1,22 @@
 """``tinyllava compare A B``: two evaluations, question by question."""
 
-import argparse
 from pathlib import Path
 
-_HELP = """
-Compare two evaluations of the same questions: the difference of each headline number with its 95% interval
-(paired bootstrap over pictures), McNemar's test, and a page with the questions that flipped.
+from tinyllava.commands.parser import CommandParser
 
-  tinyllava compare evaluations/mine evaluations/other --data /data/benchmarks
+_HELP = """
+Compare two evaluations of the same questions: the difference of each headline
+number with its 95% interval (paired bootstrap over pictures), McNemar's test,
+and a page with the questions that flipped.
+
+  tinyllava compare evaluations/mine evaluations/other --data /data/bench
   tinyllava compare evaluations/mine/pope evaluations/mine/pope-blind
 """
 
 
 def main(arguments: list[str]) -> int:
     """Compare; print one line for each benchmark and the page's path as the last line."""
-    parser = argparse.ArgumentParser(
-        prog="tinyllava compare", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("compare", _HELP)
     parser.add_argument("a", type=_find, help="folder of an evaluation or of one benchmark in it")
     parser.add_argument("b", type=_find, help="the same of the other model")
     parser.add_argument("--data", default="", help="folder of the benchmarks: shows pictures and truths")

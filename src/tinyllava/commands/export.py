@@ -4,33 +4,56 @@ import argparse
 import tempfile
 from pathlib import Path
 
-_DESCRIPTION = """\
-Write a checkpoint for others, with a model card: as transformers' LLaVA (--format llava), for vLLM
-(--format vllm), or in the layout of tinyllava; adapters of peft are merged. The folder is opened again as
-its reader would, and its logits compared, before it is there. --push uploads it to a repository of a hub."""
+from tinyllava.checkpoint_folder import check_checkpoint
+from tinyllava.commands.parser import CommandParser
+
+_HELP = """
+Write a checkpoint for others, with a model card: as transformers' LLaVA
+(--format llava), for vLLM (--format vllm), or in the layout of tinyllava;
+adapters of peft are merged. The folder is opened again as its reader would,
+and its logits compared, before it is there.
+
+  tinyllava export runs/mine/model out --format llava
+  tinyllava export ADAPTER out --base runs/mine/model
+  tinyllava export runs/mine/model --push OWNER/NAME --private
+
+--push uploads it to a repository of a hub.
+"""
 
 
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tinyllava export",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("export", _HELP)
     parser.add_argument("checkpoint", metavar="DIR", type=Path, help="checkpoint, or peft adapter over one")
     parser.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="where to write")
     parser.add_argument(
-        "--format", choices=("tinyllava", "llava", "vllm"), default="tinyllava", dest="layout"
+        "--format",
+        choices=("tinyllava", "llava", "vllm"),
+        default="tinyllava",
+        dest="layout",
+        help="layout to write",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", default="", help="upload to this repository")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--base", metavar="DIR", type=Path, help="the checkpoint below an adapter")
-    parser.add_argument("--results", metavar="FILE", type=Path, help="results.json with scores for the card")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a weight file (5GB)")
+    parser.add_argument(
+        "--base", metavar="DIR", type=Path, help="the checkpoint below an adapter (default: the one it names)"
+    )
+    parser.add_argument(
+        "--results",
+        metavar="FILE",
+        type=Path,
+        help="results.json with scores for the card (default: beside the weights)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="type of the weights (default: auto, the checkpoint's)",
+    )  # fmt: skip
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="most of one weight file")
     options = parser.parse_args(arguments)
     if options.folder is None and not options.push:
         parser.error("give OUT, or --push OWNER/NAME")
+    if not (options.checkpoint / "adapter_config.json").is_file():
+        check_checkpoint(options.checkpoint)
     if options.folder is not None:
         _export(options, options.folder)
         return 0

@@ -1,26 +1,33 @@
 """``tinyllava import``: bring in a checkpoint of another layout."""
 
-import argparse
 from pathlib import Path
 
-_DESCRIPTION = """\
-Bring in a checkpoint of TinyLLaVABench (whole model, stage-1 connector, LoRA), TinyLLaVA Factory (one file,
-three folders, LoRA), LLaVA-1.5, or transformers' own LLaVA. The kind is recognised by config.json and the
-names of the tensors. Every tensor is accounted for, or the import stops and lists them. DIR is complete in
-itself."""
+from tinyllava.commands.parser import CommandParser
+from tinyllava.errors import CheckpointError
+
+_HELP = """
+Bring in a checkpoint of TinyLLaVABench (whole model, stage-1 connector, LoRA),
+TinyLLaVA Factory (one file, three folders, LoRA), LLaVA-1.5, or transformers'
+own LLaVA. The kind is recognised by config.json and the names of the tensors.
+Every tensor is accounted for, or the import stops and lists them. DIR is
+complete in itself.
+
+  tinyllava import bczhou/TinyLLaVA-3.1B imported        a name on the hub
+  tinyllava import ./factory imported --vision-encoder ./siglip
+  tinyllava import ./lora imported --language-model ./base
+"""
 
 
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tinyllava import",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("import", _HELP)
     parser.add_argument("source", metavar="SOURCE", help="folder, connector file, or name on the hub")
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write the imported checkpoint")
     parser.add_argument(
-        "--vision-encoder", metavar="DIR", type=Path, help="the encoder that the source names"
+        "--vision-encoder",
+        metavar="DIR",
+        type=Path,
+        help="the encoder that the source names (default: fetched)",
     )
     parser.add_argument(
         "--language-model", metavar="DIR", type=Path,
@@ -31,9 +38,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="type of the weights; auto loses nothing (default)",
+        help="type of the weights (default: auto, which loses nothing)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.source.startswith(("/", ".", "~")) and not Path(options.source).exists():
+        raise CheckpointError(f"{options.source}: no such folder or file; give a checkpoint's.")
 
     import torch  # after the options, so that help and mistakes come at once
 

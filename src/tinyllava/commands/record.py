@@ -7,32 +7,44 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllava.commands.parser import CommandParser
+
 if TYPE_CHECKING:
     from tinyllava.conversation import Conversation
     from tinyllava.model import TinyLlavaProcessor
 
+_HELP = """
+Show records of a LLaVA-format file as the model will see them: supervised text
+is green (in a plain terminal: between >> and <<), with token counts.
+
+  tinyllava record my.json --model runs/mine/model --count 3
+  tinyllava record my.json --language-model TinyLlama --template caption
+"""
+
 
 def main(arguments: list[str]) -> int:
     """Print the rendered text with supervised spans coloured, and the token counts."""
-    parser = argparse.ArgumentParser(
-        prog="tinyllava record",
-        description="Show records of a LLaVA-format file as the model will see them: supervised text "
-        "is green (in a plain terminal: between >> and <<), with token counts.",
-    )
+    parser = CommandParser("record", _HELP)
     parser.add_argument("file", help="LLaVA-format .json or .jsonl")
     parser.add_argument(
         "--images", default="", help="folder that picture paths start from (default: the file's)"
     )
     parser.add_argument("--model", default="", help="checkpoint folder whose tokenizer and template are used")
     parser.add_argument("--language-model", default="", help="or a language model by name or folder")
-    parser.add_argument("--template", default="", help="template by name, e.g. caption")
     parser.add_argument(
-        "--image-tokens", type=int, default=0, help="tokens of one picture (default: the checkpoint's)"
+        "--template", default="", help="template by name, e.g. caption (default: the model's)"
+    )
+    parser.add_argument(
+        "--image-tokens",
+        type=int,
+        default=0,
+        help="tokens of one picture (default: the checkpoint's; "
+        "with --language-model 576, those of CLIP and mlp)",
     )
     parser.add_argument(
         "--skip", action="append", default=[], help="named defect whose records are left out (repeatable)"
     )
-    parser.add_argument("--index", type=int, default=0, help="first record to show")
+    parser.add_argument("--index", type=int, default=0, help="first record to show, from 0 (default: 0)")
     parser.add_argument("--count", type=int, default=1, help="number of records")
     known = parser.parse_args(arguments)
     if bool(known.model) == bool(known.language_model):

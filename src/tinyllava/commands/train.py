@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from tinyllava.checkpoint_folder import recorded_model, recorded_name
+from tinyllava.commands.parser import CommandParser
 from tinyllava.config import DataConfig, ModelConfig, Run
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.recipes.published import PUBLISHED, as_published
@@ -38,9 +39,7 @@ run was.
 
 def main(arguments: list[str]) -> int:
     """Train; print the folder of the model as the last line."""
-    parser = argparse.ArgumentParser(
-        prog="tinyllava train", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("train", _HELP)
     parser.add_argument("variant", help="variant, FILE.py:NAME, or a recipe with --from")
     parser.add_argument(
         "--data", action="append", default=[], help="data folder, or LLaVA-format .json/.jsonl (repeatable)"

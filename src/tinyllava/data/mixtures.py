@@ -92,6 +92,16 @@ def find_mixture(record: str) -> Mixture | None:
     return look_up(MIXTURES, record, "mixture (or .json / .jsonl file)")
 
 
+def missing_files(mixture: Mixture, data_root: Path) -> list[tuple[Path, str]]:
+    """Return what a mixture needs below a data root and does not find there, each with what it is."""
+    places = [data_root / mixture.records, data_root / Path(mixture.records).name]
+    missing = [] if any(place.is_file() for place in places) else [
+        (places[0], f"its records; fetch them from {mixture.source}")
+    ]  # fmt: skip
+    folders = [data_root / mixture.images / folder for folder in mixture.folders]
+    return missing + [(folder, "pictures that it names") for folder in folders if not folder.is_dir()]
+
+
 def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Path, Path]]:
     """Return the record files of a stage, each with the folder that its picture paths start from.
 

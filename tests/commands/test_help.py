@@ -1,0 +1,93 @@
+"""What a newcomer meets first: help that fits a terminal, defaults, suggestions, and quick refusals."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyllava.cli import COMMANDS, main
+
+PAGES = [name for name in COMMANDS if name not in ("evaluate", "reproduce")]
+
+
+def text_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return what argparse prints before it ends the program."""
+    with pytest.raises(SystemExit):
+        main(arguments)
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_help_page_fits_80_columns_and_has_an_example(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = text_of(capsys, name, "--help")
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert f"\n  tinyllava {name}" in text
+
+
+DEFAULTS = {
+    "record": ("from 0 (default: 0)", "number of records (default: 1)", "with --language-model 576"),
+    "compare": ("(default: flips.html)", "(default: 200)"),
+    "export": ("(default: tinyllava)", "(default: 5GB)"),
+    "show": ("(default: A100-80G)", "(default: 8)"),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_defaults_are_said(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(text_of(capsys, name, "--help").split())
+    assert all(default in text for default in DEFAULTS[name])
+
+
+def test_a_misspelt_option_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert text_of(capsys, "chat", "a.jpg", "--modle", "x").endswith(
+        "tinyllava chat: error: unrecognized arguments: --modle x. Did you mean --model?\n"
+    )
+    assert text_of(capsys, "show", "gpus", "--xyzzy").endswith("unrecognized arguments: --xyzzy\n")
+
+
+WRONG_FOLDER = """
+import sys
+from tinyllava.cli import main
+for arguments in (
+    ["chat", "a.jpg", "--model", "nope"],
+    ["record", "my.json", "--model", "nope"],
+    ["train", "base", "--from", "nope"],
+    ["export", "nope", "out"],
+    ["import", "./nope", "out"],
+):
+    assert main(arguments) == 2, arguments
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+def test_a_folder_that_is_not_there_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WRONG_FOLDER], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("nope: no such folder") == 5
+
+
+def test_mixtures_are_listed_and_what_they_lack_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "mixtures"]) == 0
+    assert "LLaVA-1.5-558k       PT: 558,128 records\n" in capsys.readouterr().out
+    pictures = tmp_path / "llava/llava_pretrain/images/00000"
+    assert main(["data", "mixtures", "LLaVA-1.5-558k", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "  missing  " + str(tmp_path / "text_files/blip_laion_cc_sbu_558k.json") + ": its records;" in out
+    assert f"  missing  {pictures}: pictures that it names\n" in out
+    pictures.mkdir(parents=True)
+    (tmp_path / "blip_laion_cc_sbu_558k.json").write_text("[]")  # it may also stand in the root
+    assert main(["data", "mixtures", "LLaVA-1.5-558k", str(tmp_path)]) == 0
+    assert f"all there below {tmp_path}" in capsys.readouterr().out
+    assert main(["data", "mixturs"]) == 2
+    assert "Did you mean 'mixtures'?" in capsys.readouterr().err
+    assert main(["data", "mixtures", "LLaVA-1.5-mix665k"]) == 2
+    assert "Did you mean 'LLaVA-1.5-mix-665k'?" in capsys.readouterr().err
