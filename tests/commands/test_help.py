@@ -44,8 +44,8 @@ def test_the_defaults_are_said(name: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_misspelt_option_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
-    assert text_of(capsys, "chat", "a.jpg", "--modle", "x").endswith(
-        "tinyllava chat: error: unrecognized arguments: --modle x. Did you mean --model?\n"
+    assert text_of(capsys, "chat", "a.jpg", "--modrl", "x").endswith(
+        "tinyllava chat: error: unrecognized arguments: --modrl x. Did you mean --model?\n"
     )
     assert text_of(capsys, "show", "gpus", "--xyzzy").endswith("unrecognized arguments: --xyzzy\n")
 

@@ -1,5 +1,6 @@
 """``tinyllava chat PICTURE [QUESTION]``: ask a model about a picture in the terminal."""
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.checkpoint_folder import check_checkpoint
+from tinyllava.commands.chat_file import answer_file, read_questions
 from tinyllava.commands.parser import CommandParser
 from tinyllava.errors import CheckpointError
 
@@ -21,16 +23,20 @@ answered knowing those before it.
   tinyllava chat cat.jpg              several turns; an empty line ends
   tinyllava chat cat.jpg --model runs/share-Sig-Phi/model
   tinyllava chat cat.jpg < questions.txt
+  tinyllava chat --file questions.jsonl --output answers.jsonl
+      lines such as {"image": "cat.jpg", "question": "What is this?"}; the same
+      lines with "answer" come out; run again, it goes on where it was
 
 Ctrl-C breaks off an answer; at the prompt it ends.
 """
 
 
-def main(arguments: list[str]) -> int:
-    """Answer one question, or converse."""
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = CommandParser("chat", _HELP)
-    parser.add_argument("picture", help="picture file, or - for none")
+    parser.add_argument("picture", nargs="?", default="", help="picture file, or - for none")
     parser.add_argument("question", nargs="?", default="", help="what to ask (default: ask in turns)")
+    parser.add_argument("--file", default="", help="JSONL of questions, instead of PICTURE")
+    parser.add_argument("--output", default="", help="JSONL of answers to write (with --file)")
     parser.add_argument("--model", default="", help="checkpoint folder (default: the starter's)")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest answer")
@@ -38,11 +44,19 @@ def main(arguments: list[str]) -> int:
     known = parser.parse_args(arguments)
     if known.max_tokens < 1 or not 0 <= known.temperature < math.inf:
         parser.error("--max-tokens must be at least 1, --temperature at least 0")
+    if bool(known.picture) == bool(known.file) or bool(known.file) != bool(known.output):
+        parser.error("give a picture, or --file QUESTIONS with --output ANSWERS")
     if "://" in known.picture:
         parser.error(f"{known.picture}: an address; give a picture file of this machine")
+    return known
 
+
+def main(arguments: list[str]) -> int:
+    """Answer one question or a file of them, or converse."""
+    known = _parse(arguments)
     model = find_model(known.model)
-    picture = None if known.picture == "-" else Path(known.picture)
+    lines = read_questions(Path(known.file)) if known.file else []
+    picture = None if known.picture in ("", "-") else Path(known.picture)
     if picture is not None:
         from tinyllava.conversation import ImageRef
         from tinyllava.data.images import open_image
@@ -54,6 +68,14 @@ def main(arguments: list[str]) -> int:
         print(f"opening {model} ...", file=sys.stderr)
     chat = Chat.open(model, device=known.device)
     sampling = {"do_sample": True, "temperature": known.temperature} if known.temperature else {}
+
+    if known.file:
+        for done in answer_file(
+            lambda asked: chat.answer(asked, known.max_tokens, **sampling), lines, Path(known.output)
+        ):
+            print(f"{done} of {len(lines)} answered", file=sys.stderr)
+        print(known.output)
+        return 0
 
     def stream(conversation: "Conversation") -> Iterator[str]:
         return chat.stream(conversation, known.max_tokens, **sampling)

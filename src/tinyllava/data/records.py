@@ -175,13 +175,13 @@ def _turns(raw: Any, where: str) -> list[tuple[Role, str]]:
             raise Defect(
                 "malformed", where, f"turn {number} is from {turn.get('from')!r}; allowed: human, gpt, system"
             )
-        if not _is_text(turn["value"]):
+        if not is_text(turn["value"]):
             raise Defect("malformed", where, f"turn {number} holds half a character: {turn['value'][:80]!a}")
         turns.append((_ROLES[turn["from"]], turn["value"]))
     return turns
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """Whether a string is Unicode: JSON can also write one half of a surrogate pair."""
     try:
         value.encode()

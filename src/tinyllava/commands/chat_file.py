@@ -1,0 +1,118 @@
+"""``tinyllava chat --file``: a file of questions in, the same lines with answers out, in batches."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllava.conversation import Conversation, ask
+from tinyllava.data.records import is_text
+from tinyllava.errors import DataError
+
+_AT_ONCE = 64  # lines answered before they are written: a batch is cut out of them by its tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of the file of questions."""
+
+    fields: dict[str, Any]
+    """As it was read; what the answer is added to."""
+    conversation: Conversation
+
+
+def read_questions(path: Path) -> list[Line]:
+    """Read a JSONL file of ``{"image": PATH, "question": TEXT}``; without an image it is text alone.
+
+    Picture paths start from the file's folder. Other fields are kept.
+
+    Raises:
+        DataError: the file is missing, empty or not UTF-8, or a line is of another form or its picture is
+        missing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); give a file of questions in JSONL.") from error
+    lines = [
+        _read_line(line, f"{path}:{number}", path.parent)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
+    if not lines:
+        raise DataError(f"{path}: no line in it; write one object a line: image and question.")
+    return lines
+
+
+def _read_line(line: str, where: str, folder: Path) -> Line:
+    try:
+        fields = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); write one object a line.") from error
+    question = fields.get("question") if isinstance(fields, dict) else None
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{where}: no text in 'question'; a line is an object such as {_EXAMPLE}.")
+    if not is_text(question):
+        raise DataError(f"{where}: question holds half a character: {question[:80]!a}; write it whole.")
+    image = fields.get("image")
+    if image is not None and not isinstance(image, str):
+        raise DataError(f"{where}: image = {image!r}: must be a path; leave it out for text alone.")
+    if image and not (folder / image).is_file():
+        raise DataError(f"{where}: image = {image!r}: no such file below {folder}; check the path.")
+    return Line(fields=fields, conversation=ask(question, *([folder / image] if image else []), id=where))
+
+
+_EXAMPLE = '{"image": "cat.jpg", "question": "What is on the chair?"}'
+
+
+def answer_file(
+    answer: Callable[[Sequence[Conversation]], list[str]], lines: Sequence[Line], output: Path
+) -> Iterator[int]:
+    """Write each line with its answer, in order; yield the number of lines done, also before the first batch.
+
+    Lines that the output holds already are not asked again.
+
+    Raises:
+        DataError: the output holds answers to other questions, or cannot be written.
+    """
+    done = _count_answered(output, lines)
+    yield done
+    for start in range(done, len(lines), _AT_ONCE):
+        chunk = lines[start : start + _AT_ONCE]
+        answers = answer([line.conversation for line in chunk])
+        try:
+            with output.open("a", encoding="utf-8") as file:
+                for line, text in zip(chunk, answers, strict=True):
+                    file.write(json.dumps({**_asked(line.fields), "answer": text}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise DataError(
+                f"{output}: cannot be written ({error.strerror}); choose another file."
+            ) from error
+        yield start + len(chunk)
+
+
+def _count_answered(output: Path, lines: Sequence[Line]) -> int:
+    """Return how many lines the output answers; a line that a stop cut short is taken off its end."""
+    if not output.exists():
+        return 0
+    try:
+        *written, rest = output.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{output}: cannot be read ({error}); choose another file.") from error
+    begins = [_without_answer(line.fields) for line in lines]
+    cut = begins[len(written)] if len(written) < len(lines) else ""
+    same = len(written) <= len(lines) and all(map(str.startswith, written, begins))
+    if not same or not (rest.startswith(cut) or cut.startswith(rest)) or (rest and not cut):
+        raise DataError(f"{output}: holds something else than these answers; choose another file.")
+    output.write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
+    return len(written)
+
+
+def _asked(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "answer"}
+
+
+def _without_answer(fields: dict[str, Any]) -> str:
+    """Return what a written line begins with, up to the text of the answer."""
+    return json.dumps({**_asked(fields), "answer": ""}, ensure_ascii=False).removesuffix('"}')

@@ -1,0 +1,124 @@
+"""``tinyllava chat --file``: a real toy checkpoint answers a file as it answers each line alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from chats import make_chat
+from tinyllava.cli import main
+from tinyllava.commands import chat_file
+from tinyllava.conversation import ask
+from tinyllava.inference import Chat
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    chat = make_chat(folder, "llama")
+    chat.model.save_pretrained(folder / "model")
+    chat.processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "in" / f"{colour}.png")
+    lines = [
+        {"image": "red.png", "question": "What is this?", "id": 7},
+        {"image": "blue.png", "question": "Is there a dog?"},
+        {"question": "Is there a dog?"},
+    ]
+    path = tmp_path / "in" / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return path
+
+
+def run(questions: Path, output: Path, checkpoint: Path) -> int:
+    return main(
+        ["chat", "--file", str(questions), "--output", str(output), "--model", str(checkpoint),
+         "--max-tokens", "8", "--device", "cpu"]
+    )  # fmt: skip
+
+
+def test_each_line_comes_out_with_its_own_answer(checkpoint: Path, questions: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    asked = [json.loads(line) for line in questions.read_text().splitlines() if line]
+    chat = Chat.open(checkpoint, device="cpu")
+    expected = []
+    for fields in asked:
+        pictures = [questions.parent / fields["image"]] if "image" in fields else []
+        [answer] = chat.answer([ask(fields["question"], *pictures)], 8)
+        expected.append(fields | {"answer": answer})
+    assert [json.loads(line) for line in output.read_text().splitlines()] == expected
+    assert len({fields["answer"] for fields in expected}) == 3
+
+
+def test_a_second_run_asks_only_what_is_not_answered(
+    checkpoint: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    whole = output.read_text()
+    first, rest = whole.split("\n", 1)
+    output.write_text(f"{first}\n{rest[:9]}")  # stopped within the second line
+    asked: list[str] = []
+    answer = Chat.answer
+
+    def counting(self, conversations, *arguments, **options):
+        asked.extend(conversation.messages[-1].text for conversation in conversations)
+        return answer(self, conversations, *arguments, **options)
+
+    monkeypatch.setattr(Chat, "answer", counting)
+    monkeypatch.setattr(chat_file, "_AT_ONCE", 1)
+    assert run(questions, output, checkpoint) == 0
+    assert output.read_text() == whole
+    assert asked == ["Is there a dog?", "Is there a dog?"]
+
+
+def test_answers_to_other_questions_are_left_alone(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    first = output.read_text()
+    for text in ('{"question": "Another?", "answer": "yes"}\n', "no JSON\n", "3\n", "my notes", f"{first}x"):
+        output.write_text(text)
+        assert run(questions, output, checkpoint) == 2
+        assert "choose another file" in capsys.readouterr().err
+        assert output.read_text() == text
+
+
+WRONG = {
+    "json": ("{", r"questions.jsonl:1: not JSON"),
+    "array": ('["a"]', "questions.jsonl:1: no text in 'question'; a line is an object such as"),
+    "question": ('{"image": "red.png"}', "questions.jsonl:1: no text in 'question'"),
+    "image": ('{"image": 3, "question": "Q"}', "questions.jsonl:1: image = 3: must be a path"),
+    "missing": ('{"image": "no.png", "question": "Q"}', "questions.jsonl:1: image = 'no.png': no such file"),
+    "nul": ('{"image": "a\\u0000", "question": "Q"}', "questions.jsonl:1: image = 'a\\x00': no such file"),
+    "mark": ('{"question": "<image> Q"}', "questions.jsonl:1' has <image> in its text; leave it out"),
+    "half": ('{"question": "Q\\ud800"}', r"questions.jsonl:1: question holds half a character: 'Q\ud800'"),
+    "empty": ("\n", "questions.jsonl: no line in it"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_line_is_named(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    text, message = WRONG[case]
+    questions.write_text(text)
+    assert run(questions, tmp_path / "answers.jsonl", checkpoint) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_file_and_output_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--file", "q.jsonl"], ["a.png", "Q", "--output", "o"], ["a.png", "--file", "q"], []):
+        with pytest.raises(SystemExit):
+            main(["chat", *arguments])
+        assert "give a picture, or --file QUESTIONS with --output ANSWERS" in capsys.readouterr().err
