@@ -113,6 +113,11 @@ class ResultTable:
         kept = tuple(r for r in self.results if (r.model, r.benchmark) != cell)
         return ResultTable(results=(*kept, result))
 
+    def fitting(self, result: Result) -> "ResultTable":
+        """Return the table less what cannot stand in a column with ``result``: of other data or judge."""
+        kept = tuple(r for r in self.results if r.benchmark != result.benchmark or not _find_clash(r, result))
+        return ResultTable(results=kept)
+
     def save(self, path: Path) -> None:
         """Write the table as JSON, whole or not at all."""
         save_results(self.results, path)
@@ -127,14 +132,23 @@ class ResultTable:
         return ResultTable(results=load_results(path))
 
 
-def _check_same_column(first: Result, other: Result) -> None:
+def _find_clash(first: Result, other: Result) -> str:
+    """Return what keeps two results of a benchmark out of one column, "" if nothing does."""
     for name in ("protocol", "split", "judge", "data_sha256"):
         left, right = getattr(first, name), getattr(other, name)
         if left != right and not (name == "data_sha256" and not (left and right)):
-            raise DataError(
-                f"column {first.benchmark!r} would mix two values of {name}: {first.model!r} has {left!r}, "
-                f"{other.model!r} has {right!r}. Score one of them again, or put them in separate tables."
-            )
+            return name
+    return ""
+
+
+def _check_same_column(first: Result, other: Result) -> None:
+    name = _find_clash(first, other)
+    if name:
+        raise DataError(
+            f"column {first.benchmark!r} would mix two values of {name}: {first.model!r} has "
+            f"{getattr(first, name)!r}, {other.model!r} has {getattr(other, name)!r}. Score one of them "
+            "again, or put them in separate tables."
+        )
 
 
 def save_results(results: Iterable[Result], path: Path) -> None:

@@ -28,17 +28,25 @@ def test_a_damaged_line_is_named(damage: bytes, gist: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "write"),
     [("textvqa", files.textvqa), ("mme", files.mme), ("pope", files.pope), ("mmbench", files.mmbench),
-     ("scienceqa", files.scienceqa), ("mmvet", files.mmvet)],
+     ("scienceqa", files.scienceqa), ("mmvet", files.mmvet), ("gqa", files.gqa), ("vqav2", files.vqav2_test)],
 )  # fmt: skip
 def test_answers_of_llavas_scripts_find_their_questions(name: str, write, tmp_path: Path) -> None:
     """TextVQA's and MME's ids stand for several questions there: the prompt tells them apart."""
     questions = BENCHMARKS[name].load(write(tmp_path))
     answers = {question.id: f"answer {number}" for number, question in enumerate(questions)}
     path = tmp_path / "answers" / "merge.jsonl"
-    write_llava_answers(questions, answers, path, model="m")
+    number_ids = BENCHMARKS[name].has_number_ids
+    write_llava_answers(questions, answers, path, model="m", number_ids=number_ids)
     assert read_llava_answers(path, questions) == answers
     first = json.loads(path.read_text().splitlines()[0])
     assert first.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+    # The types of the ids in LLaVA's question files: its tools look them up as they stand.
+    expected = {
+        "textvqa": "003a8ae2ef43b901", "mme": "existence/0001.jpg", "pope": 1, "mmbench": 241,
+        "scienceqa": "11", "mmvet": 0, "gqa": "201307251", "vqav2": 1000,
+    }  # fmt: skip
+    assert first["question_id"] == expected[name]
+    assert ("<image>\n" in first["prompt"]) == (name == "scienceqa")
 
 
 def test_an_answer_of_llavas_scripts_to_another_prompt_is_refused(tmp_path: Path) -> None:

@@ -64,6 +64,21 @@ def test_folders_are_compared_by_benchmark(tmp_path: Path) -> None:
         compare(tmp_path / "a/gqa/predictions.jsonl", tmp_path / "b/pope/predictions.jsonl")
 
 
+def test_answers_of_two_judges_are_not_compared(tmp_path: Path) -> None:
+    questions = BENCHMARKS["mmvet"].load(files.mmvet(tmp_path))
+    answers = {question.id: "x" for question in questions}
+    grades = dict.fromkeys(answers, "1.0")
+    a, b, c = (
+        list(BENCHMARKS["mmvet"].score(questions, answers, grades, judge).predictions)
+        for judge in ("gpt-4-0613", "another", "another")
+    )
+    write_predictions(a, tmp_path / "a.jsonl")
+    write_predictions(b, tmp_path / "b.jsonl")
+    with pytest.raises(DataError, match="mmvet: the answers have several judges: another, gpt-4-0613"):
+        compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert compare_predictions(b, c, BENCHMARKS["mmvet"], num_resamples=50).bootstrap.difference == 0
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     a = predict("gqa", tmp_path / "d", "no")
     gqa = BENCHMARKS["gqa"]

@@ -42,6 +42,9 @@ def test_an_incomplete_folder_is_doubtful(tmp_path: Path) -> None:
     assert str(status).startswith("doubtful (1 of 2 files): images: pictures; from there")
     (tmp_path / "images" / "2.jpg").touch()
     assert find_files(tmp_path, needed).is_present
+    mirror = NeededFile(names=("photos", "*.parquet"), purpose="pictures", source="there", num_files=2)
+    (tmp_path / "test-00000-of-00001.parquet").touch()
+    assert find_files(tmp_path, mirror).is_present  # one shard may hold all pictures
 
 
 def test_a_known_release_is_told_by_its_md5(tmp_path: Path) -> None:

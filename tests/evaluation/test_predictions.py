@@ -29,6 +29,7 @@ def test_what_is_written_is_read_again(name: str, tmp_path: Path) -> None:
     assert len(lines) == {"gqa": 4, "mmvet": 3}[name]
     assert json.loads(lines[0]).keys() == {
         "benchmark", "question_id", "picture", "prompt", "answer", "parsed", "score", "category", "groups",
+        "judge",
     }  # fmt: skip
 
 

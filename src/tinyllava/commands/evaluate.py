@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tinyllava.evaluation.benchmark import Benchmark
     from tinyllava.evaluation.judge import Judge, Reviews
+    from tinyllava.results import Result
 
 _HELP = """
 Measure a checkpoint on the benchmarks of the paper, with the published prompts, parsing and metrics.
@@ -63,14 +65,43 @@ def _score(
     judge: "Judge | Reviews | None",
 ) -> None:
     from tinyllava.evaluation.score import score
+    from tinyllava.results import load_results
 
+    path = output / "results.json"
+    before = load_results(path) if path.exists() else ()
     result = score(benchmark, data, output, blind=known.blind, limit=known.limit, judge=judge)
     headline = [metric for metric in result.metrics if metric.name == result.metric]
+    waits = benchmark.judging is not None and judge is None
     print(
-        f"{benchmark.name} ({result.protocol}): {headline[0] if headline else 'answers saved, no score here'}"
+        f"{benchmark.name} ({result.protocol}): "
+        + (
+            str(headline[0])
+            if headline
+            else "answers saved, no score" + (" without a judge" if waits else " here")
+        )
     )
+    for line in describe_metrics(result):
+        print(f"  {line}")
+    if result.num_missing:
+        print(f"  {result.num_missing:,} questions have no answer and count as wrong")
     for note in result.notes:
         print(f"  {note}")
+    kept = {(one.model, one.benchmark) for one in load_results(path)}
+    for one in before:
+        if (one.model, one.benchmark) not in kept:
+            print(f"  dropped from {path}: {one.model}, of other data or another judge; score it again")
+
+
+def describe_metrics(result: "Result") -> list[str]:
+    """Return the numbers beside the headline, each kind of group (``kind=value``) on lines of its own."""
+    lines: dict[str, list[str]] = {}
+    for metric in result.metrics:
+        kind, _, group = metric.name.rpartition("=")
+        if metric.name != result.metric:
+            value = f"{metric.value:.0f}" if metric.value == int(metric.value) else f"{metric.value:.2f}"
+            lines.setdefault(kind, []).append(f"{group} {value}")
+    texts = [(f"{kind}: " if kind else "") + ", ".join(parts) for kind, parts in lines.items()]
+    return [line for text in texts for line in textwrap.wrap(text, 110, subsequent_indent="  ")]
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -110,7 +141,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="recorded reviews instead of a judge: a file (.jsonl, or MM-Vet's .json), or a folder with one "
         "for each benchmark (NAME.jsonl, NAME.json, or NAME/reviews-JUDGE.jsonl as an evaluation leaves it)",
     )
-    return parser.parse_args(arguments)
+    known = parser.parse_args(arguments)
+    for name, least in (("limit", 0), ("batch_tokens", 0), ("workers", 0)):
+        if getattr(known, name) < least:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} is {getattr(known, name)}; it has to be {least} or more")
+    if known.judge_url and known.reviews:
+        parser.error("--judge-url and --reviews exclude each other: a score has one judge")
+    return known
 
 
 def find_benchmarks(names: str) -> dict[str, "Benchmark"]:
@@ -174,6 +212,11 @@ def _open_judge(known: argparse.Namespace, output: Path) -> "Judge":
 
     if not known.judge_model:
         raise ConfigError("--judge-url needs --judge-model: the name of the judge stands in every result.")
+    if not known.judge_url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--judge-url {known.judge_url!r} is no address; it has to begin with http:// or https:// "
+            "and go up to /v1, as http://localhost:8000/v1."
+        )
     key = os.environ.get(known.judge_key, "")
     endpoint = Endpoint(url=known.judge_url, model=known.judge_model, api_key=key)
     return Judge(endpoint=endpoint, cache=ReplyCache(output / "judge_replies.jsonl"))

@@ -67,9 +67,12 @@ def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
 
 
 def write_llava_answers(
-    questions: Sequence[Question], answers: Mapping[str, str], path: Path, *, model: str
+    questions: Sequence[Question], answers: Mapping[str, str], path: Path, *, model: str, number_ids: bool
 ) -> None:
-    """Write the answers in the form of LLaVA's scripts, for its own scoring tools."""
+    """Write the answers in the form of LLaVA's scripts, for its own scoring tools.
+
+    These look ids up as they stand in the question files: numbers in some benchmarks, texts in others.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for question in questions:
@@ -77,8 +80,8 @@ def write_llava_answers(
                 continue
             given_id = question.meta.get("llava_id", question.id)
             entry: dict[str, object] = {
-                "question_id": int(given_id) if given_id.isdigit() else given_id,
-                "prompt": question.prompt,
+                "question_id": int(given_id) if number_ids else given_id,
+                "prompt": question.meta.get("llava_prompt", question.prompt),
                 "text": answers[question.id],
                 "answer_id": question.id,
                 "model_id": model,

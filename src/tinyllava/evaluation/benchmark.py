@@ -38,6 +38,8 @@ class Prediction:
     score: float | None
     category: str = ""
     groups: tuple[str, ...] = ()
+    judge: str = ""
+    """The judge that scored it, if one did."""
 
     @property
     def cluster(self) -> str:
@@ -125,19 +127,24 @@ class Benchmark:
     """How a judge model grades the answers; None where none is needed."""
     details: Callable[[Sequence[Question], Sequence[Prediction]], Sequence[Metric]] | None = None
     """Sub-scores of the official tool that are not ratios of sums."""
+    has_number_ids: bool = False
+    """Whether ids are numbers, not texts, in LLaVA's question and answer files."""
     export: Exporter | None = None
     """Writes the files that the official server or tool reads."""
     files: tuple[NeededFile, ...] = ()
     notes: tuple[str, ...] = ()
     """What a reader of the number has to know."""
 
-    def predict(self, question: Question, answer: str | None, review: str | None = None) -> Prediction:
+    def predict(
+        self, question: Question, answer: str | None, review: str | None = None, judge: str = ""
+    ) -> Prediction:
         """Grade one answer; None stands for a question that was not answered, which counts as wrong.
 
         An answer that waits for its judge has no score yet.
         """
         judging = self.judging
-        if judging is not None and judging.is_needed(question, answer or ""):
+        is_judged = judging is not None and judging.is_needed(question, answer or "")
+        if judging is not None and is_judged:
             grade = Grade("", None) if review is None else Grade(*judging.grade(question, review))
         else:
             grade = Grade("", 0.0) if answer is None else self.grade(question, answer)
@@ -151,6 +158,7 @@ class Benchmark:
             score=grade.score,
             category=question.category,
             groups=question.groups,
+            judge=judge if is_judged and review is not None else "",
         )
 
     def score(
@@ -158,14 +166,17 @@ class Benchmark:
         questions: Sequence[Question],
         answers: Mapping[str, str],
         reviews: Mapping[str, str] | None = None,
+        judge: str = "",
     ) -> Scored:
-        """Grade all answers (by question id) and sum up; ``reviews`` are a judge's replies by question id.
+        """Grade all answers (by question id) and sum up; ``reviews`` are ``judge``'s replies by question id.
 
         Raises:
             DataError: an answer or a review belongs to no question, or two questions have one id.
         """
         _check_ids(self.name, questions, answers, reviews or {})
-        predictions = tuple(self.predict(q, answers.get(q.id), (reviews or {}).get(q.id)) for q in questions)
+        predictions = tuple(
+            self.predict(q, answers.get(q.id), (reviews or {}).get(q.id), judge) for q in questions
+        )
         metrics: tuple[Metric, ...] = ()
         if predictions and all(prediction.score is not None for prediction in predictions):
             summary = self.summarise(predictions)
@@ -200,7 +211,9 @@ class Benchmark:
             num_missing=scored.num_missing,
             num_expected=self.num_questions,
             data_sha256=hash_questions(questions),
-            decoding=dict(decoding or {"do_sample": False, "max_new_tokens": self.max_new_tokens}),
+            decoding=dict(
+                decoding or {"do_sample": False, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
+            ),
             dtype=dtype,
             judge=judge,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

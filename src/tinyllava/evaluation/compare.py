@@ -94,6 +94,12 @@ def _check_pairs(pairs: Sequence[tuple[Prediction, Prediction]], benchmark: Benc
         raise DataError(
             f"{benchmark.name}: A and B have no question in common; evaluate both on the same data."
         )
+    judges = {one.judge for pair in pairs for one in pair} - {""}
+    if len(judges) > 1:
+        raise DataError(
+            f"{benchmark.name}: the answers have several judges: {', '.join(sorted(judges))}. Have A and B "
+            "judged by one: `tinyllava evaluate --score-only` with one --judge-model or one file of reviews."
+        )
     for left, right in pairs:
         if left.prompt != right.prompt or left.groups != right.groups:
             raise DataError(

@@ -18,7 +18,7 @@ class NeededFile:
     size: str = "size not known"
     licence: str = "not stated"
     num_files: int | None = None
-    """How many files a complete folder (or pattern) has."""
+    """How much a complete folder holds (nothing is counted where a file serves in its place)."""
     known_md5: Mapping[str, str] = field(default_factory=dict)
     """MD5 of known releases -> the release's name."""
     is_optional: bool = False
@@ -66,9 +66,9 @@ def check_files(folder: Path, needed: Sequence[NeededFile]) -> tuple[FileStatus,
 
 
 def _count(found: tuple[Path, ...], needed: NeededFile) -> str:
-    if needed.num_files is None:
+    if needed.num_files is None or not found[0].is_dir():
         return ""
-    inside = sum(1 for _ in found[0].iterdir()) if found[0].is_dir() else len(found)
+    inside = sum(1 for _ in found[0].iterdir())
     return f"{inside:,} of {needed.num_files:,} files" if inside < needed.num_files else ""
 
 

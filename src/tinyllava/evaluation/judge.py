@@ -1,12 +1,13 @@
 """A judge model behind any OpenAI-compatible endpoint, or its recorded reviews.
 
-Paper: appendix A; GPT-4 grades MM-Vet and LLaVA-W. A local model served by ``tinyllava serve`` comes through
-the same door. Replies are kept on disk as they arrive: a killed run goes on where it stopped, and nothing is
-paid twice.
+Paper: appendix A; GPT-4 grades MM-Vet and LLaVA-W. A local model behind a server that speaks OpenAI's
+protocol comes through the same door. Replies are kept on disk as they arrive: a killed run goes on where it
+stopped, and nothing is paid twice.
 """
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,8 @@ class Cost:
     """In the currency of the prices given; None where none were."""
 
     def __str__(self) -> str:
+        if not self.num_requests:
+            return f"nothing to ask, {self.num_cached:,} replies are cached"
         price = "price not known" if self.price is None else f"at most about {self.price:.2f}"
         return (
             f"{self.num_requests:,} requests ({self.num_cached:,} more are cached), about "
@@ -79,9 +82,10 @@ class ReplyCache:
         self._lock = threading.Lock()
         self._replies: dict[str, str] = {}
         if path.exists():
-            content = path.read_bytes()
-            path.write_bytes(content[: content.rfind(b"\n") + 1])  # a killed run may leave half a line
-            if path.stat().st_size:
+            num_whole = path.read_bytes().rfind(b"\n") + 1
+            if num_whole < path.stat().st_size:  # a killed run may leave half a line
+                os.truncate(path, num_whole)
+            if num_whole:
                 self._replies = {one.text("key"): one.text("reply") for one in read_lines(path)}
         path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -168,7 +172,7 @@ class Judge:
                 futures = [pool.submit(review_one, question) for question in needed]
                 try:
                     replies = [future.result() for future in futures]
-                except JudgeError:
+                except BaseException:  # also Ctrl-C: what was not asked yet is not paid for
                     pool.shutdown(cancel_futures=True)
                     raise
         ids = [question.id for question in needed]

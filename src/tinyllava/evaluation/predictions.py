@@ -54,8 +54,9 @@ def _parse(record: Record) -> Prediction:
     score = record.field("score")
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
         record.fail(f"field 'score' is {score!r}; it has to be a number or null.", _FIX)
-    unknown = set(record.values) - {*_TEXTS, "score", "groups"}
+    unknown = set(record.values) - {*_TEXTS, "score", "groups", "judge"}
     if unknown:
         record.fail(f"unknown field {min(unknown)!r}.", _FIX)
     texts = {name: record.text(name) for name in _TEXTS}
-    return Prediction(**texts, score=score, groups=tuple(record.texts("groups")))
+    judge = record.text("judge") if "judge" in record.values else ""
+    return Prediction(**texts, score=score, groups=tuple(record.texts("groups")), judge=judge)

@@ -4,7 +4,7 @@ Paper: section 4.1.3 and appendix A; the suffixes are those of LLaVA-1.5's evalu
 follows.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class Question:
     category: str = ""
     groups: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=lambda: _NO_META)
-    """What only one benchmark needs; ``llava_id`` is the id in LLaVA's files where that is another one."""
+    """What only one benchmark needs; ``llava_id`` and ``llava_prompt`` stand in LLaVA's files where these
+    have another id or prompt."""
 
     @property
     def prompt(self) -> str:
@@ -87,6 +88,21 @@ class QuestionList:
         if not self._questions:
             raise DataError(f"{source}:1: holds no question of this benchmark. {FIX}")
         return self._questions
+
+
+def check_pictures(questions: Sequence[Question]) -> None:
+    """Make sure that every picture is on disk, before hours of work end at the first that is not.
+
+    Raises:
+        DataError: some are not; how many, and one of them.
+    """
+    paths = {image.path: None for question in questions for image in question.conversation.images}
+    missing = [path for path in paths if path is not None and not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: no such picture; {len(missing):,} of {len(paths):,} are missing. {FIX} "
+            "(--blind needs none.)"
+        )
 
 
 def read_llava_prompts(path: Path) -> Iterator[tuple[Record, str]]:

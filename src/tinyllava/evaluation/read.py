@@ -3,6 +3,7 @@
 Every fault becomes a DataError that names the file, the line, the field, what is allowed and what to do.
 """
 
+import ast
 import base64
 import binascii
 import csv
@@ -111,6 +112,15 @@ def read_text(path: Path) -> str:
     return text
 
 
+def read_python(path: Path, source: str) -> ast.Module:
+    """Parse a Python file, to read texts out of it; it is never run. ``source`` is where to get it."""
+    try:
+        return ast.parse(read_text(path))
+    except SyntaxError as error:
+        problem = f"{path}:{error.lineno}: not a Python file ({error.msg})."
+        raise DataError(f"{problem} Take it from {source}.") from None
+
+
 def _parse(text: str, path: Path, line: int = 0, fix: str = FIX) -> Any:
     try:
         return json.loads(text)
@@ -204,8 +214,11 @@ def find_parquet(folder: Path, split: str) -> list[Path]:
     return sorted(path for path in folder.rglob("*.parquet") if path.name.startswith(split))
 
 
-def read_parquet(paths: list[Path]) -> Iterator[Record]:
-    """Yield the rows of parquet shards, a few at a time; ``line`` counts the rows of a file from 1."""
+def read_parquet(paths: list[Path], columns: list[str] | None = None) -> Iterator[Record]:
+    """Yield the rows of parquet shards, a few at a time, of all columns if none are named.
+
+    ``line`` counts the rows of a file from 1.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -213,7 +226,7 @@ def read_parquet(paths: list[Path]) -> Iterator[Record]:
         try:
             file = pq.ParquetFile(path)
             number = 0
-            for batch in file.iter_batches(batch_size=64):
+            for batch in file.iter_batches(batch_size=64, columns=columns):
                 for values in batch.to_pylist():
                     number += 1
                     yield Record(values=values, path=path, line=number)

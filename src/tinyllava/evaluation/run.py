@@ -39,7 +39,7 @@ from tinyllava.evaluation.prepare import (
     group_by_picture,
     prepare,
 )
-from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.question import Question, check_pictures
 from tinyllava.evaluation.score import answers_folder, score
 from tinyllava.evaluation.shared_prefix import answer_groups, can_share
 from tinyllava.inference import Chat, decode
@@ -99,6 +99,8 @@ def answer_benchmark(
     """Do the first half of ``evaluate``: ask; return whether this is the process that is to score."""
     state = processes()
     questions = benchmark.load(data)[: settings.limit or None]
+    if not settings.blind:
+        check_pictures(questions)
     folder = answers_folder(output, benchmark, blind=settings.blind)
     if state.is_main_process:
         identity = {

@@ -10,9 +10,18 @@ from pathlib import Path
 from tinyllava.errors import DataError
 from tinyllava.evaluation.answers import read_answers, write_llava_answers
 from tinyllava.evaluation.benchmark import Benchmark
+from tinyllava.evaluation.files import check_files
 from tinyllava.evaluation.judge import Judge, Reviews, save_reviews
 from tinyllava.evaluation.predictions import write_predictions
 from tinyllava.results import Result, ResultTable
+
+BLIND = "blind: every picture replaced by one of the mean colour"
+
+
+def _name_releases(benchmark: Benchmark, data: Path) -> list[str]:
+    """Return a note on each data file whose releases give different numbers: which one it is."""
+    found = check_files(data, [needed for needed in benchmark.files if needed.known_md5])
+    return [f"{one.found[0].name}: {one.release}" for one in found if one.release]
 
 
 def answers_folder(output: Path, benchmark: Benchmark, *, blind: bool = False) -> Path:
@@ -30,6 +39,8 @@ def score(
     judge: Judge | Reviews | None = None,
 ) -> Result:
     """Score a benchmark's answers; write predictions, the official upload files and ``output/results.json``.
+
+    There, a result with blank pictures (or without) goes when it is of other data or another judge than this.
 
     Args:
         data: the benchmark's folder.
@@ -52,20 +63,24 @@ def score(
         reviews = reviews.review(benchmark, questions, answers, data)
         name = re.sub(r"[^\w.-]", "_", reviews.judge)
         save_reviews(reviews, folder / f"reviews-{name}.jsonl")
-    scored = benchmark.score(questions, answers, reviews.replies if reviews else None)
+    judge_name = reviews.judge if reviews else ""
+    scored = benchmark.score(questions, answers, reviews.replies if reviews else None, judge_name)
     write_predictions(scored.predictions, folder / "predictions.jsonl")
-    write_llava_answers(questions, answers, folder / "llava_answers.jsonl", model=run["model"])
+    write_llava_answers(
+        questions, answers, folder / "llava_answers.jsonl",
+        model=run["model"], number_ids=benchmark.has_number_ids,
+    )  # fmt: skip
     result = benchmark.result(
         questions,
         scored,
         model=f"{run['model']} (blank pictures)" if blind else run["model"],
         dtype=run["dtype"],
-        judge=reviews.judge if reviews else None,
-        notes=["blind: every picture replaced by one of the mean colour"] if blind else [],
+        judge=judge_name or None,
+        notes=(*_name_releases(benchmark, data), *([BLIND] if blind else [])),
     )
     path = output / "results.json"
     table = ResultTable.load(path) if path.exists() else ResultTable()
-    table.with_result(result).save(path)
+    table.fitting(result).with_result(result).save(path)
     if benchmark.export is not None and not blind:
         benchmark.export(questions, answers, data, folder / "upload")
     return result

@@ -133,6 +133,13 @@ CASES = {
         "pid_splits.json:1",
         "id '99' of the split 'test' is not in",
     ),
+    "scienceqa: grade": (
+        "scienceqa",
+        files.scienceqa,
+        edit("problems.json", '"grade": "grade7"', '"grade": "grade13"'),
+        "problems.json:14, entry '12'",
+        "field 'grade' is 'grade13'; it has to be one of grade1 to grade12",
+    ),
     "textvqa: nine answers": (
         "textvqa",
         files.textvqa,

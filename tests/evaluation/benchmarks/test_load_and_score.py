@@ -72,6 +72,11 @@ def test_vqav2_upload_without_all_the_ids_says_so_in_its_name(tmp_path: Path) ->
     (path,) = export(list(questions.values()), {}, tmp_path, tmp_path / "out")
     assert path.name == "vqav2_upload_incomplete.json"
     assert len(json.loads(path.read_text())) == 4
+    ids = [{"question_id": 1000 + n, "question": "?"} for n in range(6)]
+    files.write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", ids)  # a mirror lists them too
+    (path,) = export(list(questions.values()), {}, tmp_path, tmp_path / "out")
+    assert path.name == "vqav2_upload.json"
+    assert [entry["question_id"] for entry in json.loads(path.read_text())] == list(range(1000, 1006))
     lines = [{"question_id": 1000, "image": "a.jpg", "text": "?"}]
     files.write_lines(tmp_path / "llava_vqav2_mscoco_test2015.jsonl", lines)
     with pytest.raises(DataError, match="3 questions are not in it, as 1001"):
@@ -106,6 +111,14 @@ def test_gqa(tmp_path: Path) -> None:
     assert json.loads(path.read_text())[1] == {"questionId": "201640614", "prediction": "women"}
 
 
+def test_gqa_leaves_out_what_is_not_balanced(tmp_path: Path) -> None:
+    path = files.gqa(tmp_path) / "testdev_balanced_questions.json"
+    entries = json.loads(path.read_text())
+    entries["203"]["isBalanced"] = False
+    files.write_json(path, entries)
+    assert set(load("gqa", tmp_path)) == {"201307251", "201640614", "202225914"}
+
+
 def test_gqa_takes_the_prompts_of_llavas_file(tmp_path: Path) -> None:
     files.gqa(tmp_path)
     lines = [{"question_id": "203", "image": "n2.jpg", "text": f"Who is sitting?\n{SHORT}", "category": "d"}]
@@ -126,7 +139,11 @@ def test_scienceqa(tmp_path: Path) -> None:
         score("scienceqa", questions, {"11": "B. bat", "12": "E", "13": "The answer is E.", "14": "B"})
     )
     assert (result["image_accuracy"], result["accuracy"]) == (50, 50)
-    assert (result["context=none"], result["subject=language science"], result["grade=2"]) == (0, 50, 50)
+    assert (result["context=none"], result["subject=language science"], result["grades=1 to 6"]) == (
+        0, 50, 66.6667,
+    )  # fmt: skip
+    # question 12 has a hint and a picture: it counts in both contexts, as the official tool has it
+    assert (result["context=image"], result["context=text"], result["grades=7 to 12"]) == (50, 50, 0)
     missing = score("scienceqa", questions, {"11": "B"})
     assert (missing.num_missing, values(missing)["image_accuracy"]) == (3, 50)  # wrong, not dropped
 
@@ -168,6 +185,8 @@ def test_pope_is_the_mean_f1_of_three_splits(tmp_path: Path) -> None:
     five = ("f1", "accuracy", "precision", "recall", "yes_ratio")
     assert [result[f"adversarial {name}"] for name in five] == [50] * 5
     assert result["random recall"] == result["popular yes_ratio"] == 50
+    counts = [[result[f"{split} {kind}"] for kind in ("TP", "FP", "TN", "FN")] for split in files.POPE]
+    assert counts == [[1, 1, 1, 1], [2, 0, 2, 0], [1, 0, 1, 1]]
 
 
 def test_a_missing_answer_to_pope_is_a_wrong_one(tmp_path: Path) -> None:
@@ -175,6 +194,7 @@ def test_a_missing_answer_to_pope_is_a_wrong_one(tmp_path: Path) -> None:
     answers = {key: answer for key, answer in POPE_ANSWERS.items() if key not in ("1", "20000002")}
     result = values(score("pope", questions, answers))
     assert (result["adversarial f1"], result["adversarial recall"]) == (0, 0)
+    assert (result["adversarial FN"], result["popular FP"], result["popular TN"]) == (2, 1, 1)
     assert result["popular precision"] == pytest.approx(66.6667)
 
 

@@ -23,7 +23,7 @@ from tinyllava.evaluation.read import (
     read_json,
     read_lines,
     read_parquet,
-    read_text,
+    read_python,
     unpack_picture,
 )
 from tinyllava.evaluation.scoring.statistics import Ratio
@@ -94,7 +94,7 @@ def read_official_wording(folder: Path) -> Wording:
         wording[category], wording[f"{category} role"] = rule.text("prompt"), rule.text("role")
     system = [
         _constants(node)["content"]
-        for node in ast.walk(ast.parse(read_text(folder / SCRIPT)))
+        for node in ast.walk(read_python(folder / SCRIPT, LLAVA))
         if isinstance(node, ast.Dict) and _constants(node).get("role") == "system"
     ]
     if not system:
@@ -187,12 +187,19 @@ def export_answers(
 
 _FILES = (
     *(
-        NeededFile(names=(name, "**/*.parquet"), purpose=purpose, source=SITE, size=size, licence=LICENCE)
-        for name, purpose, size in (
-            ("questions.jsonl", "60 questions", "8.25 kB"),
-            ("context.jsonl", "captions of the 24 pictures, for the judge", "8.04 kB"),
-            ("answers_gpt4.jsonl", "reference answers", "46.5 kB"),
-            ("images", "24 pictures", "9.7 MB"),
+        NeededFile(
+            names=(name, "**/*.parquet"),
+            purpose=purpose,
+            source=SITE,
+            size=size,
+            licence=LICENCE,
+            num_files=num_files,
+        )
+        for name, purpose, size, num_files in (
+            ("questions.jsonl", "60 questions", "8.25 kB", None),
+            ("context.jsonl", "captions of the 24 pictures, for the judge", "8.04 kB", None),
+            ("answers_gpt4.jsonl", "reference answers", "46.5 kB", None),
+            ("images", "24 pictures", "9.7 MB", 24),
         )
     ),
 )
@@ -205,6 +212,7 @@ BENCHMARK = Benchmark(
     metric="all",
     num_questions=60,
     prompt="{question}",
+    has_number_ids=True,
     load=load,
     grade=lambda *_: Grade("", None),
     summarise=summarise,

@@ -189,6 +189,7 @@ BENCHMARK = Benchmark(
     metric="circular",
     num_questions=1_164,
     prompt=PROMPT,
+    has_number_ids=True,
     load=load,
     grade=grade,
     summarise=summarise,

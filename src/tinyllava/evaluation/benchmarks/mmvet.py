@@ -22,7 +22,7 @@ from tinyllava.evaluation.read import (
     find_parquet,
     read_entries,
     read_parquet,
-    read_text,
+    read_python,
     unpack_picture,
 )
 
@@ -72,11 +72,7 @@ def read_official_wording(folder: Path) -> Wording:
             f"{path}: no such file; the official judge prompt is read from it. Take it from {SITE}, or "
             "evaluate mmvet-own-prompt, whose numbers stand in a column of their own."
         )
-    try:
-        tree = ast.parse(read_text(path))
-    except SyntaxError as error:
-        problem = f"{path}:{error.lineno}: not a Python file ({error.msg})."
-        raise DataError(f"{problem} Take it from {SITE}.") from None
+    tree = read_python(path, SITE)
     prompts = [
         node.value.value
         for node in ast.walk(tree)
@@ -153,6 +149,7 @@ _FILES = (
     NeededFile(
         names=("mm-vet/images", "images", "**/*.parquet"),
         purpose="200 pictures",
+        num_files=200,
         source=f"mm-vet.zip of {SITE}",
         licence=LICENCE,
     ),
@@ -166,6 +163,7 @@ BENCHMARK = Benchmark(
     metric="accuracy",
     num_questions=218,
     prompt="{question}",
+    has_number_ids=True,
     load=load,
     grade=lambda *_: Grade("", None),
     max_new_tokens=1024,

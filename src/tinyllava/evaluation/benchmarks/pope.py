@@ -6,13 +6,14 @@ answers and labels are joined by id, not by order. ``pope-pooled`` is lmms-eval'
 in one pool, exact match.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tinyllava.conversation import ImageRef
-from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source
 from tinyllava.evaluation.read import (
@@ -25,6 +26,7 @@ from tinyllava.evaluation.read import (
 )
 from tinyllava.evaluation.scoring.statistics import Ratio
 from tinyllava.evaluation.scoring.yes_no import NO, YES, parse_exact, parse_pope
+from tinyllava.results import Metric
 
 PROMPT = "{question}\n" + SHORT
 FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -99,6 +101,37 @@ def summarise(predictions: Sequence[Prediction]) -> Summary:
     return {"f1": headline, "accuracy": [mean_of(predictions)], **each}
 
 
+def count_outcomes(questions: Sequence[Question], predictions: Sequence[Prediction]) -> list[Metric]:
+    """Return the four counts of each split that the official tool prints, yes being positive.
+
+    A missing answer is a false one of its label.
+    """
+    counts: dict[str, int] = {}
+    for split in FIRST_ID:
+        chosen = [p for p in predictions if p.category == split]
+        counts |= {f"{split} {kind}": 0 for kind in ("TP", "FP", "TN", "FN") if chosen}
+        for prediction in chosen:
+            kind = "P" if ("label=yes" in prediction.groups) == bool(prediction.score) else "N"
+            counts[f"{split} {'T' if prediction.score else 'F'}{kind}"] += 1
+    return [Metric(name=name, value=num, num_questions=len(predictions)) for name, num in counts.items()]
+
+
+def export_answers(
+    questions: Sequence[Question], answers: Mapping[str, str], folder: Path, out: Path
+) -> Sequence[Path]:
+    """Write for each split the lines that the official evaluate.py reads: question and answer, in order."""
+    written: list[Path] = []
+    for split in dict.fromkeys(question.category for question in questions):
+        lines = [
+            {"question": q.prompt.removesuffix("\n" + SHORT), "answer": answers.get(q.id, "")}
+            for q in questions
+            if q.category == split
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        written += write_export(out / f"coco_pope_{split}_answers.json", text)
+    return written
+
+
 def summarise_pooled(predictions: Sequence[Prediction]) -> Summary:
     """Return the five numbers over all questions in one pool."""
     return {name: [rate] for name, rate in _rates(predictions).items()}
@@ -152,6 +185,7 @@ _FILES = (
         purpose="500 pictures of COCO val2014",
         source="https://cocodataset.org",
         licence="Flickr terms of use",
+        num_files=500,
     ),
 )
 
@@ -163,9 +197,12 @@ BENCHMARK = Benchmark(
     metric="f1",
     num_questions=8_910,
     prompt=PROMPT,
+    has_number_ids=True,
     load=partial(load, is_pinned=True),
     grade=grade,
     summarise=summarise,
+    details=count_outcomes,
+    export=export_answers,
     files=_FILES,
     notes=("f1 is the mean F1 of the three splits; accuracy is printed beside it",),
 )
@@ -181,6 +218,7 @@ POOLED = replace(
     load=partial(load, is_pinned=False),
     grade=grade_exact,
     summarise=summarise_pooled,
+    details=None,
     files=(
         NeededFile(
             names=("**/*.parquet", "coco_pope_random.json", "coco/coco_pope_random.json"),

@@ -4,11 +4,20 @@ Paper: appendix A, ScienceQA-IMG; the column SQA-I of Tables 3 and A1 is the acc
 picture. Differs: an unanswered question is wrong in both numbers; LLaVA's script drops it from the second.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tinyllava.conversation import ImageRef
-from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, mean_scores
+from tinyllava.evaluation.benchmark import (
+    Benchmark,
+    Grade,
+    Prediction,
+    Summary,
+    mean_of,
+    mean_scores,
+    write_export,
+)
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.question import LETTER, Question, QuestionList, no_source
 from tinyllava.evaluation.read import (
@@ -24,6 +33,7 @@ from tinyllava.evaluation.scoring.choices import parse_scienceqa
 
 PROMPT = "{context}{question}\n{options}\n" + LETTER
 LETTERS = "ABCDE"
+_GRADES = {str(grade): "1 to 6" if grade <= 6 else "7 to 12" for grade in range(1, 13)}
 SITE = "https://github.com/lupantech/ScienceQA"
 LICENCE = "CC BY-NC-SA 4.0"
 
@@ -47,17 +57,30 @@ def load(folder: Path) -> list[Question]:
                 f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
             ),
         )
-        groups = (
-            f"context={'image' if image else 'text' if hint else 'none'}",
-            f"grade={record.text('grade').removeprefix('grade')}",
-            f"subject={record.text('subject')}",
-        )
-        target = LETTERS[record.integer("answer")]
-        category = "image" if image else "text"
         questions.add(
-            record, id=question_id, text=text, image=image, target=target, category=category, groups=groups
+            record,
+            id=question_id,
+            text=text,
+            image=image,
+            target=LETTERS[record.integer("answer")],
+            category="image" if image else "text",
+            groups=_groups(record, hint, image),
+            meta={"llava_prompt": f"<image>\n{text}"} if image else None,  # its script counts these words
         )
     return questions.finish(folder / "problems.json")
+
+
+def _groups(record: Record, hint: str, image: ImageRef | None) -> tuple[str, ...]:
+    """Return the official groups: a question with a hint and a picture counts in both contexts."""
+    grade = record.text("grade").removeprefix("grade")
+    if grade not in _GRADES:
+        record.fail(f"field 'grade' is {record.text('grade')!r}; it has to be one of grade1 to grade12.")
+    contexts = [name for name, has in (("image", image), ("text", hint)) if has] or ["none"]
+    return (
+        *(f"context={name}" for name in contexts),
+        f"grades={_GRADES[grade]}",
+        f"subject={record.text('subject')}",
+    )
 
 
 def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef | None]]:
@@ -91,6 +114,19 @@ def summarise(predictions: Sequence[Prediction]) -> Summary:
     return {"image_accuracy": [mean_of(with_image)], **mean_scores(predictions)}
 
 
+def export_results(
+    questions: Sequence[Question], answers: Mapping[str, str], folder: Path, out: Path
+) -> Sequence[Path]:
+    """Write the file that the official evaluate_acc.py reads: the number of the choice by id, -1 for none."""
+    if not (folder / "problems.json").exists():
+        return ()  # a parquet mirror has lost the ids
+    letters = {question.id: parse_scienceqa(answers.get(question.id, "")) for question in questions}
+    results = {key: LETTERS.find(letter) if letter else -1 for key, letter in letters.items()}
+    outputs = {question.id: answers.get(question.id, "") for question in questions}
+    document = json.dumps({"results": results, "outputs": outputs}, ensure_ascii=False)
+    return write_export(out / "scienceqa_results.json", document)
+
+
 BENCHMARK = Benchmark(
     name="scienceqa",
     title="SQA-I",
@@ -103,6 +139,7 @@ BENCHMARK = Benchmark(
     grade=grade,
     summarise=summarise,
     max_new_tokens=1024,
+    export=export_results,
     files=(
         NeededFile(
             names=("problems.json", "**/*test*.parquet"),
@@ -119,6 +156,7 @@ BENCHMARK = Benchmark(
         NeededFile(
             names=("images/test", "**/*test*.parquet"),
             purpose="2,017 pictures, images/test/{id}/image.png",
+            num_files=2_017,
             source=SITE,
             licence=LICENCE,
         ),

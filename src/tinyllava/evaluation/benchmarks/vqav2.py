@@ -5,7 +5,7 @@ Differs: ``vqav2-val`` scores locally on val2014; it reads about two points lowe
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -122,8 +122,8 @@ def export_upload(
     Without a file that lists them all, the server will refuse what is written, and its name says so.
     """
     names = ("llava_vqav2_mscoco_test2015.jsonl", "v2_OpenEnded_mscoco_test2015_questions.json")
-    source = find_source(folder, *names)
-    ids = _read_ids(source) if source else [int(question.id) for question in questions]
+    source = find_source(folder, *names) or next(iter(find_parquet(folder, "test-")), None)
+    ids = _read_ids(source, folder) if source else [int(question.id) for question in questions]
     unknown = {question.id for question in questions} - {str(one) for one in ids}
     if unknown:
         raise DataError(
@@ -134,14 +134,23 @@ def export_upload(
     return write_export(out / name, json.dumps(upload))
 
 
-def _read_ids(source: Path) -> list[int]:
-    is_llava = source.suffix == ".jsonl"
-    records = read_lines(source) if is_llava else read_list(read_json(source), "questions", "question_id")
+def _read_ids(source: Path, folder: Path) -> list[int]:
+    records: Iterable[Record]
+    if source.suffix == ".parquet":
+        records = read_parquet(find_parquet(folder, "test-"), columns=["question_id"])
+    elif source.suffix == ".jsonl":
+        records = read_lines(source)
+    else:
+        records = read_list(read_json(source), "questions", "question_id")
     return [record.integer("question_id") for record in records]
 
 
 _TEST_PICTURES = NeededFile(
-    names=("test2015", "**/*test*.parquet"), purpose="81,434 pictures", source=SITE, licence=LICENCE
+    names=("test2015", "**/*test*.parquet"),
+    purpose="81,434 pictures",
+    source=SITE,
+    licence=LICENCE,
+    num_files=81_434,
 )
 
 BENCHMARK = Benchmark(
@@ -152,6 +161,7 @@ BENCHMARK = Benchmark(
     metric="accuracy",
     num_questions=107_394,
     prompt=PROMPT,
+    has_number_ids=True,
     load=partial(load_test, split="test-dev"),
     grade=grade,
     export=export_upload,
@@ -167,7 +177,11 @@ BENCHMARK = Benchmark(
             licence=LICENCE,
         ),
         NeededFile(
-            names=("llava_vqav2_mscoco_test2015.jsonl", "v2_OpenEnded_mscoco_test2015_questions.json"),
+            names=(
+                "llava_vqav2_mscoco_test2015.jsonl",
+                "v2_OpenEnded_mscoco_test2015_questions.json",
+                "**/test-*.parquet",
+            ),
             purpose="447,793 ids that define the upload",
             source=f"{LLAVA}, or {SITE}",
             licence=LICENCE,
@@ -215,7 +229,11 @@ VAL = replace(
             licence=LICENCE,
         ),
         NeededFile(
-            names=("val2014", "**/*validation*.parquet"), purpose="pictures", source=SITE, licence=LICENCE
+            names=("val2014", "**/*validation*.parquet"),
+            purpose="40,504 pictures",
+            source=SITE,
+            licence=LICENCE,
+            num_files=40_504,
         ),
     ),
     notes=("val reads about 2 points lower than test-dev; not a number for the column VQAv2",),
