@@ -43,8 +43,8 @@ AMOUNTS: dict[Length, dict[str, Amount]] = {
         "grocery_store": Amount(captions=48, conversations=24),
     },
     "default": {
-        "easy_vqa": Amount(captions=1300, conversations=520),
-        "grocery_store": Amount(captions=1900, conversations=480),
+        "easy_vqa": Amount(captions=1200, conversations=410),
+        "grocery_store": Amount(captions=1800, conversations=374),
     },
     "full": {
         "easy_vqa": Amount(captions=2800, conversations=3400),
