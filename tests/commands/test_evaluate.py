@@ -4,6 +4,7 @@ import io
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def data(tmp_path_factory) -> Path:
     for n in range(4):
         pixels = np.random.default_rng(n).integers(0, 255, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(pope / "val2014" / f"{n}.jpg")
+    (folder / "mmvet").mkdir()
     for split in SPLITS:
         records = [
             {"question_id": n + 1, "image": f"{n % 4}.jpg", "text": f"Is there a {split} {n} in the image?",
@@ -62,6 +64,7 @@ def test_evaluate_then_score_again_then_compare(model, data, tmp_path, capsys):
     assert printed[-1] == str(tmp_path / "results.json")
     assert any(line.startswith("pope (pope/mean-f1/llava-1.5): f1 ") for line in printed)
     assert "  partial set: 24 of 8,910 questions" in printed
+    assert any(line.startswith("  accuracy ") and "adversarial f1 " in line for line in printed)
     (result,) = load_results(tmp_path / "results.json")
     assert (result.num_questions, result.num_pictures, result.dtype) == (24, 4, "float32")
 
@@ -108,6 +111,10 @@ def test_two_real_processes_give_the_same_predictions(model, data, tmp_path):
         (["--benchmarks", "pope,gqa"], "no folder for gqa.*tinyllava data benchmarks gqa"),
         (["--benchmarks", "pope", "--judge-url", "http://localhost/v1"], "--judge-model"),
         (["--benchmarks", "pope", "--score-only"], "no answers there"),
+        (
+            ["--benchmarks", "mmvet", "--judge-url", "localhost/v1", "--judge-model", "m"],
+            "begin with http:// or https://",
+        ),
     ],
 )
 def test_wrong_requests_are_told_before_a_model_is_opened(data, tmp_path, capsys, arguments, message):
@@ -121,7 +128,51 @@ def test_data_tells_what_is_missing(data, tmp_path, capsys):
     assert "8,910 questions" in capsys.readouterr().out
     assert main(["data", "benchmarks", "pope", str(tmp_path)]) == 1
     assert capsys.readouterr().out.count("missing: ") == 4
-    assert main(["data", "benchmarks", "pope", str(data / "pope")]) == 0
+    shutil.copytree(data / "pope", tmp_path / "pope")
+    assert main(["data", "benchmarks", "pope", str(tmp_path / "pope")]) == 1
+    assert "doubtful (4 of 500 files): val2014" in capsys.readouterr().out
+    for n in range(4, 500):
+        (tmp_path / "pope" / "val2014" / f"{n}.jpg").touch()
+    assert main(["data", "benchmarks", "pope", str(tmp_path / "pope")]) == 0
+
+
+def test_missing_pictures_are_told_before_the_first_question(model, data, tmp_path, capsys):
+    shutil.copytree(data / "pope", tmp_path / "d" / "pope")
+    for n in (1, 3):
+        (tmp_path / "d" / "pope" / "val2014" / f"{n}.jpg").unlink()
+    asked = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(tmp_path / "d"), "--output"]
+    assert main([*asked, str(tmp_path / "out")]) == 2
+    assert re.search(r"val2014/1.jpg: no such picture; 2 of 4 are missing", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+    assert main([*asked, str(tmp_path / "out"), "--blind", "--limit", "2"]) == 0
+
+
+def test_a_raised_limit_takes_the_place_of_results_of_other_data(model, data, tmp_path, capsys):
+    asked = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(data), "--output", str(tmp_path)]
+    for more in (["--limit", "4"], ["--limit", "4", "--blind"]):
+        assert main([*asked, *more]) == 0
+    assert len(load_results(tmp_path / "results.json")) == 2
+    capsys.readouterr()
+    assert main([*asked, "--limit", "6"]) == 0
+    assert re.search(
+        r"dropped from .*results.json: .* \(blank pictures\), of other data", capsys.readouterr().out
+    )
+    assert [one.num_questions for one in load_results(tmp_path / "results.json")] == [6]
+    assert main([*asked, "--limit", "6", "--blind"]) == 0
+    assert [one.num_questions for one in load_results(tmp_path / "results.json")] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit", "-1"], "--limit is -1; it has to be 0 or more"),
+        (["--judge-url", "http://x/v1", "--reviews", "r"], "exclude each other"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "no-such-model", "--data", "d", *options])
+    assert message in capsys.readouterr().err
 
 
 def test_chat_answers_once_and_in_turns(model, data, capsys, monkeypatch):

@@ -22,6 +22,7 @@ UPLOADS = {
     "vqav2/upload/vqav2_upload.json", "gqa/upload/testdev_balanced_predictions.json",
     "mmvet/upload/mm-vet_answers.json", "llava-w/upload/llava_w_answers.jsonl",
     "mme/upload/existence.txt", "mmbench/upload/mmbench_upload.xlsx",
+    "pope/upload/coco_pope_adversarial_answers.json", "scienceqa/upload/scienceqa_results.json",
 }  # fmt: skip
 
 
@@ -88,6 +89,8 @@ def test_all_nine_at_once(model, data, reviews, tmp_path, capsys):
     assert results["mmvet"].value == pytest.approx(100 * (0.5 + 1.0 + 0.3) / 3)
     assert results["llava-w"].judge == "gpt-4-0314"
     assert results["llava-w"].value == pytest.approx(100 * (4 + 9 + 5 - 1) / (8 + 9 + 10 - 1))
+    (release,) = (note for note in results["mmbench"].notes if "md5" in note)
+    assert release.startswith("mmbench_dev_20230712.tsv: unknown release, md5 ")
     assert {path for path in UPLOADS if not (tmp_path / path).is_file()} == set()
     upload = json.loads((tmp_path / "vqav2/upload/vqav2_upload.json").read_text())
     assert [entry["question_id"] for entry in upload] == [1000, 1001, 1002, 1003, 1004, 1005]

@@ -1,5 +1,6 @@
 """Two models compared: the difference, its error, and the flips."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,15 @@ def test_folders_are_compared_by_benchmark(tmp_path: Path) -> None:
             write_predictions(predictions, tmp_path / run / name / "predictions.jsonl")
     (result,) = compare(tmp_path / "a", tmp_path / "b", num_resamples=50)
     assert result.benchmark == "pope"
-    with pytest.raises(DataError, match="no benchmark in common"):
+    for run in ("a", "b"):  # answers that only a server scores do not stop the others
+        questions = BENCHMARKS["vqav2"].load(files.vqav2_test(tmp_path / "data" / "vqav2"))
+        unscored = BENCHMARKS["vqav2"].score(questions, {}).predictions
+        unscored = [replace(one, score=None) for one in unscored]
+        write_predictions(unscored, tmp_path / run / "vqav2" / "predictions.jsonl")
+    assert len(compare(tmp_path / "a", tmp_path / "b", num_resamples=50)) == 1
+    with pytest.raises(DataError, match="answers of A have no scores"):
+        compare(tmp_path / "a/vqav2/predictions.jsonl", tmp_path / "b/vqav2/predictions.jsonl")
+    with pytest.raises(DataError, match="no scored benchmark in common"):
         compare(tmp_path / "a", tmp_path / "data")
     with pytest.raises(DataError, match="is of 'gqa'"):
         compare(tmp_path / "a/gqa/predictions.jsonl", tmp_path / "b/pope/predictions.jsonl")

@@ -135,6 +135,32 @@ def test_nothing_is_paid_twice_and_a_stopped_run_goes_on(tmp_path: Path) -> None
     assert Counter(reviews.replies.values()) == {"0.1": 2, "0.7": 1}
 
 
+def test_an_interrupt_leaves_what_was_not_asked_unpaid(tmp_path: Path, monkeypatch) -> None:
+    benchmark, questions, answers = mmvet(tmp_path)
+    with serve(lambda body, _: says("1")) as (url, requests):
+        called = judge(url, tmp_path, num_concurrent=1)
+
+        def interrupt(key: str) -> str | None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(called.cache, "find", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            called.review(benchmark, questions, answers, tmp_path)
+    assert requests == []
+
+
+def test_broken_files_of_the_official_prompt_are_named(tmp_path: Path) -> None:
+    for name, write, script in (
+        ("mmvet", files.mmvet, "mm-vet_evaluator.py"),
+        ("llava-w", files.llava_w, "eval_gpt_review_bench.py"),
+    ):
+        benchmark = BENCHMARKS[name]
+        questions = benchmark.load(write(tmp_path / name))
+        (tmp_path / name / script).write_text("prompt = 1\nprompt = (\n")
+        with pytest.raises(DataError, match=rf"{script}:2: not a Python file.*Take it from https"):
+            judge("", tmp_path).review(benchmark, questions, {}, tmp_path / name)
+
+
 def test_an_endpoint_that_never_answers(tmp_path: Path) -> None:
     benchmark, questions, answers = mmvet(tmp_path)
     lost = judge("http://127.0.0.1:9", tmp_path, num_attempts=2)

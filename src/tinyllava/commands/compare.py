@@ -31,6 +31,12 @@ def main(arguments: list[str]) -> int:
     comparisons = compare(known.a, known.b)
     for comparison in comparisons:
         print(comparison)
+    if known.a.is_dir():
+        compared = {comparison.benchmark for comparison in comparisons}
+        names = sorted(path.parent.name for path in known.a.glob("*/predictions.jsonl"))
+        left_out = [name for name in names if name.removesuffix("-blind") not in compared]
+        if left_out:
+            print(f"left out, for B has none or there are no scores: {', '.join(left_out)}")
     questions = {}
     if known.data:
         benchmarks = find_benchmarks(",".join(comparison.benchmark for comparison in comparisons))

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tinyllava.evaluation.judge import Judge, Reviews
     from tinyllava.results import Result
 
+_GLUE = "\N{NO-BREAK SPACE}"  # keeps a name and its number on one line
+
 _HELP = """
 Measure a checkpoint on the benchmarks of the paper, with the published prompts, parsing and metrics.
 
@@ -99,9 +101,10 @@ def describe_metrics(result: "Result") -> list[str]:
         kind, _, group = metric.name.rpartition("=")
         if metric.name != result.metric:
             value = f"{metric.value:.0f}" if metric.value == int(metric.value) else f"{metric.value:.2f}"
-            lines.setdefault(kind, []).append(f"{group} {value}")
+            lines.setdefault(kind, []).append(f"{group} {value}".replace(" ", _GLUE))
     texts = [(f"{kind}: " if kind else "") + ", ".join(parts) for kind, parts in lines.items()]
-    return [line for text in texts for line in textwrap.wrap(text, 110, subsequent_indent="  ")]
+    lines_of = (textwrap.wrap(text, 110, subsequent_indent="  ") for text in texts)
+    return [line.replace(_GLUE, " ") for wrapped in lines_of for line in wrapped]
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

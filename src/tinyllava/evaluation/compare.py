@@ -117,7 +117,8 @@ def _check_pairs(pairs: Sequence[tuple[Prediction, Prediction]], benchmark: Benc
 def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tuple[Comparison, ...]:
     """Compare two runs: folders with ``BENCHMARK/predictions.jsonl`` in them, or two such files.
 
-    Benchmarks that only one folder has are left out; there has to be one in common.
+    Benchmarks that only one folder has are left out, and of folders those without scores (VQAv2's answers are
+    scored by its server); there has to be one in common.
     """
     files = [(a, b)]
     if a.is_dir() and b.is_dir():
@@ -136,7 +137,9 @@ def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tu
                 "name two files of one benchmark."
             )
         benchmark = look_up(BENCHMARKS, of_a[0].benchmark, "benchmark")
+        if a.is_dir() and any(one.score is None for one in (*of_a, *of_b)):
+            continue
         comparisons.append(compare_predictions(of_a, of_b, benchmark, num_resamples=num_resamples, seed=seed))
     if not comparisons:
-        raise DataError(f"{a} and {b} have no benchmark in common (NAME/predictions.jsonl).")
+        raise DataError(f"{a} and {b} have no scored benchmark in common (NAME/predictions.jsonl).")
     return tuple(comparisons)
