@@ -239,12 +239,14 @@ def _data_problems(run: Run, on_this_machine: bool) -> Iterator[str]:
 
 def _wanted_root(run: Run, name: str) -> str:
     """Say how a stage comes by data when it names a mixture and no data root is given; empty if it has it."""
-    mixture = next((record for record in run.stages[name].data.records if find_mixture(record)), None)
+    found = (find_mixture(record) for record in run.stages[name].data.records)
+    mixture = next((mixture for mixture in found if mixture), None)
     if mixture is None or run.data_root:
         return ""
     may_start_later = not run.start_from and name != list(run.stages)[-1]
     return (
-        f"data.records = {mixture!r}: a mixture of Table 2, which needs data_root. Give --data FOLDER (see "
-        f"`tinyllava show data`), or a file of yours with --{name}.data.records FILE"
+        f"data.records = {mixture.name!r}: a mixture of Table 2, which needs data_root. Give --data FOLDER, "
+        f"which holds {mixture.records} (see `tinyllava show data`), or a file of yours with "
+        f"--{name}.data.records FILE"
         + (", or --from CHECKPOINT to fine-tune only." if may_start_later else ".")
     )
