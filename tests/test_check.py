@@ -62,6 +62,7 @@ WRONG: dict[str, tuple[Run, str, str]] = {
     "rank": (finetune(language_model=Tune(kind="lora", alpha=8)), "model.rank = 0", "at least 1"),
     "dropout": (finetune(language_model=lora(8, dropout=1.5)), "language_model.dropout = 1.5", "below 1"),
     "no lora": (finetune(language_model=Tune(kind="full", bits=4)), "bits = 4: they", "kind to 'lora'"),
+    "connector bits": (finetune(connector=lora(8, bits=4)), "connector.bits = 4: a", "set bits to 16"),
     "layer": (finetune(vision_encoder=from_layer(26)), "vision_encoder.first_layer = 26", "0 to 25"),
     "llm layer": (finetune(language_model=from_layer(32)), "language_model.first_layer = 32", "0 to 31"),
     "connector layer": (finetune(connector=from_layer(1)), "no layers to count", "full or frozen"),
@@ -185,10 +186,6 @@ MACHINE: dict[str, tuple[Callable[[Run], Run], str]] = {
         "by 1 rank(s) x hardware.device_batch_size = 4; device batches that do: 1, 2, 3, 6",
     ),
     "start": (lambda run: replace(run, start_from="gone"), "start_from: gone: no such folder"),
-    "bits": (
-        lambda run: change(run, language_model=lora(8, bits=4)),
-        "language_model.bits = 4: needs weights held in 4 bits",
-    ),
     "fp16": (
         lambda run: replace(run, hardware=replace(run.hardware, precision="fp16")),
         "needs a CUDA device",

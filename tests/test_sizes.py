@@ -57,6 +57,7 @@ def test_a_language_model_has_the_published_size_and_its_layers_the_closed_form(
     assert count(model.base_model.layers[0]) == size.per_layer
     linears = [m for m in model.base_model.layers[0].modules() if isinstance(m, nn.Linear)]
     assert sum(m.in_features + m.out_features for m in linears) == size.adapted_widths
+    assert sum(m.weight.numel() for m in linears) == size.adapted_weights
 
 
 def encoder_config(encoder: VisionEncoder) -> PreTrainedConfig:

@@ -32,7 +32,7 @@ class Tune:
     dropout: float = 0.0
     """Dropout in front of the adapters (lora)."""
     bits: Literal[4, 8, 16] = 16
-    """Bits of the frozen weights below the adapters; 4 is QLoRA. Below 16: estimated, not trained."""
+    """Bits of the frozen weights below the adapters; 4 is QLoRA. Below 16 it needs bitsandbytes."""
 
     @property
     def trains(self) -> bool:

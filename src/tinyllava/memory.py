@@ -14,8 +14,9 @@ from tinyllava.sizes import PartSize
 from tinyllava.vision_encoders import VisionEncoder
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
-FOUR_BIT_BYTES = 0.5625
-"""A weight in 4 bits with one fp32 scale for each block of 64."""
+BITS_BYTES = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0, 16: 4.0}
+"""Bytes of a weight below adapters. In 4 bits: a scale in 8 bits for 64 weights, one in fp32 for 256 of them.
+In 8 bits one fp32 scale for each row is left out. 16 means not quantised, which is fp32 here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +116,12 @@ def _tuned(parts: Parts, stage: Stage) -> list[tuple[PartSize, Tune]]:
 
 
 def _weight_bytes(size: PartSize, tune: Tune) -> int:
-    """Bytes of a component's weights: fp32, or 4 or 8 bits in its layers below adapters; adapters in fp32."""
-    layers = size.per_layer * size.num_layers
-    per_weight = {4: FOUR_BIT_BYTES, 8: 1.0}.get(tune.bits, float(FLOAT_BYTES))
-    outside = HALF_BYTES if tune.bits < 16 else FLOAT_BYTES
+    """Bytes of a component's weights: fp32, or 4 or 8 bits in its linear layers below adapters."""
+    if size.members:
+        return sum(_weight_bytes(member, tune) for member in size.members)
+    held = size.adapted_weights * size.num_layers
     adapters = count_trained(size, tune) if tune.kind == "lora" else 0
-    return int(layers * per_weight + (size.total - layers) * outside + adapters * FLOAT_BYTES)
+    return int(held * BITS_BYTES[tune.bits] + (size.total - held + adapters) * FLOAT_BYTES)
 
 
 def _largest_unit(parts: Parts) -> int:
@@ -133,7 +134,8 @@ def _cast_weights(parts: Parts, stage: Stage) -> int:
     """Weights whose bf16 casts the backward pass keeps: those that a gradient passes."""
     encoder = count_trained(parts.encoder_size, stage.vision_encoder)
     head = parts.language.vocab_size * parts.language.width
-    language = parts.language_size.per_layer * parts.language_size.num_layers + head
+    per_layer = parts.language_size.per_layer if stage.language_model.bits == 16 else 0  # else made anew
+    language = per_layer * parts.language_size.num_layers + head
     return encoder + parts.connector_size.total + language
 
 
@@ -173,9 +175,11 @@ def _decoder_layer_bytes(language: LanguageModel, tune: Tune, bf16: bool) -> int
     rms = language.family not in ("phi", "stablelm")
     norms = num_norms * width * FLOAT_BYTES * (2 if weights_trained and rms else 1)
     num_casts = (4 if is_phi else 5) if bf16 else num_norms
-    inputs = num_casts * width * item if weights_trained else 0
+    # In 8 bits bitsandbytes keeps inputs too, the same tensor as adapters do without cast and dropout.
+    keeps_inputs = weights_trained or (tune.bits == 8 and (bf16 or tune.dropout > 0))
+    inputs = num_casts * width * item if keeps_inputs else 0
     attention = (2 * queries + 2 * keys) * item
-    total = norms + inputs + attention + mlp * _feed_forward_bytes(is_phi, weights_trained, bf16)
+    total = norms + inputs + attention + mlp * _feed_forward_bytes(is_phi, keeps_inputs, bf16)
     if tune.kind == "lora":
         total += _adapter_bytes(language, tune, queries, bf16)
     return total
@@ -194,14 +198,14 @@ def _adapter_bytes(language: LanguageModel, tune: Tune, queries: int, bf16: bool
     return between + inputs * (FLOAT_BYTES + (1 if bf16 else FLOAT_BYTES))
 
 
-def _feed_forward_bytes(is_phi: bool, weights_trained: bool, bf16: bool) -> int:
+def _feed_forward_bytes(is_phi: bool, keeps_inputs: bool, bf16: bool) -> int:
     """Bytes for each column of the block.
 
     Gate, its SiLU, up and their product; Phi's tanh GELU keeps four steps, three of them in fp32.
     """
     item = HALF_BYTES if bf16 else FLOAT_BYTES
     kept = 3 * FLOAT_BYTES + item if is_phi else 3 * item
-    return kept + (item if weights_trained else 0)
+    return kept + (item if keeps_inputs else 0)
 
 
 def _encoder_bytes(parts: Parts, tune: Tune, bf16: bool) -> int:

@@ -22,6 +22,8 @@ class PartSize:
     """Norms behind the features and DINOv2's mask token, which no gradient reaches: never trained."""
     adapted_widths: int = 0
     """Inputs + outputs over the linear layers of one layer: an adapter's parameters per unit of rank."""
+    adapted_weights: int = 0
+    """Inputs x outputs over the same linear layers: what 4 or 8 bits below adapters hold."""
     members: tuple["PartSize", ...] = ()
     """Of two encoders that are fused: the size of each."""
 
@@ -77,6 +79,7 @@ def language_model_size(language: LanguageModel) -> PartSize:
         per_layer=sum(a * b for a, b in linears) + biases + norms,
         num_layers=language.num_layers,
         adapted_widths=sum(a + b for a, b in linears),
+        adapted_weights=sum(a * b for a, b in linears),
     )
 
 
@@ -103,6 +106,7 @@ def vision_encoder_size(encoder: VisionEncoder) -> PartSize:
         num_layers=encoder.num_kept_layers,
         behind=2 * width + (width if is_dino else 0),
         adapted_widths=sum(a + b for a, b in linears),
+        adapted_weights=sum(a * b for a, b in linears),
     )
 
 

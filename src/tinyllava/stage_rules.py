@@ -6,6 +6,7 @@ Paper: section 3.2 (which parts a stage may train) and section 4.1.2.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from tinyllava.config import COMPONENTS, Component, Hardware, Stage, Tune
 from tinyllava.templates import template_names
@@ -92,6 +93,8 @@ def _tune_problems(tune: Tune, component: Component, parts: Parts) -> Iterator[s
             yield f"alpha = {tune.alpha}: lora needs an alpha of at least 1; twice the rank is usual."
         if not 0 <= tune.dropout < 1:
             yield f"dropout = {tune.dropout}: must be at least 0 and below 1."
+        if tune.bits != 16 and component == "connector":
+            yield f"bits = {tune.bits}: a connector is too small to be held in fewer bits; set bits to 16."
     elif tune.rank or tune.bits != 16:
         yield f"rank = {tune.rank}, bits = {tune.bits}: they belong to lora; set kind to 'lora'."
     if tune.kind == "from_layer":
@@ -153,11 +156,11 @@ def batch_problems(stage: Stage, hardware: Hardware, num_ranks: int) -> Iterator
 
 
 def bits_problems(stage: Stage) -> Iterator[str]:
-    """Weights in 4 or 8 bits are planned for, not trained over: refused before they would be held in 16."""
+    """Weights in 4 or 8 bits need a package that not every machine has."""
     for component in COMPONENTS:
         bits = stage.tune(component).bits
-        if bits != 16:
+        if bits != 16 and find_spec("bitsandbytes") is None:
             yield (
-                f"{component}.bits = {bits}: needs weights held in {bits} bits, which are estimated here but "
-                "not trained over; set bits to 16, or take recipe 'lora'."
+                f"{component}.bits = {bits}: needs bitsandbytes, which is not installed; "
+                "pip install 'tinyllava[quantized]', or set bits to 16 (recipe 'lora')."
             )

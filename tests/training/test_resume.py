@@ -43,7 +43,7 @@ def kill_at(config: Path, metrics: Path, num_lines: int) -> bool:
     return False
 
 
-def configured(parts, records, folder: Path) -> tuple[Path, Path]:
+def configured(parts, records, folder: Path, bits: int) -> tuple[Path, Path]:
     import dataclasses
 
     from tinyllava.config import Hardware, lora
@@ -56,17 +56,18 @@ def configured(parts, records, folder: Path) -> tuple[Path, Path]:
     )
     stages = {name: dataclasses.replace(stage, num_epochs=8) for name, stage in run.stages.items()}
     stages["finetune"] = dataclasses.replace(
-        stages["finetune"], language_model=lora(4, dropout=0.2)
+        stages["finetune"], language_model=lora(4, dropout=0.2, bits=bits)
     )  # draws random numbers
     folder.mkdir()
     (folder / "run.json").write_text(to_json(dataclasses.replace(run, stages=stages)))
     return folder / "run.json", folder / "run"
 
 
-def test_killed_in_both_stages_and_resumed_gives_the_same_bytes(parts, records, tmp_path):
-    config, whole = configured(parts, records, tmp_path / "whole")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_killed_in_both_stages_and_resumed_gives_the_same_bytes(parts, records, tmp_path, bits):
+    config, whole = configured(parts, records, tmp_path / "whole", bits)
     assert start(config).wait() == 0
-    config, broken = configured(parts, records, tmp_path / "broken")
+    config, broken = configured(parts, records, tmp_path / "broken", bits)
     assert kill_at(config, broken / "pretrain/metrics.jsonl", 8)
     assert kill_at(config, broken / "finetune/metrics.jsonl", 11)
     assert not (broken / "model").exists()

@@ -5,16 +5,18 @@ Paper: sections 3.2 (theta' and phi') and 4.1.2, Figure 3.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyllava.config import COMPONENTS, Component, Stage, Tune
 from tinyllava.errors import ConfigError, TrainingError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
+from tinyllava.model.quantised import QuantisedLinear, quantise, quantised_layers
 
 # Parts of an encoder that stand behind the features: no gradient ever reaches them.
 _BEHIND_FEATURES = ("post_layernorm.", "layernorm.", "head.", "pooler.", "layer_norm.")
@@ -32,6 +34,8 @@ def component_of(name: str) -> Component:
 
 def apply_tuning(model: TinyLlavaForConditionalGeneration, stage: Stage) -> None:
     """Set which parameters require gradients; add adapters where the stage asks for LoRA.
+
+    Where it asks for 4 or 8 bits, the linear layers below the adapters are quantised, and their weights gone.
 
     Raises:
         ConfigError: a plan that does not fit the component.
@@ -75,7 +79,7 @@ def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Compo
 
 
 def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune) -> None:
-    """Put adapters on every linear layer of a component, in place (peft)."""
+    """Put adapters on every linear layer of a component, in place (peft); quantise what is below them."""
     from peft import LoraConfig, inject_adapter_in_model
 
     if tune.rank < 1:
@@ -85,6 +89,8 @@ def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and component_of(name) == component and name != "lm_head"
     ]
+    if tune.bits < 16:
+        quantise(model, targets, tune.bits)
     already = {n for n, p in model.named_parameters() if p.requires_grad}
     config = LoraConfig(r=tune.rank, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=targets)
     inject_adapter_in_model(config, model, adapter_name=component)
@@ -93,11 +99,17 @@ def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Fold every adapter into the layer below it and take it out."""
+    """Fold every adapter into the layer below it and take it out.
+
+    A quantised layer becomes an ordinary one with the weights that the adapters were trained on.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in found:
+        below = module.get_base_layer()
+        if isinstance(below, QuantisedLinear):
+            module.base_layer = below.to_linear()
         module.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.get_base_layer())
@@ -144,14 +156,18 @@ class Ledger:
 
 
 def open_ledger(model: nn.Module) -> Ledger:
-    """Record what is to be trained and a digest of every tensor."""
+    """Record what is to be trained and a digest of every tensor.
+
+    A quantised layer counts with the shape of its weights; the digest is of its codes and their scales.
+    """
+    held = quantised_layers(model)
     return Ledger(
         rows=tuple(
             LedgerRow(
-                name=name, component=component_of(name), shape=tuple(p.shape), trained=p.requires_grad,
-                before=_digest(p)
+                name=name, component=component_of(name), trained=p.requires_grad,
+                shape=held[name].shape if name in held else tuple(p.shape), before=digest,
             )
-            for name, p in model.named_parameters()
+            for (name, p), digest in zip(model.named_parameters(), _digests(model).values(), strict=True)
         )
     )  # fmt: skip
 
@@ -162,10 +178,8 @@ def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
     Raises:
         TrainingError: a frozen tensor moved.
     """
-    now = dict(model.named_parameters())
-    closed = Ledger(
-        rows=tuple(LedgerRow(**{**asdict(row), "after": _digest(now[row.name])}) for row in ledger.rows)
-    )
+    now = _digests(model)
+    closed = Ledger(rows=tuple(LedgerRow(**{**asdict(row), "after": now[row.name]}) for row in ledger.rows))
     moved = [row.name for row in closed.rows if row.moved and not row.trained]
     if moved:
         raise TrainingError(
@@ -174,6 +188,16 @@ def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
     return closed
 
 
-def _digest(parameter: nn.Parameter) -> str:
-    tensor = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(tensor.numpy().data, digest_size=8).hexdigest()
+def _digests(model: nn.Module) -> dict[str, str]:
+    held = quantised_layers(model)
+    return {
+        name: _digest(held[name].stored() if name in held else [parameter])
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -23,6 +23,7 @@ from tinyllava.errors import CheckpointError, TrainingError
 from tinyllava.model.adapters import save_adapters
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.quantised import quantised_layers
 from tinyllava.model.tuning import Ledger
 from tinyllava.training.trainer import choose_precision, trained_tensors
 
@@ -140,7 +141,9 @@ def require_space(folder: Path, model: TinyLlavaForConditionalGeneration) -> Non
         TrainingError: less free space than two checkpoints and the model take.
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = quantised_layers(model)  # dequantised in the end
+    whole = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if n not in held)
+    whole += sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in held.values())
     needed = (
         2 * 3 * trained + whole
     )  # a checkpoint holds weights and AdamW's two moments; the next one overlaps it

@@ -1,0 +1,180 @@
+"""Linear layers whose frozen weights are held in 4 or 8 bits, below the adapters of a stage.
+
+Differs: the paper trains on weights in 16 bits or more. In 4 bits the form is QLoRA's (NF4 in blocks of 64
+whose scales are quantised too), in 8 bits LLM.int8's (one scale for each row); bitsandbytes computes both.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BLOCK, _NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one
+_OUTLIER = 6.0  # inputs beyond it are multiplied in 16 bits (LLM.int8's own value; on a GPU only)
+
+
+def quantise(model: nn.Module, names: Iterable[str], bits: int) -> None:
+    """Put a quantised layer in place of each named linear layer.
+
+    Args:
+        bits: 4 or 8.
+    """
+    kind = {4: FourBitLinear, 8: EightBitLinear}[bits]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        setattr(model.get_submodule(parent), child, kind(layer))
+    # It warns in every step that inputs are cast to 16 bits, which is what LLM.int8 does.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def quantised_layers(model: nn.Module) -> dict[str, "QuantisedLinear"]:
+    """Return the quantised layers of a model by the names of their weights."""
+    return {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+
+
+class QuantisedLinear(nn.Linear, ABC):
+    """A frozen linear layer from [*, in] to [*, out] whose ``weight`` holds integer codes.
+
+    What the codes mean stands in buffers; the bias stays as it was. Gradients flow to the input. Products are
+    computed in the precision of autocast, without it in that of the input.
+
+    Args:
+        layer: what is quantised, on a CPU wherever it is: the same codes on every machine.
+    """
+
+    bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear says it is never None
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would draw random weights
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.dtype = layer.weight.dtype
+        codes, constants = self._quantise(layer.weight.detach().float().cpu())
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.bias = layer.bias
+        self.to(layer.weight.device)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape [out, in] of the weights that the codes stand for."""
+        return self.out_features, self.in_features
+
+    def stored(self) -> list[Tensor]:
+        """Return the codes and what gives them their meaning, without the bias."""
+        return [self.weight, *self.buffers()]
+
+    def to_linear(self) -> nn.Linear:
+        """Return an ordinary layer with the dequantised weights [out, in], in the type that they had."""
+        with torch.device("meta"):
+            layer = nn.Linear(self.in_features, self.out_features, bias=False)
+        weight = self.dequantise().to(self.weight.device, self.dtype)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.register_parameter("bias", self.bias)
+        return layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [*, in] to [*, out]."""
+        kind = inputs.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+        return self._multiply(inputs.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    @abstractmethod
+    def dequantise(self) -> Tensor:
+        """Return the weights [out, in] that the codes stand for, in fp32 and on a CPU."""
+
+    @abstractmethod
+    def _quantise(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return codes and constants of weights [out, in]."""
+
+    @abstractmethod
+    def _multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
+class FourBitLinear(QuantisedLinear):
+    """NF4: two codes a byte, an 8-bit scale for 64 weights, an fp32 scale for 256 of those."""
+
+    scales: Tensor
+    """The scales' codes [out * in / 64]."""
+    offset: Tensor
+    """The scales' mean, which was taken off before they were quantised."""
+    nested_scales: Tensor
+    levels: Tensor
+    """The 16 values of NF4."""
+    nested_levels: Tensor
+
+    def _quantise(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        from bitsandbytes.functional import quantize_4bit
+
+        codes, state = quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
+        return codes, {
+            "scales": state.absmax, "offset": state.offset, "nested_scales": state.state2.absmax,
+            "levels": state.code, "nested_levels": state.state2.code,
+        }  # fmt: skip
+
+    def _state(self, move: torch.device | None = None) -> tuple[Tensor, Any]:
+        """Return codes and constants as bitsandbytes wants them, on a device or where they are."""
+        from bitsandbytes.functional import QuantState
+
+        codes, scales, offset, nested_scales, levels, nested_levels = (
+            tensor.to(move or tensor.device)
+            for tensor in (
+                self.weight, self.scales, self.offset, self.nested_scales, self.levels, self.nested_levels
+            )
+        )  # fmt: skip
+        nested = QuantState(
+            absmax=nested_scales, code=nested_levels, blocksize=_NESTED_BLOCK, dtype=torch.float32
+        )
+        return codes, QuantState(
+            absmax=scales, shape=torch.Size(self.shape), code=levels, blocksize=_BLOCK, quant_type="nf4",
+            dtype=torch.float32, offset=offset, state2=nested,
+        )  # fmt: skip
+
+    def dequantise(self) -> Tensor:
+        """Return the weights [out, in] that the codes stand for, in fp32 and on a CPU."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        codes, state = self._state(torch.device("cpu"))
+        weight: Tensor = dequantize_4bit(codes.detach(), state)
+        return weight
+
+    def _multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        from bitsandbytes import matmul_4bit
+
+        codes, state = self._state()
+        outputs: Tensor = matmul_4bit(inputs, codes, state, bias=bias)
+        return outputs
+
+
+class EightBitLinear(QuantisedLinear):
+    """LLM.int8: codes [out, in] from -127 to 127 and the largest absolute weight of each row.
+
+    The input is rounded to 8 bits too, row by row, except in training on a CPU.
+    """
+
+    scales: Tensor
+    """Largest absolute weights [out], fp32."""
+
+    def _quantise(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        codes, scales, _ = int8_vectorwise_quant(weight)
+        return codes, {"scales": scales}
+
+    def dequantise(self) -> Tensor:
+        """Return the weights [out, in] that the codes stand for, in fp32 and on a CPU."""
+        return self.weight.detach().float().cpu() * (self.scales.cpu() / 127).unsqueeze(1)
+
+    def _multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        from bitsandbytes import MatmulLtState, matmul
+
+        state = MatmulLtState()
+        state.CB, state.SCB, state.has_fp16_weights = self.weight, self.scales, False
+        state.is_training, state.threshold = self.training, _OUTLIER
+        outputs: Tensor = matmul(inputs, self.weight, state=state, bias=bias)
+        return outputs
