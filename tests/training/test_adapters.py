@@ -41,6 +41,8 @@ def test_peft_opens_them_on_the_weights_below(
             "adapter_config.json", "adapter_model.safetensors",
         }  # fmt: skip
 
+    rows = json.loads((tmp_path / "run/finetune/ledger.json").read_text())
+    assert [row["name"] for row in rows if row["moved"] != row["trained"]] == []  # none was switched off
     merged, processor = open_checkpoint(folder)
     inputs = processor(images=[Image.new("RGB", (40, 30), (200, 30, 90))], text="<image>\nWhat is it?")
     set_seed(run.seed)

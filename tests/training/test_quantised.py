@@ -91,6 +91,18 @@ def test_peft_opens_the_adapters_on_the_dequantised_weights(parts, records, tmp_
     torch.testing.assert_close(logits(opened, processor), logits(merged, processor), atol=1e-5, rtol=1e-4)
 
 
+def test_encoder_and_language_model_are_held_in_one_run(parts, records, tmp_path):
+    run = toy_run(parts, records, tmp_path / "run", encoder="clip")
+    plan = {"vision_encoder": lora(2, bits=8), "language_model": lora(4, bits=4)}
+    stage = dataclasses.replace(run.stages["finetune"], learning_rate=1e-2, **plan)
+    saved, _ = open_checkpoint(train(dataclasses.replace(run, stages={"finetune": stage})))
+    assert {p.dtype for p in saved.parameters()} == {torch.float32}
+    rows = json.loads((tmp_path / "run/finetune/ledger.json").read_text())
+    assert [row["name"] for row in rows if row["moved"] != row["trained"]] == []
+    moved = {row["component"] for row in rows if row["moved"] and "lora_" in row["name"]}
+    assert moved == {"vision_encoder", "language_model"}
+
+
 def test_a_later_stage_goes_on_from_the_merged_weights_and_a_finished_one_is_reused(
     parts, records, tmp_path, capsys
 ):

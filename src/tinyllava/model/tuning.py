@@ -81,6 +81,7 @@ def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Compo
 def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune) -> None:
     """Put adapters on every linear layer of a component, in place (peft); quantise what is below them."""
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if tune.rank < 1:
         raise ConfigError(f"{component}: lora needs a rank of at least 1, found {tune.rank}.")
@@ -94,6 +95,9 @@ def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component
     already = {n for n, p in model.named_parameters() if p.requires_grad}
     config = LoraConfig(r=tune.rank, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=targets)
     inject_adapter_in_model(config, model, adapter_name=component)
+    for name, module in model.named_modules():  # peft switches off those of the component before
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(component_of(name))
     for name, parameter in model.named_parameters():  # peft freezes everything else: give the others back
         parameter.requires_grad_(name in already or (f".{component}." in name and "lora_" in name))
 
