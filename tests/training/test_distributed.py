@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import toys
-from tinyllava.config import FULL, to_json
+from tinyllava.config import FULL, lora, to_json
 from tinyllava.errors import ConfigError
 from tinyllava.training.run import train
 from training_toys import sampled_order, toy_run
@@ -172,3 +172,25 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(parts, records
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"global_batch_size = 4: does not divide by 3 ranks"):
         train(toy_run(parts, records, tmp_path / "run"))
+
+
+@pytest.mark.timeout(1100)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_over_weights_in_few_bits_two_processes_give_the_weights_of_one(parts, tmp_path, bits):
+    records = make_records(tmp_path, set())
+    run = toy_run(parts, records, tmp_path / "two/run")
+    finetune = dataclasses.replace(run.stages["finetune"], language_model=lora(4, bits=bits))
+    run = dataclasses.replace(run, stages={"finetune": finetune})
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/run.json").write_text(to_json(run))
+    start_two(tmp_path / "two/run.json")
+    train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
+
+    one = load_file(tmp_path / "one/run/finetune/trained.safetensors")
+    two = [load_file(tmp_path / f"two/finetune-{rank}.safetensors") for rank in (0, 1)]
+    assert one.keys() == two[0].keys() == two[1].keys()
+    for name in one:
+        assert torch.equal(two[0][name], two[1][name]), name
+        torch.testing.assert_close(two[0][name], one[name], rtol=0, atol=1e-5, msg=name)
+    saved = [load_file(tmp_path / f"{name}/run/model/model.safetensors") for name in ("one", "two")]
+    assert max((saved[0][name] - saved[1][name]).abs().max().item() for name in saved[0]) < 1e-5
