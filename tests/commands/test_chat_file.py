@@ -10,6 +10,7 @@ from chats import make_chat
 from tinyllava.cli import main
 from tinyllava.commands import chat_file
 from tinyllava.conversation import ask
+from tinyllava.errors import DataError
 from tinyllava.inference import Chat
 
 
@@ -78,6 +79,35 @@ def test_a_second_run_asks_only_what_is_not_answered(
     assert run(questions, output, checkpoint) == 0
     assert output.read_text() == whole
     assert asked == ["Is there a dog?", "Is there a dog?"]
+
+
+def test_what_is_written_outlives_a_stop_within_a_character_and_is_not_written_anew(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"question": "Où?"}\n{"question": "Was?"}\n', encoding="utf-8")
+    lines, output = chat_file.read_questions(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    assert list(chat_file.answer_file(lambda asked: ["là", "größer"][: len(asked)], lines, output)) == [0, 2]
+    whole, written = output.read_bytes(), output.stat()
+    assert list(chat_file.answer_file(lambda asked: pytest.fail("asked again"), lines, output)) == [2]
+    assert output.stat().st_mtime_ns == written.st_mtime_ns
+    output.write_bytes(whole[: whole.index("ö".encode()) + 1])
+    assert list(chat_file.answer_file(lambda asked: ["größer"], lines, output)) == [1, 2]
+    assert output.read_bytes() == whole
+    assert output.stat().st_ino == written.st_ino
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"question": "Q?"}\n')
+    lines = chat_file.read_questions(tmp_path / "in.jsonl")
+    with pytest.raises(DataError, match=r"nowhere.answers\.jsonl: cannot be used"):
+        list(
+            chat_file.answer_file(
+                lambda asked: pytest.fail("asked"), lines, tmp_path / "nowhere/answers.jsonl"
+            )
+        )
+    binary = tmp_path / "picture.png"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"picture\.png: cannot be used"):
+        list(chat_file.answer_file(lambda asked: pytest.fail("asked"), lines, binary))
+    assert binary.read_bytes() == b"\xff\xfe\x00"
 
 
 def test_answers_to_other_questions_are_left_alone(

@@ -1,6 +1,8 @@
 """``tinyllava chat --file``: a file of questions in, the same lines with answers out, in batches."""
 
 import json
+import os
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,18 +96,24 @@ def answer_file(
 
 def _count_answered(output: Path, lines: Sequence[Line]) -> int:
     """Return how many lines the output answers; a line that a stop cut short is taken off its end."""
-    if not output.exists():
-        return 0
     try:
-        *written, rest = output.read_text(encoding="utf-8").split("\n")
+        is_new = not output.exists()
+        output.open("ab").close()  # a place that cannot be written is told before anything is asked
+        data = output.read_bytes()
+        if is_new:
+            output.unlink()
+        whole = data[: data.rfind(b"\n") + 1]
+        written = whole.decode().split("\n")[:-1]
+        rest = getincrementaldecoder("utf-8")().decode(data[len(whole) :])  # it may end within a character
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{output}: cannot be read ({error}); choose another file.") from error
+        raise DataError(f"{output}: cannot be used ({error}); choose another file.") from error
     begins = [_without_answer(line.fields) for line in lines]
     cut = begins[len(written)] if len(written) < len(lines) else ""
     same = len(written) <= len(lines) and all(map(str.startswith, written, begins))
     if not same or not (rest.startswith(cut) or cut.startswith(rest)) or (rest and not cut):
         raise DataError(f"{output}: holds something else than these answers; choose another file.")
-    output.write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
+    if len(whole) < len(data):  # cut, not written anew: what is there outlives a kill and a full disk
+        os.truncate(output, len(whole))
     return len(written)
 
 
