@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> int:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--short", action="store_true", help="two minutes: only to see that everything works")
     amount.add_argument(
-        "--full", action="store_true", help="train twice as long and ask every question of the test splits"
+        "--full",
+        action="store_true",
+        help="train several times as long and ask every question of the test splits",
     )
     parser.add_argument(
         "--with",

@@ -60,7 +60,7 @@ COSTS = Costs(
     seconds_per_sample={"pretrain": 0.07, "share_pretrain": 0.25, "finetune": 0.37},
     seconds_per_question=0.08, seconds_per_node=8.0,
 )  # fmt: skip
-"""On two cores without bf16, in fp32."""
+"""On two cores without bf16: pre-training and fine-tuning as the starter's, the others estimated."""
 
 NOTES = (
     "Each model is trained for two to four minutes on drawn shapes and on photographs of five fruits.",

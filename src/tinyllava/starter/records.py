@@ -52,7 +52,7 @@ AMOUNTS: dict[Length, dict[str, Amount]] = {
     },
 }
 """Default is twelve minutes on two CPU cores without bf16; short only shows that all works; full trains on
-two to six times as much."""
+two to eight times as much."""
 
 
 def records_key(amounts: Mapping[str, Amount]) -> str:
