@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import toys
-from tinyllava.config import FULL, lora, to_json
+from tinyllava.config import FULL, Run, lora, to_json
 from tinyllava.errors import ConfigError
 from tinyllava.training.run import train
 from training_toys import sampled_order, toy_run
@@ -105,6 +105,33 @@ def make_records(folder: Path, text_only: set[int]) -> Path:
     return folder / "records.json"
 
 
+def compare_stage(folder: Path, stage: str) -> set[str]:
+    """Both ranks have the same tensors, and those of one process; return their names."""
+    one = load_file(folder / f"one/run/{stage}/trained.safetensors")
+    two = [load_file(folder / f"two/{stage}-{rank}.safetensors") for rank in (0, 1)]
+    assert one.keys() == two[0].keys() == two[1].keys()
+    for name in one:
+        assert torch.equal(two[0][name], two[1][name]), name
+        torch.testing.assert_close(two[0][name], one[name], rtol=0, atol=1e-5, msg=name)
+    return set(one)
+
+
+def compare_models(folder: Path) -> None:
+    """The saved models of one process and of two are the same."""
+    saved = [load_file(folder / f"{name}/run/model/model.safetensors") for name in ("one", "two")]
+    assert max((saved[0][name] - saved[1][name]).abs().max().item() for name in saved[0]) < 1e-5
+
+
+def compare_one_with_two(run: Run, folder: Path) -> set[str]:
+    """Train the stage of a run in two processes and in one; return the names of the trained tensors."""
+    (folder / "two").mkdir()
+    (folder / "two/run.json").write_text(to_json(run))
+    start_two(folder / "two/run.json")
+    train(dataclasses.replace(run, output=str(folder / "one/run")))
+    compare_models(folder)
+    return compare_stage(folder, *run.stages)
+
+
 @pytest.mark.timeout(1100)
 def test_a_rank_without_pictures_neither_hangs_nor_changes_the_result(parts, tmp_path):
     """The connector alone in pre-training, encoder, connector and language model in fine-tuning."""
@@ -121,12 +148,7 @@ def test_a_rank_without_pictures_neither_hangs_nor_changes_the_result(parts, tmp
     assert seen(tmp_path / "two", 0) == [True] * 4  # two steps in each of two stages
     assert seen(tmp_path / "two", 1) == [False] * 4
     for stage in run.stages:
-        one = load_file(tmp_path / f"one/run/{stage}/trained.safetensors")
-        two = [load_file(tmp_path / f"two/{stage}-{rank}.safetensors") for rank in (0, 1)]
-        assert one.keys() == two[0].keys() == two[1].keys()
-        for name in one:
-            assert torch.equal(two[0][name], two[1][name]), name
-            torch.testing.assert_close(two[0][name], one[name], rtol=0, atol=1e-5, msg=name)
+        compare_stage(tmp_path, stage)
         losses = [
             [
                 json.loads(line)["loss"]
@@ -135,8 +157,7 @@ def test_a_rank_without_pictures_neither_hangs_nor_changes_the_result(parts, tmp
             for n in ("one", "two")
         ]
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # and written by one rank only
-    saved = [load_file(tmp_path / f"{name}/run/model/model.safetensors") for name in ("one", "two")]
-    assert max((saved[0][name] - saved[1][name]).abs().max().item() for name in saved[0]) < 1e-5
+    compare_models(tmp_path)
 
     again = start_two(tmp_path / "two/run.json")
     assert [output.count("done before, taken from") for output in again] == [2, 0]  # both stages, said once
@@ -150,19 +171,9 @@ def test_dinov2_trained_in_two_processes_gives_the_weights_of_one(parts, tmp_pat
     run = toy_run(parts | {"dino": dino}, records, tmp_path / "two/run", encoder="dino")
     finetune = dataclasses.replace(run.stages["finetune"], vision_encoder=FULL)
     run = dataclasses.replace(run, stages={"finetune": finetune})
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two/run.json").write_text(to_json(run))
-    start_two(tmp_path / "two/run.json")
-    train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
-
-    one = load_file(tmp_path / "one/run/finetune/trained.safetensors")
-    two = [load_file(tmp_path / f"two/finetune-{rank}.safetensors") for rank in (0, 1)]
-    assert one.keys() == two[0].keys() == two[1].keys()
-    assert any("embeddings.cls_token" in name for name in one)
-    assert not any("mask_token" in name for name in one)
-    for name in one:
-        assert torch.equal(two[0][name], two[1][name]), name
-        torch.testing.assert_close(two[0][name], one[name], rtol=0, atol=1e-5, msg=name)
+    names = compare_one_with_two(run, tmp_path)
+    assert any("embeddings.cls_token" in name for name in names)
+    assert not any("mask_token" in name for name in names)
     ledger = json.loads((tmp_path / "one/run/finetune/ledger.json").read_text())
     (mask,) = [row for row in ledger if row["name"].endswith("mask_token")]
     assert (mask["trained"], mask["moved"]) == (False, False)
@@ -181,16 +192,4 @@ def test_over_weights_in_few_bits_two_processes_give_the_weights_of_one(parts, t
     run = toy_run(parts, records, tmp_path / "two/run")
     finetune = dataclasses.replace(run.stages["finetune"], language_model=lora(4, bits=bits))
     run = dataclasses.replace(run, stages={"finetune": finetune})
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two/run.json").write_text(to_json(run))
-    start_two(tmp_path / "two/run.json")
-    train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
-
-    one = load_file(tmp_path / "one/run/finetune/trained.safetensors")
-    two = [load_file(tmp_path / f"two/finetune-{rank}.safetensors") for rank in (0, 1)]
-    assert one.keys() == two[0].keys() == two[1].keys()
-    for name in one:
-        assert torch.equal(two[0][name], two[1][name]), name
-        torch.testing.assert_close(two[0][name], one[name], rtol=0, atol=1e-5, msg=name)
-    saved = [load_file(tmp_path / f"{name}/run/model/model.safetensors") for name in ("one", "two")]
-    assert max((saved[0][name] - saved[1][name]).abs().max().item() for name in saved[0]) < 1e-5
+    compare_one_with_two(run, tmp_path)
