@@ -108,6 +108,20 @@ def test_loss_is_cross_entropy_over_supervised_positions(parts):
     torch.testing.assert_close(halved, expected / 2)
 
 
+def test_training_does_not_run_the_last_position_also_where_it_is_a_picture(parts):
+    model, processor = make(parts, "llama", "clip")
+    inputs = processor(images=[picture(0), picture(1)], text=["a b <image>", "<image> c d e f g"])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+    labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    expected = torch.nn.functional.cross_entropy(
+        model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    widths = []
+    model.language_model.layers[0].register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
+    torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
+    assert widths == [labels.shape[1] - 1]
+
+
 @pytest.mark.parametrize(("llm", "encoder"), PAIRS)
 def test_generate_for_a_mixed_padded_batch_equals_each_alone(parts, llm, encoder):
     model, processor = make(parts, llm, encoder)

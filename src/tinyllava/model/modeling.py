@@ -2,7 +2,8 @@
 
 Paper: section 3.1 (V, P, F), equations 1-3.
 Differs: a subclass of transformers' LlavaForConditionalGeneration with any connector and the language model's
-own head bias; the head is applied to supervised positions only, which gives the same loss for less work.
+own head bias; the head is applied to supervised positions only and the last position, whose next token
+nobody knows, is not run in training, which gives the same loss for less work.
 """
 
 from typing import Any
@@ -77,9 +78,12 @@ class TinyLlavaModel(LlavaModel):
     def forward(
         self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
         image_features: Tensor | None = None, attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None, **kwargs: Any,
+        inputs_embeds: Tensor | None = None, without_last: bool = False, **kwargs: Any,
     ) -> LlavaModelOutputWithPast:  # fmt: skip
         """Run the sequence [B, N] with pictures [I, 3, H, W], or with their patch features [I, M, X].
+
+        Args:
+            without_last: run the first N - 1 positions only, as the loss needs them.
 
         Raises:
             ValueError: the image tokens in ``input_ids`` are not exactly T for each picture.
@@ -90,6 +94,9 @@ class TinyLlavaModel(LlavaModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if image_tokens is not None:
                 inputs_embeds = self._splice(input_ids, inputs_embeds, image_tokens)
+        if without_last:
+            inputs_embeds = inputs_embeds[:, :-1]
+            attention_mask = None if attention_mask is None else attention_mask[:, :-1]
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -193,13 +200,14 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         Args:
             image_features: patch features [I, M, X] in place of ``pixel_values``, computed beforehand.
-            labels: token ids where supervised, -100 elsewhere; not shifted.
+            labels: token ids [B, N] where supervised, -100 elsewhere; not shifted. With them hidden states
+                are those of the first N - 1 positions.
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is the sum divided by
                 it. Without it the mean over this batch.
         """
         outputs = self.model(
             input_ids=input_ids, pixel_values=pixel_values, image_features=image_features,
-            attention_mask=attention_mask, **kwargs,
+            attention_mask=attention_mask, without_last=labels is not None, **kwargs,
         )  # fmt: skip
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
@@ -222,7 +230,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """Equation 3: cross-entropy at the positions whose next token is supervised."""
         targets = labels[:, 1:]
         supervised = targets != IGNORED
-        logits = self.lm_head(hidden[:, :-1][supervised]).float()
+        logits = self.lm_head(hidden[supervised]).float()
         total = cross_entropy(logits, targets[supervised], reduction="sum")
         return total / (supervised.sum() if num_items is None else num_items)
 
