@@ -17,9 +17,10 @@ from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.data.records import check_skip
 from tinyllava.errors import ConfigError, TinyLlavaError
 from tinyllava.language_models import LanguageModel, find_language_model
+from tinyllava.model_files import read_config
 from tinyllava.stage_rules import Parts, literal_tokens
 from tinyllava.templates import read_template, template_names
-from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder, read_config
+from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder
 
 T = TypeVar("T")
 

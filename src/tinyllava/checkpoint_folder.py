@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyllava.config import ModelConfig, run_from_json
 from tinyllava.errors import CheckpointError
-from tinyllava.vision_encoders import read_config
+from tinyllava.model_files import describe_damage, read_config
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -37,6 +37,9 @@ def check_checkpoint(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: weight files are missing: {', '.join(missing)}; copy the folder again."
         )
+    for name in sorted(names):
+        if why := describe_damage(folder / name):
+            raise CheckpointError(f"{folder / name}: {why}.")
 
 
 def check_processor_files(folder: Path) -> None:

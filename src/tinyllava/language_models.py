@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.lookup import look_up
-from tinyllava.vision_encoders import read_config
+from tinyllava.model_files import read_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.lookup import look_up
+from tinyllava.model_files import describe_damage, read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +207,12 @@ def _saved_parameters(folder: Path) -> int:
     path = folder / "model.safetensors"
     if not path.is_file():
         return 0
+    if why := describe_damage(path):
+        raise CheckpointError(f"{path}: {why}.")
     try:
         with path.open("rb") as file:
             tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except ValueError as error:
+    except (ValueError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path}: its head cannot be read; fetch the folder again.") from error
     names = (name for name in tensors if name != "__metadata__" and "running_" not in name)
     return sum(prod(tensors[name]["shape"]) for name in names if tensors[name]["shape"])
@@ -227,21 +230,3 @@ def _processed_side(folder: Path) -> int:
     sizes = [config.get("crop_size") if config.get("do_center_crop", True) else None, config.get("size")]
     size = next((value for value in sizes if value), 0)
     return int(size if isinstance(size, int) else size.get("height") or size.get("shortest_edge") or 0)
-
-
-def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """Read a folder's config.json, or another file of settings.
-
-    Raises:
-        CheckpointError: it is missing or no JSON object.
-    """
-    path = folder / name
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no {name}; give a Hugging Face model folder.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); fetch the folder again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(config).__name__}.")
-    return config

@@ -12,7 +12,7 @@ from tinyllava.errors import CheckpointError
 from tinyllava.importing import factory, flat, stock
 from tinyllava.importing.build import ImportReport, build
 from tinyllava.importing.parts import Given, Parts, fetch
-from tinyllava.importing.tensors import read_json
+from tinyllava.model_files import check_new_folder, read_config
 from tinyllava.templates import read_template
 
 __all__ = ["Given", "ImportReport", "import_checkpoint", "read_parts"]
@@ -35,8 +35,7 @@ def import_checkpoint(
         CheckpointError: an unknown layout, a part that cannot be had, tensors left over or missing.
     """
     folder, given = Path(folder), given or Given()
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: is not empty; name a new folder.")
+    check_new_folder(folder)
     if given.template:
         read_template(given.template)  # a wrong name is said before gigabytes are read
     logging.set_verbosity_error()  # what the loader would warn of is an error here, and said as one
@@ -44,13 +43,16 @@ def import_checkpoint(
     model, processor, report = build(read_parts(source, given), dtype)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    text = json.dumps(dataclasses.asdict(report), indent=2) + "\n"
-    (partial / "import.json").write_text(text, encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    try:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        text = json.dumps(dataclasses.asdict(report), indent=2) + "\n"
+        (partial / "import.json").write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
@@ -61,7 +63,7 @@ def read_parts(source: str | Path, given: Given) -> Parts:
         CheckpointError: no checkpoint, or of an unknown kind.
     """
     path = Path(source) if Path(source).exists() else fetch(str(source))
-    config = read_json(_config_of(path))
+    config = read_config(_config_folder(path))
     for kind in (flat, factory, stock):
         if kind.recognises(config):
             parts: Parts = kind.read(path, config, given)
@@ -74,12 +76,7 @@ def read_parts(source: str | Path, given: Given) -> Parts:
     )
 
 
-def _config_of(path: Path) -> Path:
-    """Return the config.json of a folder; for a file, the nearest above it."""
-    if path.is_dir():
-        return path / "config.json"
-    places = (path.parent, path.parent.parent)
-    return next(
-        (place / "config.json" for place in places if (place / "config.json").is_file()),
-        places[0] / "config.json",
-    )
+def _config_folder(path: Path) -> Path:
+    """Return the folder of the config.json: the source, or for a file the nearest above it that has one."""
+    places = (path,) if path.is_dir() else (path.parent, path.parent.parent)
+    return next((place for place in places if (place / "config.json").is_file()), places[0])

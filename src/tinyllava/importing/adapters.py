@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import CheckpointError
-from tinyllava.importing.tensors import Tensors, read_file, read_json, refuse_left_over
+from tinyllava.importing.settings import whole
+from tinyllava.importing.tensors import Tensors, read_file, refuse_left_over
+from tinyllava.model_files import read_config
 
 # Settings of peft that change what an adapter computes, with the value that means "not used".
 _UNUSED: dict[str, tuple[Any, ...]] = {
@@ -25,7 +27,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], Tensors]:
     Raises:
         CheckpointError: the files are missing, or the adapter is of a kind that is not merged here.
     """
-    config = read_json(folder / "adapter_config.json")
+    config = read_config(folder, "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder}: peft_type {config.get('peft_type')!r}; only LORA can be merged.")
     for key, unused in _UNUSED.items():
@@ -48,6 +50,8 @@ def merge_lora(tensors: Tensors, config: dict[str, Any], adapter: Tensors, where
     Raises:
         CheckpointError: an adapter tensor that is half of nothing, or whose weight does not exist.
     """
+    rank = whole(config, "r", None, f"{where}: adapter_config.json")
+    alpha = whole(config, "lora_alpha", None, f"{where}: adapter_config.json")
     left = {_plain(name): tensor for name, tensor in adapter.items()}
     merged = []
     for name in sorted(left):
@@ -56,13 +60,13 @@ def merge_lora(tensors: Tensors, config: dict[str, Any], adapter: Tensors, where
         if module == name or up not in left or weight not in tensors:
             continue
         down_matrix, up_matrix, old = left.pop(name).float(), left.pop(up).float(), tensors[weight]
-        rank = config["r"]
         if down_matrix.shape != (rank, old.shape[1]) or up_matrix.shape != (old.shape[0], rank):
             raise CheckpointError(
                 f"{where}: adapter of {weight} {tuple(old.shape)}: A {tuple(down_matrix.shape)} and "
-                f"B {tuple(up_matrix.shape)} are not of rank {rank} = r."
+                f"B {tuple(up_matrix.shape)} do not fit it with rank {rank} = r; give the model that the "
+                "adapters were trained on: --language-model DIR."
             )
-        scale = config["lora_alpha"] / (sqrt(rank) if config.get("use_rslora") else rank)
+        scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
         tensors[weight] = (old.float() + scale * (up_matrix @ down_matrix)).to(old.dtype)
         merged.append(weight)
     refuse_left_over(left, f"{where}: adapter")

@@ -4,11 +4,13 @@ Paper: section 3.1. The encoder is cut at its feature layer, as ``assemble`` doe
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
@@ -17,7 +19,7 @@ from tinyllava.connectors import build_connector, num_tokens
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.importing.parts import Parts
 from tinyllava.importing.processor import load_processor
-from tinyllava.importing.tensors import Tensors, drop, refuse_left_over
+from tinyllava.importing.tensors import Tensors, count, drop
 from tinyllava.model.assemble import greedy_generation, make_config, make_room_for_image_token
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -27,6 +29,7 @@ from tinyllava.vision_encoders import VisionEncoder
 # Encoders that the importable code bases know, and the outputs in front of the patches (CLS).
 _NUM_CLS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
 _LAYER = re.compile(r"(?:^|\.)encoder\.layers?\.(\d+)\.")
+_WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Settings of old configs that transformers moves to their new place by itself.
 _MOVED = {
     "rope_theta",
@@ -66,7 +69,7 @@ def build(
     Raises:
         CheckpointError: tensors left over or missing, sizes that do not fit, or parts that cannot be had.
     """
-    dtype = dtype or _widest_type(parts)
+    dtype = _widest_type(parts, dtype)
     text_config = _make_text_config(parts)
     groups = (parts.text, parts.vision, parts.connector.tensors)
     constants = {name: tensor for group in groups for name, tensor in _take_constants(group).items()}
@@ -98,15 +101,37 @@ def build(
         num_image_tokens=config.num_image_tokens, notes=list(parts.notes),
     )  # fmt: skip
     model.train(False)
+    _refuse_infinities(model, parts.where)
     return model, processor, report
 
 
-def _widest_type(parts: Parts) -> torch.dtype:
-    """Return the type that holds every tensor without loss."""
-    groups = (parts.text, parts.vision, parts.connector.tensors)
-    return reduce(
-        torch.promote_types, {t.dtype for group in groups for t in group.values() if t.is_floating_point()}
-    )
+def _widest_type(parts: Parts, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the given type, or the one that holds every tensor without loss.
+
+    Raises:
+        CheckpointError: weights that are codes of a quantised model, not numbers; all of them are listed.
+    """
+    tensors = dict[str, Tensor]()
+    for group in (parts.text, parts.vision, parts.connector.tensors):
+        tensors |= group
+    coded = sorted(n for n, t in tensors.items() if t.dtype not in _WEIGHT_TYPES and not _is_constant(n))
+    if coded:
+        raise CheckpointError(
+            f"{parts.where}: {count(coded)} of type {tensors[coded[0]].dtype}, which is that of a quantised "
+            f"model; save it dequantised and import that: {', '.join(coded)}."
+        )
+    types = {tensor.dtype for name, tensor in tensors.items() if not _is_constant(name)}
+    return dtype or reduce(torch.promote_types, types or {torch.float32})
+
+
+def _refuse_infinities(model: nn.Module, where: str) -> None:
+    """Stop at weights that no answer can come out of, whether stored so or beyond the type's range."""
+    broken = sorted(name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all())
+    if broken:
+        raise CheckpointError(
+            f"{where}: {count(broken)} with values that are no finite numbers: {', '.join(broken)}. Without "
+            "--dtype they are as stored; if they are there so, fetch the folder again."
+        )
 
 
 def _make_text_config(parts: Parts) -> Any:
@@ -119,16 +144,18 @@ def _make_text_config(parts: Parts) -> Any:
     kept = {key: value for key, value in parts.text_config.items() if key in known and key != "model_type"}
     try:
         return config_class(**kept)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{parts.where}: config.json of the language model: {error}") from error
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{parts.where}: config.json of the language model: {_reason(error)}"
+        ) from error
 
 
 def _drop_duplicate_head(parts: Parts, text_config: Any) -> list[str]:
     """Where head and embedding share their rows, a second copy must be the same and is not needed."""
-    head = parts.text.get("lm_head.weight")
-    if not text_config.tie_word_embeddings or head is None:
+    head, embedding = parts.text.get("lm_head.weight"), parts.text.get("model.embed_tokens.weight")
+    if not text_config.tie_word_embeddings or head is None or embedding is None:
         return []
-    if not torch.equal(head, parts.text["model.embed_tokens.weight"]):
+    if not torch.equal(head, embedding):
         raise CheckpointError(
             f"{parts.where}: config.json ties the head to the embedding (tie_word_embeddings), but "
             "lm_head.weight and model.embed_tokens.weight differ; correct config.json."
@@ -144,7 +171,7 @@ def _load_encoder(parts: Parts, dtype: torch.dtype) -> tuple[nn.Module, VisionEn
         raise CheckpointError(
             f"{where}: model_type {family!r} cannot be imported; allowed: {', '.join(_NUM_CLS)}."
         )
-    config = _make_vision_config(family, values)
+    config = _make_vision_config(family, values, where)
     total, layer = config.num_hidden_layers, parts.feature_layer
     num_kept = parts.num_vision_layers or (total + 1 + layer if layer < 0 else layer)
     if not 1 <= num_kept <= total:
@@ -154,7 +181,7 @@ def _load_encoder(parts: Parts, dtype: torch.dtype) -> tuple[nn.Module, VisionEn
     cut = [name for name in parts.vision if (at := _LAYER.search(name)) and int(at[1]) >= num_kept]
     for name in cut:
         del parts.vision[name]
-    config = _make_vision_config(family, values | {"num_hidden_layers": num_kept})
+    config = _make_vision_config(family, values | {"num_hidden_layers": num_kept}, where)
     encoder = VisionEncoder(
         name=family, abbreviation=family, path="", kind="transformer", image_size_px=config.image_size,
         patch_size_px=config.patch_size, width=config.hidden_size, num_layers=num_kept, feature_layer=-1,
@@ -173,31 +200,36 @@ def _at_size(encoder: VisionEncoder, side_px: int, where: str) -> VisionEncoder:
     return replace(encoder, image_size_px=side_px)
 
 
-def _make_vision_config(family: str, values: dict[str, Any]) -> Any:
+def _make_vision_config(family: str, values: dict[str, Any], where: str) -> Any:
     """Make the encoder's own config; DINOv2's list of stages is left to follow from its number of layers."""
     config_class = CONFIG_MAPPING[family]
     not_taken = {"model_type", "stage_names", "out_features", "out_indices"}
     known = {f.name for f in fields(config_class)} - not_taken
-    config = config_class(**{key: value for key, value in values.items() if key in known})
+    try:
+        config = config_class(**{key: value for key, value in values.items() if key in known})
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"{where}: config.json: {_reason(error)}") from error
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False  # SigLIP's pooling head is not on the way of the patch features
     return config
 
 
 def _load_part(auto_class: Any, config: Any, tensors: Tensors, dtype: torch.dtype, where: str) -> Any:
-    """Load one part with transformers' own class, which also knows the older names of tensors."""
-    with torch.device("meta"):
-        part_class = type(auto_class.from_config(config))
+    """Load one part with transformers' own class, which also knows the older names of tensors.
+
+    Raises:
+        CheckpointError: lists every tensor that is left over, missing, or of another shape.
+    """
     try:
+        with torch.device("meta"):
+            part_class = type(auto_class.from_config(config))
         part, report = part_class.from_pretrained(
-            None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
-        )
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{where}: the tensors do not fit config.json: {error}") from error
-    refuse_left_over(report["unexpected_keys"], where)
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise CheckpointError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing)}.")
+            None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where}: the tensors do not fit config.json: {_reason(error)}") from error
+    _refuse_misfits(where, report["unexpected_keys"], report["missing_keys"], report["mismatched_keys"])
     # The loader's report leaves out names that its class thinks harmless; a count of numbers does not.
     num_given, num_there = sum(t.numel() for t in tensors.values()), sum(p.numel() for p in part.parameters())
     if num_given != num_there:
@@ -213,10 +245,35 @@ def _load_connector(parts: Parts, config: TinyLlavaConfig) -> nn.Module:
             found.name, vision_width=config.vision_width, language_width=language.hidden_size,
             num_patches=config.num_patches, options=found.options,
         )  # fmt: skip
-        connector.load_state_dict(found.tensors | found.filled, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{parts.where}: connector {found.name}: {error}") from error
+    given, wanted = found.tensors | found.filled, connector.state_dict()
+    shapes = [
+        (name, given[name].shape, wanted[name].shape)
+        for name in given.keys() & wanted.keys()
+        if given[name].shape != wanted[name].shape
+    ]
+    where = f"{parts.where}: connector {found.name} (names as in tinyllava's)"
+    _refuse_misfits(where, given.keys() - wanted.keys(), wanted.keys() - given.keys(), shapes)
+    connector.load_state_dict(given, strict=True)
     return connector
+
+
+def _refuse_misfits(
+    where: str, left: Iterable[str], missing: Iterable[str], shapes: Iterable[tuple[str, Any, Any]]
+) -> None:
+    """Stop at tensors that do not fit; ``shapes`` are a name, the shape given, and the one that is needed.
+
+    Raises:
+        CheckpointError: lists them all.
+    """
+    other = [f"{name} {list(given)}, not {list(wanted)}" for name, given, wanted in shapes]
+    faults = {"without a place in the model": left, "missing": missing, "of another shape": other}
+    told = [f"{count(n)} {what}: {', '.join(n)}" for what, names in faults.items() if (n := sorted(names))]
+    if told:
+        raise CheckpointError(
+            f"{where}: config.json and weights do not fit each other: {'; '.join(told)}. Fetch both again."
+        )
 
 
 def _describe(
@@ -238,9 +295,17 @@ def _describe(
     return config
 
 
+def _is_constant(name: str) -> bool:
+    return name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))
+
+
 def _take_constants(tensors: Tensors) -> Tensors:
-    names = [name for name in tensors if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))]
-    return {name: tensors.pop(name) for name in names}
+    return {name: tensors.pop(name) for name in list(tensors) if _is_constant(name)}
+
+
+def _reason(error: BaseException) -> str:
+    """Return what an error of a library says, on one line."""
+    return " ".join(str(error).split())
 
 
 def _check_constants(constants: Tensors, llm: nn.Module, where: str) -> None:

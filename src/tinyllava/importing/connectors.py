@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tinyllava.errors import CheckpointError
+from tinyllava.importing.settings import whole
 from tinyllava.importing.tensors import Tensors
 
 _LINEAR = {"0.": "linear.", "": "linear."}
@@ -60,23 +61,23 @@ def name_connector(kind: str, tensors: Tensors, where: str) -> Found:
     )
 
 
-def bench_resampler(config: dict[str, Any], tensors: Tensors) -> Found:
+def bench_resampler(config: dict[str, Any], tensors: Tensors, where: str) -> Found:
     """TinyLLaVABench's resampler, of the sizes in config.json or those that its code falls back to."""
-    width = int(config.get("resampler_hidden_size", 768))
+    width = whole(config, "resampler_hidden_size", 768, where)
     options = {
-        "num_queries": int(config.get("num_queries", 128)),
-        "num_layers": int(config.get("num_resampler_layers", 3)), "width": width,
+        "num_queries": whole(config, "num_queries", 128, where),
+        "num_layers": whole(config, "num_resampler_layers", 3, where), "width": width,
         "num_heads": 8 if width == 512 else 12,
     }  # fmt: skip
     return Found(name="bench_resampler", options=options, tensors=_replace(tensors, _BENCH_RESAMPLER))
 
 
-def factory_resampler(config: dict[str, Any], tensors: Tensors) -> Found:
+def factory_resampler(config: dict[str, Any], tensors: Tensors, where: str) -> Found:
     """TinyLLaVA Factory's resampler: at the language model's width throughout, without a last layer."""
-    width = int(config.get("hidden_size") or config["text_config"]["hidden_size"])
+    width = whole(config, "hidden_size", config["text_config"].get("hidden_size"), where)
     options = {
-        "num_queries": int(config.get("num_queries", 128)),
-        "num_layers": int(config.get("num_resampler_layers", 3)), "width": width, "num_heads": 8,
+        "num_queries": whole(config, "num_queries", 128, where),
+        "num_layers": whole(config, "num_resampler_layers", 3, where), "width": width, "num_heads": 8,
         "head_width": 64,
     }  # fmt: skip
     filled = {"output.weight": torch.eye(width), "output.bias": torch.zeros(width)}

@@ -11,6 +11,7 @@ from tinyllava.errors import CheckpointError
 from tinyllava.importing.adapters import merge_lora, read_adapter, strip_wrapping
 from tinyllava.importing.connectors import Found, factory_qformer, factory_resampler, name_connector
 from tinyllava.importing.parts import Given, Parts, choose_template, find_part, read_aspect
+from tinyllava.importing.settings import objects, whole
 from tinyllava.importing.tensors import Tensors, has_weights, read_folder, refuse_left_over, take
 
 _PREFIXES = {
@@ -41,25 +42,21 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         raise CheckpointError(
             f"{where}: vision_feature_select_strategy {strategy!r}; allowed: patch, cls_patch."
         )
-    absent = [key for key in ("text_config", "vision_config") if not isinstance(config.get(key), dict)]
-    if absent:
-        raise CheckpointError(
-            f"{where}: config.json has no {' and no '.join(absent)}; fetch the folder again."
-        )
+    text_config, vision_config = objects(config, "text_config", "vision_config", where=where)
     tensors, form, notes = _read_tensors(source)
     text, vision, projector = (take(tensors, {prefix: ""}) for prefix in _PREFIXES.values())
     refuse_left_over(tensors, where)
     projector = {name.removeprefix("_connector."): tensor for name, tensor in projector.items()}
     connector = _connector(config, projector, where)
-    family = str(config["text_config"].get("model_type", "llama"))
+    family = str(text_config.get("model_type", "llama"))
     return Parts(
         kind=f"TinyLLaVA Factory, {form}",
         where=where,
-        text_config=config["text_config"],
+        text_config=text_config,
         text=text,
-        vision_config=config["vision_config"],
+        vision_config=vision_config,
         vision=vision,
-        feature_layer=int(config.get("vision_feature_layer", -2)),
+        feature_layer=whole(config, "vision_feature_layer", -2, where),
         num_prefix_tokens=int(strategy == "patch"),
         connector=connector,
         image_aspect=read_aspect(config.get("image_aspect_ratio"), where),
@@ -92,7 +89,7 @@ def _read_tensors(source: Path) -> tuple[Tensors, str, list[str]]:
 def _connector(config: dict[str, Any], tensors: Tensors, where: str) -> Found:
     kind = str(config.get("connector_type"))
     if kind == "resampler":
-        return factory_resampler(config, tensors)
+        return factory_resampler(config, tensors, where)
     return factory_qformer(tensors, where) if kind == "qformer" else name_connector(kind, tensors, where)
 
 
@@ -109,4 +106,4 @@ def _tokenizer_folder(source: Path, config: dict[str, Any], given: Given) -> Pat
     if given.language_model is None and (source / "tokenizer_config.json").is_file():
         return source
     reference = str(config.get("tokenizer_name_or_path") or config.get("llm_model_name_or_path") or "")
-    return find_part(given.language_model, reference, option="--language-model", noun="the tokenizer of")
+    return find_part(given.language_model, reference, option="--language-model", noun="tokenizer")

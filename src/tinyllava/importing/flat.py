@@ -12,16 +12,17 @@ from tinyllava.errors import CheckpointError
 from tinyllava.importing.adapters import merge_lora, read_adapter, strip_wrapping
 from tinyllava.importing.connectors import Found, bench_resampler, name_connector
 from tinyllava.importing.parts import Given, Parts, choose_template, find_part, read_aspect
+from tinyllava.importing.settings import whole
 from tinyllava.importing.tensors import (
     Tensors,
     drop,
     has_weights,
     read_file,
     read_folder,
-    read_json,
     refuse_left_over,
     take,
 )
+from tinyllava.model_files import read_config
 
 # config.json's model_type, and the family of transformers that the language model belongs to.
 _BENCH = {
@@ -58,7 +59,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
     refuse_left_over(tensors, str(source))
 
     encoder = _encoder_folder(folder, config, given)
-    vision_config = read_json(encoder / "config.json")
+    vision_config = read_config(encoder)
     vision_config = vision_config.get("vision_config") or vision_config
     from_source = bool(vision)
     if not from_source:
@@ -80,7 +81,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         num_vision_layers=_num_siglip_layers(vision_config, vision if from_source else None)
         if is_siglip
         else 0,
-        feature_layer=int(config.get("mm_vision_select_layer", -2)),
+        feature_layer=whole(config, "mm_vision_select_layer", -2, str(source)),
         num_prefix_tokens=0 if is_siglip or config.get("mm_vision_select_feature") == "cls_patch" else 1,
         connector=connector,
         image_aspect=read_aspect(config.get("image_aspect_ratio"), str(source)),
@@ -94,7 +95,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
 def _connector(config: dict[str, Any], tensors: Tensors, where: str, is_bench: bool) -> Found:
     kind = str(config["mm_projector_type"])
     if is_bench and kind == "resampler":
-        return bench_resampler(config, tensors)
+        return bench_resampler(config, tensors, where)
     return name_connector(kind, tensors, where)
 
 
@@ -147,7 +148,7 @@ def _encoder_folder(folder: Path, config: dict[str, Any], given: Given) -> Path:
     """Return the folder with the encoder's config: given, inside the checkpoint, or named by it."""
     if given.vision_encoder is None:
         for inner in sorted(path.parent for path in folder.glob("*/config.json")):
-            if read_json(inner / "config.json").get("model_type") in _VISION_FAMILIES:
+            if read_config(inner).get("model_type") in _VISION_FAMILIES:
                 return inner
     reference = str(config.get("mm_vision_tower") or "")
     return find_part(given.vision_encoder, reference, option="--vision-encoder", noun="vision encoder")

@@ -111,15 +111,17 @@ def fetch(name: str) -> Path:
     Raises:
         CheckpointError: no such repository, or no network.
     """
+    from httpx2 import HTTPError  # what the hub's client is built on
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(name, ignore_patterns=["*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.py"])
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{name!r} is no folder here and could not be fetched from the hub "
-            f"({type(error).__name__}: {reason})."
+            f"({type(error).__name__}: {reason}). Check the name, the network, and for a private model the "
+            "token (`hf auth login`)."
         ) from error

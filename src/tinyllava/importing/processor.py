@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -9,9 +10,11 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
+from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError
 from tinyllava.importing.parts import Parts
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
+from tinyllava.model_files import describe_damage
 from tinyllava.templates import read_template
 from tinyllava.vision_encoders import VisionEncoder
 
@@ -23,12 +26,19 @@ def load_processor(parts: Parts, encoder: VisionEncoder, text_config: Any) -> Ti
         CheckpointError: the tokenizer or the image processor cannot be had from the folders at hand.
     """
     is_text = "{" in parts.template
-    return TinyLlavaProcessor(
+    processor = TinyLlavaProcessor(
         image_processor=_load_image_processor(parts, encoder),
         tokenizer=_load_tokenizer(parts, text_config),
         chat_template=parts.template if is_text else read_template(parts.template),
         image_aspect=parts.image_aspect,
     )
+    try:
+        processor.render(ask(""))
+    except (TemplateError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{parts.where}: its chat template cannot be used ({error}); give one of ours: --template NAME."
+        ) from error
+    return processor
 
 
 def _load_tokenizer(parts: Parts, text_config: Any) -> Any:
@@ -37,6 +47,11 @@ def _load_tokenizer(parts: Parts, text_config: Any) -> Any:
             parts.tokenizer, config=text_config, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        names = ("tokenizer.json", "tokenizer_config.json")
+        files = [parts.tokenizer / name for name in names if (parts.tokenizer / name).is_file()]
+        for path in files:
+            if why := describe_damage(path):
+                raise CheckpointError(f"{path}: {why}.") from error
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{parts.tokenizer}: its tokenizer cannot be opened ({type(error).__name__}: {reason}). Give a "
@@ -49,6 +64,11 @@ def _load_tokenizer(parts: Parts, text_config: Any) -> Any:
         raise CheckpointError(
             f"{parts.tokenizer}: the tokenizer has {len(tokenizer):,} tokens for {num_rows:,} rows of the "
             "embedding; give the folder of the right language model: --language-model DIR."
+        )
+    if tokenizer.eos_token is None:
+        raise CheckpointError(
+            f"{parts.tokenizer}: tokenizer_config.json has no eos_token, the mark at which an answer ends; "
+            "name it there, or give the language model's own folder: --language-model DIR."
         )
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     tokenizer.model_max_length = int(text_config.max_position_embeddings)
@@ -63,7 +83,7 @@ def _load_image_processor(parts: Parts, encoder: VisionEncoder) -> Any:
             )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{parts.image_processor}: image processor cannot be opened: {error}"
+                f"{parts.image_processor}: image processor cannot be opened: {error} Fetch the folder again."
             ) from error
     side = {"height": encoder.image_size_px, "width": encoder.image_size_px}
     if encoder.name == "clip_vision_model":

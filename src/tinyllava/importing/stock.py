@@ -8,7 +8,9 @@ import torch
 from tinyllava.errors import CheckpointError
 from tinyllava.importing.connectors import Found
 from tinyllava.importing.parts import Given, Parts, choose_template
-from tinyllava.importing.tensors import Tensors, read_folder, read_json, refuse_left_over, take
+from tinyllava.importing.settings import objects
+from tinyllava.importing.tensors import Tensors, read_folder, refuse_left_over, take
+from tinyllava.model_files import read_config
 
 # The first names are those until transformers 4.51 and of the hub's files, then those of 4.52 and later.
 _TEXT = {
@@ -47,17 +49,18 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
             raise CheckpointError(
                 f"{where}: {name} = {config[name]!r} cannot be imported; allowed: {setting}."
             )
+    text_config, vision_config = objects(config, "text_config", "vision_config", where=where)
     tensors = read_folder(source)
     text, vision, connector = take(tensors, _TEXT), take(tensors, _VISION), take(tensors, _CONNECTOR)
     refuse_left_over(tensors, where)
-    family = str(config["text_config"].get("model_type", "llama"))
+    family = str(text_config.get("model_type", "llama"))
     own_template = None if given.template else _own_template(source)
     return Parts(
         kind="stock LLaVA of transformers",
         where=where,
-        text_config=config["text_config"] | {"tie_word_embeddings": _is_tied(config, text)},
+        text_config=text_config | {"tie_word_embeddings": _is_tied(config, text)},
         text=text,
-        vision_config=config["vision_config"],
+        vision_config=vision_config,
         vision=vision,
         feature_layer=layer,
         num_prefix_tokens=int(strategy == "default"),
@@ -68,7 +71,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         template=own_template or choose_template(given.template, family, where),
         image_token_id=config.get("image_token_index", config.get("image_token_id")),
         notes=("the chat template is the source's own: it answers, but to train give --template",)
-        if own_template
+        if own_template and "endgeneration" not in own_template
         else (),
     )
 
@@ -91,7 +94,7 @@ def _own_template(folder: Path) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            template = read_json(folder / name).get("chat_template")
+            template = read_config(folder, name).get("chat_template")
             if isinstance(template, str):
                 return template
     return None

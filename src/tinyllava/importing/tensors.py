@@ -3,7 +3,6 @@
 Differs: this is the one place of the package that opens a pickle, and only with ``weights_only=True``.
 """
 
-import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tinyllava.errors import CheckpointError
+from tinyllava.model_files import describe_damage, read_config
 
 Tensors = dict[str, Tensor]
 
@@ -45,7 +45,12 @@ def read_folder(folder: Path) -> Tensors:
 
 
 def _read_shards(folder: Path, index: str) -> Tensors:
-    weight_map: dict[str, str] = read_json(folder / index)["weight_map"]
+    weight_map = read_config(folder, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(
+            f"{folder / index}: weight_map, the file of each tensor, is missing or of another form; fetch "
+            "the file again."
+        )
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
@@ -71,17 +76,20 @@ def read_file(path: Path) -> Tensors:
     Raises:
         CheckpointError: it cannot be read, or holds something other than named tensors.
     """
+    if why := describe_damage(path):
+        raise CheckpointError(f"{path}: {why}.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds Python objects, which could run code when opened; only tensors are read. Save "
-            f"the file again as safetensors where you trust it. ({str(error).splitlines()[0]})"
+            f"{path}: is damaged, or holds Python objects, which could run code when opened; only tensors "
+            "are read. Fetch the file again, or save it as safetensors where you trust it."
         ) from error
     except (OSError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again.") from error
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read ({why}); fetch the file again.") from error
     return _only_tensors(path, values)
 
 
@@ -92,25 +100,6 @@ def _only_tensors(path: Path, values: Any) -> Tensors:
     if others:
         raise CheckpointError(f"{path}: entries that are no tensors: {', '.join(others)}.")
     return {str(name): value for name, value in values.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent}: no {path.name} there; give the folder of a checkpoint."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(value).__name__}.")
-    return value
 
 
 def take(tensors: Tensors, prefixes: Mapping[str, str]) -> Tensors:
@@ -140,4 +129,10 @@ def refuse_left_over(names: Iterable[str], where: str) -> None:
     """
     left = sorted(names)
     if left:
-        raise CheckpointError(f"{where}: {len(left)} tensors have no place in the model: {', '.join(left)}.")
+        raise CheckpointError(f"{where}: {count(left)} without a place in the model: {', '.join(left)}.")
+
+
+def count(names: Iterable[str]) -> str:
+    """Return how many tensors there are, in words."""
+    number = len(list(names))
+    return "1 tensor" if number == 1 else f"{number:,} tensors"
