@@ -180,7 +180,9 @@ def test_a_qformer_with_tensors_missing_or_left_over(tmp_path: Path) -> None:
             import_checkpoint(source, tmp_path / "out")
 
     refused({n: t for n, t in whole.items() if n != "query_tokens"}, "a", "query_tokens .* is missing")
-    refused(whole | {"bert.pooler.bias": torch.ones(2)}, "b", "without a place in the model: bert.pooler.bias")
+    refused(
+        whole | {"bert.pooler.bias": torch.ones(2)}, "b", "without a place in the model: bert.pooler.bias"
+    )
     short = {n: t for n, t in whole.items() if "layer.1.output_query.dense.bias" not in n}
     refused(short, "c", "missing: .*layer.1.output_query.dense.bias")
     wide = {"query_tokens": torch.ones(1, 5, 768), "bert.encoder.layer.2.x": torch.ones(1)}

@@ -1,11 +1,14 @@
 """``tinyllava export``: write a checkpoint for stock transformers, vLLM or a hub."""
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 
 from tinyllava.checkpoint_folder import check_checkpoint
 from tinyllava.commands.parser import CommandParser
+from tinyllava.errors import CheckpointError
+from tinyllava.model_files import check_new_folder
 
 _HELP = """
 Write a checkpoint for others, with a model card: as transformers' LLaVA
@@ -42,7 +45,7 @@ def main(arguments: list[str]) -> int:
         "--results",
         metavar="FILE",
         type=Path,
-        help="results.json with scores for the card (default: beside the weights)",
+        help="results.json with scores for the card (default: beside the weights or the adapter)",
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
@@ -52,6 +55,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.folder is None and not options.push:
         parser.error("give OUT, or --push OWNER/NAME")
+    if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", options.max_shard_size.upper()):
+        parser.error(f"--max-shard-size {options.max_shard_size}: give a number and KB, MB, GB or TB: 5GB")
+    if options.folder is not None:
+        check_new_folder(options.folder)
     if not (options.checkpoint / "adapter_config.json").is_file():
         check_checkpoint(options.checkpoint)
     if options.folder is not None:
@@ -76,7 +83,16 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
         results=options.results, dtype=dtype, max_shard_size=options.max_shard_size,
     )  # fmt: skip
     print(f"opened again and compared: largest difference of a logit {exported.largest_difference:.2g}")
-    if options.push:
-        print(f"pushed: {push(folder, options.push, private=options.private)}")
     if options.folder is not None:
         print(f"written: {folder}")
+    if not options.push:
+        return
+    try:
+        print(f"pushed: {push(folder, options.push, private=options.private)}")
+    except CheckpointError as error:
+        again = (
+            f"The folder is written: `hf upload {options.push} {folder} .` sends it."
+            if options.folder
+            else "Give OUT too, to keep the exported folder."
+        )
+        raise CheckpointError(f"{error} {again}") from error

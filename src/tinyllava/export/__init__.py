@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from transformers.utils import logging
 
-from tinyllava.errors import CheckpointError
 from tinyllava.export.card import read_provenance, write_card
 from tinyllava.export.compare import compare_with_ours, compare_with_stock
 from tinyllava.export.merge import open_merged
 from tinyllava.export.stock import refuse_what_stock_cannot_hold, write_stock
+from tinyllava.model_files import check_new_folder
 
 __all__ = ["Exported", "export_checkpoint"]
 
@@ -41,21 +41,21 @@ def export_checkpoint(
         layout: ours; transformers' LlavaForConditionalGeneration; the same for vLLM, with vLLM's limits.
         base: the checkpoint below an adapter; None takes the one that the adapter names.
         name: what the model card calls the model; empty means the folder's name.
-        results: results.json with scores for the card; None takes one beside the weights.
+        results: results.json with scores for the card; None takes one beside the weights (or the adapter).
         dtype: type of the weights; auto keeps theirs.
 
     Raises:
         CheckpointError: no checkpoint, a model that the layout cannot hold, or one that answers otherwise.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: is not empty; name a new folder.")
+    check_new_folder(folder)
     logging.set_verbosity_error()  # what the loaders would warn of is compared below
     logging.disable_progress_bar()
     model, processor, source = open_merged(checkpoint, base, dtype)
     if layout != "tinyllava":
         refuse_what_stock_cannot_hold(model.config, layout)
-    provenance = read_provenance(source, results)
+    adapter = checkpoint if source != checkpoint else None
+    provenance = read_provenance(source, results, adapter)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

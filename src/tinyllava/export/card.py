@@ -3,20 +3,23 @@
 Everything in it comes from files beside the checkpoint: config.json, run.json, import.json and results.json.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from tinyllava.config import COMPONENTS, DataConfig, Run, Stage, Tune, run_from_json
 from tinyllava.data.mixtures import MIXTURES
+from tinyllava.errors import CheckpointError
 from tinyllava.language_models import LANGUAGE_MODELS, LanguageModel
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model_files import read_config
 from tinyllava.results import Metric, Result, ResultTable
-from tinyllava.vision_encoders import VISION_ENCODERS, VisionEncoder
+from tinyllava.vision_encoders import VISION_ENCODERS, VisionEncoder, join_encoders
 
+Part = TypeVar("Part", VisionEncoder, LanguageModel)
 _UNKNOWN = "not recorded"
 _SUMMARY = (
     "A small multimodal model that answers questions about pictures: vision encoder, connector, small "
@@ -33,13 +36,14 @@ inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True,
     return_tensors="pt",
 )
-print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```""",
     "vllm": """```console
 $ vllm serve {name}
 ```""",
     "tinyllava": """```console
-$ tinyllava chat {name} picture.jpg
+{fetch}$ tinyllava chat picture.jpg "What is in the picture?" --model {folder}
 ```""",
 }
 
@@ -50,22 +54,45 @@ class Provenance:
 
     run: Run | None
     imported_from: str
+    """The layout that it was imported from; empty for one that was trained here."""
+    names: dict[str, str]
+    """What the imported checkpoint calls its encoder and its language model; empty where it does not say."""
     results: tuple[Result, ...]
+    adapter: str = ""
+    """In words, the adapter that is merged into the weights."""
 
 
-def read_provenance(folder: Path, results: Path | None) -> Provenance:
-    """Read the files beside a checkpoint; ``results`` None takes a results.json in its folder, if any.
+def read_provenance(folder: Path, results: Path | None, adapter: Path | None = None) -> Provenance:
+    """Read the files beside a checkpoint.
+
+    Args:
+        folder: of the checkpoint, or of the one below an adapter.
+        results: None takes a results.json beside the weights, if any.
+        adapter: of peft, merged into the weights; what the checkpoint below it scored is no score of both.
 
     Raises:
-        ConfigError, DataError: a file is there and cannot be read.
+        ConfigError, DataError, CheckpointError: a file is there and cannot be read.
     """
     run_file, import_file = folder / "run.json", folder / "import.json"
     run = run_from_json(run_file.read_text(encoding="utf-8"), str(run_file)) if run_file.is_file() else None
-    imported = json.loads(import_file.read_text(encoding="utf-8"))["kind"] if import_file.is_file() else ""
-    if results is None and (folder / "results.json").is_file():
-        results = folder / "results.json"
-    scores = ResultTable.load(results).results if results else ()
-    return Provenance(run=run, imported_from=imported, results=scores)
+    imported = read_config(folder, "import.json") if import_file.is_file() else {"kind": ""}
+    if "kind" not in imported:
+        raise CheckpointError(f"{import_file}: lacks 'kind', the layout of the source; import it again.")
+    beside = (adapter or folder) / "results.json"
+    if results is None and beside.is_file():
+        results = beside
+    return Provenance(
+        run=run,
+        imported_from=str(imported["kind"]),
+        names={part: str(imported.get(part) or "") for part in ("vision_encoder", "language_model")},
+        results=ResultTable.load(results).results if results else (),
+        adapter=_describe_adapter(adapter) if adapter else "",
+    )
+
+
+def _describe_adapter(folder: Path) -> str:
+    config = read_config(folder, "adapter_config.json")
+    return f"{config.get('peft_type', 'peft')} adapter of rank {config.get('r', _UNKNOWN)}"
 
 
 def write_card(
@@ -77,37 +104,51 @@ def write_card(
         name: what the card calls the model, and what its examples open.
         layout: tinyllava, llava or vllm.
     """
-    parts = _parts(provenance.run)
+    parts = _parts(provenance)
+    folder = name.rpartition("/")[2]
+    fetch = f"$ hf download {name} --local-dir {folder}\n" if "/" in name else ""
     sections = [
-        f"# {name.rpartition('/')[2]}",
+        f"# {folder}",
         _SUMMARY,
-        "## Use\n\n" + _USE[layout].format(name=name),
-        "## Parts\n\n" + _parts_table(model, parts),
+        "## Use\n\n" + _USE[layout].format(name=name, folder=folder, fetch=fetch),
+        "## Parts\n\n" + _parts_table(model, parts, provenance.names),
         "## Training\n\n" + _training(provenance),
         "## Scores\n\n" + _scores(provenance.results),
-        "## Licences\n\n" + _licences(provenance.run, parts),
+        "## Licences\n\n" + _licences(provenance, parts),
     ]
     return f"---\n{_metadata(name, layout, provenance, parts)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _parts(run: Run | None) -> dict[str, VisionEncoder | LanguageModel | None]:
+def _parts(provenance: Provenance) -> dict[str, VisionEncoder | LanguageModel | None]:
     """Return the table rows of encoder and language model; None for a part that is not in the tables."""
-    if run is None:
-        return {"vision_encoder": None, "language_model": None}
-    encoders = {key: e for e in VISION_ENCODERS.values() for key in (e.name, e.abbreviation)}
-    languages = {key: m for m in LANGUAGE_MODELS.values() for key in (m.name, m.abbreviation)}
+    model, names = provenance.run.model if provenance.run else None, provenance.names
+    encoder = model.vision_encoder if model else names["vision_encoder"]
+    language = model.language_model if model else names["language_model"]
     return {
-        "vision_encoder": encoders.get(run.model.vision_encoder),
-        "language_model": languages.get(run.model.language_model),
+        "vision_encoder": _find(VISION_ENCODERS, encoder) or _fused(encoder),
+        "language_model": _find(LANGUAGE_MODELS, language),
     }
 
 
+def _find(table: dict[str, Part], name: str) -> Part | None:
+    return next((part for part in table.values() if name in (part.name, part.abbreviation, part.path)), None)
+
+
+def _fused(name: str) -> VisionEncoder | None:
+    """Return the encoder that two of the table make, ``DINOv2+SigLIP``."""
+    members = [_find(VISION_ENCODERS, member) for member in name.split("+")]
+    found = [member for member in members if member]
+    return join_encoders(*found) if len(found) == len(members) == 2 else None
+
+
 def _parts_table(
-    model: TinyLlavaForConditionalGeneration, parts: dict[str, VisionEncoder | LanguageModel | None]
+    model: TinyLlavaForConditionalGeneration,
+    parts: dict[str, VisionEncoder | LanguageModel | None],
+    imported: dict[str, str],
 ) -> str:
     names = {
         "vision_encoder": model.config.vision_config.model_type,
-        "connector": f"{model.config.connector}, {model.config.num_image_tokens} tokens a picture",
+        "connector": f"{model.config.connector}, {model.config.num_image_tokens} image tokens a picture",
         "language_model": model.config.text_config.model_type,
     }
     rows = []
@@ -116,17 +157,42 @@ def _parts_table(
         modules = [getattr(model, component)] + ([model.lm_head] if component == "language_model" else [])
         # A head that shares the embedding's rows is the same parameter and counts once.
         parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
-        label = f"{part.name} ({part.path})" if part else names[component]
+        label = _label(part) if part else imported.get(component) or names[component]
         rows.append([component.replace("_", " "), label, f"{sum(parameters.values()):,}"])
-    return _table(["part", "", "parameters"], rows)
+    return _table(["part", "what it is", "parameters"], rows)
+
+
+def _label(part: VisionEncoder | LanguageModel) -> str:
+    paths = _paths(part)
+    return f"{part.name} ({', '.join(paths)})" if paths else part.name
+
+
+def _paths(part: VisionEncoder | LanguageModel) -> list[str]:
+    """Return the hub names that a part is made of; one out of a Python package has none."""
+    members = (part.members if isinstance(part, VisionEncoder) else ()) or (part,)
+    return [member.path for member in members if not member.path.startswith("starter:")]
 
 
 def _training(provenance: Provenance) -> str:
+    told = _trained(provenance)
+    if not provenance.adapter:
+        return told
+    return f"{told}\n\nAfterwards merged into the weights: a {provenance.adapter}, its training {_UNKNOWN}."
+
+
+def _trained(provenance: Provenance) -> str:
     run = provenance.run
     if run is None:
         if provenance.imported_from:
             return f"Imported from {provenance.imported_from}; see its publisher for data and recipe."
         return f"{_UNKNOWN.capitalize()}: there was no run.json beside the checkpoint."
+    start = Path(run.start_from)
+    start_name = start.parent.name if start.name == "model" else start.name
+    before = (
+        f" It started from the checkpoint `{start_name}`, whose own training is not listed."
+        if start_name
+        else ""
+    )
     recipe = f"Recipe `{run.recipe}`, seed {run.seed}." if run.recipe else f"Seed {run.seed}."
     rows = [
         [
@@ -136,8 +202,8 @@ def _training(provenance: Provenance) -> str:
         ]
         for name, stage in run.stages.items()
     ]  # fmt: skip
-    header = ["stage", "data", "trained", "learning rate", "batch size", "length"]
-    return f"{recipe}\n\n{_table(header, rows)}"
+    header = ["stage", "data", "tuning", "learning rate", "batch size", "length"]
+    return f"{recipe}{before}\n\n{_table(header, rows)}"
 
 
 def _data_names(data: DataConfig) -> list[str]:
@@ -146,7 +212,9 @@ def _data_names(data: DataConfig) -> list[str]:
 
 
 def _length(stage: Stage) -> str:
-    return f"{stage.max_steps} steps" if stage.max_steps else f"{stage.num_epochs:g} epochs"
+    if stage.max_steps:
+        return f"{stage.max_steps} steps"
+    return "1 epoch" if stage.num_epochs == 1 else f"{stage.num_epochs:g} epochs"
 
 
 def _tuning(tune: Tune) -> str:
@@ -175,15 +243,18 @@ def _remark(result: Result) -> str:
     return "; ".join([*partial, *([f"judge {result.judge}"] if result.judge else []), *result.notes])
 
 
-def _licences(run: Run | None, parts: dict[str, VisionEncoder | LanguageModel | None]) -> str:
+def _licences(provenance: Provenance, parts: dict[str, VisionEncoder | LanguageModel | None]) -> str:
+    run = provenance.run
     rows = [[name.replace("_", " "), part.licence if part else _UNKNOWN] for name, part in parts.items()]
     for stage in run.stages.values() if run else ():
         for record in stage.data.records:
             licence = MIXTURES[record].licence if record in MIXTURES else _UNKNOWN
             rows.append([f"data: {record if record in MIXTURES else Path(record).name}", licence])
+    if provenance.imported_from or (run and run.start_from):
+        rows.append(["the checkpoint that it came from, and its data", _UNKNOWN])
     unique = list(dict.fromkeys(map(tuple, rows)))
     note = "The model is a work made from all of these; each licence binds whoever uses it."
-    return _table(["", "licence"], [list(row) for row in unique]) + f"\n\n{note}"
+    return _table(["part or data", "licence"], [list(row) for row in unique]) + f"\n\n{note}"
 
 
 def _metadata(
@@ -198,7 +269,7 @@ def _metadata(
         library_name="tinyllava" if layout == "tinyllava" else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["tinyllava", "multimodal"],
-        base_model=[part.path for part in known if not part.path.startswith("starter:")] or None,
+        base_model=[path for part in known for path in _paths(part)] or None,
         datasets=list(dict.fromkeys("/".join(m.source.split("/")[-2:]) for m in mixtures)) or None,
         license="other",  # the parts and the data have one each, and the field holds one
         license_name="licences-of-the-parts",

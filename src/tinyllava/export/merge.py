@@ -9,6 +9,7 @@ from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model_files import describe_damage, read_config
 
 
 def open_merged(
@@ -25,19 +26,20 @@ def open_merged(
                 f"--base {base}: {folder} is no adapter (no adapter_config.json); leave it out."
             )
         return *open_checkpoint(folder, dtype=dtype), folder
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    base = Path(base or _named_base(folder))
+    _check_adapter(folder, base)
+    from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base:
-        raise CheckpointError(
-            f"{folder}: the adapter does not name the checkpoint below it; give --base DIR."
-        )
     model, processor = open_checkpoint(base, dtype=dtype)
     try:
         adapted: Any = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{folder}: the adapter does not fit {base}: {error}") from error
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: the adapter does not fit {base}: {reason} Give the checkpoint that it was trained "
+            "on: --base DIR."
+        ) from error
     stored, taken = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(adapted)
     wrong = sorted(stored.keys() ^ taken.keys())
     if wrong:
@@ -46,4 +48,31 @@ def open_merged(
         )
     merged: TinyLlavaForConditionalGeneration = adapted.merge_and_unload()
     merged.requires_grad_(False)
-    return merged, processor, Path(base)
+    return merged, processor, base
+
+
+def _named_base(folder: Path) -> str:
+    """Return the checkpoint that an adapter says it was trained on."""
+    base = read_config(folder, "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{folder}: the adapter does not name the checkpoint below it; give --base DIR."
+        )
+    if not Path(base).is_dir():
+        raise CheckpointError(
+            f"{folder}: the adapter was trained on {base}, which is not here; give its folder: --base DIR."
+        )
+    return base
+
+
+def _check_adapter(folder: Path, base: Path) -> None:
+    """Refuse files that cannot be read, and an adapter that its run has merged into the base already."""
+    read_config(folder, "adapter_config.json")
+    weights = folder / "adapter_model.safetensors"
+    if why := describe_damage(weights):
+        raise CheckpointError(f"{weights}: {why}.")
+    if base.name == "model" and base.resolve().parent in folder.resolve().parents:
+        raise CheckpointError(
+            f"{folder}: {base} is the result of the same run and has these adapters merged in already; "
+            "export it as it is, or give the checkpoint that they were trained on: --base DIR."
+        )

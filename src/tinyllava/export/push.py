@@ -2,18 +2,21 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from httpx2 import HTTPError  # what the hub's client is built on
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from tinyllava.errors import CheckpointError
 
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
 
 def check_repository(repository: str) -> None:
-    """Say at once when a repository's name cannot be one.
+    """Say before long work when a repository's name cannot be one, or nobody is logged in.
 
     Raises:
-        CheckpointError: not of the form owner/name, or with characters that the hub does not allow.
+        CheckpointError: not of the form owner/name, characters that the hub does not allow, or no token.
     """
     try:
         validate_repo_id(repository)
@@ -21,6 +24,8 @@ def check_repository(repository: str) -> None:
         raise CheckpointError(f"--push {repository}: {error}") from error
     if repository.count("/") != 1:
         raise CheckpointError(f"--push {repository}: expected owner/name, for example alice/my-model.")
+    if get_token() is None:
+        raise CheckpointError(f"--push {repository}: not logged in; {_LOG_IN}.")
 
 
 def push(folder: Path, repository: str, *, private: bool = False, message: str = "Upload model") -> str:
@@ -35,18 +40,18 @@ def push(folder: Path, repository: str, *, private: bool = False, message: str =
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        fix = (
-            "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-            if status in (401, 403)
-            else ("try again later")
-        )
+        fix = _LOG_IN if status in (401, 403) else "try again later"
         raise CheckpointError(
-            f"{repository}: the hub answered {status}: {error.server_message or error}; {fix}."
+            f"{repository}: the hub answered {status}: {_first_line(error.server_message or error)}; {fix}."
         ) from error
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        cause = error.__cause__ or error  # of an upload that broke off: what broke it
         raise CheckpointError(
-            f"{repository}: could not be pushed ({type(error).__name__}: {reason}). "
-            "Log in with `hf auth login`, or set HF_TOKEN, and see that the network is there."
+            f"{repository}: could not be pushed ({type(cause).__name__}: {_first_line(cause)}); see that the "
+            "network is there and try again."
         ) from error
     return str(commit.commit_url)
+
+
+def _first_line(message: object) -> str:
+    return str(message).strip().partition("\n")[0].rstrip(".")

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 from tinyllava.config import ModelConfig
 from tinyllava.connectors import build_connector, num_tokens
 from tinyllava.errors import CheckpointError, ConfigError
-from tinyllava.importing.parts import Parts
+from tinyllava.importing.parts import Parts, hub_name
 from tinyllava.importing.processor import load_processor
 from tinyllava.importing.tensors import Tensors, count, drop
 from tinyllava.model.assemble import greedy_generation, make_config, make_room_for_image_token
@@ -55,6 +55,9 @@ class ImportReport:
     """Stored constants (positions, rotary frequencies), each equal to what the model computes."""
     filled: list[str] = field(default_factory=list)
     """Tensors of a connector's layer that the source lacks, with values at which it changes nothing."""
+    vision_encoder: str = ""
+    """Hub name that the source gives for its encoder; empty if it gives none."""
+    language_model: str = ""
     num_new_rows: int = 0
     """Zero rows that give ``<image>`` a place in embedding and head."""
     num_image_tokens: int = 0
@@ -97,6 +100,7 @@ def build(
     report = ImportReport(
         kind=parts.kind, source=parts.where, num_tensors=num_tensors, dropped=dropped + cut,
         recomputed=sorted(constants), filled=sorted(parts.connector.filled),
+        vision_encoder=hub_name(parts.vision_name), language_model=hub_name(parts.language_name),
         num_new_rows=model.get_input_embeddings().num_embeddings - num_rows,
         num_image_tokens=config.num_image_tokens, notes=list(parts.notes),
     )  # fmt: skip

@@ -63,6 +63,8 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         image_processor=_encoder_folder(config, given),
         tokenizer=_tokenizer_folder(source, config, given),
         template=choose_template(given.template, family, where),
+        vision_name=config.get("vision_model_name_or_path"),
+        language_name=config["llm_model_name_or_path"],
         notes=tuple(notes),
     )
 

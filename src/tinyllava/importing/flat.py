@@ -88,6 +88,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         image_processor=encoder if (encoder / "preprocessor_config.json").is_file() else None,
         tokenizer=_tokenizer_folder(folder, base, given),
         template=choose_template(given.template, family, str(source)),
+        vision_name=config.get("mm_vision_tower"),
         notes=(f"vision encoder: {'weights of the source' if from_source else encoder}", *dropped),
     )
 

@@ -1,5 +1,6 @@
 """What every layout is brought to before a model is built: three parts with their configs and tensors."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,16 @@ class Parts:
     """Name of a template, or the text of a Jinja template."""
     image_token_id: int | None = None
     """The id that stands for a picture in the source, if its tokenizer has one."""
+    vision_name: object = ""
+    """What the source calls its encoder: a hub name, or a folder of somebody's machine."""
+    language_name: object = ""
     notes: tuple[str, ...] = ()
     """What a user should know of this import."""
+
+
+def hub_name(value: object) -> str:
+    """Return a name of the form owner/model; empty for anything else, such as somebody's folder."""
+    return value if isinstance(value, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) else ""
 
 
 def read_aspect(value: Any, where: str) -> Aspect:

@@ -70,6 +70,8 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         tokenizer=given.language_model or source,
         template=own_template or choose_template(given.template, family, where),
         image_token_id=config.get("image_token_index", config.get("image_token_id")),
+        vision_name=vision_config.get("_name_or_path"),
+        language_name=text_config.get("_name_or_path"),
         notes=("the chat template is the source's own: it answers, but to train give --template",)
         if own_template and "endgeneration" not in own_template
         else (),
