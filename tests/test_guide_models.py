@@ -1,56 +1,92 @@
-"""The guide to one's own parts, followed literally: its examples run one after the other."""
+"""The guide to one's own parts, followed literally: file written, commands run, connector put in."""
 
+import os
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
-from documents import ROOT, blocks
+from documents import ROOT, blocks, commands
 from tinyllava.cli import main
-from tinyllava.connectors import CONNECTORS, build_connector, num_tokens
+from tinyllava.connectors import CONNECTORS
 from tinyllava.language_models import LANGUAGE_MODELS
 from tinyllava.vision_encoders import VISION_ENCODERS
 
-EXAMPLES = blocks((ROOT / "docs" / "guides" / "models.md").read_text(encoding="utf-8"), "python")
+GUIDE = (ROOT / "docs" / "guides" / "models.md").read_text(encoding="utf-8")
+SECTIONS = {part.partition("\n")[0]: part for part in GUIDE.split("\n## ")[1:]}
+CONNECTOR = SECTIONS.pop("A connector")
+PIECES = [piece for section in SECTIONS.values() for piece in blocks(section, "python")]
+COMMANDS = [line for section in SECTIONS.values() for line in commands(section)]
 
 
 @pytest.fixture
-def followed() -> Iterator[dict[str, Any]]:
-    """The names that the examples leave behind; the tables are put back afterwards."""
-    before = [(table, set(table)) for table in (CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS)]
-    names: dict[str, Any] = {"__name__": "guide"}
-    for example in EXAMPLES:
-        exec(compile(example, "docs/guides/models.md", "exec"), names)
-    yield names
+def folder(tmp_path: Path, parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's folder: the guide's file and two local parts; the tables are put back afterwards."""
+    before = [(table, dict(table)) for table in (CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS)]
+    (tmp_path / "my_parts.py").write_text("\n\n".join(PIECES), encoding="utf-8")
+    (tmp_path / "my-clip").symlink_to(parts["clip"])
+    (tmp_path / "my-llama").symlink_to(parts["llama"])
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
     for table, known in before:
-        for name in set(table) - known:
-            del table[name]
+        table.clear()
+        table.update(known)
 
 
-def test_the_examples_hold(followed: dict[str, Any]) -> None:
-    assert "DINOv2-small" in VISION_ENCODERS
-    assert "Qwen3-4B" in LANGUAGE_MODELS
-    assert followed["SMALL"].model.language_model == "SmolLM2-360M"
+def test_there_is_a_section_for_each_kind_of_part() -> None:
+    kinds = {"A local folder", "A vision encoder", "A language model", "A template", "A recipe"}
+    assert kinds <= set(SECTIONS)
+    assert all(blocks(SECTIONS[kind], "python") or commands(SECTIONS[kind]) for kind in kinds)
 
 
-def test_the_connector_is_built_by_its_name(
-    followed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = ModuleType("tinyllava.connectors.mean")
-    file.Mean = followed["Mean"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, file.__name__, file)
-    module = build_connector("mean", vision_width=8, language_width=16, num_patches=4, options={})
-    assert sum(p.numel() for p in module.parameters()) == CONNECTORS["mean"].num_parameters(8, 16, {})
-    assert num_tokens("mean", 4, {}) == 1
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_commands_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "tinyllava"
+    try:
+        status = main(arguments)
+    except SystemExit as stop:  # how --options ends
+        status = stop.code
+    assert not status
+    assert capsys.readouterr().out
 
 
-def test_the_recipe_file_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "my_recipe.py"
-    file.write_text(EXAMPLES[-1])
-    assert main(["show", f"{file}:GENTLE-Sig-Phi"]) == 0
+@pytest.mark.usefixtures("folder")
+def test_its_parts_are_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "my_parts.py:MINE"]) == 0
+    printed = capsys.readouterr().out
+    assert "DINOv2-small + mlp + Qwen3-4B" in printed
+    assert "256 of 256 patches" in printed
+    assert "4,022,468,096" in printed
+    assert main(["show", "my_parts.py:GENTLE-Sig-Phi"]) == 0
     assert "from layer 20" in capsys.readouterr().out
-    assert main(["show", f"{file}:SMALL"]) == 0
-    assert "SmolLM2-360M" in capsys.readouterr().out
+
+
+def test_its_connector_works_where_the_guide_puts_it(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "src" / "tinyllava", tmp_path / "tinyllava")
+    module, line, use = blocks(CONNECTOR, "python")
+    package = tmp_path / "tinyllava" / "connectors"
+    (package / "mean.py").write_text(module, encoding="utf-8")
+    with (package / "__init__.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n\n{line}")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (command,) = commands(CONNECTOR)
+    program, *arguments = shlex.split(command)
+    assert program == "tinyllava"
+    printed = run("-c", "import sys, tinyllava.cli as c; sys.exit(c.main(sys.argv[1:]))", *arguments)
+    assert "SigLIP + mean + Phi-2" in printed
+    assert "1 of 729 patches" in printed
+    run("-c", use)

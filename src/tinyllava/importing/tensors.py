@@ -82,7 +82,7 @@ def read_file(path: Path) -> Tensors:
         if path.suffix == ".safetensors":
             return load_file(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise CheckpointError(
             f"{path}: is damaged, or holds Python objects, which could run code when opened; only tensors "
             "are read. Fetch the file again, or save it as safetensors where you trust it."
