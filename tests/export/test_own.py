@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,17 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from layouts import chat_logits, make_checkpoint
+from layouts import chat_logits, make_checkpoint, make_toy, write_factory
+from tinyllava.cli import main
 from tinyllava.config import FROZEN, FULL, DataConfig, ModelConfig, Run, Stage, from_layer, lora, to_json
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.export import export_checkpoint
+from tinyllava.export.compare import example_picture
+from tinyllava.importing import import_checkpoint
 from tinyllava.model.assemble import open_checkpoint
 from tinyllava.results import Metric, Result, save_results
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4983497056\n"
 
 
 def make_adapter(checkpoint: Path, folder: Path) -> Any:
@@ -63,9 +70,10 @@ def test_adapters_that_do_not_fit(parts: dict[str, Path], tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="the adapter does not fit"):
         export_checkpoint(tmp_path / "adapter", tmp_path / "out")
     config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
-    with pytest.raises(CheckpointError, match="give --base DIR"):
-        export_checkpoint(tmp_path / "adapter", tmp_path / "out")
+    for named, match in ((None, "give --base DIR"), ("/gone", "/gone, which is not here; .*--base DIR")):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+        with pytest.raises(CheckpointError, match=match):
+            export_checkpoint(tmp_path / "adapter", tmp_path / "out")
     save_file(tensors, file)
     export_checkpoint(tmp_path / "adapter", tmp_path / "out", base=checkpoint)
 
@@ -147,18 +155,127 @@ def test_the_card_tells_parts_training_scores_and_licences(parts: dict[str, Path
     assert sum(counted) == total
 
 
-def test_the_card_says_what_is_not_recorded(parts: dict[str, Path], tmp_path: Path) -> None:
+def follow_console(card: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the one command of a card in a folder with a picture, and return the answer."""
+    (command,) = re.findall(r"^\$ tinyllava (.+)$", card, re.MULTILINE)
+    example_picture().save(folder / "picture.jpg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*shlex.split(command), "--max-tokens", "4"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_card_says_what_is_not_recorded(
+    parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
     export_checkpoint(checkpoint, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Not recorded: there was no run.json" in card
-    assert "tinyllava chat out picture.jpg" in card
+    assert follow_console(card, tmp_path, capsys)
     (checkpoint / "import.json").write_text(json.dumps({"kind": "TinyLLaVABench, LoRA"}))
     save_results([result("GQA")], checkpoint / "results.json")
     export_checkpoint(checkpoint, tmp_path / "again")
     card = (tmp_path / "again" / "README.md").read_text()
     assert "Imported from TinyLLaVABench, LoRA" in card
     assert "| GQA | accuracy | 61.2" in card
+    assert "| vision encoder | not recorded |" in card
+
+
+def test_the_card_of_an_import_names_the_parts_that_its_source_names(tmp_path: Path) -> None:
+    names = {"llm_model_name_or_path": "microsoft/phi-2", "vision_model_name_or_path": "someone/their-siglip"}
+    source = write_factory(make_toy(tmp_path, "phi", "siglip"), tmp_path / "source", **names)
+    import_checkpoint(source, tmp_path / "own")
+    export_checkpoint(tmp_path / "own", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| language model | Phi-2 (microsoft/phi-2) |" in card
+    assert "| language model | MIT |" in card
+    assert "| vision encoder | someone/their-siglip |" in card
+    assert "| vision encoder | not recorded |" in card
+    assert "| the checkpoint that it came from, and its data | not recorded |" in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["microsoft/phi-2"]
+
+
+def test_the_card_of_a_merged_adapter_claims_no_score_of_what_is_below_it(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
+    (checkpoint / "run.json").write_text(
+        to_json(dataclasses.replace(make_run(), start_from="/far/runs/a/model"))
+    )
+    save_results([result("GQA")], checkpoint / "results.json")
+    make_adapter(checkpoint, tmp_path / "adapter")
+    export_checkpoint(tmp_path / "adapter", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a LORA adapter of rank 4, its training not recorded" in card
+    assert "started from the checkpoint `a`, whose own training is not listed" in card
+    assert "/far" not in card
+    assert "61.2" not in card
+    save_results([result("GQA")], tmp_path / "adapter" / "results.json")
+    export_checkpoint(tmp_path / "adapter", tmp_path / "again")
+    assert "| GQA | accuracy | 61.2" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_the_card_of_two_fused_encoders_names_both(parts: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
+    model = ModelConfig(vision_encoder="DINOv2+SigLIP", language_model="Phi-2")
+    (checkpoint / "run.json").write_text(to_json(dataclasses.replace(make_run(), model=model)))
+    export_checkpoint(checkpoint, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "(google/siglip-so400m-patch14-384, facebook/dinov2-large)" in card
+    assert len(yaml.safe_load(card.split("---\n")[1])["base_model"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("adapter_config.json", b"{", r"adapter_config\.json: not JSON"),
+        ("adapter_model.safetensors", LFS, r"adapter_model\.safetensors: is a pointer of Git LFS"),
+        ("adapter_model.safetensors", None, r"adapter_model\.safetensors: is missing"),
+    ],
+)
+def test_damaged_adapters_are_named(
+    parts: dict[str, Path], tmp_path: Path, name: str, content: bytes | None, match: str
+) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
+    make_adapter(checkpoint, tmp_path / "adapter")
+    (tmp_path / "adapter" / name).unlink()
+    if content is not None:
+        (tmp_path / "adapter" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=match):
+        export_checkpoint(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_adapters_are_not_merged_twice(parts: dict[str, Path], tmp_path: Path) -> None:
+    """What a run leaves beside its result is in its result already."""
+    checkpoint = make_checkpoint(parts, tmp_path / "run" / "model", "llama", "clip")
+    adapter = tmp_path / "run" / "finetune" / "adapters" / "language_model"
+    make_adapter(checkpoint, adapter)
+    with pytest.raises(CheckpointError, match=r"merged in already.*--base DIR"):
+        export_checkpoint(adapter, tmp_path / "out", base=checkpoint)
+
+
+def test_weights_and_origins_that_are_damaged_are_named(parts: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
+    (checkpoint / "import.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"import\.json: lacks 'kind'"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    (checkpoint / "model.safetensors").write_bytes(LFS)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is a pointer of Git LFS"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+
+
+def test_wrong_places_and_sizes_are_told_at_once(
+    parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(["export", str(checkpoint), str(place)]) == 2
+        assert f"{tmp_path / 'file'} is a file; name a new folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", str(checkpoint), str(tmp_path / "out"), "--max-shard-size", "huge"])
+    assert "--max-shard-size huge: give a number and KB, MB, GB or TB" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_be_read_stops_the_export(parts: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +31,8 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.objects: dict[str, bytes] = {}
+        self.broken_uploads = 0
+        """Uploads that break off before one is taken."""
         self.messages: list[str] = []
 
     @property
@@ -68,7 +71,11 @@ class Answers(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             values = json.loads(body)
             name = f"{values['organization']}/{values['name']}"
-            self.server.repositories.setdefault(name, {})
+            if name in self.server.repositories:
+                return self.answer(
+                    {"error": "You already created this", "url": f"{self.server.address}/{name}"}, 409
+                )
+            self.server.repositories[name] = {}
             self.server.private[name] = values.get("private") is True or values.get("visibility") == "private"
             return self.answer({"url": f"{self.server.address}/{name}"})
         if self.path == "/api/validate-yaml":
@@ -91,6 +98,11 @@ class Answers(BaseHTTPRequestHandler):
         return self.answer({"error": f"unexpected {self.path}"}, 404)
 
     def do_PUT(self) -> None:
+        if self.server.broken_uploads:
+            self.server.broken_uploads -= 1
+            self.rfile.read(1000)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         data = self.body()
         digest = self.path.rpartition("/")[2]
         status = 200 if hashlib.sha256(data).hexdigest() == digest else 400
@@ -153,7 +165,8 @@ def test_a_checkpoint_arrives_whole(
 def test_without_a_folder_nothing_is_left_here(parts: dict[str, Path], tmp_path: Path, hub: Hub) -> None:
     checkpoint = make_checkpoint(parts, tmp_path / "own", "phi", "clip")
     assert main(["export", str(checkpoint), "--push", "alice/toy"]) == 0
-    assert "tinyllava chat alice/toy" in hub.repositories["alice/toy"]["README.md"].decode()
+    card = hub.repositories["alice/toy"]["README.md"].decode()
+    assert "$ hf download alice/toy --local-dir toy\n$ tinyllava chat picture.jpg" in card
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
@@ -176,3 +189,62 @@ def test_no_server_is_said_with_its_fix(tmp_path: Path, monkeypatch: pytest.Monk
 def test_names_that_cannot_be_a_repository(name: str) -> None:
     with pytest.raises(CheckpointError, match="--push"):
         check_repository(name)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's pauses between two tries are left out."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
+@pytest.mark.usefixtures("login", "impatient")
+def test_an_upload_that_breaks_off_is_taken_up_again_or_told_with_its_fix(
+    parts: dict[str, Path], tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
+    hub.broken_uploads = 2
+    assert main(["export", str(checkpoint), "--push", "alice/toy"]) == 0
+    assert (checkpoint / "model.safetensors").read_bytes() == hub.repositories["alice/toy"][
+        "model.safetensors"
+    ]
+    hub.repositories.clear()
+    hub.broken_uploads = 99
+    capsys.readouterr()
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), "--push", "alice/toy"]) == 2
+    told = capsys.readouterr()
+    assert f"written: {tmp_path / 'out'}" in told.out
+    assert "alice/toy: could not be pushed" in told.err
+    assert f"`hf upload alice/toy {tmp_path / 'out'} .` sends it" in told.err
+    assert hub.repositories == {"alice/toy": {}}
+
+
+@pytest.mark.usefixtures("login")
+def test_a_repository_that_is_there_gets_a_further_commit(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "file.txt").write_text("one")
+    push(tmp_path, "alice/toy")
+    (tmp_path / "file.txt").write_text("two")
+    push(tmp_path, "alice/toy", message="Second")
+    assert hub.repositories["alice/toy"] == {"file.txt": b"two"}
+    assert hub.messages == ["Upload model", "Second"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_does_not_answer_is_said(tmp_path: Path, login: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        login.setattr("huggingface_hub.constants.ENDPOINT", address)
+        (tmp_path / "file.txt").touch()
+        with pytest.raises(CheckpointError, match=r"could not be pushed \(ConnectError: .*network"):
+            push(tmp_path, "alice/toy")
+
+
+def test_who_is_not_logged_in_hears_it_before_the_export(
+    parts: dict[str, Path], tmp_path: Path, login: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    login.delenv("HF_TOKEN")
+    login.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "phi", "clip")
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), "--push", "alice/toy"]) == 2
+    assert "not logged in; log in with `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from documents import blocks
 from layouts import chat_logits, make_checkpoint, make_toy, write_factory
 from tinyllava.cli import main
+from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError
 from tinyllava.export import export_checkpoint
 from tinyllava.export.compare import example_picture
 from tinyllava.importing import import_checkpoint
+from tinyllava.inference import Chat
 from tinyllava.model.assemble import open_checkpoint
 
 
@@ -50,6 +53,36 @@ def test_transformers_alone_computes_the_same(
         stock.generate(**prompt, max_new_tokens=5).tolist()
         == mine.generate(**prompt, max_new_tokens=5).tolist()
     )
+
+
+def test_the_example_of_the_card_runs_with_transformers_alone(parts: dict[str, Path], tmp_path: Path) -> None:
+    """As a reader would: a process of its own, the card's lines, a picture file."""
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "siglip")
+    export_checkpoint(checkpoint, tmp_path / "out", layout="llava", max_shard_size="60KB")
+    example_picture().save(tmp_path / "picture.png")
+    (example,) = blocks((tmp_path / "out" / "README.md").read_text(), "python")
+    code = example.replace("picture.jpg", "picture.png").replace("max_new_tokens=64", "max_new_tokens=12")
+    alone = f"{code}\nimport sys\nassert 'tinyllava' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", alone], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    mine = Chat.open(checkpoint).answer([ask("What is in the picture?", tmp_path / "picture.png")], 12)
+    assert done.stdout.removesuffix("\n") == mine[0]
+
+
+def test_an_exported_folder_comes_back_as_it_went(parts: dict[str, Path], tmp_path: Path) -> None:
+    """Out to transformers' layout and in again: the same prompt, pixels and logits."""
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "siglip", image_aspect="pad")
+    export_checkpoint(checkpoint, tmp_path / "out", layout="llava")
+    report = import_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert report.notes == []  # its chat template has the marks that training needs
+    (before, expected), (after, found) = (
+        chat_logits(f, "How many?") for f in (checkpoint, tmp_path / "back")
+    )
+    assert before["input_ids"].tolist() == after["input_ids"].tolist()
+    assert torch.equal(before["pixel_values"], after["pixel_values"])
+    assert torch.equal(expected, found)
 
 
 def test_the_missing_patch_of_factory_survives(tmp_path: Path) -> None:
