@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import gelu, linear
@@ -243,3 +244,16 @@ def chat_logits(checkpoint: Path, text: str) -> tuple[Any, torch.Tensor]:
     inputs = processor(images=example_picture(), text=prompt)
     with torch.no_grad():
         return inputs, model(**inputs).logits
+
+
+def make_adapter(checkpoint: Path, folder: Path) -> Any:
+    """Train nothing, but save what peft would: adapters with weights of their own."""
+    model, _ = open_checkpoint(checkpoint)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|down_proj)")
+    adapted = get_peft_model(model, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.peft_config["default"].base_model_name_or_path = str(checkpoint)
+    adapted.save_pretrained(folder)
+    return adapted

@@ -1,5 +1,6 @@
 """The command line: one table of commands, imported when called, so that help and errors come at once."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = look_up(COMMANDS, arguments[0], "command")
         run: Callable[[list[str]], int] = import_module(f"tinyllava.commands.{command.module}").main
-        return run(arguments[1:])
+        status = run(arguments[1:])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except TinyLlavaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -91,3 +91,16 @@ def test_mixtures_are_listed_and_what_they_lack_is_named(
     assert "Did you mean 'mixtures'?" in capsys.readouterr().err
     assert main(["data", "mixtures", "LLaVA-1.5-mix665k"]) == 2
     assert "Did you mean 'LLaVA-1.5-mix-665k'?" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_gets_no_traceback() -> None:
+    """As `tinyllava show variants | head -1` does: the pipe is closed before anything is written."""
+    code = "import sys, tinyllava.cli as c; sys.exit(c.main(['show', 'variants']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait() == 141

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from layouts import chat_logits, make_checkpoint, make_toy, write_factory
+from layouts import chat_logits, make_adapter, make_checkpoint, make_toy, write_factory
 from tinyllava.cli import main
 from tinyllava.config import FROZEN, FULL, DataConfig, ModelConfig, Run, Stage, from_layer, lora, to_json
 from tinyllava.errors import CheckpointError, ConfigError
@@ -24,19 +23,6 @@ from tinyllava.model.assemble import open_checkpoint
 from tinyllava.results import Metric, Result, save_results
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4983497056\n"
-
-
-def make_adapter(checkpoint: Path, folder: Path) -> Any:
-    """Train nothing, but save what peft would: adapters with weights of their own."""
-    model, _ = open_checkpoint(checkpoint)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|down_proj)")
-    adapted = get_peft_model(model, config).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    adapted.peft_config["default"].base_model_name_or_path = str(checkpoint)
-    adapted.save_pretrained(folder)
-    return adapted
 
 
 @pytest.mark.parametrize("layout", ["tinyllava", "llava"])

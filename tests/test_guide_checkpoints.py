@@ -1,0 +1,34 @@
+"""The guide to checkpoints in and out, followed literally: its commands, one after the other."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from documents import ROOT, commands
+from layouts import make_adapter, make_toy, write_bench
+from tinyllava.cli import main
+from tinyllava.export.compare import example_picture
+
+GUIDE = (ROOT / "docs" / "guides" / "checkpoints.md").read_text(encoding="utf-8")
+
+
+def test_its_commands_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = make_toy(tmp_path / "toy")
+    write_bench(toy, tmp_path / "their-checkpoint", with_encoder=False)
+    toy.vision_folder.rename(tmp_path / "their-encoder")
+    example_picture().save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    printed = {}
+    for command in commands(GUIDE):
+        program, *arguments = shlex.split(command)
+        assert program == "tinyllava"
+        if arguments[:2] == ["export", "./adapter"]:
+            make_adapter(Path("mine"), Path("adapter"))
+        assert main(arguments) == 0, capsys.readouterr().err
+        printed[arguments[0], arguments[2]] = capsys.readouterr().out
+    assert "TinyLLaVABench, whole model" in printed["import", "./mine"]
+    assert "largest difference of a logit 0" in printed["export", "./for-transformers"]
+    assert {"for-transformers", "for-vllm", "merged"} <= {path.name for path in tmp_path.iterdir()}
