@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.lookup import look_up
-from tinyllava.model_files import read_config
+from tinyllava.model_files import check_weight_files, read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ def find_language_model(name: str, template: str = "") -> LanguageModel:
 
     Raises:
         UnknownNameError: neither a known name nor a folder.
-        CheckpointError: a folder without a readable config.json.
+        CheckpointError: a folder without a readable config.json, or with a weight file that is none.
         ConfigError: a folder whose end-of-turn token has no known template, when none is given.
     """
     if Path(name).is_dir():
@@ -159,6 +159,7 @@ def find_language_model(name: str, template: str = "") -> LanguageModel:
 
 def _describe_folder(folder: Path, template: str) -> LanguageModel:
     config = read_config(folder)
+    check_weight_files(folder)
     eos_token = _eos_token(folder)
     template = template or _TEMPLATE_OF_EOS.get(eos_token, "")
     if not template:

@@ -75,6 +75,18 @@ def _cut_short(path: Path) -> str:
     return f"is cut short: {size:,} of at least {expected:,} bytes; fetch it again"
 
 
+def check_weight_files(folder: Path) -> None:
+    """Name the weight file of a folder that is not what it should be; whether all are there is not looked at.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        for path in sorted(folder.glob(pattern)):
+            if why := describe_damage(path):
+                raise CheckpointError(f"{path}: {why}.")
+
+
 def check_new_folder(folder: Path) -> None:
     """Say before long work that its result would have no place.
 

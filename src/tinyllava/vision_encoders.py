@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.lookup import look_up
-from tinyllava.model_files import describe_damage, read_config
+from tinyllava.model_files import check_weight_files, read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +174,7 @@ def join_encoders(first: VisionEncoder, second: VisionEncoder) -> VisionEncoder:
 
 def _describe_folder(folder: Path) -> VisionEncoder:
     config = read_config(folder)
+    check_weight_files(folder)
     if config.get("model_type") in ("clip", "siglip", "siglip2"):
         config = config.get("vision_config", config)
     model_type = config.get("model_type", "")
@@ -207,8 +208,6 @@ def _saved_parameters(folder: Path) -> int:
     path = folder / "model.safetensors"
     if not path.is_file():
         return 0
-    if why := describe_damage(path):
-        raise CheckpointError(f"{path}: {why}.")
     try:
         with path.open("rb") as file:
             tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))

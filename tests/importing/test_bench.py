@@ -36,6 +36,14 @@ def test_whole_model(tmp_path: Path, language: str, vision: str, num_tokens: int
     assert report.kind == "TinyLLaVABench, whole model"
 
 
+@pytest.mark.parametrize("name", ["TinyLLaVA-3.1B-phi-lora", "finetune-stablelm-2.0b", "pretrain"])
+def test_the_name_of_the_folder_decides_nothing(tmp_path: Path, name: str) -> None:
+    toy = make_toy(tmp_path, "llama", "clip")
+    report = import_checkpoint(write_bench(toy, tmp_path / name), tmp_path / "out")
+    assert report.kind == "TinyLLaVABench, whole model"
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))
+
+
 def test_every_tensor_is_accounted_for_by_name(tmp_path: Path) -> None:
     toy = make_toy(tmp_path, "llama", "clip")
     report = import_checkpoint(write_bench(toy, tmp_path / "source"), tmp_path / "out")

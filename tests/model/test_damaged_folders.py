@@ -29,12 +29,23 @@ def without(key: str) -> Callable[[Path], None]:
     return drop
 
 
+def pointer(name: str) -> Callable[[Path], None]:
+    def put(folder: Path) -> None:
+        (folder / name).write_bytes(
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 9\n"
+        )
+
+    return put
+
+
 PARTS = {
     "llm config": ("phi", cut("config.json"), r"config\.json: not JSON .*; fetch the folder again"),
     "llm tokenizer": ("phi", cut("tokenizer_config.json"), r"tokenizer_config\.json: not JSON"),
     "llm value": ("phi", without("num_attention_heads"), r"config\.json: lacks 'num_attention_heads'"),
+    "llm weights": ("phi", cut("model.safetensors"), r"model\.safetensors: is cut short"),
+    "llm pointer": ("phi", pointer("model.safetensors"), r"model\.safetensors: is a pointer of Git LFS"),
     "encoder config": ("siglip", cut("config.json"), r"config\.json: not JSON"),
-    "encoder weights": ("siglip", cut("model.safetensors"), r"model\.safetensors: its head cannot be read"),
+    "encoder weights": ("siglip", cut("model.safetensors"), r"model\.safetensors: is cut short"),
 }
 
 
