@@ -13,6 +13,7 @@ from tinyllava.grid.listings import list_table_1, list_table_2
 from tinyllava.grid.paper import GRIDS
 from tinyllava.recipes.ablations import ABLATIONS
 from tinyllava.recipes.variants import VARIANTS, variant
+from tinyllava.report.claims import CLAIMS
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -23,9 +24,14 @@ def test_a_figure_has_the_cells_of_its_ablation(name):
     }
     assert {(cell.panel, cell.label): cell.run for cell in grid.cells} == wanted
     assert len(grid.benchmarks) == 9
-    for claim in grid.claims:  # each side of each claim is on the axes
-        for axis, label in {**claim.better, **claim.worse}.items():
-            assert label in grid.axes[axis]
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_each_side_of_a_claim_is_a_cell_of_its_grid(name):
+    grid = find_grid(name)
+    for claim in grid.claims:
+        for side in (claim.better, claim.worse):
+            assert any(side.items() <= cell.labels.items() for cell in grid.cells), claim.text
 
 
 def test_table_a1_has_the_twelve_variants_with_their_published_numbers():
@@ -129,6 +135,13 @@ def test_parts_that_stand_in_are_named_everywhere(parts):
     assert cell.published == ""
     assert grid.cells[1] == GRIDS["figure-4"].cells[1]
     assert grid.axes["language_model"][0] == "TinyLlama (here llama)"
+    assert next(claim.text for claim in grid.claims if "TinyLlama" in str(claim)) == (
+        "Phi-2 does better than TinyLlama (here llama) on every benchmark."
+    )
+    for claim in grid.claims:  # still about cells that there are
+        assert any(claim.worse.items() <= cell.labels.items() for cell in grid.cells)
+    (best, *_) = exchange_parts(GRIDS["table-3"], {"Phi-2": str(parts["llama"])}).claims
+    assert best.text.endswith("on every benchmark. With Phi-2 (here llama).")
     with pytest.raises(UnknownNameError, match="known: CLIP, Phi-2, SigLIP"):
         exchange_parts(GRIDS["figure-4"], {"Llama": "x"})
 

@@ -1,5 +1,6 @@
 """What the figures draw, read from their axes."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,10 +36,36 @@ def test_a_label_has_one_colour_in_all_panels() -> None:
     assert {to_hex(bar.get_edgecolor()) for bar in axes.patches} == {COLOURS[1]}
 
 
-def test_a_shared_stage_is_one_curve() -> None:
-    pretrain, finetune = draw_losses(STUDY).axes
-    assert [len(axes.lines) for axes in (pretrain, finetune)] == [7, 7]
-    assert pretrain.get_title(loc="left") == "pretrain"
+def test_losses_have_a_row_for_each_panel_in_the_colours_of_its_bars() -> None:
+    figure = draw_losses(STUDY)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "TinyLlama: pretrain", "TinyLlama: finetune", "Phi-2: pretrain", "Phi-2: finetune"
+    ]  # fmt: skip
+    assert [len(axes.lines) for axes in figure.axes] == [3, 3, 4, 4]  # a line a seed; one failed
+    for panel, axes in (("TinyLlama", figure.axes[1]), ("Phi-2", figure.axes[3])):
+        (bars,) = draw_bars(TABLE, panel).axes
+        of_bars = {to_hex(bar.get_facecolor()) for bar in bars.patches if bar.get_fill()}
+        assert {to_hex(line.get_color()) for line in axes.lines} == of_bars
+    assert figure.axes[0].get_ylim() == figure.axes[2].get_ylim() != figure.axes[1].get_ylim()
+
+
+def test_a_shared_stage_is_one_grey_curve_and_stages_stand_in_their_order() -> None:
+    shared = replace(STUDY.cells[0].stages[0], key="once")
+    own = STUDY.cells[0].stages[1]
+    cells = [
+        replace(STUDY.cells[0], stages=(shared, own)),
+        replace(STUDY.cells[2], stages=(shared, replace(own, name="share_pretrain", key="x"), own)),
+    ]
+    figure = draw_losses(replace(STUDY, cells=tuple(cells), panels=("TinyLlama",)))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["pretrain", "share_pretrain", "finetune"]
+    (line,) = figure.axes[0].lines
+    assert (line.get_label(), to_hex(line.get_color())) == ("shared by 2 models", "#6b7280")
+
+
+def test_a_missing_stage_leaves_its_place_open() -> None:
+    only = [replace(cell, stages=cell.stages[:1]) if cell.panel == "Phi-2" else cell for cell in STUDY.cells]
+    figure = draw_losses(replace(STUDY, cells=tuple(only)))
+    assert [axes.axison for axes in figure.axes] == [True, True, True, False]
 
 
 def test_figures_are_equal_when_drawn_again() -> None:

@@ -1,13 +1,16 @@
 """Claims tested on answers whose outcome is known beforehand."""
 
+import math
 from dataclasses import replace
+from statistics import fmean, stdev
 
 import pytest
 
 from report.studies import make_study
+from tinyllava.errors import UnknownNameError
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.report.claims import CLAIMS
-from tinyllava.report.published import published_scores
+from tinyllava.report.published import other_scores, published_scores
 from tinyllava.report.significance import judge_claims
 from tinyllava.report.study import BenchmarkScores, Claim, Study, StudyCell, pack_predictions
 
@@ -127,6 +130,49 @@ def test_the_papers_own_numbers_bear_out_what_it_says_of_llms_on_pope_and_sqa() 
             assert sig > clip
             tested += 1
     assert tested == 12
+
+
+def test_a_printed_number_stands_for_another_groups_model() -> None:
+    study, scores = study_of(share_0=range(30), share_1=range(36))
+    claim = Claim(text="", source="", better={"recipe": "share"}, rival="LLaVA-1.5, 7B, 336 px")
+    cells = tuple(replace(cell, published="share-Sig-Phi") for cell in study.cells)
+    verdicts = {
+        one.benchmark: one for one in judge_claims(replace(study, claims=(claim,), cells=cells), scores)
+    }
+    assert set(verdicts) == set(published_scores("share-Sig-Phi"))  # LLaVA-1.5 has a number in all nine
+    gqa = verdicts["gqa"]
+    assert (gqa.worse, gqa.better, gqa.seeds, gqa.by_seed) == (62.0, 82.5, (0, 1), ())
+    assert gqa.differences == (75 - 62, 90 - 62)
+    assert gqa.published == pytest.approx(62.0 - 62.0)
+    assert gqa.difference is not None
+    assert gqa.difference.difference == pytest.approx(20.5)
+    # the printed number has no error of its own: the interval is that of the measured mean of the seeds
+    means = [(float(i < 30) + float(i < 36)) / 2 for i in range(40)]
+    error = 100 * stdev(fmean(means[i : i + 2]) for i in range(0, 40, 2)) / math.sqrt(20)
+    low, high = gqa.difference.interval
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.12)
+    assert gqa.outcome == "holds"
+    assert verdicts["textvqa"].outcome == "not measured"
+    assert verdicts["textvqa"].published == pytest.approx(59.1 - 58.2)
+    absent = replace(claim, rival="Qwen-VL, 7B, 448 px", benchmark="pope")  # a dash in Table 3
+    assert judge_claims(replace(study, claims=(absent,)), scores)[0].outcome == "not measured"
+
+
+@pytest.mark.parametrize(("margin", "outcome"), [(0, "reversed"), (70, "open"), (99, "holds")])
+def test_comparable_is_to_be_behind_by_no_more_than_the_margin(margin: float, outcome: str) -> None:
+    study, scores = study_of(base_0=range(40), share_0=range(12))  # 70 points behind
+    claims = (replace(study.claims[0], margin=margin),)
+    assert judge_claims(replace(study, claims=claims), scores)[0].outcome == outcome
+
+
+def test_the_papers_own_numbers_bear_out_what_it_says_of_other_models() -> None:
+    best = published_scores("share-Sig-Phi")
+    claims = [claim for claim in CLAIMS["table-3"] if claim.benchmark]
+    assert [claim.benchmark for claim in claims] == ["vqav2", "pope"]
+    for claim in claims:
+        assert best[claim.benchmark].value >= other_scores(claim.rival)[claim.benchmark].value - claim.margin
+    with pytest.raises(UnknownNameError, match=r"LLaVA-1\.5, 7B, 336 px"):
+        other_scores("LLaVA-1.5")
 
 
 def test_every_label_of_the_claims_is_a_name_of_the_paper() -> None:

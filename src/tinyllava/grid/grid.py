@@ -198,8 +198,22 @@ def exchange_parts(grid: Grid, parts: Mapping[str, str]) -> Grid:
         marked = f"{name} (here {other.rstrip('/').rpartition('/')[2]})"
         axes = {a: tuple(marked if one == name else one for one in labels) for a, labels in grid.axes.items()}
         cells = tuple(_exchange(cell, name, other, marked) for cell in grid.cells)
-        grid = replace(grid, axes=axes, cells=cells, notes=(*grid.notes, f"{name} is replaced by {other}."))
+        claims = tuple(_exchange_in_claim(claim, name, marked) for claim in grid.claims)
+        note = f"{name} is replaced by {other}."
+        grid = replace(grid, axes=axes, cells=cells, claims=claims, notes=(*grid.notes, note))
     return grid
+
+
+def _exchange_in_claim(claim: Claim, name: str, marked: str) -> Claim:
+    """Return the claim about the part that stands in, so that it is tested on the cells that are run."""
+    better, worse = (
+        {axis: marked if label == name else label for axis, label in side.items()}
+        for side in (claim.better, claim.worse)
+    )
+    if (better, worse) == (claim.better, claim.worse):
+        return claim
+    text = claim.text.replace(name, marked) if name in claim.text else f"{claim.text} With {marked}."
+    return replace(claim, better=better, worse=worse, text=text)
 
 
 def _exchange(cell: GridCell, name: str, other: str, marked: str) -> GridCell:

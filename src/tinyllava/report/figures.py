@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,39 +191,68 @@ def _radar_label(table: Table, rows: Sequence[Row], i: int) -> str:
 
 
 def draw_losses(study: Study) -> "Figure":
-    """Draw the loss of each stage of each cell, a stage that cells share once."""
-    names = list(dict.fromkeys(stage.name for cell in study.cells for stage in cell.stages if stage.losses))
-    with new_figure(max(4.2, 4.2 * len(names)), 3.3) as figure:
-        for axes, name in zip(figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False):
-            _draw_stage(axes, study, name)
+    """Draw the loss of the stages: a row for each panel, in the colours of its bars, a column for each stage.
+
+    Stages of one name have one scale in all panels; what models of a panel share is drawn once, in grey.
+    """
+    labels = list(dict.fromkeys(cell.label for cell in study.cells))
+    rows = [(panel, _curves(study, panel)) for panel in study.panels]
+    rows = [(panel, stages) for panel, stages in rows if stages]
+    num_columns = max((len(stages) for _, stages in rows), default=1)
+    tops: dict[str, float] = {}
+    with new_figure(4.2 * num_columns, 0.4 + 2.9 * max(1, len(rows))) as figure:
+        grid = figure.subplots(max(1, len(rows)), num_columns, squeeze=False)
+        for (panel, stages), places in zip(rows, grid, strict=False):
+            for name, axes in zip_longest(stages, places):
+                if name is None:
+                    axes.set_axis_off()
+                    continue
+                tops[name] = max(tops.get(name, 0.0), _draw_stage(axes, stages[name], labels))
+                axes.set_title(f"{panel}: {name}" if len(study.panels) > 1 else name, loc="left", fontsize=10)
+        for (_, stages), places in zip(rows, grid, strict=False):
+            for name, axes in zip(stages, places, strict=False):
+                axes.set_ylim(0, min(tops[name] * 1.05, 10) or 1)
     return figure
 
 
-def _draw_stage(axes: Any, study: Study, name: str) -> None:
-    curves = {
-        stage.key: (cell, stage)
-        for cell in reversed(study.cells)
-        for stage in cell.stages
-        if stage.name == name and stage.losses
-    }
-    labels = list(dict.fromkeys(cell.label for cell in study.cells))
+Curves = dict[str, tuple[list[str], tuple[tuple[int, float], ...]]]
+"""Key of a stage -> labels of the models that it stands behind, its (step, loss)."""
+
+
+def _curves(study: Study, panel: str) -> dict[str, Curves]:
+    """Return the curves of a panel by stage, in the order in which its longest run has them."""
+    cells = [cell for cell in study.cells if cell.panel == panel]
+    longest_first = sorted(cells, key=lambda cell: -len(cell.stages))
+    names = [stage.name for cell in longest_first for stage in cell.stages if stage.losses]
+    found: dict[str, Curves] = {name: {} for name in names}
+    for cell in cells:
+        for stage in cell.stages:
+            if stage.losses:
+                users, _ = found[stage.name].setdefault(stage.key, ([], stage.losses))
+                users += [cell.label] if cell.label not in users else []
+    return found
+
+
+def _draw_stage(axes: Any, curves: Curves, labels: Sequence[str]) -> float:
+    """Draw the curves of one stage and return the highest point."""
     top = 0.0
-    for key, (cell, stage) in reversed(curves.items()):
-        users = dict.fromkeys(o.label for o in study.cells if any(s.key == key for s in o.stages))
-        steps, losses = zip(*stage.losses, strict=True)
+    for users, points in curves.values():
+        steps, losses = zip(*points, strict=True)
         smooth = _running_mean(losses, max(1, len(losses) // 20))
         top = max(top, *smooth)
-        colour = COLOURS[labels.index(cell.label) % len(COLOURS)] if len(users) == 1 else "#6b7280"
-        text = cell.label if len(users) == 1 else f"shared by {len(users)} models"
+        is_one = len(users) == 1
+        colour = COLOURS[labels.index(users[0]) % len(COLOURS)] if is_one else "#6b7280"
+        text = users[0] if is_one else f"shared by {len(users)} models"
         axes.plot(steps, smooth, color=colour, linewidth=1, alpha=0.85, label=text)
     handles, texts = axes.get_legend_handles_labels()
     once = dict(zip(texts, handles, strict=True))
-    axes.legend(once.values(), once.keys(), frameon=False, fontsize=8)
-    axes.set_title(name, loc="left")
+    axes.legend(
+        once.values(), once.keys(), loc="upper right", frameon=False, fontsize=8, ncols=1 + len(once) // 5
+    )
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per supervised token")
-    axes.set_ylim(0, min(top * 1.05, 10) or 1)
+    axes.set_ylabel("loss, nats per token")
     axes.grid(color="#e5e7eb")
+    return top
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:

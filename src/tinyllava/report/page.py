@@ -159,20 +159,33 @@ def _draw_all(
     figures: dict[str, tuple[Any, str]] = {}
     if table.columns:
         for number, panel in enumerate(study.panels, start=1):
-            figures[f"bars-{number}"] = (draw_bars(table, panel), f"Scores of the models of {panel}")
+            figures[f"bars-{number}"] = (draw_bars(table, panel), _describe_bars(table, panel))
     radar = _radar_rows(table)
     if study.paper == "Figure 1" and radar:
-        figures["radar"] = (draw_radar(table, radar), "Models over all benchmarks")
+        figures["radar"] = (
+            draw_radar(table, radar),
+            "Models over the benchmarks that all have; the numbers stand in the table",
+        )
     if any(stage.losses for cell in study.cells for stage in cell.stages):
-        figures["losses"] = (draw_losses(study), "Training loss of every stage over its steps")
+        figures["losses"] = (draw_losses(study), "Loss of each model over the steps of its stages")
     if anatomy:
-        figures["pope"] = (draw_anatomy(anatomy), "POPE against the number of trained parameters")
+        figures["pope"] = (
+            draw_anatomy(anatomy),
+            "Absent objects seen and share of yes over trained parameters; numbers in the table",
+        )
     first_two = [cells[0] for cells in models_of(study) if cells[0].status == "done"][:2]
     if examples and len(first_two) == 2:
         names = {cell.id: cell.label for cell in first_two}
         figures["answers"] = (draw_answers(examples, folder, names), "Answers of two models")
     (folder / "figures").mkdir(exist_ok=True)
     return {name: _save(figure, alt, folder / "figures" / name) for name, (figure, alt) in figures.items()}
+
+
+def _describe_bars(table: Table, panel: str) -> str:
+    """Return what a person who does not see the bars of a panel has to know of them."""
+    models = [row.model for row in table.rows if row.panel == panel and not row.source]
+    titles = [column.title for column in table.columns]
+    return f"{panel}: bars of {', '.join(models)} on {', '.join(titles)}; the numbers stand in the table"
 
 
 def _radar_rows(table: Table) -> list[Row]:

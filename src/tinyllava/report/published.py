@@ -85,6 +85,23 @@ def published_table(name: str) -> PublishedTable:
     return PublishedTable(**{**values, "columns": tuple(values["columns"]), "rows": rows})
 
 
+def other_name(row: tuple[str, ...]) -> str:
+    """Return how a row of Table 3 is called: some models are printed at two sizes of picture."""
+    return f"{row[0]}, {row[2]}, {row[3]} px"
+
+
+def other_scores(name: str) -> dict[str, PublishedScore]:
+    """Return the numbers that Table 3 prints of another group's model, by benchmark.
+
+    Raises:
+        UnknownNameError: no row is called so.
+    """
+    table = published_table("table-3")
+    row = look_up({other_name(row): row for row in table.rows}, name, "model of Table 3")
+    found = {benchmark: table.score(row, benchmark) for benchmark in table.protocols}
+    return {benchmark: score for benchmark, score in found.items() if score is not None}
+
+
 def published_scores(variant: str) -> dict[str, PublishedScore]:
     """Return the paper's numbers of a variant (``base-C-TL``) : Table A1, and what only Table 3 has."""
     if not variant:

@@ -2,7 +2,8 @@
 
 Paper: sections 4.2.1 and 4.2.2 compare single numbers. Here the pictures are resampled, the same ones for
 both sides and for all seeds, and the seeds are looked at one by one: a claim holds when the interval leaves
-zero on the claimed side and no seed points the other way.
+zero on the claimed side and no seed points the other way. Section 4.2.3 compares with other groups' models:
+their printed number stands for that side, as if it were exact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.compare import Comparison, compare_predictions
 from tinyllava.evaluation.scoring.statistics import PairedDifference, Ratio, paired_bootstrap
-from tinyllava.report.published import published_scores
+from tinyllava.report.published import other_scores, published_scores
 from tinyllava.report.study import BenchmarkScores, Claim, Study, StudyCell
 
 Pair = tuple[StudyCell, StudyCell]
@@ -35,7 +36,10 @@ class Verdict:
     better: float | None = None
     difference: PairedDifference | None = None
     """Better minus worse, mean over the seeds; None where it was not measured."""
+    differences: tuple[float, ...] = ()
+    """Better minus worse of each seed."""
     by_seed: tuple[Comparison, ...] = ()
+    """The same questions answered by both sides, for each seed; none where one side is a printed number."""
 
     @property
     def outcome(self) -> str:
@@ -43,10 +47,9 @@ class Verdict:
         if self.difference is None:
             return "not measured"
         low, high = self.difference.interval
-        signs = [one.bootstrap.difference for one in self.by_seed]
-        if low > 0 and min(signs) > 0:
+        if min(low, *self.differences) > -self.claim.margin:
             return "holds"
-        return "reversed" if high < 0 and max(signs) < 0 else "open"
+        return "reversed" if max(high, *self.differences) < -self.claim.margin else "open"
 
 
 def judge_claims(study: Study, scores: Mapping[str, BenchmarkScores]) -> list[Verdict]:
@@ -74,7 +77,7 @@ def _pairs_by_context(study: Study, claim: Claim) -> list[tuple[dict[str, str], 
             is_pair = (
                 _matches(worse, claim.worse)
                 and _matches(better, claim.better)
-                and worse.seed == better.seed
+                and (worse is better if claim.rival else worse.seed == better.seed)
                 and all(worse.labels[axis] == better.labels[axis] for axis in shared_axes)
             )
             if is_pair:
@@ -93,6 +96,8 @@ def _matches(cell: StudyCell, labels: Mapping[str, str]) -> bool:
 def _benchmarks_of(claim: Claim, pairs: Sequence[Pair], scores: Mapping[str, BenchmarkScores]) -> list[str]:
     if claim.benchmark:
         return [claim.benchmark]
+    if claim.rival:
+        return list(other_scores(claim.rival))
     printed = [name for side in pairs[0] for name in published_scores(side.published)]
     return list(dict.fromkeys([*scores, *printed]))
 
@@ -109,7 +114,7 @@ def _judge(
         benchmark=benchmark_name,
         metric=claim.metric,
         context=context,
-        published=None if claim.metric else _published_difference(pairs[0], benchmark_name),
+        published=None if claim.metric else _published_difference(claim, pairs[0], benchmark_name),
     )
     if scores is None or benchmark_name not in BENCHMARKS:
         return empty
@@ -119,18 +124,39 @@ def _judge(
     benchmark = BENCHMARKS[benchmark_name]
     metric = claim.metric or benchmark.metric
     benchmark = replace(benchmark, metric=metric)
+    empty = replace(empty, metric=metric, seeds=tuple(better.seed for _, better in measured))
     sides = [[_predictions(scores, benchmark, pair[side].id) for pair in measured] for side in (0, 1)]
+    if claim.rival:
+        return _against_print(empty, benchmark, sides[1])
     ratios = [_mean_over_seeds(benchmark, side) for side in sides]
+    by_seed = tuple(
+        compare_predictions(worse, better, benchmark) for worse, better in zip(*sides, strict=True)
+    )
     return replace(
         empty,
-        metric=metric,
-        seeds=tuple(worse.seed for worse, _ in measured),
-        worse=sum(ratio.value for ratio in ratios[0]),
-        better=sum(ratio.value for ratio in ratios[1]),
-        difference=paired_bootstrap(ratios[0], ratios[1]),
-        by_seed=tuple(
-            compare_predictions(worse, better, benchmark) for worse, better in zip(*sides, strict=True)
-        ),
+        worse=_value(ratios[0]),
+        better=_value(ratios[1]),
+        difference=paired_bootstrap(*ratios),
+        differences=tuple(one.bootstrap.difference for one in by_seed),
+        by_seed=by_seed,
+    )
+
+
+def _against_print(empty: Verdict, benchmark: Benchmark, seeds: Sequence[Sequence[Prediction]]) -> Verdict:
+    """Test measured answers against the printed number of the rival, which is the same in every draw."""
+    printed = other_scores(empty.claim.rival).get(benchmark.name)
+    if printed is None or empty.claim.metric:
+        return empty
+    measured = _mean_over_seeds(benchmark, seeds)
+    pictures = sorted({cluster for ratio in measured for cluster in ratio.clusters})
+    constant = Ratio(numerators=[1.0] * len(pictures), clusters=pictures, weight=printed.value)
+    each = [_value(_mean_over_seeds(benchmark, [predictions])) for predictions in seeds]
+    return replace(
+        empty,
+        worse=printed.value,
+        better=_value(measured),
+        difference=paired_bootstrap([constant], measured),
+        differences=tuple(value - printed.value for value in each),
     )
 
 
@@ -153,6 +179,12 @@ def _mean_over_seeds(benchmark: Benchmark, seeds: Sequence[Sequence[Prediction]]
     ]
 
 
-def _published_difference(pair: Pair, benchmark: str) -> float | None:
+def _value(ratios: Sequence[Ratio]) -> float:
+    return sum(ratio.value for ratio in ratios)
+
+
+def _published_difference(claim: Claim, pair: Pair, benchmark: str) -> float | None:
     worse, better = (published_scores(cell.published).get(benchmark) for cell in pair)
+    if claim.rival:
+        worse = other_scores(claim.rival).get(benchmark)
     return None if worse is None or better is None else better.value - worse.value

@@ -70,14 +70,19 @@ class Claim:
     """Something that the paper's text says of two sides of a comparison, in our own words.
 
     It is tested on every pair of cells of which one has the labels ``better``, the other ``worse``, and that
-    agree in the seed and in all labels that neither names.
+    agree in the seed and in all labels that neither names; or, with a ``rival``, on every cell with the
+    labels ``better`` against the numbers that the paper prints of another group's model.
     """
 
     text: str
     source: str
     """Where the paper says it: ``section 4.2.1``."""
     better: Mapping[str, str]
-    worse: Mapping[str, str]
+    worse: Mapping[str, str] = field(default_factory=dict)
+    rival: str = ""
+    """Row of Table 3, as ``tinyllava.report.published.other_name`` spells it, in the place of ``worse``."""
+    margin: float = 0.0
+    """Points by which the claimed side may be behind where all that is claimed is that it is comparable."""
     benchmark: str = ""
     """"" for each benchmark that was measured."""
     metric: str = ""

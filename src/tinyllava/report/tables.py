@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.report.published import published_scores, published_table
+from tinyllava.report.published import other_name, published_scores, published_table
 from tinyllava.report.study import Study, StudyCell
 from tinyllava.results import Metric
 
@@ -102,7 +102,7 @@ def _others(paper: str, columns: Sequence[Column]) -> list[Row]:
     return [
         Row(
             panel="Other models, published",
-            model=f"{row[0]}, {row[2]}, {row[3]} px",
+            model=other_name(row),
             entries=tuple(
                 Entry(value=score.value) if score else None
                 for score in (printed.score(row, column.benchmark) for column in columns)
