@@ -9,9 +9,9 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from report.studies import make_study
-from tinyllava.report.figures import COLOURS, draw_answers, draw_bars, draw_losses, to_png, to_svg
+from tinyllava.report.figures import COLOURS, WIDEST, draw_answers, draw_bars, draw_losses, to_png, to_svg
 from tinyllava.report.study import Example
-from tinyllava.report.tables import study_table
+from tinyllava.report.tables import PAPER, Entry, Row, study_table
 
 STUDY, _ = make_study()
 TABLE = study_table(STUDY)
@@ -29,6 +29,26 @@ def test_bars_marks_and_open_cells() -> None:
     assert marks == pytest.approx([77.7, 61.0, 70.1, 53.5, 86.3, 31.7, 67.1, 1437.3 / 20, 68.3])
     assert len(axes.containers) >= 4
     assert axes.get_ylim()[0] == 0
+
+
+def test_bars_that_would_be_too_wide_go_into_further_rows_and_a_mark_never_hides_an_error_bar() -> None:
+    models = [f"model {i}" for i in range(12)]
+    entries = tuple(Entry(value=50.0, interval=(48.0, 52.0)) for _ in TABLE.columns)
+    rows = [
+        Row(panel="all", model=model, entries=entries, source=source)
+        for model in models
+        for source in ("", PAPER)
+    ]
+    figure = draw_bars(replace(TABLE, rows=tuple(rows)), "all")
+    assert figure.get_size_inches()[0] <= WIDEST
+    assert [len(axes.get_xticks()) for axes in figure.axes] == [4, 4, 1]
+    ticks = [text.get_text() for axes in figure.axes for text in axes.get_xticklabels()]
+    assert [text.partition("\n")[0] for text in ticks] == [column.title for column in TABLE.columns]
+    for axes in figure.axes:
+        bars = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+        marks = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
+        assert len(bars) == len(marks) == 12 * len(axes.get_xticks())
+        assert all(mark - bar > 0.01 for bar, mark in zip(bars, marks, strict=True))
 
 
 def test_a_label_has_one_colour_in_all_panels() -> None:

@@ -48,7 +48,9 @@ def test_published_rows_are_apart_and_never_the_best() -> None:
 
 def test_markdown() -> None:
     lines = to_markdown(TABLE).splitlines()
-    assert lines[0] == "| model | VQAv2 | GQA | SQA-I | TextVQA | POPE | MM-Vet | LLaVA-W | MME | MMB |"
+    assert lines[0] == (
+        "| model | VQAv2 | GQA (n = 80) | SQA-I | TextVQA | POPE (n = 120) | MM-Vet | LLaVA-W | MME | MMB |"
+    )
     assert len({line.count("|") for line in lines}) == 1
     assert "| *share, the paper* | *75.2* | *59.4* | *58.8* | *48.1* | *85.9* | *25.1* | *55.6* |" in lines[5]
     assert sum(cell.strip() == "not measured" for line in lines for cell in line.split("|")) == 5 * 7 + 2
@@ -95,6 +97,26 @@ def test_a_single_benchmark_shows_its_kinds_of_questions() -> None:
     table = study_table(one_benchmark("starter"))
     assert [column.title for column in table.columns] == ["Starter", "colour"]
     assert [entry.value for entry in table.rows[0].entries] == [80.0, 90.0]
+
+
+def test_the_number_of_questions_stands_in_the_heads_and_beside_each_number() -> None:
+    table = study_table(one_benchmark("starter"))
+    assert [column.head for column in table.columns] == ["Starter (n = 40)", "colour (n = 20)"]
+    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert [row["num_questions"] for row in rows] == ["40", "20"]
+
+
+def test_columns_are_those_that_a_study_is_to_be_measured_on() -> None:
+    table = study_table(replace(STUDY, benchmarks=("gqa", "mmvet")))
+    assert [column.benchmark for column in table.columns] == ["gqa", "pope", "mmvet"]  # POPE was measured
+
+
+def test_marks_of_latex_in_names_are_escaped() -> None:
+    table = study_table(one_benchmark("starter"))
+    name = r"50% of {a_b} & #1 $x^2$ ~ \temp"
+    text = to_latex(replace(table, rows=(replace(table.rows[0], model=name),)))
+    wanted = r"50\% of \{a\_b\} \& \#1 \$x\textasciicircum{}2\$ \textasciitilde{} \textbackslash{}temp & "
+    assert wanted in text
 
 
 def test_other_groups_models_stand_where_the_paper_puts_them() -> None:

@@ -54,7 +54,8 @@ def write_study(grid: Grid, graph: Graph, folder: Path) -> Study:
         used.update(cell.stages)
     study = Study(
         name=grid.name, title=grid.title, paper=grid.paper, panels=grid.panels, cells=tuple(cells),
-        axes=grid.axes, claims=grid.claims, environment=_environment(graph, states), notes=grid.notes,
+        axes=grid.axes, benchmarks=grid.benchmarks, claims=grid.claims,
+        environment=_environment(graph, states), notes=grid.notes,
     )  # fmt: skip
     save_study(study, folder)
     predictions = _predictions(graph, states)

@@ -18,6 +18,8 @@ from tinyllava.report.study import BenchmarkScores, Study, StudyCell
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MARKS = {"random": ("o", 0.93), "popular": ("s", 1.0), "adversarial": ("D", 1.07)}
+"""Split -> its mark, and by how much it is drawn aside of the others."""
 _OBJECT = re.compile(r"^Is there an? (.+?) in the (?:image|picture|photo)\?", re.IGNORECASE)
 
 
@@ -147,25 +149,33 @@ def draw_anatomy(cells: Sequence[CellAnatomy]) -> "Figure":
     """Draw seen absent objects and the share of yes against the parameters trained in pre-training."""
     from tinyllava.report.figures import COLOURS, new_figure
 
-    labels = list(dict.fromkeys(one.cell.label for one in cells))
-    with new_figure(8.4, 3.3) as figure:
+    several = len({one.cell.panel for one in cells}) > 1
+    names = [f"{one.cell.panel}, {one.cell.label}" if several else one.cell.label for one in cells]
+    order = list(dict.fromkeys(names))
+    with new_figure(9.6, 3.5) as figure:
         left, right = figure.subplots(1, 2)
-        for one in cells:
-            colour = COLOURS[labels.index(one.cell.label) % len(COLOURS)]
+        for one, name in zip(cells, names, strict=True):
+            colour = COLOURS[order.index(name) % len(COLOURS)]
             x = max(1, one.num_pretrained) / 1e6
-            for split, mark in zip(one.anatomy.splits, "osD", strict=False):
-                left.plot(x, split.false_positive_rate, mark, color=colour, markersize=5)
-            right.plot(x, one.anatomy.yes_ratio, "o", color=colour, label=one.cell.label)
+            for split in one.anatomy.splits:
+                mark, aside = _MARKS[split.split]
+                left.plot(x * aside, split.false_positive_rate, mark, color=colour, markersize=5)
+            right.plot(x, one.anatomy.yes_ratio, "o", color=colour, label=name)
         for axes, title in (
             (left, "absent objects seen, percent"),
             (right, "yes among the answers, percent"),
         ):
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,g}")
+            axes.margins(x=0.12)
             axes.set_xlabel("million parameters trained in pre-training")
             axes.set_title(title, loc="left")
             axes.grid(color="#e5e7eb")
         right.axhline(50, color="#6b7280", linestyle="--", linewidth=0.8)
+        for title, (mark, _) in _MARKS.items():
+            left.plot([], [], mark, color="#6b7280", markersize=5, label=title)
+        left.legend(frameon=False, fontsize=8, title="questions", title_fontsize=8)
         handles, texts = right.get_legend_handles_labels()
         once = dict(zip(texts, handles, strict=True))
-        right.legend(once.values(), once.keys(), frameon=False, fontsize=8)
+        figure.legend(once.values(), once.keys(), frameon=False, fontsize=8, loc="outside right center")
     return figure

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllava.report.study import Example, Study
-from tinyllava.report.tables import PAPER, Entry, Row, Table
+from tinyllava.report.tables import PAPER, Column, Entry, Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +23,8 @@ COLOURS = (
     "#2f6f9f", "#d98032", "#5b9660", "#a2548b", "#8a7a3d", "#5f6b7a", "#3aa6a0", "#b3423b", "#6a5acd",
     "#9aa63a", "#c77fb0", "#7a4a2b",
 )  # fmt: skip
+WIDEST = 12.5
+"""Inches; benchmarks that would make bars wider go into a further row."""
 FULL_SCORE = {"mme": 2000.0}
 """Benchmarks that are not out of 100; a bar shows the share in percent."""
 _STYLE: Any = {
@@ -55,26 +57,30 @@ def draw_bars(table: Table, panel: str) -> "Figure":
     colours = _colours(table)
     printed = {row.model: row for row in table.rows if row.panel == panel and row.source == PAPER}
     width = 0.8 / max(1, len(measured))
-    with new_figure(max(4.2, 1.4 + 0.3 * len(table.columns) * (len(measured) + 1)), 3.1) as figure:
-        axes = figure.add_subplot()
-        for number, row in enumerate(measured):
-            places = [i + (number - (len(measured) - 1) / 2) * width for i in range(len(table.columns))]
-            _draw_row(axes, row, printed.get(row.model), table, places, width, colours[row.model])
-        axes.set_xticks(
-            range(len(table.columns)), [_heading(column.title, column.benchmark) for column in table.columns]
-        )
-        axes.tick_params(axis="x", length=0, labelsize=9)
-        axes.set_xlim(-0.55, len(table.columns) - 0.45)
-        axes.set_ylim(0, 101)
-        axes.set_ylabel("score, percent")
-        axes.grid(axis="y", color="#e5e7eb")
-        axes.set_title(panel, loc="left")
-        _add_legend(axes, measured, colours, bool(printed))
+    inches = (0.3 if len(measured) < 7 else 0.2) * (len(measured) + 1)
+    in_a_row = max(1, min(len(table.columns), int((WIDEST - 1.4) / inches)))
+    num_rows = -(-len(table.columns) // in_a_row)
+    with new_figure(max(4.2, 1.4 + inches * in_a_row), 0.9 + 2.2 * num_rows) as figure:
+        rows = figure.subplots(num_rows, 1, squeeze=False)[:, 0]
+        for i, axes in enumerate(rows):
+            shown = range(i * in_a_row, min((i + 1) * in_a_row, len(table.columns)))
+            for number, row in enumerate(measured):
+                places = {k: k + (number - (len(measured) - 1) / 2) * width for k in shown}
+                _draw_row(axes, row, printed.get(row.model), table, places, width, colours[row.model])
+            axes.set_xticks(shown, [_heading(one) for one in table.columns[shown[0] : shown[-1] + 1]])
+            axes.tick_params(axis="x", length=0, labelsize=9)
+            axes.set_xlim(shown[0] - 0.55, shown[0] + in_a_row - 0.45)
+            axes.set_ylim(0, 101)
+            axes.set_ylabel("score, percent")
+            axes.grid(axis="y", color="#e5e7eb")
+        rows[0].set_title(panel, loc="left")
+        _add_legend(rows[-1], measured, colours, bool(printed))
     return figure
 
 
-def _heading(title: str, benchmark: str) -> str:
-    return f"{title}\n/ {FULL_SCORE[benchmark] / 100:.0f}" if benchmark in FULL_SCORE else title
+def _heading(column: Column) -> str:
+    full = FULL_SCORE.get(column.benchmark)
+    return f"{column.title}\n/ {full / 100:.0f}" if full else column.title
 
 
 def _share(value: float, benchmark: str) -> float:
@@ -86,11 +92,12 @@ def _draw_row(
     row: Row,
     printed: Row | None,
     table: Table,
-    places: Sequence[float],
+    places: Mapping[int, float],
     width: float,
     colour: str,
 ) -> None:
-    for i, (column, entry, place) in enumerate(zip(table.columns, row.entries, places, strict=True)):
+    for i, place in places.items():
+        column, entry = table.columns[i], row.entries[i]
         published = printed.entries[i] if printed else None
         if entry is not None:
             value = _share(entry.value, column.benchmark)
@@ -107,9 +114,10 @@ def _draw_row(
                     place, 50, "not measured", rotation=90, ha="center", va="center", fontsize=7, color=colour
                 )
         if published:
+            beside = place + (0.28 * width if entry else 0)  # of the error bar, which it would hide
             axes.plot(
-                place, _share(published.value, column.benchmark), "D", markersize=5, markerfacecolor="white",
-                markeredgecolor="#111827", markeredgewidth=1, zorder=4,
+                beside, _share(published.value, column.benchmark), "D", markersize=4, markerfacecolor="white",
+                markeredgecolor="#111827", markeredgewidth=0.9, zorder=4,
             )  # fmt: skip
 
 
@@ -124,6 +132,7 @@ def _draw_error(axes: Any, entry: Entry, benchmark: str, place: float) -> None:
         color="#111827",
         capsize=2,
         linewidth=1,
+        zorder=5,
     )
 
 

@@ -225,12 +225,14 @@ def _show(example: Example, study: Study, folder: Path) -> Mapping[str, Any]:
                 f"{example.question_id!r} is not in the folder; copy it there or delete the example."
             ) from None
     answers = []
-    several = len(study.panels) > 1
+    several, last = len(study.panels) > 1, ""
     for cells in models_of(study):
         cell = next((cell for cell in cells if cell.id in example.answers), None)
         if cell is not None:
-            name = f"{cell.panel}, {cell.label}:" if several else f"{cell.label}:"
-            answers.append((name, example.answers[cell.id], (example.scores.get(cell.id) or 0) >= RIGHT))
+            panel = cell.panel if several and cell.panel != last else ""
+            last = cell.panel
+            is_right = (example.scores.get(cell.id) or 0) >= RIGHT
+            answers.append((panel, f"{cell.label}:", example.answers[cell.id], is_right))
     return {
         "picture": picture, "alt": f"picture of question {example.question_id}", "truth": example.truth,
         "question": example.prompt.partition("\n")[0], "answers": answers,

@@ -99,6 +99,8 @@ class Study:
     """Name of an axis (language_model, vision_encoder, connector, data, recipe, ...) -> its labels."""
     panels: tuple[str, ...]
     cells: tuple[StudyCell, ...]
+    benchmarks: tuple[str, ...] = ()
+    """Those that every cell is to be measured on."""
     paper: str = ""
     """The place in the paper that it follows: ``Figure 4``."""
     claims: tuple[Claim, ...] = ()
@@ -270,6 +272,7 @@ def _parse_study(values: dict[str, Any]) -> Study:
             **values,
             "axes": {axis: tuple(labels) for axis, labels in values["axes"].items()},
             "panels": tuple(values["panels"]),
+            "benchmarks": tuple(values.get("benchmarks", ())),
             "cells": tuple(_parse_cell(cell) for cell in values["cells"]),
             "claims": tuple(Claim(**claim) for claim in values.get("claims", ())),
             "notes": tuple(values.get("notes", ())),

@@ -20,7 +20,7 @@ PAPER = "the paper"
 """Source of a row that the paper prints."""
 CSV_COLUMNS = (
     "panel", "model", "source", "benchmark", "metric", "value", "low", "high", "seed_standard_deviation",
-    "num_seeds",
+    "num_seeds", "num_questions",
 )  # fmt: skip
 _OTHERS = {
     "Figure 1": ("LLaVA-1.5",),
@@ -28,6 +28,11 @@ _OTHERS = {
         "I-9B", "InstructBLIP", "LLaVA-1.5", "Qwen-VL", "MoE-LLaVA", "LLaVA-Phi", "MobileVLM",
     ),
 }  # fmt: skip
+_LATEX = {mark: "\\" + mark for mark in "&%#_${}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+    "−": "$-$",
+}  # fmt: skip
+"""Marks that LaTeX reads as commands -> how they are written."""
 _STEMS = ("kind=", "capability=", "category=", "level=")
 
 
@@ -39,6 +44,13 @@ class Column:
     metric: str
     """"" for the headline."""
     title: str
+    num_questions: int = 0
+    """Questions behind each measured number; 0 where nothing was measured."""
+
+    @property
+    def head(self) -> str:
+        """The title with the number of questions."""
+        return f"{self.title} (n = {self.num_questions:,})" if self.num_questions else self.title
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,19 +135,28 @@ def models_of(study: Study) -> list[list[StudyCell]]:
 
 
 def _columns(study: Study) -> tuple[Column, ...]:
-    """Return a column for each benchmark, measured or published; of a single one also its kinds."""
-    measured = study.table.benchmarks
-    printed = [name for cell in study.cells for name in published_scores(cell.published)]
-    names = list(dict.fromkeys([*BENCHMARKS, *measured]))
+    """Return a column for each benchmark, measured or to be measured; of a single one also its kinds."""
+    first = {result.benchmark: result for cell in reversed(study.cells) for result in cell.results}
+    wanted = study.benchmarks or [n for cell in study.cells for n in published_scores(cell.published)]
     columns = [
-        Column(benchmark=name, metric="", title=BENCHMARKS[name].title if name in BENCHMARKS else name)
-        for name in names
-        if name in {*measured, *printed}
+        Column(
+            benchmark=name,
+            metric="",
+            title=BENCHMARKS[name].title if name in BENCHMARKS else name,
+            num_questions=first[name].num_questions if name in first else 0,
+        )
+        for name in dict.fromkeys([*BENCHMARKS, *first])
+        if name in {*first, *wanted}
     ]
-    if len(columns) == 1:
-        result = next(result for cell in study.cells for result in cell.results)
+    if len(columns) == 1 and first:
+        (result,) = first.values()
         columns += [
-            Column(benchmark=result.benchmark, metric=metric.name, title=metric.name.partition("=")[2])
+            Column(
+                benchmark=result.benchmark,
+                metric=metric.name,
+                title=metric.name.partition("=")[2].replace("_", " "),
+                num_questions=metric.num_questions,
+            )
             for metric in result.metrics
             if metric.name.startswith(_STEMS)
         ]
@@ -197,7 +218,7 @@ def _mark_best(rows: Sequence[Row], num_columns: int) -> tuple[Row, ...]:
 
 def to_markdown(table: Table) -> str:
     """Return the table as Markdown; published rows in italics, open cells as ``not measured``."""
-    head = ["model", *(column.title for column in table.columns)]
+    head = ["model", *(column.head for column in table.columns)]
     lines = [_pipe(head), _pipe(["---", *["---:"] * len(table.columns)])]
     panel = ""
     for row in table.rows:
@@ -215,7 +236,7 @@ def _pipe(cells: Sequence[str]) -> str:
 
 def to_latex(table: Table) -> str:
     """Return a ``tabular`` in the style of the ``booktabs`` package."""
-    head = ["Model", *(column.title for column in table.columns)]
+    head = ["Model", *(column.head for column in table.columns)]
     lines = [
         r"\begin{tabular}{l" + "r" * len(table.columns) + "}",
         r"\toprule",
@@ -237,9 +258,7 @@ def to_latex(table: Table) -> str:
 
 
 def _escape(text: str) -> str:
-    for mark in "&%#_":
-        text = text.replace(mark, "\\" + mark)
-    return text
+    return "".join(_LATEX.get(mark, mark) for mark in text)
 
 
 def _spell(entry: Entry | None, row: Row, *, bold: str, italics: str, plus_minus: str = "±") -> str:
@@ -266,7 +285,8 @@ def to_csv(table: Table) -> str:
                 continue
             where = [row.panel, row.model, row.source or "measured", column.benchmark, column.metric]
             numbers = _numbers(entry)
-            writer.writerow([*where, *numbers, "" if row.source else str(entry.num_seeds if entry else 0)])
+            counts = [entry.num_seeds, column.num_questions] if entry else [0, 0]
+            writer.writerow([*where, *numbers, *(["", ""] if row.source else map(str, counts))])
     return text.getvalue()
 
 
