@@ -8,7 +8,7 @@ import pytest
 
 from tinyllava.cli import COMMANDS, main
 
-PAGES = [name for name in COMMANDS if name not in ("evaluate", "reproduce")]
+PAGES = [name for name in COMMANDS if name != "evaluate"]
 
 
 def text_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -30,6 +30,7 @@ def test_a_help_page_fits_80_columns_and_has_an_example(
 
 
 DEFAULTS = {
+    "reproduce": ("(default: 1.0)", "(default: OPENAI_API_KEY)", "(default studies/NAME)"),
     "record": ("from 0 (default: 0)", "number of records (default: 1)", "with --language-model 576"),
     "compare": ("(default: flips.html)", "(default: 200)"),
     "export": ("(default: tinyllava)", "(default: 5GB)"),

@@ -106,6 +106,19 @@ def test_the_plan_says_what_is_shared_and_what_is_missing(places, capsys):
     assert "nothing of it can be run here" in capsys.readouterr().err
 
 
+def test_the_starters_plan_knows_its_time_before_anything_is_fetched(places, monkeypatch, capsys):
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(places / "empty"))
+    assert main(["reproduce", "starter", "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "missing" not in shown
+    assert "nodes not known" not in shown
+    lines = [line.split() for line in shown.splitlines() if "vision_encoder: Lite2, 224 px, seed 0" in line]
+    # 1,000 captions in batches of 16 and 224 conversations in batches of 8
+    assert [line[line.index("do") + 1] for line in lines[:2]] == ["63", "28"]
+    assert "first it fetches what is not here yet of the starter's parts and pictures" in shown
+    assert not (places / "empty").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

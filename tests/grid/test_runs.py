@@ -55,8 +55,38 @@ def test_runs_are_filtered_by_settings(runs):
     assert filter_runs(found, ["seed=42", "connector=linear"]) == []
     with pytest.raises(DataError, match="no run has a setting 'sed'"):
         filter_runs(found, ["sed=1"])
+    with pytest.raises(DataError, match=r"'sed'; did you mean 'seed'\?"):
+        filter_runs(found, ["sed=1"])
     with pytest.raises(DataError, match="give PATH=VALUE"):
         filter_runs(found, ["seed"])
+
+
+@pytest.mark.parametrize(
+    ("condition", "names"),
+    [
+        ("pope>80", ["a"]),
+        ("score.pope >= 81.5", ["a"]),
+        ("pope<80", []),
+        ("loss.pretrain<=2.5", ["a", "b"]),
+        ("learning_rate<1.5e-5", ["b"]),
+        ("seed!=42", ["b"]),
+        ("vision_encoder=CLIP", ["a", "b"]),  # the folder's name, and that of Table 1
+        ("vision_encoder=*/CLIP", ["a"]),
+        ("recipe=base", ["a", "b"]),
+    ],
+)
+def test_runs_are_filtered_by_scores_losses_and_names_of_parts(runs, condition, names):
+    path = runs / "a" / "run.json"
+    values = json.loads(path.read_text())
+    values["model"]["vision_encoder"] = "/parts/CLIP"
+    path.write_text(json.dumps(values))
+    assert [run.folder.name for run in filter_runs(find_runs(runs), [condition])] == names
+
+
+def test_a_comparison_of_what_is_no_number_is_refused(runs):
+    for condition in ("connector>3", "pope>much"):
+        with pytest.raises(DataError, match="compares numbers"):
+            filter_runs(find_runs(runs), [condition])
 
 
 def test_two_runs_differ_in_what_was_changed_and_nothing_else(runs):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllava.commands.parser import CommandParser
 from tinyllava.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -15,19 +16,22 @@ if TYPE_CHECKING:
     from tinyllava.grid.needs import Need
 
 _HELP = """
-Run what is missing of a figure or table of the paper, reuse what exists, and write its report.
+Run what is missing of a figure or table of the paper, reuse what exists, and
+write its report.
 
-  tinyllava reproduce figure-4 --plan                   what it needs, what is done, what it takes
+  tinyllava reproduce figure-4 --plan      what it needs, what is done, the time
   tinyllava reproduce figure-4 --data /data --benchmarks /data/benchmarks
-  tinyllava reproduce figure-7 --only '*TL*' --data /data --benchmarks DIR --scale 0.02 --limit 200
-  tinyllava reproduce table-a1 --data /data --benchmarks DIR --jobs slurm --devices 8
-      --job slurm_partition=gpu --job gpus_per_node=8
-  tinyllava reproduce my_grid.py                        a grid of your own
-  tinyllava reproduce starter                           four ablations on two CPU cores, within an hour
+  tinyllava reproduce figure-7 --only '*TL*' --data /data --benchmarks DIR \\
+      --scale 0.02 --limit 200
+  tinyllava reproduce table-a1 --data /data --benchmarks DIR --jobs slurm \\
+      --devices 8 --job slurm_partition=gpu --job gpus_per_node=8
+  tinyllava reproduce my_grid.py           a grid of your own
+  tinyllava reproduce starter              four ablations on two CPU cores
 
-Names: figure-1, figure-4 to figure-9, table-1, table-2, table-3, table-A1 (or A1), starter. Stages and
-evaluations that several cells need are done once; all is kept below --runs, which grids share. The same
-command again goes on where a stopped one was, tries again what failed, and draws the report anew.
+Names: figure-1, figure-4 to figure-9, table-1, table-2, table-3, table-A1 (or
+A1), starter. Stages and evaluations that several cells need are done once; all
+is kept below --runs, which grids share. The same command again goes on where a
+stopped one was, tries again what failed, and draws the report anew.
 """
 
 
@@ -60,13 +64,23 @@ def _plan_or_run(grid: "Grid", graph: "Graph", known: argparse.Namespace) -> int
     from tinyllava.commands.show import format_table
     from tinyllava.grid.costs import Machine
     from tinyllava.grid.grid import Costs
-    from tinyllava.grid.needs import cell_rows, explain_costs, plan_graph, plan_rows, summarise
+    from tinyllava.grid.needs import (
+        as_fetched,
+        cell_rows,
+        explain_costs,
+        plan_graph,
+        plan_rows,
+        summarise,
+    )
 
     default = Machine()
     machine = Machine(gpu=known.gpu or default.gpu, num_gpus=known.gpus or default.num_gpus)
     is_asked = bool(known.gpu or known.gpus)
     costs = Costs() if is_asked else grid.costs
     needs = plan_graph(graph, costs, machine=machine if is_asked else None)
+    fetched_first = known.plan and grid.fetches and any(need.status == "missing" for need in needs)
+    if fetched_first:
+        needs = as_fetched(needs)
     if known.plan:
         print(f"{grid.title}\n")
         print(format_table(plan_rows(needs)))
@@ -74,6 +88,8 @@ def _plan_or_run(grid: "Grid", graph: "Graph", known: argparse.Namespace) -> int
             print(f"\n{format_table(cell_rows(needs, graph))}")
         print("\n".join(["", *explain_costs(needs, machine)]))
     print("\n".join(summarise(needs, graph)))
+    if fetched_first:
+        print(f"first it fetches what is not here yet of {grid.fetches}; that time is not counted.")
     if known.plan:
         return 0
     if all(need.status == "missing" for need in needs):
@@ -101,9 +117,7 @@ def _run(grid: "Grid", graph: "Graph", needs: "list[Need]", known: argparse.Name
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="tinyllava reproduce", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("reproduce", _HELP)
     add = parser.add_argument
     add("name", help="figure, table, starter, FILE.py or FILE.py:NAME")
     add("--plan", action="store_true", help="print the graph with its cost and what is missing, and stop")

@@ -8,7 +8,7 @@ _HELP = """
 List the runs of a folder: parts, seed, stages, last losses, scores.
 
   tinyllava runs                        those in runs/
-  tinyllava runs FOLDER --where model.connector=mlp --where seed=1
+  tinyllava runs FOLDER --where connector=mlp --where seed=1 --where 'pope>80'
   tinyllava runs --diff runs/A runs/B   what differs: settings, versions, scores
 """
 
@@ -18,7 +18,12 @@ def main(arguments: list[str]) -> int:
     parser = CommandParser("runs", _HELP)
     parser.add_argument("folder", nargs="?", default="runs", help="folder with run folders (default runs)")
     parser.add_argument(
-        "--where", action="append", default=[], metavar="PATH=VALUE", help="keep runs with this setting"
+        "--where",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="keep runs with this setting, part (its folder's name will do), score or last loss: PATH=VALUE, "
+        "with * and ?, or PATH with <, >, <=, >= or != (repeatable)",
     )
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="two run folders to compare")
     known = parser.parse_args(arguments)

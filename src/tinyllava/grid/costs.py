@@ -52,7 +52,8 @@ def expect(node: Node, costs: Costs, machine: Machine) -> Cost:
 
 
 def _of_stage(node: Node, costs: Costs, machine: Machine) -> Cost:
-    stage, num_samples, num_steps = node.run.stages[node.name], count_samples(node), None
+    stage, num_steps = node.run.stages[node.name], None
+    num_samples = count_samples(node) or sum(costs.num_records.get(name, 0) for name in stage.data.records)
     if num_samples:
         steps = round(-(-num_samples // stage.global_batch_size) * stage.num_epochs)
         num_steps = stage.max_steps or max(1, steps)

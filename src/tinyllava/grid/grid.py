@@ -45,6 +45,8 @@ class Costs:
     seconds_per_question: float = 0.0
     seconds_per_node: float = 0.0
     """Opening the model, reading records, saving."""
+    num_records: Mapping[str, int] = field(default_factory=dict)
+    """By record file, of those that are written only when the grid is run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class Grid:
     limit: int = 0
     """Ask only the first questions of each benchmark; 0 means all."""
     costs: Costs = Costs()
+    fetches: str = ""
+    """What is fetched and written when it is run, if it is not here; "" where the user brings everything."""
 
     def __post_init__(self) -> None:
         ids = [cell.id for cell in self.cells]

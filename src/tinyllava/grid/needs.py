@@ -85,6 +85,11 @@ def _corrected(needs: list[Need]) -> list[Need]:
     return changed
 
 
+def as_fetched(needs: list[Need]) -> list[Need]:
+    """Return the plan of a grid that fetches what it needs: nothing of it is missing."""
+    return [replace(n, status="to do", missing=()) if n.status == "missing" else n for n in needs]
+
+
 def find_missing(node: Node) -> list[str]:
     """Return in words what keeps a node from being run on this machine."""
     if node.kind == "evaluation":

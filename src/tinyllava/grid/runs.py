@@ -4,8 +4,11 @@ Paper: none. Reads what runs leave (run.json, environment.json, stage.json, resu
 """
 
 import json
+import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -81,25 +84,65 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+_CONDITION = re.compile(r"([^=<>!]+?)\s*(<=|>=|!=|=|<|>)\s*(.*)", re.DOTALL)
+_COMPARED = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
+
+
 def filter_runs(runs: Sequence[FoundRun], conditions: Sequence[str]) -> list[FoundRun]:
-    """Keep the runs of which every condition ``path=pattern`` holds; the end of a path will do.
+    """Keep the runs of which every condition holds.
+
+    Args:
+        conditions: ``path=pattern`` or ``path!=pattern``, with the wildcards of file names, or
+            ``path<number`` (``<=``, ``>``, ``>=``). A path is that of a setting, of which the end will do, of
+            a score (``pope`` or ``score.pope``) or of a stage's last loss (``loss.finetune``). Where the value
+            is a folder, its name will do.
 
     Raises:
-        DataError: a condition of another form, or a path that no run has.
+        DataError: a condition of another form, a path that no run has, or a number that is none.
     """
     kept = list(runs)
     for condition in conditions:
-        path, equals, pattern = condition.partition("=")
-        if not equals:
-            raise DataError(f"--where {condition}: give PATH=VALUE, such as model.connector=mlp.")
+        found = _CONDITION.fullmatch(condition.strip())
+        if not found:
+            raise DataError(
+                f"--where {condition}: give PATH=VALUE, such as model.connector=mlp, or PATH>NUMBER, "
+                "such as 'pope>80'."
+            )
+        path, sign, wanted = found.groups()
         if not any(_values(run, path) for run in runs):
-            raise DataError(f"--where {condition}: no run has a setting {path!r}.")
-        kept = [run for run in kept if any(fnmatchcase(str(v), pattern) for v in _values(run, path))]
+            raise DataError(f"--where {condition}: no run has a setting {path!r}{_suggest(runs, path)}.")
+        kept = [run for run in kept if _holds(_values(run, path), sign, wanted, condition)]
     return kept
 
 
+def _holds(values: Sequence[Any], sign: str, wanted: str, condition: str) -> bool:
+    if sign in ("=", "!="):
+        names = {name for value in values for name in (str(value), _short(str(value)))}
+        is_found = any(fnmatchcase(name, wanted) for name in names)
+        return bool(values) and is_found == (sign == "=")
+    try:
+        return any(_COMPARED[sign](float(value), float(wanted)) for value in values)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"--where {condition}: {sign} compares numbers, and {wanted!r} or {values[0]!r} is none; "
+            "use = or !=."
+        ) from None
+
+
 def _values(run: FoundRun, path: str) -> list[Any]:
-    return [v for key, v in run.config.items() if key == path or key.endswith(f".{path}")]
+    return [v for key, v in _facts(run).items() if key == path or key.endswith(f".{path}")]
+
+
+def _facts(run: FoundRun) -> dict[str, Any]:
+    """Return all that runs are chosen by: settings, scores, last losses."""
+    losses = {f"loss.{name}": papers["last_loss"] for name, papers in run.stages.items()}
+    return {**run.config, **{f"score.{name}": value for name, value in run.scores.items()}, **losses}
+
+
+def _suggest(runs: Sequence[FoundRun], path: str) -> str:
+    ends = {key.rpartition(".")[2] for run in runs for key in _facts(run)}
+    close = get_close_matches(path.rpartition(".")[2], sorted(ends), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def run_rows(runs: Sequence[FoundRun]) -> Rows:

@@ -110,8 +110,19 @@ def starter_grid(cache: Path | None = None) -> Grid:
         name="starter", title="Four ablations on the starter's parts", paper="after Figures 5 to 8",
         axes=axes,
         cells=tuple(cells), benchmarks=("starter-small",), seeds=SEEDS, claims=CLAIMS, notes=NOTES,
-        keep_models=False, costs=COSTS,
+        keep_models=False, costs=replace(COSTS, num_records=_num_records(cache or cache_folder())),
+        fetches="the starter's parts and pictures",
     )  # fmt: skip
+
+
+def _num_records(cache: Path) -> dict[str, int]:
+    """Return how many records each file of the grid will have, for a plan before they are written."""
+    found: dict[str, int] = {}
+    for label, amounts in DATA.items():
+        folder = records_folder(label, cache)
+        found[str(folder / "pretrain.json")] = sum(amount.captions for amount in amounts.values())
+        found[str(folder / "finetune.json")] = sum(amount.conversations for amount in amounts.values())
+    return found
 
 
 def make_cell_run(labels: dict[str, str], cache: Path) -> Run:
