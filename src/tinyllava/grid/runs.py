@@ -94,7 +94,7 @@ def filter_runs(runs: Sequence[FoundRun], conditions: Sequence[str]) -> list[Fou
     Args:
         conditions: ``path=pattern`` or ``path!=pattern``, with the wildcards of file names, or
             ``path<number`` (``<=``, ``>``, ``>=``). A path is that of a setting, of which the end will do, of
-            a score (``pope`` or ``score.pope``) or of a stage's last loss (``loss.finetune``). Where the value
+            a score (``pope``, ``score.pope``) or of a stage's last loss (``loss.finetune``). Where the value
             is a folder, its name will do.
 
     Raises:
