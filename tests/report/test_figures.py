@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from matplotlib.colors import to_hex
@@ -91,6 +92,16 @@ def test_a_missing_stage_leaves_its_place_open() -> None:
 def test_figures_are_equal_when_drawn_again() -> None:
     assert to_svg(draw_bars(TABLE, "Phi-2")) == to_svg(draw_bars(TABLE, "Phi-2"))
     assert to_png(draw_losses(STUDY)) == to_png(draw_losses(STUDY))
+
+
+def test_control_characters_of_an_answer_leave_the_figure_well_formed(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 60)).save(tmp_path / "a.jpg")
+    one = Example(
+        benchmark="pope", question_id="1", category="", picture="a.jpg", prompt="What?", truth="yes",
+        answers={"a": "ye\x16s", "b": "no\x00"}, scores={"a": 0.0, "b": 0.0},
+    )  # fmt: skip
+    svg = to_svg(draw_answers([one], tmp_path, {"a": "A", "b": "B"}))
+    assert "ye\ufffds" in "".join(ElementTree.fromstring(svg).itertext())
 
 
 def test_long_answers_lie_below_one_another_and_within_the_figure(tmp_path: Path) -> None:

@@ -301,13 +301,18 @@ def _write_answers(axes: Any, example: Example, names: Mapping[str, str]) -> Non
         for cell, name in names.items()
     ]
     for text, is_right in [*said, (f"truth: {example.truth}", None)]:
-        wrapped = textwrap.wrap(text, 44, max_lines=3, placeholder=" ...")
+        wrapped = textwrap.wrap(printable(text), 44, max_lines=3, placeholder=" ...")
         axes.annotate(
             "\n".join(wrapped), (0, 1), (0, -10.5 * lines), xycoords="axes fraction",
             textcoords="offset points", va="top", fontsize=8, annotation_clip=False, in_layout=False,
             color="#111827" if is_right is None else "#1d6b34" if is_right else "#b3261e",
         )  # fmt: skip
         lines += len(wrapped)
+
+
+def printable(text: str) -> str:
+    """Return a model's answer with a mark for what cannot be shown: XML forbids control characters."""
+    return "".join(mark if mark.isprintable() or mark in "\n\t" else "\ufffd" for mark in text)
 
 
 def to_svg(figure: "Figure") -> str:

@@ -16,7 +16,15 @@ from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.compare import RIGHT
 from tinyllava.report.anatomy import CellAnatomy, dissect_study, draw_anatomy
-from tinyllava.report.figures import draw_answers, draw_bars, draw_losses, draw_radar, to_png, to_svg
+from tinyllava.report.figures import (
+    draw_answers,
+    draw_bars,
+    draw_losses,
+    draw_radar,
+    printable,
+    to_png,
+    to_svg,
+)
 from tinyllava.report.significance import Verdict, judge_claims
 from tinyllava.report.study import Claim, Example, Study, load_examples, load_scores, load_study
 from tinyllava.report.tables import PAPER, Row, Table, models_of, study_table, to_csv, to_latex, to_markdown
@@ -232,7 +240,7 @@ def _show(example: Example, study: Study, folder: Path) -> Mapping[str, Any]:
             panel = cell.panel if several and cell.panel != last else ""
             last = cell.panel
             is_right = (example.scores.get(cell.id) or 0) >= RIGHT
-            answers.append((panel, f"{cell.label}:", example.answers[cell.id], is_right))
+            answers.append((panel, f"{cell.label}:", printable(example.answers[cell.id]), is_right))
     return {
         "picture": picture, "alt": f"picture of question {example.question_id}", "truth": example.truth,
         "question": example.prompt.partition("\n")[0], "answers": answers,
