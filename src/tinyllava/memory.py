@@ -45,7 +45,7 @@ def count_trained(size: PartSize, tune: Tune) -> int:
         return size.total - size.behind
     if tune.kind == "from_layer":
         return size.per_layer * max(0, size.num_layers - tune.first_layer)
-    return tune.rank * size.adapted_widths * size.num_layers if tune.kind == "lora" else 0
+    return tune.rank * size.adapted_widths if tune.kind == "lora" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def _weight_bytes(size: PartSize, tune: Tune) -> int:
     """Bytes of a component's weights: fp32, or 4 or 8 bits in its linear layers below adapters."""
     if size.members:
         return sum(_weight_bytes(member, tune) for member in size.members)
-    held = size.adapted_weights * size.num_layers
+    held = size.adapted_weights
     adapters = count_trained(size, tune) if tune.kind == "lora" else 0
     return int(held * BITS_BYTES[tune.bits] + (size.total - held + adapters) * FLOAT_BYTES)
 

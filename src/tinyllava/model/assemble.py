@@ -151,7 +151,7 @@ def load_tokenizer(language: LanguageModel) -> Any:
 
 def load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
     """Load the vision half of a folder that may also hold a text half (CLIP, SigLIP), or two as one."""
-    if encoder.members:
+    if encoder.members and encoder.members[0].path:  # those of a saved folder have none: it is one model
         from tinyllava.model.fused_encoder import load_fused  # which loads each of the two with this function
 
         return load_fused(encoder, dtype)
