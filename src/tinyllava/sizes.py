@@ -22,7 +22,7 @@ class PartSize:
     behind: int = 0
     """Norms behind the features and DINOv2's mask token, which no gradient reaches: never trained."""
     adapted_widths: int = 0
-    """Inputs + outputs over all linear layers: the adapters' parameters per unit of rank; 0 if none is there."""
+    """Inputs + outputs over all linear layers: the adapters' parameters per unit of rank; 0 without one."""
     adapted_weights: int = 0
     """Inputs x outputs over the same linear layers: what 4 or 8 bits below adapters hold."""
     members: tuple["PartSize", ...] = ()

@@ -215,7 +215,7 @@ def _describe(folder: Path, config: dict[str, Any]) -> VisionEncoder:
 
 
 def _inner_parts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Read what else a config says of an encoder's inside: a ConvNeXt's stages, the members of a fused one."""
+    """Read what a config says of an encoder's inside: a ConvNeXt's stages, the members of a fused one."""
     model_type = config["model_type"]
     try:
         if model_type.startswith("convnext"):

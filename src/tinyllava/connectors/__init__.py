@@ -99,12 +99,9 @@ def _resampler_linears(vision_width: int, language_width: int, options: Options)
 
 
 def _resampler(vision_width: int, language_width: int, options: Options) -> int:
-    width, (first, *layers, last) = (
-        options["width"],
-        _resampler_linears(vision_width, language_width, options),
-    )
-    norms = (6 * options["num_layers"] + 2) * width
-    return _weights([first, last]) + _weights(layers, biased=False) + norms + options["num_queries"] * width
+    first, *layers, last = _resampler_linears(vision_width, language_width, options)
+    others = 6 * options["num_layers"] + 2 + options["num_queries"]  # norms and queries, in widths
+    return _weights([first, last]) + _weights(layers, biased=False) + others * options["width"]
 
 
 def _bench_resampler_linears(vision_width: int, language_width: int, options: Options) -> Linears:
