@@ -1,9 +1,11 @@
 """What a stage trains of a CNN encoder is what the plan counts; adapters only where a linear layer is."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import (
     BitImageProcessorPil,
     ConvNextConfig,
@@ -17,13 +19,14 @@ from transformers import (
 
 import toys
 from tinyllava.check import find_problems
-from tinyllava.config import FULL, DataConfig, ModelConfig, Run, Stage, Tune, lora
+from tinyllava.config import FROZEN, FULL, DataConfig, ModelConfig, Run, Stage, Tune, lora
 from tinyllava.errors import ConfigError
-from tinyllava.memory import count_trained
+from tinyllava.memory import count_trained, estimate_memory
 from tinyllava.model.assemble import assemble
 from tinyllava.model.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.plan import find_parts
+from tinyllava.recipes.variants import variant
 from tinyllava.sizes import vision_encoder_size
 from tinyllava.vision_encoders import find_vision_encoder
 
@@ -72,6 +75,42 @@ def test_a_plan_counts_what_is_trained(kind: str, tune: Tune, llm: Path, tmp_pat
     apply_tuning(model, stage(tune))
     trained = sum(p.numel() for p in model.vision_encoder.parameters() if p.requires_grad)
     assert count_trained(vision_encoder_size(find_vision_encoder(folder)), tune) == trained > 0
+
+
+TINY = {"depths": [3, 3, 9, 3], "hidden_sizes": [24, 48, 96, 192]}
+FULL_DEPTH = {
+    "convnext": lambda: ConvNextModel(ConvNextConfig(**TINY)),
+    "convnextv2": lambda: ConvNextV2Model(ConvNextV2Config(**TINY)),
+    "resnet": lambda: ResNetModel(ResNetConfig()),
+    "efficientnet_lite": lambda: EfficientNetLiteModel(
+        EfficientNetLiteConfig(width_multiplier=1.1, depth_multiplier=1.2)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FULL_DEPTH)
+def test_training_keeps_as_many_bytes_of_a_picture_as_estimated(kind: str, tmp_path: Path) -> None:
+    model = FULL_DEPTH[kind]()
+    model.save_pretrained(tmp_path)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()  # as a stage has them
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)  # so that no storage is given out twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.rand(1, 3, 128, 128))
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    counted = sum(size for place, size in kept.items() if place not in own)
+    encoder = replace(find_vision_encoder(str(tmp_path)), image_size_px=128)
+    parts = replace(find_parts(variant("base-CNX-TL")), encoder=encoder)
+    estimate = partial(estimate_memory, parts, batch=1, num_tokens=512, num_supervised=8, bf16=False)
+    frozen, trained = (estimate(stage(tune)).activations for tune in (FROZEN, FULL))
+    assert trained - frozen == pytest.approx(counted, rel=0.15)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
