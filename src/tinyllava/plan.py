@@ -138,7 +138,8 @@ def plan_run(run: Run, *, gpu: str = "A100-80G", num_gpus: int = 8) -> Plan:
 def _plan_stage(run: Run, name: str, stage: Stage, parts: Parts, gpu: Gpu, num_gpus: int) -> StagePlan:
     load = measure_load(stage, parts)
     forms = {"as the recipe": _plan_form(run, stage, stage, parts, load, gpu, num_gpus)}
-    for label, tune in FORMS.items() if stage.language_model.trains else ():
+    others = FORMS if stage.language_model.trains else {}
+    for label, tune in others.items():
         if (tune.kind, tune.bits) != (stage.language_model.kind, stage.language_model.bits):
             form = replace(stage, language_model=tune)
             forms[label] = _plan_form(run, stage, form, parts, load, gpu, num_gpus)

@@ -5,6 +5,7 @@ Paper: Table 1 and Table A1 name sizes; here they follow from the specs, so that
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from tinyllava.connectors import CONNECTORS, resolve_options
 from tinyllava.language_models import LanguageModel
@@ -128,7 +129,12 @@ def connector_size(name: str, vision_width: int, language_width: int, options: d
     )
 
 
-def _adapted(linears: Sequence[tuple[int, int]]) -> dict[str, int]:
+class _Adapted(TypedDict):
+    adapted_widths: int
+    adapted_weights: int
+
+
+def _adapted(linears: Sequence[tuple[int, int]]) -> _Adapted:
     """Sum up (inputs, outputs) of linear layers as adapters need them."""
     return {
         "adapted_widths": sum(a + b for a, b in linears),
