@@ -221,7 +221,7 @@ def _cnn_values(encoder: VisionEncoder) -> float:
     if not encoder.stages:
         return _VALUES_PER_PIXEL[encoder.family]
     widths = 20 if encoder.family == "convnextv2" else 12
-    cells = [1 / (4 * 2**stage) ** 2 for stage in range(len(encoder.stages))]
+    cells: list[float] = [1 / (4 << stage) ** 2 for stage in range(len(encoder.stages))]
     return sum(n * widths * width * cell for (n, width), cell in zip(encoder.stages, cells, strict=True))
 
 
