@@ -31,6 +31,12 @@ def hardware(**changes: Any) -> Run:
     return replace(RUN, hardware=replace(RUN.hardware, **changes))
 
 
+def alone(name: str, **changes: Any) -> Run:
+    """The fine-tuning of a variant without the stage before it."""
+    run = variant(name)
+    return replace(run, stages={"finetune": replace(run.stages["finetune"], **changes)})
+
+
 # A wrong run, and what its one problem must say: the field, then the fix.
 WRONG: dict[str, tuple[Run, str, str]] = {
     "encoder": (model(vision_encoder="SigLIPP"), "model.vision_encoder: unknown", "Did you mean 'SigLIP"),
@@ -84,6 +90,16 @@ WRONG: dict[str, tuple[Run, str, str]] = {
     "output": (
         replace(RUN, start_from="runs/a/model", output="runs/a"), "output = runs/a", "choose another folder"
     ),
+    "alpha": (finetune(language_model=Tune(kind="lora", rank=8)), "model.alpha = 0: lora", "twice the rank"),
+    "device batch": (hardware(device_batch_size=200), "128: smaller than hardware.device", "lower that one"),
+    "seed": (replace(RUN, seed=-1), "seed = -1", "not be negative"),
+    "epochs": (finetune(num_epochs=0.0), "num_epochs = 0.0: must be above 0", "at most"),
+    "negative side": (model(image_size_px=-14), "model.image_size_px = -14", "0 takes the encoder's own"),
+    "convolutions": (
+        alone("base-EN2-Phi", vision_encoder=lora(8)), "kind = 'lora': it has no linear", "full or frozen"
+    ),
+    "new connector frozen": (alone("base-C-TL", connector=FROZEN), "connector: it is new", "train it here"),
+    "new connector adapted": (alone("base-C-TL", connector=lora(8)), "connector has nothing", "choose full"),
 }  # fmt: skip
 
 

@@ -25,7 +25,12 @@ from tinyllava.model.assemble import cut_encoder
 from tinyllava.model.efficientnet_lite import EfficientNetLiteConfig
 from tinyllava.recipes.variants import VARIANTS, variant
 from tinyllava.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
-from tinyllava.vision_encoders import VISION_ENCODERS, VisionEncoder, find_vision_encoder
+from tinyllava.vision_encoders import (
+    ONLY_CONVOLUTIONS,
+    VISION_ENCODERS,
+    VisionEncoder,
+    find_vision_encoder,
+)
 
 CONFIGS = {"llama": LlamaConfig, "phi": PhiConfig, "stablelm": StableLmConfig, "qwen2": Qwen2Config,
            "qwen3": Qwen3Config, "gemma": GemmaConfig}  # fmt: skip
@@ -55,7 +60,12 @@ def test_a_language_model_has_the_published_size_and_its_layers_the_closed_form(
     size = language_model_size(spec)
     assert count(model) == size.total == spec.num_parameters
     assert count(model.base_model.layers[0]) == size.per_layer
-    linears = [m for m in model.base_model.layers[0].modules() if isinstance(m, nn.Linear)]
+    check_linears(model.base_model, size)
+
+
+def check_linears(module: nn.Module, size: PartSize) -> None:
+    """The closed form of what adapters are put on, against the layers that are there."""
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     assert sum(m.in_features + m.out_features for m in linears) == size.adapted_widths
     assert sum(m.weight.numel() for m in linears) == size.adapted_weights
 
@@ -97,6 +107,8 @@ def test_an_encoder_has_the_published_size_and_its_cut_form_the_closed_one(name:
             config.vision_use_head = False
         cut = cut_encoder(AutoModel.from_config(config), spec)
     assert count(cut) == vision_encoder_size(spec).total
+    check_linears(cut, vision_encoder_size(spec))
+    assert (spec.family in ONLY_CONVOLUTIONS) == (vision_encoder_size(spec).adapted_widths == 0)
 
 
 @pytest.mark.parametrize("name", VISION_ENCODERS)
@@ -122,6 +134,7 @@ def test_a_connector_has_the_closed_forms_parameters_and_tokens(name: str) -> No
     options = resolve_options(name, SMALL.get(name, {}))
     module = build_connector(name, vision_width=48, language_width=64, num_patches=36, options=options)
     assert connector_size(name, 48, 64, options).total == count(module)
+    check_linears(module, connector_size(name, 48, 64, options))
     assert module(torch.randn(2, 36, 48)).shape == (2, num_tokens(name, 36, options), 64)
     assert module(torch.zeros(0, 36, 48)).shape[0] == 0  # a batch without pictures
 

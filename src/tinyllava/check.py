@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from tinyllava import stage_rules
 from tinyllava.checkpoint_folder import check_checkpoint, recorded_model
-from tinyllava.config import ModelConfig, Run
+from tinyllava.config import Component, ModelConfig, Run
 from tinyllava.connectors import num_tokens, resolve_options
 from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.data.records import check_skip
@@ -20,7 +20,7 @@ from tinyllava.language_models import LanguageModel, find_language_model
 from tinyllava.model_files import read_config
 from tinyllava.stage_rules import Parts, literal_tokens
 from tinyllava.templates import read_template, template_names
-from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder
+from tinyllava.vision_encoders import ONLY_CONVOLUTIONS, VisionEncoder, find_vision_encoder
 
 T = TypeVar("T")
 
@@ -97,6 +97,7 @@ def _checkpoint_parts(run: Run, problems: list[str]) -> Parts | None:
         language=f"the language model of {folder}",
         context_tokens=text.get("max_position_embeddings"),
         num_image_tokens=config.get("image_seq_length"),
+        without_linears=_without_linears(vision.get("model_type", "")),
     )
 
 
@@ -135,7 +136,12 @@ def _find_parts(run: Run, problems: list[str]) -> Parts:
         language=language.name if language else "",
         context_tokens=language.context_tokens if language else None,
         num_image_tokens=num_image_tokens,
+        without_linears=_without_linears(encoder.family if encoder else ""),
     )
+
+
+def _without_linears(family: str) -> tuple[Component, ...]:
+    return ("vision_encoder",) if family in ONLY_CONVOLUTIONS else ()
 
 
 def _model_problems(

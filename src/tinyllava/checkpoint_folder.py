@@ -15,7 +15,8 @@ def check_checkpoint(folder: Path) -> None:
     """Say what a folder lacks before anything is loaded from it.
 
     Raises:
-        CheckpointError: no folder, no config, another kind of model, or a weight file that is not there.
+        CheckpointError: no folder, no config, another kind of model, a weight file that is not there, or
+            settings of generation that cannot be read or name no end.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: {_why_there_is_none(folder)}")
@@ -40,6 +41,24 @@ def check_checkpoint(folder: Path) -> None:
     for name in sorted(names):
         if why := describe_damage(folder / name):
             raise CheckpointError(f"{folder / name}: {why}.")
+    _check_generation(folder)
+
+
+def _check_generation(folder: Path) -> None:
+    """Refuse a generation_config.json that is damaged, or under which no answer would end.
+
+    The file may be missing: the ids of the tokenizer say the same.
+    """
+    name = "generation_config.json"
+    if not (folder / name).exists():
+        return
+    end = read_config(folder, name).get("eos_token_id")
+    ids = end if isinstance(end, list) else [end]
+    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise CheckpointError(
+            f"{folder / name}: eos_token_id = {end!r}: the id of the token that ends an answer, or a list of "
+            "ids, is needed; copy the file again, or delete it: the tokenizer's token then ends an answer."
+        )
 
 
 def check_processor_files(folder: Path) -> None:

@@ -45,7 +45,7 @@ def count_trained(size: PartSize, tune: Tune) -> int:
         return size.total - size.behind
     if tune.kind == "from_layer":
         return size.per_layer * max(0, size.num_layers - tune.first_layer)
-    return tune.rank * size.adapted_widths * size.num_layers if tune.kind == "lora" else 0
+    return tune.rank * size.adapted_widths if tune.kind == "lora" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def _weight_bytes(size: PartSize, tune: Tune) -> int:
     """Bytes of a component's weights: fp32, or 4 or 8 bits in its linear layers below adapters."""
     if size.members:
         return sum(_weight_bytes(member, tune) for member in size.members)
-    held = size.adapted_weights * size.num_layers
+    held = size.adapted_weights
     adapters = count_trained(size, tune) if tune.kind == "lora" else 0
     return int(held * BITS_BYTES[tune.bits] + (size.total - held + adapters) * FLOAT_BYTES)
 
@@ -208,6 +208,23 @@ def _feed_forward_bytes(is_phi: bool, keeps_inputs: bool, bf16: bool) -> int:
     return kept + (item if keeps_inputs else 0)
 
 
+_VALUES_PER_PIXEL = {"efficientnet_lite": 540, "resnet": 430}
+"""What training keeps of a CNN for each pixel of a picture, counted in EfficientNet-Lite2 and ResNet-50."""
+
+
+def _cnn_values(encoder: VisionEncoder) -> float:
+    """Values that training keeps for each pixel; of a ConvNeXt's block 12 times its width, in version 2 20.
+
+    Its input, what goes into and comes out of norm, convolution and scale, and the inner layer four times as
+    wide before and after its activation (and after the normalisation of version 2).
+    """
+    if not encoder.stages:
+        return _VALUES_PER_PIXEL[encoder.family]
+    widths = 20 if encoder.family == "convnextv2" else 12
+    cells: list[float] = [1 / (4 << stage) ** 2 for stage in range(len(encoder.stages))]
+    return sum(n * widths * width * cell for (n, width), cell in zip(encoder.stages, cells, strict=True))
+
+
 def _encoder_bytes(parts: Parts, tune: Tune, bf16: bool) -> int:
     """Bytes that a trained encoder keeps for one picture; a frozen one keeps nothing."""
     encoder = parts.encoder
@@ -216,8 +233,8 @@ def _encoder_bytes(parts: Parts, tune: Tune, bf16: bool) -> int:
     if encoder.members:
         return sum(_encoder_bytes(replace(parts, encoder=e), tune, bf16) for e in encoder.members)
     item = HALF_BYTES if bf16 else FLOAT_BYTES
-    if encoder.kind == "cnn":  # about what a residual network keeps: four times its input at every stage
-        return 8 * 3 * encoder.image_size_px**2 * item
+    if encoder.kind == "cnn":
+        return int(_cnn_values(encoder) * encoder.image_size_px**2 * item)
     num_layers = encoder.num_kept_layers - (tune.first_layer if tune.kind == "from_layer" else 0)
     tokens = parts.num_patches + encoder.num_prefix_tokens
     num_mlp = 4 if encoder.family.startswith("clip") else 2  # CLIP's approximate GELU keeps two more

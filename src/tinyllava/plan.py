@@ -5,12 +5,13 @@ Paper: sections 4.1.2 (batches, epochs, data) and Table A1 (sizes). Everything i
 
 from dataclasses import dataclass, replace
 
-from tinyllava.config import COMPONENTS, Component, Run, Stage, lora
+from tinyllava.config import COMPONENTS, FULL, Component, Run, Stage
 from tinyllava.connectors import num_tokens
 from tinyllava.data.mixtures import find_mixture
 from tinyllava.language_models import find_language_model
 from tinyllava.lookup import look_up
 from tinyllava.memory import Memory, Parts, count_trained, estimate_memory
+from tinyllava.recipes.lora import ADAPTERS, ADAPTERS_ON_4_BITS
 from tinyllava.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
 from tinyllava.vision_encoders import find_vision_encoder
 
@@ -33,6 +34,8 @@ GPUS: dict[str, Gpu] = {
     "H100-80G": Gpu(memory_bytes=80 * 2**30, flops=989e12),
     "H200": Gpu(memory_bytes=141 * 10**9, flops=989e12),
 }
+FORMS = {"full": FULL, "LoRA, rank 128": ADAPTERS, "QLoRA, rank 128": ADAPTERS_ON_4_BITS}
+"""How a stage could train its language model: in full, or with the adapters of recipes lora and qlora."""
 UTILISATION = 0.3
 """Share of the peak that training reaches: what LLaVA-1.5's reported hours on eight A100 come to."""
 USABLE_MEMORY = 0.92
@@ -79,7 +82,7 @@ class StagePlan:
     load: Load | None
     """None if the number of records is not known (files of the user's)."""
     forms: dict[str, Form]
-    """The recipe's own form, and where they differ from it LoRA, QLoRA and sharded (FSDP)."""
+    """The recipe's own form, and where they differ from it those of ``FORMS``; then sharded (FSDP)."""
     checkpoint_bytes: int
     """Of one resumable checkpoint: trained weights and both moments in fp32."""
     hours: float
@@ -135,8 +138,9 @@ def plan_run(run: Run, *, gpu: str = "A100-80G", num_gpus: int = 8) -> Plan:
 def _plan_stage(run: Run, name: str, stage: Stage, parts: Parts, gpu: Gpu, num_gpus: int) -> StagePlan:
     load = measure_load(stage, parts)
     forms = {"as the recipe": _plan_form(run, stage, stage, parts, load, gpu, num_gpus)}
-    if stage.language_model.kind == "full":
-        for label, tune in (("LoRA, rank 128", lora(128)), ("QLoRA, rank 128", lora(128, bits=4))):
+    others = FORMS if stage.language_model.trains else {}
+    for label, tune in others.items():
+        if (tune.kind, tune.bits) != (stage.language_model.kind, stage.language_model.bits):
             form = replace(stage, language_model=tune)
             forms[label] = _plan_form(run, stage, form, parts, load, gpu, num_gpus)
     if num_gpus > 1:

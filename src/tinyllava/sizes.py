@@ -3,7 +3,9 @@
 Paper: Table 1 and Table A1 name sizes; here they follow from the specs, so that nothing need be downloaded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from tinyllava.connectors import CONNECTORS, resolve_options
 from tinyllava.language_models import LanguageModel
@@ -21,7 +23,7 @@ class PartSize:
     behind: int = 0
     """Norms behind the features and DINOv2's mask token, which no gradient reaches: never trained."""
     adapted_widths: int = 0
-    """Inputs + outputs over the linear layers of one layer: an adapter's parameters per unit of rank."""
+    """Inputs + outputs over all linear layers: the adapters' parameters per unit of rank; 0 without one."""
     adapted_weights: int = 0
     """Inputs x outputs over the same linear layers: what 4 or 8 bits below adapters hold."""
     members: tuple["PartSize", ...] = ()
@@ -78,8 +80,7 @@ def language_model_size(language: LanguageModel) -> PartSize:
         + language.vocab_size * family.head_bias,
         per_layer=sum(a * b for a, b in linears) + biases + norms,
         num_layers=language.num_layers,
-        adapted_widths=sum(a + b for a, b in linears),
-        adapted_weights=sum(a * b for a, b in linears),
+        **_adapted(linears * language.num_layers),
     )
 
 
@@ -91,7 +92,12 @@ def vision_encoder_size(encoder: VisionEncoder) -> PartSize:
             outer=0, members=tuple(replace(s, behind=s.behind - 2 * member.width) for member, s in sizes)
         )
     if encoder.kind == "cnn":
-        return PartSize(outer=encoder.num_parameters)
+        blocks = [width for num_blocks, width in encoder.stages for _ in range(num_blocks)]
+        behind = 2 * encoder.width if encoder.stages else 0  # ConvNeXt's norm behind its pooling
+        return PartSize(
+            outer=encoder.num_parameters - behind, behind=behind,
+            **_adapted([pair for width in blocks for pair in ((width, 4 * width), (4 * width, width))]),
+        )  # fmt: skip
     width, mlp = encoder.width, encoder.mlp_width
     is_clip, is_dino = encoder.family.startswith("clip"), encoder.family.startswith("dinov2")
     linears = [(width, width)] * 4 + [(width, mlp), (mlp, width)]
@@ -105,8 +111,7 @@ def vision_encoder_size(encoder: VisionEncoder) -> PartSize:
         per_layer=sum(a * b + b for a, b in linears) + 4 * width + scales,
         num_layers=encoder.num_kept_layers,
         behind=2 * width + (width if is_dino else 0),
-        adapted_widths=sum(a + b for a, b in linears),
-        adapted_weights=sum(a * b for a, b in linears),
+        **_adapted(linears * encoder.num_kept_layers),
     )
 
 
@@ -117,4 +122,21 @@ def connector_size(name: str, vision_width: int, language_width: int, options: d
         UnknownNameError, ConfigError: see ``resolve_options``.
     """
     resolved = resolve_options(name, options)
-    return PartSize(outer=CONNECTORS[name].num_parameters(vision_width, language_width, resolved))
+    connector = CONNECTORS[name]
+    return PartSize(
+        outer=connector.num_parameters(vision_width, language_width, resolved),
+        **_adapted(connector.linears(vision_width, language_width, resolved)),
+    )
+
+
+class _Adapted(TypedDict):
+    adapted_widths: int
+    adapted_weights: int
+
+
+def _adapted(linears: Sequence[tuple[int, int]]) -> _Adapted:
+    """Sum up (inputs, outputs) of linear layers as adapters need them."""
+    return {
+        "adapted_widths": sum(a + b for a, b in linears),
+        "adapted_weights": sum(a * b for a, b in linears),
+    }

@@ -25,6 +25,8 @@ class Parts:
     """Name of the language model, for messages."""
     context_tokens: int | None
     num_image_tokens: int | None
+    without_linears: tuple[Component, ...] = ()
+    """Components that have no layer to put adapters on."""
 
 
 def literal_tokens(template: str) -> set[str]:
@@ -87,6 +89,8 @@ def tuning_problems(stage: Stage, parts: Parts) -> Iterator[str]:
 def _tune_problems(tune: Tune, component: Component, parts: Parts) -> Iterator[str]:
     num_layers = parts.num_layers.get(component)
     if tune.kind == "lora":
+        if component in parts.without_linears:
+            yield "kind = 'lora': it has no linear layer to put adapters on; choose full or frozen."
         if tune.rank < 1:
             yield f"rank = {tune.rank}: lora needs a rank of at least 1, such as 128 (LLaVA-1.5's)."
         if tune.alpha < 1:

@@ -47,6 +47,8 @@ class VisionEncoder:
     """Rows of the table of positions where it is not one per patch and prefix token; 0 means it is."""
     rounds_up: bool = False
     """Whether a partial cell at the border counts as one (convolutions padded as SAME) or is dropped."""
+    stages: tuple[tuple[int, int], ...] = ()
+    """Blocks and width of each stage of a CNN whose blocks hold two linear layers (ConvNeXt)."""
     members: "tuple[VisionEncoder, ...]" = ()
     """The two encoders of a fused one, each at the size of its own picture; the first one's is prepared."""
 
@@ -93,6 +95,7 @@ VISION_ENCODERS: dict[str, VisionEncoder] = {
             name="ConvNeXt", abbreviation="CNX", path="facebook/convnext-large-384-22k-1k", kind="cnn",
             family="convnext", image_size_px=384, patch_size_px=32, width=1536, num_layers=0,
             feature_layer=-1, num_parameters=196_230_336, any_size=True, licence="Apache-2.0",
+            stages=((3, 192), (3, 384), (27, 768), (3, 1536)),
         ),
         VisionEncoder(
             name="EfficientNet-Lite2", abbreviation="EN2", path="starter:efficientnet-lite2", kind="cnn",
@@ -117,6 +120,9 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "resnet": {**_CNN, "rounds_up": True},
     "fused_vision": {"kind": "cnn", "feature_layer": -1},
 }
+
+ONLY_CONVOLUTIONS = ("efficientnet_lite", "resnet")
+"""Families without a linear layer: no adapter can be put on them."""
 
 
 def find_vision_encoder(name: str) -> VisionEncoder:
@@ -177,6 +183,11 @@ def _describe_folder(folder: Path) -> VisionEncoder:
     check_weight_files(folder)
     if config.get("model_type") in ("clip", "siglip", "siglip2"):
         config = config.get("vision_config", config)
+    return _describe(folder, config)
+
+
+def _describe(folder: Path, config: dict[str, Any]) -> VisionEncoder:
+    """Describe the encoder of a config that stands in a folder."""
     model_type = config.get("model_type", "")
     family = _FAMILIES.get(model_type) or _FAMILIES.get(f"{model_type}_vision_model")
     if family is None:
@@ -194,13 +205,37 @@ def _describe_folder(folder: Path) -> VisionEncoder:
         mlp_width=int(config.get("intermediate_size") or width * config.get("mlp_ratio", 0)),
         num_parameters=_saved_parameters(folder),
     )  # fmt: skip
-    described = replace(described, **family)
+    described = replace(described, **family, **_inner_parts(folder, config))
     if described.any_size:
         described = replace(
             described, image_size_px=_processed_side(folder) or side,
             num_positions=(side // patch) ** 2 + described.num_prefix_tokens,
         )  # fmt: skip
     return described
+
+
+def _inner_parts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Read what a config says of an encoder's inside: a ConvNeXt's stages, the members of a fused one."""
+    model_type = config["model_type"]
+    try:
+        if model_type.startswith("convnext"):
+            return {"stages": tuple(zip(config["depths"], config["hidden_sizes"], strict=True))}
+        if model_type != "fused_vision":
+            return {}
+        sides = (config["image_size"], config["second_image_size"])
+        return {
+            "members": tuple(
+                replace(
+                    _describe(folder, config[name]), path="", feature_layer=-1, num_prefix_tokens=num_prefix,
+                    image_size_px=side, any_size=False, num_parameters=0,
+                )
+                for name, num_prefix, side in zip(
+                    ("first_config", "second_config"), config["num_prefix_tokens"], sides, strict=True
+                )
+            )
+        }  # fmt: skip
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: lacks {error}; fetch it again.") from error
 
 
 def _saved_parameters(folder: Path) -> int:

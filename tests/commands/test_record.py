@@ -6,9 +6,12 @@ import re
 import pytest
 
 from tinyllava.cli import main
-from tinyllava.config import ModelConfig
+from tinyllava.config import DataConfig, ModelConfig
+from tinyllava.data.dataset import Examples, measure
+from tinyllava.data.records import Defect
 from tinyllava.model.assemble import assemble
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.training.prepare import read_data
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -70,6 +73,35 @@ def test_a_language_model_alone_is_enough(parts, records, capsys):
         3,
     )
     assert "<|im_start|>assistant\n>>red<|im_end|><<\n" in shown(capsys, *arguments)
+
+
+def test_what_training_would_refuse_is_said(checkpoint, records, tmp_path, capsys):
+    folder = ("--images", records.parent / "images", "--model", checkpoint)
+    raw = json.loads(records.read_text())
+    raw[1]["conversations"][3]["value"] = "yes</s>no"
+    marked = tmp_path / "marked.json"
+    marked.write_text(json.dumps(raw))
+    shown_of = ("record", marked, *folder, "--count", 2)
+    data = DataConfig(records=(str(marked),), images=str(records.parent / "images"))
+    with pytest.raises(Defect) as refusal:
+        measure(
+            Examples(
+                conversations=read_data(data, "")[0].conversations,
+                processor=TinyLlavaProcessor.from_pretrained(checkpoint),
+            ),
+            2048,
+            (),
+        )
+    assert main([*map(str, shown_of)]) == 1
+    out = capsys.readouterr().out
+    assert ">> yes</s>no</s><<" in out
+    assert out.count("training refuses it") == 1
+    assert f"training refuses it: {refusal.value}" in out  # the same words
+    assert "[special_token]" in out
+    assert main([*map(str, shown_of), "--skip", "special_token"]) == 0
+    assert "training leaves it out: special_token" in capsys.readouterr().out
+    assert main(["record", *map(str, (records, *folder, "--max-length", 20))]) == 1
+    assert "tokens are more than max_length_tokens = 20 [too_long]" in capsys.readouterr().out
 
 
 def test_errors_are_said_in_a_line(checkpoint, records, tmp_path, capsys):

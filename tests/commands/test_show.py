@@ -37,9 +37,31 @@ def test_a_variant_is_shown_with_what_it_takes(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for said in ("SigLIP + mlp + Phi-2", "729 of 729 patches", "1319 are left for text",
                  "from layer 12 at 2e-05", "4,868", "3,186,939,424", "12.7 GB", "DOES NOT FIT",
-                 "sharded over 8"):  # fmt: skip
+                 "sharded over 8", "2048 tokens"):  # fmt: skip
         assert said in text
+    stages = {line.split()[0]: line.split()[-1] for line in text.split("\n\n")[2].splitlines()[2:]}
+    assert stages == {"pretrain": "caption", "share_pretrain": "caption", "finetune": "phi"}  # templates
+    (total,) = [line.split() for line in text.splitlines() if line.startswith("all ") and " M " in line]
+    assert total[1:5] == ["2,469,128", "12,245", "2,211", "M"]
     assert "refused" not in text
+
+
+def test_the_forms_beside_the_recipes_own_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, own, others in (
+        ("base-C-TL", "full", ["LoRA, rank 128", "QLoRA, rank 128"]),
+        ("lora-C-TL", "LoRA, rank 128", ["full", "QLoRA, rank 128"]),
+        ("qlora-C-TL", "QLoRA, rank 128", ["full", "LoRA, rank 128"]),
+    ):
+        assert main(["show", name]) == 0
+        table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+        rows = [re.split(" {2,}", line) for line in table if line.startswith("finetune")]
+        assert [row[1] for row in rows] == ["as the recipe", *others, "sharded over 8"]
+        main(["show", "base-C-TL"])
+        base = [re.split(" {2,}", line) for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
+        (same,) = [row[2:] for row in base if row[0] == "finetune" and row[1] == own] or [
+            next(row[2:] for row in base if row[0] == "finetune")
+        ]
+        assert rows[0][2:] == same  # the form is the one that the recipe of that name trains
 
 
 def test_each_component_is_shown_with_its_own_rate(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,46 @@ CHECKPOINTS = {
 }
 
 
+GENERATION = {
+    "cut": (cut("generation_config.json"), r"generation_config\.json: not JSON"),
+    "list": (holding("generation_config.json", "[2]"), r"generation_config\.json: expected an object"),
+    "no end": (holding("generation_config.json", "{}"), r"eos_token_id = None: .* or delete it"),
+    "word": (holding("generation_config.json", '{"eos_token_id": ["</s>"]}'), r"eos_token_id = \['</s>'\]"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["llama"]))
+    for part in assemble(config):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", GENERATION)
+def test_damaged_settings_of_generation_are_named(checkpoint: Path, tmp_path: Path, case: str) -> None:
+    damage, message = GENERATION[case]
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    damage(folder)
+    for look in (check_checkpoint, open_checkpoint):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            look(folder)
+        assert str(folder) in str(caught.value)
+
+
+def test_without_settings_of_generation_the_tokenizers_ids_do(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    gone("generation_config.json")(folder)
+    with_file, processor = open_checkpoint(checkpoint)
+    without, _ = open_checkpoint(folder)
+    settings = [model.generation_config.to_diff_dict() for model in (with_file, without)]
+    for values in settings:
+        values.pop("_from_model_config", None)
+    assert settings[0] == settings[1]
+    assert without.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_a_damaged_file_of_the_processor_is_named(parts: dict[str, Path], tmp_path: Path, case: str) -> None:
     damage, message = CHECKPOINTS[case]

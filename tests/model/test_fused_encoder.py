@@ -98,7 +98,9 @@ def test_two_names_with_a_plus_are_the_same_encoder(
 
 
 @pytest.mark.parametrize("tune", [FULL, lora(3)], ids=["full", "lora"])
-@pytest.mark.parametrize("parts", [("siglip", "dino"), ("dino",)], ids=["siglip+dino", "dino"])
+@pytest.mark.parametrize(
+    "parts", [("siglip", "dino"), ("dino",), ("fused",)], ids=["siglip+dino", "dino", "saved folder"]
+)
 def test_a_plan_counts_what_a_stage_trains_of_it(
     folders: dict[str, Path], parts: tuple[str, ...], tune: Tune
 ) -> None:

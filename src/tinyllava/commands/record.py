@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.commands.parser import CommandParser
+from tinyllava.config import Stage
 
 if TYPE_CHECKING:
     from tinyllava.conversation import Conversation
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 _HELP = """
 Show records of a LLaVA-format file as the model will see them: supervised text
-is green (in a plain terminal: between >> and <<), with token counts.
+is green (in a plain terminal: between >> and <<), with token counts. A record
+that training would refuse is shown with the reason; the exit status is then 1.
 
   tinyllava record my.json --model runs/mine/model --count 3
   tinyllava record my.json --language-model TinyLlama --template caption
@@ -46,11 +48,17 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--index", type=int, default=0, help="first record to show, from 0 (default: 0)")
     parser.add_argument("--count", type=int, default=1, help="number of records")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=Stage.max_length_tokens,
+        help="longest sequence that training takes (default: 2048)",
+    )
     known = parser.parse_args(arguments)
     if bool(known.model) == bool(known.language_model):
         parser.error("give one of --model CHECKPOINT and --language-model NAME")
-    if known.count < 1 or known.image_tokens < 0:
-        parser.error("--count must be at least 1, --image-tokens at least 0")
+    if known.count < 1 or known.image_tokens < 0 or known.max_length < 1:
+        parser.error("--count and --max-length must be at least 1, --image-tokens at least 0")
 
     from tinyllava.checkpoint_folder import check_checkpoint
     from tinyllava.data.records import read_records
@@ -66,9 +74,11 @@ def main(arguments: list[str]) -> int:
         raise DataError(f"--index {known.index}: {file} has records 0 to {len(conversations) - 1}.")
     processor = _load_processor(known)
     template = read_template(known.template) if known.template else None
+    are_taken = True
     for conversation in conversations[known.index : known.index + known.count]:
         _print_record(conversation, processor, template)
-    return 0
+        are_taken &= _print_refusal(conversation, processor, template, known)
+    return 0 if are_taken else 1
 
 
 def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
@@ -91,6 +101,30 @@ def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
     if known.image_tokens:
         processor.num_image_tokens = known.image_tokens
     return processor
+
+
+def _print_refusal(
+    conversation: "Conversation",
+    processor: "TinyLlavaProcessor",
+    template: str | None,
+    known: argparse.Namespace,
+) -> bool:
+    """Say what training will say of a record that it does not take; return whether it can begin."""
+    from rich.console import Console
+
+    from tinyllava.data.dataset import Examples, measure
+    from tinyllava.data.records import Defect
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    examples = Examples(conversations=[conversation], processor=processor, template=template)
+    try:
+        _, skipped = measure(examples, known.max_length, tuple(known.skip))
+    except Defect as defect:
+        console.print(f"training refuses it: {defect}", style="bold red")
+        return False
+    if skipped:
+        console.print(f"training leaves it out: {', '.join(skipped)}", style="dim")
+    return True
 
 
 def _print_record(

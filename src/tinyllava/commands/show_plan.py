@@ -28,7 +28,8 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
     sections = [
         f"{run.name}: {run.model.vision_encoder} + {run.model.connector} + {run.model.language_model}",
         _model(run, plan),
-        format_table(_stages(run)),
+        format_table(_stages(run, plan)),
+        format_table(_settings(run)),
         format_table(_parameters(plan)),
         format_table(_loads(plan)),
         f"on {num_gpus} x {gpu}, {UTILISATION:.0%} of the peak; memory of each GPU at the longest sequence:",
@@ -52,13 +53,37 @@ def _model(run: Run, plan: Plan) -> str:
     )
 
 
-def _stages(run: Run) -> Rows:
+def _stages(run: Run, plan: Plan) -> Rows:
     rows: Rows = [("stage", "data", "encoder", "connector", "LLM", "batch", "epochs", "template")]
     rows += [
         (
             name, ", ".join(stage.data.records), *(_describe(stage, c) for c in COMPONENTS),
             stage.global_batch_size, f"{stage.num_epochs:g}",
-            stage.template or run.model.template or "the LLM's",
+            stage.template or run.model.template or plan.parts.language.template,
+        )
+        for name, stage in run.stages.items()
+    ]  # fmt: skip
+    return rows
+
+
+def _settings(run: Run) -> Rows:
+    """The rest of a stage's config; the optimizer is AdamW and the schedule a cosine in all of them."""
+    rows: Rows = [
+        (
+            "AdamW, cosine",
+            "warm-up",
+            "decay",
+            "clipped at",
+            "at most",
+            "grouped by",
+            "mean of the loss",
+            "precision",
+        )
+    ]
+    rows += [
+        (
+            name, f"{stage.warmup_ratio:.0%}", f"{stage.weight_decay:g}", f"{stage.max_grad_norm:g}",
+            f"{stage.max_length_tokens} tokens", stage.group_by, stage.loss_norm, run.hardware.precision,
         )
         for name, stage in run.stages.items()
     ]  # fmt: skip
@@ -101,6 +126,16 @@ def _loads(plan: Plan) -> Rows:
             (
                 stage.name, f"{load.num_samples:,}", f"{load.num_steps:,}", f"{load.num_tokens / 1e6:,.0f} M",
                 f"{load.mean_tokens:.0f}", f"{load.flops:.2e}", f"{stage.hours:.1f}", checkpoint,
+            )
+        )  # fmt: skip
+    if loads := [stage.load for stage in plan.stages if stage.load]:
+        samples, steps = sum(load.num_samples for load in loads), sum(load.num_steps for load in loads)
+        tokens, flops = sum(load.num_tokens for load in loads), sum(load.flops for load in loads)
+        hours = sum(stage.hours for stage in plan.stages)
+        rows.append(
+            (
+                "all", f"{samples:,}", f"{steps:,}", f"{tokens / 1e6:,.0f} M", "", f"{flops:.2e}",
+                f"{hours:.1f}", "",
             )
         )  # fmt: skip
     return rows

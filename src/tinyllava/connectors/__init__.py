@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Options = Mapping[str, int]
+Linears = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Connector:
     """T from M and the options."""
     num_parameters: Callable[[int, int, Options], int]
     """Parameters from X, D and the options."""
+    linears: Callable[[int, int, Options], Linears]
+    """(Inputs, outputs) of each linear layer from X, D and the options: what adapters are put on."""
     options: Options = field(default_factory=dict)
     """Every option with its default."""
 
@@ -67,71 +70,100 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
+def _weights(linears: Linears, *, biased: bool = True) -> int:
+    return sum(inputs * outputs + biased * outputs for inputs, outputs in linears)
+
+
+def _linear_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    return [(vision_width, language_width)]
+
+
+def _linear(vision_width: int, language_width: int, options: Options) -> int:
+    return _weights(_linear_linears(vision_width, language_width, options))
+
+
+def _mlp_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    inputs = vision_width * options.get("block", 1) ** 2
+    return [(inputs, language_width), (language_width, language_width)]
 
 
 def _mlp(vision_width: int, language_width: int, options: Options) -> int:
-    inputs = vision_width * options.get("block", 1) ** 2
-    return _linear(inputs, language_width) + _linear(language_width, language_width)
+    return _weights(_mlp_linears(vision_width, language_width, options))
+
+
+def _resampler_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    width, attention = options["width"], options["num_heads"] * options["head_width"]
+    layer = [(width, attention), (width, 2 * attention), (attention, width)]
+    layer += [(width, 4 * width), (4 * width, width)]
+    return [(vision_width, width), *layer * options["num_layers"], (width, language_width)]
 
 
 def _resampler(vision_width: int, language_width: int, options: Options) -> int:
-    width, attention = options["width"], options["num_heads"] * options["head_width"]
-    layer = 4 * width * attention + 8 * width**2 + 6 * width
-    ends = _linear(vision_width, width) + _linear(width, language_width) + 2 * width
-    return ends + options["num_queries"] * width + options["num_layers"] * layer
+    first, *layers, last = _resampler_linears(vision_width, language_width, options)
+    others = 6 * options["num_layers"] + 2 + options["num_queries"]  # norms and queries, in widths
+    return _weights([first, last]) + _weights(layers, biased=False) + others * options["width"]
+
+
+def _bench_resampler_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    width = options["width"]
+    layer = [(width, width)] * 2 + [(vision_width, width)] * 2 + [(width, 4 * width), (4 * width, width)]
+    return [*layer * options["num_layers"], (width, language_width)]
 
 
 def _bench_resampler(vision_width: int, language_width: int, options: Options) -> int:
-    width = options["width"]
-    layer = 10 * width**2 + 2 * vision_width * width + 2 * vision_width + 4 * width
-    return options["num_queries"] * width + options["num_layers"] * layer + 2 * width + width * language_width
+    width, linears = options["width"], _bench_resampler_linears(vision_width, language_width, options)
+    norms = options["num_layers"] * (2 * vision_width + 4 * width) + 2 * width
+    return _weights(linears, biased=False) + norms + options["num_queries"] * width
+
+
+def _qformer_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    width, num_layers = options["width"], options["num_layers"]
+    layer = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
+    across = [(width, width)] * 2 + [(vision_width, width)] * 2
+    num_across = -(-num_layers // options["cross_every"])
+    return [*layer * num_layers, *across * num_across, (width, language_width)]
 
 
 def _qformer(vision_width: int, language_width: int, options: Options) -> int:
     width, num_layers = options["width"], options["num_layers"]
-    attention = 4 * _linear(width, width) + 2 * width
-    across = 2 * _linear(width, width) + 2 * _linear(vision_width, width) + 2 * width
-    feed_forward = _linear(width, 4 * width) + _linear(4 * width, width) + 2 * width
-    num_across = -(-num_layers // options["cross_every"])
-    ends = options["num_queries"] * width + 2 * width + _linear(width, language_width)
-    return ends + num_layers * (attention + feed_forward) + num_across * across
+    num_norms = 1 + 2 * num_layers + -(-num_layers // options["cross_every"])
+    linears = _qformer_linears(vision_width, language_width, options)
+    return _weights(linears) + 2 * width * num_norms + options["num_queries"] * width
 
 
 CONNECTORS: dict[str, Connector] = {
     "linear": Connector(
         module="linear:Linear", summary="one linear layer, a token for each patch", num_tokens=_one_per_patch,
-        num_parameters=lambda vision_width, language_width, _: _linear(vision_width, language_width),
+        num_parameters=_linear, linears=_linear_linears,
     ),
     "mlp": Connector(
         module="mlp:MLP", summary="two linear layers with GELU between (the paper's)",
-        num_tokens=_one_per_patch, num_parameters=_mlp,
+        num_tokens=_one_per_patch, num_parameters=_mlp, linears=_mlp_linears,
     ),
     "resampler": Connector(
         module="resampler:Resampler", summary="Perceiver resampler: learned queries attend to the patches",
-        num_tokens=_one_per_query, num_parameters=_resampler,
+        num_tokens=_one_per_query, num_parameters=_resampler, linears=_resampler_linears,
         options={"num_queries": 64, "num_layers": 3, "width": 768, "num_heads": 8, "head_width": 64},
     ),
     "bench_resampler": Connector(
         module="bench_resampler:BenchResampler",
         summary="TinyLLaVABench's resampler: learned queries attend to the patches alone",
-        num_tokens=_one_per_query, num_parameters=_bench_resampler,
+        num_tokens=_one_per_query, num_parameters=_bench_resampler, linears=_bench_resampler_linears,
         options={"num_queries": 128, "num_layers": 3, "width": 768, "num_heads": 12},
     ),
     "pixel_shuffle": Connector(
         module="pixel_shuffle:PixelShuffle",
         summary="space to depth: block x block patches become one token, then MLP",
-        num_tokens=_one_per_block, num_parameters=_mlp, options={"block": 3},
+        num_tokens=_one_per_block, num_parameters=_mlp, linears=_mlp_linears, options={"block": 3},
     ),
     "pool": Connector(
         module="pool:Pool", summary="average the grid to side x side cells, then MLP",
-        num_tokens=_one_per_cell, num_parameters=_mlp, options={"side": 2},
+        num_tokens=_one_per_cell, num_parameters=_mlp, linears=_mlp_linears, options={"side": 2},
     ),
     "qformer": Connector(
         module="qformer:QFormer",
         summary="BLIP-2's Q-Former: queries through a small BERT that looks at the patches",
-        num_tokens=_one_per_query, num_parameters=_qformer,
+        num_tokens=_one_per_query, num_parameters=_qformer, linears=_qformer_linears,
         options={"num_queries": 32, "num_layers": 6, "width": 768, "num_heads": 12, "cross_every": 2},
     ),
 }  # fmt: skip

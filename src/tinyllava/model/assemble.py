@@ -18,7 +18,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from tinyllava.checkpoint_folder import check_checkpoint, check_processor_files
 from tinyllava.config import ModelConfig
@@ -99,6 +99,8 @@ def open_checkpoint(
             raise CheckpointError(
                 f"{folder}: {fault.replace('_', ' ')}: {', '.join(map(str, sorted(report[fault])))}"
             )
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = greedy_generation(model.generation_config, processor.tokenizer)
     return model.eval(), processor
 
 
@@ -151,7 +153,7 @@ def load_tokenizer(language: LanguageModel) -> Any:
 
 def load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
     """Load the vision half of a folder that may also hold a text half (CLIP, SigLIP), or two as one."""
-    if encoder.members:
+    if encoder.members and encoder.members[0].path:  # those of a saved folder have none: it is one model
         from tinyllava.model.fused_encoder import load_fused  # which loads each of the two with this function
 
         return load_fused(encoder, dtype)

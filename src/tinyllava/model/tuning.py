@@ -19,7 +19,10 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_
 from tinyllava.model.quantised import QuantisedLinear, quantise, quantised_layers
 
 # Parts of an encoder that stand behind the features: no gradient ever reaches them.
-_BEHIND_FEATURES = ("post_layernorm.", "layernorm.", "head.", "pooler.", "layer_norm.")
+_BEHIND_FEATURES = ("post_layernorm.", "layernorm.", "pooler.", "layer_norm.")
+_POOLING_HEAD = (
+    "head."  # SigLIP's; in EfficientNet-Lite the last convolution has this name, and makes the grid
+)
 # DINOv2's stand-in for a masked patch: no picture here has one, so it never gets a gradient, and with several
 # processes a parameter without one stops the run.
 _MASK_TOKEN = ".mask_token"
@@ -52,9 +55,11 @@ def apply_tuning(model: TinyLlavaForConditionalGeneration, stage: Stage) -> None
     model.train()
 
 
-def _train_all(model: nn.Module, component: Component) -> None:
+def _train_all(model: TinyLlavaForConditionalGeneration, component: Component) -> None:
+    is_cnn = model.config.encoder_kind == "cnn"
+    names = _BEHIND_FEATURES if is_cnn else (*_BEHIND_FEATURES, _POOLING_HEAD)
     for name, parameter in model.named_parameters():
-        behind = name.partition("vision_tower.")[2].startswith(_BEHIND_FEATURES)
+        behind = name.partition("vision_tower.")[2].startswith(names)
         if component_of(name) == component and not behind and not name.endswith(_MASK_TOKEN):
             parameter.requires_grad_(True)
 
@@ -90,6 +95,8 @@ def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and component_of(name) == component and name != "lm_head"
     ]
+    if not targets:
+        raise ConfigError(f"{component}: lora needs a linear layer, and it has none; choose full or frozen.")
     if tune.bits < 16:
         quantise(model, targets, tune.bits)
     already = {n for n, p in model.named_parameters() if p.requires_grad}
