@@ -8,7 +8,7 @@ import pytest
 
 from tinyllava.cli import COMMANDS, main
 
-PAGES = [name for name in COMMANDS if name not in ("evaluate", "reproduce")]
+PAGES = [name for name in COMMANDS if name != "reproduce"]
 
 
 def text_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -32,9 +32,13 @@ def test_a_help_page_fits_80_columns_and_has_an_example(
 DEFAULTS = {
     "record": ("from 0 (default: 0)", "number of records (default: 1)", "with --language-model 576"),
     "compare": ("(default: flips.html)", "(default: 200)"),
+    "evaluate": (
+        "(default: all)", "(default: evaluations/MODEL)", "(default: auto)", "(default: all of them)",
+        "(default: OPENAI_API_KEY)",
+    ),
     "export": ("(default: tinyllava)", "(default: 5GB)"),
     "show": ("(default: A100-80G)", "(default: 8)"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
