@@ -42,6 +42,8 @@ class Verdict:
         """``holds``, ``reversed``, ``open`` (the error is too large), or ``not measured``."""
         if self.difference is None:
             return "not measured"
+        if self.difference.interval is None:
+            return "open"
         low, high = self.difference.interval
         signs = [one.bootstrap.difference for one in self.by_seed]
         if low > 0 and min(signs) > 0:
