@@ -31,7 +31,7 @@ parsing and metrics. The same command again goes on where a stopped run was.
       8 processes share the pictures
 
 MM-Vet and LLaVA-W are graded by a judge, or by its recorded reviews (a folder):
-  tinyllava evaluate MODEL --data /data/bench --benchmarks mmvet,llava_w \\
+  tinyllava evaluate MODEL --data /data/bench --benchmarks mmvet,llava-w \\
       --judge-url http://localhost:8000/v1 --judge-model NAME
   tinyllava evaluate MODEL --data /data/bench --reviews reviews
 
@@ -141,6 +141,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--judge-url", default="", help="OpenAI-compatible endpoint of the judge, up to /v1")
     add("--judge-model", default="", help="the judge's model name; with --reviews, who gave them")
     add("--judge-key", default="OPENAI_API_KEY", help="environment variable that holds the key")
+    add("--judge-timeout", type=float, default=120.0, help="seconds to wait for a reply (default: 120)")
+    add("--judge-concurrent", type=int, default=8, help="requests under way at a time (default: 8)")
     add("--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens")
     add(
         "--reviews",
@@ -153,6 +155,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if getattr(known, name) < least:
             option = name.replace("_", "-")
             parser.error(f"--{option} is {getattr(known, name)}; it has to be {least} or more")
+    if known.judge_timeout <= 0 or known.judge_concurrent < 1:
+        parser.error("--judge-timeout must be above 0, --judge-concurrent at least 1")
     if known.judge_url and known.reviews:
         parser.error("--judge-url and --reviews exclude each other: a score has one judge")
     return known
@@ -225,7 +229,10 @@ def _open_judge(known: argparse.Namespace, output: Path) -> "Judge":
             "and go up to /v1, as http://localhost:8000/v1."
         )
     key = os.environ.get(known.judge_key, "")
-    endpoint = Endpoint(url=known.judge_url, model=known.judge_model, api_key=key)
+    endpoint = Endpoint(
+        url=known.judge_url, model=known.judge_model, api_key=key,
+        num_concurrent=known.judge_concurrent, timeout_seconds=known.judge_timeout,
+    )  # fmt: skip
     return Judge(endpoint=endpoint, cache=ReplyCache(output / "judge_replies.jsonl"))
 
 
