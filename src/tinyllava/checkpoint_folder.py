@@ -1,8 +1,9 @@
-"""What a checkpoint folder says of itself in its JSON files, before any weight is read; needs no torch.
+"""What a checkpoint folder says of itself, before any weight is loaded; needs no torch.
 
 Paper: section 3.1; run.json is what training leaves beside the weights, config.json describes the weights.
 """
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,3 +120,12 @@ def recorded_name(folder: Path) -> str:
         return run_from_json(path.read_text(encoding="utf-8"), str(path)).name
     folder = folder.resolve()
     return folder.parent.name if folder.name == "model" else folder.name
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash over the contents of weights and config: saved again, a checkpoint stays the same."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) + [p for p in [folder / "config.json"] if p.exists()]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

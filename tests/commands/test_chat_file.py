@@ -1,9 +1,11 @@
 """``tinyllava chat --file``: a real toy checkpoint answers a file as it answers each line alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from chats import make_chat
@@ -38,10 +40,10 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def run(questions: Path, output: Path, checkpoint: Path) -> int:
+def run(questions: Path, output: Path, checkpoint: Path, *options: str) -> int:
     return main(
         ["chat", "--file", str(questions), "--output", str(output), "--model", str(checkpoint),
-         "--max-tokens", "8", "--device", "cpu"]
+         "--max-tokens", "8", "--device", "cpu", *options]
     )  # fmt: skip
 
 
@@ -84,12 +86,15 @@ def test_a_second_run_asks_only_what_is_not_answered(
 def test_what_is_written_outlives_a_stop_within_a_character_and_is_not_written_anew(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"question": "Où?"}\n{"question": "Was?"}\n', encoding="utf-8")
     lines, output = chat_file.read_questions(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
-    assert list(chat_file.answer_file(lambda asked: ["là", "größer"][: len(asked)], lines, output)) == [0, 2]
+    assert list(chat_file.answer_file(lambda asked: ["là", "größer"][: len(asked)], lines, output, {})) == [
+        0,
+        2,
+    ]
     whole, written = output.read_bytes(), output.stat()
-    assert list(chat_file.answer_file(lambda asked: pytest.fail("asked again"), lines, output)) == [2]
+    assert list(chat_file.answer_file(lambda asked: pytest.fail("asked again"), lines, output, {})) == [2]
     assert output.stat().st_mtime_ns == written.st_mtime_ns
     output.write_bytes(whole[: whole.index("ö".encode()) + 1])
-    assert list(chat_file.answer_file(lambda asked: ["größer"], lines, output)) == [1, 2]
+    assert list(chat_file.answer_file(lambda asked: ["größer"], lines, output, {})) == [1, 2]
     assert output.read_bytes() == whole
     assert output.stat().st_ino == written.st_ino
 
@@ -100,13 +105,13 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_asked(tmp_pat
     with pytest.raises(DataError, match=r"nowhere.answers\.jsonl: cannot be used"):
         list(
             chat_file.answer_file(
-                lambda asked: pytest.fail("asked"), lines, tmp_path / "nowhere/answers.jsonl"
+                lambda asked: pytest.fail("asked"), lines, tmp_path / "nowhere/answers.jsonl", {}
             )
         )
     binary = tmp_path / "picture.png"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"picture\.png: cannot be used"):
-        list(chat_file.answer_file(lambda asked: pytest.fail("asked"), lines, binary))
+        list(chat_file.answer_file(lambda asked: pytest.fail("asked"), lines, binary, {}))
     assert binary.read_bytes() == b"\xff\xfe\x00"
 
 
@@ -121,6 +126,41 @@ def test_answers_to_other_questions_are_left_alone(
         assert run(questions, output, checkpoint) == 2
         assert "choose another file" in capsys.readouterr().err
         assert output.read_text() == text
+
+
+def test_answers_of_another_run_are_not_continued(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    first = output.read_text().splitlines(keepends=True)[0] + '{"ima'
+    output.write_text(first)
+    other = tmp_path / "other"
+    chat = Chat.open(checkpoint, device="cpu")
+    with torch.no_grad():
+        chat.model.lm_head.weight.mul_(1.5)
+    chat.model.save_pretrained(other)
+    chat.processor.save_pretrained(other)
+    copied = shutil.copytree(questions.parent, tmp_path / "elsewhere") / questions.name
+    refused = [
+        ((questions, output, other), f"model = '{checkpoint}'; this one has '{other}'"),
+        ((questions, output, checkpoint, "--temperature", "0.5"), "temperature = 0.0; this one has 0.5"),
+        ((questions, output, checkpoint, "--max-tokens", "9"), "max_tokens = 8; this one has 9"),
+        ((copied, output, checkpoint), f"pictures = '{questions.parent}'; this one has '{copied.parent}'"),
+    ]
+    for arguments, message in refused:
+        capsys.readouterr()
+        assert run(*arguments) == 2
+        told = capsys.readouterr().err
+        assert f"{output}: holds answers of a run with {message}. Choose another --output, or delete" in told
+        assert output.read_text() == first
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert run(questions, output, moved) == 0  # the same weights
+    chat_file.run_file(output).unlink()
+    assert run(questions, output, checkpoint) == 2
+    assert "does not say of which model" in capsys.readouterr().err
+    output.unlink()
+    assert run(questions, output, other) == 0
 
 
 WRONG = {

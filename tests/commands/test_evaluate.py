@@ -167,6 +167,8 @@ def test_a_raised_limit_takes_the_place_of_results_of_other_data(model, data, tm
     [
         (["--limit", "-1"], "--limit is -1; it has to be 0 or more"),
         (["--judge-url", "http://x/v1", "--reviews", "r"], "exclude each other"),
+        (["--judge-timeout", "0"], "--judge-timeout must be above 0"),
+        (["--judge-concurrent", "0"], "--judge-concurrent at least 1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message, capsys):

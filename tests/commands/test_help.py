@@ -8,7 +8,7 @@ import pytest
 
 from tinyllava.cli import COMMANDS, main
 
-PAGES = [name for name in COMMANDS if name != "evaluate"]
+PAGES = list(COMMANDS)
 
 
 def text_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -33,9 +33,13 @@ DEFAULTS = {
     "reproduce": ("(default: 1.0)", "(default: OPENAI_API_KEY)", "(default studies/NAME)"),
     "record": ("from 0 (default: 0)", "number of records (default: 1)", "with --language-model 576"),
     "compare": ("(default: flips.html)", "(default: 200)"),
+    "evaluate": (
+        "(default: all)", "(default: evaluations/MODEL)", "(default: auto)", "(default: all of them)",
+        "(default: OPENAI_API_KEY)",
+    ),
     "export": ("(default: tinyllava)", "(default: 5GB)"),
     "show": ("(default: A100-80G)", "(default: 8)"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

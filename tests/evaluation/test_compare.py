@@ -10,6 +10,8 @@ from evaluation import benchmark_files as files
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.benchmarks.mmbench import ROTATION
+from tinyllava.evaluation.benchmarks.mme import PERCEPTION
 from tinyllava.evaluation.compare import compare, compare_predictions
 from tinyllava.evaluation.predictions import write_predictions
 
@@ -40,7 +42,7 @@ def test_flips_and_mcnemar(tmp_path: Path) -> None:
     a = predict("pope", tmp_path / "d", "yes")
     b = predict("pope", tmp_path / "d", "yes", q2="no", q3="no", q1="no")
     result = compare_predictions(a, b, BENCHMARKS["pope"])
-    assert (result.only_a, result.only_b, result.num_questions) == (1, 2, 11)
+    assert (result.only_a, result.only_b, result.num_units) == (1, 2, 11)
     assert result.mcnemar_p == pytest.approx(stats.binomtest(1, 3).pvalue)
     assert {left.question_id for left, _ in result.flips} == {"1", "2", "3"}
     assert "only A" in str(result)
@@ -49,7 +51,7 @@ def test_flips_and_mcnemar(tmp_path: Path) -> None:
 def test_questions_of_one_side_are_left_out_and_counted(tmp_path: Path) -> None:
     a, b = predict("gqa", tmp_path / "d", "no"), predict("gqa", tmp_path / "d", "man")
     result = compare_predictions(a[1:], b, BENCHMARKS["gqa"])
-    assert (result.num_questions, result.num_unpaired) == (3, 1)
+    assert (result.num_units, result.num_unpaired) == (3, 1)
 
 
 def test_folders_are_compared_by_benchmark(tmp_path: Path) -> None:
@@ -86,6 +88,36 @@ def test_answers_of_two_judges_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="mmvet: the answers have several judges: another, gpt-4-0613"):
         compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert compare_predictions(b, c, BENCHMARKS["mmvet"], num_resamples=50).bootstrap.difference == 0
+
+
+def test_units_are_those_of_the_headline(tmp_path: Path) -> None:
+    """MMBench counts a question once, right in all rotations; ScienceQA and MME leave questions out."""
+    mmbench = BENCHMARKS["mmbench"]
+    questions = mmbench.load(files.mmbench(tmp_path / "mmbench"))
+    truths = {q.id: q.target["answer"] for q in questions}
+    base = next(q.id for q in questions if int(q.id) >= ROTATION)
+    wrong = next(letter for letter in "AB" if letter != truths[base])
+    a = mmbench.score(questions, truths).predictions
+    b = mmbench.score(questions, truths | {base: wrong}).predictions
+    result = compare_predictions(a, b, mmbench, num_resamples=50)
+    num_bases = len({int(q.id) % ROTATION for q in questions})
+    assert result.num_units == num_bases < len(questions)
+    assert (result.only_a, result.only_b) == (1, 0)
+    assert result.b == pytest.approx(100 * (num_bases - 1) / num_bases)
+    ((left, right),) = result.flips
+    assert (left.question_id, left.score, right.score) == (base, 1.0, 0.0)  # the rotation that B lost
+    assert str(result).endswith(f"n = {num_bases} questions in all their rotations")
+    for name, write in (("scienceqa", files.scienceqa), ("mme", files.mme)):
+        benchmark = BENCHMARKS[name]
+        questions = benchmark.load(write(tmp_path / name))
+        of_a, of_b = (
+            benchmark.score(questions, {q.id: x for q in questions}).predictions for x in ("A", "B")
+        )
+        result = compare_predictions(of_a, of_b, benchmark, num_resamples=50)
+        in_headline = {"scienceqa": ("image",), "mme": PERCEPTION}[name]
+        counted = [q for q in questions if q.category in in_headline]
+        assert result.num_units == len(counted) < len(questions)
+        assert {left.category for left, _ in result.flips} <= set(in_headline)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

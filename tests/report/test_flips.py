@@ -36,6 +36,24 @@ def test_the_page_holds_pictures_and_escapes_answers(tmp_path: Path) -> None:
     HTMLParser().feed(page)
 
 
+def test_a_benchmark_without_flips_has_no_section_of_its_own(tmp_path: Path) -> None:
+    comparisons = []
+    for name, write in (("pope", files.pope), ("gqa", files.gqa)):
+        benchmark = BENCHMARKS[name]
+        questions = benchmark.load(write(tmp_path / name))
+        answers = {q.id: "yes" for q in questions}
+        other = answers if name == "gqa" else dict.fromkeys(answers, "no")
+        a, b = (benchmark.score(questions, given).predictions for given in (answers, other))
+        comparisons.append(compare_predictions(a, b, benchmark, num_resamples=50))
+    write_flips(comparisons, tmp_path / "flips.html", a="A", b="B")
+    page = (tmp_path / "flips.html").read_text(encoding="utf-8")
+    assert page.count("<h2>") == page.count('<div class="cards">') == 1
+    assert "<p>No question flipped: gqa.</p>" in page
+    assert "no interval: the same on" in page
+    write_flips(comparisons[:1], tmp_path / "flips.html", a="A", b="B")
+    assert "No question flipped" not in (tmp_path / "flips.html").read_text(encoding="utf-8")
+
+
 def test_without_the_data_set_the_page_names_the_pictures(tmp_path: Path) -> None:
     benchmark = BENCHMARKS["pope"]
     questions = benchmark.load(files.pope(tmp_path))

@@ -78,7 +78,7 @@ def test_a_kind_of_question_is_tested_on_its_questions_alone() -> None:
     claim = replace(study.claims[0], benchmark="gqa", metric="kind=colour")
     (verdict,) = judge_claims(replace(study, claims=(claim,)), scores)
     assert (verdict.worse, verdict.better) == (50, 100)
-    assert verdict.by_seed[0].num_questions == 20
+    assert verdict.by_seed[0].num_units == 20
     shape = replace(claim, metric="kind=shape")
     assert judge_claims(replace(study, claims=(shape,)), scores)[0].outcome == "open"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.checkpoint_folder import check_checkpoint
+from tinyllava.checkpoint_folder import check_checkpoint, fingerprint
 from tinyllava.commands.chat_file import answer_file, read_questions
 from tinyllava.commands.parser import CommandParser
 from tinyllava.errors import CheckpointError
@@ -26,6 +26,7 @@ answered knowing those before it.
   tinyllava chat --file questions.jsonl --output answers.jsonl
       lines such as {"image": "cat.jpg", "question": "What is this?"}; the same
       lines with "answer" come out; run again, it goes on where it was
+      (answers.jsonl.run.json keeps answers of two models or settings apart)
 
 Ctrl-C breaks off an answer; at the prompt it ends.
 """
@@ -70,8 +71,13 @@ def main(arguments: list[str]) -> int:
     sampling = {"do_sample": True, "temperature": known.temperature} if known.temperature else {}
 
     if known.file:
+        run = {
+            "model": str(model.resolve()), "weights": fingerprint(model),
+            "dtype": str(chat.model.dtype).removeprefix("torch."), "max_tokens": known.max_tokens,
+            "temperature": known.temperature, "pictures": str(Path(known.file).resolve().parent),
+        }  # fmt: skip
         for done in answer_file(
-            lambda asked: chat.answer(asked, known.max_tokens, **sampling), lines, Path(known.output)
+            lambda asked: chat.answer(asked, known.max_tokens, **sampling), lines, Path(known.output), run
         ):
             print(f"{done} of {len(lines)} answered", file=sys.stderr)
         print(known.output)

@@ -3,7 +3,7 @@
 import json
 import os
 from codecs import getincrementaldecoder
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,28 @@ _EXAMPLE = '{"image": "cat.jpg", "question": "What is on the chair?"}'
 
 
 def answer_file(
-    answer: Callable[[Sequence[Conversation]], list[str]], lines: Sequence[Line], output: Path
+    answer: Callable[[Sequence[Conversation]], list[str]],
+    lines: Sequence[Line],
+    output: Path,
+    run: Mapping[str, object],
 ) -> Iterator[int]:
     """Write each line with its answer, in order; yield the number of lines done, also before the first batch.
 
     Lines that the output holds already are not asked again.
 
+    Args:
+        answer: gives one text a conversation.
+        lines: what is asked.
+        output: JSONL to write; ``run_file`` beside it says whose answers these are.
+        run: what the answers depend on, by name: weights, decoding, folder of the pictures.
+
     Raises:
-        DataError: the output holds answers to other questions, or cannot be written.
+        DataError: the output holds answers to other questions or of another run, or cannot be written.
     """
-    done = _count_answered(output, lines)
+    done, num_whole = _count_answered(output, lines)
+    _claim(output, run)
+    if output.exists() and num_whole < output.stat().st_size:
+        os.truncate(output, num_whole)  # cut, not written anew: what is there outlives a kill and a full disk
     yield done
     for start in range(done, len(lines), _AT_ONCE):
         chunk = lines[start : start + _AT_ONCE]
@@ -94,8 +106,40 @@ def answer_file(
         yield start + len(chunk)
 
 
-def _count_answered(output: Path, lines: Sequence[Line]) -> int:
-    """Return how many lines the output answers; a line that a stop cut short is taken off its end."""
+def run_file(output: Path) -> Path:
+    """Return the file that says which model gave the answers in ``output``, and how it was asked."""
+    return output.with_name(f"{output.name}.run.json")
+
+
+def _claim(output: Path, run: Mapping[str, object]) -> None:
+    """Write down whose answers these are, or make sure that those which are there are of the same run."""
+    path = run_file(output)
+    fix = f"Choose another --output, or delete {output} to have all questions asked again."
+    if not output.exists() or not output.stat().st_size:
+        try:
+            path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be written ({error.strerror}); choose another --output."
+            ) from error
+        return
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    if not isinstance(known, dict):
+        raise DataError(f"{output}: holds answers, but {path} does not say of which model. {fix}")
+    same_weights = known.get("weights") == run.get("weights")
+    for name, value in run.items():
+        if known.get(name) != value and not (name == "model" and same_weights):  # a folder may move
+            raise DataError(
+                f"{output}: holds answers of a run with {name} = {known.get(name)!r}; this one has "
+                f"{value!r}. {fix}"
+            )
+
+
+def _count_answered(output: Path, lines: Sequence[Line]) -> tuple[int, int]:
+    """Return how many lines the output answers, and their bytes; a line that a stop cut may follow."""
     try:
         is_new = not output.exists()
         output.open("ab").close()  # a place that cannot be written is told before anything is asked
@@ -112,9 +156,7 @@ def _count_answered(output: Path, lines: Sequence[Line]) -> int:
     same = len(written) <= len(lines) and all(map(str.startswith, written, begins))
     if not same or not (rest.startswith(cut) or cut.startswith(rest)) or (rest and not cut):
         raise DataError(f"{output}: holds something else than these answers; choose another file.")
-    if len(whole) < len(data):  # cut, not written anew: what is there outlives a kill and a full disk
-        os.truncate(output, len(whole))
-    return len(written)
+    return len(written), len(whole)
 
 
 def _asked(fields: dict[str, Any]) -> dict[str, Any]:

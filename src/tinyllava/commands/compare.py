@@ -6,8 +6,8 @@ from tinyllava.commands.parser import CommandParser
 
 _HELP = """
 Compare two evaluations of the same questions: the difference of each headline
-number with its 95% interval (paired bootstrap over pictures), McNemar's test,
-and a page with the questions that flipped.
+number with its 95% interval (paired bootstrap over pictures), McNemar's test
+over what that number counts, and a page with the questions that flipped.
 
   tinyllava compare evaluations/mine evaluations/other --data /data/bench
   tinyllava compare evaluations/mine/pope evaluations/mine/pope-blind

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllava.commands.parser import CommandParser
+
 if TYPE_CHECKING:
     from tinyllava.evaluation.benchmark import Benchmark
     from tinyllava.evaluation.judge import Judge, Reviews
@@ -15,16 +17,26 @@ if TYPE_CHECKING:
 _GLUE = "\N{NO-BREAK SPACE}"  # keeps a name and its number on one line
 
 _HELP = """
-Measure a checkpoint on the benchmarks of the paper, with the published prompts, parsing and metrics.
+Measure a checkpoint on the benchmarks of the paper, with the published prompts,
+parsing and metrics. The same command again goes on where a stopped run was.
 
-  tinyllava evaluate MODEL --benchmarks pope,gqa --data /data/benchmarks  in /data/benchmarks/pope and .../gqa
-  tinyllava evaluate MODEL --benchmarks all --data DIR --limit 100            the first 100 questions of each
-  tinyllava evaluate MODEL --benchmarks pope --data DIR --blind               the same with blank pictures
-  torchrun --nproc-per-node 8 -m tinyllava.cli evaluate MODEL ...             8 processes share the pictures
+  tinyllava evaluate MODEL --data /data/bench
+      all nine: the folders /data/bench/vqav2, /data/bench/gqa and so on
+  tinyllava evaluate MODEL --data /data/bench --benchmarks pope,gqa
+  tinyllava evaluate MODEL --data /data/bench --benchmarks pope --limit 100
+  tinyllava evaluate MODEL --data /data/bench --benchmarks pope --blind
+      with blank pictures: how much of a score needs no picture
+  tinyllava evaluate MODEL --data /data/bench --score-only
+  torchrun --nproc-per-node 8 -m tinyllava.cli evaluate MODEL --data /data/bench
+      8 processes share the pictures
 
-The same command again goes on where a stopped run was. What a benchmark needs on disk and where it comes
-from: `tinyllava data benchmarks NAME DIR`. MM-Vet and LLaVA-W are judged by a model (--judge-url) or by
-recorded reviews (--reviews).
+MM-Vet and LLaVA-W are graded by a judge, or by its recorded reviews (a folder):
+  tinyllava evaluate MODEL --data /data/bench --benchmarks mmvet,llava-w \\
+      --judge-url http://localhost:8000/v1 --judge-model NAME
+  tinyllava evaluate MODEL --data /data/bench --reviews reviews
+
+`tinyllava data benchmarks` lists the names; `tinyllava data benchmarks pope
+/data/bench/pope` says what POPE needs on disk, and where it comes from.
 """
 
 
@@ -108,47 +120,43 @@ def describe_metrics(result: "Result") -> list[str]:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="tinyllava evaluate", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("evaluate", _HELP)
     add = parser.add_argument
     add("model", help="checkpoint folder")
-    add("--benchmarks", default="all", help="names with commas between, or all (the nine of the paper)")
     add("--data", required=True, help="folder with a folder for each benchmark")
-    add("--output", default="", help="folder for answers and results (default evaluations/MODEL)")
+    add("--benchmarks", default="all", help="names with commas between, or all: the nine of the paper")
+    add("--output", default="", help="folder of answers and results (default: evaluations/MODEL)")
     add("--blind", action="store_true", help="replace every picture by one of the mean colour")
-    add("--limit", type=int, default=0, help="ask only the first questions (a partial set, named as such)")
+    add("--limit", type=int, default=0, help="ask only the first questions (default: all of them)")
     add("--score-only", action="store_true", help="score the answers that are there; opens no model")
     add("--device", default="", help="device of torch (default: a GPU if there is one)")
-    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--dtype", default="auto", help="auto: as saved on a GPU, else float32; bfloat16, float16, float32")
     add("--batch-tokens", type=int, default=0, help="tokens of one batch (default: what suits the device)")
     add(
         "--workers",
         type=int,
         default=max(1, min(4, (os.cpu_count() or 2) - 1)),
-        help="processes that open pictures",
+        help="processes that open pictures (default: one a core but one, at most 4)",
     )
     add("--judge-url", default="", help="OpenAI-compatible endpoint of the judge, up to /v1")
-    add("--judge-model", default="", help="the judge's model name")
+    add("--judge-model", default="", help="the judge's model name; with --reviews, who gave them")
     add("--judge-key", default="OPENAI_API_KEY", help="environment variable that holds the key")
-    add(
-        "--judge-price",
-        type=float,
-        nargs=2,
-        metavar=("IN", "OUT"),
-        help="price per million tokens, for the estimate",
-    )
+    add("--judge-timeout", type=float, default=120.0, help="seconds to wait for a reply (default: 120)")
+    add("--judge-concurrent", type=int, default=8, help="requests under way at a time (default: 8)")
+    add("--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens")
     add(
         "--reviews",
         default="",
-        help="recorded reviews instead of a judge: a file (.jsonl, or MM-Vet's .json), or a folder with one "
-        "for each benchmark (NAME.jsonl, NAME.json, or NAME/reviews-JUDGE.jsonl as an evaluation leaves it)",
+        help="recorded reviews: a file (.jsonl, or MM-Vet's .json), or a folder with NAME.jsonl, NAME.json "
+        "or NAME/reviews-JUDGE.jsonl for each benchmark",
     )
     known = parser.parse_args(arguments)
     for name, least in (("limit", 0), ("batch_tokens", 0), ("workers", 0)):
         if getattr(known, name) < least:
             option = name.replace("_", "-")
             parser.error(f"--{option} is {getattr(known, name)}; it has to be {least} or more")
+    if known.judge_timeout <= 0 or known.judge_concurrent < 1:
+        parser.error("--judge-timeout must be above 0, --judge-concurrent at least 1")
     if known.judge_url and known.reviews:
         parser.error("--judge-url and --reviews exclude each other: a score has one judge")
     return known
@@ -221,7 +229,10 @@ def _open_judge(known: argparse.Namespace, output: Path) -> "Judge":
             "and go up to /v1, as http://localhost:8000/v1."
         )
     key = os.environ.get(known.judge_key, "")
-    endpoint = Endpoint(url=known.judge_url, model=known.judge_model, api_key=key)
+    endpoint = Endpoint(
+        url=known.judge_url, model=known.judge_model, api_key=key,
+        num_concurrent=known.judge_concurrent, timeout_seconds=known.judge_timeout,
+    )  # fmt: skip
     return Judge(endpoint=endpoint, cache=ReplyCache(output / "judge_replies.jsonl"))
 
 

@@ -122,6 +122,10 @@ class Benchmark:
     summarise: Callable[[Sequence[Prediction]], Summary] = mean_scores
     count: Callable[[Sequence[Question]], int] = len
     """Number of questions in a list (MMBench asks each several times)."""
+    unit: str = "questions"
+    """What the headline metric counts, as a comparison names it."""
+    unit_of: Callable[[Prediction], str | None] = lambda prediction: prediction.question_id
+    """The unit that an answer belongs to, right only if all of its answers are; None: not in the headline."""
     max_new_tokens: int = 128
     judging: Judging | None = None
     """How a judge model grades the answers; None where none is needed."""

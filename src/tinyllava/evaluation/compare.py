@@ -29,23 +29,27 @@ class Comparison:
     b: float
     bootstrap: PairedDifference
     """Of the headline metric, B minus A, pictures resampled."""
-    num_questions: int
+    unit: str
+    """What is counted below, as the headline metric counts it: questions, or MMBench's with all rotations."""
+    num_units: int
     num_unpaired: int
     """Questions that only one of the two has; they are left out."""
     only_a: int
-    """Questions that A got right and B wrong."""
+    """Units that A got right and B wrong."""
     only_b: int
     mcnemar_p: float
     flips: tuple[tuple[Prediction, Prediction], ...]
-    """Pairs (of A, of B) of which one is right and the other wrong."""
+    """Pairs (of A, of B), one of each unit that flipped, of which one is right and the other wrong."""
 
     def __str__(self) -> str:
-        low, high = self.bootstrap.interval
+        found = self.bootstrap
+        p_values = f"{self.mcnemar_p:.4f} (McNemar: {self.only_a} only A, {self.only_b} only B right)"
+        if found.p_value is not None:
+            p_values = f"{found.p_value:.4f} (bootstrap), {p_values}"
         return (
             f"{self.benchmark} {self.metric}: {self.a:.2f} -> {self.b:.2f}, difference "
-            f"{self.bootstrap.difference:+.2f} [{low:+.2f}, {high:+.2f}], p = {self.bootstrap.p_value:.4f} "
-            f"(bootstrap), {self.mcnemar_p:.4f} (McNemar: {self.only_a} only A, {self.only_b} only B right), "
-            f"n = {self.num_questions:,}"
+            f"{found.difference:+.2f} [{found.describe_interval()}], p = {p_values}, "
+            f"n = {self.num_units:,} {self.unit}"
         )
 
 
@@ -68,7 +72,8 @@ def compare_predictions(
     left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     ratios_a = benchmark.summarise(left)[benchmark.metric]
     ratios_b = benchmark.summarise(right)[benchmark.metric]
-    flips = tuple(pair for pair in pairs if _is_right(pair[0]) != _is_right(pair[1]))
+    units = _group_by_unit(pairs, benchmark)
+    flips = tuple(flip for unit in units if (flip := _find_flip(unit)) is not None)
     only_a = sum(_is_right(of_one) for of_one, _ in flips)
     return Comparison(
         benchmark=benchmark.name,
@@ -76,7 +81,8 @@ def compare_predictions(
         a=sum(ratio.value for ratio in ratios_a),
         b=sum(ratio.value for ratio in ratios_b),
         bootstrap=paired_bootstrap(ratios_a, ratios_b, num_resamples=num_resamples, seed=seed),
-        num_questions=len(pairs),
+        unit=benchmark.unit,
+        num_units=len(units),
         num_unpaired=len(of_a) + len(of_b) - 2 * len(pairs),
         only_a=only_a,
         only_b=len(flips) - only_a,
@@ -85,11 +91,30 @@ def compare_predictions(
     )
 
 
+Pair = tuple[Prediction, Prediction]
+
+
+def _group_by_unit(pairs: Sequence[Pair], benchmark: Benchmark) -> list[list[Pair]]:
+    units: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        unit = benchmark.unit_of(pair[0])
+        if unit is not None:
+            units.setdefault(unit, []).append(pair)
+    return list(units.values())
+
+
+def _find_flip(unit: Sequence[Pair]) -> Pair | None:
+    """Return the first pair that keeps a unit from being right for A and B alike, None if it is."""
+    if all(_is_right(a) for a, _ in unit) == all(_is_right(b) for _, b in unit):
+        return None
+    return next(pair for pair in unit if _is_right(pair[0]) != _is_right(pair[1]))
+
+
 def _is_right(prediction: Prediction) -> bool:
     return (prediction.score or 0.0) >= RIGHT
 
 
-def _check_pairs(pairs: Sequence[tuple[Prediction, Prediction]], benchmark: Benchmark) -> None:
+def _check_pairs(pairs: Sequence[Pair], benchmark: Benchmark) -> None:
     if not pairs:
         raise DataError(
             f"{benchmark.name}: A and B have no question in common; evaluate both on the same data."

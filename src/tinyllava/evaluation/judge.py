@@ -218,7 +218,8 @@ def _call(client: httpx.Client, endpoint: Endpoint, request: JudgeRequest) -> st
             problem = f"status {response.status_code}: {response.text[:200]}"
             if response.status_code not in _RETRIED:
                 raise JudgeError(
-                    f"{url} refused judge {endpoint.model!r}: {problem}. Mend the address or the key."
+                    f"{url} refused judge {endpoint.model!r}: {problem}. Mend the address, the judge's "
+                    "name or the key."
                 )
             told = response.headers.get("retry-after", "")
             wait = float(told) if told.replace(".", "", 1).isdigit() else wait

@@ -6,7 +6,6 @@ Differs: a run that was stopped goes on where it was; several processes share th
 """
 
 import datetime
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from tinyllava.checkpoint_folder import fingerprint
 from tinyllava.conversation import Conversation
 from tinyllava.evaluation.answers import AnswerFile, claim_folder, read_answers
 from tinyllava.evaluation.benchmark import Benchmark
@@ -104,7 +104,7 @@ def answer_benchmark(
     folder = answers_folder(output, benchmark, blind=settings.blind)
     if state.is_main_process:
         identity = {
-            "model": model, "weights": _fingerprint(Path(model)), "protocol": benchmark.protocol,
+            "model": model, "weights": fingerprint(Path(model)), "protocol": benchmark.protocol,
             "max_new_tokens": benchmark.max_new_tokens, "blind": settings.blind, "dtype": _dtype(chat),
         }  # fmt: skip
         claim_folder(folder, identity)
@@ -186,15 +186,6 @@ def suitable_batch_tokens(model: Any) -> int:
 
 def _dtype(chat: Chat) -> str:
     return str(chat.model.dtype).removeprefix("torch.")
-
-
-def _fingerprint(model: Path) -> str:
-    """Return a hash over the contents of weights and config: saved again, a checkpoint stays the same."""
-    digest = hashlib.sha256()
-    for path in sorted(model.glob("*.safetensors")) + [p for p in [model / "config.json"] if p.exists()]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 class _Speed(ProgressColumn):

@@ -43,15 +43,16 @@ dd { margin: 0 }
 <tr><th>{{ one.benchmark }}<small>{{ one.metric }}</small></th>
 <td class="number">{{ "%.2f" | format(one.a) }}</td><td class="number">{{ "%.2f" | format(one.b) }}</td>
 <td class="number">{{ "%+.2f" | format(one.bootstrap.difference) }}
-<small>{{ "%+.2f" | format(one.bootstrap.interval[0]) }} to
-{{ "%+.2f" | format(one.bootstrap.interval[1]) }}</small></td>
-<td class="number">{{ "%.4f" | format(one.bootstrap.p_value) }}</td>
+<small>{{ one.bootstrap.describe_interval(" to ") }}</small></td>
+<td class="number">{{ "none" if one.bootstrap.p_value is none
+else "%.4f" | format(one.bootstrap.p_value) }}</td>
 <td class="number">{{ "%.4f" | format(one.mcnemar_p) }}</td>
-<td class="number">{{ "{:,}".format(one.num_questions) }}</td></tr>
+<td class="number">{{ "{:,}".format(one.num_units) }}
+{% if one.unit != "questions" %}<small>{{ one.unit }}</small>{% endif %}</td></tr>
 {% endfor %}
 </table>
 </div>
-{% for one in comparisons %}
+{% for one in comparisons if one.flips %}
 <h2>{{ one.benchmark }}: {{ one.only_a }} only A right, {{ one.only_b }} only B right</h2>
 {% if one.flips | length > limit %}<p>The first {{ limit }} of {{ one.flips | length }}.</p>{% endif %}
 <div class="cards">
@@ -72,6 +73,9 @@ left.picture or "no picture" }}</div>{% endif %}
 {% endfor %}
 </div>
 {% endfor %}
+{% set equal = comparisons | rejectattr("flips") | map(attribute="benchmark") | join(", ") %}
+{% if equal %}<p>No question flipped: {{ equal }}.</p>{% endif %}
+
 </body>
 </html>
 """

@@ -46,6 +46,8 @@ class Verdict:
         """``holds``, ``reversed``, ``open`` (the error is too large), or ``not measured``."""
         if self.difference is None:
             return "not measured"
+        if self.difference.interval is None:
+            return "open"
         low, high = self.difference.interval
         if min(low, *self.differences) > -self.claim.margin:
             return "holds"

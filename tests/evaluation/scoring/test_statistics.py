@@ -95,7 +95,33 @@ def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int) -> None:
 def test_equal_models_do_not_differ() -> None:
     ratio = [Ratio(numerators=[1.0, 0.0, 1.0], clusters=singles(3))]
     result = paired_bootstrap(ratio, ratio)
-    assert (result.difference, result.interval, result.p_value) == (0, (0, 0), 1)
+    assert (result.difference, result.interval, result.p_value) == (0, None, None)
+    assert result.describe_interval() == "no interval: the same on 3 of 3 pictures"
+
+
+def test_a_difference_that_is_the_same_on_all_pictures_has_no_interval() -> None:
+    names = [str(n // 2) for n in range(10)]
+    wrong, right = ([Ratio(numerators=[score] * 10, clusters=names)] for score in (0.0, 1.0))
+    result = paired_bootstrap(wrong, right)
+    assert (result.difference, result.interval, result.p_value) == (100, None, None)
+    single = paired_bootstrap(
+        [Ratio(numerators=[0.0, 0.0], clusters=["a", "a"])],
+        [Ratio(numerators=[1.0, 0.0], clusters=["a", "a"])],
+    )
+    assert (single.difference, single.interval, single.p_value) == (50, None, None)
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_where_all_pictures_say_the_same_the_interval_is_not_a_point(score: float) -> None:
+    names = [str(n // 2) for n in range(10)]
+    metric = estimate("accuracy", [Ratio(numerators=[score] * 10, clusters=names)])
+    expected = stats.binomtest(int(5 * score), 5).proportion_ci(0.95, method="wilson")
+    assert metric.interval == pytest.approx((100 * expected.low, 100 * expected.high))
+    assert metric.standard_error is None
+    ratio = Ratio(numerators=[1.0] * 10, denominators=[1.0] * 10, clusters=names)  # an F1 of 100
+    assert (estimate("f1", [ratio]).interval, estimate("f1", [ratio]).standard_error) == (None, None)
+    halves = [Ratio(numerators=[1.0, 0.0] * 5, clusters=names)]
+    assert (estimate("accuracy", halves).value, estimate("accuracy", halves).interval) == (50, None)
 
 
 def test_a_clear_difference_is_seen_and_repeats() -> None:

@@ -154,6 +154,8 @@ BENCHMARK = Benchmark(
     load=load,
     grade=grade,
     summarise=summarise,
+    unit="questions of perception",
+    unit_of=lambda prediction: prediction.question_id if prediction.category in PERCEPTION else None,
     export=export_lines,
     files=(
         NeededFile(

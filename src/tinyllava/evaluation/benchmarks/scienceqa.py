@@ -138,6 +138,8 @@ BENCHMARK = Benchmark(
     load=load,
     grade=grade,
     summarise=summarise,
+    unit="questions with a picture",
+    unit_of=lambda prediction: prediction.question_id if prediction.category == "image" else None,
     max_new_tokens=1024,
     export=export_results,
     files=(

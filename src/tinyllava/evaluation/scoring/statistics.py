@@ -50,7 +50,8 @@ def estimate(name: str, ratios: Sequence[Ratio]) -> Metric:
 
     A plain accuracy over questions of different pictures gets the binomial error and Wilson's interval;
     everything else the cluster-robust error (with the factor G/(G-1) for G pictures) and the normal
-    interval. With a single picture nothing can be said about the error.
+    interval. With a single picture nothing can be said about the error. Where all pictures say the same, that
+    error is 0 and no measure: a share of 0 or 1 gets Wilson's interval of G trials, other sums none.
     """
     value = math.fsum(ratio.value for ratio in ratios)
     num = sum(
@@ -70,7 +71,9 @@ def estimate(name: str, ratios: Sequence[Ratio]) -> Metric:
         )
     standard_error = clustered_standard_error(ratios)
     interval = None
-    if standard_error is not None:
+    if standard_error is not None and standard_error <= _ROUNDING * abs(value):
+        standard_error, interval = None, _interval_of_equals(ratios)
+    elif standard_error is not None:
         low, high = _bounds(ratios)
         margin = Z_95 * standard_error
         interval = max(low, value - margin), min(high, value + margin)
@@ -81,6 +84,19 @@ def estimate(name: str, ratios: Sequence[Ratio]) -> Metric:
         standard_error=standard_error,
         interval=interval,
     )
+
+
+_ROUNDING = 1e-12
+
+
+def _interval_of_equals(ratios: Sequence[Ratio]) -> tuple[float, float] | None:
+    """Return the interval of a share of 0 or 1 out of as many trials as there are pictures."""
+    low, high = _bounds(ratios)
+    if len(ratios) != 1 or ratios[0].value not in (low, high):
+        return None
+    weight = ratios[0].weight
+    ends = wilson_interval(ratios[0].value / weight, len(set(ratios[0].clusters)))
+    return weight * ends[0], weight * ends[1]
 
 
 def _bounds(ratios: Sequence[Ratio]) -> tuple[float, float]:
@@ -127,12 +143,22 @@ def clustered_standard_error(ratios: Sequence[Ratio]) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """B minus A over the same questions, with a bootstrap 95% interval and a two-sided p-value."""
+    """B minus A over the same questions, with a bootstrap 95% interval and a two-sided p-value.
+
+    Where every resample gives the same difference, neither is known: both are None.
+    """
 
     difference: float
-    interval: tuple[float, float]
-    p_value: float
+    interval: tuple[float, float] | None
+    p_value: float | None
+    num_pictures: int
     num_resamples: int
+
+    def describe_interval(self, between: str = ", ") -> str:
+        """Return the two ends, or why there are none."""
+        if self.interval is None:
+            return f"no interval: the same on {self.num_pictures:,} of {self.num_pictures:,} pictures"
+        return between.join(f"{end:+.2f}" for end in self.interval)
 
 
 def paired_bootstrap(
@@ -151,10 +177,12 @@ def paired_bootstrap(
     low, high = np.quantile(draws, (0.025, 0.975))
     tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     difference = math.fsum(ratio.value for ratio in b) - math.fsum(ratio.value for ratio in a)
+    varies = float(np.ptp(draws)) > _ROUNDING * max(1.0, abs(difference))
     return PairedDifference(
         difference=difference,
-        interval=(float(low), float(high)),
-        p_value=min(1.0, 2 * (tail + 1) / (num_resamples + 1)),
+        interval=(float(low), float(high)) if varies else None,
+        p_value=min(1.0, 2 * (tail + 1) / (num_resamples + 1)) if varies else None,
+        num_pictures=len(names),
         num_resamples=num_resamples,
     )
 
