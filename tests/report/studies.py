@@ -1,6 +1,6 @@
 """A small study as a grid leaves it: two panels, two recipes, two seeds, one cell failed and one not run.
 
-``python tests/report/studies.py`` writes ``tests/report/study`` anew, its report included.
+``python tests/report/studies.py`` writes ``tests/report/study`` anew, and both committed reports.
 """
 
 import random
@@ -27,6 +27,8 @@ from tinyllava.report.study import (
 from tinyllava.results import Metric, Result
 
 FOLDER = Path(__file__).parent / "study"
+MEASURED = Path(__file__).parents[2] / "docs" / "starter-grid"
+"""What ``tinyllava reproduce starter`` measured."""
 OBJECTS = ("dining table", "cat", "snowboard", "umbrella", "traffic light", "orange")
 SKILL = {
     ("TinyLlama", "base"): 0.70,
@@ -179,3 +181,6 @@ if __name__ == "__main__":
 
     write_report(write_study(FOLDER))
     shutil.rmtree(FOLDER / "figures")  # they are in the page too
+    write_report(MEASURED)
+    for figure in (MEASURED / "figures").glob("*.svg"):  # the guide shows the PNG
+        figure.unlink()

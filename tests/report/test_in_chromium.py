@@ -6,7 +6,7 @@ import pytest
 
 from evaluation import benchmark_files as files
 from report.chromium import open_page
-from report.studies import FOLDER
+from report.studies import FOLDER, MEASURED
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.compare import compare_predictions
 from tinyllava.report.flips import write_flips
@@ -19,6 +19,16 @@ def test_the_report_of_a_study(width_px: int, tmp_path: Path) -> None:
     seen = open_page(FOLDER / "report.html", tmp_path, width_px)
     assert seen.console == []
     assert len(seen.pictures) == 8  # three panels, losses, POPE, three examples
+    assert min(seen.pictures) > 0
+    assert (seen.width, seen.overflow) == (width_px, 0)
+    assert seen.fetched == []
+
+
+@pytest.mark.parametrize("width_px", [PHONE, DESKTOP])
+def test_the_report_of_the_starters_grid(width_px: int, tmp_path: Path) -> None:
+    seen = open_page(MEASURED / "report.html", tmp_path, width_px)
+    assert seen.console == []
+    assert len(seen.pictures) == 17  # four panels, losses, twelve examples
     assert min(seen.pictures) > 0
     assert (seen.width, seen.overflow) == (width_px, 0)
     assert seen.fetched == []

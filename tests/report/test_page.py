@@ -11,24 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from report.studies import FOLDER, make_study, write_study
+from report.studies import FOLDER, MEASURED, make_study, write_study
 from tinyllava.errors import DataError
 from tinyllava.report.page import write_report
 from tinyllava.report.study import save_study
 
 
-def test_the_report_of_a_committed_folder_is_written_again_byte_for_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", [FOLDER, MEASURED], ids=["toy answers", "the starter's grid"])
+def test_the_report_of_a_committed_folder_is_written_again_byte_for_byte(
+    tmp_path: Path, folder: Path
+) -> None:
     """In another process with other hash seeds, from the study's own files alone."""
     for name in ("study.json", "scores.json", "examples.json"):
-        shutil.copy(FOLDER / name, tmp_path / name)
-    shutil.copytree(FOLDER / "pictures", tmp_path / "pictures")
+        shutil.copy(folder / name, tmp_path / name)
+    shutil.copytree(folder / "pictures", tmp_path / "pictures")
     code = "import pathlib; from tinyllava.report.page import write_report; write_report(pathlib.Path.cwd())"
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"}
     )
-    same = "python tests/report/studies.py writes the committed report anew, if the change is meant"
-    for path in sorted(path for path in FOLDER.rglob("*") if path.is_file()):
-        assert (tmp_path / path.relative_to(FOLDER)).read_bytes() == path.read_bytes(), f"{path.name}: {same}"
+    same = "python tests/report/studies.py writes the committed reports anew, if the change is meant"
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        assert (tmp_path / path.relative_to(folder)).read_bytes() == path.read_bytes(), f"{path.name}: {same}"
 
 
 PAGE = (FOLDER / "report.html").read_text(encoding="utf-8")
