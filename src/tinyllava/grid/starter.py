@@ -57,10 +57,10 @@ SHARE_STEPS = 30
 """Steps of share's own stage, in which the encoder is trained too and its features cannot be kept."""
 
 COSTS = Costs(
-    seconds_per_sample={"pretrain": 0.07, "share_pretrain": 0.25, "finetune": 0.37},
-    seconds_per_question=0.08, seconds_per_node=8.0,
+    seconds_per_sample={"pretrain": 0.054, "share_pretrain": 0.215, "finetune": 0.335},
+    seconds_per_question=0.1, seconds_per_node=8.0,
 )  # fmt: skip
-"""On two cores without bf16: pre-training and fine-tuning as the starter's, the others estimated."""
+"""Measured on two cores without bf16 (docs/starter-grid); ``seconds_per_node`` is estimated."""
 
 NOTES = (
     "Each model is trained for two to four minutes on drawn shapes and on photographs of five fruits.",
