@@ -41,6 +41,8 @@ COMMANDS: dict[str, Command] = {
     "import": Command(module="import_", help="bring in a checkpoint of another layout"),
     "export": Command(module="export", help="write a checkpoint for stock transformers, vLLM or a hub"),
 }
+RESUMED = ("starter", "train", "evaluate", "reproduce")
+"""Commands that go on where they were stopped; the others are short, and begin anew."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "" if arguments[0] == "chat" else "; run the same command again to go on where it was"
+        again = "; run the same command again to go on where it was" if arguments[0] in RESUMED else ""
         print(f"\nstopped{again}.", file=sys.stderr)
         return 130
 

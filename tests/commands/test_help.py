@@ -109,3 +109,17 @@ def test_a_reader_that_stops_early_gets_no_traceback() -> None:
     assert process.stderr is not None
     assert process.stderr.read() == ""
     assert process.wait() == 141
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_is_no_traceback_and_promises_only_what_is_true(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"tinyllava.commands.{COMMANDS[name].module}.main", stop)
+    assert main([name]) == 130
+    said = capsys.readouterr().err
+    goes_on = name in ("starter", "train", "evaluate", "reproduce")
+    assert said == f"\nstopped{'; run the same command again to go on where it was' if goes_on else ''}.\n"
