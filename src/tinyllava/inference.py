@@ -55,6 +55,11 @@ class Chat:
         model.to(device)
         return cls(model, processor)
 
+    @property
+    def dtype(self) -> str:
+        """Name of the type of the weights, such as bfloat16."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     def answer(
         self, conversations: Sequence[Conversation], max_new_tokens: int = 128, **options: Any
     ) -> list[str]:

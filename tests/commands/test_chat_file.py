@@ -143,10 +143,10 @@ def test_answers_of_another_run_are_not_continued(
     chat.processor.save_pretrained(other)
     copied = shutil.copytree(questions.parent, tmp_path / "elsewhere") / questions.name
     refused = [
-        ((questions, output, other), f"model = '{checkpoint}'; this one has '{other}'"),
-        ((questions, output, checkpoint, "--temperature", "0.5"), "temperature = 0.0; this one has 0.5"),
-        ((questions, output, checkpoint, "--max-tokens", "9"), "max_tokens = 8; this one has 9"),
-        ((copied, output, checkpoint), f"pictures = '{questions.parent}'; this one has '{copied.parent}'"),
+        ((questions, output, other), f"model = '{checkpoint}', this one has '{other}'"),
+        ((questions, output, checkpoint, "--temperature", "0.5"), "temperature = 0.0, this one has 0.5"),
+        ((questions, output, checkpoint, "--max-tokens", "9"), "max_tokens = 8, this one has 9"),
+        ((copied, output, checkpoint), f"pictures = '{questions.parent}', this one has '{copied.parent}'"),
     ]
     for arguments, message in refused:
         capsys.readouterr()

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     if known.file:
         run = {
             "model": str(model.resolve()), "weights": fingerprint(model),
-            "dtype": str(chat.model.dtype).removeprefix("torch."), "max_tokens": known.max_tokens,
+            "dtype": chat.dtype, "max_tokens": known.max_tokens,
             "temperature": known.temperature, "pictures": str(Path(known.file).resolve().parent),
         }  # fmt: skip
         for done in answer_file(

@@ -11,6 +11,7 @@ from typing import Any
 from tinyllava.conversation import Conversation, ask
 from tinyllava.data.records import is_text
 from tinyllava.errors import DataError
+from tinyllava.run_identity import claim_answers
 
 _AT_ONCE = 64  # lines answered before they are written: a batch is cut out of them by its tokens
 
@@ -85,7 +86,9 @@ def answer_file(
         run: what the answers depend on, by name: weights, decoding, folder of the pictures.
 
     Raises:
-        DataError: the output holds answers to other questions or of another run, or cannot be written.
+        DataError: the output holds answers to other questions, or of a run that is not known, or cannot be
+            written.
+        ConfigError: it holds answers of another run.
     """
     done, num_whole = _count_answered(output, lines)
     _claim(output, run)
@@ -112,30 +115,14 @@ def run_file(output: Path) -> Path:
 
 
 def _claim(output: Path, run: Mapping[str, object]) -> None:
-    """Write down whose answers these are, or make sure that those which are there are of the same run."""
-    path = run_file(output)
+    """Hold the output for this run; what an output without answers was held for is no longer of use."""
+    identity = run_file(output)
     fix = f"Choose another --output, or delete {output} to have all questions asked again."
     if not output.exists() or not output.stat().st_size:
-        try:
-            path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be written ({error.strerror}); choose another --output."
-            ) from error
-        return
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = None
-    if not isinstance(known, dict):
-        raise DataError(f"{output}: holds answers, but {path} does not say of which model. {fix}")
-    same_weights = known.get("weights") == run.get("weights")
-    for name, value in run.items():
-        if known.get(name) != value and not (name == "model" and same_weights):  # a folder may move
-            raise DataError(
-                f"{output}: holds answers of a run with {name} = {known.get(name)!r}; this one has "
-                f"{value!r}. {fix}"
-            )
+        identity.unlink(missing_ok=True)
+    elif not identity.exists():
+        raise DataError(f"{output}: holds answers, but {identity} does not say of which model. {fix}")
+    claim_answers(output, identity, run, fix=fix, told_by={"model": "weights"})
 
 
 def _count_answered(output: Path, lines: Sequence[Line]) -> tuple[int, int]:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
-from tinyllava.errors import ConfigError
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import parse_line, read_lines
+from tinyllava.run_identity import claim_answers
 
 _FIX = "Delete the line, or the file, and evaluate again."
 
@@ -111,24 +111,14 @@ def read_llava_answers(path: Path, questions: Sequence[Question]) -> dict[str, s
 
 
 def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
-    """Make the folder of a run, or make sure that it is the same run's: answers of two are never mixed.
+    """Make the folder of a run, or make sure that it is the same run's.
 
     Raises:
         ConfigError: the folder holds answers of another model, protocol or setting.
     """
-    path = folder / "run.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    known = json.loads(path.read_text(encoding="utf-8"))
-    for name in known.keys() | run.keys():
-        if known.get(name) != run.get(name):
-            raise ConfigError(
-                f"{folder}: holds answers of a run with {name} = {known.get(name)!r}, this one has "
-                f"{run.get(name)!r}. Choose another output folder, or delete this one."
-            )
+    fix = "Choose another output folder, or delete this one."
+    claim_answers(folder, folder / "run.json", run, fix=fix)
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

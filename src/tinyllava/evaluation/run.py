@@ -105,7 +105,7 @@ def answer_benchmark(
     if state.is_main_process:
         identity = {
             "model": model, "weights": fingerprint(Path(model)), "protocol": benchmark.protocol,
-            "max_new_tokens": benchmark.max_new_tokens, "blind": settings.blind, "dtype": _dtype(chat),
+            "max_new_tokens": benchmark.max_new_tokens, "blind": settings.blind, "dtype": chat.dtype,
         }  # fmt: skip
         claim_folder(folder, identity)
     state.wait_for_everyone()
@@ -182,10 +182,6 @@ def suitable_batch_tokens(model: Any) -> int:
     numbers = 2 * text.num_hidden_layers * num_heads * head_width + 6 * text.intermediate_size
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(min(262_144, max(8_192, free / 3 / (numbers * model.dtype.itemsize))))
-
-
-def _dtype(chat: Chat) -> str:
-    return str(chat.model.dtype).removeprefix("torch.")
 
 
 class _Speed(ProgressColumn):
