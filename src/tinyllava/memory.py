@@ -209,7 +209,10 @@ def _feed_forward_bytes(is_phi: bool, keeps_inputs: bool, bf16: bool) -> int:
 
 
 _VALUES_PER_PIXEL = {"efficientnet_lite": 540, "resnet": 430}
-"""What training keeps of a CNN for each pixel of a picture, counted in EfficientNet-Lite2 and ResNet-50."""
+"""What training keeps of a CNN for each pixel of a picture, counted in EfficientNet-Lite2 and ResNet-50.
+
+A family that was not counted is taken as the larger of them.
+"""
 
 
 def _cnn_values(encoder: VisionEncoder) -> float:
@@ -219,7 +222,7 @@ def _cnn_values(encoder: VisionEncoder) -> float:
     wide before and after its activation (and after the normalisation of version 2).
     """
     if not encoder.stages:
-        return _VALUES_PER_PIXEL[encoder.family]
+        return _VALUES_PER_PIXEL.get(encoder.family, max(_VALUES_PER_PIXEL.values()))
     widths = 20 if encoder.family == "convnextv2" else 12
     cells: list[float] = [1 / (4 << stage) ** 2 for stage in range(len(encoder.stages))]
     return sum(n * widths * width * cell for (n, width), cell in zip(encoder.stages, cells, strict=True))

@@ -113,6 +113,20 @@ def test_training_keeps_as_many_bytes_of_a_picture_as_estimated(kind: str, tmp_p
     assert trained - frozen == pytest.approx(counted, rel=0.15)
 
 
+def test_a_family_that_was_never_counted_is_estimated_as_the_largest() -> None:
+    """A user's own spec of a CNN is planned, not a KeyError."""
+    known = replace(find_vision_encoder("EfficientNet-Lite2"), image_size_px=128)
+    parts = find_parts(variant("base-CNX-TL"))
+    trained = [
+        estimate_memory(
+            replace(parts, encoder=replace(known, family=family)), stage(FULL), batch=1, num_tokens=512,
+            num_supervised=8, bf16=False,
+        ).activations
+        for family in ("regnet", "efficientnet_lite", "resnet")
+    ]  # fmt: skip
+    assert trained[0] == max(trained)
+
+
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
 def test_adapters_on_convolutions_are_refused_before_and_in_training(
     kind: str, llm: Path, tmp_path: Path

@@ -14,7 +14,7 @@ import pytest
 from report.studies import FOLDER, MEASURED, make_study, write_study
 from tinyllava.errors import DataError
 from tinyllava.report.page import write_report
-from tinyllava.report.study import save_study
+from tinyllava.report.study import pack_predictions, save_scores, save_study
 
 
 @pytest.mark.parametrize("folder", [FOLDER, MEASURED], ids=["toy answers", "the starter's grid"])
@@ -66,6 +66,17 @@ def test_a_study_of_which_nothing_was_run_has_a_report(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"bars-{n}.{kind}" for n in (1, 2, 3) for kind in ("svg", "png")
     }
+
+
+def test_models_that_answer_alike_have_a_report(tmp_path: Path) -> None:
+    """A benchmark that all get right alike: no draw differs, so neither an interval nor a p can be given."""
+    write_study(tmp_path)
+    _, answers = make_study()
+    alike = {cell: [replace(one, score=1.0) for one in given] for cell, given in answers["gqa"].items()}
+    save_scores({"gqa": pack_predictions(alike)}, tmp_path)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "no interval: the same on 20 of 20 pictures" in page
+    assert '<td class="number">none</td>' in page
 
 
 def test_figure_1_has_a_radar(tmp_path: Path) -> None:
