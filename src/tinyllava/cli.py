@@ -60,9 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = run(arguments[1:])
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader, such as head, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        if not _reader_is_gone():  # a pipe of its own, to a worker that died
+            raise
+        return 141  # as a shell counts it: head, for one, has what it wanted
     except TinyLlavaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,6 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = "; run the same command again to go on where it was" if arguments[0] in RESUMED else ""
         print(f"\nstopped{again}.", file=sys.stderr)
         return 130
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the output any more; what is still to be printed then goes nowhere."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _help() -> str:

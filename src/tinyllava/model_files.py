@@ -1,6 +1,9 @@
 """The files of a model folder: its JSON settings, and what may stand in a file in place of what should."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -100,3 +103,17 @@ def check_new_folder(folder: Path) -> None:
     in_the_way = next((place for place in (folder, *folder.parents) if place.exists()), None)
     if in_the_way is not None and not in_the_way.is_dir():
         raise CheckpointError(f"{folder}: {in_the_way} is a file; name a new folder.")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Give a place to write into that is called ``folder`` at the end; what stops leaves nothing behind."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -123,3 +123,14 @@ def test_ctrl_c_is_no_traceback_and_promises_only_what_is_true(
     said = capsys.readouterr().err
     goes_on = name in ("starter", "train", "evaluate", "reproduce")
     assert said == f"\nstopped{'; run the same command again to go on where it was' if goes_on else ''}.\n"
+
+
+def test_a_broken_pipe_to_a_worker_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the reader of the output may go without a word; a worker that died is an error with its trace."""
+
+    def send_to_a_dead_worker(arguments: list[str]) -> int:
+        raise BrokenPipeError("worker")
+
+    monkeypatch.setattr("tinyllava.commands.show.main", send_to_a_dead_worker)
+    with pytest.raises(BrokenPipeError, match="worker"):
+        main(["show"])

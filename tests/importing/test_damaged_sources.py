@@ -66,14 +66,6 @@ BENCH = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", BENCH)
-def test_a_damaged_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    spoil, *expected = BENCH[damage]
-    source = write_bench(make_toy(tmp_path), tmp_path / "source", num_shards=1)
-    spoil(source)
-    refused(source, tmp_path, capsys, *expected)
-
-
 FOLDERS = {
     "pointer": (put("connector/pytorch_model.bin", LFS), "connector/pytorch_model.bin: is a pointer of Git"),
     "page": (put("connector/pytorch_model.bin", PAGE), "connector/pytorch_model.bin: is a web page"),
@@ -86,12 +78,18 @@ FOLDERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", FOLDERS)
-def test_a_damaged_file_of_three_folders_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+@pytest.mark.parametrize(
+    ("layout", "damage"), [("bench", name) for name in BENCH] + [("three folders", name) for name in FOLDERS]
+)
+def test_a_damaged_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str, damage: str
 ) -> None:
-    spoil, *expected = FOLDERS[damage]
-    source = write_factory(make_toy(tmp_path), tmp_path / "source", three_folders=True)
+    toy, source = make_toy(tmp_path), tmp_path / "source"
+    if layout == "bench":
+        write_bench(toy, source, num_shards=1)
+    else:
+        write_factory(toy, source, three_folders=True)
+    spoil, *expected = (BENCH if layout == "bench" else FOLDERS)[damage]
     spoil(source)
     refused(source, tmp_path, capsys, *expected)
 

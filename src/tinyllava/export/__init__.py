@@ -1,6 +1,5 @@
 """Write checkpoints for others: transformers' own LLaVA, vLLM, a repository on a hub, with a model card."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ from tinyllava.export.card import read_provenance, write_card
 from tinyllava.export.compare import compare_with_ours, compare_with_stock
 from tinyllava.export.merge import open_merged
 from tinyllava.export.stock import refuse_what_stock_cannot_hold, write_stock
-from tinyllava.model_files import check_new_folder
+from tinyllava.model_files import check_new_folder, written_whole
 
 __all__ = ["Exported", "export_checkpoint"]
 
@@ -56,9 +55,7 @@ def export_checkpoint(
         refuse_what_stock_cannot_hold(model.config, layout)
     adapter = checkpoint if source != checkpoint else None
     provenance = read_provenance(source, results, adapter)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with written_whole(folder) as partial:
         if layout == "tinyllava":
             for config in (model.config.text_config, model.config.vision_config):
                 config._name_or_path = ""  # the folder of somebody's machine
@@ -70,9 +67,4 @@ def export_checkpoint(
             difference = compare_with_stock(partial, model, processor)
         card = write_card(name or folder.name, layout, model, provenance)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Exported(folder=folder, largest_difference=difference)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from tinyllava.errors import CheckpointError
 from tinyllava.importing import factory, flat, stock
 from tinyllava.importing.build import ImportReport, build
 from tinyllava.importing.parts import Given, Parts, fetch
-from tinyllava.model_files import check_new_folder, read_config
+from tinyllava.model_files import check_new_folder, read_config, written_whole
 from tinyllava.templates import read_template
 
 __all__ = ["Given", "ImportReport", "import_checkpoint", "read_parts"]
@@ -41,18 +40,11 @@ def import_checkpoint(
     logging.set_verbosity_error()  # what the loader would warn of is an error here, and said as one
     logging.disable_progress_bar()
     model, processor, report = build(read_parts(source, given), dtype)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with written_whole(folder) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         text = json.dumps(dataclasses.asdict(report), indent=2) + "\n"
         (partial / "import.json").write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 

@@ -7,10 +7,10 @@ Everything after this step uses `from_pretrained` on a folder and knows nothing 
 from __future__ import annotations
 
 import re
-import shutil
 from typing import TYPE_CHECKING
 
 from tinyllava.errors import PackageError
+from tinyllava.model_files import written_whole
 from tinyllava.starter.packages import cache_folder
 
 if TYPE_CHECKING:
@@ -41,14 +41,12 @@ def convert_vision_encoder(
 
 
 def _convert_once(name: str, cache: Path | None, save: Callable[[Path], None]) -> Path:
-    """Let `save` fill a sibling folder, then rename: a folder that exists is complete."""
+    """Let `save` fill the folder where it is not there yet: one that exists is complete."""
     folder = (cache or cache_folder()) / "models" / name
     if not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save(partial)
-        partial.rename(folder)
+        with written_whole(folder) as partial:
+            partial.mkdir(parents=True)
+            save(partial)
     return folder
 
 
