@@ -1,5 +1,6 @@
 """The command line: one table of commands, imported when called, so that help and errors come at once."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -66,6 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141  # as a shell counts it: head, for one, has what it wanted
     except TinyLlavaError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{where}; free some space and run it again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "; run the same command again to go on where it was" if arguments[0] in RESUMED else ""

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+from safetensors import SafetensorError
+
 from tinyllava.errors import CheckpointError
 
 _HEAD_BYTES = 512
@@ -107,7 +109,11 @@ def check_new_folder(folder: Path) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Give a place to write into that is called ``folder`` at the end; what stops leaves nothing behind."""
+    """Give a place to write into that is called ``folder`` at the end; what stops leaves nothing behind.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -115,5 +121,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error}); nothing is left of it. Make room, or name another place."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -134,3 +134,17 @@ def test_a_broken_pipe_to_a_worker_is_no_silent_end(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tinyllava.commands.show.main", send_to_a_dead_worker)
     with pytest.raises(BrokenPipeError, match="worker"):
         main(["show"])
+
+
+def test_a_full_disk_is_told_by_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device /dev/full of Linux refuses whatever is written to it."""
+
+    def write(arguments: list[str]) -> int:
+        with open("/dev/full", "wb", buffering=0) as file:
+            return file.write(b"an answer")
+
+    monkeypatch.setattr("tinyllava.commands.show.main", write)
+    assert main(["show"]) == 2
+    assert capsys.readouterr().err == "error: the disk is full; free some space and run it again.\n"

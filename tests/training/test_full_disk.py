@@ -2,18 +2,12 @@
 
 import dataclasses
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
+from small_disk import run_on_small_disk
 from tinyllava.config import Hardware, to_json
 from training_toys import toy_run
-
-MOUNT = 'mount -t tmpfs -o size=24m none "$1" && shift && exec "$@"'
 
 # A second thread takes what is left of the disk as soon as the first step is logged.
 PROGRAM = """
@@ -53,20 +47,13 @@ print(json.dumps({"said": said, "num_steps": num_steps, "files": files}))
 def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
     parts: dict[str, Path], records: Path, tmp_path: Path
 ) -> None:
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
-        pytest.skip("a small disk of one's own needs Linux and user namespaces")
     disk = tmp_path / "disk"
-    disk.mkdir()
     hardware = Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=3)
     run = toy_run(parts, records, disk / "run", hardware=hardware)
     stages = {name: dataclasses.replace(stage, num_epochs=16) for name, stage in run.stages.items()}
     config = tmp_path / "run.json"
     config.write_text(to_json(dataclasses.replace(run, stages=stages)))
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", MOUNT, "sh", disk, sys.executable, "-c", PROGRAM, config],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_on_small_disk(disk, "24m", sys.executable, "-c", PROGRAM, config)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["said"] == (
