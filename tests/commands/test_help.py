@@ -142,7 +142,7 @@ def test_a_full_disk_is_told_by_every_command(
     """The device /dev/full of Linux refuses whatever is written to it."""
 
     def write(arguments: list[str]) -> int:
-        with open("/dev/full", "wb", buffering=0) as file:
+        with Path("/dev/full").open("wb", buffering=0) as file:
             return file.write(b"an answer")
 
     monkeypatch.setattr("tinyllava.commands.show.main", write)
