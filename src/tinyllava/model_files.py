@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-from safetensors import SafetensorError
-
 from tinyllava.errors import CheckpointError
 
 _HEAD_BYTES = 512
@@ -114,6 +112,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
     """
+    from safetensors import SafetensorError  # here: what only reads settings starts faster without it
+
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
