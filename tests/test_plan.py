@@ -216,3 +216,24 @@ def test_adapters_shards_and_checkpointing_take_less() -> None:
     assert sharded < full
     thrifty = replace(one, hardware=replace(one.hardware, gradient_checkpointing=True))
     assert plan_run(thrifty).stages[1].forms["as the recipe"].memory.peak < full
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wanted", "is_half"),
+    [
+        ("V100-32G", "auto", False), ("V100-32G", "fp16", True),
+        ("A100-40G", "auto", True), ("A100-40G", "fp32", False),
+    ],
+)  # fmt: skip
+def test_hours_and_memory_are_those_of_the_precision_on_the_gpu(
+    gpu: str, wanted: Literal["auto", "fp16", "fp32"], is_half: bool
+) -> None:
+    run = variant("base-C-TL")
+    run = replace(run, hardware=replace(run.hardware, precision=wanted, device_batch_size=1))
+    plan = plan_run(run, gpu=gpu).stages[1]
+    peak = {"V100-32G": (15.7e12, 125e12), "A100-40G": (19.5e12, 312e12)}[gpu][is_half]
+    assert plan.load is not None
+    assert plan.hours == pytest.approx(plan.load.flops / (8 * peak * 0.3) / 3600)
+    half = replace(run, hardware=replace(run.hardware, precision="bf16"))
+    same = plan_run(half).stages[1].forms["as the recipe"].memory
+    assert (plan.forms["as the recipe"].memory == same) is is_half

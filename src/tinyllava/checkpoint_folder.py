@@ -113,6 +113,16 @@ def recorded_model(folder: Path) -> ModelConfig:
     )
 
 
+def saved_dtype(folder: Path) -> str:
+    """Return the type of a checkpoint's weights by its config, such as float32.
+
+    Raises:
+        CheckpointError: see ``check_checkpoint``.
+    """
+    check_checkpoint(folder)
+    return str(read_config(folder).get("dtype") or "float32")
+
+
 def recorded_name(folder: Path) -> str:
     """Return the name of the run that a checkpoint came from; without a run.json, the folder's."""
     path = folder / "run.json"

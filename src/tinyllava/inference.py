@@ -12,9 +12,11 @@ from typing import Any, Self
 import torch
 from transformers import TextIteratorStreamer
 
+from tinyllava.checkpoint_folder import saved_dtype
 from tinyllava.conversation import Conversation
 from tinyllava.data.images import open_image
-from tinyllava.errors import ConfigError, DataError
+from tinyllava.devices import best_device, check_device, multiplies_bf16
+from tinyllava.errors import DataError
 from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
 from tinyllava.model.assemble import open_checkpoint
 
@@ -43,16 +45,17 @@ class Chat:
 
         Args:
             device: a device of torch; empty means a GPU if there is one.
-            dtype: ``auto`` is the checkpoint's own on a GPU and float32 on a CPU.
+            dtype: of the weights; ``auto`` is chosen by ``choose_dtype``.
 
         Raises:
             ConfigError: no such device here.
             CheckpointError: the folder is missing, incomplete, or of another kind.
         """
-        device = device or best_device()
-        on_cpu = check_device(device).type == "cpu"
-        model, processor = open_checkpoint(folder, dtype="float32" if dtype == "auto" and on_cpu else dtype)
-        model.to(device)
+        found = check_device(device or best_device())
+        if dtype == "auto":
+            dtype = choose_dtype(saved_dtype(Path(folder)), found.type)
+        model, processor = open_checkpoint(folder, dtype=dtype)
+        model.to(found)
         return cls(model, processor)
 
     @property
@@ -140,6 +143,22 @@ class Chat:
         return inputs
 
 
+def choose_dtype(saved: str, device_type: str) -> str:
+    """Return the type of the weights that a checkpoint answers with by default.
+
+    A CPU computes in float32. A GPU keeps the saved type, but weights that training left in float32 are
+    taken in bfloat16 where it multiplies that: the products of training were in it too, and float32 is an
+    order of magnitude slower (docs/decisions/0016-answers-in-half-precision.md).
+
+    Args:
+        saved: type in the checkpoint's config, such as float32.
+        device_type: such as cuda.
+    """
+    if device_type == "cpu":
+        return "float32"
+    return "bfloat16" if saved == "float32" and multiplies_bf16(device_type) else saved
+
+
 def encode_prompt(processor: TinyLlavaProcessor, conversation: Conversation) -> list[int]:
     """Return the token ids of a conversation up to where the assistant is to speak, image tokens expanded.
 
@@ -166,26 +185,6 @@ def decode(processor: TinyLlavaProcessor, ids: list[list[int]]) -> list[str]:
     """Return the text of answers, without special tokens and outer blanks."""
     texts: list[str] = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def check_device(name: str) -> torch.device:
-    """Return a device of torch.
-
-    Raises:
-        ConfigError: no such device, or none here.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"device {name!r}: {reason}; this machine's best is {best_device()!r}.") from error
-
-
-def best_device() -> str:
-    """Return ``cuda``, ``mps`` or ``cpu``, whichever comes first on this machine."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _strip(pieces: Iterator[str]) -> Iterator[str]:

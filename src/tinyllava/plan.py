@@ -18,21 +18,33 @@ from tinyllava.vision_encoders import find_vision_encoder
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A kind of GPU: memory, and the peak of its dense bf16 (V100: fp16) matrix products."""
+    """A kind of GPU: memory, and the peaks of its dense matrix products as its maker states them."""
 
     memory_bytes: int
-    flops: float
+    half_flops: float
+    """In bf16 or fp16."""
+    fp32_flops: float
+    has_bf16: bool = True
+    """Without it 'auto' trains in fp32, as ``training.trainer.choose_precision`` does there."""
+
+    def precision(self, wanted: str) -> str:
+        """Return fp32, bf16 or fp16 for what a run asks for."""
+        return ("bf16" if self.has_bf16 else "fp32") if wanted == "auto" else wanted
+
+    def flops(self, precision: str) -> float:
+        """Return the peak in a precision."""
+        return self.fp32_flops if precision == "fp32" else self.half_flops
 
 
 GPUS: dict[str, Gpu] = {
-    "V100-32G": Gpu(memory_bytes=32 * 2**30, flops=125e12),
-    "RTX-3090": Gpu(memory_bytes=24 * 2**30, flops=71e12),
-    "RTX-4090": Gpu(memory_bytes=24 * 2**30, flops=165e12),
-    "A100-40G": Gpu(memory_bytes=40 * 2**30, flops=312e12),
-    "A100-80G": Gpu(memory_bytes=80 * 2**30, flops=312e12),
-    "L40S": Gpu(memory_bytes=48 * 2**30, flops=362e12),
-    "H100-80G": Gpu(memory_bytes=80 * 2**30, flops=989e12),
-    "H200": Gpu(memory_bytes=141 * 10**9, flops=989e12),
+    "V100-32G": Gpu(memory_bytes=32 * 2**30, half_flops=125e12, fp32_flops=15.7e12, has_bf16=False),
+    "RTX-3090": Gpu(memory_bytes=24 * 2**30, half_flops=71e12, fp32_flops=35.6e12),
+    "RTX-4090": Gpu(memory_bytes=24 * 2**30, half_flops=165e12, fp32_flops=82.6e12),
+    "A100-40G": Gpu(memory_bytes=40 * 2**30, half_flops=312e12, fp32_flops=19.5e12),
+    "A100-80G": Gpu(memory_bytes=80 * 2**30, half_flops=312e12, fp32_flops=19.5e12),
+    "L40S": Gpu(memory_bytes=48 * 2**30, half_flops=362e12, fp32_flops=91.6e12),
+    "H100-80G": Gpu(memory_bytes=80 * 2**30, half_flops=989e12, fp32_flops=67e12),
+    "H200": Gpu(memory_bytes=141 * 10**9, half_flops=989e12, fp32_flops=67e12),
 }
 FORMS = {"full": FULL, "LoRA, rank 128": ADAPTERS, "QLoRA, rank 128": ADAPTERS_ON_4_BITS}
 """How a stage could train its language model: in full, or with the adapters of recipes lora and qlora."""
@@ -94,6 +106,8 @@ class Plan:
 
     parts: Parts
     context_tokens: int
+    precision: str
+    """fp32, bf16 or fp16: what the run's comes to on the GPU."""
     stages: list[StagePlan]
     model_bytes: int
     """Of the finished model's folder, in fp32."""
@@ -130,6 +144,7 @@ def plan_run(run: Run, *, gpu: str = "A100-80G", num_gpus: int = 8) -> Plan:
     return Plan(
         parts=parts,
         context_tokens=parts.language.context_tokens,
+        precision=chosen.precision(run.hardware.precision),
         stages=[_plan_stage(run, name, stage, parts, chosen, num_gpus) for name, stage in run.stages.items()],
         model_bytes=4 * parts.total,
     )
@@ -148,7 +163,7 @@ def _plan_stage(run: Run, name: str, stage: Stage, parts: Parts, gpu: Gpu, num_g
             run, stage, stage, parts, load, gpu, num_gpus, num_gpus
         )
     trained = {c: count_trained(size, stage.tune(c)) for c, size in _sizes(parts).items()}
-    speed = num_gpus * gpu.flops * UTILISATION
+    speed = num_gpus * gpu.flops(gpu.precision(run.hardware.precision)) * UTILISATION
     return StagePlan(
         name=name,
         trained=trained,
@@ -172,11 +187,12 @@ def _plan_form(
     """Find the largest device batch that fits and keeps the global batch."""
     longest = load.longest_tokens if load else stage.max_length_tokens
     per_rank = max(1, stage.global_batch_size // num_gpus)
+    is_half = gpu.precision(run.hardware.precision) != "fp32"
 
     def memory(batch: int) -> Memory:
         return estimate_memory(
             parts, form, batch=batch, num_tokens=longest,
-            num_supervised=max(1, longest - parts.num_image_tokens), bf16=run.hardware.precision != "fp32",
+            num_supervised=max(1, longest - parts.num_image_tokens), bf16=is_half,
             checkpointing=run.hardware.gradient_checkpointing, num_shards=num_shards, num_ranks=num_gpus,
             accumulates=batch < per_rank,
         )  # fmt: skip

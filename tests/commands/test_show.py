@@ -92,6 +92,17 @@ def test_another_machine_changes_batch_and_hours(capsys: pytest.CaptureFixture[s
     assert "sharded" not in text
 
 
+def test_a_gpu_without_bf16_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["show", "base-C-TL", "--gpu", "V100-32G"])
+    text = capsys.readouterr().out
+    assert "auto: fp32" in text
+    assert "'auto' trains in fp32; --hardware.precision fp16 multiplies 8 times as fast" in text
+    main(["show", "base-C-TL"])
+    text = capsys.readouterr().out
+    assert "auto: bf16" in text
+    assert "has no bf16" not in text
+
+
 def test_a_number_of_gpus_that_cannot_keep_the_global_batch_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

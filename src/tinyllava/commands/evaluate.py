@@ -130,7 +130,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--limit", type=int, default=0, help="ask only the first questions (default: all of them)")
     add("--score-only", action="store_true", help="score the answers that are there; opens no model")
     add("--device", default="", help="device of torch (default: a GPU if there is one)")
-    add("--dtype", default="auto", help="auto: as saved on a GPU, else float32; bfloat16, float16, float32")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the weights; auto: float32 on a CPU, on a GPU as saved, but float32 as bfloat16",
+    )
     add("--batch-tokens", type=int, default=0, help="tokens of one batch (default: what suits the device)")
     add(
         "--workers",

@@ -141,8 +141,14 @@ def _data() -> Rows:
 
 
 def _gpus() -> Rows:
-    rows = [(n, f"{g.memory_bytes / 2**30:.0f} GiB", f"{g.flops / 1e12:.0f}") for n, g in GPUS.items()]
-    return [("name", "memory", "peak TFLOP/s, dense bf16"), *rows]
+    rows = [
+        (
+            name, f"{gpu.memory_bytes / 2**30:.0f} GiB", "bf16" if gpu.has_bf16 else "fp16",
+            f"{gpu.half_flops / 1e12:.0f}", f"{gpu.fp32_flops / 1e12:.0f}", gpu.precision("auto"),
+        )
+        for name, gpu in GPUS.items()
+    ]  # fmt: skip
+    return [("name", "memory", "half", "peak TFLOP/s in it", "in fp32", "precision 'auto'"), *rows]
 
 
 TABLES: dict[str, Callable[[], Rows]] = {

@@ -4,7 +4,7 @@ from tinyllava.check import find_problems
 from tinyllava.commands.show import TABLES, Rows, format_table
 from tinyllava.config import COMPONENTS, Component, Run, Stage, to_json
 from tinyllava.errors import UnknownNameError
-from tinyllava.plan import UTILISATION, Plan, plan_run
+from tinyllava.plan import GPUS, UTILISATION, Plan, plan_run
 from tinyllava.recipes.published import as_published
 from tinyllava.recipes.user import find_run
 from tinyllava.stage_rules import batch_problems
@@ -29,10 +29,11 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
         f"{run.name}: {run.model.vision_encoder} + {run.model.connector} + {run.model.language_model}",
         _model(run, plan),
         format_table(_stages(run, plan)),
-        format_table(_settings(run)),
+        format_table(_settings(run, plan.precision)),
         format_table(_parameters(plan)),
         format_table(_loads(plan)),
-        f"on {num_gpus} x {gpu}, {UTILISATION:.0%} of the peak; memory of each GPU at the longest sequence:",
+        f"on {num_gpus} x {gpu}, {UTILISATION:.0%} of the peak; memory of each GPU at the longest sequence:"
+        + _without_bf16(run, gpu),
         format_table(_forms(plan)),
     ]
     problems = find_problems(run, on_this_machine=False)
@@ -41,6 +42,19 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
     if problems:
         sections.append("this run would be refused:\n" + "\n".join(f"  {problem}" for problem in problems))
     return "\n\n".join(sections)
+
+
+def _without_bf16(run: Run, gpu: str) -> str:
+    """Say what a GPU without bf16 makes of the run's precision."""
+    wanted = run.hardware.precision
+    if GPUS[gpu].has_bf16 or wanted not in ("auto", "bf16"):
+        return ""
+    speed = GPUS[gpu].half_flops / GPUS[gpu].fp32_flops
+    does = "trains in fp32" if wanted == "auto" else "is emulated and slower than this says"
+    return (
+        f"\n{gpu} has no bf16, so hardware.precision = {wanted!r} {does}; "
+        f"--hardware.precision fp16 multiplies {speed:.0f} times as fast as fp32."
+    )
 
 
 def _model(run: Run, plan: Plan) -> str:
@@ -66,7 +80,7 @@ def _stages(run: Run, plan: Plan) -> Rows:
     return rows
 
 
-def _settings(run: Run) -> Rows:
+def _settings(run: Run, precision: str) -> Rows:
     """The rest of a stage's config; the optimizer is AdamW and the schedule a cosine in all of them."""
     rows: Rows = [
         (
@@ -80,10 +94,12 @@ def _settings(run: Run) -> Rows:
             "precision",
         )
     ]
+    wanted = run.hardware.precision
+    shown = wanted if wanted == precision else f"{wanted}: {precision}"
     rows += [
         (
             name, f"{stage.warmup_ratio:.0%}", f"{stage.weight_decay:g}", f"{stage.max_grad_norm:g}",
-            f"{stage.max_length_tokens} tokens", stage.group_by, stage.loss_norm, run.hardware.precision,
+            f"{stage.max_length_tokens} tokens", stage.group_by, stage.loss_norm, shown,
         )
         for name, stage in run.stages.items()
     ]  # fmt: skip

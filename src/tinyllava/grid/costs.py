@@ -92,7 +92,8 @@ def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
     stage = list(node.run.stages.values())[-1]
     tokens = parts.num_image_tokens + PROMPT_TOKENS
     flops = count * count_flops(parts, _without_training(stage), tokens, PROMPT_TOKENS)
-    speed = machine.num_gpus * GPUS[machine.gpu].flops * UTILISATION
+    gpu = GPUS[machine.gpu]
+    speed = machine.num_gpus * gpu.flops(gpu.precision("auto")) * UTILISATION
     return Cost(seconds=flops / speed, is_reckoned=True)
 
 

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 from tinyllava.config import COMPONENTS, Hardware, Stage
 from tinyllava.data.dataset import Examples
 from tinyllava.data.sampler import GroupedSampler
+from tinyllava.devices import multiplies_bf16
 from tinyllava.errors import TrainingError
 from tinyllava.model.tuning import component_of
 
@@ -181,13 +182,7 @@ def default_device_batch(per_rank: int) -> int:
 
 
 def choose_precision(wanted: str) -> str:
-    """Return fp32, bf16 or fp16; 'auto' is bf16 where the hardware multiplies it faster, otherwise fp32.
-
-    A CPU without AVX512-BF16 or AMX has bf16 too, but converts back and forth and is slower for it.
-    """
+    """Return fp32, bf16 or fp16; 'auto' is bf16 where the hardware multiplies it faster, otherwise fp32."""
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_bf16 else "fp32"
+    return "bf16" if multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"

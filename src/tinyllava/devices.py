@@ -1,0 +1,41 @@
+"""Which device there is, and which precision it computes in by itself.
+
+Paper: none.
+"""
+
+import torch
+
+from tinyllava.errors import ConfigError
+
+
+def best_device() -> str:
+    """Return ``cuda``, ``mps`` or ``cpu``, whichever comes first on this machine."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(name: str) -> torch.device:
+    """Return a device of torch.
+
+    Raises:
+        ConfigError: no such device, or none here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"device {name!r}: {reason}; this machine's best is {best_device()!r}.") from error
+
+
+def multiplies_bf16(device_type: str) -> bool:
+    """Return whether devices of this type, such as ``cuda``, multiply bf16 faster than fp32.
+
+    A GPU before Ampere and a CPU without AVX512-BF16 or AMX have bf16 too, but convert back and forth and
+    are slower for it.
+    """
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device_type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
