@@ -108,6 +108,11 @@ def _run(grid: "Grid", graph: "Graph", needs: "list[Need]", known: argparse.Name
     for id_, state in states.items():
         if state.status == "failed":
             print(f"failed: {id_}: {state.error}\n  log: {graph.nodes[id_].folder / 'log.txt'}")
+    if lacking := [cell.id for cell in graph.cells if skip.intersection(cell.nodes)]:
+        print(
+            f"not complete, for want of what is named as missing above: {len(lacking)} of "
+            f"{len(graph.cells)} models ({', '.join(lacking)})"
+        )
     from tinyllava.grid.collect import write_study
     from tinyllava.report.page import write_report
 
