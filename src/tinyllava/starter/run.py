@@ -4,6 +4,7 @@ Paper: the framework of Figure 2 and the base recipe, at the size of two CPU cor
 """
 
 import json
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,7 +160,11 @@ def write_report(output: Path, benchmark: Benchmark, results: dict[str, Result],
 def choose_shown(
     predictions: Sequence[Prediction], truths: dict[str, str], images: Path, count: int = 24
 ) -> list[Shown]:
-    """Take the same number of every kind, each of another picture, right or wrong as they come."""
+    """Take the same number of every kind, each of another picture, right or wrong as they come.
+
+    They come in a mixed order that is always the same: files hold the pictures of one fruit in a row.
+    """
+    predictions = random.Random(0).sample(predictions, len(predictions))
     kinds = sorted({prediction.category for prediction in predictions})
     chosen: list[Prediction] = []
     seen: set[str] = set()
