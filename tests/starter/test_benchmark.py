@@ -6,8 +6,10 @@ import pytest
 from PIL import Image
 
 from tinyllava.errors import DataError
+from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, QUOTAS, WHOLE, majority_answers
 from tinyllava.report.starter import Shown, draw_losses, draw_sheet, results_table
+from tinyllava.starter.run import choose_shown
 
 
 def write(folder, rows):
@@ -94,3 +96,19 @@ def test_the_pictures_of_the_report_open(tmp_path):
             image.load()
             assert image.width >= smallest
             assert len(image.convert("L").getcolors(1000) or []) > 20  # something is drawn
+
+
+def test_the_sheet_mixes_the_pictures_of_a_file_and_is_the_same_every_time(tmp_path):
+    kinds = ("yes_no", "fruit", "shape")
+    predictions = [
+        Prediction(
+            benchmark="starter", question_id=f"{kind}{number}", picture=f"{number}.png", prompt="What is it?",
+            answer="apple", parsed="apple", score=float(number < 300), category=kind,
+        )
+        for number in range(600) for kind in kinds
+    ]  # fmt: skip
+    truths = {prediction.question_id: "apple" for prediction in predictions}
+    shown = choose_shown(predictions, truths, tmp_path)
+    assert shown == choose_shown(predictions, truths, tmp_path)
+    assert len({one.picture for one in shown}) == 24
+    assert 4 < sum(one.is_right for one in shown) < 20  # of both halves of the file, right or wrong
