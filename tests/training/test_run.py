@@ -1,5 +1,6 @@
 """Training: the Trainer against a plain loop, what moves and what does not, batches and their split."""
 
+import copy
 import dataclasses
 import json
 
@@ -253,6 +254,28 @@ def test_another_run_in_the_same_folder_is_refused(parts, records, tmp_path):
     train(toy_run(parts, records, tmp_path / "run"))
     with pytest.raises(TrainingError, match="holds a run with other settings"):
         train(toy_run(parts, records, tmp_path / "run", seed=1))
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_in_half_precision_is_trained_in_fp32(parts, records, tmp_path, saved):
+    first = toy_run(parts, records, tmp_path / "run")
+    finetune = dataclasses.replace(first.stages["finetune"], learning_rate=1e-5)  # less than half can hold
+    half, processor = open_checkpoint(train(first), dtype=saved)
+    trained = {}
+    for name, model in (("half", half), ("fp32", copy.deepcopy(half).float())):
+        start = tmp_path / "starts" / name
+        model.save_pretrained(start)
+        processor.save_pretrained(start)
+        run = dataclasses.replace(
+            first, start_from=str(start), stages={"finetune": finetune}, output=str(tmp_path / name)
+        )
+        trained[name] = load_file(train(run) / "model.safetensors")
+    before = load_file(tmp_path / "starts/fp32/model.safetensors")
+    for key, tensor in trained["half"].items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, trained["fp32"][key]), key
+        if component_of(key) != "vision_encoder":
+            assert not torch.equal(tensor, before[key]), f"{key} did not move"
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(parts, records, tmp_path):

@@ -48,7 +48,10 @@ def train(run: Run) -> Path:
     with processes.main_process_first():
         _save_or_compare(run)
     set_seed(run.seed)
-    model, processor = open_checkpoint(run.start_from) if run.start_from else assemble(run.model)
+    # In fp32 whatever it was saved in: in half precision small updates are rounded away.
+    model, processor = (
+        open_checkpoint(run.start_from, dtype="float32") if run.start_from else assemble(run.model)
+    )
     papers: dict[str, Any] = {}
     for name, stage in run.stages.items():
         papers[name] = _run_stage(run, name, stage, model, processor)
