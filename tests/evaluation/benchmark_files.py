@@ -128,15 +128,17 @@ def gqa_parquet(folder: Path) -> Path:
 
 SCIENCE = {
     "11": {"question": "Which is a mammal?", "choices": ["frog", "bat"], "answer": 1, "hint": "",
-           "image": "image.png", "subject": "natural science", "grade": "grade3"},
+           "image": "image.png", "subject": "natural science", "grade": "grade3", "topic": "biology"},
     "12": {"question": "Where is it?", "choices": ["Peru", "Chad", "Fiji"], "answer": 0,
-           "hint": "Look at the map.", "image": "image.png", "subject": "social science", "grade": "grade7"},
+           "hint": "Look at  the map. ", "image": "image.png", "subject": "social science", "grade": "grade7",
+           "topic": "geography"},
     "13": {"question": "Which word rhymes?", "choices": ["a", "b", "c", "d", "e"], "answer": 4,
-           "hint": "Passage: été.", "image": None, "subject": "language science", "grade": "grade2"},
+           "hint": "Passage: été.", "image": None, "subject": "language science", "grade": "grade2",
+           "topic": "verbs"},
     "14": {"question": "Pick.", "choices": ["x", "y"], "answer": 0, "hint": "", "image": None,
-           "subject": "language science", "grade": "grade2"},
+           "subject": "language science", "grade": "grade2", "topic": "word-study"},
     "15": {"question": "Not in test.", "choices": ["x", "y"], "answer": 0, "hint": "", "image": None,
-           "subject": "language science", "grade": "grade2"},
+           "subject": "language science", "grade": "grade2", "topic": "word-study"},
 }  # fmt: skip
 
 

@@ -116,7 +116,7 @@ CASES = {
         "scienceqa",
         files.scienceqa,
         edit("problems.json", '"answer": 4', '"answer": 5'),
-        "problems.json:27, entry '13'",
+        "problems.json:29, entry '13'",
         "there are choices 0 to 4",
     ),
     "scienceqa: one choice": (
@@ -137,7 +137,7 @@ CASES = {
         "scienceqa",
         files.scienceqa,
         edit("problems.json", '"grade": "grade7"', '"grade": "grade13"'),
-        "problems.json:14, entry '12'",
+        "problems.json:15, entry '12'",
         "field 'grade' is 'grade13'; it has to be one of grade1 to grade12",
     ),
     "textvqa: nine answers": (

@@ -105,7 +105,11 @@ def grade(question: Question, answer: str) -> Grade:
 def measure_distribution(
     questions: Sequence[Question], predictions: Sequence[Prediction]
 ) -> tuple[Metric, ...]:
-    """Return the official chi-square distance of predicted from gold answers, by group; lower is better."""
+    """Return the official distance of predicted from gold answers; lower is better.
+
+    The chi-square of each group, weighted by its questions, over 100: the official tool divides, and prints
+    the quotient without a percent sign.
+    """
     gold: dict[str, Counter[str]] = defaultdict(Counter)
     predicted: dict[str, Counter[str]] = defaultdict(Counter)
     for question, prediction in zip(questions, predictions, strict=True):
@@ -118,7 +122,7 @@ def measure_distribution(
         distance = sum((predicted[group][answer] - num) ** 2 / num for answer, num in counts.items())
         weighted += distance * counts.total()
         total += counts.total()
-    return (Metric(name="distribution", value=weighted / total, num_questions=total),) if total else ()
+    return (Metric(name="distribution", value=weighted / total / 100, num_questions=total),) if total else ()
 
 
 def export_predictions(

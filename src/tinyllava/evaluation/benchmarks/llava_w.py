@@ -29,6 +29,7 @@ from tinyllava.evaluation.read import (
 from tinyllava.evaluation.scoring.statistics import Ratio
 
 CATEGORIES = ("conv", "detail", "complex")
+_DECIMALS = (3, 1)
 RULES, SCRIPT = "rule.json", "eval_gpt_review_bench.py"
 SITE = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
 LLAVA = "https://github.com/haotian-liu/LLaVA, llava/eval"
@@ -157,7 +158,10 @@ def _grade_reply(question: Question, reply: str) -> tuple[str, float]:
 
 
 def summarise(predictions: Sequence[Prediction]) -> Summary:
-    """Return the ratio of means (model / reference, percent), all and by category; both means times ten."""
+    """Return the ratio of means (model / reference, percent), all and by category; both means times ten.
+
+    LLaVA's script rounds the means to three decimals, divides, and rounds to one: so do these numbers.
+    """
     summary: dict[str, list[Ratio]] = {}
     for name in ("all", *CATEGORIES):
         chosen = [p for p in predictions if name in ("all", p.category)]
@@ -166,9 +170,11 @@ def summarise(predictions: Sequence[Prediction]) -> Summary:
         pairs = [tuple(map(float, p.parsed.split())) for p in chosen]
         reference, model = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         clusters = [p.cluster for p in chosen]
-        summary[name] = [Ratio(numerators=model, denominators=reference, clusters=clusters)]
-        summary[f"{name} reference"] = [Ratio(numerators=reference, clusters=clusters, weight=10)]
-        summary[f"{name} model"] = [Ratio(numerators=model, clusters=clusters, weight=10)]
+        ratio = Ratio(numerators=model, denominators=reference, clusters=clusters, decimals=_DECIMALS)
+        mean = replace(ratio, denominators=None, weight=10, most=10)
+        summary[name] = [ratio]
+        summary[f"{name} reference"] = [replace(mean, numerators=reference)]
+        summary[f"{name} model"] = [mean]
     return summary
 
 

@@ -7,6 +7,7 @@ no in the first four characters. Pictures are paired by name, not by consecutive
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tinyllava.conversation import ImageRef
@@ -24,6 +25,7 @@ PERCEPTION = (
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 TREE = "MME_Benchmark_release_version"
+_ONE_LINE = str.maketrans("\t\n\r", "   ")
 
 
 def load(folder: Path) -> list[Question]:
@@ -113,7 +115,8 @@ def summarise(predictions: Sequence[Prediction]) -> Summary:
     cognition = [ratio for task in COGNITION for ratio in tasks.get(task, ())]
     summary = {"perception": perception, "cognition": cognition, "total": [*perception, *cognition]}
     for task, (accuracy, both) in tasks.items():
-        summary |= {task: [accuracy, both], f"{task} acc": [accuracy], f"{task} acc+": [both]}
+        alone = replace(both, num_questions=len(accuracy.numerators))
+        summary |= {task: [accuracy, both], f"{task} acc": [accuracy], f"{task} acc+": [alone]}
     return summary
 
 
@@ -130,12 +133,12 @@ def export_lines(
 ) -> Sequence[Path]:
     """Write ``{task}.txt`` for the official calculation.py: file, question, gold and answer, tabs between.
 
-    Tabs and new lines within an answer become spaces, because the tool drops lines with a wrong number of
-    tabs.
+    A tab or a line break within an answer becomes one space: the tool splits at them, and it looks at the
+    first four characters, which have to stay where they are.
     """
     lines: dict[str, list[str]] = defaultdict(list)
     for question in questions:
-        answer = " ".join(answers.get(question.id, "").split())
+        answer = answers.get(question.id, "").translate(_ONE_LINE)
         gold = question.target.capitalize()
         cells = (question.meta["file"], question.meta["question"], gold, answer)
         lines[question.category].append("\t".join(cells))

@@ -3,7 +3,8 @@
 Paper: appendix A. The paper says "POPE accuracy"; its numbers follow LLaVA's script, which is the mean F1
 of the adversarial, popular and random splits, at the pinned release with 2,910 random questions. Differs:
 answers and labels are joined by id, not by order. ``pope-pooled`` is lmms-eval's protocol: 9,000 questions
-in one pool, exact match.
+in one pool, exact match; but ``yes_ratio`` is the share of yes among the answers here, as in POPE's own tool,
+and among the labels there.
 """
 
 import json
@@ -25,7 +26,7 @@ from tinyllava.evaluation.read import (
     unpack_picture,
 )
 from tinyllava.evaluation.scoring.statistics import Ratio
-from tinyllava.evaluation.scoring.yes_no import NO, YES, parse_exact, parse_pope
+from tinyllava.evaluation.scoring.yes_no import NO, OTHER, YES, parse_exact, parse_pope
 from tinyllava.results import Metric
 
 PROMPT = "{question}\n" + SHORT
@@ -87,8 +88,8 @@ def grade(question: Question, answer: str) -> Grade:
 
 
 def grade_exact(question: Question, answer: str) -> Grade:
-    """Compare the whole answer in lower case."""
-    parsed = parse_exact(answer)
+    """Compare the whole answer in lower case; an empty one is neither yes nor no, and not a missing one."""
+    parsed = parse_exact(answer) or OTHER
     return Grade(parsed, float(parsed == question.target))
 
 
@@ -106,14 +107,18 @@ def count_outcomes(questions: Sequence[Question], predictions: Sequence[Predicti
 
     A missing answer is a false one of its label.
     """
-    counts: dict[str, int] = {}
+    metrics: list[Metric] = []
     for split in FIRST_ID:
         chosen = [p for p in predictions if p.category == split]
-        counts |= {f"{split} {kind}": 0 for kind in ("TP", "FP", "TN", "FN") if chosen}
+        counts = dict.fromkeys(("TP", "FP", "TN", "FN"), 0) if chosen else {}
         for prediction in chosen:
             kind = "P" if ("label=yes" in prediction.groups) == bool(prediction.score) else "N"
-            counts[f"{split} {'T' if prediction.score else 'F'}{kind}"] += 1
-    return [Metric(name=name, value=num, num_questions=len(predictions)) for name, num in counts.items()]
+            counts[f"{'T' if prediction.score else 'F'}{kind}"] += 1
+        metrics += [
+            Metric(name=f"{split} {kind}", value=num, num_questions=len(chosen))
+            for kind, num in counts.items()
+        ]
+    return metrics
 
 
 def export_answers(
@@ -227,5 +232,8 @@ POOLED = replace(
             licence="MIT (of the repository); Flickr terms of use (pictures)",
         ),
     ),
-    notes=("exact match of yes or no over one pool; not a number for the column POPE",),
+    notes=(
+        "exact match of yes or no over one pool; not a number for the column POPE",
+        "yes_ratio is the share of yes among the answers; lmms-eval prints that of the labels",
+    ),
 )

@@ -31,7 +31,8 @@ from tinyllava.evaluation.read import (
 )
 from tinyllava.evaluation.scoring.choices import parse_scienceqa
 
-PROMPT = "{context}{question}\n{options}\n" + LETTER
+BODY = "{context}{question}\n{options}"
+PROMPT = f"{BODY}\n{LETTER}"
 LETTERS = "ABCDE"
 _GRADES = {str(grade): "1 to 6" if grade <= 6 else "7 to 12" for grade in range(1, 13)}
 SITE = "https://github.com/lupantech/ScienceQA"
@@ -49,14 +50,15 @@ def load(folder: Path) -> list[Question]:
             record.fail(
                 f"field 'answer' is {record.integer('answer')}; there are choices 0 to {len(choices) - 1}."
             )
-        hint = record.text("hint")
-        text = PROMPT.format(
+        hint = record.text("hint").strip()
+        body = BODY.format(
             context=f"Context: {hint}\n" if hint else "",
             question=record.text("question"),
             options="\n".join(
                 f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
             ),
         )
+        text = f"{body.replace('  ', ' ').strip()}\n{LETTER}"  # blanks as LLaVA's conversion leaves them
         questions.add(
             record,
             id=question_id,
@@ -80,6 +82,7 @@ def _groups(record: Record, hint: str, image: ImageRef | None) -> tuple[str, ...
         *(f"context={name}" for name in contexts),
         f"grades={_GRADES[grade]}",
         f"subject={record.text('subject')}",
+        f"topic={record.text('topic')}",
     )
 
 

@@ -1,7 +1,8 @@
 """VQAv2: open questions about COCO pictures, ten human answers each.
 
 Paper: appendix A; the column VQA-v2 of Tables 3 and A1 is test-dev, whose answers only the server knows.
-Differs: ``vqav2-val`` scores locally on val2014; it reads about two points lower than test-dev.
+Differs: ``vqav2-val`` scores locally on val2014, answers normalised first as for the upload; it reads about
+two points lower than test-dev.
 """
 
 import json
@@ -108,10 +109,9 @@ def _add(questions: QuestionList, record: Record, image: ImageRef, annotation: R
 
 
 def grade(question: Question, answer: str) -> Grade:
-    """Grade by the official tool; without public answers, show what would be uploaded."""
-    if question.target is None:
-        return Grade(normalise_evalai(answer), None)
-    return Grade(*grade_vqa(answer, question.target))
+    """Grade what would be uploaded by the official tool; without public answers, show it."""
+    uploaded = normalise_evalai(answer)
+    return Grade(uploaded, None) if question.target is None else Grade(*grade_vqa(uploaded, question.target))
 
 
 def export_upload(
@@ -210,7 +210,7 @@ VAL = replace(
     BENCHMARK,
     name="vqav2-val",
     title="VQAv2 (val)",
-    protocol="vqav2/val/official",
+    protocol="vqav2/val/llava-1.5",
     split="val2014",
     num_questions=214_354,
     load=load_val,

@@ -32,6 +32,10 @@ class Ratio:
     weight: float = 100.0
     num_questions: int | None = None
     """Questions that this ratio adds to the count; one an entry if not given."""
+    most: float = 1.0
+    """The most that a numerator can be of its denominator, where it is bounded at all."""
+    decimals: tuple[int, int] | None = None
+    """Decimals to which the official tool rounds both means before it divides them, and their ratio."""
 
     @property
     def bottom(self) -> Sequence[float]:
@@ -39,10 +43,19 @@ class Ratio:
         return [1.0] * len(self.numerators) if self.denominators is None else self.denominators
 
     @property
-    def value(self) -> float:
-        """The weighted ratio."""
+    def exact(self) -> float:
+        """The weighted ratio before any rounding."""
         total = math.fsum(self.bottom)
         return self.weight * math.fsum(self.numerators) / total if total else 0.0
+
+    @property
+    def value(self) -> float:
+        """The weighted ratio, rounded where the official tool rounds."""
+        if self.decimals is None or not self.numerators:
+            return self.exact
+        num, (of_means, of_result) = len(self.numerators), self.decimals
+        top, bottom = (round(math.fsum(part) / num, of_means) for part in (self.numerators, self.bottom))
+        return round(top / bottom * self.weight, of_result) if bottom else 0.0
 
 
 def estimate(name: str, ratios: Sequence[Ratio]) -> Metric:
@@ -91,8 +104,8 @@ _ROUNDING = 1e-12
 
 def _interval_of_equals(ratios: Sequence[Ratio]) -> tuple[float, float] | None:
     """Return the interval of a share of 0 or 1 out of as many trials as there are pictures."""
-    low, high = _bounds(ratios)
-    if len(ratios) != 1 or ratios[0].value not in (low, high):
+    is_share = len(ratios) == 1 and ratios[0].denominators is None and ratios[0].most == 1
+    if not is_share or ratios[0].value not in _bounds(ratios):
         return None
     weight = ratios[0].weight
     ends = wilson_interval(ratios[0].value / weight, len(set(ratios[0].clusters)))
@@ -100,12 +113,15 @@ def _interval_of_equals(ratios: Sequence[Ratio]) -> tuple[float, float] | None:
 
 
 def _bounds(ratios: Sequence[Ratio]) -> tuple[float, float]:
-    """Return what no sum of these ratios can leave: shares of units lie in [0, weight]."""
-    are_shares = all(
-        ratio.denominators is None and ratio.weight >= 0 and all(0 <= n <= 1 for n in ratio.numerators)
+    """Return what no sum of these ratios can leave; a share, an F1 too, lies in [0, weight]."""
+    if any(ratio.weight < 0 or min((*ratio.numerators, *ratio.bottom), default=0) < 0 for ratio in ratios):
+        return -math.inf, math.inf
+    are_bounded = all(
+        top <= ratio.most * bottom
         for ratio in ratios
+        for top, bottom in zip(ratio.numerators, ratio.bottom, strict=True)
     )
-    return (0.0, sum(ratio.weight for ratio in ratios)) if are_shares else (-math.inf, math.inf)
+    return 0.0, math.fsum(ratio.weight * ratio.most for ratio in ratios) if are_bounded else math.inf
 
 
 def _is_plain_accuracy(ratio: Ratio) -> bool:
@@ -136,7 +152,7 @@ def clustered_standard_error(ratios: Sequence[Ratio]) -> float | None:
         bottom = np.asarray(ratio.bottom, dtype=np.float64)
         if bottom.sum() == 0:
             continue
-        residual = ratio.weight * np.asarray(ratio.numerators) - ratio.value * bottom
+        residual = ratio.weight * np.asarray(ratio.numerators) - ratio.exact * bottom
         np.add.at(influence, [index[cluster] for cluster in ratio.clusters], residual / bottom.sum())
     return math.sqrt(len(index) / (len(index) - 1) * float(influence @ influence))
 
