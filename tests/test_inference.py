@@ -1,14 +1,19 @@
 """Answers in mixed, padded batches and word by word are those of each conversation asked alone."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from chats import TEMPLATES, make_chat
 from tinyllava.conversation import Conversation, Message, ask
-from tinyllava.errors import ConfigError, DataError, ImageError
-from tinyllava.inference import Chat
+from tinyllava.errors import CheckpointError, ConfigError, DataError, ImageError
+from tinyllava.evaluation.prepare import prepare_group
+from tinyllava.evaluation.shared_prefix import answer_groups
+from tinyllava.inference import Chat, _FiniteLogits, encode_prompt
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,79 @@ def test_wrong_requests_are_named(tmp_path, pictures):
     with pytest.raises(ImageError, match="no such picture"):
         chat.answer([ask("Is there a dog?", tmp_path / "none.png")])
     chat.processor.tokenizer.model_max_length = 20
-    with pytest.raises(DataError, match=r"'What <image> is it\?' has <image> in its text; leave it out"):
-        chat.answer([ask("What <image> is it?", pictures[0])])
     with pytest.raises(DataError, match="context is 20"):
         list(chat.stream(ask("Is there a dog? " * 20, id="q7")))
+    chat.processor.chat_template = "{% for m in messages %}{% generation %}x{% endgeneration %}{% endfor %}"
+    with pytest.raises(
+        DataError, match="'Q' has 1 images, its chat template writes 0 times <image>; correct"
+    ):
+        chat.answer([ask("Q", pictures[0])])
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_spelt_special_token_is_answered_as_text(tmp_path, pictures, kind):
+    chat = make_chat(tmp_path, kind)
+    end = chat.processor.tokenizer.eos_token
+    one = ask(f"What {end} is <image> it? ", pictures[0])
+    prompt = encode_prompt(chat.processor, one)
+    assert prompt.count(chat.processor.image_token_id) == chat.processor.num_image_tokens
+    bare = encode_prompt(chat.processor, ask("What", pictures[0]))
+    end_id = chat.processor.tokenizer.eos_token_id
+    assert prompt.count(end_id) == bare.count(end_id)
+    [answer] = chat.answer([one], 6)
+    assert "".join(chat.stream(one, 6)) == answer
+
+
+def break_connector(chat: Chat, value: float) -> str:
+    name, weight = next((n, w) for n, w in chat.model.named_parameters() if "multi_modal_projector" in n)
+    with torch.no_grad():
+        weight.view(-1)[3] = value
+    return name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_numbers_are_an_error_that_names_the_weight(tmp_path, pictures, value):
+    chat = make_chat(tmp_path, "llama")
+    name = break_connector(chat, value)
+    asked = ask("Is there a dog?", pictures[0])
+    message = rf"logits are not numbers .*: 1 of [\d,]+ values of {re.escape(name)} are not\. Copy"
+    with pytest.raises(CheckpointError, match=message):
+        chat.answer([asked], 4)
+    with pytest.raises(CheckpointError, match=message):
+        list(chat.stream(asked, 4))
+    group = prepare_group(chat.processor, [asked])
+    with pytest.raises(CheckpointError, match=message):
+        answer_groups(chat.model, [group], 4)
+    assert chat.answer([ask("Is there a dog?")], 4), "what needs no image is still answered"
+
+
+def test_an_overflow_of_half_precision_is_named(tmp_path):
+    chat = make_chat(tmp_path, "llama")
+    with torch.no_grad():
+        chat.model.lm_head.weight.mul_(60_000 / chat.model.lm_head.weight.abs().max())
+    chat.model.half()
+    with pytest.raises(CheckpointError, match=r"float16 overflows\. Open it in bfloat16 or float32"):
+        chat.answer([ask("Is there a dog?")], 4)
+
+
+def test_a_single_infinite_logit_is_an_error_unless_an_option_asks_for_it(tmp_path):
+    chat = make_chat(tmp_path, "phi")  # its head has a bias
+    one = ask("Is there a dog?")
+    assert chat.answer([one], 6, no_repeat_ngram_size=1)
+    with torch.no_grad():
+        chat.model.lm_head.bias[7] = -math.inf
+    with pytest.raises(CheckpointError, match=r"1 of [\d,]+ values of lm_head\.bias are not"):
+        chat.answer([one], 4)
+
+
+def test_what_follows_a_finished_answer_may_overflow(tmp_path):
+    chat = make_chat(tmp_path, "llama")
+    check = _FiniteLogits(chat.model, 2, can_forbid=False)
+    end = chat.processor.tokenizer.eos_token_id
+    ids = torch.tensor([[5, 6, end, 0], [end, 6, 7, 8]])  # an end within the prompt ends nothing
+    scores = torch.zeros(2, 9)
+    scores[0, 3] = math.nan
+    check(ids, scores)
+    scores[1, 3] = math.nan
+    with pytest.raises(CheckpointError):
+        check(ids, scores)

@@ -5,20 +5,24 @@ Paper: section 3.1; decoding is greedy, as in the published evaluation.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import Any, Self
 
 import torch
-from transformers import TextIteratorStreamer
+from transformers import LogitsProcessor, TextIteratorStreamer
 
 from tinyllava.checkpoint_folder import saved_dtype
 from tinyllava.conversation import Conversation
 from tinyllava.data.images import open_image
 from tinyllava.devices import best_device, check_device, multiplies_bf16
-from tinyllava.errors import DataError
+from tinyllava.errors import CheckpointError, DataError
 from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
 from tinyllava.model.assemble import open_checkpoint
+
+FORBID = frozenset({"no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens"})
+"""Options of ``generate`` that set logits to minus infinity."""
 
 
 class Chat:
@@ -76,13 +80,16 @@ class Chat:
         Raises:
             ImageError: a picture is broken.
             DataError: a conversation does not fit the model's context.
+            CheckpointError: the model's logits are not numbers.
         """
         prompts = [encode_prompt(self.processor, conversation) for conversation in conversations]
         answers = [""] * len(prompts)
         for batch in self._batches([len(prompt) for prompt in prompts], max_new_tokens):
             inputs = self._collate([conversations[i] for i in batch], [prompts[i] for i in batch])
             with torch.inference_mode():
-                output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+                output = self.model.generate(
+                    **inputs, max_new_tokens=max_new_tokens, **self._checked(inputs, options)
+                )
             new = output[:, inputs["input_ids"].shape[1] :]
             for i, text in zip(batch, decode(self.processor, new.tolist()), strict=True):
                 answers[i] = text
@@ -102,6 +109,7 @@ class Chat:
 
         def generate() -> None:
             options.update(streamer=streamer, stopping_criteria=[is_stopped], max_new_tokens=max_new_tokens)
+            options.update(self._checked(inputs, options))
             try:
                 with torch.inference_mode():
                     self.model.generate(**inputs, **options)
@@ -115,6 +123,13 @@ class Chat:
                 running.result()
             finally:
                 stopped.set()
+
+    def _checked(self, inputs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """Return options of ``generate`` under which it stops at logits that are not numbers."""
+        check = _FiniteLogits(
+            self.model, inputs["input_ids"].shape[1], can_forbid=bool(FORBID & options.keys())
+        )
+        return {**options, "logits_processor": [check, *options.get("logits_processor", [])]}
 
     def _batches(self, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
         """Yield indices, longest first, as many as fit the token budget."""
@@ -143,6 +158,56 @@ class Chat:
         return inputs
 
 
+class _FiniteLogits(LogitsProcessor):
+    """Refuses logits that are not finite, but those that follow a finished answer, which nobody reads."""
+
+    def __init__(
+        self, model: TinyLlavaForConditionalGeneration, num_prompt_tokens: int, *, can_forbid: bool
+    ) -> None:
+        self.model, self.num_prompt_tokens, self.can_forbid = model, num_prompt_tokens, can_forbid
+        self.stops = stop_ids(model)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        new = input_ids[:, self.num_prompt_tokens :]
+        finished = torch.isin(new, self.stops.to(new.device)).any(1)
+        check_logits(self.model, scores[~finished], can_forbid=self.can_forbid)
+        return scores
+
+
+def check_logits(
+    model: TinyLlavaForConditionalGeneration, logits: torch.Tensor, *, can_forbid: bool = False
+) -> None:
+    """Refuse logits [..., K] out of which no answer can be chosen.
+
+    Args:
+        can_forbid: whether some may be minus infinity: an option of ``generate`` forbids these tokens.
+
+    Raises:
+        CheckpointError: some are NaN or infinite; the weight that is, or the type of the weights, is named.
+    """
+    usable = logits.isfinite() | (logits.isneginf() & logits.isfinite().any(-1, keepdim=True) & can_forbid)
+    if bool(usable.all()):
+        return
+    what = f"{model.name_or_path or 'the model'}: its logits are not numbers (NaN or infinite)"
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        if weight.is_floating_point() and (num := int((~weight.isfinite()).sum())):
+            raise CheckpointError(
+                f"{what}: {num:,} of {weight.numel():,} values of {name} are not. Copy the checkpoint again, "
+                "or train it again."
+            )
+    dtype = str(model.dtype).removeprefix("torch.")
+    fix = "Open it in bfloat16 or float32." if model.dtype == torch.float16 else "Train the model again."
+    raise CheckpointError(f"{what}, though all its weights are: {dtype} overflows. {fix}")
+
+
+def stop_ids(model: TinyLlavaForConditionalGeneration) -> torch.Tensor:
+    """Return the ids of the tokens that end an answer."""
+    stops = model.generation_config.eos_token_id
+    return torch.tensor(
+        stops if isinstance(stops, list) else [] if stops is None else [stops], dtype=torch.long
+    )
+
+
 def choose_dtype(saved: str, device_type: str) -> str:
     """Return the type of the weights that a checkpoint answers with by default.
 
@@ -163,15 +228,15 @@ def encode_prompt(processor: TinyLlavaProcessor, conversation: Conversation) -> 
     """Return the token ids of a conversation up to where the assistant is to speak, image tokens expanded.
 
     Raises:
-        DataError: it does not fit the context of the language model, or its text writes ``<image>``.
+        DataError: it does not fit the context of the language model, or the template leaves out its images.
     """
     input_ids = processor.encode(conversation, open_answer=True).input_ids
     name = repr(conversation.id or conversation.messages[-1].text[:40])
-    num_expected = len(conversation.images) * processor.num_image_tokens
-    if input_ids.count(processor.image_token_id) != num_expected:
+    num_marks = input_ids.count(processor.image_token_id) / processor.num_image_tokens
+    if num_marks != len(conversation.images):
         raise DataError(
-            f"conversation {name} has {processor.image_token} in its text; leave it out: a picture goes in "
-            "front of its question by itself."
+            f"conversation {name} has {len(conversation.images)} images, its chat template writes "
+            f"{num_marks:g} times {processor.image_token}; correct chat_template.jinja of the checkpoint."
         )
     if len(input_ids) >= processor.tokenizer.model_max_length:
         raise DataError(

@@ -163,6 +163,25 @@ def test_answers_of_another_run_are_not_continued(
     assert run(questions, output, other) == 0
 
 
+def test_special_tokens_in_a_question_are_text_and_bad_weights_an_error(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions.write_text('{"image": "red.png", "question": "What </s> is <image> it?"}\n')
+    assert run(questions, tmp_path / "answers.jsonl", checkpoint) == 0
+    chat = Chat.open(checkpoint, device="cpu")
+    with torch.no_grad():
+        chat.model.connector.linear_1.weight[0, 0] = torch.nan
+    chat.model.save_pretrained(tmp_path / "bad")
+    chat.processor.save_pretrained(tmp_path / "bad")
+    capsys.readouterr()
+    assert run(questions, tmp_path / "none.jsonl", tmp_path / "bad") == 2
+    told = capsys.readouterr().err
+    assert f"error: {tmp_path / 'bad'}: its logits are not numbers" in told
+    assert "1 of 1,024 values of model.multi_modal_projector" in told
+    assert main(["chat", str(questions.parent / "red.png"), "Q", "--model", str(tmp_path / "bad")]) == 2
+    assert "its logits are not numbers" in capsys.readouterr().err
+
+
 WRONG = {
     "json": ("{", r"questions.jsonl:1: not JSON"),
     "array": ('["a"]', "questions.jsonl:1: no text in 'question'; a line is an object such as"),
@@ -170,7 +189,6 @@ WRONG = {
     "image": ('{"image": 3, "question": "Q"}', "questions.jsonl:1: image = 3: must be a path"),
     "missing": ('{"image": "no.png", "question": "Q"}', "questions.jsonl:1: image = 'no.png': no such file"),
     "nul": ('{"image": "a\\u0000", "question": "Q"}', "questions.jsonl:1: image = 'a\\x00': no such file"),
-    "mark": ('{"question": "<image> Q"}', "questions.jsonl:1' has <image> in its text; leave it out"),
     "half": ('{"question": "Q\\ud800"}', r"questions.jsonl:1: question holds half a character: 'Q\ud800'"),
     "empty": ("\n", "questions.jsonl: no line in it"),
 }

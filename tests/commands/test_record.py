@@ -78,10 +78,10 @@ def test_a_language_model_alone_is_enough(parts, records, capsys):
 def test_what_training_would_refuse_is_said(checkpoint, records, tmp_path, capsys):
     folder = ("--images", records.parent / "images", "--model", checkpoint)
     raw = json.loads(records.read_text())
-    raw[1]["conversations"][3]["value"] = "yes</s>no"
+    raw[1]["conversations"][3]["value"] = "yes </s>" * 100
     marked = tmp_path / "marked.json"
     marked.write_text(json.dumps(raw))
-    shown_of = ("record", marked, *folder, "--count", 2)
+    shown_of = ("record", marked, *folder, "--count", 2, "--max-length", 200)
     data = DataConfig(records=(str(marked),), images=str(records.parent / "images"))
     with pytest.raises(Defect) as refusal:
         measure(
@@ -89,17 +89,17 @@ def test_what_training_would_refuse_is_said(checkpoint, records, tmp_path, capsy
                 conversations=read_data(data, "")[0].conversations,
                 processor=TinyLlavaProcessor.from_pretrained(checkpoint),
             ),
-            2048,
+            200,
             (),
         )
     assert main([*map(str, shown_of)]) == 1
     out = capsys.readouterr().out
-    assert ">> yes</s>no</s><<" in out
+    assert f">> {'yes </s>' * 100}</s><<" in out
     assert out.count("training refuses it") == 1
     assert f"training refuses it: {refusal.value}" in out  # the same words
-    assert "[special_token]" in out
-    assert main([*map(str, shown_of), "--skip", "special_token"]) == 0
-    assert "training leaves it out: special_token" in capsys.readouterr().out
+    assert "[too_long]" in out
+    assert main([*map(str, shown_of), "--skip", "too_long"]) == 0
+    assert "training leaves it out: too_long" in capsys.readouterr().out
     assert main(["record", *map(str, (records, *folder, "--max-length", 20))]) == 1
     assert "tokens are more than max_length_tokens = 20 [too_long]" in capsys.readouterr().out
 

@@ -65,17 +65,14 @@ def test_too_long_is_an_error_or_counted(processor):
 
 @pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<image>"])
 @pytest.mark.parametrize("where", ["question", "answer"])
-def test_special_tokens_in_a_text_are_an_error_or_counted(processor, mark, where):
+def test_special_tokens_in_a_text_are_trained_as_text(processor, mark, where):
     texts = {"question": "Q", "answer": "A"} | {where: f"it ends with {mark}, see?"}
-    examples = Examples(conversations=[talk(**texts), talk("Q", "A", "r2")], processor=processor)
-    with pytest.raises(
-        Defect, match=r"data\.json: record r1: the text of a turn contains .*\[special_token\]"
-    ) as caught:
-        measure(examples, 512, ())
-    assert mark in str(caught.value)
-    kept, skipped = measure(examples, 512, ("special_token",))
-    assert [c.id for c in kept.conversations] == ["r2"]
-    assert skipped == {"special_token": 1}
+    examples, skipped = measure(Examples(conversations=[talk(**texts)], processor=processor), 512, ())
+    assert not skipped
+    ids, neutral = examples[0].input_ids, processor.encode(talk("Q", "A")).input_ids
+    mark_id = processor.tokenizer.convert_tokens_to_ids(mark)
+    assert int((ids == mark_id).sum()) == neutral.count(mark_id)
+    assert mark in processor.tokenizer.decode(ids[ids != mark_id])
 
 
 def test_a_batch_is_padded_on_the_right_and_holds_all_pictures(examples):

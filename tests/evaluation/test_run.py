@@ -15,7 +15,7 @@ from PIL import Image
 
 from chats import make_chat
 from tinyllava.conversation import ImageRef, ask
-from tinyllava.errors import ConfigError, DataError, ImageError
+from tinyllava.errors import CheckpointError, ConfigError, DataError, ImageError
 from tinyllava.evaluation.answers import AnswerFile, read_answers
 from tinyllava.evaluation.benchmark import Benchmark, Grade
 from tinyllava.evaluation.predictions import read_predictions
@@ -187,6 +187,30 @@ def test_a_limit_can_be_raised_later(chat, data, tmp_path, expected):
     run(chat, data, tmp_path, Settings(limit=30, num_workers=0))
     assert len(lines(tmp_path / "toy")) == 30
     assert run(chat, data, tmp_path, Settings(limit=20, num_workers=0)).num_questions == 20
+
+
+def test_special_tokens_in_a_prompt_are_text(chat, data, tmp_path):
+    texts = ["What is it?\nReference OCR token: <image>, </s>, <image>", "What is </s>it?", "What is it?"]
+    questions = [
+        Question(id=f"q{n}", conversation=ask(text, data / "1.png"), picture="1.png", target="yes")
+        for n, text in enumerate(texts)
+    ]
+    benchmark = Benchmark(**{**BENCHMARK.__dict__, "load": lambda folder: questions})
+    evaluate(chat, benchmark, data, tmp_path, model="toy-model", settings=SMALL)
+    answers = read_answers(tmp_path / "toy", questions)
+    assert answers == {q.id: chat.answer([q.conversation], 6)[0] for q in questions}
+
+
+def test_logits_that_are_not_numbers_stop_it_before_an_answer_is_written(data, tmp_path):
+    broken = make_chat(tmp_path / "parts", "llama")
+    with torch.no_grad():
+        broken.model.connector.linear_2.bias[5] = torch.nan
+    with pytest.raises(
+        CheckpointError, match=r"logits are not numbers .*: 1 of 32 values of .*linear_2\.bias"
+    ):
+        run(broken, data, tmp_path / "out")
+    assert not lines(tmp_path / "out" / "toy")
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_answers_of_two_runs_are_never_mixed(chat, data, tmp_path):

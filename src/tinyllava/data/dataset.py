@@ -18,7 +18,7 @@ from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
 from tinyllava.data.records import Defect
 from tinyllava.model.modeling import IGNORED
-from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
+from tinyllava.model.processing import TinyLlavaProcessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def measure(
     skip: tuple[str, ...],
     progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[Examples, Counter[str]]:
-    """Tokenise everything once: find records that are too long or hold special tokens before the first step.
+    """Tokenise everything once: find records that are too long before the first step.
 
     Returns:
         The examples that are left, with their lengths, and the number left out by defect.
@@ -92,10 +92,8 @@ def measure(
     lengths: list[int] = []
     supervised: list[int] = []
     skipped: Counter[str] = Counter()
-    specials = _special_tokens(examples.processor)
     for conversation in examples.conversations:
         try:
-            _refuse_special_tokens(conversation, specials)
             encoded = examples.processor.encode(conversation, template=examples.template)
             if len(encoded.input_ids) > max_length_tokens:
                 detail = (
@@ -117,19 +115,6 @@ def measure(
         ),
         skipped,
     )  # fmt: skip
-
-
-def _special_tokens(processor: TinyLlavaProcessor) -> tuple[str, ...]:
-    """Everything that the tokenizer reads as one mark, wherever it stands in a text."""
-    added = (token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(sorted({*processor.tokenizer.all_special_tokens, *added, IMAGE_TOKEN}))
-
-
-def _refuse_special_tokens(conversation: Conversation, specials: tuple[str, ...]) -> None:
-    for message in conversation.messages:
-        for token in specials:
-            if token in message.text:
-                raise Defect("special_token", _place(conversation), f"the text of a turn contains {token!r}")
 
 
 def _place(conversation: Conversation) -> str:

@@ -29,7 +29,6 @@ DEFECTS: dict[str, str] = {
     "image_count": "as many <image> as pictures is the rule; here they differ, or an answer contains one",
     "missing_image": "a picture file that is not there",
     "broken_image": "a picture that cannot be decoded (asked for: every picture is decoded before training)",
-    "special_token": "text that contains one of the tokenizer's special tokens, e.g. the end-of-turn mark",
     "too_long": "more tokens than max_length_tokens, image tokens included",
     "duplicate_id": "two records of one file with the same id and the same picture and turns",
 }

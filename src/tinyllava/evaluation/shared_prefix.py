@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tinyllava.evaluation.prompt_tree import PromptTree
+from tinyllava.inference import check_logits, stop_ids
 from tinyllava.model import TinyLlavaForConditionalGeneration
 
 _ENCODER_BATCH = 32  # pictures that the vision encoder takes at once
@@ -140,7 +141,7 @@ def _decode(
         seen: [G, Q, K] which slots of the cache each prompt sees.
         positions: [G, Q] of the next token; -1 marks padding.
     """
-    stops = _stop_ids(model).to(hidden.device)
+    stops = stop_ids(model).to(hidden.device)
     answers: list[list[list[int]]] = [[[] for _ in row] for row in positions.tolist()]
     rows = torch.arange(len(hidden), device=hidden.device)  # those that are still in the cache
     alive = positions >= 0
@@ -150,7 +151,9 @@ def _decode(
     tokens = torch.zeros_like(positions)
     for step in range(max_new_tokens):
         active = alive.gather(1, order)
-        next_tokens = model.lm_head(hidden[active]).argmax(-1)
+        logits = model.lm_head(hidden[active])
+        check_logits(model, logits)
+        next_tokens = logits.argmax(-1)
         tokens[rows_of(active), order[active]] = next_tokens
         alive[rows_of(active), order[active]] = ~torch.isin(next_tokens, stops)
         for g, q, token in torch.stack([rows[rows_of(active)], order[active], next_tokens]).T.tolist():
@@ -201,10 +204,3 @@ def _forward(
 def _pick(values: Tensor, index: Tensor) -> Tensor:
     """Return ``values[g, index[g, a]]`` [G, A, ...] of values [G, N, ...]."""
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
-
-
-def _stop_ids(model: TinyLlavaForConditionalGeneration) -> Tensor:
-    stops = model.generation_config.eos_token_id
-    return torch.tensor(
-        stops if isinstance(stops, list) else [] if stops is None else [stops], dtype=torch.long
-    )

@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tinyllava.config import Aspect
 from tinyllava.conversation import Conversation, to_chat
 from tinyllava.errors import DataError
+from tinyllava.model.special_tokens import Spans, find_special_tokens, substitute
 
 IMAGE_TOKEN = "<image>"
 
@@ -99,42 +100,63 @@ class TinyLlavaProcessor(ProcessorMixin):
 
     def render(
         self, conversation: Conversation, *, template: str | None = None, open_answer: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
+    ) -> tuple[str, Spans]:
         """Return the text of a conversation and the spans [start, end) of what the assistant says.
 
         Args:
             template: Jinja text; the checkpoint's own if None.
             open_answer: end where the assistant is to speak.
         """
+        text, spans, hidden = self._render(conversation, template or self.chat_template, open_answer)
+        return substitute(text, spans, hidden)
+
+    def _render(
+        self, conversation: Conversation, template: str, open_answer: bool
+    ) -> tuple[str, Spans, dict[str, str]]:
+        """Render with one character in place of each special token that the turns' own text spells.
+
+        Returns:
+            text, spans of what the assistant says, and what the characters stand for.
+        """
+        conversation, hidden = find_special_tokens(self.tokenizer, template).hide(conversation)
         rendered, spans = render_jinja_template(
             [to_chat(conversation)],
-            chat_template=template or self.chat_template,
+            chat_template=template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=open_answer,
             bos_token=self.tokenizer.bos_token or "",
             eos_token=self.tokenizer.eos_token or "",
             leading_bos=leading_bos(self.tokenizer, self.chat_template),
         )
-        return rendered[0], [(start, end) for start, end in spans[0]]
+        return rendered[0], [(start, end) for start, end in spans[0]], hidden
 
     def encode(
         self, conversation: Conversation, *, template: str | None = None, open_answer: bool = False
     ) -> Encoded:
         """Tokenise a conversation whole and mark the supervised tokens.
 
+        A special token is one only where the template writes it: spelt in the text of a turn, it is text.
+
         Raises:
             DataError: a token reaches from a prompt into an answer, so that no exact mask exists.
         """
-        text, spans = self.render(conversation, template=template, open_answer=open_answer)
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        template = template or self.chat_template
+        rendered, spans, hidden = self._render(conversation, template, open_answer)
+        text, _ = substitute(rendered, spans, hidden)
+        if hidden:
+            special = find_special_tokens(self.tokenizer, template)
+            read, spans, ids, offsets = special.tokenize(rendered, spans, hidden)
+        else:
+            tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            read, ids, offsets = text, tokens["input_ids"], tokens["offset_mapping"]
         input_ids: list[int] = []
         supervised: list[bool] = []
-        for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        for token, (start, end) in zip(ids, offsets, strict=True):
             inside = any(a <= start and end <= b for a, b in spans) and end > start
             if not inside and any(start < a < end or start < b < end for a, b in spans):
                 raise DataError(
                     f"{conversation.source or 'conversation'} {conversation.id}: the token "
-                    f"{text[start:end]!r} joins prompt and answer; give the template a separator that the "
+                    f"{read[start:end]!r} joins prompt and answer; give the template a separator that the "
                     "tokenizer keeps apart."
                 )
             repeat = self.num_image_tokens if token == self.image_token_id else 1
