@@ -13,7 +13,10 @@ from tinyllava.model.tuning import apply_tuning, close_ledger, component_of, mer
 from training_toys import toy_run
 
 KINDS = {4: FourBitLinear, 8: EightBitLinear}
-SHAPES = [(64, 32), (48, 40), (300, 130)]  # whole blocks, broken ones, more than 256 blocks
+# Whole blocks and broken ones, more than 256 blocks, an odd number of weights; then rows of toys and of real
+# models, of which bitsandbytes' own CPU kernels read some wrongly.
+SHAPES = [(64, 32), (48, 40), (300, 130), (7, 33)]
+SHAPES += [(33, width) for width in (32, 64, 96, 160, 576, 896, 1152, 4304)]
 
 
 def make_layer(shape: tuple[int, int], bias: bool = True) -> nn.Linear:
@@ -63,10 +66,36 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_weights(bits, shape,
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", KINDS)
-def test_products_follow_the_precision_of_autocast_and_the_bias_stays_as_it_is(bits):
-    held = KINDS[bits](make_layer((64, 32)))
-    bias, inputs = held.bias.detach().clone(), torch.randn(3, 32)
+def test_without_gradients_outputs_are_the_same_but_in_8_bits_inputs_are_rounded_too(bits, shape):
+    held = KINDS[bits](make_layer(shape)).eval()
+    inputs = torch.randn(2, 5, shape[1]).half().float()  # LLM.int8 rounds to fp16 first
+    with torch.no_grad():
+        outputs = held(inputs)
+    if bits == 8:
+        scale = inputs.abs().amax(-1, keepdim=True) / 127
+        rounded = (inputs / scale).round() * scale
+        expected = nn.functional.linear(rounded, read_weight(held), held.bias)
+        torch.testing.assert_close(outputs, expected, atol=2e-3, rtol=0)  # a few round to the other side
+    else:
+        expected = nn.functional.linear(inputs, read_weight(held), held.bias)
+        torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_dequantised_weights_are_kept_from_forward_to_backward():
+    held = FourBitLinear(make_layer((64, 32)))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda kept: kept):
+        held(torch.randn(3, 32, requires_grad=True))
+    assert 64 * 32 not in kept
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", KINDS)
+def test_products_follow_the_precision_of_autocast_and_the_bias_stays_as_it_is(bits, shape):
+    held = KINDS[bits](make_layer(shape))
+    bias, inputs = held.bias.detach().clone(), torch.randn(3, shape[1])
     with torch.autocast("cpu", torch.bfloat16):
         outputs = held(inputs)
     assert outputs.dtype == torch.bfloat16

@@ -9,6 +9,7 @@ from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.quiet import quiet_bitsandbytes_import
 from tinyllava.model_files import describe_damage, read_config
 
 
@@ -28,8 +29,9 @@ def open_merged(
         return *open_checkpoint(folder, dtype=dtype), folder
     base = Path(base or _named_base(folder))
     _check_adapter(folder, base)
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    with quiet_bitsandbytes_import():
+        from peft import PeftModel, get_peft_model_state_dict
+        from peft.utils import load_peft_weights
 
     model, processor = open_checkpoint(base, dtype=dtype)
     try:

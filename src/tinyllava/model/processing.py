@@ -66,6 +66,7 @@ class TinyLlavaProcessor(ProcessorMixin):
             raise DataError(f"{len(images)} pictures for {num_expected} {IMAGE_TOKEN} in the prompts.")
         kwargs = {key: value for key, value in kwargs.items() if key != "return_tensors"}
         kwargs.setdefault("add_special_tokens", False)
+        kwargs.setdefault("verbose", False)  # a text that is too long is an error of ours, which says more
         inputs = self.tokenizer(
             [self.expand(t) for t in texts],
             padding=padding,
@@ -147,7 +148,9 @@ class TinyLlavaProcessor(ProcessorMixin):
             special = find_special_tokens(self.tokenizer, template)
             read, spans, ids, offsets = special.tokenize(rendered, spans, hidden)
         else:
-            tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            tokens = self.tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
             read, ids, offsets = text, tokens["input_ids"], tokens["offset_mapping"]
         input_ids: list[int] = []
         supervised: list[bool] = []

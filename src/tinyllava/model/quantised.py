@@ -1,16 +1,19 @@
 """Linear layers whose frozen weights are held in 4 or 8 bits, below the adapters of a stage.
 
 Differs: the paper trains on weights in 16 bits or more. In 4 bits the form is QLoRA's (NF4 in blocks of 64
-whose scales are quantised too), in 8 bits LLM.int8's (one scale for each row); bitsandbytes computes both.
+whose scales are quantised too), in 8 bits LLM.int8's (one scale for each row). bitsandbytes chooses the
+codes and multiplies, except in 4 bits on a CPU: there its kernels read scales of the wrong block wherever a
+row is no whole number of blocks (0.50.2, CPUs with AVX-512), so the codes are read here.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from tinyllava.model.quiet import quiet_bitsandbytes_import, without_messages_of
 
 _BLOCK, _NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one
 _OUTLIER = 6.0  # inputs beyond it are multiplied in 16 bits (LLM.int8's own value; on a GPU only)
@@ -28,8 +31,6 @@ def quantise(model: nn.Module, names: Iterable[str], bits: int) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         setattr(model.get_submodule(parent), child, kind(layer))
-    # It warns in every step that inputs are cast to 16 bits, which is what LLM.int8 does.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def quantised_layers(model: nn.Module) -> dict[str, "QuantisedLinear"]:
@@ -109,7 +110,8 @@ class FourBitLinear(QuantisedLinear):
     nested_levels: Tensor
 
     def _quantise(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        from bitsandbytes.functional import quantize_4bit
+        with quiet_bitsandbytes_import():
+            from bitsandbytes.functional import quantize_4bit
 
         codes, state = quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
         return codes, {
@@ -117,38 +119,52 @@ class FourBitLinear(QuantisedLinear):
             "levels": state.code, "nested_levels": state.state2.code,
         }  # fmt: skip
 
-    def _state(self, move: torch.device | None = None) -> tuple[Tensor, Any]:
-        """Return codes and constants as bitsandbytes wants them, on a device or where they are."""
-        from bitsandbytes.functional import QuantState
-
-        codes, scales, offset, nested_scales, levels, nested_levels = (
-            tensor.to(move or tensor.device)
-            for tensor in (
-                self.weight, self.scales, self.offset, self.nested_scales, self.levels, self.nested_levels
-            )
-        )  # fmt: skip
-        nested = QuantState(
-            absmax=nested_scales, code=nested_levels, blocksize=_NESTED_BLOCK, dtype=torch.float32
-        )
-        return codes, QuantState(
-            absmax=scales, shape=torch.Size(self.shape), code=levels, blocksize=_BLOCK, quant_type="nf4",
-            dtype=torch.float32, offset=offset, state2=nested,
-        )  # fmt: skip
-
     def dequantise(self) -> Tensor:
         """Return the weights [out, in] that the codes stand for, in fp32 and on a CPU."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        codes, state = self._state(torch.device("cpu"))
-        weight: Tensor = dequantize_4bit(codes.detach(), state)
-        return weight
+        codes, scales, levels, nested_levels = (
+            tensor.detach().cpu() for tensor in (self.weight, self.scales, self.levels, self.nested_levels)
+        )
+        # The two weights of each of the 256 bytes as one number of 64 bits, which is copied in half the time.
+        pairs = torch.cartesian_prod(levels, levels).contiguous().view(torch.int64).flatten()
+        weight = pairs[codes.flatten().int()].view(torch.float32)
+        nested_scales = self.nested_scales.cpu().repeat_interleave(_NESTED_BLOCK)[: scales.numel()]
+        block_scales = nested_levels[scales.int()].mul_(nested_scales).add_(self.offset.cpu())
+        num_weights, num_whole = self.out_features * self.in_features, weight.numel() // _BLOCK * _BLOCK
+        weight[:num_whole].view(-1, _BLOCK).mul_(block_scales[: num_whole // _BLOCK].unsqueeze(1))
+        weight[num_whole:].mul_(block_scales[-1])  # nothing, or what is left for the last block
+        return weight[:num_weights].view(self.shape)
 
     def _multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        if inputs.device.type == "cpu":
+            outputs: Tensor = _MultiplyByCodes.apply(inputs, self)  # type: ignore[no-untyped-call]
+            return outputs if bias is None else outputs + bias
         from bitsandbytes import matmul_4bit
+        from bitsandbytes.functional import QuantState
 
-        codes, state = self._state()
-        outputs: Tensor = matmul_4bit(inputs, codes, state, bias=bias)
-        return outputs
+        nested = QuantState(
+            absmax=self.nested_scales, code=self.nested_levels, blocksize=_NESTED_BLOCK, dtype=torch.float32
+        )
+        state = QuantState(
+            absmax=self.scales, shape=torch.Size(self.shape), code=self.levels, blocksize=_BLOCK,
+            quant_type="nf4", dtype=torch.float32, offset=self.offset, state2=nested,
+        )  # fmt: skip
+        return cast(Tensor, matmul_4bit(inputs, self.weight, state, bias=bias))
+
+
+class _MultiplyByCodes(torch.autograd.Function):
+    """Inputs [*, in] times the weights of a layer in 4 bits; backward reads the codes again.
+
+    Left to autograd, every dequantised weight would be kept from forward to backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, layer: FourBitLinear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(inputs, layer.dequantise().to(inputs.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.dequantise().to(gradient.dtype), None
 
 
 class EightBitLinear(QuantisedLinear):
@@ -161,7 +177,8 @@ class EightBitLinear(QuantisedLinear):
     """Largest absolute weights [out], fp32."""
 
     def _quantise(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        from bitsandbytes.functional import int8_vectorwise_quant
+        with quiet_bitsandbytes_import():
+            from bitsandbytes.functional import int8_vectorwise_quant
 
         codes, scales, _ = int8_vectorwise_quant(weight)
         return codes, {"scales": scales}
@@ -176,5 +193,7 @@ class EightBitLinear(QuantisedLinear):
         state = MatmulLtState()
         state.CB, state.SCB, state.has_fp16_weights = self.weight, self.scales, False
         state.is_training, state.threshold = self.training, _OUTLIER
-        outputs: Tensor = matmul(inputs, self.weight, state=state, bias=bias)
+        # It warns in every step that inputs are cast to 16 bits, which is what LLM.int8 does.
+        with without_messages_of("bitsandbytes.autograd._functions"):
+            outputs: Tensor = matmul(inputs, self.weight, state=state, bias=bias)
         return outputs

@@ -17,6 +17,7 @@ from tinyllava.config import COMPONENTS, Component, Stage, Tune
 from tinyllava.errors import ConfigError, TrainingError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
 from tinyllava.model.quantised import QuantisedLinear, quantise, quantised_layers
+from tinyllava.model.quiet import quiet_bitsandbytes_import
 
 # Parts of an encoder that stand behind the features: no gradient ever reaches them.
 _BEHIND_FEATURES = ("post_layernorm.", "layernorm.", "pooler.", "layer_norm.")
@@ -85,8 +86,9 @@ def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Compo
 
 def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune) -> None:
     """Put adapters on every linear layer of a component, in place (peft); quantise what is below them."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    with quiet_bitsandbytes_import():
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
     if tune.rank < 1:
         raise ConfigError(f"{component}: lora needs a rank of at least 1, found {tune.rank}.")
@@ -114,7 +116,8 @@ def merge_adapters(model: nn.Module) -> None:
 
     A quantised layer becomes an ordinary one with the weights that the adapters were trained on.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    with quiet_bitsandbytes_import():
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in found:
