@@ -96,7 +96,11 @@ def read_llava_answers(path: Path, questions: Sequence[Question]) -> dict[str, s
     Raises:
         DataError: a line that belongs to no question, or to one that was answered before.
     """
-    by_key = {(q.meta.get("llava_id", q.id), _words(q.prompt)): q.id for q in questions}
+    by_key = {
+        (q.meta.get("llava_id", q.id), _words(prompt.removeprefix("<image>\n"))): q.id
+        for q in questions
+        for prompt in (q.prompt, q.meta.get("llava_prompt", q.prompt))
+    }
     answers: dict[str, str] = {}
     for record in read_lines(path):
         key = (record.text("question_id"), _words(record.text("prompt").removeprefix("<image>\n")))

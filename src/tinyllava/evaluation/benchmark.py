@@ -122,6 +122,8 @@ class Benchmark:
     summarise: Callable[[Sequence[Prediction]], Summary] = mean_scores
     count: Callable[[Sequence[Question]], int] = len
     """Number of questions in a list (MMBench asks each several times)."""
+    expect: Callable[[Sequence[Question]], int] | None = None
+    """Questions in the release that a list was read from, where releases differ; else ``num_questions``."""
     unit: str = "questions"
     """What the headline metric counts, as a comparison names it."""
     unit_of: Callable[[Prediction], str | None] = lambda prediction: prediction.question_id
@@ -202,7 +204,8 @@ class Benchmark:
     ) -> Result:
         """Return the record of a scored run, dated now."""
         num = self.count(questions)
-        partial = f"partial set: {num:,} of {self.num_questions:,} questions"
+        num_expected = self.expect(questions) if self.expect else self.num_questions
+        partial = f"partial set: {num:,} of {num_expected:,} questions"
         return Result(
             benchmark=self.name,
             protocol=self.protocol,
@@ -213,7 +216,7 @@ class Benchmark:
             num_questions=num,
             num_pictures=len({q.picture for q in questions} - {""}),
             num_missing=scored.num_missing,
-            num_expected=self.num_questions,
+            num_expected=num_expected,
             data_sha256=hash_questions(questions),
             decoding=dict(
                 decoding or {"do_sample": False, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
@@ -221,7 +224,7 @@ class Benchmark:
             dtype=dtype,
             judge=judge,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            notes=(*([partial] if num < self.num_questions else []), *self.notes, *notes),
+            notes=(*([partial] if num < num_expected else []), *self.notes, *notes),
         )
 
 

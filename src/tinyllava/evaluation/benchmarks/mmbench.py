@@ -5,11 +5,13 @@ Differs: scored locally; letters and option texts are read by VLMEvalKit's rules
 is wrong, never guessed. ``mmbench-judge`` asks a judge, in our own words, what an unreadable answer means.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, means_by_group
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
@@ -17,10 +19,21 @@ from tinyllava.evaluation.question import LETTER, Question, QuestionList, no_sou
 from tinyllava.evaluation.read import Record, find_parquet, read_parquet, read_table, unpack_picture
 from tinyllava.evaluation.scoring.choices import NONE_OF_THEM, extract_option
 
-PROMPT = "{hint}{question}\n{options}\n" + LETTER
+BODY = "{hint}{question}\n{options}"
+PROMPT = f"{BODY}\n{LETTER}"
+SPLIT = "dev (English)"
 LETTERS = "ABCD"
 ROTATION = 1_000_000
-SOURCE = "the TSV files of VLMEvalKit or OpenCompass (MMBench_DEV_EN)"
+TABLES = (
+    "mmbench_dev.tsv", "mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "MMBench_DEV_EN*.tsv",
+    "MMBENCH_DEV_EN*.tsv",
+)  # fmt: skip
+"""File names of the English dev set: the first release's bear a date and no language."""
+RELEASES = {4_377: 1_176, 4_329: 1_164}
+"""Rows of a release -> its base questions: mmbench_dev_20230712, which LLaVA and the paper use; all later
+ones. Both have questions with four options and three rotations."""
+SOURCE = "the TSV files of VLMEvalKit or OpenCompass (MMBench_DEV_EN, mmbench_dev_20230712)"
+_CHINESE = re.compile("[\u4e00-\u9fff]")
 _NOT_IN_UPLOAD = ("hint", "category", "source", "image", "comment", "l2-category")
 
 # A cell that pandas reads as "not available" (its default words) or that LLaVA's script takes for empty.
@@ -36,19 +49,21 @@ def load(folder: Path) -> list[Question]:
     A question's picture is that of its base row: index modulo 1,000,000.
     """
     questions = QuestionList()
-    bases: set[str] = set()
+    rows: Counter[str] = Counter()  # of each base question in the whole file
+    num_chinese = 0
     for record in _read_records(folder):
         index = record.integer("index")
         base = str(index % ROTATION)
-        if base not in bases and index >= ROTATION and str(record.field("image")).strip().isdigit():
+        if base not in rows and index >= ROTATION and str(record.field("image")).strip().isdigit():
             record.fail(f"no row with index {base} before this rotation of it.")
-        bases.add(base)
+        rows[base] += 1
+        num_chinese += _CHINESE.search(record.text("question")) is not None
         options = _read_options(record)
         answer = record.text("answer").strip()
         if answer not in options:
             record.fail(f"field 'answer' is {answer!r}; it has to be one of {', '.join(options)}.")
         hint = "" if _is_empty(record.values.get("hint")) else f"{record.text('hint')}\n"
-        text = PROMPT.format(
+        text = BODY.format(
             hint=hint,
             question=record.text("question"),
             options="\n".join(f"{letter}. {option}" for letter, option in options.items()),
@@ -58,14 +73,36 @@ def load(folder: Path) -> list[Question]:
         target = {"answer": answer, "options": options}
         image = unpack_picture(record, "image", folder, f"{base}.jpg")
         questions.add(
-            record, id=str(index), text=text, image=image, picture=base, target=target, groups=groups
+            record,
+            id=str(index),
+            text=f"{text}\n{LETTER}",
+            image=image,
+            picture=base,
+            target=target,
+            groups=groups,
+            meta={"llava_prompt": text, "rows": rows},  # its answer files leave out the suffix
+        )
+    if 2 * num_chinese > rows.total():
+        raise DataError(
+            f"{folder}: {num_chinese:,} of {rows.total():,} questions are in Chinese; {SPLIT} is needed. "
+            "Put the English file in their place."
         )
     return questions.finish(folder)
 
 
 def find_table(folder: Path) -> Path | None:
-    """Return the TSV of the dev set, if there is one."""
-    tables = sorted(path for path in folder.glob("*.tsv") if "dev" in path.name.lower())
+    """Return the TSV of the English dev set, if there is one; other languages may lie beside it.
+
+    Raises:
+        DataError: there are several releases, whose scores differ.
+    """
+    tables = sorted({path for pattern in TABLES for path in folder.glob(pattern)})
+    if len(tables) > 1:
+        names = ", ".join(path.name for path in tables)
+        raise DataError(
+            f"{folder}: several tables of the {SPLIT} set: {names}. Their questions differ: keep one in the "
+            "folder."
+        )
     return tables[0] if tables else None
 
 
@@ -75,8 +112,9 @@ def _read_records(folder: Path) -> Iterator[Record]:
         columns = ("index", "question", "hint", "A", "B", "answer", "category", "image", "l2-category")
         return read_table(table, *columns)
     shards = find_parquet(folder, "dev")
+    shards = [path for path in shards if path.parent.name == "en"] or shards
     if not shards:
-        raise no_source(folder, "mmbench", "mmbench_dev_20230712.tsv", "parquet shards (dev)")
+        raise no_source(folder, "mmbench", *TABLES, "parquet shards (dev)")
     return read_parquet(shards)
 
 
@@ -119,10 +157,22 @@ def _means(name: str, predictions: Sequence[Prediction]) -> Summary:
 
 
 def count_base(questions: Sequence[Question]) -> int:
-    """Return the number of questions that are there in all their rotations, one for each option."""
-    rotations = Counter(int(question.id) % ROTATION for question in questions)
-    num_options = {int(q.id) % ROTATION: len(q.target["options"]) for q in questions}
-    return sum(rotations[base] >= num for base, num in num_options.items())
+    """Return the number of questions that are there in all their rotations.
+
+    That is one for each option, unless the file is a whole release: then what it has of the question.
+    """
+    rotations = Counter(question.picture for question in questions)
+    needed = {q.picture: len(q.target["options"]) for q in questions}
+    if questions and (rows := questions[0].meta["rows"]).total() in RELEASES:
+        needed = {base: rows[base] for base in needed}
+    return sum(rotations[base] >= num for base, num in needed.items())
+
+
+def expect_base(questions: Sequence[Question]) -> int:
+    """Return the number of base questions of the release that the questions were read from."""
+    rows: Counter[str] = questions[0].meta["rows"] if questions else Counter()
+    first, later = RELEASES.values()
+    return RELEASES.get(rows.total(), later if len(rows) <= later else first)
 
 
 def export_xlsx(
@@ -130,15 +180,26 @@ def export_xlsx(
 ) -> Sequence[Path]:
     """Write the xlsx of the former server: the TSV less six columns, with ``prediction`` as the seventh.
 
-    A parquet mirror has lost the order of the columns: nothing is written then.
+    Control characters, which the format cannot hold, are left out. A parquet mirror has lost the order of
+    the columns: nothing is written then.
     """
     import openpyxl
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     table = find_table(folder)
     if table is None:
         return ()
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
+
+    def to_cell(value: str | int | None) -> object:
+        if not isinstance(value, str):
+            return value
+        cell = WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("", value))
+        cell.data_type = "s"  # text, also where it begins as a formula does
+        return cell
+
     for number, record in enumerate(read_table(table, "index")):
         cells = {name: value for name, value in record.values.items() if name not in _NOT_IN_UPLOAD}
         index = record.integer("index")
@@ -146,7 +207,7 @@ def export_xlsx(
         values = [None if value == "" else value for value in cells.values()]
         if number == 0:
             sheet.append([*list(cells)[:6], "prediction", *list(cells)[6:]])
-        sheet.append([*values[:6], answers.get(str(index)), *values[6:]])
+        sheet.append(list(map(to_cell, [*values[:6], answers.get(str(index)), *values[6:]])))
     out.mkdir(parents=True, exist_ok=True)
     path = out / "mmbench_upload.xlsx"
     book.save(path)
@@ -185,7 +246,7 @@ BENCHMARK = Benchmark(
     name="mmbench",
     title="MMB",
     protocol="mmbench/circular/exact-matching",
-    split="dev (English)",
+    split=SPLIT,
     metric="circular",
     num_questions=1_164,
     prompt=PROMPT,
@@ -194,14 +255,15 @@ BENCHMARK = Benchmark(
     grade=grade,
     summarise=summarise,
     count=count_base,
+    expect=expect_base,
     unit="questions in all their rotations",
     unit_of=lambda prediction: str(int(prediction.question_id) % ROTATION),
     max_new_tokens=1024,
     export=export_xlsx,
     files=(
         NeededFile(
-            names=("*dev*.tsv", "*DEV*.tsv", "**/dev*.parquet"),
-            purpose="1,164 questions with all rotations, pictures inside",
+            names=(*TABLES, "**/dev*.parquet"),
+            purpose="1,164 questions (1,176 in the first release) with their rotations, pictures inside",
             source=SOURCE,
             licence="Apache-2.0 (of the repository open-compass/MMBench; not stated for the pictures)",
             known_md5={
