@@ -1,11 +1,13 @@
 """The assembled model: against transformers' own classes, saved and opened, answering in batches."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -17,6 +19,7 @@ from tinyllava.connectors import CONNECTORS, build_connector, num_tokens
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.model.modeling import TinyLlavaOutput
 
 LLMS, ENCODERS = ("llama", "phi", "stablelm", "chatml"), ("clip", "siglip")
 PAIRS = [(llm, encoder) for llm in LLMS for encoder in ENCODERS]
@@ -141,6 +144,44 @@ def test_generate_for_a_mixed_padded_batch_equals_each_alone(parts, llm, encoder
             0, -8:
         ]
         assert row.tolist() == alone.tolist()
+
+
+def test_generate_without_a_cache_sees_the_images_at_every_step(parts):
+    model, processor = make(parts, "phi", "clip")
+    prompt, _ = processor.render(ask("What is it?", "x"), open_answer=True)
+    inputs = processor(images=[picture(0)], text=prompt)
+    features = model.model.encode_images(inputs["pixel_values"])
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8).tolist()
+    for images in ({"pixel_values": inputs["pixel_values"]}, {"image_features": features}):
+        for use_cache in (True, False):
+            found = model.generate(**text, **images, max_new_tokens=8, min_new_tokens=8, use_cache=use_cache)
+            assert found.tolist() == expected
+
+
+def test_nothing_is_inherited_from_another_model_of_transformers(parts):
+    model, _ = make(parts, "llama", "clip")
+    classes = (type(model), type(model.model), type(model.config), TinyLlavaOutput)
+    bases = {f"{base.__module__}.{base.__name__}" for cls in classes for base in cls.__mro__}
+    assert "transformers.modeling_utils.PreTrainedModel" in bases
+    assert [base for base in bases if base.startswith("transformers.models.")] == []
+
+
+def test_config_json_has_the_keys_of_stock_llava_and_no_defaults_of_every_model(parts, tmp_path):
+    model, _ = make(parts, "chatml", "siglip")
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.keys() >= {
+        "image_token_index", "image_seq_length", "multimodal_projector_bias", "projector_hidden_act",
+        "vision_feature_layer", "vision_feature_select_strategy", "tie_word_embeddings",
+    }  # fmt: skip
+    assert saved["tie_word_embeddings"]
+    for name, kind in (("text_config", "llama"), ("vision_config", "siglip_vision_model")):
+        assert saved[name]["model_type"] == kind
+        assert "id2label" not in saved[name]
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert json.loads(again.to_json_string()) == saved
+    assert again.image_token_id == saved["image_token_index"]
 
 
 def test_wrong_number_of_image_tokens_is_refused(parts):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from tinyllava.compat import CACHE_NAME
 from tinyllava.evaluation.prompt_tree import PromptTree
 from tinyllava.inference import check_logits, stop_ids
 from tinyllava.model import TinyLlavaForConditionalGeneration
@@ -73,7 +74,7 @@ class _Trunks:
         if self.width:
             # Trunks are padded on the right: causal attention never looks there, and branches are masked.
             embeds = self._embed([g.tree.trunk for g in groups], [g.tree.picture_slots for g in groups])
-            model.language_model(inputs_embeds=embeds, past_key_values=self.cache, use_cache=True)
+            model.language_model(inputs_embeds=embeds, **{CACHE_NAME: self.cache}, use_cache=True)
 
     def branch(self) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
         """Run the branches.
@@ -194,8 +195,8 @@ def _forward(
         mask = torch.zeros(sees.shape, dtype=embeds.dtype, device=sees.device)
         sees = mask.masked_fill_(~sees, torch.finfo(embeds.dtype).min)
     output = model.language_model(
-        inputs_embeds=embeds, attention_mask=sees[:, None], position_ids=positions, past_key_values=cache,
-        use_cache=True,
+        inputs_embeds=embeds, attention_mask=sees[:, None], position_ids=positions, use_cache=True,
+        **{CACHE_NAME: cache},
     )  # fmt: skip
     hidden: Tensor = output.last_hidden_state
     return hidden

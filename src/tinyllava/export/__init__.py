@@ -58,7 +58,7 @@ def export_checkpoint(
     with written_whole(folder) as partial:
         if layout == "tinyllava":
             for config in (model.config.text_config, model.config.vision_config):
-                config._name_or_path = ""  # the folder of somebody's machine
+                config.name_or_path = ""  # the folder of somebody's machine
             model.save_pretrained(partial, max_shard_size=max_shard_size)
             processor.save_pretrained(partial)
             difference = compare_with_ours(partial, model, processor)

@@ -1,26 +1,46 @@
 """The configuration that a checkpoint carries: the parts, the connector, and how features are taken.
 
-Differs: extends transformers' LlavaConfig with a named connector, a head bias (Phi-2) and the number of
-prefix tokens of the encoder, none of which the stock class can express.
+Differs: has what transformers' LlavaConfig has, under the same names, and also a named connector, a head bias
+(Phi-2) and the number of prefix tokens of the encoder, which that class cannot express.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from tinyllava.connectors import num_tokens
 
+# The default values of a part are not written into config.json, so they have to be known.
+_DEFAULT_PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}
+
 
 @strict
-class TinyLlavaConfig(LlavaConfig):
+class TinyLlavaConfig(PreTrainedConfig):
     """Configuration of ``TinyLlavaForConditionalGeneration``.
 
     The encoder is stored cut at its feature layer (``vision_config.num_hidden_layers`` counts what is left),
     so ``vision_feature_layer`` is -1: the output of the last layer that is there.
     """
 
-    model_type = "tinyllava"
+    model_type: ClassVar[str] = "tinyllava"
+    attribute_map: ClassVar[dict[str, str]] = {"image_token_id": "image_token_index"}
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: Any = None
+    """Config of the encoder, or its values with their ``model_type``; CLIP's by default."""
+    text_config: Any = None
+    """Config of the language model, or its values with their ``model_type``; Llama's by default."""
+    image_token_index: int = 32000
+    """Id of ``<image>``."""
+    image_seq_length: int = 576
+    """T, as transformers' LLaVA names it."""
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_feature_layer: int | list[int] = -1
+    tie_word_embeddings: bool = False
+    """Whether the head is the table of token embeddings; always so if ``text_config`` says it."""
 
     connector: str = "mlp"
     """Name in the table of connectors."""
@@ -36,7 +56,24 @@ class TinyLlavaConfig(LlavaConfig):
     """X: width of a patch feature."""
     lm_head_bias: bool = False
     """Whether the head has a bias (Phi-2's has)."""
-    vision_feature_layer: int | list[int] = -1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in self.sub_configs:
+            values = getattr(self, name) or {}
+            if isinstance(values, dict):
+                values = {"model_type": _DEFAULT_PARTS[name], **values}
+                setattr(self, name, AutoConfig.for_model(**values))
+        self.tie_word_embeddings |= bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds: parts with their names, without every model's defaults."""
+        values: dict[str, Any] = super().to_diff_dict()
+        for name in self.sub_configs:
+            config = getattr(self, name)
+            part = {**config.to_diff_dict(), "_name_or_path": config.name_or_path}
+            values[name] = {k: v for k, v in part.items() if k != "transformers_version" and v != ""}
+        return values
 
     @property
     def num_image_tokens(self) -> int:

@@ -1,37 +1,54 @@
 """The model: image through encoder and connector into the language model's sequence, and the loss.
 
 Paper: section 3.1 (V, P, F), equations 1-3.
-Differs: a subclass of transformers' LlavaForConditionalGeneration with any connector and the language model's
-own head bias; the head is applied to supervised positions only and the last position, whose next token
-nobody knows, is not run in training, which gives the same loss for less work.
+Differs: unlike transformers' LLaVA it takes any connector and keeps the language model's own head bias. The
+head is applied to supervised positions only, and training does not run the last position, whose next token is
+unknown. Both give the same loss for less work.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, LlavaForConditionalGeneration
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModel,
-    LlavaModelOutputWithPast,
-    LlavaPreTrainedModel,
-)
+from transformers import AutoModel, Cache, GenerationMixin
+from transformers.utils import ModelOutput
 
+from tinyllava.compat import CACHE_NAME, ComposedModel
 from tinyllava.connectors import build_connector
 from tinyllava.model.configuration import TinyLlavaConfig
 
 IGNORED = -100  # label of a position that is not supervised, as everywhere in transformers
 
 
-class TinyLlavaModel(LlavaModel):
+@dataclass
+class TinyLlavaOutput(ModelOutput):
+    """Result of a forward pass; what was not computed is None."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    """[B, K, vocabulary] at the positions that were asked for."""
+    last_hidden_state: Tensor | None = None
+    """[B, N, D], from the model without its head."""
+    if CACHE_NAME == "cache":  # ``generate`` looks for the cache under this name
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_tokens: Tensor | None = None
+    """h [I, T, D]."""
+
+
+class TinyLlavaModel(ComposedModel):
     """Encoder, connector and language model without its head."""
 
+    config_class = TinyLlavaConfig
     config: TinyLlavaConfig
 
     def __init__(self, config: TinyLlavaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's own would build the stock projector
+        super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_connector(
             config.connector,
@@ -42,6 +59,14 @@ class TinyLlavaModel(LlavaModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the language model's table of token embeddings."""
+        return self.language_model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the language model's table of token embeddings."""
+        self.language_model.set_input_embeddings(value)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return patch features V [I, M, X] of pictures; without gradient if the encoder is frozen."""
@@ -70,7 +95,7 @@ class TinyLlavaModel(LlavaModel):
             handle.remove()
         return caught[0]
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Return image tokens h = P(V(X)) [I, T, D] of pictures [I, 3, H, W]."""
         tokens: Tensor = self.multi_modal_projector(self.encode_images(pixel_values))
         return tokens
@@ -79,7 +104,7 @@ class TinyLlavaModel(LlavaModel):
         self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
         image_features: Tensor | None = None, attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None, without_last: bool = False, **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:  # fmt: skip
+    ) -> TinyLlavaOutput:  # fmt: skip
         """Run the sequence [B, N] with pictures [I, 3, H, W], or with their patch features [I, M, X].
 
         Args:
@@ -98,13 +123,11 @@ class TinyLlavaModel(LlavaModel):
             inputs_embeds = inputs_embeds[:, :-1]
             attention_mask = None if attention_mask is None else attention_mask[:, :-1]
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-        return LlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=image_tokens,
-        )
+        return TinyLlavaOutput(
+            last_hidden_state=outputs.last_hidden_state, hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"), image_tokens=image_tokens,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )  # fmt: skip
 
     def _image_tokens(self, pixel_values: Tensor | None, features: Tensor | None) -> Tensor | None:
         if features is None and pixel_values is not None:
@@ -146,19 +169,38 @@ class TinyLlavaModel(LlavaModel):
         return embeds.masked_scatter(at_image.unsqueeze(-1), image_tokens.to(embeds.dtype))
 
 
-class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class TinyLlavaForConditionalGeneration(ComposedModel, GenerationMixin):
     """A small LMM with its head; trains with ``labels`` and answers with ``generate``."""
 
     config_class = TinyLlavaConfig
     config: TinyLlavaConfig
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "lm_head.weight": "model.language_model.embed_tokens.weight"
+    }
 
     def __init__(self, config: TinyLlavaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.model = TinyLlavaModel(config)
         self.lm_head = nn.Linear(
             config.text_config.hidden_size, config.text_config.vocab_size, bias=config.lm_head_bias
         )
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the language model's table of token embeddings."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the language model's table of token embeddings."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
 
     @property
     def vision_encoder(self) -> nn.Module:
@@ -195,7 +237,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         image_features: Tensor | None = None, attention_mask: Tensor | None = None,
         labels: Tensor | None = None, logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
-    ) -> LlavaCausalLMOutputWithPast:  # fmt: skip
+    ) -> TinyLlavaOutput:  # fmt: skip
         """Return the loss over supervised positions if there are ``labels``, otherwise logits [B, N, K].
 
         Args:
@@ -212,19 +254,15 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
             loss = self._loss(hidden, labels, num_items_in_batch)
-            if outputs.image_hidden_states is not None and len(outputs.image_hidden_states) == 0:
-                loss = loss + 0.0 * outputs.image_hidden_states.sum()  # see TinyLlavaModel._no_features
+            if outputs.image_tokens is not None and len(outputs.image_tokens) == 0:
+                loss = loss + 0.0 * outputs.image_tokens.sum()  # see TinyLlavaModel._no_features
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        return TinyLlavaOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+            image_tokens=outputs.image_tokens, **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )  # fmt: skip
 
     def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Equation 3: cross-entropy at the positions whose next token is supervised."""
@@ -235,18 +273,16 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return total / (supervised.sum() if num_items is None else num_items)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        image_features: Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Hand pictures to the first step only; afterwards they are in the cache."""
+        self, input_ids: Tensor, *args: Any, pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None, is_first_iteration: bool | None = False, **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Pass images to the first step only, because later steps find them in the cache, if there is one."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
-        if image_features is not None and is_first_iteration:
-            inputs["image_features"] = image_features
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            given = {"pixel_values": pixel_values, "image_features": image_features}
+            inputs |= {name: value for name, value in given.items() if value is not None}
         return inputs
 
 

@@ -1,0 +1,64 @@
+"""What ``compat`` depends on is there in the installed releases, and does what the package needs."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from tinyllava.compat import CACHE_NAME, ComposedModel
+from tinyllava.config import ModelConfig
+from tinyllava.model.assemble import assemble
+from tinyllava.model.modeling import TinyLlavaOutput
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaConfig:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaConfig(vocab_size=20, **sizes)
+
+
+@pytest.mark.parametrize("wrapper", [AutoModel, AutoModelForCausalLM])
+def test_language_models_take_and_return_the_cache_under_its_name(tiny_llama, wrapper):
+    model, cache, ids = wrapper.from_config(tiny_llama), DynamicCache(), torch.tensor([[3, 4, 5]])
+    output = model(ids, use_cache=True, **{CACHE_NAME: cache})
+    assert output[CACHE_NAME] is cache
+    assert cache.get_seq_length() == 3
+
+
+def test_our_output_returns_the_cache_under_its_name():
+    cache = DynamicCache()
+    output = TinyLlavaOutput(logits=torch.zeros(1), **{CACHE_NAME: cache})
+    assert list(output) == ["logits", CACHE_NAME]
+    assert getattr(output, CACHE_NAME) is output[CACHE_NAME] is cache
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_a_composed_model_leaves_the_choice_of_attention_to_its_parts(tiny_llama, attention):
+    class Wrapper(ComposedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.inner = AutoModel.from_config(config)
+            self.post_init()
+
+    model = Wrapper(tiny_llama)
+    model.set_attn_implementation(attention)
+    assert model.inner.config._attn_implementation == attention
+    model.gradient_checkpointing_enable()
+    assert model.inner.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_both_parts_of_a_model_follow_its_attention(parts, attention):
+    model, _ = assemble(ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts["phi"])))
+    model.set_attn_implementation(attention)
+    assert {
+        part.config._attn_implementation for part in (model, model.vision_encoder, model.language_model)
+    } == {attention}
+
+
+def test_a_tied_head_is_one_tensor_with_the_embedding(parts):
+    model, _ = assemble(ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts["chatml"])))
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    model.resize_token_embeddings(512)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
