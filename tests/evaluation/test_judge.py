@@ -259,7 +259,11 @@ def test_recorded_reviews_are_replayed(tmp_path: Path) -> None:
     files.write_json(tmp_path / "grades.json", grades)
     reviews = read_reviews(tmp_path / "grades.json")
     assert reviews.judge == "gpt-4-0613"
-    assert benchmark.score(questions, answers, reviews.replies).metrics[0].value == pytest.approx(90)
+    metrics = {one.name: one.value for one in benchmark.score(questions, answers, reviews.replies).metrics}
+    # the mean of the runs, as the official tool has it, and what it prints of them
+    assert [metrics[name] for name in ("accuracy", "run 1", "run 2", "std of runs")] == pytest.approx(
+        [50, 10, 90, 40]
+    )
     save_reviews(reviews, tmp_path / "ours.jsonl")
     assert read_reviews(tmp_path / "ours.jsonl") == reviews
     lines = [
@@ -283,3 +287,17 @@ def test_reviews_of_two_judges_or_of_nobody_are_refused(tmp_path: Path) -> None:
     files.write_lines(tmp_path / "twice.jsonl", [lines[0], lines[0]])
     with pytest.raises(DataError, match=r"twice.jsonl:2: question '0' is reviewed a second time"):
         read_reviews(tmp_path / "twice.jsonl")
+
+
+def test_runs_that_are_not_whole_or_that_no_official_tool_has_are_refused(tmp_path: Path) -> None:
+    grades = {
+        f"v1_{n}": {"model": ["m"] * runs, "content": ["1.0"] * runs, "score": [1.0] * runs}
+        for n, runs in enumerate((3, 2))
+    }
+    files.write_json(tmp_path / "grades.json", grades)
+    with pytest.raises(DataError, match=r"grades.json:\d+, entry 'v1_1': question 'v1_1' has 2 runs, .* 3"):
+        read_reviews(tmp_path / "grades.json")
+    benchmark = BENCHMARKS["llava-w"]
+    questions = benchmark.load(files.llava_w(tmp_path))
+    with pytest.raises(DataError, match="llava-w: the reviews are of several runs; keep those of one"):
+        benchmark.score(questions, {}, {question.id: ("8 7", "7 8") for question in questions})

@@ -27,6 +27,8 @@ parsing and metrics. The same command again goes on where a stopped run was.
   tinyllava evaluate MODEL --data /data/bench --benchmarks pope --blind
       with blank pictures: how much of a score needs no picture
   tinyllava evaluate MODEL --data /data/bench --score-only
+  tinyllava evaluate NAME --data /data/bench --score-only --answers FILE_OR_FOLDER
+      answers that LLaVA's scripts wrote
   torchrun --nproc-per-node 8 -m tinyllava.cli evaluate MODEL --data /data/bench
       8 processes share the pictures
 
@@ -47,13 +49,31 @@ def main(arguments: list[str]) -> int:
     folders = find_folders(benchmarks, Path(known.data))
     output = Path(known.output or f"evaluations/{Path(known.model).resolve().name}")
     judges = _make_judges(known, output, benchmarks)
-    ask = (lambda *_: True) if known.score_only else _open_model(known, output)
+    ask = _take_answers(known, output) if known.score_only else _open_model(known, output)
     for name, benchmark in benchmarks.items():
         if ask(benchmark, folders[name]):
             _announce(judges[name], benchmark, folders[name], output, known)
             _score(benchmark, folders[name], output, known, judges[name])
     print(output / "results.json")
     return 0
+
+
+def _take_answers(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
+    """Return what puts another program's answers to a benchmark into ``output``, where some were named."""
+    from tinyllava.evaluation.answers import find_llava_answers, take_llava_answers
+    from tinyllava.evaluation.score import answers_folder
+
+    def take(benchmark: "Benchmark", data: Path) -> bool:
+        if known.answers:
+            names = _folder_names(benchmark)
+            source = find_llava_answers(Path(known.answers), names, Path(known.model).name)
+            take_llava_answers(
+                source, benchmark.load(data), answers_folder(output, benchmark), model=known.model,
+                protocol=benchmark.protocol,
+            )  # fmt: skip
+        return True
+
+    return take
 
 
 def _open_model(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
@@ -129,6 +149,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--blind", action="store_true", help="replace every picture by one of the mean colour")
     add("--limit", type=int, default=0, help="ask only the first questions (default: all of them)")
     add("--score-only", action="store_true", help="score the answers that are there; opens no model")
+    add(
+        "--answers",
+        default="",
+        help="with --score-only: answers that LLaVA's scripts wrote, a file, or a folder with NAME.jsonl or "
+        "NAME/answers/MODEL.jsonl for each benchmark",
+    )
     add("--device", default="", help="device of torch (default: a GPU if there is one)")
     add(
         "--dtype",
@@ -162,6 +188,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--{option} is {getattr(known, name)}; it has to be {least} or more")
     if known.judge_timeout <= 0 or known.judge_concurrent < 1:
         parser.error("--judge-timeout must be above 0, --judge-concurrent at least 1")
+    if known.answers and (not known.score_only or known.blind):
+        parser.error("--answers needs --score-only, and no --blind: the model is not asked")
     if known.judge_url and known.reviews:
         parser.error("--judge-url and --reviews exclude each other: a score has one judge")
     return known
@@ -188,12 +216,10 @@ def find_folders(benchmarks: Mapping[str, "Benchmark"], data: Path) -> dict[str,
         DataError: a folder is missing; all of them are listed.
     """
     from tinyllava.errors import DataError
-    from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS
 
     folders, missing = {}, []
-    for name in benchmarks:
-        bases = [base for base in PAPER_BENCHMARKS if name.startswith(f"{base}-")]
-        found = [data / one for one in (name, *bases) if (data / one).is_dir()]
+    for name, benchmark in benchmarks.items():
+        found = [data / one for one in _folder_names(benchmark) if (data / one).is_dir()]
         folders[name] = found[0] if found else data / name
         missing += [] if found else [name]
     if missing:
@@ -202,6 +228,14 @@ def find_folders(benchmarks: Mapping[str, "Benchmark"], data: Path) -> dict[str,
             f"{data / missing[0]}` says what belongs there; or name the benchmarks with --benchmarks."
         )
     return folders
+
+
+def _folder_names(benchmark: "Benchmark") -> tuple[str, ...]:
+    """Return what the folder of a benchmark may be called: as itself, as its base, or as LLaVA calls it."""
+    from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS
+
+    bases = (base for base in PAPER_BENCHMARKS if benchmark.name.startswith(f"{base}-"))
+    return (benchmark.name, *bases, *benchmark.folders)
 
 
 def _make_judges(

@@ -4,11 +4,13 @@ Paper: section 4.1.3. A line is complete or not there, whenever a run is killed.
 files and needs no model.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
+from tinyllava.errors import DataError
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import parse_line, read_lines
 from tinyllava.run_identity import claim_answers
@@ -112,6 +114,52 @@ def read_llava_answers(path: Path, questions: Sequence[Question]) -> dict[str, s
             record.fail(f"question {key[0]!r} is answered a second time.", _FIX)
         answers[by_key[key]] = record.text("text")
     return answers
+
+
+def find_llava_answers(path: Path, names: Sequence[str], model: str) -> Path:
+    """Return the file with a model's answers to one benchmark, as LLaVA's scripts leave it.
+
+    Args:
+        path: the file itself; or a folder with ``NAME.jsonl``, or in LLaVA's layout: ``NAME/answers`` has,
+            at any depth, ``MODEL.jsonl`` or ``MODEL/merge.jsonl``.
+        names: what the benchmark's folder may be called.
+        model: the model's name.
+
+    Raises:
+        DataError: no such file, or several.
+    """
+    if path.is_file():
+        return path
+    patterns = [f"{name}.jsonl" for name in names]
+    for name in names:
+        patterns += [f"{name}/answers/**/{model}.jsonl", f"{name}/answers/**/{model}/merge.jsonl"]
+    found = sorted({one for pattern in patterns for one in path.glob(pattern)})
+    if len(found) != 1:
+        listed = ", ".join(map(str, found)) or "none"
+        raise DataError(
+            f"{path}: needed is one file with the answers of {model} to {names[0]}; found: {listed}. Looked "
+            f"for {', '.join(patterns)}. Name the file itself with --answers, and its benchmark with "
+            "--benchmarks."
+        )
+    return found[0]
+
+
+def take_llava_answers(
+    source: Path, questions: Sequence[Question], folder: Path, *, model: str, protocol: str
+) -> None:
+    """Put the answers of a file of LLaVA's scripts into the folder of a run, those there already excepted.
+
+    Raises:
+        DataError: see ``read_llava_answers``.
+        ConfigError: the folder holds other answers.
+    """
+    answers = read_llava_answers(source, questions)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    run = {"model": model, "source": source.name, "sha256": digest, "protocol": protocol, "dtype": ""}
+    claim_folder(folder, run)
+    done = read_answers(folder, questions)
+    with AnswerFile(folder) as file:
+        file.append((q, answers[q.id]) for q in questions if q.id in answers and q.id not in done)
 
 
 def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from tinyllava.errors import DataError
 from tinyllava.evaluation.files import NeededFile
-from tinyllava.evaluation.judging import Judging
+from tinyllava.evaluation.judging import Judging, Reply
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.scoring.statistics import Ratio, estimate
 from tinyllava.results import Metric, Result
@@ -138,11 +138,13 @@ class Benchmark:
     export: Exporter | None = None
     """Writes the files that the official server or tool reads."""
     files: tuple[NeededFile, ...] = ()
+    folders: tuple[str, ...] = ()
+    """What its folder is called in LLaVA's layout, where that is not its name."""
     notes: tuple[str, ...] = ()
     """What a reader of the number has to know."""
 
     def predict(
-        self, question: Question, answer: str | None, review: str | None = None, judge: str = ""
+        self, question: Question, answer: str | None, review: Reply | None = None, judge: str = ""
     ) -> Prediction:
         """Grade one answer; None stands for a question that was not answered, which counts as wrong.
 
@@ -151,7 +153,7 @@ class Benchmark:
         judging = self.judging
         is_judged = judging is not None and judging.is_needed(question, answer or "")
         if judging is not None and is_judged:
-            grade = Grade("", None) if review is None else Grade(*judging.grade(question, review))
+            grade = Grade("", None) if review is None else Grade(*judging.grade_runs(question, review))
         else:
             grade = Grade("", 0.0) if answer is None else self.grade(question, answer)
         return Prediction(
@@ -171,15 +173,19 @@ class Benchmark:
         self,
         questions: Sequence[Question],
         answers: Mapping[str, str],
-        reviews: Mapping[str, str] | None = None,
+        reviews: Mapping[str, Reply] | None = None,
         judge: str = "",
     ) -> Scored:
         """Grade all answers (by question id) and sum up; ``reviews`` are ``judge``'s replies by question id.
 
         Raises:
-            DataError: an answer or a review belongs to no question, or two questions have one id.
+            DataError: an answer or a review belongs to no question, two questions have one id, or there are
+                reviews of several runs where one counts.
         """
         _check_ids(self.name, questions, answers, reviews or {})
+        has_runs = any(not isinstance(reply, str) for reply in (reviews or {}).values())
+        if has_runs and not (self.judging and self.judging.has_runs):
+            raise DataError(f"{self.name}: the reviews are of several runs; keep those of one.")
         predictions = tuple(
             self.predict(q, answers.get(q.id), (reviews or {}).get(q.id), judge) for q in questions
         )
@@ -219,7 +225,9 @@ class Benchmark:
             num_expected=num_expected,
             data_sha256=hash_questions(questions),
             decoding=dict(
-                decoding or {"do_sample": False, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
+                {"do_sample": False, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
+                if decoding is None
+                else decoding
             ),
             dtype=dtype,
             judge=judge,
@@ -229,7 +237,7 @@ class Benchmark:
 
 
 def _check_ids(
-    name: str, questions: Sequence[Question], answers: Mapping[str, str], reviews: Mapping[str, str]
+    name: str, questions: Sequence[Question], answers: Mapping[str, str], reviews: Mapping[str, Reply]
 ) -> None:
     ids = {question.id for question in questions}
     if len(ids) < len(questions):

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import httpx
 
 from tinyllava.errors import DataError, JudgeError
 from tinyllava.evaluation.benchmark import Benchmark
-from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
+from tinyllava.evaluation.judging import JudgeRequest, Judging, Reply, Wording
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import Record, read_entries, read_lines
 
@@ -71,7 +71,7 @@ class Reviews:
     """A judge's last reply to each question, by question id, and the judge that gave them."""
 
     judge: str
-    replies: Mapping[str, str]
+    replies: Mapping[str, Reply]
 
 
 class ReplyCache:
@@ -262,36 +262,43 @@ def find_reviews(path: Path, benchmark: str) -> Path | None:
 def read_reviews(path: Path, *, judge: str = "") -> Reviews:
     """Read recorded reviews: ours or LLaVA's (JSON lines) or MM-Vet's grades (JSON by question id).
 
-    MM-Vet's record several runs; the last one counts. Ours and MM-Vet's name the judge; LLaVA's do not.
+    MM-Vet's record several runs, and all of them count. Ours and MM-Vet's name the judge; LLaVA's do not.
 
     Raises:
-        DataError: the judge is not recorded and not given, a given one differs, or there are two.
+        DataError: the judge is not recorded and not given, a given one differs, or there are two; a question
+            has more runs than another.
     """
-    if path.suffix == ".json":
-        entries = read_entries(path)
-        found = {key: (_last(one, "model"), _last(one, "content")) for key, one in entries.items()}
-    else:
-        found = {}
-        for record in read_lines(path):
-            key = record.text("question_id")
-            if key in found:
-                record.fail(f"question {key!r} is reviewed a second time.", "Keep one of the two lines.")
-            found[key] = (str(record.values.get("judge", "")), record.text("content"))
-    judges = {name for name, _ in found.values() if name} | ({judge} if judge else set())
+    found: dict[str, Reply] = {}
+    judges = {judge} - {""}
+    for key, record in _read_reviewed(path):
+        if key in found:
+            record.fail(f"question {key!r} is reviewed a second time.", "Keep one of the two lines.")
+        has_runs = isinstance(record.field("content"), list)
+        runs = record.texts("content") if has_runs else [record.text("content")]
+        first = next(iter(found.values()), None)
+        expected = len(runs) if first is None else 1 if isinstance(first, str) else len(first)
+        if not runs or len(runs) != expected:
+            record.fail(
+                f"question {key!r} has {len(runs)} runs, the first one {expected}.", "Complete the runs."
+            )
+        found[key] = runs[0] if len(runs) == 1 else tuple(runs)
+        judges |= set(record.texts("model")) if "model" in record.values else set()
+        judges |= {str(record.values.get("judge", ""))} - {""}
     if len(judges) != 1:
         named = ", ".join(sorted(judges)) or "none"
         raise DataError(
             f"{path}:1: the reviews have to be of one judge; recorded or given: {named}. Name the judge, or "
             "keep the reviews of each judge in a file and a column of its own."
         )
-    return Reviews(judge=judges.pop(), replies={key: content for key, (_, content) in found.items()})
+    return Reviews(judge=judges.pop(), replies=found)
 
 
-def _last(record: Record, name: str) -> str:
-    entries = record.field(name)
-    if not isinstance(entries, list) or not entries:
-        record.fail(f"field {name!r} has to list one entry a run.")
-    return str(entries[-1])
+def _read_reviewed(path: Path) -> Iterator[tuple[str, Record]]:
+    if path.suffix == ".json":
+        yield from read_entries(path).items()
+        return
+    for record in read_lines(path):
+        yield record.text("question_id"), record
 
 
 def save_reviews(reviews: Reviews, path: Path) -> None:

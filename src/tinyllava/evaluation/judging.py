@@ -3,11 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from tinyllava.evaluation.question import Question
 
 Wording = Mapping[str, str]
 """The texts of a judge's prompt, by the benchmark's own keys."""
+
+
+Reply = str | tuple[str, ...]
+"""A judge's last reply to a question, or its last reply in each of several runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +41,11 @@ class Judging:
     max_tries: int = 1
     is_needed: Callable[[Question, str], bool] = lambda *_: True
     """Whether this answer has to be judged; if not, the benchmark's own ``grade`` serves."""
+    has_runs: bool = False
+    """Whether the official tool takes the mean of several runs of the judge."""
+
+    def grade_runs(self, question: Question, reply: Reply) -> tuple[str, float]:
+        """Return what was understood in each run, blanks between, and the mean score."""
+        runs = (reply,) if isinstance(reply, str) else reply
+        parsed, scores = zip(*(self.grade(question, one) for one in runs), strict=True)
+        return " ".join(parsed), fmean(scores)

@@ -75,8 +75,13 @@ def score(
         scored,
         model=f"{run['model']} (blank pictures)" if blind else run["model"],
         dtype=run["dtype"],
+        decoding={} if "source" in run else None,  # nobody knows how another program's answers were made
         judge=judge_name or None,
-        notes=(*_name_releases(benchmark, data), *([BLIND] if blind else [])),
+        notes=(
+            *_name_releases(benchmark, data),
+            *([f"answers taken from {run['source']}"] if "source" in run else []),
+            *([BLIND] if blind else []),
+        ),
     )
     path = output / "results.json"
     table = ResultTable.load(path) if path.exists() else ResultTable()

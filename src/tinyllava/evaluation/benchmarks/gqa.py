@@ -16,6 +16,7 @@ from tinyllava.evaluation.question import (
     SHORT,
     Question,
     QuestionList,
+    find_source,
     no_source,
     read_llava_prompts,
 )
@@ -64,9 +65,10 @@ def load(folder: Path) -> list[Question]:
 
 
 def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef]]:
-    if (folder / GOLD).exists():
-        pictures = Pictures(folder / "images")
-        for question_id, record in read_entries(folder / GOLD).items():
+    gold = find_source(folder, GOLD, f"data/{GOLD}")  # the second in LLaVA's layout
+    if gold is not None:
+        pictures = Pictures(gold.parent / "images")
+        for question_id, record in read_entries(gold).items():
             yield question_id, record, pictures[f"{record.text('imageId')}.jpg"]
         return
     shards = find_parquet(folder, "testdev")
@@ -147,13 +149,13 @@ BENCHMARK = Benchmark(
     export=export_predictions,
     files=(
         NeededFile(
-            names=(GOLD, "**/testdev*.parquet"),
+            names=(GOLD, f"data/{GOLD}", "**/testdev*.parquet"),
             purpose="12,578 questions with answers and types",
             source=SITE,
             licence="CC BY 4.0 (as its mirrors state)",
         ),
         NeededFile(
-            names=("images", "**/*images*/testdev*.parquet"),
+            names=("images", "data/images", "**/*images*/testdev*.parquet"),
             purpose="398 pictures (n161313.jpg and so on, out of images.zip)",
             num_files=398,
             source=SITE,

@@ -231,6 +231,7 @@ BENCHMARK = Benchmark(
         grade=_grade_reply,
     ),
     export=export_answers,
+    folders=("llava-bench-in-the-wild",),
     files=(
         *_FILES,
         NeededFile(

@@ -160,6 +160,7 @@ BENCHMARK = Benchmark(
     unit="questions of perception",
     unit_of=lambda prediction: prediction.question_id if prediction.category in PERCEPTION else None,
     export=export_lines,
+    folders=("MME",),
     files=(
         NeededFile(
             names=(TREE, "existence", "**/*.parquet"),

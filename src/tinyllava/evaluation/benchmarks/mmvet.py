@@ -9,10 +9,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, pstdev
 
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
-from tinyllava.evaluation.benchmark import Benchmark, Grade, write_export
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
 from tinyllava.evaluation.question import Question, QuestionList, no_source
@@ -25,6 +26,7 @@ from tinyllava.evaluation.read import (
     read_python,
     unpack_picture,
 )
+from tinyllava.results import Metric
 
 GOLD = "mm-vet.json"
 EVALUATOR = "mm-vet_evaluator.py"
@@ -131,6 +133,22 @@ def _grade_reply(question: Question, reply: str) -> tuple[str, float]:
     return ("", 0.0) if score is None else (str(score), score)
 
 
+def measure_runs(questions: Sequence[Question], predictions: Sequence[Prediction]) -> tuple[Metric, ...]:
+    """Return the score of each run of the judge and their standard deviation, as the official tool prints.
+
+    Nothing is returned for a single run.
+    """
+    grades = [[float(one or 0) for one in p.parsed.split(" ")] for p in predictions]
+    totals = [100 * fmean(run) for run in zip(*grades, strict=True)]
+    if len(totals) < 2:
+        return ()
+    named = {f"run {number}": total for number, total in enumerate(totals, start=1)}
+    named["std of runs"] = pstdev(totals)
+    return tuple(
+        Metric(name=name, value=value, num_questions=len(questions)) for name, value in named.items()
+    )
+
+
 def export_answers(
     questions: Sequence[Question], answers: Mapping[str, str], folder: Path, out: Path
 ) -> Sequence[Path]:
@@ -174,8 +192,11 @@ BENCHMARK = Benchmark(
         is_valid=lambda _, reply: _read_score(reply) is not None,
         grade=_grade_reply,
         max_tries=5,
+        has_runs=True,
     ),
+    details=measure_runs,
     export=export_answers,
+    folders=("mm-vet",),
     files=(
         *_FILES,
         NeededFile(
