@@ -92,3 +92,15 @@ def test_every_command_has_a_line_in_the_readme() -> None:
 def test_every_part_has_a_row_in_the_list_of_parts(table: dict[str, object]) -> None:
     rows = (ROOT / "docs" / "guides" / "parts.md").read_text(encoding="utf-8")
     assert [name for name in table if f"| `{name}` |" not in rows] == []
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs/checks.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) == len(set(named)) >= 10
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not re.search(rf"^(async )?def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert missing == []

@@ -69,7 +69,7 @@ def test_a_device_that_is_not_there_is_named(name):
 
 def test_wrong_requests_are_named(tmp_path, pictures):
     chat = make_chat(tmp_path, "llama")
-    with pytest.raises(ImageError, match="no such picture"):
+    with pytest.raises(ImageError, match="no such image"):
         chat.answer([ask("Is there a dog?", tmp_path / "none.png")])
     chat.processor.tokenizer.model_max_length = 20
     with pytest.raises(DataError, match="context is 20"):

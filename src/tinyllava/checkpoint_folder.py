@@ -106,8 +106,12 @@ def recorded_model(folder: Path) -> ModelConfig:
             language_model=str(config.get("text_config", {}).get("_name_or_path", "")),
         )
     )
+    processor = folder / "processor_config.json"
+    settings = read_config(folder, processor.name) if processor.is_file() else {}
     return replace(
         model,
+        image_aspect=settings.get("image_aspect", model.image_aspect),
+        transparency=settings.get("transparency", "drop"),
         connector=str(config.get("connector", "mlp")),
         connector_options=dict(config.get("connector_options") or {}),
     )

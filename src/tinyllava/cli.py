@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from tinyllava import __version__
-from tinyllava.errors import TinyLlavaError
+from tinyllava.errors import ConfigError, TinyLlavaError
+from tinyllava.files import is_text
 from tinyllava.lookup import look_up
 
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tinyllava {__version__}")
         return 0
     try:
+        _refuse_bytes(arguments)
         command = look_up(COMMANDS, arguments[0], "command")
         run: Callable[[list[str]], int] = import_module(f"tinyllava.commands.{command.module}").main
         status = run(arguments[1:])
@@ -69,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            name = os.fsdecode(error.filename or "")
+            print(f"error: {name[:80]}... ({len(name):,} characters): too long for a path.", file=sys.stderr)
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" at {error.filename}" if error.filename else ""
@@ -78,6 +84,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = "; run the same command again to go on where it was" if arguments[0] in RESUMED else ""
         print(f"\nstopped{again}.", file=sys.stderr)
         return 130
+
+
+def _refuse_bytes(arguments: list[str]) -> None:
+    """Raise for an argument that is not UTF-8: no file that records it could be written.
+
+    Raises:
+        ConfigError: its number and its bytes.
+    """
+    for number, argument in enumerate(arguments, 1):
+        if not is_text(argument):
+            raise ConfigError(
+                f"argument {number}: {os.fsencode(argument)[:80]!r} is not UTF-8; rename the file, or run in "
+                "a UTF-8 locale."
+            )
 
 
 def _reader_is_gone() -> bool:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyllava.errors import ConfigError
+from tinyllava.files import parse_json
 
 Aspect = Literal["pad", "square"]
+Transparency = Literal["blend", "drop"]
 Component = Literal["vision_encoder", "connector", "language_model"]
 COMPONENTS: tuple[Component, ...] = ("vision_encoder", "connector", "language_model")
 
@@ -68,6 +70,9 @@ class ModelConfig:
     """Sizes that the connector takes, e.g. num_queries of the resampler."""
     image_aspect: Aspect = "pad"
     """pad: centre the picture on a square of the mean colour; square: what the image processor does alone."""
+    transparency: Transparency = "blend"
+    """blend: transparent parts show the mean colour; drop: the colours stored below them, as the published
+    code does."""
     image_size_px: int = 0
     """Side of the picture that the encoder sees; 0 means the encoder's own."""
     template: str = ""
@@ -190,7 +195,7 @@ def run_from_json(text: str, source: str = "config") -> Run:
     from pydantic import TypeAdapter, ValidationError  # a tenth of a second that --help need not pay
 
     try:
-        raw = json.loads(text)
+        raw = parse_json(text, whole_characters=True)
         _refuse_unknown_fields(raw, Run, source)
         return TypeAdapter(Run).validate_python(raw)
     except json.JSONDecodeError as error:

@@ -38,6 +38,17 @@ class Conversation:
     messages: tuple[Message, ...]
     id: str = ""
     source: str = ""
+    at: str = ""
+    """Where in ``source`` it is: ``record 12``, ``line 3``."""
+
+    @property
+    def place(self) -> str:
+        """File, place in it and id, as far as they are known: how every error names the record."""
+        if self.at:
+            where = f"{self.at} (id {self.id})" if self.id else self.at
+        else:
+            where = f"record {self.id}" if self.id else "a record without id"
+        return f"{self.source or 'conversation'}: {where}"
 
     @property
     def images(self) -> tuple[ImageRef, ...]:

@@ -152,7 +152,11 @@ class Chat:
                 [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
             ),
         }
-        images = [open_image(ref) for conversation in conversations for ref in conversation.images]
+        images = [
+            open_image(ref, self.processor.background)
+            for conversation in conversations
+            for ref in conversation.images
+        ]
         if images:
             inputs["pixel_values"] = self.processor.to_pixels(images).to(device)
         return inputs

@@ -9,6 +9,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 from tinyllava.errors import CheckpointError
+from tinyllava.files import parse_json
 
 _HEAD_BYTES = 512
 
@@ -21,7 +22,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """
     path = folder / name
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{folder}: no {name} there; give a Hugging Face model folder.") from error
     except ValueError as error:

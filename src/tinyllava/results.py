@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import DataError
+from tinyllava.files import parse_json
 from tinyllava.lookup import look_up
 
 FORMAT_VERSION = 1
@@ -167,7 +168,7 @@ def load_results(path: Path) -> tuple[Result, ...]:
         DataError: the file is missing, is not JSON, or does not follow the format.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such results file; `tinyllava evaluate` writes one.") from None
     except ValueError as error:

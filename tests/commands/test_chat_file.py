@@ -189,7 +189,13 @@ WRONG = {
     "image": ('{"image": 3, "question": "Q"}', "questions.jsonl:1: image = 3: must be a path"),
     "missing": ('{"image": "no.png", "question": "Q"}', "questions.jsonl:1: image = 'no.png': no such file"),
     "nul": ('{"image": "a\\u0000", "question": "Q"}', "questions.jsonl:1: image = 'a\\x00': no such file"),
-    "half": ('{"question": "Q\\ud800"}', r"questions.jsonl:1: question holds half a character: 'Q\ud800'"),
+    "half": (
+        '{"question": "Q\\ud800"}',
+        "questions.jsonl:1: not JSON (an unpaired surrogate: line 1 column 16",
+    ),
+    "unused half": ('{"question": "Q", "x": "\\udead"}', "not JSON (an unpaired surrogate: line 1 col"),
+    "digits": (f'{{"question": "Q", "x": {"9" * 5000}}}', "not JSON (an integer of 5,000 digits: line 1 col"),
+    "nested": ('{"question": ' + "[" * 100_000, "questions.jsonl:1: not JSON (nested too deeply: line 1"),
     "empty": ("\n", "questions.jsonl: no line in it"),
 }
 

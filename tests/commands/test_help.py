@@ -148,3 +148,18 @@ def test_a_full_disk_is_told_by_every_command(
     monkeypatch.setattr("tinyllava.commands.show.main", write)
     assert main(["show"]) == 2
     assert capsys.readouterr().err == "error: the disk is full; free some space and run it again.\n"
+
+
+def test_arguments_that_are_no_text_or_no_path_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name of Latin-1 bytes, and a path that is longer than any file system has."""
+    assert main(["chat", "red\udce9.jpg"]) == 2
+    assert capsys.readouterr().err == (
+        "error: argument 2: b'red\\xe9.jpg' is not UTF-8; rename the file, or run in a UTF-8 locale.\n"
+    )
+    for arguments in (["train", "base-C-TL", "--data"], ["show"], ["runs"], ["data", "mixtures", "all"]):
+        assert main([*arguments, "a" * 5000]) in (1, 2)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        assert captured.err.count("\n") <= 2
+    assert main(["train", "base-C-TL", "--data", "a" * 5000]) == 2
+    assert "aaa... (5,000 characters): too long for a path." in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_a_bad_record_ends_the_program_with_its_name_and_no_traceback(recipe, tm
     line = result.stderr[result.stderr.index("error: ") :]
     assert line == (
         f"error: {mine}: record 4 (id bad): the conversation ends with a question [unanswered]. "
-        "Mend the record, or leave such records out with skip 'unanswered'.\n"
+        "Fix the record, or skip such records with --skip unanswered.\n"
     )
     assert "Traceback" not in result.stderr
 

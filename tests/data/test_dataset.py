@@ -40,7 +40,7 @@ def test_labels_are_the_ids_where_supervised_and_ignored_elsewhere(examples, pro
         assert example.input_ids.tolist() == encoded.input_ids
     assert examples[0].pixel_values.shape == (1, 3, 28, 28)
     assert examples[3].pixel_values is None
-    assert examples[3].id.endswith("records.json:r3")
+    assert examples[3].place.endswith("records.json: record 3 (id r3)")
 
 
 def test_measured_lengths_are_those_of_the_examples(examples):
@@ -108,10 +108,10 @@ def broken_records(folder: Path) -> Path:
 def test_a_picture_that_breaks_while_training_is_named_with_its_record(tmp_path, processor):
     conversations = read_records(broken_records(tmp_path), tmp_path).conversations
     examples = Examples(conversations=conversations, processor=processor)
-    with pytest.raises(ImageError, match=r"data\.json: record r9: gone\.png: .*skip 'broken_image'"):
+    with pytest.raises(ImageError, match=r"data\.json: record 0 \(id r9\): gone\.png: .*--skip broken_image"):
         examples[0]
     (tmp_path / "gone.png").unlink()
-    with pytest.raises(ImageError, match=r"data\.json: record r9: .*gone\.png: no such picture"):
+    with pytest.raises(ImageError, match=r"data\.json: record 0 \(id r9\): .*gone\.png: no such image"):
         examples[0]
 
 
@@ -129,7 +129,7 @@ def test_the_run_stops_with_that_line_also_out_of_a_worker_process(parts, tmp_pa
     stage = dataclasses.replace(run.stages["finetune"], data=data)
     with pytest.raises(ImageError) as caught:
         train(dataclasses.replace(run, stages={"finetune": stage}))
-    assert str(caught.value).startswith(f"{tmp_path / 'data.json'}: record r9: gone.png: ")
+    assert str(caught.value).startswith(f"{tmp_path / 'data.json'}: record 0 (id r9): gone.png: ")
     assert "\n" not in str(caught.value)
 
 

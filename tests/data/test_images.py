@@ -2,6 +2,11 @@
 
 import io
 import json
+import os
+import random
+import struct
+import subprocess
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -104,6 +109,33 @@ def test_transparency_is_dropped_and_the_colour_below_kept(tmp_path, mode):
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "tRNS"])
+def test_transparent_parts_show_the_background(tmp_path, mode):
+    """Half transparent, half opaque: what is opaque keeps its colour, the rest is the background's."""
+    image, options = rgb(), {}
+    if mode == "tRNS":
+        options = {"transparency": CORNERS[0][0]}
+    elif mode == "P":
+        image = image.convert("P", palette=Image.Palette.ADAPTIVE)
+        options = {"transparency": image.getpixel((0, 0))}
+    else:
+        image = image.convert(mode)
+        alpha = Image.new("L", image.size, 255)
+        alpha.paste(0, (0, 0, 8, 8))
+        image.putalpha(alpha)
+    ref = save(image, tmp_path / "a.png", **options)
+    found = np.asarray(open_image(ref, background=(9, 99, 199)))
+    opaque = np.asarray(rgb() if mode != "LA" else rgb().convert("L").convert("RGB"))
+    assert (found[:8, :8] == (9, 99, 199)).all()
+    assert np.array_equal(found[8:], opaque[8:])
+    assert np.array_equal(found[:8, 8:], opaque[:8, 8:])
+
+
+def test_an_opaque_image_is_the_same_on_any_background(tmp_path):
+    ref = save(rgb().convert("RGBA"), tmp_path / "a.png")
+    assert np.array_equal(np.asarray(open_image(ref, background=(1, 2, 3))), np.asarray(rgb()))
+
+
 # Where the camera's top row and left column are, by EXIF's table: what undoes each mark, in numpy.
 UPRIGHT = {
     1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
@@ -143,17 +175,26 @@ def strip(path: Path) -> None:
 
 
 BROKEN = {
-    "missing": (lambda path: None, "no such picture; check the path"),
+    "missing": (lambda path: None, "no such image; check the path"),
     "folder": (lambda path: path.mkdir(), r"cannot be read \(Is a directory\)"),
     "empty": (lambda path: path.touch(), "an empty file; replace it"),
     "text": (
-        lambda path: path.write_text("<html>404</html>"),
-        r"not a picture that can be read \(begins with b'<html>40'\)",
+        lambda path: path.write_text("not an image"),
+        r"not an image that can be read \(begins with b'not an i'\)",
     ),
-    "json": (lambda path: path.write_text(json.dumps({"a": 1})), "not a picture that can be read"),
-    "truncated": (truncated, r"damaged \(.*truncated.*; fetch it again"),
+    "json": (lambda path: path.write_text(json.dumps({"a": 1})), "not an image that can be read"),
+    "truncated": (truncated, r"damaged \(.*truncated.*; replace it"),
     "bomb": (bomb, "12,000 x 12,000 pixels; at most 89,478,485 in all"),
     "monstrous": (monstrous, "more than 89,478,485 pixels; scale it down"),
+    "web page": (lambda path: path.write_text("<html>404</html>"), "a web page, .*; download it again"),
+    "SVG": (lambda path: path.write_text("<svg xmlns='x'/>"), "an SVG drawing; convert it to PNG"),
+    "HEIC": (
+        lambda path: path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        r"a HEIC image, as phones write; convert it to JPEG, e.g. with `heif-convert IN OUT.jpg`",
+    ),
+    "video": (lambda path: path.write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isom"), "a video; extract a frame"),
+    "PDF": (lambda path: path.write_bytes(b"%PDF-1.7\n"), "a PDF file; replace it by one of: JPEG, PNG"),
+    "pipe": (os.mkfifo, "a pipe or a device, not an image file"),
     "strip": (strip, "60,000 x 1 pixels; at most .* 16,384 on a side"),
     "float": (
         lambda path: Image.new("F", (4, 4), 0.5).save(path, format="TIFF"),
@@ -191,7 +232,7 @@ def encoded(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-SAMPLES = {kind: encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DDS", "ICO")}
+SAMPLES = {kind: encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")}
 
 
 @given(
@@ -208,5 +249,65 @@ def test_damage_anywhere_gives_a_picture_or_the_named_error(kind, cut, changes):
 
 
 def test_a_nul_in_a_path_is_no_path() -> None:
-    with pytest.raises(ImageError, match=r"'a\\x00\.png': no path of a file"):
+    with pytest.raises(ImageError, match=r"'a\\x00\.png': not the path of a file"):
         open_image(ImageRef(path=Path("a\0.png")))
+
+
+def odd_exif(rng: random.Random) -> bytes:
+    """A TIFF block with tags of wrong types, counts, offsets and lengths; Orientation is often among them."""
+    endian, num = rng.choice("<>"), rng.choice([0, 1, 1, 2, 3, 5, 12, 200])
+    block = (b"II*\0" if endian == "<" else b"MM\0*") + struct.pack(
+        f"{endian}L", rng.choice([8, 8, 8, 8, 0, 7, 100, 2**31])
+    )
+    block += struct.pack(f"{endian}H", rng.choice([num, num, num, 65_535, 0]))
+    for _ in range(num):
+        tag = rng.choice([0x112, 0x112, 0x11A, 0x8769, 0x8825, 0xA005, 0xB001, 0x100, rng.randrange(65_536)])
+        kind = rng.choice([*range(14), 16, 99, rng.randrange(65_536)])
+        count = rng.choice([0, 1, 1, 1, 2, 3, 4, 5, 100, 2**31, 2**32 - 1])
+        value = struct.pack(f"{endian}L", rng.choice([0, 1, 6, 8, 9, 10, 30, 2**32 - 1]))
+        block += struct.pack(f"{endian}HHL", tag, kind, count) + rng.choice([value, rng.randbytes(4)])
+    block += rng.choice([b"", b"\0\0\0\0", rng.randbytes(40)])
+    return block[: rng.choice([len(block)] * 4 + [rng.randrange(len(block) + 1)])]
+
+
+def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
+
+
+def with_chunk(png: bytes, content: bytes) -> bytes:
+    """Put an eXIf chunk behind a PNG's header."""
+    body = b"eXIf" + content
+    return png[:33] + struct.pack(">L", len(content)) + body + struct.pack(">L", zlib.crc32(body)) + png[33:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_thousands_of_odd_exif_blocks_never_hide_good_pixels():
+    """Pillow raises TypeError, KeyError, AttributeError and more on such tags; the pixels are fine."""
+    rng = random.Random(13)
+    plain = {kind: io.BytesIO() for kind in ("JPEG", "PNG")}
+    for kind, buffer in plain.items():
+        rgb().save(buffer, kind)
+    jpeg, png = plain["JPEG"].getvalue(), plain["PNG"].getvalue()
+    allowed = {
+        kind: {turn(np.asarray(Image.open(buffer))).tobytes() for turn in UPRIGHT.values()}
+        for kind, buffer in plain.items()
+    }
+    for _ in range(1500):
+        block = odd_exif(rng)
+        for kind, data in (
+            ("JPEG", with_segment(jpeg, 0xE1, b"Exif\0\0" + block)),
+            ("JPEG", with_segment(jpeg, 0xE2, b"MPF\0" + block)),
+            ("PNG", with_chunk(png, block)),
+        ):
+            assert np.asarray(open_image(ImageRef(data=data, name="x"))).tobytes() in allowed[kind]
+
+
+def test_postscript_called_jpg_starts_no_program(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"a program was started: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    path = tmp_path / "cat.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n{} loop\n")
+    with pytest.raises(ImageError, match="a PostScript file; replace it"):
+        open_image(ImageRef(path=path))

@@ -137,7 +137,21 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
         record("Q", "<image> A", image="a.png"),
         "stands in a turn of the assistant",
     ),
-    "half a character": ("malformed", record("Q", "A\ud800"), r"turn 1 holds half a character: 'A\\ud800'"),
+    "half a character": (
+        "malformed",
+        record("Q", "A\ud800"),
+        r"turn 1 contains an unpaired surrogate: 'A\\ud800'",
+    ),
+    "half a character in a path": (
+        "malformed",
+        record("Q<image>", "A", image="\ud800.png"),
+        "'image' contains an unpaired surrogate",
+    ),
+    "path of 5,000 characters": (
+        "malformed",
+        record("Q<image>", "A", image="a" * 5000),
+        "'image' is no path",
+    ),
     "missing picture": (
         "missing_image",
         record("<image>Q", "A", image="x/none.png"),
@@ -160,7 +174,7 @@ def test_a_defect_is_named_with_file_record_and_fix(tmp_path, images, case):
     assert text.startswith(f"{tmp_path / 'data.json'}: record 3")
     assert ("(id r1)" in text) == isinstance(raw, dict)
     assert f"[{name}]" in text
-    assert f"leave such records out with skip {name!r}" in text
+    assert f"skip such records with --skip {name}." in text
     assert len(text) < 500
 
 
@@ -268,7 +282,16 @@ OTHER_FORMS = {
         r"line 2 column 1\. One record a line",
     ),
     "an array named .jsonl": ("a.jsonl", "[]", r"a\.jsonl:1: a JSON array; one array of records is named"),
-    "lists without end": ("a.json", "[" * 100_000, r"a\.json: lists in lists without end"),
+    "lists without end": (
+        "a.json",
+        "[" * 100_000,
+        r"a\.json: not JSON: nested too deeply at line 1 column 1000",
+    ),
+    "a number without end": (
+        "a.jsonl",
+        f'\n{{"id": {"9" * 5000}}}',
+        "not JSON: an integer of 5,000 digits at line 2 column 8",
+    ),
 }
 
 
@@ -278,3 +301,29 @@ def test_a_file_of_another_form_is_told_its_name(tmp_path, case):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         read_records(tmp_path / name, tmp_path)
+
+
+@pytest.mark.parametrize("id_", ["\ud800", ["r1"], {"a": 1}])
+def test_an_id_that_cannot_be_written_is_malformed(tmp_path, id_):
+    raw = {**record("Q", "A"), "id": id_}
+    with pytest.raises(Defect, match=r"record 0 .*'id' must be text or a number.* \[malformed\]"):
+        read(tmp_path, [raw])
+
+
+def test_records_without_or_with_the_same_id_are_told_apart_by_their_place(tmp_path, images):
+    """Whatever is said of a record later names where it is in its file."""
+    raw = [{"conversations": turns("Q", f"A{n}")} for n in range(2)]
+    raw += [record("Q<image>", f"A{n}", image="a.png") for n in range(2)]
+    found = [conversation.place for conversation in read(tmp_path, raw).conversations]
+    json_file, lines_file = tmp_path / "data.json", tmp_path / "data.jsonl"
+    assert found == [
+        f"{json_file}: record 0",
+        f"{json_file}: record 1",
+        f"{json_file}: record 2 (id r1)",
+        f"{json_file}: record 3 (id r1)",
+    ]
+    lines_file.write_text("\n".join(["", *map(json.dumps, raw)]))
+    found = [conversation.place for conversation in read_records(lines_file, images).conversations]
+    assert found == [f"{lines_file}: line {n}" for n in (2, 3)] + [
+        f"{lines_file}: line {n} (id r1)" for n in (4, 5)
+    ]

@@ -1,6 +1,9 @@
 """Mask, layouts and pixels: properties over generated conversations, literal strings, references."""
 
+import copy
 import dataclasses
+import subprocess
+import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -16,7 +19,13 @@ from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.errors import DataError
 from tinyllava.model.assemble import assemble
-from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, pad_to_square
+from tinyllava.model.processing import (
+    IMAGE_TOKEN,
+    MAX_CROPPED_RATIO,
+    MAX_PADDED_PX,
+    TinyLlavaProcessor,
+    pad_to_square,
+)
 from tinyllava.templates import read_template
 
 SYSTEM = (
@@ -294,3 +303,72 @@ def test_pad_agrees_with_the_stock_llava_image_processor(parts):
     for size in [(50, 40), (31, 64), (28, 28)]:
         found, expected = processor.to_pixels([noise(*size)]), through(reference, np.asarray(noise(*size)))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+MEASURED = """
+import resource, sys
+from PIL import Image
+from tinyllava.conversation import ImageRef
+from tinyllava.data.images import open_image
+from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.assemble import open_processor
+from pathlib import Path
+
+processor = open_processor(Path(sys.argv[1]))
+processor.image_aspect = sys.argv[2]
+processor.to_pixels([Image.new("RGB", (640, 480))])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[3:]:
+    processor.to_pixels([open_image(ImageRef(path=Path(path)), processor.background)])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_a_strip_takes_no_gigabytes(parts, tmp_path, encoder, aspect):
+    """16,000 x 12 pixels are 677 bytes of PNG; padded as they are they took a worker to 3.8 GB."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(parts["llama"])
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    TinyLlavaProcessor(
+        AutoImageProcessor.from_pretrained(parts[encoder], backend="pil"), tokenizer,
+        chat_template=read_template("llama"), transparency="blend",
+    ).save_pretrained(tmp_path / "processor")  # fmt: skip
+    sizes = [(16_000, 12), (1, 16_384), (16_384, 1)]
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(sizes))]
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path / "processor"), aspect, *paths],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert float(result.stdout) < 400, "MB above what an ordinary image takes"
+
+
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+@pytest.mark.parametrize("size", [(50, 40), (MAX_PADDED_PX, 300), (30, 30 * MAX_CROPPED_RATIO), (1, 1)])
+def test_images_of_ordinary_shape_keep_every_pixel(parts, processors, encoder, aspect, size):
+    """What the encoder's own image processor makes of the image, padded or not, and nothing else."""
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    stock = AutoImageProcessor.from_pretrained(parts[encoder], backend="pil")
+    processor = copy.copy(processors["llama"])
+    processor.image_processor, processor.image_aspect = stock, aspect
+    image = Image.fromarray(noise)
+    colour = tuple(int(255 * channel) for channel in stock.image_mean)
+    given = Image.fromarray(padded(image, colour)) if aspect == "pad" else image
+    expected = stock([given], return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.to_pixels([image]), expected)
+
+
+def test_of_a_strip_the_same_centre_is_cropped(parts, processors):
+    """Where the centre is cropped, cutting the ends off first changes nothing that can be seen."""
+    stock = AutoImageProcessor.from_pretrained(parts["clip"], backend="pil")
+    processor = copy.copy(processors["llama"])
+    processor.image_processor, processor.image_aspect = stock, "square"
+    noise = np.random.default_rng(2).integers(0, 256, (8, 400, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    expected = stock([image], return_tensors="pt")["pixel_values"]
+    assert torch.allclose(processor.to_pixels([image]), expected, atol=0.02)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.conversation import Conversation, ask
-from tinyllava.data.records import is_text
 from tinyllava.errors import DataError
+from tinyllava.files import parse_json
 from tinyllava.run_identity import claim_answers
 
 _AT_ONCE = 64  # lines answered before they are written: a batch is cut out of them by its tokens
@@ -50,14 +50,12 @@ def read_questions(path: Path) -> list[Line]:
 
 def _read_line(line: str, where: str, folder: Path) -> Line:
     try:
-        fields = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        fields = parse_json(line, whole_characters=True)
+    except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error}); write one object a line.") from error
     question = fields.get("question") if isinstance(fields, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: no text in 'question'; a line is an object such as {_EXAMPLE}.")
-    if not is_text(question):
-        raise DataError(f"{where}: question holds half a character: {question[:80]!a}; write it whole.")
     image = fields.get("image")
     if image is not None and not isinstance(image, str):
         raise DataError(f"{where}: image = {image!r}: must be a path; leave it out for text alone.")

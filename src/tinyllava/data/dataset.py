@@ -33,7 +33,8 @@ class Example:
     """[I, 3, H, W]"""
     image_features: Tensor | None = None
     """[I, M, X], in place of pixels"""
-    id: str = ""
+    place: str = ""
+    """Of its record, for errors."""
 
 
 @dataclass(kw_only=True)
@@ -67,10 +68,12 @@ class Examples(Dataset[Example]):
             if conversation.images and self.features is not None:
                 features = torch.stack([self.features.read(ref) for ref in conversation.images])
             elif conversation.images:
-                pixels = self.processor.to_pixels([open_image(ref) for ref in conversation.images])
+                pixels = self.processor.to_pixels(
+                    [open_image(ref, self.processor.background) for ref in conversation.images]
+                )
         return Example(
             input_ids=input_ids, labels=labels, pixel_values=pixels, image_features=features,
-            id=f"{conversation.source}:{conversation.id}",
+            place=conversation.place,
         )  # fmt: skip
 
 
@@ -99,7 +102,7 @@ def measure(
                 detail = (
                     f"{len(encoded.input_ids)} tokens are more than max_length_tokens = {max_length_tokens}"
                 )
-                raise Defect("too_long", _place(conversation), detail)
+                raise Defect("too_long", conversation.place, detail)
             kept.append(conversation)
             lengths.append(len(encoded.input_ids))
             supervised.append(sum(encoded.supervised))
@@ -115,10 +118,6 @@ def measure(
         ),
         skipped,
     )  # fmt: skip
-
-
-def _place(conversation: Conversation) -> str:
-    return f"{conversation.source}: record {conversation.id or 'without id'}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Collator:
             parts = [value for e in examples if (value := getattr(e, name)) is not None]
             if parts:
                 batch[name] = torch.cat(parts)
-        batch["sample_ids"] = [example.id for example in examples]
+        batch["sample_ids"] = [example.place for example in examples]
         return batch
 
 

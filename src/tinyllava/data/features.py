@@ -106,7 +106,7 @@ class FeatureCache:
         images = []
         for _, ref, conversation in batch:
             with naming_record(conversation):
-                images.append(open_image(ref))
+                images.append(open_image(ref, self.processor.background))
         pixels = self.processor.to_pixels(images)
         device = next(self.model.vision_encoder.parameters()).device
         with torch.inference_mode():
@@ -140,6 +140,7 @@ def encoder_key(model: TinyLlavaForConditionalGeneration, processor: TinyLlavaPr
     settings = {
         "image_processor": processor.image_processor.to_dict(),
         "aspect": processor.image_aspect,
+        "background": processor.background,
         "prefix": model.config.num_prefix_tokens,
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -1,85 +1,182 @@
-"""Open a picture as RGB, or say exactly what is wrong with it. Image bytes are decoded here and nowhere else.
+"""Open an image as RGB, or say exactly what is wrong with it. Image bytes are decoded here and nowhere else.
 
-Differs: the published code decodes truncated files to grey, clips 16-bit pictures and ignores a camera's
-rotation
-mark; here the first is an error, the second is scaled, the third is applied.
+Differs: the published code decodes truncated files to grey, clips 16-bit images and ignores a camera's
+rotation mark; here the first is an error, the second is scaled, the third is applied.
 """
 
 import io
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.errors import ImageError
 
 MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb: a quarter of a GiB as RGB
-MAX_SIDE_PX = 16_384  # a strip of one pixel's height would become this square when it is padded
+MAX_SIDE_PX = 16_384
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What Pillow may open, by its names. It knows more, and for some it starts a program (EPS: Ghostscript)."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by the value of EXIF's Orientation."""
+
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_OTHER_KINDS: tuple[tuple[bytes, str], ...] = (
+    (b"%!PS", "a PostScript file"),
+    (b"\xc5\xd0\xd3\xc6", "a PostScript file"),
+    (b"%PDF", "a PDF file"),
+    (b"8BPS", "a Photoshop file"),
+    (b"\xff\x0a", "a JPEG XL image"),
+    (b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
+    (b"\x1aE\xdf\xa3", "a video"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"version https://git-lfs", "a pointer of Git LFS (run `git lfs pull` in its folder)"),
+)
+"""What is often found in place of an image, by its first bytes."""
 
 
 def read_image_bytes(ref: ImageRef) -> bytes:
-    """Return the encoded bytes of a picture.
+    """Return the encoded bytes of an image.
 
     Raises:
-        ImageError: the file is missing, a folder, or cannot be read.
+        ImageError: the file is missing, a folder or a pipe, or cannot be read.
     """
     if ref.data is not None:
         return ref.data
     path = ref.path or Path(ref.name)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ImageError(f"{path}: a pipe or a device, not an image file; give the path of a file.")
         return path.read_bytes()
+    except ImageError:
+        raise
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such picture; check the path.") from error
-    except ValueError as error:  # a NUL character
-        raise ImageError(f"{str(path)!r}: no path of a file ({error}).") from error
+        raise ImageError(f"{path}: no such image; check the path.") from error
+    except ValueError as error:  # a NUL character, an unpaired surrogate
+        raise ImageError(f"{_shorten(path)!a}: not the path of a file ({error}).") from error
     except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise ImageError(f"{_shorten(path)}: cannot be read ({error.strerror}).") from error
+
+
+def _shorten(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text):,} characters)"
 
 
 @contextmanager
 def naming_record(conversation: Conversation) -> Iterator[None]:
-    """Put the record and its file in front of what is said about its pictures."""
+    """Put the record's place in front of errors about its images."""
     try:
         yield
     except ImageError as error:
-        record = f"record {conversation.id}" if conversation.id else "a record without id"
         raise ImageError(
-            f"{conversation.source or 'conversation'}: {record}: {error} Or leave such records out with skip "
-            "'broken_image'."
+            f"{conversation.place}: {error} Or skip such records with --skip broken_image."
         ) from error
 
 
-def open_image(ref: ImageRef) -> Image.Image:
-    """Return a picture as RGB.
+def open_image(ref: ImageRef, background: tuple[int, ...] | None = None) -> Image.Image:
+    """Return an image as RGB.
 
     Greyscale, palette and CMYK are converted; 16-bit is scaled to 8; of an animation the first frame is
-    taken; transparency is dropped, as the published code does; a rotation mark (EXIF) is applied.
+    taken; a rotation mark (EXIF) is applied, and one that cannot be read is ignored.
+
+    Args:
+        background: colour that transparent parts show; None drops transparency, as the published code does,
+            and shows the colours that are stored below it.
 
     Raises:
-        ImageError: missing, empty, not a picture, truncated, too large, or without a meaning as RGB.
+        ImageError: missing, empty, not an image, truncated, too large, or without a meaning as RGB.
     """
     data = read_image_bytes(ref)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on tags; what is an error is raised below
-            with Image.open(io.BytesIO(data)) as image:
-                _refuse_huge(image, ref)
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image), image.format, ref)
+            return _decode(data, ref, background)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        what = "an empty file" if not data else f"not a picture that can be read (begins with {data[:8]!r})"
-        raise ImageError(f"{ref}: {what}; replace it.") from error
+        raise ImageError(f"{ref}: {_name_kind(data)}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{ref}: more than {MAX_PIXELS:,} pixels; scale it down.") from error
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
-        raise ImageError(f"{ref}: damaged ({error}); fetch it again.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow documents none: its decoders raise whatever the bytes lead to
+        raise ImageError(f"{ref}: damaged ({str(error) or type(error).__name__}); replace it.") from error
+
+
+def _decode(data: bytes, ref: ImageRef, background: tuple[int, ...] | None) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _refuse_huge(image, ref)
+            image.load()
+            return _turn_upright(_to_rgb(image, image.format, ref, background), image)
+    except (ImageError, Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception:
+        bare = _without_metadata(data)
+        if bare == data:
+            raise
+        return _decode(bare, ref, background)
+
+
+def _without_metadata(jpeg: bytes) -> bytes:
+    """Return a JPEG without its segments APP1 and APP2 (EXIF, XMP, MPF, ICC); what is no JPEG, as it is.
+
+    Pillow reads them when it opens a file, and a tag of the wrong type there can hide good pixels.
+    """
+    if not jpeg.startswith(b"\xff\xd8"):
+        return jpeg
+    kept, at = [jpeg[:2]], 2
+    while jpeg[at : at + 1] == b"\xff" and at + 4 <= len(jpeg):
+        marker, size = jpeg[at + 1], 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if marker == 0xDA:  # start of scan: pixels from here on
+            break
+        if marker not in (0xE1, 0xE2):
+            kept.append(jpeg[at : at + size])
+        at += size
+    return b"".join([*kept, jpeg[at:]])
+
+
+def _turn_upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Apply the rotation mark of the file that ``rgb`` came from; only read it: writing EXIF can fail."""
+    try:
+        mark = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 (as undocumented as the decoders'; what cannot be read is no mark)
+        return rgb
+    method = _UPRIGHT.get(mark) if isinstance(mark, int) else None
+    return rgb if method is None else rgb.transpose(method)
+
+
+def _name_kind(data: bytes) -> str:
+    """Say what bytes are that are no image of a known format, with the fix."""
+    head = data[:512]
+    if not head:
+        return "an empty file; replace it."
+    if head[4:8] == b"ftyp":
+        if head[8:12] in _HEIC_BRANDS:
+            return "a HEIC image, as phones write; convert it to JPEG, e.g. with `heif-convert IN OUT.jpg`."
+        return "a video; extract a frame as JPEG or PNG, e.g. with `ffmpeg -i IN -frames:v 1 OUT.jpg`."
+    if head.lstrip().lower().startswith(b"<"):
+        return (
+            "an SVG drawing; convert it to PNG."
+            if b"<svg" in head.lower()
+            else ("a web page, perhaps an error message of the server; download it again.")
+        )
+    kind = next((kind for start, kind in _OTHER_KINDS if head.startswith(start)), "")
+    kind = kind or f"not an image that can be read (begins with {head[:8]!r})"
+    return f"{kind}; replace it by one of: {', '.join(FORMATS)}."
 
 
 def _refuse_huge(image: Image.Image, ref: ImageRef) -> None:
@@ -91,11 +188,16 @@ def _refuse_huge(image: Image.Image, ref: ImageRef) -> None:
         )
 
 
-def _to_rgb(image: Image.Image, file_format: str | None, ref: ImageRef) -> Image.Image:
+def _to_rgb(
+    image: Image.Image, file_format: str | None, ref: ImageRef, background: tuple[int, ...] | None
+) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and file_format != "PPM"):  # Pillow scales PGM to 16 bits
         kind = "floating-point" if image.mode == "F" else "32-bit"
         raise ImageError(f"{ref}: {kind} pixels have no fixed range; save it with 8 or 16 bits.")
     if image.mode.startswith("I"):
         # 16-bit greyscale: Pillow's own conversion would clip everything above 255 to white.
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if background is not None and image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), layer).convert("RGB")
     return image.convert("RGB")

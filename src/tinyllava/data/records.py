@@ -7,12 +7,13 @@ Nothing behind this file repairs text: what a record says is settled here.
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tinyllava.conversation import Conversation, ImageRef, Message, Role
 from tinyllava.errors import ConfigError, DataError, ImageError
+from tinyllava.files import is_text, parse_json
 
 IMAGE_MARK = "<image>"
 _ROLES: dict[str, Role] = {
@@ -42,7 +43,7 @@ class Defect(DataError):  # noqa: N818 (the word that users meet in skips and do
         assert name in DEFECTS
         self.name = name
         super().__init__(
-            f"{where}: {detail} [{name}]. Mend the record, or leave such records out with skip {name!r}."
+            f"{where}: {detail} [{name}]. Fix the record, or skip such records with --skip {name}."
         )
 
 
@@ -72,9 +73,11 @@ def read_records(path: Path, images: Path, skip: tuple[str, ...] = ()) -> Record
     skipped: Counter[str] = Counter()
     conversations: list[Conversation] = []
     seen: set[int] = set()
-    for where, raw in read_raw(path):
+    for at, raw in read_raw(path):
+        where = _place(path, at, raw)
         try:
-            conversation = _to_conversation(raw, where, str(path), images, skip, skipped)
+            conversation = _to_conversation(raw, where, images, skip, skipped)
+            conversation = replace(conversation, source=str(path), at=at)
             key = hash((conversation.id, conversation.messages))
             if conversation.id and key in seen:
                 raise Defect(
@@ -99,7 +102,7 @@ def check_skip(skip: tuple[str, ...]) -> None:
 
 
 def read_raw(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for each record of a file."""
+    """Yield (place in the file, value) for each record."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -116,7 +119,7 @@ def read_raw(path: Path) -> Iterator[tuple[str, Any]]:
                 raw = _parse(line, str(path), number)
                 if isinstance(raw, list):
                     raise DataError(f"{path}:{number}: a JSON array; one array of records is named .json.")
-                yield f"{path}:{number}", raw
+                yield f"line {number}", raw
         return
     records = _parse(text, str(path))
     if not isinstance(records, list):
@@ -124,25 +127,29 @@ def read_raw(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path}: expected one JSON array of records, found {type(records).__name__}; or name it .jsonl."
         )
     for index, raw in enumerate(records):
-        id_ = raw.get("id") if isinstance(raw, dict) else None
-        yield f"{path}: record {index}" + (f" (id {id_})" if id_ is not None else ""), raw
+        yield f"record {index}", raw
+
+
+def _place(path: Path, at: str, raw: Any) -> str:
+    """Return how errors name a record that is no conversation yet."""
+    id_ = raw.get("id") if isinstance(raw, dict) else None
+    return Conversation(messages=(), id="" if id_ is None else str(id_)[:80], source=str(path), at=at).place
 
 
 def _parse(text: str, where: str, first_line: int = 1) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         hint = " One record a line? Name it .jsonl." if error.msg == "Extra data" else ""
+        fix = " This is not a record file." if error.msg == "nested too deeply" else " Fix the file."
         raise DataError(
-            f"{where}: not JSON: {error.msg} at line {line} column {error.colno}.{hint}"
+            f"{where}: not JSON: {error.msg} at line {line} column {error.colno}.{hint or fix}"
         ) from error
-    except RecursionError as error:
-        raise DataError(f"{where}: lists in lists without end; that is no file of records.") from error
 
 
 def _to_conversation(
-    raw: Any, where: str, source: str, images: Path, skip: tuple[str, ...], skipped: Counter[str]
+    raw: Any, where: str, images: Path, skip: tuple[str, ...], skipped: Counter[str]
 ) -> Conversation:
     turns = _turns(raw, where)
     first = 1 if turns[0][0] == "system" else 0
@@ -151,11 +158,7 @@ def _to_conversation(
         del turns[first]
     _check_order(turns, where)
     refs = [_image_ref(name, images, where) for name in _image_names(raw, where)]
-    return Conversation(
-        messages=_messages(turns, refs, where),
-        id="" if raw.get("id") is None else str(raw["id"]),
-        source=source,
-    )
+    return Conversation(messages=_messages(turns, refs, where), id=_id(raw, where))
 
 
 def _turns(raw: Any, where: str) -> list[tuple[Role, str]]:
@@ -175,18 +178,18 @@ def _turns(raw: Any, where: str) -> list[tuple[Role, str]]:
                 "malformed", where, f"turn {number} is from {turn.get('from')!r}; allowed: human, gpt, system"
             )
         if not is_text(turn["value"]):
-            raise Defect("malformed", where, f"turn {number} holds half a character: {turn['value'][:80]!a}")
+            raise Defect(
+                "malformed", where, f"turn {number} contains an unpaired surrogate: {turn['value'][:80]!a}"
+            )
         turns.append((_ROLES[turn["from"]], turn["value"]))
     return turns
 
 
-def is_text(value: str) -> bool:
-    """Whether a string is Unicode: JSON can also write one half of a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _id(raw: dict[str, Any], where: str) -> str:
+    id_ = raw.get("id")
+    if not (id_ is None or isinstance(id_, str | int | float)) or not is_text(str(id_)):
+        raise Defect("malformed", where, f"'id' must be text or a number, found {str(id_)[:80]!a}")
+    return "" if id_ is None else str(id_)
 
 
 def _check_order(turns: list[tuple[Role, str]], where: str) -> None:
@@ -216,9 +219,11 @@ def _image_names(raw: dict[str, Any], where: str) -> list[str]:
 def _image_ref(name: str, images: Path, where: str) -> ImageRef:
     path = images / name
     try:
-        there = path.is_file()
+        there = is_text(name) and path.is_file()
     except OSError as error:  # a name that is too long: a caption in the wrong field
         raise Defect("malformed", where, f"'image' is no path ({error.strerror}): {name[:80]}") from error
+    if not is_text(name):
+        raise Defect("malformed", where, f"'image' contains an unpaired surrogate: {name[:80]!a}")
     if not there:
         what = "a folder, not a picture:" if path.is_dir() else "no picture"
         raise Defect("missing_image", where, f"{what} {path}")

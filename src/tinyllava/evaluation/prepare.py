@@ -53,7 +53,7 @@ def prepare_group(processor: TinyLlavaProcessor, conversations: Sequence[Convers
         ImageError: a picture is missing or broken.
         DataError: a conversation does not fit the model's context.
     """
-    images = [open_image(ref) for ref in conversations[0].images]
+    images = [open_image(ref, processor.background) for ref in conversations[0].images]
     prompts = [encode_prompt(processor, conversation) for conversation in conversations]
     return PictureGroup(
         tree=grow_tree(prompts, processor.image_token_id),

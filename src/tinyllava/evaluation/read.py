@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
+from tinyllava.files import parse_json
 
 FIX = "Fetch the file again; `tinyllava data benchmarks` says where each comes from."
 
@@ -123,7 +124,7 @@ def read_python(path: Path, source: str) -> ast.Module:
 
 def _parse(text: str, path: Path, line: int = 0, fix: str = FIX) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text, whole_characters=True)
     except json.JSONDecodeError as error:
         where = f"{path}:{line or error.lineno}"
         raise DataError(f"{where}: not JSON at column {error.colno} ({error.msg}). {fix}") from None

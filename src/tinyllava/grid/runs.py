@@ -3,7 +3,6 @@
 Paper: none. Reads what runs leave (run.json, environment.json, stage.json, results.json); needs no torch.
 """
 
-import json
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import DataError
+from tinyllava.files import parse_json
 
 Rows = list[Sequence[object]]
 
@@ -69,7 +69,7 @@ def _read_run(folder: Path) -> FoundRun:
 def _read(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file; of one that is missing or damaged, nothing."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

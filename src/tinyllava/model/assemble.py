@@ -237,6 +237,7 @@ def make_processor(
         chat_template=read_template(model.template or language.template),
         num_image_tokens=num_image_tokens,
         image_aspect=model.image_aspect,
+        transparency=model.transparency,
     )
 
 

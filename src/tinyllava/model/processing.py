@@ -13,12 +13,16 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tinyllava.config import Aspect
+from tinyllava.config import Aspect, Transparency
 from tinyllava.conversation import Conversation, to_chat
 from tinyllava.errors import DataError
 from tinyllava.model.special_tokens import Spans, find_special_tokens, substitute
 
 IMAGE_TOKEN = "<image>"
+MAX_PADDED_PX = 4096
+"""Longest side that is padded as it is: a strip of 16,000 x 12 would become a square of 768 MB."""
+MAX_CROPPED_RATIO = 16
+"""Longest shape that is resized as it is before a square is cropped from its centre."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +42,16 @@ class TinyLlavaProcessor(ProcessorMixin):
     Args:
         num_image_tokens: T, how many tokens stand for one picture.
         image_aspect: ``pad`` centres the picture on a square of the image processor's mean colour first.
+        transparency: ``blend`` puts transparent parts on that colour, ``drop`` ignores transparency.
     """
 
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None,
-        num_image_tokens: int = 576, image_aspect: Aspect = "pad",
+        num_image_tokens: int = 576, image_aspect: Aspect = "pad", transparency: Transparency = "drop",
     ) -> None:  # fmt: skip
         self.num_image_tokens = num_image_tokens
         self.image_aspect: Aspect = image_aspect
+        self.transparency: Transparency = transparency
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -84,7 +90,14 @@ class TinyLlavaProcessor(ProcessorMixin):
         return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens)
 
     def to_pixels(self, images: list[Image.Image]) -> Any:
-        """Return ``pixel_values`` [I, 3, H, W] of RGB pictures."""
+        """Return ``pixel_values`` [I, 3, H, W] of RGB pictures.
+
+        Very long or large pictures are cropped or scaled first, so that memory is bounded; see
+        ``MAX_PADDED_PX`` and ``MAX_CROPPED_RATIO``. Others keep every pixel.
+        """
+        if self.image_aspect == "square" and _crops_centre(self.image_processor):
+            images = [crop_ends(image) for image in images]
+        images = [scale_down(image, self.image_processor.resample) for image in images]
         if self.image_aspect == "pad":
             images = [pad_to_square(image, self.mean_colour) for image in images]
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -98,6 +111,11 @@ class TinyLlavaProcessor(ProcessorMixin):
     def mean_colour(self) -> tuple[int, ...]:
         """The image processor's mean as a colour, 0-255, truncated as LLaVA does."""
         return tuple(int(channel * 255) for channel in self.image_processor.image_mean)
+
+    @property
+    def background(self) -> tuple[int, ...] | None:
+        """Colour that transparent parts of a picture show; None where transparency is dropped."""
+        return self.mean_colour if self.transparency == "blend" else None
 
     def render(
         self, conversation: Conversation, *, template: str | None = None, open_answer: bool = False
@@ -158,9 +176,8 @@ class TinyLlavaProcessor(ProcessorMixin):
             inside = any(a <= start and end <= b for a, b in spans) and end > start
             if not inside and any(start < a < end or start < b < end for a, b in spans):
                 raise DataError(
-                    f"{conversation.source or 'conversation'} {conversation.id}: the token "
-                    f"{read[start:end]!r} joins prompt and answer; give the template a separator that the "
-                    "tokenizer keeps apart."
+                    f"{conversation.place}: the token {read[start:end]!r} joins prompt and answer; give the "
+                    "template a separator that the tokenizer keeps apart."
                 )
             repeat = self.num_image_tokens if token == self.image_token_id else 1
             input_ids += [token] * repeat
@@ -189,3 +206,34 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def scale_down(image: Image.Image, resample: int) -> Image.Image:
+    """Scale a picture to a longest side of at most ``MAX_PADDED_PX``."""
+    longest = max(image.size)
+    if longest <= MAX_PADDED_PX:
+        return image
+    width, height = (max(1, round(side * MAX_PADDED_PX / longest)) for side in image.size)
+    return image.resize((width, height), resample)
+
+
+def crop_ends(image: Image.Image) -> Image.Image:
+    """Cut the ends off a picture that is longer than ``MAX_CROPPED_RATIO`` times its shorter side.
+
+    What is cut off is outside the centre that will be cropped; resized with it, it would fill the memory.
+    """
+    longest = MAX_CROPPED_RATIO * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
+def _crops_centre(image_processor: Any) -> bool:
+    """Whether an image processor resizes the shorter side and crops a square from the centre."""
+    size = image_processor.size or {}
+    if "shortest_edge" not in size:
+        return False
+    crop_pct = getattr(image_processor, "crop_pct", None)  # ConvNeXt's crops below 384 pixels
+    is_cropped = size["shortest_edge"] < 384 if crop_pct else image_processor.do_center_crop
+    return bool(is_cropped)

@@ -51,7 +51,7 @@ def stage_key(
         "seed": run.seed,
         "precision": choose_precision(run.hardware.precision),
         "model": {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_MODEL},
-        "pixels": [processor.image_aspect, processor.image_processor.to_dict()],
+        "pixels": [processor.image_aspect, processor.transparency, processor.image_processor.to_dict()],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
