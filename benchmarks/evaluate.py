@@ -1,9 +1,9 @@
-"""How fast questions about pictures are answered, against the published loop and plain batching.
+"""How fast questions about images are answered, against the published loop and plain batching.
 
-The published loop asks one question at a time through transformers' own ``generate`` and encodes the picture
-each time; plain batching gives the same ``generate`` several questions; repeating encodes the picture and its
+The published loop asks one question at a time through transformers' own ``generate`` and encodes the image
+each time; plain batching gives the same ``generate`` several questions; repeating encodes the image and its
 tokens once and copies their keys and values for every question. Models have random weights in real layouts,
-prompts the lengths of the benchmarks. The limit is what pictures and the tokens that have to be computed
+prompts the lengths of the benchmarks. The limit is what images and the tokens that have to be computed
 once take at the speed that plain forward passes reach in the same run. On a GPU all is done in bfloat16.
 
     OMP_NUM_THREADS=1 python benchmarks/evaluate.py --shape pope
@@ -25,10 +25,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, SiglipVisionConfig
 
-from tinyllava.evaluation.prepare import Prepared, fill_batches
-from tinyllava.evaluation.prompt_tree import grow_tree
 from tinyllava.evaluation.run import suitable_batch_tokens
-from tinyllava.evaluation.shared_prefix import PictureGroup, answer_groups
+from tinyllava.inference.batches import Prepared, fill_batches
+from tinyllava.inference.prompt_tree import grow_tree
+from tinyllava.inference.shared_prefix import ImageGroup, answer_groups
 from tinyllava.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ NUM_SYSTEM_TOKENS = 35  # "A chat between a curious user ...", "USER:"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a benchmark asks of a picture. Token counts are of Llama's tokenizer, suffix and role included."""
+    """What a benchmark asks of an image. Token counts are of Llama's tokenizer, suffix and role included."""
 
     num_questions: int
     num_opening_tokens: int
@@ -62,15 +62,25 @@ SHAPES = {
 }
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "starter": {  # SmolLM2-135M
-        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
         "max_position_embeddings": 8192,
     },
     "tinyllama-shape": {
-        "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
+        "vocab_size": 32_000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
     },
-}  # fmt: skip
+}
 
 
 def build_model(
@@ -82,23 +92,37 @@ def build_model(
     """
     if num_image_tokens == 576:
         vision = CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=round(23 * depth),
-            num_attention_heads=16, image_size=336, patch_size=14,
-        )  # fmt: skip
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=round(23 * depth),
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        )
     else:
         vision = SiglipVisionConfig(
-            hidden_size=1152, intermediate_size=4304, num_hidden_layers=round(26 * depth),
-            num_attention_heads=16, image_size=384, patch_size=14, vision_use_head=False,
-        )  # fmt: skip
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=round(26 * depth),
+            num_attention_heads=16,
+            image_size=384,
+            patch_size=14,
+            vision_use_head=False,
+        )
     sizes = dict(LANGUAGE_MODELS[language_model])
     sizes["num_hidden_layers"] = round(sizes["num_hidden_layers"] * depth)
     text = LlamaConfig(**sizes, eos_token_id=2, bos_token_id=1, pad_token_id=0)
     config = TinyLlavaConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=3,
-        image_seq_length=num_image_tokens, connector="mlp", num_patches=num_image_tokens,
-        num_prefix_tokens=int(num_image_tokens == 576), vision_width=vision.hidden_size,
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=3,
+        image_seq_length=num_image_tokens,
+        connector="mlp",
+        num_patches=num_image_tokens,
+        num_prefix_tokens=int(num_image_tokens == 576),
+        vision_width=vision.hidden_size,
         tie_word_embeddings=bool(sizes.get("tie_word_embeddings", False)),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = TinyLlavaForConditionalGeneration(config)
     model.train(False)
@@ -109,9 +133,9 @@ def build_model(
 
 
 def make_prompts(
-    shape: Shape, num_pictures: int, num_image_tokens: int, vocab_size: int
+    shape: Shape, num_images: int, num_image_tokens: int, vocab_size: int
 ) -> list[list[list[int]]]:
-    """Return token ids of the questions about each picture."""
+    """Return token ids of the questions about each image."""
     generator = random.Random(0)
 
     def draw(num: int) -> list[int]:
@@ -121,7 +145,7 @@ def make_prompts(
     openings = [draw(shape.num_opening_tokens) for _ in range(shape.num_openings)]
     return [
         [trunk + generator.choice(openings) + draw(shape.num_own_tokens) for _ in range(shape.num_questions)]
-        for _ in range(num_pictures)
+        for _ in range(num_images)
     ]
 
 
@@ -135,15 +159,15 @@ class Bench:
             self.model = build_model(known.model, known.image_tokens, known.depth).to(dtype)
         self.shape = SHAPES[known.shape]
         vocab_size = self.model.config.text_config.vocab_size
-        self.prompts = make_prompts(self.shape, known.pictures, known.image_tokens, vocab_size)
+        self.prompts = make_prompts(self.shape, known.images, known.image_tokens, vocab_size)
         side = self.model.config.vision_config.image_size
-        self.pixels = torch.randn(known.pictures, 3, side, side)
+        self.pixels = torch.randn(known.images, 3, side, side)
         self.num_tokens = self.shape.num_answer_tokens
         self.batch_tokens = suitable_batch_tokens(self.model)
         self.clock = time.process_time if known.clock == "cpu" else time.perf_counter
         groups = [grow_tree(prompts, 3) for prompts in self.prompts]
         self.groups = [
-            Prepared(indices=(i,), group=PictureGroup(tree=tree, pixel_values=self.pixels[i : i + 1]))
+            Prepared(indices=(i,), group=ImageGroup(tree=tree, pixel_values=self.pixels[i : i + 1]))
             for i, tree in enumerate(groups)
         ]
 
@@ -161,7 +185,7 @@ class Bench:
 
     @torch.inference_mode()
     def generate(self, questions: list[tuple[int, int]]) -> list[list[int]]:
-        """Answer (picture, question) pairs in one batch of transformers' own generate; all of one length."""
+        """Answer (image, question) pairs in one batch of transformers' own generate; all of one length."""
         ids = torch.tensor([self.prompts[p][q] for p, q in questions], device=self.device)
         pixels = self.pixels[[p for p, _ in questions]].to(self.device)
         output = self.model.generate(
@@ -183,9 +207,9 @@ class Bench:
 
     @torch.inference_mode()
     def repeat(self) -> list[list[list[int]]]:
-        """Answer picture by picture; keys and values of its tokens are repeated for every question.
+        """Answer image by image; keys and values of its tokens are repeated for every question.
 
-        Two pictures are enough to time, because none is done together with another.
+        Two images are enough to time, because none is done together with another.
         """
         language_model, embed = self.model.language_model, self.model.get_input_embeddings()
         answers = []
@@ -217,7 +241,7 @@ class Bench:
 
     @torch.inference_mode()
     def forward_seconds(self) -> tuple[float, float]:
-        """Return seconds a picture (encoder, connector) and seconds a token (language model)."""
+        """Return seconds an image (encoder, connector) and seconds a token (language model)."""
         num = min(len(self.pixels), 32 if self.device == "cuda" else 4)
         pixels = self.pixels[:num].to(self.device)
         length = len(self.groups[0].group.tree.trunk)
@@ -232,7 +256,7 @@ class Bench:
 def measure(known: argparse.Namespace) -> dict[str, float]:
     """Run the ways in turn, ``known.rounds`` times, and take the median of each."""
     bench = Bench(known)
-    pairs = [(p, q) for p in range(known.pictures) for q in range(bench.shape.num_questions)]
+    pairs = [(p, q) for p in range(known.images) for q in range(bench.shape.num_questions)]
     sample = random.Random(0).sample(pairs, min(known.sample, len(pairs)))
     size = max(1, min(bench.batch_tokens // len(bench.prompts[0][0]), len(pairs)))
     batch = pairs[:size]
@@ -255,27 +279,32 @@ def measure(known: argparse.Namespace) -> dict[str, float]:
         print(f"answers equal to one at a time: {num_same} of {len(sample)}", flush=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
     unique = sum(g.group.tree.num_tokens for g in bench.groups) + len(pairs) * (bench.num_tokens - 1)
-    limit = (known.pictures * medians["encode"] + unique * medians["token"]) / len(pairs)
+    limit = (known.images * medians["encode"] + unique * medians["token"]) / len(pairs)
     return {
-        **medians, "num_pictures": known.pictures, "num_questions": len(pairs), "unique_tokens": unique,
-        "same_answers": num_same, "sample": len(sample),
+        **medians,
+        "num_images": known.images,
+        "num_questions": len(pairs),
+        "unique_tokens": unique,
+        "same_answers": num_same,
+        "sample": len(sample),
         "over_published": medians["published"] / medians["shared"],
         "over_batched": medians["batched"] / medians["shared"],
-        "over_repeated": medians["repeated"] / medians["shared"], "share_of_limit": limit / medians["shared"],
-    }  # fmt: skip
+        "over_repeated": medians["repeated"] / medians["shared"],
+        "share_of_limit": limit / medians["shared"],
+    }
 
 
 def report(known: argparse.Namespace) -> dict[str, Any]:
     """Measure one combination and print it."""
     found = measure(known)
-    questions = found["num_questions"] / found["num_pictures"]
+    questions = found["num_questions"] / found["num_images"]
     print(
-        f"{known.shape}: {questions:.0f} questions a picture, {known.image_tokens} image tokens, "
+        f"{known.shape}: {questions:.0f} questions an image, {known.image_tokens} image tokens, "
         f"{known.model}, depth {known.depth:g}, {known.device}"
     )
     for way in WAYS:
         rate = 1 / found[way]
-        print(f"  {way:10} {rate:9.2f} questions/s  {rate / questions:8.3f} pictures/s")
+        print(f"  {way:10} {rate:9.2f} questions/s  {rate / questions:8.3f} images/s")
     print(f"over the published loop: {found['over_published']:.1f}x")
     print(f"over plain batching: {found['over_batched']:.1f}x")
     print(f"over a repeated cache: {found['over_repeated']:.1f}x")
@@ -298,7 +327,7 @@ def main() -> None:
     )
     add("--image-tokens", nargs="+", type=int, choices=[576, 729], default=[576])
     add("--depth", type=float, default=1.0, help="share of the layers of both parts, for slow machines")
-    add("--pictures", type=int, default=4)
+    add("--images", type=int, default=4)
     add("--sample", type=int, default=4, help="questions timed by the published loop")
     add("--rounds", type=int, default=1)
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

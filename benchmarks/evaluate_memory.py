@@ -3,14 +3,14 @@
     OMP_NUM_THREADS=1 python benchmarks/evaluate_memory.py
     OMP_NUM_THREADS=1 python benchmarks/evaluate_memory.py --answerer model --sizes 2000 20000
 
-With ``--answerer stand-in`` this is real: reading the official file of questions, looking for every picture,
-grouping by picture, writing answers as they come, reading them again, normalising, and writing predictions,
-LLaVA's answer file and the file for the server. The answers themselves are made up: no picture is opened,
+With ``--answerer stand-in`` this is real: reading the official file of questions, looking for every image,
+grouping by image, writing answers as they come, reading them again, normalising, and writing predictions,
+LLaVA's answer file and the file for the server. The answers themselves are made up: no image is opened,
 nothing is tokenised, no model runs. ``--answerer model`` does all of it, with a background process that opens
-pictures and tokenises, and a model that is real in its code but has two layers, 4 image tokens and answers of
+images and tokenises, and a model that is real in its code but has two layers, 4 image tokens and answers of
 at most two tokens. What a model of a useful size takes comes on top, whatever the number of questions.
 
-Questions (5.49 a picture, as in VQAv2's test set) and pictures (64 x 64, a few files under many names) are
+Questions (5.49 an image, as in VQAv2's test set) and images (64 x 64, a few files under many names) are
 made up in both.
 """
 
@@ -28,31 +28,31 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-QUESTIONS_A_PICTURE = 447_793 / 81_434
+QUESTIONS_A_IMAGE = 447_793 / 81_434
 NUM_FILES = 16
 TEXT = """
 what is the color of man woman dog cat table sky left right on in near how many people are there
-does this look like a picture which animal sport sign number time day wearing holding standing
+does this look like an image which animal sport sign number time day wearing holding standing
 behind bus train food
 """
 WORDS = TEXT.split()
 
 
 def make_data(folder: Path, num_questions: int) -> None:
-    """Write questions and pictures as VQAv2's test set has them."""
+    """Write questions and images as VQAv2's test set has them."""
     from PIL import Image
 
     generator = random.Random(0)
-    pictures = folder / "test2015"
-    pictures.mkdir(parents=True)
+    images = folder / "test2015"
+    images.mkdir(parents=True)
     for number in range(NUM_FILES):
         Image.frombytes("RGB", (64, 64), generator.randbytes(3 * 64 * 64)).save(folder / f"{number}.jpg")
-    num_pictures = round(num_questions / QUESTIONS_A_PICTURE)
-    for number in range(num_pictures):
-        os.link(folder / f"{number % NUM_FILES}.jpg", pictures / f"COCO_test2015_{number:012d}.jpg")
+    num_images = round(num_questions / QUESTIONS_A_IMAGE)
+    for number in range(num_images):
+        os.link(folder / f"{number % NUM_FILES}.jpg", images / f"COCO_test2015_{number:012d}.jpg")
     questions = [
         {
-            "image_id": number * num_pictures // num_questions,
+            "image_id": number * num_images // num_questions,
             "question": " ".join(generator.choices(WORDS, k=generator.randint(4, 9))).capitalize() + "?",
             "question_id": number,
         }
@@ -85,9 +85,7 @@ def make_model(folder: Path) -> None:
     )
     ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|end|>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
-    sizes = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    }  # fmt: skip
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = LlamaConfig(
         vocab_size=len(tokenizer), max_position_embeddings=512, eos_token_id=0, bos_token_id=0, **sizes
     )
@@ -119,7 +117,7 @@ def measure(folder: Path, answerer: str) -> dict[str, float]:
     """Evaluate what is in the folder, and return this process's memory before and at its peak, in MB."""
     from tinyllava.evaluation import run as evaluation
     from tinyllava.evaluation.benchmarks import BENCHMARKS
-    from tinyllava.inference import Chat
+    from tinyllava.inference.chat import Chat
 
     chat = Chat.open(folder / "model", device="cpu")
     before = resident_mb("VmRSS")
@@ -128,18 +126,26 @@ def measure(folder: Path, answerer: str) -> dict[str, float]:
     ask_groups = make_up_answers if answerer == "stand-in" else evaluation.ask_groups
     with patch.object(evaluation, "ask_groups", ask_groups):
         result = evaluation.evaluate(
-            chat, benchmark, folder / "data", folder / "output", model=str(folder / "model"),
+            chat,
+            benchmark,
+            folder / "data",
+            folder / "output",
+            model=str(folder / "model"),
             settings=evaluation.Settings(num_workers=1),
-        )  # fmt: skip
+        )
     seconds = time.perf_counter() - start
     assert result is not None
     written = sum(path.stat().st_size for path in (folder / "output").rglob("*") if path.is_file())
     return {
-        "questions": result.num_questions, "pictures": result.num_pictures, "missing": result.num_missing,
-        "before_mb": before, "peak_mb": resident_mb("VmHWM"),
+        "questions": result.num_questions,
+        "images": result.num_images,
+        "missing": result.num_missing,
+        "before_mb": before,
+        "peak_mb": resident_mb("VmHWM"),
         "worker_peak_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6,
-        "written_mb": written / 1e6, "seconds": seconds,
-    }  # fmt: skip
+        "written_mb": written / 1e6,
+        "seconds": seconds,
+    }
 
 
 def resident_mb(field_name: str) -> float:
@@ -174,14 +180,14 @@ def main() -> None:
     if known.folder:
         print(json.dumps(measure(Path(known.folder), known.answerer)))
         return
-    print("| questions | pictures | before, MB | peak, MB | bytes a question | worker, MB | written, MB |")
+    print("| questions | images | before, MB | peak, MB | bytes a question | worker, MB | written, MB |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for size in known.sizes:
         row = run(size, known.answerer)
         assert (row["questions"], row["missing"]) == (size, 0), row
         growth = 1e6 * (row["peak_mb"] - row["before_mb"]) / size
         print(
-            f"| {size:,} | {row['pictures']:,.0f} | {row['before_mb']:,.0f} | {row['peak_mb']:,.0f} | "
+            f"| {size:,} | {row['images']:,.0f} | {row['before_mb']:,.0f} | {row['peak_mb']:,.0f} | "
             f"{growth:,.0f} | {row['worker_peak_mb']:,.0f} | {row['written_mb']:,.0f} |",
             flush=True,
         )

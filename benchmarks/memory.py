@@ -15,15 +15,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tinyllava.config import FROZEN, FULL, DataConfig, Stage, from_layer, lora
-from tinyllava.language_models import LanguageModel
-from tinyllava.memory import Memory, Parts, estimate_memory
-from tinyllava.sizes import connector_size, language_model_size, vision_encoder_size
-from tinyllava.vision_encoders import VisionEncoder
+from tinyllava.parts.language import LanguageModel
+from tinyllava.parts.vision import VisionEncoder
+from tinyllava.planning.memory import Memory, Parts, estimate_memory
+from tinyllava.planning.sizes import connector_size, language_model_size, vision_encoder_size
 
 LLAMA = LanguageModel(
-    name="llama", abbreviation="", path="", template="llama", eos_token="</s>", context_tokens=2048,
-    width=384, num_layers=6, vocab_size=8_000, num_heads=8, num_kv_heads=8, mlp_width=1024, num_parameters=0,
-)  # fmt: skip
+    name="llama",
+    abbreviation="",
+    path="",
+    template="llama",
+    eos_token="</s>",
+    context_tokens=2048,
+    width=384,
+    num_layers=6,
+    vocab_size=8_000,
+    num_heads=8,
+    num_kv_heads=8,
+    mlp_width=1024,
+    num_parameters=0,
+)
 LANGUAGES = {
     "llama": LLAMA,
     "grouped": replace(LLAMA, name="grouped", num_kv_heads=2),
@@ -32,9 +43,18 @@ LANGUAGES = {
     "large vocabulary": replace(LLAMA, name="vocabulary", vocab_size=48_000, num_layers=4, tied=True),
 }
 CLIP = VisionEncoder(
-    name="clip", abbreviation="", path="", kind="transformer", family="clip_vision_model", image_size_px=168,
-    patch_size_px=14, width=384, num_layers=9, num_prefix_tokens=1, mlp_width=1536,
-)  # fmt: skip
+    name="clip",
+    abbreviation="",
+    path="",
+    kind="transformer",
+    family="clip_vision_model",
+    image_size_px=168,
+    patch_size_px=14,
+    width=384,
+    num_layers=9,
+    num_prefix_tokens=1,
+    mlp_width=1536,
+)
 ENCODERS = {
     "clip": CLIP,
     "siglip": replace(CLIP, name="siglip", family="siglip_vision_model", num_prefix_tokens=0),
@@ -80,7 +100,7 @@ CASES: dict[str, Case] = {
     "share pretrain, SigLIP": Case(SHARE, encoder="siglip"),
     "LoRA": Case(ADAPTERS),
     "encoder only": Case(replace(STAGE, vision_encoder=FULL, language_model=FROZEN)),
-}  # fmt: skip
+}
 
 
 def estimate(case: Case) -> Memory:
@@ -96,9 +116,14 @@ def estimate(case: Case) -> Memory:
         num_image_tokens=encoder.num_patches(),
     )
     return estimate_memory(
-        parts, case.stage, batch=case.batch, num_tokens=case.num_tokens, num_supervised=case.num_supervised,
-        bf16=case.bf16, **case.options,
-    )  # fmt: skip
+        parts,
+        case.stage,
+        batch=case.batch,
+        num_tokens=case.num_tokens,
+        num_supervised=case.num_supervised,
+        bf16=case.bf16,
+        **case.options,
+    )
 
 
 def measure(case: Case) -> int:
@@ -117,19 +142,33 @@ def measure(case: Case) -> int:
     head = {"vision_use_head": False} if case.encoder == "siglip" else {}
     config = TinyLlavaConfig(
         vision_config=vision_class(
-            hidden_size=encoder.width, intermediate_size=encoder.mlp_width, num_attention_heads=6,
-            num_hidden_layers=encoder.num_kept_layers, image_size=encoder.image_size_px, patch_size=14,
+            hidden_size=encoder.width,
+            intermediate_size=encoder.mlp_width,
+            num_attention_heads=6,
+            num_hidden_layers=encoder.num_kept_layers,
+            image_size=encoder.image_size_px,
+            patch_size=14,
             **head,
         ).to_dict(),
         text_config=text_class(
-            vocab_size=language.vocab_size, hidden_size=language.width, intermediate_size=language.mlp_width,
-            num_hidden_layers=language.num_layers, num_attention_heads=language.num_heads,
-            num_key_value_heads=language.num_kv_heads, max_position_embeddings=2048, **more,
+            vocab_size=language.vocab_size,
+            hidden_size=language.width,
+            intermediate_size=language.mlp_width,
+            num_hidden_layers=language.num_layers,
+            num_attention_heads=language.num_heads,
+            num_key_value_heads=language.num_kv_heads,
+            max_position_embeddings=2048,
+            **more,
         ).to_dict(),
-        image_token_index=5, connector="mlp", connector_options={}, num_patches=encoder.num_patches(),
-        num_prefix_tokens=encoder.num_prefix_tokens, vision_width=encoder.width,
-        lm_head_bias=language.family == "phi", tie_word_embeddings=language.tied,
-    )  # fmt: skip
+        image_token_index=5,
+        connector="mlp",
+        connector_options={},
+        num_patches=encoder.num_patches(),
+        num_prefix_tokens=encoder.num_prefix_tokens,
+        vision_width=encoder.width,
+        lm_head_bias=language.family == "phi",
+        tie_word_embeddings=language.tied,
+    )
     torch.set_num_threads(1)
     torch.nn.functional.linear(torch.ones(64, 64, requires_grad=True), torch.ones(64, 64)).sum().backward()
     before = resident_bytes("VmRSS")
@@ -149,7 +188,7 @@ def measure(case: Case) -> int:
 
 
 def make_batch(case: Case, encoder: VisionEncoder) -> dict[str, object]:
-    """A batch of one picture and text a sample."""
+    """A batch of one image and text a sample."""
     import torch
 
     input_ids = torch.randint(6, 1000, (case.batch, case.num_tokens))
@@ -158,9 +197,11 @@ def make_batch(case: Case, encoder: VisionEncoder) -> dict[str, object]:
     labels[:, -case.num_supervised :] = input_ids[:, -case.num_supervised :]
     side = encoder.image_size_px
     return {
-        "input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(input_ids),
+        "input_ids": input_ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(input_ids),
         "pixel_values": torch.rand(case.batch, 3, side, side),
-    }  # fmt: skip
+    }
 
 
 def resident_bytes(field_name: str) -> int:

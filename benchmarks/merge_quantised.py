@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyllava.model.quantised import QuantisedLinear, quantise
 
-TEXT = "A chat about a picture: a red circle stands left of a blue square. What stands right of the circle?"
+TEXT = "A chat about an image: a red circle stands left of a blue square. What stands right of the circle?"
 
 
 def distances(folder: str, bits: int, steps: int) -> dict[str, tuple[float, float]]:

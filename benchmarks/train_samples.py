@@ -1,4 +1,4 @@
-"""Sizes of models and conversations about pictures that training is measured on; weights are random.
+"""Sizes of models and conversations about images that training is measured on; weights are random.
 
 Paper: section 3.2, (X, Y); the conversations are like those of the starter, several short questions each.
 """
@@ -30,7 +30,7 @@ class Shape:
     """Fewest and most questions of one conversation."""
 
     def with_image_tokens(self, number: int) -> "Shape":
-        """Cut the picture into as many patches; their size stays."""
+        """Cut the image into as many patches; their size stays."""
         side = round(number**0.5)
         assert side * side == number, f"{number} image tokens are no square grid"
         side_px = side * self.vision_encoder["patch_size"]
@@ -46,17 +46,25 @@ def _llama(
     layers: int, width: int, inner: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
 ) -> dict[str, Any]:
     return {
-        "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": tied,
-    }  # fmt: skip
+    }
 
 
 def _clip(layers: int, width: int, heads: int, side_px: int, patch_px: int) -> dict[str, int]:
     return {
-        "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width,
-        "num_attention_heads": heads, "image_size": side_px, "patch_size": patch_px,
-    }  # fmt: skip
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": heads,
+        "image_size": side_px,
+        "patch_size": patch_px,
+    }
 
 
 SHAPES = {
@@ -69,21 +77,21 @@ SHAPES = {
 
 
 def make_samples(stage: str, number: int, shape: Shape) -> list[Conversation]:
-    """Pictures with a caption (pretrain) or with several short questions (finetune)."""
+    """Images with a caption (pretrain) or with several short questions (finetune)."""
     draw = random.Random(0)
     samples = []
     for index in range(number):
         form, colour = draw.choice(FORMS), draw.choice(COLOURS)
         if stage == "pretrain":
             asked = [
-                ("", f"a {colour} {form}" + draw.choice(["", " on white", " in the middle of the picture"]))
+                ("", f"a {colour} {form}" + draw.choice(["", " on white", " in the middle of the image"]))
             ]
         else:
             asked = [_ask(draw, form, colour) for _ in range(draw.randint(*shape.questions))]
-        picture = ImageRef(data=_draw(shape.vision_encoder["image_size"], colour), name=f"{index}.png")
+        image = ImageRef(data=_draw(shape.vision_encoder["image_size"], colour), name=f"{index}.png")
         messages = []
         for question, answer in asked:
-            images = () if messages else (picture,)
+            images = () if messages else (image,)
             messages += [
                 Message(role="user", text=question, images=images),
                 Message(role="assistant", text=answer),

@@ -38,15 +38,15 @@ from transformers import (
 )
 
 from tinyllava.config import FROZEN, FULL, Stage
+from tinyllava.data.batches import GroupedSampler
 from tinyllava.data.dataset import Collator, Examples, measure
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import open_image
-from tinyllava.data.sampler import GroupedSampler
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import IGNORED, TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import apply_tuning
-from tinyllava.templates import read_template
+from tinyllava.parts.templates import read_template
 from tinyllava.training.trainer import fastest_attention
 from train_samples import SHAPES, Shape, make_samples, make_tokenizer
 
@@ -117,9 +117,11 @@ class Contestant:
         sizes = self.shape.vision_encoder
         cut = sizes | {"num_hidden_layers": sizes["num_hidden_layers"] - 1}  # at the feature layer -2
         config = TinyLlavaConfig(
-            vision_config=CLIPVisionConfig(**cut), vision_width=sizes["hidden_size"],
-            num_patches=self.shape.num_image_tokens, **self._parts(),
-        )  # fmt: skip
+            vision_config=CLIPVisionConfig(**cut),
+            vision_width=sizes["hidden_size"],
+            num_patches=self.shape.num_image_tokens,
+            **self._parts(),
+        )
         model = TinyLlavaForConditionalGeneration(config)
         apply_tuning(model, STAGES[self.stage])
         return model
@@ -127,9 +129,11 @@ class Contestant:
     def _make_examples(self, num_batches: int, folder: Path) -> Examples:
         samples = make_samples(self.stage, num_batches * self.shape.batch_size, self.shape)
         processor = TinyLlavaProcessor(
-            self.image_processor, self.tokenizer, read_template("chatml"),
+            self.image_processor,
+            self.tokenizer,
+            read_template("chatml"),
             num_image_tokens=self.shape.num_image_tokens,
-        )  # fmt: skip
+        )
         template = read_template(TEMPLATES[self.stage])
         examples = Examples(conversations=samples, processor=processor, template=template)
         examples, _ = measure(examples, max_length_tokens=4096, skip=())
@@ -157,9 +161,12 @@ class Contestant:
         """LlavaProcessor pads to the longest; labels are the ids, -100 where the assistant does not speak."""
         examples = self.examples
         processor = LlavaProcessor(
-            self.image_processor, self.tokenizer, patch_size=self.shape.vision_encoder["patch_size"],
-            num_additional_image_tokens=1, vision_feature_select_strategy="default",
-        )  # fmt: skip
+            self.image_processor,
+            self.tokenizer,
+            patch_size=self.shape.vision_encoder["patch_size"],
+            num_additional_image_tokens=1,
+            vision_feature_select_strategy="default",
+        )
         conversations = [examples.conversations[i] for i in rows]
         encoded = [examples.processor.encode(c, template=examples.template) for c in conversations]
         images = [open_image(image) for c in conversations for image in c.images]
@@ -193,10 +200,15 @@ class Contestant:
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         num_supervised = int((batch["labels"][:, 1:] != IGNORED).sum())
         return {
-            "seconds": wall, "cpu_seconds": cpu, "samples": len(batch["labels"]), "tokens": num_tokens,
-            "positions": batch["labels"].numel(), "supervised": num_supervised,
-            "loss_sum": mean_loss * num_supervised, "gradient_norm": norm.item(),
-        }  # fmt: skip
+            "seconds": wall,
+            "cpu_seconds": cpu,
+            "samples": len(batch["labels"]),
+            "tokens": num_tokens,
+            "positions": batch["labels"].numel(),
+            "supervised": num_supervised,
+            "loss_sum": mean_loss * num_supervised,
+            "gradient_norm": norm.item(),
+        }
 
     def peak_bytes(self) -> int:
         """Most memory so far: of the GPU's tensors, or of the whole process on a CPU."""
@@ -357,7 +369,7 @@ def main(
     Args:
         shape: sizes of model and samples.
         stages: what to measure.
-        image_tokens: tokens of a picture, a square number; 0 means the shape's own.
+        image_tokens: tokens of an image, a square number; 0 means the shape's own.
         batch_size: samples of a step; 0 means the shape's own.
         batches: steps of a round.
         rounds: how often each way goes through all batches.

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from tinyllava.config import ModelConfig
-from tinyllava.inference import Chat
+from tinyllava.inference.chat import Chat
 from tinyllava.model.assemble import assemble
 from toys import make_language_model, make_vision_encoder
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: toy parts, toy pictures and records in the real formats, made once per test session."""
+"""Shared fixtures: toy parts, toy images and records in the real formats, made once per test session."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def make_records(folder: Path, num_records: int = 12, text_only_every: int = 4) -> Path:
-    """Write pictures of one colour and LLaVA-format records about them; every n-th record has no picture."""
+    """Write images of one colour and LLaVA-format records about them; every n-th record has no image."""
     colours = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 220)}
     random = np.random.default_rng(0)
     records = []
@@ -60,5 +60,5 @@ def make_records(folder: Path, num_records: int = 12, text_only_every: int = 4) 
 
 @pytest.fixture(scope="session")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve records, three of them without a picture."""
+    """Twelve records, three of them without an image."""
     return make_records(tmp_path_factory.mktemp("records"))

@@ -26,5 +26,5 @@ def code_spans(text: str) -> list[str]:
 
 
 def links(text: str) -> list[str]:
-    """Return the targets of links and pictures outside fenced blocks."""
+    """Return the targets of links and images outside fenced blocks."""
     return re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", text))

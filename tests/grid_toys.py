@@ -14,7 +14,7 @@ FILE = """
 from dataclasses import replace
 from pathlib import Path
 from tinyllava.config import DataConfig, Hardware, ModelConfig, Run
-from tinyllava.grid.grid import cross
+from tinyllava.studies.grid import cross
 from tinyllava.recipes.base import BASE
 
 data = DataConfig(records=({records!r},), images={images!r})
@@ -45,10 +45,14 @@ def write_grid(
     path = folder / "my_grid.py"
     path.write_text(
         FILE.format(
-            records=str(records), images=str(records.parent / "images"), encoder=str(parts["siglip"]),
-            llm=str(parts["llama"]), epochs=epochs, seeds=seeds,
+            records=str(records),
+            images=str(records.parent / "images"),
+            encoder=str(parts["siglip"]),
+            llm=str(parts["llama"]),
+            epochs=epochs,
+            seeds=seeds,
         )
-    )  # fmt: skip
+    )
     return path
 
 
@@ -78,6 +82,9 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen:
     """Start ``tinyllava reproduce`` in a process of its own."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.Popen(
-        [sys.executable, "-m", "tinyllava.cli", "reproduce", *arguments],
-        env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "tinyllava", "reproduce", *arguments],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

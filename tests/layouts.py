@@ -17,9 +17,9 @@ from torch.nn.functional import gelu, linear
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import toys
+from tinyllava.checkpoints.exporting.compare import example_image
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import ImageRef, ask
-from tinyllava.export.compare import example_picture
 from tinyllava.model.assemble import assemble, open_checkpoint
 
 Tensors = dict[str, Tensor]
@@ -27,9 +27,10 @@ IMAGE_SIZE_PX = 28
 FINAL_NORM = {"phi": "final_layernorm"}
 BENCH_TYPES = {"llama": "tiny_llava", "phi": "tiny_llava_phi", "stablelm": "tiny_llava_stablelm"}
 ARCHITECTURES = {
-    "llama": "TinyLlavaLlamaForCausalLM", "phi": "TinyLlavaPhiForCausalLM",
+    "llama": "TinyLlavaLlamaForCausalLM",
+    "phi": "TinyLlavaPhiForCausalLM",
     "stablelm": "TinyLlavaStablelmForCausalLM",
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -65,17 +66,23 @@ def make_toy(folder: Path, language: str = "llama", vision: str = "clip", seed: 
     language_folder = toys.make_language_model(folder / "llm", language)
     vision_folder = toys.make_vision_encoder(folder / "encoder", vision)
     connector = {
-        "0.weight": torch.randn(toys.WIDTH, toys.WIDTH) / 4, "0.bias": torch.randn(toys.WIDTH),
-        "2.weight": torch.randn(toys.WIDTH, toys.WIDTH) / 4, "2.bias": torch.randn(toys.WIDTH),
-    }  # fmt: skip
+        "0.weight": torch.randn(toys.WIDTH, toys.WIDTH) / 4,
+        "0.bias": torch.randn(toys.WIDTH),
+        "2.weight": torch.randn(toys.WIDTH, toys.WIDTH) / 4,
+        "2.bias": torch.randn(toys.WIDTH),
+    }
     return Toy(
-        language_folder, vision_folder, language, vision,
+        language_folder,
+        vision_folder,
+        language,
+        vision,
         AutoModelForCausalLM.from_pretrained(language_folder).eval(),
-        AutoModel.from_pretrained(vision_folder).eval(), connector,
-    )  # fmt: skip
+        AutoModel.from_pretrained(vision_folder).eval(),
+        connector,
+    )
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.randn(1, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=torch.Generator().manual_seed(5))
 
 
@@ -95,9 +102,9 @@ def reference_logits(
     llm: Any = None,
     tokens: Any = None,
 ) -> Tensor:
-    """Logits of text, picture, text: embeddings put together by hand and run through the text class."""
+    """Logits of text, image, text: embeddings put together by hand and run through the text class."""
     llm = llm or toy.llm
-    features = toy.encoder(pictures(), output_hidden_states=True).hidden_states[layer][:, num_dropped:]
+    features = toy.encoder(images(), output_hidden_states=True).hidden_states[layer][:, num_dropped:]
     image = (tokens or mlp)(toy.connector, features)
     embed = llm.get_input_embeddings()
     parts = [embed(torch.tensor([before])), image, embed(torch.tensor([after]))]
@@ -108,7 +115,7 @@ def reference_logits(
 def model_logits(model: Any, before: list[int], after: list[int]) -> Tensor:
     """Logits of our model for the same sequence."""
     ids = [*before, *[model.config.image_token_id] * model.config.num_image_tokens, *after]
-    return model(input_ids=torch.tensor([ids]), pixel_values=pictures()).logits
+    return model(input_ids=torch.tensor([ids]), pixel_values=images()).logits
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -124,16 +131,30 @@ def save_tokenizer(toy: Toy, folder: Path) -> None:
 def bench_config(toy: Toy, **changes: Any) -> dict[str, Any]:
     """config.json of TinyLLaVABench: the language model's keys and those of the connector and the encoder."""
     config = toy.text_config() | {
-        "model_type": BENCH_TYPES[toy.language_kind], "architectures": [ARCHITECTURES[toy.language_kind]],
-        "auto_map": {"AutoConfig": "configuration_phi.PhiConfig"}, "mm_vision_tower": "owner/not-there",
-        "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": toys.WIDTH, "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat", "use_mm_proj": True,
-        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_projector_lr": None,
-        "image_aspect_ratio": "pad", "tokenizer_padding_side": "right", "tokenizer_model_max_length": 3072,
-        "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False, "tune_vision_tower": True,
-        "tune_entire_model": True, "tune_embed_tokens": False, "pad_token": "<unk>",
+        "model_type": BENCH_TYPES[toy.language_kind],
+        "architectures": [ARCHITECTURES[toy.language_kind]],
+        "auto_map": {"AutoConfig": "configuration_phi.PhiConfig"},
+        "mm_vision_tower": "owner/not-there",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": toys.WIDTH,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "flat",
+        "use_mm_proj": True,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "mm_projector_lr": None,
+        "image_aspect_ratio": "pad",
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": 3072,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "tune_vision_tower": True,
+        "tune_entire_model": True,
+        "tune_embed_tokens": False,
+        "pad_token": "<unk>",
         "transformers_version": "4.37.2",
-    }  # fmt: skip
+    }
     return config | changes
 
 
@@ -173,24 +194,37 @@ def write_bench(
 def factory_config(toy: Toy, **changes: Any) -> dict[str, Any]:
     """config.json of TinyLLaVA Factory."""
     return {
-        "model_type": "tinyllava", "architectures": ["TinyLlavaForConditionalGeneration"],
-        "llm_model_name_or_path": "owner/not-there", "tokenizer_name_or_path": "owner/not-there",
-        "vision_model_name_or_path": "owner/not-there-either", "vision_model_name_or_path2": "",
-        "connector_type": "mlp2x_gelu", "text_config": toy.text_config(),
+        "model_type": "tinyllava",
+        "architectures": ["TinyLlavaForConditionalGeneration"],
+        "llm_model_name_or_path": "owner/not-there",
+        "tokenizer_name_or_path": "owner/not-there",
+        "vision_model_name_or_path": "owner/not-there-either",
+        "vision_model_name_or_path2": "",
+        "connector_type": "mlp2x_gelu",
+        "text_config": toy.text_config(),
         "vision_config": toy.vision_config(),
-        "hidden_size": toys.WIDTH, "vocab_size": toy.text_config()["vocab_size"],
+        "hidden_size": toys.WIDTH,
+        "vocab_size": toy.text_config()["vocab_size"],
         "vision_hidden_size": toys.WIDTH,
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "patch", "image_aspect_ratio": "square",
-        "ignore_index": -100, "image_token_index": -200, "num_queries": 128, "num_resampler_layers": 3,
-        "resampler_hidden_size": 768, "tokenizer_model_max_length": 3072, "tune_type_llm": "full",
-    } | changes  # fmt: skip
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "patch",
+        "image_aspect_ratio": "square",
+        "ignore_index": -100,
+        "image_token_index": -200,
+        "num_queries": 128,
+        "num_resampler_layers": 3,
+        "resampler_hidden_size": 768,
+        "tokenizer_model_max_length": 3072,
+        "tune_type_llm": "full",
+    } | changes
 
 
 def factory_parts(toy: Toy) -> dict[str, Tensors]:
     return {
-        "language_model": toy.text, "vision_tower": toy.vision,
+        "language_model": toy.text,
+        "vision_tower": toy.vision,
         "connector": {f"_connector.{n}": t for n, t in toy.connector.items()},
-    }  # fmt: skip
+    }
 
 
 def write_factory(toy: Toy, folder: Path, *, three_folders: bool = False, **changes: Any) -> Path:
@@ -238,10 +272,10 @@ def make_checkpoint(
 
 
 def chat_logits(checkpoint: Path, text: str) -> tuple[Any, torch.Tensor]:
-    """A prompt about the example picture, and our model's logits for it."""
+    """A prompt about the example image, and our model's logits for it."""
     model, processor = open_checkpoint(checkpoint)
     prompt, _ = processor.render(ask(text, ImageRef(name="p")), open_answer=True)
-    inputs = processor(images=example_picture(), text=prompt)
+    inputs = processor(images=example_image(), text=prompt)
     with torch.no_grad():
         return inputs, model(**inputs).logits
 

@@ -38,14 +38,20 @@ def sbatch(arguments: list[str]) -> None:
     (folder / "name").write_text(name.strip("\"'"))
     (folder / "header").write_text("\n".join(header))
     environment = {
-        **os.environ, "SLURM_JOB_ID": str(number), "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "here",
-    }  # fmt: skip
+        **os.environ,
+        "SLURM_JOB_ID": str(number),
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_NODELIST": "here",
+    }
     command = f'echo $$ > "{folder}/pid"; bash "{script}"; echo $? > "{folder}/code"'
     with (folder / "output").open("w") as output:
         subprocess.Popen(
             ["bash", "-c", command], env=environment, stdout=output, stderr=output, start_new_session=True
-        )  # fmt: skip
+        )
     print(f"Submitted batch job {number}")
 
 

@@ -19,5 +19,8 @@ def run_on_small_disk(
     disk.mkdir()
     return subprocess.run(
         ["unshare", "-rm", "sh", "-c", _MOUNT, "sh", size, disk, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -8,9 +8,9 @@ import pytest
 
 from documents import DOCUMENTS, ROOT, blocks, code_spans, commands, links
 from tinyllava.cli import COMMANDS
-from tinyllava.connectors import CONNECTORS
-from tinyllava.language_models import LANGUAGE_MODELS
-from tinyllava.vision_encoders import VISION_ENCODERS
+from tinyllava.parts.connectors import CONNECTORS
+from tinyllava.parts.language import LANGUAGE_MODELS
+from tinyllava.parts.vision import VISION_ENCODERS
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -7,8 +7,8 @@ import pytest
 from tinyllava.config import run_from_json
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.evaluation.read import read_json
+from tinyllava.evaluation.results import load_results
 from tinyllava.files import parse_json
-from tinyllava.results import load_results
 
 ODD = {
     "digits": ('{"a":\n ' + "7" * 5000 + "}", "an integer of 5,000 digits", (2, 2)),

@@ -7,8 +7,8 @@ import pytest
 
 from documents import ROOT, commands
 from layouts import make_adapter, make_toy, write_bench
+from tinyllava.checkpoints.exporting.compare import example_image
 from tinyllava.cli import main
-from tinyllava.export.compare import example_picture
 
 GUIDE = (ROOT / "docs" / "guides" / "checkpoints.md").read_text(encoding="utf-8")
 
@@ -19,7 +19,7 @@ def test_its_commands_run(
     toy = make_toy(tmp_path / "toy")
     write_bench(toy, tmp_path / "their-checkpoint", with_encoder=False)
     toy.vision_folder.rename(tmp_path / "their-encoder")
-    example_picture().save(tmp_path / "picture.jpg")
+    example_image().save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
     printed = {}
     for command in commands(GUIDE):

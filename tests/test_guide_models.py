@@ -12,9 +12,9 @@ import pytest
 
 from documents import ROOT, blocks, commands
 from tinyllava.cli import main
-from tinyllava.connectors import CONNECTORS
-from tinyllava.language_models import LANGUAGE_MODELS
-from tinyllava.vision_encoders import VISION_ENCODERS
+from tinyllava.parts.connectors import CONNECTORS
+from tinyllava.parts.language import LANGUAGE_MODELS
+from tinyllava.parts.vision import VISION_ENCODERS
 
 GUIDE = (ROOT / "docs" / "guides" / "models.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in GUIDE.split("\n## ")[1:]}
@@ -70,7 +70,7 @@ def test_its_parts_are_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None
 def test_its_connector_works_where_the_guide_puts_it(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "src" / "tinyllava", tmp_path / "tinyllava")
     module, line, use = blocks(CONNECTOR, "python")
-    package = tmp_path / "tinyllava" / "connectors"
+    package = tmp_path / "tinyllava" / "model" / "connectors"
     (package / "mean.py").write_text(module, encoding="utf-8")
     with (package / "__init__.py").open("a", encoding="utf-8") as file:
         file.write(f"\n\n{line}")

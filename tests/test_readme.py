@@ -48,5 +48,5 @@ def test_the_first_screen_has_the_measured_result_and_the_two_commands() -> None
     screen = "\n".join(README.splitlines()[:40])
     overall = json.loads((ROOT / "docs" / "starter-results.json").read_text(encoding="utf-8"))["overall"]
     assert f"answers {overall['model']['accuracy']:.0%}" in screen
-    assert f"with the pictures blanked: {overall['blanked']['accuracy']:.0%}" in screen
+    assert f"with the images blanked: {overall['blanked']['accuracy']:.0%}" in screen
     assert {"make starter", "make test"} <= set(commands(screen))

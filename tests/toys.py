@@ -97,10 +97,11 @@ _COMMON = {
 def make_language_model(folder: Path, kind: str) -> Path:
     """Save a toy language model: 'llama', 'phi', 'stablelm' or 'chatml' (a Llama with tied rows)."""
     tokenizer = {
-        "llama": llama_tokenizer, "chatml": chatml_tokenizer,
+        "llama": llama_tokenizer,
+        "chatml": chatml_tokenizer,
         "phi": lambda: byte_level_tokenizer("<|endoftext|>"),
         "stablelm": lambda: byte_level_tokenizer("<|endoftext|>"),
-    }[kind]()  # fmt: skip
+    }[kind]()
     rows = len(tokenizer) + (0 if kind == "llama" else 20)  # Phi-2 and StableLM-2 have rows to spare
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     llama = {"vocab_size": rows, "num_key_value_heads": 2, **_COMMON, **ids}
@@ -111,7 +112,7 @@ def make_language_model(folder: Path, kind: str) -> Path:
         "stablelm": lambda: StableLmConfig(
             vocab_size=rows, num_key_value_heads=4, use_qkv_bias=True, **_COMMON, **ids
         ),
-    }[kind]()  # fmt: skip
+    }[kind]()
     model = AutoModelForCausalLM.from_config(config)
     if kind == "phi":
         torch.nn.init.normal_(model.lm_head.bias)  # the bias that stock LLaVA drops
@@ -125,9 +126,13 @@ def make_vision_encoder(
 ) -> Path:
     """Save a toy encoder of 2 x 2 patches: 'clip' (CLS, centre crop) or 'siglip' (no CLS, no crop)."""
     sizes = {
-        "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": num_layers,
-        "num_attention_heads": 4, "image_size": image_size_px, "patch_size": 14,
-    }  # fmt: skip
+        "hidden_size": width,
+        "intermediate_size": 64,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "image_size": image_size_px,
+        "patch_size": 14,
+    }
     side = {"height": image_size_px, "width": image_size_px}
     if kind == "clip":
         CLIPVisionModel(CLIPVisionConfig(**sizes, projection_dim=width)).save_pretrained(folder)

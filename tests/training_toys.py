@@ -22,9 +22,15 @@ def toy_run(
     """Base recipe on toy parts: pre-training of the connector, then connector and language model."""
     data = DataConfig(records=(str(records),), images=str(records.parent / "images"))
     pretrain = Stage(
-        data=data, template="caption", connector=FULL, vision_encoder=FROZEN, language_model=FROZEN,
-        learning_rate=1e-2, global_batch_size=4, max_length_tokens=256,
-    )  # fmt: skip
+        data=data,
+        template="caption",
+        connector=FULL,
+        vision_encoder=FROZEN,
+        language_model=FROZEN,
+        learning_rate=1e-2,
+        global_batch_size=4,
+        max_length_tokens=256,
+    )
     finetune = Stage(
         data=data,
         connector=FULL,

@@ -69,24 +69,24 @@ class ModelConfig:
     connector_options: dict[str, int] = field(default_factory=dict)
     """Sizes that the connector takes, e.g. num_queries of the resampler."""
     image_aspect: Aspect = "pad"
-    """pad: centre the picture on a square of the mean colour; square: what the image processor does alone."""
+    """pad: centre the image on a square of the mean colour; square: what the image processor does alone."""
     transparency: Transparency = "blend"
     """blend: transparent parts show the mean colour; drop: the colours stored below them, as the published
     code does."""
     image_size_px: int = 0
-    """Side of the picture that the encoder sees; 0 means the encoder's own."""
+    """Side of the image that the encoder sees; 0 means the encoder's own."""
     template: str = ""
     """Prompt template; empty means the language model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The records of one stage and where their pictures are."""
+    """The records of one stage and where their images are."""
 
     records: tuple[str, ...] = ()
     """Mixtures of Table 2 by name, or LLaVA-format JSON or JSONL files."""
     images: str = ""
-    """Folder that the records' picture paths start from; empty means the mixture's own, or the file's
+    """Folder that the records' image paths start from; empty means the mixture's own, or the file's
     folder."""
     skip: tuple[str, ...] = ()
     """Named defects whose records are left out and counted instead of stopping the run (see the data
@@ -147,9 +147,9 @@ class Hardware:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     num_workers: int = 2
-    """Background processes that read and prepare pictures."""
+    """Background processes that read and prepare images."""
     cache_features: bool = False
-    """Compute the features of a frozen encoder once per picture and keep them on disk."""
+    """Compute the features of a frozen encoder once per image and keep them on disk."""
     save_steps: int = 0
     """Optimizer steps between checkpoints; 0 means ten per stage."""
 

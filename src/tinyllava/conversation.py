@@ -1,4 +1,4 @@
-"""A conversation about pictures: what training, chat, evaluation and serving all hand to the model.
+"""A conversation about images: what training, chat, evaluation and serving all hand to the model.
 
 Paper: section 3.2, Y = (Y_q^1, Y_a^1, ..., Y_q^T, Y_a^T) together with the image X.
 """
@@ -12,7 +12,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
-    """Where a picture is to be found: a file, or the encoded bytes of one (a parquet cell, an upload)."""
+    """Where an image is to be found: a file, or the encoded bytes of one (a parquet cell, an upload)."""
 
     path: Path | None = None
     data: bytes | None = None
@@ -24,7 +24,7 @@ class ImageRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn. Pictures stand before the text, as LLaVA's ``<image>\\n`` puts them."""
+    """One turn. Images stand before the text, as LLaVA's ``<image>\\n`` puts them."""
 
     role: Role
     text: str
@@ -52,25 +52,22 @@ class Conversation:
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
-        """All pictures, in the order in which the model sees them."""
+        """All images, in the order in which the model sees them."""
         return tuple(image for message in self.messages for image in message.images)
 
 
 def ask(text: str, *images: ImageRef | Path | str, id: str = "") -> Conversation:
-    """Return the conversation of a single question, pictures first."""
+    """Return the conversation of a single question, images first."""
     refs = tuple(image if isinstance(image, ImageRef) else ImageRef(path=Path(image)) for image in images)
     return Conversation(messages=(Message(role="user", text=text, images=refs),), id=id)
 
 
 def to_chat(conversation: Conversation) -> list[dict[str, object]]:
-    """Return the turns in the form that chat templates read: typed content, pictures before text."""
+    """Return the turns in the form that chat templates read: typed content, images before text."""
     return [
         {
             "role": message.role,
-            "content": [
-                *({"type": "image"} for _ in message.images),
-                {"type": "text", "text": message.text},
-            ],
+            "content": [*({"type": "image"} for _ in message.images), {"type": "text", "text": message.text}],
         }
         for message in conversation.messages
     ]

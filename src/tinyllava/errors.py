@@ -1,5 +1,11 @@
 """The exceptions that a user of tinyllava meets: each says what is wrong, where, and what to do about it."""
 
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class TinyLlavaError(Exception):
     """Base of every error that a user can cause and mend; the command line prints it without a traceback."""
@@ -20,7 +26,7 @@ class DataError(TinyLlavaError, ValueError):
 
 
 class ImageError(DataError):
-    """A picture that is missing, cannot be decoded, or is not of a kind that the model can take."""
+    """An image that is missing, cannot be decoded, or is not of a kind that the model can take."""
 
 
 class CheckpointError(TinyLlavaError, ValueError):
@@ -37,3 +43,19 @@ class TrainingError(TinyLlavaError, RuntimeError):
 
 class JudgeError(TinyLlavaError, RuntimeError):
     """A judge model that did not answer, or answered in a form that cannot be read."""
+
+
+def look_up(table: Mapping[str, T], name: str, noun: str) -> T:
+    """Return ``table[name]``.
+
+    Raises:
+        UnknownNameError: no such name; the message lists the known ones and the closest.
+    """
+    if name in table:
+        return table[name]
+    message = f"unknown {noun} {name!r}; known: {', '.join(table)}."
+    by_lower = {known.lower(): known for known in table}
+    close = get_close_matches(name.lower(), by_lower, n=1)
+    if close:
+        message += f" Did you mean {by_lower[close[0]]!r}?"
+    raise UnknownNameError(message)

@@ -24,7 +24,7 @@ def test_ratios_and_equal_answers() -> None:
         "vqav2",
         "--depth",
         "0.05",
-        "--pictures",
+        "--images",
         "2",
         "--sample",
         "2",

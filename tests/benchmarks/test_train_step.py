@@ -37,10 +37,23 @@ def test_stock_and_ours_see_the_same_batch_and_give_the_same_loss_and_gradients(
 
 def test_other_work_is_not_taken_for_faster_work(train_step):
     fast, slow = (
-        train_step.Measured(rounds=[{"loss_sum": loss, "supervised": 1, "seconds": 1, "cpu_seconds": 1,
-                                     "samples": 1, "tokens": 1, "positions": 1, "gradient_norm": 1}], flops=1)
+        train_step.Measured(
+            rounds=[
+                {
+                    "loss_sum": loss,
+                    "supervised": 1,
+                    "seconds": 1,
+                    "cpu_seconds": 1,
+                    "samples": 1,
+                    "tokens": 1,
+                    "positions": 1,
+                    "gradient_norm": 1,
+                }
+            ],
+            flops=1,
+        )
         for loss in (2.0, 2.001)
-    )  # fmt: skip
+    )
     with pytest.raises(AssertionError, match="ours: loss"):
         train_step.report("finetune", {"stock": slow, "ours": fast, "cached": slow}, [1.0], 1e-4)
 

@@ -1,4 +1,4 @@
-"""Examples and batches: what is measured, left out, padded, and said when a picture is broken."""
+"""Examples and batches: what is measured, left out, padded, and said when an image is broken."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_special_tokens_in_a_text_are_trained_as_text(processor, mark, where):
     assert mark in processor.tokenizer.decode(ids[ids != mark_id])
 
 
-def test_a_batch_is_padded_on_the_right_and_holds_all_pictures(examples):
+def test_a_batch_is_padded_on_the_right_and_holds_all_images(examples):
     chosen = [examples[0], examples[3], examples[2]]
     batch = Collator(pad_token_id=7)(chosen)
     longest = max(len(example.input_ids) for example in chosen)
@@ -105,7 +105,7 @@ def broken_records(folder: Path) -> Path:
     return path
 
 
-def test_a_picture_that_breaks_while_training_is_named_with_its_record(tmp_path, processor):
+def test_an_image_that_breaks_while_training_is_named_with_its_record(tmp_path, processor):
     conversations = read_records(broken_records(tmp_path), tmp_path).conversations
     examples = Examples(conversations=conversations, processor=processor)
     with pytest.raises(ImageError, match=r"data\.json: record 0 \(id r9\): gone\.png: .*--skip broken_image"):
@@ -133,7 +133,7 @@ def test_the_run_stops_with_that_line_also_out_of_a_worker_process(parts, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_other_pictures_under_the_same_names_are_other_data(parts, records, tmp_path):
+def test_other_images_under_the_same_names_are_other_data(parts, records, tmp_path):
     import shutil
 
     from PIL import Image

@@ -38,7 +38,7 @@ def conversations(tmp_path) -> list[Conversation]:
 
 @pytest.fixture
 def counted(model_and_processor, monkeypatch) -> list[int]:
-    """Number of pictures of each pass through the encoder."""
+    """Number of images of each pass through the encoder."""
     passes: list[int] = []
     inner = model_and_processor[0].model
     original = inner.encode_images
@@ -70,7 +70,7 @@ def test_each_content_is_computed_once_and_found_again(model_and_processor, tmp_
     assert again.read(conversations[0].images[0]).shape == (4, 32)
     data = (tmp_path / "a.png").read_bytes()
     again.fill([shown(ImageRef(data=data, name="cell"))])
-    assert counted == [2, 1]  # the same picture, as bytes
+    assert counted == [2, 1]  # the same image, as bytes
 
 
 def test_what_a_kill_left_unfinished_is_written_over(model_and_processor, tmp_path, conversations, counted):
@@ -85,7 +85,7 @@ def test_what_a_kill_left_unfinished_is_written_over(model_and_processor, tmp_pa
     again.fill(conversations)
     third = FeatureCache(tmp_path / "kept", *model_and_processor)
     third.fill(conversations)
-    assert counted == [2, 1]  # the third picture once; nothing was lost
+    assert counted == [2, 1]  # the third image once; nothing was lost
     assert torch.equal(third.read(conversations[1].images[0]), expected)
     assert len((cache.folder / "index.txt").read_text().splitlines()) == 3
 
@@ -116,10 +116,10 @@ def test_another_encoder_or_another_preprocessing_has_rows_of_its_own(parts, mod
     assert len(set(keys)) == 3
 
 
-def test_a_broken_picture_is_named_with_its_record(model_and_processor, tmp_path, conversations):
-    (tmp_path / "bad.png").write_text("no picture")
+def test_a_broken_image_is_named_with_its_record(model_and_processor, tmp_path, conversations):
+    (tmp_path / "bad.png").write_text("no image")
     bad = shown(ImageRef(path=tmp_path / "bad.png", name="bad.png"), id="r7")
-    with pytest.raises(ImageError, match=r"data\.json: record r7: bad\.png: not a picture"):
+    with pytest.raises(ImageError, match=r"data\.json: record r7: bad\.png: not an image"):
         FeatureCache(tmp_path / "kept", *model_and_processor).fill([*conversations, bad])
 
 

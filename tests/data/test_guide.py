@@ -15,7 +15,7 @@ def test_the_table_of_defects_is_the_codes():
     assert {name.strip("`"): meaning for name, meaning in rows} == DEFECTS
 
 
-def test_the_bounds_of_a_picture_are_the_codes():
+def test_the_bounds_of_an_image_are_the_codes():
     assert f"more than {MAX_PIXELS:,} pixels, or a side above {MAX_SIDE_PX:,}" in GUIDE
 
 

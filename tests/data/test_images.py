@@ -1,4 +1,4 @@
-"""Pictures as they really come: every odd kind becomes the right RGB, every broken one a named error."""
+"""Images as they really come: every odd kind becomes the right RGB, every broken one a named error."""
 
 import io
 import json
@@ -138,10 +138,15 @@ def test_an_opaque_image_is_the_same_on_any_background(tmp_path):
 
 # Where the camera's top row and left column are, by EXIF's table: what undoes each mark, in numpy.
 UPRIGHT = {
-    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: np.rot90,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mark", UPRIGHT)
@@ -166,8 +171,15 @@ def bomb(path: Path) -> None:
 
 def monstrous(path: Path) -> None:
     """A header that claims 60,000 x 60,000 pixels."""
-    path.write_bytes(b"BM" + bytes(8) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
-                     + (60_000).to_bytes(4, "little") * 2 + b"\x01\0\x18\0" + bytes(24))  # fmt: skip
+    path.write_bytes(
+        b"BM"
+        + bytes(8)
+        + (54).to_bytes(4, "little")
+        + (40).to_bytes(4, "little")
+        + (60_000).to_bytes(4, "little") * 2
+        + b"\x01\0\x18\0"
+        + bytes(24)
+    )
 
 
 def strip(path: Path) -> None:
@@ -208,15 +220,15 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_picture_is_named_with_what_to_do(tmp_path, kind):
+def test_a_broken_image_is_named_with_what_to_do(tmp_path, kind):
     make, message = BROKEN[kind]
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     make(path)
     with pytest.raises(ImageError, match=message) as caught:
         open_image(ImageRef(path=path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).count("picture.jpg") == 1  # said once, not once more around it
+    assert str(caught.value).count("image.jpg") == 1  # said once, not once more around it
 
 
 def test_the_bounds_are_those_of_the_messages():
@@ -236,11 +248,12 @@ SAMPLES = {kind: encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP",
 
 
 @given(
-    kind=st.sampled_from(list(SAMPLES)), cut=st.none() | st.integers(0, 400),
+    kind=st.sampled_from(list(SAMPLES)),
+    cut=st.none() | st.integers(0, 400),
     changes=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=4),
-)  # fmt: skip
+)
 @settings(max_examples=400, deadline=None)
-def test_damage_anywhere_gives_a_picture_or_the_named_error(kind, cut, changes):
+def test_damage_anywhere_gives_an_image_or_the_named_error(kind, cut, changes):
     data = bytearray(SAMPLES[kind])
     for place, value in changes:
         data[place % len(data)] = value

@@ -31,12 +31,12 @@ def lay_out(root: Path, record: str, in_root: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("in_root", [False, True])
-def test_the_two_roots_of_the_same_pictures(tmp_path: Path, in_root: bool) -> None:
+def test_the_two_roots_of_the_same_images(tmp_path: Path, in_root: bool) -> None:
     first = lay_out(tmp_path, "LLaVA-1.5-558k", in_root)
     second = lay_out(tmp_path, "ShareGPT4V-PT-1246k", in_root)
     data = DataConfig(records=("LLaVA-1.5-558k", "ShareGPT4V-PT-1246k"))
-    pictures = tmp_path / "llava" / "llava_pretrain" / "images"
-    assert resolve(data, tmp_path) == [(first, pictures), (second, tmp_path)]
+    images = tmp_path / "llava" / "llava_pretrain" / "images"
+    assert resolve(data, tmp_path) == [(first, images), (second, tmp_path)]
 
 
 def test_own_files_stand_beside_a_mixture(tmp_path: Path) -> None:
@@ -53,8 +53,13 @@ def test_everything_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         resolve(data, tmp_path)
     text = str(caught.value)
-    for named in ("blip_laion_cc_sbu_558k.json", "liuhaotian/LLaVA-Pretrain", "llava_pretrain/images",
-                  "llava_v1_5_mix665k.json", "mine.json: no such record file"):  # fmt: skip
+    for named in (
+        "blip_laion_cc_sbu_558k.json",
+        "liuhaotian/LLaVA-Pretrain",
+        "llava_pretrain/images",
+        "llava_v1_5_mix665k.json",
+        "mine.json: no such record file",
+    ):
         assert named in text
 
 

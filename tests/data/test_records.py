@@ -27,7 +27,7 @@ def images(tmp_path: Path) -> Path:
     (tmp_path / "images/folder.jpg").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "images/a.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "images/b.png")
-    (tmp_path / "images/text.jpg").write_text("no picture")
+    (tmp_path / "images/text.jpg").write_text("no image")
     return tmp_path / "images"
 
 
@@ -46,20 +46,23 @@ def test_a_record_becomes_a_conversation(tmp_path, images):
     [conversation] = read(tmp_path, [raw]).conversations
     assert (conversation.id, conversation.source) == ("r1", str(tmp_path / "data.json"))
     assert [(m.role, m.text, len(m.images)) for m in conversation.messages] == [
-        ("user", "What is it?", 1), ("assistant", "A dog.", 0),
-        ("user", "Sure?", 0), ("assistant", "Yes.", 0),
-    ]  # fmt: skip
+        ("user", "What is it?", 1),
+        ("assistant", "A dog.", 0),
+        ("user", "Sure?", 0),
+        ("assistant", "Yes.", 0),
+    ]
     assert conversation.images[0].path == images / "a.png"
 
 
-def test_text_only_and_system_lines_and_several_pictures(tmp_path, images):
+def test_text_only_and_system_lines_and_several_images(tmp_path, images):
     system = [{"from": "system", "value": "Be short."}, *turns("Q", "A")]
     records = [
-        record("Q", "A"), {"conversations": system},
+        record("Q", "A"),
+        {"conversations": system},
         {"id": 7, "conversations": turns("Q", "A"), "image": ""},
         {"id": None, "conversations": turns("Q", "B"), "image": None},
         record("<image> and <image>", "A", "And?<image>", "B", image=["a.png", "b.png", "a.png"]),
-    ]  # fmt: skip
+    ]
     found = read(tmp_path, records).conversations
     assert [conversation.id for conversation in found] == ["r1", "", "7", "", "r1"]
     assert found[1].messages[0].role == "system"
@@ -71,7 +74,7 @@ def test_text_only_and_system_lines_and_several_pictures(tmp_path, images):
     ]
 
 
-def test_a_picture_alone_is_a_question(tmp_path, images):
+def test_an_image_alone_is_a_question(tmp_path, images):
     [conversation] = read(tmp_path, [record("<image>", "A dog.", image="a.png")]).conversations
     assert conversation.messages[0].text == ""
 
@@ -104,13 +107,13 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
         {"id": "r1", "conversations": [{"from": ["gpt"], "value": "x"}]},
         r"from \['gpt'\]",
     ),
-    "number as picture": (
+    "number as image": (
         "malformed",
         record("<image>Q", "A", image=5),
         "must be a path or a list of paths, found 5",
     ),
-    "zero as picture": ("malformed", record("Q", "A", image=0), "must be a path or a list of paths, found 0"),
-    "caption as picture": ("malformed", record("<image>Q", "A", image=LONG), "is no path"),
+    "zero as image": ("malformed", record("Q", "A", image=0), "must be a path or a list of paths, found 0"),
+    "caption as image": ("malformed", record("<image>Q", "A", image=LONG), "is no path"),
     "gpt first": (
         "leading_answer",
         {"id": "r1", "conversations": turns("A", "Q", "A", first="gpt")},
@@ -128,10 +131,10 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
     ),
     "no answer": ("unanswered", record("Q", "A", "Q"), "ends with a question"),
     "empty answer": ("empty_answer", record("Q", " \n"), "an answer has no text"),
-    "empty question": ("empty_question", record(" ", "A"), "neither text nor picture"),
-    "mark without picture": ("image_count", record("<image>\nQ", "A"), "1 <image> for 0 pictures"),
-    "picture without mark": ("image_count", record("Q", "A", image="a.png"), "0 <image> for 1 pictures"),
-    "two marks": ("image_count", record("<image><image>Q", "A", image="a.png"), "2 <image> for 1 pictures"),
+    "empty question": ("empty_question", record(" ", "A"), "neither text nor image"),
+    "mark without image": ("image_count", record("<image>\nQ", "A"), "1 <image> for 0 images"),
+    "image without mark": ("image_count", record("Q", "A", image="a.png"), "0 <image> for 1 images"),
+    "two marks": ("image_count", record("<image><image>Q", "A", image="a.png"), "2 <image> for 1 images"),
     "mark in an answer": (
         "image_count",
         record("Q", "<image> A", image="a.png"),
@@ -152,15 +155,15 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
         record("Q<image>", "A", image="a" * 5000),
         "'image' is no path",
     ),
-    "missing picture": (
+    "missing image": (
         "missing_image",
         record("<image>Q", "A", image="x/none.png"),
-        r"no picture .*x/none\.png",
+        r"no image .*x/none\.png",
     ),
-    "folder as picture": (
+    "folder as image": (
         "missing_image",
         record("<image>Q", "A", image="folder.jpg"),
-        "a folder, not a picture",
+        "a folder, not an image",
     ),
 }
 
@@ -214,7 +217,7 @@ def test_the_same_record_twice(tmp_path, images):
     assert len(read(tmp_path, [*GOOD, other]).conversations) == 4  # one id for several records is common
 
 
-def test_pictures_that_cannot_be_decoded_are_left_out_on_demand(tmp_path, images):
+def test_images_that_cannot_be_decoded_are_left_out_on_demand(tmp_path, images):
     broken = record("<image>Q", "A", image="text.jpg")
     fine = {**record("<image>Q", "A", image="a.png"), "id": "fine"}
     left = drop_broken_images(read(tmp_path, [*GOOD, broken, fine]))
@@ -276,11 +279,7 @@ def test_an_unknown_skip_lists_the_known_ones(tmp_path, images):
 
 
 OTHER_FORMS = {
-    "lines named .json": (
-        "a.json",
-        '{"id": 1}\n{"id": 2}\n',
-        r"line 2 column 1\. One record a line",
-    ),
+    "lines named .json": ("a.json", '{"id": 1}\n{"id": 2}\n', r"line 2 column 1\. One record a line"),
     "an array named .jsonl": ("a.jsonl", "[]", r"a\.jsonl:1: a JSON array; one array of records is named"),
     "lists without end": (
         "a.json",

@@ -13,7 +13,7 @@ SHORT = "\nAnswer the question using a single word or phrase."
 
 
 def png(shade: int = 0) -> bytes:
-    """A picture of one colour, 8 x 8 pixels."""
+    """An image of one colour, 8 x 8 pixels."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (shade % 256, 80, 160)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -39,7 +39,7 @@ def cell(shade: int) -> dict:
 
 
 VQA_QUESTIONS = [
-    # id, picture, question, answer type, question type, ten answers
+    # id, image, question, answer type, question type, ten answers
     (262148000, 262148, "Is this sunny?", "yes/no", "is this", ["yes"] * 10),
     (262148001, 262148, "How many dogs?", "number", "how many", ["2"] * 3 + ["two"] * 3 + ["3"] * 4),
     (393225000, 393225, "What colour?", "other", "what color", ["Red."] + ["red"] * 2 + ["blue"] * 7),
@@ -51,14 +51,17 @@ def vqav2_val(folder: Path) -> Path:
     questions = [{"image_id": p, "question": q, "question_id": i} for i, p, q, *_ in VQA_QUESTIONS]
     annotations = [
         {
-            "question_type": kind, "multiple_choice_answer": answers[0], "image_id": picture,
+            "question_type": kind,
+            "multiple_choice_answer": answers[0],
+            "image_id": image,
             "answers": [
                 {"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(answers, 1)
             ],
-            "answer_type": answer_type, "question_id": question_id,
+            "answer_type": answer_type,
+            "question_id": question_id,
         }
-        for question_id, picture, _, answer_type, kind, answers in VQA_QUESTIONS
-    ]  # fmt: skip
+        for question_id, image, _, answer_type, kind, answers in VQA_QUESTIONS
+    ]
     write_json(folder / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
     write_json(folder / "v2_mscoco_val2014_annotations.json", {"annotations": annotations})
     return folder
@@ -67,25 +70,33 @@ def vqav2_val(folder: Path) -> Path:
 def vqav2_val_parquet(folder: Path) -> Path:
     rows = [
         {
-            "question_type": kind, "multiple_choice_answer": answers[0],
+            "question_type": kind,
+            "multiple_choice_answer": answers[0],
             "answers": [
                 {"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(answers, 1)
             ],
-            "image_id": picture, "answer_type": answer_type, "question_id": question_id, "question": question,
-            "image": cell(picture),
+            "image_id": image,
+            "answer_type": answer_type,
+            "question_id": question_id,
+            "question": question,
+            "image": cell(image),
         }
-        for question_id, picture, question, answer_type, kind, answers in VQA_QUESTIONS
-    ]  # fmt: skip
+        for question_id, image, question, answer_type, kind, answers in VQA_QUESTIONS
+    ]
     write_parquet(folder / "data" / "validation-00000-of-00001.parquet", rows)
     return folder
 
 
 def vqav2_test(folder: Path) -> Path:
     records = [
-        {"question_id": 1000 + n, "image": f"COCO_test2015_{n // 2:012d}.jpg",
-         "text": f"Question {n}?{SHORT}",         "category": "default"}
+        {
+            "question_id": 1000 + n,
+            "image": f"COCO_test2015_{n // 2:012d}.jpg",
+            "text": f"Question {n}?{SHORT}",
+            "category": "default",
+        }
         for n in range(6)
-    ]  # fmt: skip
+    ]
     write_lines(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", records[:4])
     write_lines(folder / "llava_vqav2_mscoco_test2015.jsonl", records)
     return folder
@@ -95,22 +106,37 @@ def gqa_entry(
     question: str, answer: str, structural: str, group: str | None, steps: list[tuple[str, str]]
 ) -> dict:
     return {
-        "question": question, "imageId": "n161313", "answer": answer, "isBalanced": True,
+        "question": question,
+        "imageId": "n161313",
+        "answer": answer,
+        "isBalanced": True,
         "types": {"structural": structural, "semantic": "attr", "detailed": "chooseAttr"},
         "semantic": [{"operation": op, "argument": arg, "dependencies": []} for op, arg in steps],
-        "groups": {"global": group, "local": "10q"}, "entailed": [], "fullAnswer": f"It is {answer}.",
-    }  # fmt: skip
+        "groups": {"global": group, "local": "10q"},
+        "entailed": [],
+        "fullAnswer": f"It is {answer}.",
+    }
 
 
 def gqa(folder: Path) -> Path:
     entries = {
         "201307251": gqa_entry("Is it overcast?", "no", "verify", None, [("select", "sky"), ("exist", "?")]),
-        "201640614": gqa_entry("Who wears the dress?", "women", "query", "person",
-                               [("select", "dress"), ("relate", "person"), ("query", "name")]),
-        "202225914": gqa_entry("What is left of the woman?", "dress", "query", "clothing",
-                               [("select", "woman"), ("query", "name"), ("relate", "left")]),
+        "201640614": gqa_entry(
+            "Who wears the dress?",
+            "women",
+            "query",
+            "person",
+            [("select", "dress"), ("relate", "person"), ("query", "name")],
+        ),
+        "202225914": gqa_entry(
+            "What is left of the woman?",
+            "dress",
+            "query",
+            "clothing",
+            [("select", "woman"), ("query", "name"), ("relate", "left")],
+        ),
         "203": gqa_entry("Who sits?", "man", "query", "person", [("select", "man"), ("query", "name")]),
-    }  # fmt: skip
+    }
     entries["203"]["imageId"] = "n2"
     write_json(folder / "testdev_balanced_questions.json", entries)
     return folder
@@ -127,19 +153,57 @@ def gqa_parquet(folder: Path) -> Path:
 
 
 SCIENCE = {
-    "11": {"question": "Which is a mammal?", "choices": ["frog", "bat"], "answer": 1, "hint": "",
-           "image": "image.png", "subject": "natural science", "grade": "grade3", "topic": "biology"},
-    "12": {"question": "Where is it?", "choices": ["Peru", "Chad", "Fiji"], "answer": 0,
-           "hint": "Look at  the map. ", "image": "image.png", "subject": "social science", "grade": "grade7",
-           "topic": "geography"},
-    "13": {"question": "Which word rhymes?", "choices": ["a", "b", "c", "d", "e"], "answer": 4,
-           "hint": "Passage: été.", "image": None, "subject": "language science", "grade": "grade2",
-           "topic": "verbs"},
-    "14": {"question": "Pick.", "choices": ["x", "y"], "answer": 0, "hint": "", "image": None,
-           "subject": "language science", "grade": "grade2", "topic": "word-study"},
-    "15": {"question": "Not in test.", "choices": ["x", "y"], "answer": 0, "hint": "", "image": None,
-           "subject": "language science", "grade": "grade2", "topic": "word-study"},
-}  # fmt: skip
+    "11": {
+        "question": "Which is a mammal?",
+        "choices": ["frog", "bat"],
+        "answer": 1,
+        "hint": "",
+        "image": "image.png",
+        "subject": "natural science",
+        "grade": "grade3",
+        "topic": "biology",
+    },
+    "12": {
+        "question": "Where is it?",
+        "choices": ["Peru", "Chad", "Fiji"],
+        "answer": 0,
+        "hint": "Look at  the map. ",
+        "image": "image.png",
+        "subject": "social science",
+        "grade": "grade7",
+        "topic": "geography",
+    },
+    "13": {
+        "question": "Which word rhymes?",
+        "choices": ["a", "b", "c", "d", "e"],
+        "answer": 4,
+        "hint": "Passage: été.",
+        "image": None,
+        "subject": "language science",
+        "grade": "grade2",
+        "topic": "verbs",
+    },
+    "14": {
+        "question": "Pick.",
+        "choices": ["x", "y"],
+        "answer": 0,
+        "hint": "",
+        "image": None,
+        "subject": "language science",
+        "grade": "grade2",
+        "topic": "word-study",
+    },
+    "15": {
+        "question": "Not in test.",
+        "choices": ["x", "y"],
+        "answer": 0,
+        "hint": "",
+        "image": None,
+        "subject": "language science",
+        "grade": "grade2",
+        "topic": "word-study",
+    },
+}
 
 
 def scienceqa(folder: Path) -> Path:
@@ -159,12 +223,17 @@ def scienceqa_parquet(folder: Path) -> Path:
 
 
 TEXTVQA = [
-    # question id, picture, question, tokens, ten answers
-    (34602, "003a8ae2ef43b901", "what is the brand of this camera?", ["PERFECT", "DAKOTA"],
-     ["dakota"] * 5 + ["Dakota digital"] * 4 + ["unanswerable"]),
+    # question id, image, question, tokens, ten answers
+    (
+        34602,
+        "003a8ae2ef43b901",
+        "what is the brand of this camera?",
+        ["PERFECT", "DAKOTA"],
+        ["dakota"] * 5 + ["Dakota digital"] * 4 + ["unanswerable"],
+    ),
     (34603, "003a8ae2ef43b901", "what number is it?", ["PERFECT", "DAKOTA"], ["two"] * 2 + ["2"] * 8),
     (34604, "0054c91397f2fe05", "What does the sign say?", [], ["the stop"] * 10),
-]  # fmt: skip
+]
 
 
 def textvqa(folder: Path, *, with_llava: bool = True) -> Path:
@@ -174,11 +243,15 @@ def textvqa(folder: Path, *, with_llava: bool = True) -> Path:
         write_lines(
             folder / "llava_textvqa_val_v051_ocr.jsonl",
             [
-                {"question_id": p, "image": f"{p}.jpg", "category": "default",
-                 "text": f"{q.capitalize()}\nReference OCR token: {', '.join(tokens)}{SHORT}"}
+                {
+                    "question_id": p,
+                    "image": f"{p}.jpg",
+                    "category": "default",
+                    "text": f"{q.capitalize()}\nReference OCR token: {', '.join(tokens)}{SHORT}",
+                }
                 for _, p, q, tokens, _ in TEXTVQA
             ],
-        )  # fmt: skip
+        )
     else:
         tokens = {p: t for _, p, _, t, _ in TEXTVQA}
         document = {"data": [{"image_id": p, "ocr_tokens": t} for p, t in tokens.items()]}
@@ -202,19 +275,14 @@ POPE = {
 }
 
 
-def pope_picture(number: int) -> str:
+def pope_image(number: int) -> str:
     return f"COCO_val2014_{number // 2:012d}.jpg"
 
 
 def pope(folder: Path) -> Path:
     for split, labels in POPE.items():
         records = [
-            {
-                "question_id": n + 1,
-                "image": pope_picture(n),
-                "text": f"Is there a {split} {n}?",
-                "label": label,
-            }
+            {"question_id": n + 1, "image": pope_image(n), "text": f"Is there a {split} {n}?", "label": label}
             for n, label in enumerate(labels)
         ]
         write_lines(folder / f"coco_pope_{split}.json", records)
@@ -223,11 +291,18 @@ def pope(folder: Path) -> Path:
 
 def pope_parquet(folder: Path) -> Path:
     rows = [
-        {"id": str(n), "question_id": str(n + 1), "question": f"Is there a {split} {n}?", "answer": label,
-         "image_source": pope_picture(n).removesuffix(".jpg"), "image": cell(n // 2), "category": split}
+        {
+            "id": str(n),
+            "question_id": str(n + 1),
+            "question": f"Is there a {split} {n}?",
+            "answer": label,
+            "image_source": pope_image(n).removesuffix(".jpg"),
+            "image": cell(n // 2),
+            "category": split,
+        }
         for split, labels in POPE.items()
         for n, label in enumerate(labels)
-    ]  # fmt: skip
+    ]
     write_parquet(folder / "Full" / "test-00000-of-00001.parquet", rows)
     return folder
 
@@ -235,13 +310,17 @@ def pope_parquet(folder: Path) -> Path:
 def mme(folder: Path) -> Path:
     root = folder / "MME_Benchmark_release_version"
     flat = {
-        "existence": {"0001": ("Is there a cat? Please answer yes or no.\tYes\n"
-                               "Is there a dog? Please answer yes or no.\tNo\n"),
-                      "0002": ("Is it day?  Please answer yes or no.\tYes\n"
-                               "Is it night?  Please answer yes or no.\tNo")},
-        "code_reasoning": {"0020": ("Is it 3? Please answer yes or no.\tNo\n"
-                                    "Is it 4? Please answer yes or no.\tYes\n")},
-    }  # fmt: skip
+        "existence": {
+            "0001": (
+                "Is there a cat? Please answer yes or no.\tYes\n"
+                "Is there a dog? Please answer yes or no.\tNo\n"
+            ),
+            "0002": ("Is it day?  Please answer yes or no.\tYes\nIs it night?  Please answer yes or no.\tNo"),
+        },
+        "code_reasoning": {
+            "0020": ("Is it 3? Please answer yes or no.\tNo\nIs it 4? Please answer yes or no.\tYes\n")
+        },
+    }
     for task, files in flat.items():
         (root / task).mkdir(parents=True)
         for name, text in files.items():
@@ -258,19 +337,36 @@ def mme(folder: Path) -> Path:
 
 def mme_parquet(folder: Path) -> Path:
     rows = [
-        {"question_id": f"{task}/1.png", "image": cell(1), "question": f"{q} Please answer yes or no.",
-         "answer": a, "category": task}
+        {
+            "question_id": f"{task}/1.png",
+            "image": cell(1),
+            "question": f"{q} Please answer yes or no.",
+            "answer": a,
+            "category": task,
+        }
         for task in ("existence", "OCR")
         for q, a in (("Is it red?", "Yes"), ("Is it blue?", "No"))
-    ]  # fmt: skip
+    ]
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows)
     return folder
 
 
 MMBENCH_HEADER = [
-    "index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
-    "comment", "split",
-]  # fmt: skip
+    "index",
+    "question",
+    "hint",
+    "A",
+    "B",
+    "C",
+    "D",
+    "answer",
+    "category",
+    "image",
+    "source",
+    "l2-category",
+    "comment",
+    "split",
+]
 MMBENCH_QUESTIONS = [
     # index, question, hint, options, answer, category, level 2
     (
@@ -294,11 +390,20 @@ def mmbench_rows() -> list[dict]:
             turned = options[turn:] + options[:turn]
             letters = dict(zip("ABCD", turned + [""] * (4 - len(turned)), strict=True))
             rows.append(
-                {"index": str(index + turn * 1_000_000), "question": question, "hint": hint, **letters,
-                 "answer": "ABCD"[turned.index(options[answer])], "category": category,
-                 "image": base64.b64encode(png(index)).decode(), "source": "x", "l2-category": level2,
-                 "comment": "", "split": "dev"}
-            )  # fmt: skip
+                {
+                    "index": str(index + turn * 1_000_000),
+                    "question": question,
+                    "hint": hint,
+                    **letters,
+                    "answer": "ABCD"[turned.index(options[answer])],
+                    "category": category,
+                    "image": base64.b64encode(png(index)).decode(),
+                    "source": "x",
+                    "l2-category": level2,
+                    "comment": "",
+                    "split": "dev",
+                }
+            )
     return rows
 
 
@@ -318,7 +423,7 @@ def mmbench(folder: Path) -> Path:
 
 
 def mmbench_new_table(folder: Path) -> Path:
-    """One picture a group: the copies hold the index of their base row."""
+    """One image a group: the copies hold the index of their base row."""
     rows = sorted(mmbench_rows(), key=lambda row: int(row["index"]))
     for row in rows:
         if int(row["index"]) >= 1_000_000:
@@ -339,13 +444,28 @@ def mmbench_parquet(folder: Path) -> Path:
 
 
 MMVET = {
-    "v1_0": {"imagename": "v1_0.png", "question": "What is x in the equation?", "answer": "-1<AND>-5",
-             "capability": ["ocr", "math"], "imagesource": "u"},
-    "v1_1": {"imagename": "v1_1.png", "question": "Who?", "answer": "Zoë<OR>a girl", "capability": ["rec"],
-             "imagesource": "u"},
-    "v1_2": {"imagename": "v1_0.png", "question": "Read it.", "answer": "abc", "capability": ["math", "ocr"],
-             "imagesource": "u"},
-}  # fmt: skip
+    "v1_0": {
+        "imagename": "v1_0.png",
+        "question": "What is x in the equation?",
+        "answer": "-1<AND>-5",
+        "capability": ["ocr", "math"],
+        "imagesource": "u",
+    },
+    "v1_1": {
+        "imagename": "v1_1.png",
+        "question": "Who?",
+        "answer": "Zoë<OR>a girl",
+        "capability": ["rec"],
+        "imagesource": "u",
+    },
+    "v1_2": {
+        "imagename": "v1_0.png",
+        "question": "Read it.",
+        "answer": "abc",
+        "capability": ["math", "ocr"],
+        "imagesource": "u",
+    },
+}
 
 
 def mmvet(folder: Path) -> Path:
@@ -359,10 +479,15 @@ def mmvet(folder: Path) -> Path:
 
 def mmvet_parquet(folder: Path) -> Path:
     rows = [
-        {"question_id": question_id, "question": one["question"], "answer": one["answer"], "image": cell(n),
-         "capability": ",".join(one["capability"])}
+        {
+            "question_id": question_id,
+            "question": one["question"],
+            "answer": one["answer"],
+            "image": cell(n),
+            "capability": ",".join(one["capability"]),
+        }
         for n, (question_id, one) in enumerate(MMVET.items())
-    ]  # fmt: skip
+    ]
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows)
     return folder
 
@@ -396,9 +521,16 @@ def llava_w(folder: Path) -> Path:
 
 def llava_w_parquet(folder: Path) -> Path:
     rows = [
-        {"question_id": n, "question": f"Question {n}?", "image": cell(n), "category": "conv",
-         "image_id": "001.jpg", "gpt_answer": "Ref.", "caption": ["First.", "Second."]}
+        {
+            "question_id": n,
+            "question": f"Question {n}?",
+            "image": cell(n),
+            "category": "conv",
+            "image_id": "001.jpg",
+            "gpt_answer": "Ref.",
+            "caption": ["First.", "Second."],
+        }
         for n in range(2)
-    ]  # fmt: skip
+    ]
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", rows)
     return folder

@@ -27,9 +27,17 @@ def test_a_damaged_line_is_named(damage: bytes, gist: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "write"),
-    [("textvqa", files.textvqa), ("mme", files.mme), ("pope", files.pope), ("mmbench", files.mmbench),
-     ("scienceqa", files.scienceqa), ("mmvet", files.mmvet), ("gqa", files.gqa), ("vqav2", files.vqav2_test)],
-)  # fmt: skip
+    [
+        ("textvqa", files.textvqa),
+        ("mme", files.mme),
+        ("pope", files.pope),
+        ("mmbench", files.mmbench),
+        ("scienceqa", files.scienceqa),
+        ("mmvet", files.mmvet),
+        ("gqa", files.gqa),
+        ("vqav2", files.vqav2_test),
+    ],
+)
 def test_answers_of_llavas_scripts_find_their_questions(name: str, write, tmp_path: Path) -> None:
     """TextVQA's and MME's ids stand for several questions there: the prompt tells them apart."""
     questions = BENCHMARKS[name].load(write(tmp_path))
@@ -42,9 +50,15 @@ def test_answers_of_llavas_scripts_find_their_questions(name: str, write, tmp_pa
     assert first.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
     # The types of the ids in LLaVA's question files: its tools look them up as they stand.
     expected = {
-        "textvqa": "003a8ae2ef43b901", "mme": "existence/0001.jpg", "pope": 1, "mmbench": 241,
-        "scienceqa": "11", "mmvet": 0, "gqa": "201307251", "vqav2": 1000,
-    }  # fmt: skip
+        "textvqa": "003a8ae2ef43b901",
+        "mme": "existence/0001.jpg",
+        "pope": 1,
+        "mmbench": 241,
+        "scienceqa": "11",
+        "mmvet": 0,
+        "gqa": "201307251",
+        "vqav2": 1000,
+    }
     assert first["question_id"] == expected[name]
     assert ("<image>\n" in first["prompt"]) == (name == "scienceqa")
 

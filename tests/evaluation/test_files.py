@@ -12,10 +12,17 @@ from tinyllava.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from tinyllava.evaluation.files import NeededFile, check_files, find_files
 
 WRITERS = {
-    "gqa": files.gqa, "scienceqa": files.scienceqa, "textvqa": files.textvqa, "mme": files.mme,
-    "mmbench": files.mmbench, "mmvet": files.mmvet, "llava-w": files.llava_w, "pope": files.pope,
-    "vqav2": files.vqav2_test, "vqav2-val": files.vqav2_val,
-}  # fmt: skip
+    "gqa": files.gqa,
+    "scienceqa": files.scienceqa,
+    "textvqa": files.textvqa,
+    "mme": files.mme,
+    "mmbench": files.mmbench,
+    "mmvet": files.mmvet,
+    "llava-w": files.llava_w,
+    "pope": files.pope,
+    "vqav2": files.vqav2_test,
+    "vqav2-val": files.vqav2_val,
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -30,21 +37,21 @@ def test_the_files_that_load_reads_are_the_files_that_are_asked_for(name: str, t
     missing = {status.needed.purpose for status in check_files(tmp_path, BENCHMARKS[name].files)} - {
         status.needed.purpose for status in present
     }
-    assert all("picture" in purpose or "prompts" in purpose for purpose in missing)
+    assert all("image" in purpose or "prompts" in purpose for purpose in missing)
 
 
 def test_an_incomplete_folder_is_doubtful(tmp_path: Path) -> None:
-    needed = NeededFile(names=("images",), purpose="pictures", source="there", num_files=2)
+    needed = NeededFile(names=("images",), purpose="images", source="there", num_files=2)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.jpg").touch()
     status = find_files(tmp_path, needed)
     assert not status.is_present
-    assert str(status).startswith("doubtful (1 of 2 files): images: pictures; from there")
+    assert str(status).startswith("doubtful (1 of 2 files): images: images; from there")
     (tmp_path / "images" / "2.jpg").touch()
     assert find_files(tmp_path, needed).is_present
-    mirror = NeededFile(names=("photos", "*.parquet"), purpose="pictures", source="there", num_files=2)
+    mirror = NeededFile(names=("photos", "*.parquet"), purpose="images", source="there", num_files=2)
     (tmp_path / "test-00000-of-00001.parquet").touch()
-    assert find_files(tmp_path, mirror).is_present  # one shard may hold all pictures
+    assert find_files(tmp_path, mirror).is_present  # one shard may hold all images
 
 
 def test_a_known_release_is_told_by_its_md5(tmp_path: Path) -> None:
@@ -65,7 +72,7 @@ def test_every_benchmark_says_what_it_needs() -> None:
 
 def test_listing_the_names_imports_no_torch() -> None:
     script = (
-        "import sys\nfrom tinyllava.evaluation.benchmarks import BENCHMARKS\nimport tinyllava.report.flips\n"
+        "import sys\nfrom tinyllava.evaluation.benchmarks import BENCHMARKS\nimport tinyllava.studies.report.flips\n"
         "heavy = {'torch', 'transformers', 'pyarrow', 'openpyxl', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\nassert 'pope' in BENCHMARKS\n"
     )

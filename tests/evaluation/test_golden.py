@@ -15,8 +15,8 @@ import pytest
 
 from evaluation import benchmark_files as files
 from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.metrics.vqa_normaliser import normalise_evalai, normalise_vqa
 from tinyllava.evaluation.question import Question
-from tinyllava.evaluation.scoring.vqa_normaliser import normalise_evalai, normalise_vqa
 
 WORDS = ["yes", "no", "Red", "red.", "two", "2", "a cat", "cat", "café", ""]
 
@@ -100,16 +100,25 @@ def test_textvqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gqa(tmp_path: Path) -> None:
     generator = random.Random(2)
     words = ["yes", "no", "man", "women", "dress"]
-    steps = [("select", "sky"), ("exist", "?"), ("query", "name"), ("choose name", "a|b"), ("relate", "x"),
-             ("query", "color"), ("filter", "exist")]  # fmt: skip
+    steps = [
+        ("select", "sky"),
+        ("exist", "?"),
+        ("query", "name"),
+        ("choose name", "a|b"),
+        ("relate", "x"),
+        ("query", "color"),
+        ("filter", "exist"),
+    ]
     entries = {
         str(n): files.gqa_entry(
-            " ".join(["Who"] * generator.randint(1, 4)), generator.choice(words),
-            generator.choice(["query", "verify", "choose"]), generator.choice([None, "person", "clothing"]),
+            " ".join(["Who"] * generator.randint(1, 4)),
+            generator.choice(words),
+            generator.choice(["query", "verify", "choose"]),
+            generator.choice([None, "person", "clothing"]),
             generator.choices(steps, k=generator.randint(1, 5)),
         )
         for n in range(80)
-    }  # fmt: skip
+    }
     files.write_json(tmp_path / "testdev_balanced_questions.json", entries)
     ours, _ = run("gqa", tmp_path, lambda _: generator.choice([*words, "Man.", "NO..", "yes sir"]))
     exported = json.loads((tmp_path / "out" / "testdev_balanced_predictions.json").read_text())
@@ -140,13 +149,17 @@ def test_scienceqa(tmp_path: Path) -> None:
     generator = random.Random(3)
     problems = {
         str(n): {
-            "question": "Which?", "choices": list("vwxyz")[: generator.randint(2, 5)], "answer": n % 2,
-            "hint": generator.choice(["", "A hint."]), "image": generator.choice([None, "image.png"]),
+            "question": "Which?",
+            "choices": list("vwxyz")[: generator.randint(2, 5)],
+            "answer": n % 2,
+            "hint": generator.choice(["", "A hint."]),
+            "image": generator.choice([None, "image.png"]),
             "subject": generator.choice(["natural science", "social science", "language science"]),
-            "grade": f"grade{generator.randint(1, 12)}", "topic": generator.choice(["biology", "verbs"]),
+            "grade": f"grade{generator.randint(1, 12)}",
+            "topic": generator.choice(["biology", "verbs"]),
         }
         for n in range(80)
-    }  # fmt: skip
+    }
     files.write_json(tmp_path / "problems.json", problems)
     files.write_json(tmp_path / "pid_splits.json", {"test": list(problems)})
     replies = ["A", "B", "A. v", "The answer is B.", "E", "C", "none", "The answer is A. The answer is B."]
@@ -186,8 +199,13 @@ def test_pope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         precision, recall = tp / (tp + fp), tp / (tp + fn)
         f1s.append(2 * precision * recall / (precision + recall))
         num_right += tp + tn
-        rates = {"f1": f1s[-1], "accuracy": (tp + tn) / 40, "precision": precision, "recall": recall,
-                 "yes_ratio": (tp + fp) / 40}  # fmt: skip
+        rates = {
+            "f1": f1s[-1],
+            "accuracy": (tp + tn) / 40,
+            "precision": precision,
+            "recall": recall,
+            "yes_ratio": (tp + fp) / 40,
+        }
         expected |= {f"{split} {name}": 100 * rate for name, rate in rates.items()}
         expected |= {f"{split} {name}": num for name, num in counts.items()}
     assert ours == pytest.approx({"f1": mean(f1s), "accuracy": 100 * num_right / 120, **expected})
@@ -224,10 +242,17 @@ def test_mme(tmp_path: Path) -> None:
 def test_mmbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(6)
     table = [
-        (n, f"Question {n}?", "", ["red", "blue", "green", "black"][: 2 + n % 3], n % 2, f"kind {n % 5}",
-         f"level {n % 2}")
+        (
+            n,
+            f"Question {n}?",
+            "",
+            ["red", "blue", "green", "black"][: 2 + n % 3],
+            n % 2,
+            f"kind {n % 5}",
+            f"level {n % 2}",
+        )
         for n in range(40)
-    ]  # fmt: skip
+    ]
     monkeypatch.setattr(files, "MMBENCH_QUESTIONS", table)
     folder = files.mmbench(tmp_path)
     ours, answers = run(
@@ -259,10 +284,15 @@ def test_mmvet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(7)
     capabilities = ["rec", "ocr", "know", "gen", "spat", "math"]
     table = {
-        f"v1_{n}": {"imagename": "v1_0.png", "question": "What?", "answer": "a", "imagesource": "u",
-                    "capability": generator.sample(capabilities, k=1 + n % 3)}
+        f"v1_{n}": {
+            "imagename": "v1_0.png",
+            "question": "What?",
+            "answer": "a",
+            "imagesource": "u",
+            "capability": generator.sample(capabilities, k=1 + n % 3),
+        }
         for n in range(40)
-    }  # fmt: skip
+    }
     monkeypatch.setattr(files, "MMVET", table)
     reviews = {key: generator.choice(["0.0", "0.4 because", "1.0", "1", "nothing", "1.1"]) for key in table}
     points = {"0.0": 0.0, "0.4 because": 0.4, "1.0": 1.0, "1": 1.0, "nothing": 0.0, "1.1": 0.0}

@@ -34,15 +34,15 @@ def model(tmp_path, monkeypatch):
 
 
 def request(context, options, doc_id):
-    return SimpleNamespace(args=(context, options, lambda doc: doc["pictures"], doc_id, "toy", "test"))
+    return SimpleNamespace(args=(context, options, lambda doc: doc["images"], doc_id, "toy", "test"))
 
 
 def test_requests_are_answered_as_chat_does(model, tmp_path):
-    pictures = {}
+    images = {}
     for colour in ("red", "blue"):
-        pictures[colour] = Image.new("RGBA", (30, 40), colour)
-        pictures[colour].convert("RGB").save(tmp_path / f"{colour}.png")
-    documents = [{"pictures": [pictures["red"]]}, {"pictures": [pictures["blue"]]}, {"pictures": []}]
+        images[colour] = Image.new("RGBA", (30, 40), colour)
+        images[colour].convert("RGB").save(tmp_path / f"{colour}.png")
+    documents = [{"images": [images["red"]]}, {"images": [images["blue"]]}, {"images": []}]
     model.task_dict = {"toy": {"test": documents}}
     texts = ["Is there a dog?", "<image>\nIs there a dog?", "Is there a dog?", "What is in the picture?"]
     options = {"max_new_tokens": 8, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
@@ -60,8 +60,8 @@ def test_requests_are_answered_as_chat_does(model, tmp_path):
 
 
 def test_what_it_cannot_do_is_refused_by_name(model):
-    model.task_dict = {"toy": {"test": [{"pictures": ["clip.mp4"]}]}}
-    with pytest.raises(ConfigError, match="task toy: str is no picture"):
+    model.task_dict = {"toy": {"test": [{"images": ["clip.mp4"]}]}}
+    with pytest.raises(ConfigError, match="task toy: str is no image"):
         model.generate_until([request("What?", {}, 0)])
     with pytest.raises(ConfigError, match="likelihoods"):
         model.loglikelihood([])

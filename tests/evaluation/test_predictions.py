@@ -8,10 +8,7 @@ import pytest
 from evaluation import benchmark_files as files
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.evaluation.predictions import (
-    read_predictions,
-    write_predictions,
-)
+from tinyllava.evaluation.predictions import read_predictions, write_predictions
 
 
 def predicted(folder: Path, name: str = "gqa") -> Path:
@@ -28,9 +25,17 @@ def test_what_is_written_is_read_again(name: str, tmp_path: Path) -> None:
     lines = predicted(tmp_path, name).read_text(encoding="utf-8").splitlines()
     assert len(lines) == {"gqa": 4, "mmvet": 3}[name]
     assert json.loads(lines[0]).keys() == {
-        "benchmark", "question_id", "picture", "prompt", "answer", "parsed", "score", "category", "groups",
+        "benchmark",
+        "question_id",
+        "image",
+        "prompt",
+        "answer",
+        "parsed",
+        "score",
+        "category",
+        "groups",
         "judge",
-    }  # fmt: skip
+    }
 
 
 def test_scoring_again_needs_no_model(tmp_path: Path) -> None:
@@ -48,7 +53,7 @@ def test_scoring_again_needs_no_model(tmp_path: Path) -> None:
         ('"score": 0.0', '"score": "0"', 1, "field 'score' is '0'; it has to be a number or null"),
         ('"score": 0.0', '"score": true', 1, "field 'score' is True"),
         ('"parsed"', '"parse"', 1, "unknown field 'parse'"),
-        ('"picture": "n161313.jpg", ', "", 1, "no field 'picture'"),
+        ('"image": "n161313.jpg", ', "", 1, "no field 'image'"),
         ('"question_id": "201640614"', '"question_id": "201307251"', 2, "was already answered on line 1"),
         (
             '"benchmark": "gqa", "question_id": "203"',

@@ -13,10 +13,19 @@ from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.question import Question
 
 WRITERS = {
-    "vqav2": files.vqav2_test, "vqav2-val": files.vqav2_val, "gqa": files.gqa, "scienceqa": files.scienceqa,
-    "textvqa": files.textvqa, "textvqa-no-ocr": files.textvqa, "pope": files.pope, "pope-pooled": files.pope,
-    "mme": files.mme, "mmbench": files.mmbench, "mmvet": files.mmvet, "llava-w": files.llava_w,
-}  # fmt: skip
+    "vqav2": files.vqav2_test,
+    "vqav2-val": files.vqav2_val,
+    "gqa": files.gqa,
+    "scienceqa": files.scienceqa,
+    "textvqa": files.textvqa,
+    "textvqa-no-ocr": files.textvqa,
+    "pope": files.pope,
+    "pope-pooled": files.pope,
+    "mme": files.mme,
+    "mmbench": files.mmbench,
+    "mmvet": files.mmvet,
+    "llava-w": files.llava_w,
+}
 UNJUDGED = [name for name in WRITERS if BENCHMARKS[name].judging is None and name != "vqav2"]
 ANSWERS = st.one_of(
     st.sampled_from(

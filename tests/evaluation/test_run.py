@@ -20,17 +20,17 @@ from tinyllava.evaluation.answers import AnswerFile, read_answers
 from tinyllava.evaluation.benchmark import Benchmark, Grade
 from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.results import ResultTable
 from tinyllava.evaluation.run import Settings, evaluate, suitable_batch_tokens
-from tinyllava.inference import Chat
-from tinyllava.results import ResultTable
+from tinyllava.inference.chat import Chat
 
 SMALL = Settings(batch_tokens=200, num_workers=0)
 FORK = multiprocessing.get_context("fork")
 
 
 def load(folder: Path) -> list[Question]:
-    """60 questions on 20 pictures, a fifth of them without a picture."""
-    words = ["picture", "dog", "red circle", "blue squares", "12"]
+    """60 questions on 20 images, a fifth of them without an image."""
+    words = ["image", "dog", "red circle", "blue squares", "12"]
     return [
         Question(
             id=f"q{n}",
@@ -38,7 +38,7 @@ def load(folder: Path) -> list[Question]:
                 f"Is there a {words[n % 5]} {n}?",
                 *([ImageRef(path=folder / f"{n % 20}.png")] if n % 5 else []),
             ),
-            picture=f"{n % 20}.png" if n % 5 else "",
+            image=f"{n % 20}.png" if n % 5 else "",
             target="yes",
         )
         for n in range(60)
@@ -46,10 +46,17 @@ def load(folder: Path) -> list[Question]:
 
 
 BENCHMARK = Benchmark(
-    name="toy", title="Toy", protocol="toy", split="test", metric="accuracy", num_questions=60,
-    prompt="{question}", load=load, max_new_tokens=6,
+    name="toy",
+    title="Toy",
+    protocol="toy",
+    split="test",
+    metric="accuracy",
+    num_questions=60,
+    prompt="{question}",
+    load=load,
+    max_new_tokens=6,
     grade=lambda question, answer: Grade(answer, float("a" in answer)),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +146,18 @@ def test_a_line_cut_short_at_any_byte_is_asked_again(data, tmp_path):
 
 def run_as(rank: int, port: int, *arguments) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-    )  # fmt: skip
+    )
     PartialState._reset_state()
     run(*arguments)
 
 
-def test_two_processes_share_the_pictures(chat, data, tmp_path, expected):
+def test_two_processes_share_the_images(chat, data, tmp_path, expected):
     run(chat, data, tmp_path / "one")
     port = 20_000 + os.getpid() % 10_000
     ranks = [
@@ -165,18 +176,18 @@ def test_two_processes_share_the_pictures(chat, data, tmp_path, expected):
     assert (first.metrics, first.data_sha256) == (second.metrics, second.data_sha256)
 
 
-def test_blind_answers_do_not_hang_on_the_picture(chat, data, tmp_path, expected):
+def test_blind_answers_do_not_hang_on_the_image(chat, data, tmp_path, expected):
     run(chat, data, tmp_path)
     result = run(chat, data, tmp_path, Settings(blind=True, num_workers=0))
-    assert result.model == "toy-model (blank pictures)"
+    assert result.model == "toy-model (blank images)"
     assert len(ResultTable.load(tmp_path / "results.json").results) == 2
     blind = read_answers(tmp_path / "toy-blind", load(data))
     changed = {q for q, answer in blind.items() if answer != expected[q]}
-    with_picture = {q.id for q in load(data) if q.picture}
-    assert changed <= with_picture
-    assert len(changed) > len(with_picture) / 2
+    with_image = {q.id for q in load(data) if q.image}
+    assert changed <= with_image
+    assert len(changed) > len(with_image) / 2
     colour = tuple(int(c * 255) for c in chat.processor.image_processor.image_mean)
-    for n in (1, 2):  # the same as asking with a picture of the mean colour, whatever its size
+    for n in (1, 2):  # the same as asking with an image of the mean colour, whatever its size
         Image.new("RGB", (30 * n, 50), colour).save(tmp_path / "mean.png")
         assert chat.answer([ask(load(data)[n].prompt, tmp_path / "mean.png")], 6)[0] == blind[f"q{n}"]
 
@@ -192,7 +203,7 @@ def test_a_limit_can_be_raised_later(chat, data, tmp_path, expected):
 def test_special_tokens_in_a_prompt_are_text(chat, data, tmp_path):
     texts = ["What is it?\nReference OCR token: <image>, </s>, <image>", "What is </s>it?", "What is it?"]
     questions = [
-        Question(id=f"q{n}", conversation=ask(text, data / "1.png"), picture="1.png", target="yes")
+        Question(id=f"q{n}", conversation=ask(text, data / "1.png"), image="1.png", target="yes")
         for n, text in enumerate(texts)
     ]
     benchmark = Benchmark(**{**BENCHMARK.__dict__, "load": lambda folder: questions})
@@ -250,16 +261,13 @@ def test_a_model_saved_again_keeps_its_answers_and_a_changed_one_does_not(chat, 
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_picture_is_named_whoever_opens_it(chat, data, tmp_path, num_workers):
+def test_a_broken_image_is_named_whoever_opens_it(chat, data, tmp_path, num_workers):
     broken = [ask("Is there a dog?", tmp_path / "broken.png", id="b")]
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    questions = [
-        *load(data)[:40],
-        Question(id="b", conversation=broken[0], picture="broken.png", target="yes"),
-    ]
+    questions = [*load(data)[:40], Question(id="b", conversation=broken[0], image="broken.png", target="yes")]
     benchmark = Benchmark(**{**BENCHMARK.__dict__, "load": lambda folder: questions})
     settings = Settings(batch_tokens=100, num_workers=num_workers)
-    with pytest.raises(ImageError, match=r"broken\.png: .*not a picture|damaged"):
+    with pytest.raises(ImageError, match=r"broken\.png: .*not an image|damaged"):
         evaluate(chat, benchmark, data, tmp_path, model="toy-model", settings=settings)
     assert len(lines(tmp_path / "toy")) > 10, "what was answered before is kept"
 

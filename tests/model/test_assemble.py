@@ -21,9 +21,15 @@ def test_sampling_and_penalties_of_the_language_model_stay_behind(
     for file in language.iterdir():
         (published / file.name).write_bytes(file.read_bytes())
     GenerationConfig(
-        do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=5.0, no_repeat_ngram_size=2,
-        eos_token_id=[0, 1], pad_token_id=0,
-    ).save_pretrained(published)  # fmt: skip
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.8,
+        top_k=20,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=2,
+        eos_token_id=[0, 1],
+        pad_token_id=0,
+    ).save_pretrained(published)
     answers = []
     for folder in (language, published):
         torch.manual_seed(0)

@@ -18,17 +18,17 @@ from transformers import (
 )
 
 import toys
-from tinyllava.check import find_problems
 from tinyllava.config import FROZEN, FULL, DataConfig, ModelConfig, Run, Stage, Tune, lora
 from tinyllava.errors import ConfigError
-from tinyllava.memory import count_trained, estimate_memory
 from tinyllava.model.assemble import assemble
-from tinyllava.model.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from tinyllava.model.encoders.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from tinyllava.model.tuning import apply_tuning
-from tinyllava.plan import find_parts
+from tinyllava.parts.vision import find_vision_encoder
+from tinyllava.planning.check import find_problems
+from tinyllava.planning.memory import count_trained, estimate_memory
+from tinyllava.planning.plan import find_parts
+from tinyllava.planning.sizes import vision_encoder_size
 from tinyllava.recipes.variants import variant
-from tinyllava.sizes import vision_encoder_size
-from tinyllava.vision_encoders import find_vision_encoder
 
 SIZES = {"hidden_sizes": [8, 8, 16, 24], "depths": [1, 2, 1, 1]}
 
@@ -59,16 +59,25 @@ def save(kind: str, folder: Path) -> str:
 
 def stage(tune: Tune) -> Stage:
     return Stage(
-        data=DataConfig(records=("LLaVA-1.5-mix-665k",)), learning_rate=1e-3, global_batch_size=4,
-        vision_encoder=tune, max_length_tokens=512,
-    )  # fmt: skip
+        data=DataConfig(records=("LLaVA-1.5-mix-665k",)),
+        learning_rate=1e-3,
+        global_batch_size=4,
+        vision_encoder=tune,
+        max_length_tokens=512,
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "tune"),
-    [("convnext", lora(3)), ("convnextv2", lora(3)), ("convnext", FULL), ("convnextv2", FULL),
-     ("resnet", FULL), ("efficientnet_lite", FULL)],
-)  # fmt: skip
+    [
+        ("convnext", lora(3)),
+        ("convnextv2", lora(3)),
+        ("convnext", FULL),
+        ("convnextv2", FULL),
+        ("resnet", FULL),
+        ("efficientnet_lite", FULL),
+    ],
+)
 def test_a_plan_counts_what_is_trained(kind: str, tune: Tune, llm: Path, tmp_path: Path) -> None:
     folder = save(kind, tmp_path)
     model, _ = assemble(ModelConfig(vision_encoder=folder, language_model=str(llm)))
@@ -85,11 +94,11 @@ FULL_DEPTH = {
     "efficientnet_lite": lambda: EfficientNetLiteModel(
         EfficientNetLiteConfig(width_multiplier=1.1, depth_multiplier=1.2)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", FULL_DEPTH)
-def test_training_keeps_as_many_bytes_of_a_picture_as_estimated(kind: str, tmp_path: Path) -> None:
+def test_training_keeps_as_many_bytes_of_an_image_as_estimated(kind: str, tmp_path: Path) -> None:
     model = FULL_DEPTH[kind]()
     model.save_pretrained(tmp_path)
     for module in model.modules():
@@ -119,11 +128,15 @@ def test_a_family_that_was_never_counted_is_estimated_as_the_largest() -> None:
     parts = find_parts(variant("base-CNX-TL"))
     trained = [
         estimate_memory(
-            replace(parts, encoder=replace(known, family=family)), stage(FULL), batch=1, num_tokens=512,
-            num_supervised=8, bf16=False,
+            replace(parts, encoder=replace(known, family=family)),
+            stage(FULL),
+            batch=1,
+            num_tokens=512,
+            num_supervised=8,
+            bf16=False,
         ).activations
         for family in ("regnet", "efficientnet_lite", "resnet")
-    ]  # fmt: skip
+    ]
     assert trained[0] == max(trained)
 
 
@@ -143,9 +156,11 @@ def test_adapters_on_convolutions_are_refused_before_and_in_training(
     model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
     tuned = Run(
-        name="tuned", model=ModelConfig(vision_encoder="", language_model=""),
-        stages={"finetune": stage(lora(3))}, start_from=str(tmp_path / "checkpoint"),
-    )  # fmt: skip
+        name="tuned",
+        model=ModelConfig(vision_encoder="", language_model=""),
+        stages={"finetune": stage(lora(3))},
+        start_from=str(tmp_path / "checkpoint"),
+    )
     (problem,) = find_problems(tuned, on_this_machine=False)
     assert says in problem
 

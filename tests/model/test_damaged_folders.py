@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tinyllava.checkpoint_folder import check_checkpoint
 from tinyllava.config import ModelConfig
 from tinyllava.errors import CheckpointError
-from tinyllava.language_models import find_language_model
 from tinyllava.model.assemble import assemble, open_checkpoint
-from tinyllava.vision_encoders import find_vision_encoder
+from tinyllava.parts.checkpoint_folder import check_checkpoint
+from tinyllava.parts.language import find_language_model
+from tinyllava.parts.vision import find_vision_encoder
 
 
 def cut(name: str) -> Callable[[Path], None]:

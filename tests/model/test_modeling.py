@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from tinyllava.config import ModelConfig
-from tinyllava.connectors import CONNECTORS, build_connector, num_tokens
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.modeling import TinyLlavaOutput
+from tinyllava.parts.connectors import CONNECTORS, build_connector, num_tokens
 
 LLMS, ENCODERS = ("llama", "phi", "stablelm", "chatml"), ("clip", "siglip")
 PAIRS = [(llm, encoder) for llm in LLMS for encoder in ENCODERS]
@@ -31,7 +31,7 @@ def make(parts: dict[str, Path], llm: str, encoder: str, **kwargs):
     return assemble(config)
 
 
-def picture(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
+def image(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
     return Image.effect_noise(size, 60 + seed).convert("RGB")
 
 
@@ -50,7 +50,7 @@ def test_features_are_hidden_states_of_the_second_last_layer(parts, encoder):
     from transformers import AutoModel
 
     model, processor = make(parts, "llama", encoder)
-    pixels = processor.to_pixels([picture(0), picture(1)])
+    pixels = processor.to_pixels([image(0), image(1)])
     whole = AutoModel.from_pretrained(parts[encoder])(pixels, output_hidden_states=True).hidden_states[-2]
     expected = whole[:, 1:] if encoder == "clip" else whole
     torch.testing.assert_close(model.model.encode_images(pixels), expected, rtol=0, atol=0)
@@ -71,7 +71,7 @@ def test_saved_folder_opens_the_same_under_any_name(parts, tmp_path, llm, encode
         for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     )
     prompt, _ = processor.render(ask("What is it?", "x"), open_answer=True)
-    inputs = processor(images=[picture(0)], text=prompt)
+    inputs = processor(images=[image(0)], text=prompt)
     assert processor_again.render(ask("What is it?", "x"), open_answer=True)[0] == prompt
     torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
     assert again.lm_head.bias is None or llm == "phi"
@@ -85,7 +85,7 @@ def test_stock_llava_opens_a_llama_mlp_checkpoint_with_equal_logits(parts, tmp_p
     model.save_pretrained(tmp_path)
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     prompt, _ = processor.render(ask("What is it?", "x"), open_answer=True)
-    inputs = processor(images=[picture(0)], text=prompt)
+    inputs = processor(images=[image(0)], text=prompt)
     torch.testing.assert_close(stock(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
 
 
@@ -111,9 +111,9 @@ def test_loss_is_cross_entropy_over_supervised_positions(parts):
     torch.testing.assert_close(halved, expected / 2)
 
 
-def test_training_does_not_run_the_last_position_also_where_it_is_a_picture(parts):
+def test_training_does_not_run_the_last_position_also_where_it_is_an_image(parts):
     model, processor = make(parts, "llama", "clip")
-    inputs = processor(images=[picture(0), picture(1)], text=["a b <image>", "<image> c d e f g"])
+    inputs = processor(images=[image(0), image(1)], text=["a b <image>", "<image> c d e f g"])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
     expected = torch.nn.functional.cross_entropy(
@@ -129,9 +129,9 @@ def test_training_does_not_run_the_last_position_also_where_it_is_a_picture(part
 def test_generate_for_a_mixed_padded_batch_equals_each_alone(parts, llm, encoder):
     model, processor = make(parts, llm, encoder)
     requests = [
-        (ask("What is it?", "x"), [picture(0)]),
+        (ask("What is it?", "x"), [image(0)]),
         (ask("Is there a dog in the picture? Answer the question using a single word or phrase."), []),
-        (ask("What is in it, and what is not?", "x", "y"), [picture(1), picture(2, (30, 80))]),
+        (ask("What is in it, and what is not?", "x", "y"), [image(1), image(2, (30, 80))]),
         (ask("A"), []),
     ]
     prompts = [processor.render(conversation, open_answer=True)[0] for conversation, _ in requests]
@@ -149,7 +149,7 @@ def test_generate_for_a_mixed_padded_batch_equals_each_alone(parts, llm, encoder
 def test_generate_without_a_cache_sees_the_images_at_every_step(parts):
     model, processor = make(parts, "phi", "clip")
     prompt, _ = processor.render(ask("What is it?", "x"), open_answer=True)
-    inputs = processor(images=[picture(0)], text=prompt)
+    inputs = processor(images=[image(0)], text=prompt)
     features = model.model.encode_images(inputs["pixel_values"])
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     expected = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8).tolist()
@@ -172,9 +172,14 @@ def test_config_json_has_the_keys_of_stock_llava_and_no_defaults_of_every_model(
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved.keys() >= {
-        "image_token_index", "image_seq_length", "multimodal_projector_bias", "projector_hidden_act",
-        "vision_feature_layer", "vision_feature_select_strategy", "tie_word_embeddings",
-    }  # fmt: skip
+        "image_token_index",
+        "image_seq_length",
+        "multimodal_projector_bias",
+        "projector_hidden_act",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "tie_word_embeddings",
+    }
     assert saved["tie_word_embeddings"]
     for name, kind in (("text_config", "llama"), ("vision_config", "siglip_vision_model")):
         assert saved[name]["model_type"] == kind
@@ -187,11 +192,11 @@ def test_config_json_has_the_keys_of_stock_llava_and_no_defaults_of_every_model(
 def test_wrong_number_of_image_tokens_is_refused(parts):
     model, processor = make(parts, "llama", "clip")
     prompt, _ = processor.render(ask("What is it?", "x"), open_answer=True)
-    inputs = processor(images=[picture(0)], text=prompt)
+    inputs = processor(images=[image(0)], text=prompt)
     ids = inputs["input_ids"]
     first = (ids == processor.image_token_id).nonzero()[0]
     too_few = ids.index_put(tuple(first[:, None]), torch.tensor(5))
-    with pytest.raises(ValueError, match="1 pictures of 4 tokens need 4 image tokens in input_ids, found 3"):
+    with pytest.raises(ValueError, match="1 images of 4 tokens need 4 image tokens in input_ids, found 3"):
         model(input_ids=too_few, pixel_values=inputs["pixel_values"])
 
 

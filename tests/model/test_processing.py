@@ -26,7 +26,7 @@ from tinyllava.model.processing import (
     TinyLlavaProcessor,
     pad_to_square,
 )
-from tinyllava.templates import read_template
+from tinyllava.parts.templates import read_template
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -34,10 +34,15 @@ SYSTEM = (
 )
 # Template, the toy tokenizer it is meant for, what an answer ends with.
 LAYOUTS = {
-    "phi": ("phi", "<|endoftext|>"), "llama": ("llama", "</s>"), "gemma": ("llama", "</s>"),
-    "chatml": ("chatml", "<|im_end|>"), "llama3": ("llama3", "<|eot_id|>"), "caption": ("llama", "\n"),
-    "caption-phi": ("phi", "\n"), "caption-chatml": ("chatml", "\n"),
-}  # fmt: skip
+    "phi": ("phi", "<|endoftext|>"),
+    "llama": ("llama", "</s>"),
+    "gemma": ("llama", "</s>"),
+    "chatml": ("chatml", "<|im_end|>"),
+    "llama3": ("llama3", "<|eot_id|>"),
+    "caption": ("llama", "\n"),
+    "caption-phi": ("phi", "\n"),
+    "caption-chatml": ("chatml", "\n"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +76,12 @@ def stage_template(layout: str) -> str | None:
 SPECIALS = ("<image>", "<s>", "</s>", "<unk>", "<|")
 words = st.sampled_from(
     ["ASSISTANT:", "USER: ", "assistant", "a red circle", "'s", "...", "12", "\n", "\n\n", "  ", "?!", "<"]
-)  # fmt: skip
+)
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=6)
 joined = st.lists(words | anything, max_size=8).map("".join)
 texts = joined.filter(lambda text: not any(special in text for special in SPECIALS))
 spoken = texts.map(str.strip).filter(bool)
-picture = ImageRef(name="x")
+image = ImageRef(name="x")
 
 
 @st.composite
@@ -85,7 +90,7 @@ def conversations(draw) -> Conversation:
     for _ in range(draw(st.integers(1, 4))):
         num_images = draw(st.integers(0, 2))
         question = draw(texts if num_images else spoken)
-        messages.append(Message(role="user", text=question, images=(picture,) * num_images))
+        messages.append(Message(role="user", text=question, images=(image,) * num_images))
         messages.append(Message(role="assistant", text=draw(spoken)))
     return Conversation(messages=tuple(messages))
 
@@ -106,7 +111,7 @@ def test_what_is_supervised_decodes_to_the_answers_and_their_ends(processors, la
     encoded = processor.encode(conversation, template=stage_template(layout))
     answers = [m.text + end for m in conversation.messages if m.role == "assistant"]
     runs = supervised_runs(processor, encoded)
-    if layout.startswith("caption"):  # nothing stands between two captions but a picture
+    if layout.startswith("caption"):  # nothing stands between two captions but an image
         assert "".join(runs) == "".join(answers)
     elif layout == "phi":
         assert runs == [" " + answer for answer in answers]
@@ -156,7 +161,7 @@ def test_generate_gets_the_ids_that_training_has(processors, layout, conversatio
 
 TWO_TURNS = Conversation(
     messages=(
-        Message(role="user", text="What is it?", images=(picture,)),
+        Message(role="user", text="What is it?", images=(image,)),
         Message(role="assistant", text="A dog."),
         Message(role="user", text="Sure?"),
         Message(role="assistant", text="Yes."),
@@ -192,10 +197,14 @@ def test_the_layout_is_the_published_one(processors, layout):
 
 @pytest.mark.parametrize(
     ("layout", "end"),
-    [("phi", "Sure? ASSISTANT:"), ("llama", "Sure? ASSISTANT:"), ("gemma", "Sure? ASSISTANT:"),
-     ("chatml", "Sure?<|im_end|>\n<|im_start|>assistant\n"),
-     ("llama3", "Sure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")],
-)  # fmt: skip
+    [
+        ("phi", "Sure? ASSISTANT:"),
+        ("llama", "Sure? ASSISTANT:"),
+        ("gemma", "Sure? ASSISTANT:"),
+        ("chatml", "Sure?<|im_end|>\n<|im_start|>assistant\n"),
+        ("llama3", "Sure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    ],
+)
 def test_an_open_answer_ends_where_the_assistant_is_to_speak(processors, layout, end):
     asked = dataclasses.replace(TWO_TURNS, messages=TWO_TURNS.messages[:3])
     text, spans = processors[layout].render(asked, open_answer=True)
@@ -205,10 +214,13 @@ def test_an_open_answer_ends_where_the_assistant_is_to_speak(processors, layout,
 
 @pytest.mark.parametrize(
     ("layout", "start"),
-    [("phi", "Be short. USER: <image>\n"), ("llama", "<s>Be short. USER: <image>\n"),
-     ("chatml", "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n<image>\n"),
-     ("caption", "<s><image>A dog.")],
-)  # fmt: skip
+    [
+        ("phi", "Be short. USER: <image>\n"),
+        ("llama", "<s>Be short. USER: <image>\n"),
+        ("chatml", "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n<image>\n"),
+        ("caption", "<s><image>A dog."),
+    ],
+)
 def test_a_system_line_of_the_record_takes_the_place_of_the_templates(processors, layout, start):
     system = Message(role="system", text="Be short.")
     conversation = dataclasses.replace(TWO_TURNS, messages=(system, *TWO_TURNS.messages))
@@ -228,8 +240,8 @@ def test_a_token_over_the_edge_of_an_answer_is_refused_with_the_record(processor
         processors["phi"].encode(one, template=template)
 
 
-def test_pictures_and_marks_in_the_prompts_must_agree(processors):
-    with pytest.raises(DataError, match="1 pictures for 2 <image> in the prompts"):
+def test_images_and_marks_in_the_prompts_must_agree(processors):
+    with pytest.raises(DataError, match="1 images for 2 <image> in the prompts"):
         processors["phi"](images=[Image.new("RGB", (4, 4))], text=["<image>", "<image>"])
 
 
@@ -239,7 +251,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def padded(image: Image.Image, colour: tuple[int, ...]) -> np.ndarray:
-    """A square of one colour with the picture in the middle, in numpy."""
+    """A square of one colour with the image in the middle, in numpy."""
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     square = np.empty((max(height, width), max(height, width), 3), dtype=np.uint8)
@@ -267,7 +279,7 @@ def processor_of(parts: dict[str, Path], encoder: str, aspect: str) -> TinyLlava
 
 
 def through(reference, pixels: np.ndarray) -> torch.Tensor:
-    """One picture through a processor of transformers, told where the channels are."""
+    """One image through a processor of transformers, told where the channels are."""
     return reference(pixels, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
 
 
@@ -293,7 +305,7 @@ def test_pad_is_the_image_processor_after_a_square_of_the_mean_colour(parts, enc
         torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=str(size))
 
 
-def test_pad_agrees_with_the_stock_llava_image_processor(parts):
+def test_pad_agrees_with_the_stock_llavan_image_processor(parts):
     from transformers import LlavaImageProcessorPil
 
     reference = LlavaImageProcessorPil(
@@ -333,17 +345,22 @@ def test_a_strip_takes_no_gigabytes(parts, tmp_path, encoder, aspect):
     tokenizer = AutoTokenizer.from_pretrained(parts["llama"])
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     TinyLlavaProcessor(
-        AutoImageProcessor.from_pretrained(parts[encoder], backend="pil"), tokenizer,
-        chat_template=read_template("llama"), transparency="blend",
-    ).save_pretrained(tmp_path / "processor")  # fmt: skip
+        AutoImageProcessor.from_pretrained(parts[encoder], backend="pil"),
+        tokenizer,
+        chat_template=read_template("llama"),
+        transparency="blend",
+    ).save_pretrained(tmp_path / "processor")
     sizes = [(16_000, 12), (1, 16_384), (16_384, 1)]
     for number, size in enumerate(sizes):
         Image.new("RGB", size).save(tmp_path / f"{number}.png")
     paths = [str(tmp_path / f"{number}.png") for number in range(len(sizes))]
     result = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path / "processor"), aspect, *paths],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     assert float(result.stdout) < 400, "MB above what an ordinary image takes"
 
 

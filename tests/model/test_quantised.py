@@ -121,9 +121,13 @@ def tuned(parts, records, folder, llm: str, bits: int, encoder_bits: int = 0):
     model, _ = assemble(toy_run(parts, records, folder, llm=llm, encoder="clip").model)
     plan = {"vision_encoder": lora(2, bits=encoder_bits)} if encoder_bits else {}
     stage = Stage(
-        data=DataConfig(), connector=FULL, language_model=lora(4, bits=bits), learning_rate=1e-3,
-        global_batch_size=2, **plan,
-    )  # fmt: skip
+        data=DataConfig(),
+        connector=FULL,
+        language_model=lora(4, bits=bits),
+        learning_rate=1e-3,
+        global_batch_size=2,
+        **plan,
+    )
     apply_tuning(model, stage)
     return model
 

@@ -37,8 +37,10 @@ sys.meta_path.insert(0, Noisy())
 def test_bitsandbytes_is_imported_without_its_warning(code):
     done = subprocess.run(
         [sys.executable, "-c", f"{NOISY}\n{code}\nassert 'bitsandbytes' in sys.modules"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "NOISE" not in done.stderr
     assert "Failed to load" not in done.stderr
 
@@ -65,7 +67,7 @@ def test_messages_are_dropped_in_the_block_only_and_of_that_logger_only(caplog):
 def test_a_text_beyond_the_context_is_left_to_our_own_error(parts, records, tmp_path, capfd):
     _, processor = assemble(toy_run(parts, records, tmp_path, llm="llama", encoder="clip").model)
     processor.tokenizer.model_max_length = 8
-    conversation = ask("Is there anything in this picture that is longer than a cat?")
+    conversation = ask("Is there anything in this image that is longer than a cat?")
     assert len(processor.encode(conversation, open_answer=True).input_ids) > 8
     processor(text=processor.render(conversation, open_answer=True)[0])
     assert capfd.readouterr().err == ""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.special_tokens import find_special_tokens, substitute
-from tinyllava.templates import read_template
+from tinyllava.parts.templates import read_template
 from toys import SENTENCES, byte_level_tokenizer, chatml_tokenizer, llama_tokenizer
 
 
@@ -32,8 +32,11 @@ def first_only_tokenizer() -> PreTrainedTokenizerFast:
     saved["added_tokens"] = saved["added_tokens"][:3]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(saved)),
-        bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>",
-    )  # fmt: skip
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+    )
 
 
 def llama3_tokenizer() -> PreTrainedTokenizerFast:
@@ -44,9 +47,13 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {
-    "phi": lambda: byte_level_tokenizer("<|endoftext|>"), "llama": llama_tokenizer, "gemma": llama_tokenizer,
-    "chatml": chatml_tokenizer, "llama3": llama3_tokenizer, "first": first_only_tokenizer,
-}  # fmt: skip
+    "phi": lambda: byte_level_tokenizer("<|endoftext|>"),
+    "llama": llama_tokenizer,
+    "gemma": llama_tokenizer,
+    "chatml": chatml_tokenizer,
+    "llama3": llama3_tokenizer,
+    "first": first_only_tokenizer,
+}
 LAYOUTS = [*TOKENIZERS, "caption-llama", "caption-chatml"]
 
 
@@ -60,16 +67,26 @@ def processors() -> dict[str, TinyLlavaProcessor]:
         tokenizer.add_tokens(["<image>"], special_tokens=True)
         tokenizer.add_tokens(["    ", "<loc_12>"])  # vocabulary for text
         made[name] = TinyLlavaProcessor(
-            image_processor=CLIPImageProcessorPil(), tokenizer=tokenizer, num_image_tokens=4,
+            image_processor=CLIPImageProcessorPil(),
+            tokenizer=tokenizer,
+            num_image_tokens=4,
             chat_template=read_template("llama" if name == "first" else name),
-        )  # fmt: skip
+        )
     return made
 
 
 MARKS = (
-    "<image>", "<s>", "</s>", "<unk>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>",
-    "<|end_header_id|>", "<|begin_of_text|>",
-)  # fmt: skip
+    "<image>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_header_id|>",
+    "<|begin_of_text|>",
+)
 ordinary = st.sampled_from(
     ["ASSISTANT:", "USER: ", "a red circle", "'s", "12", "\n", "  ", "    ", "<", "|>", "<loc_12>", "im_end"]
 ) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=5)
@@ -203,6 +220,7 @@ def test_the_other_names_cannot_be_written_and_characters_in_use_are_left_alone(
 
 def test_spans_move_with_what_is_replaced():
     assert substitute("a[x]b", [(0, 1), (1, 4), (4, 5)], {"[x]": "longer"}) == (
-        "alongerb", [(0, 1), (1, 7), (7, 8)],
-    )  # fmt: skip
+        "alongerb",
+        [(0, 1), (1, 7), (7, 8)],
+    )
     assert substitute("ab", [(0, 2)], {}) == ("ab", [(0, 2)])

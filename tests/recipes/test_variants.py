@@ -12,13 +12,19 @@ from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
 
 # Table A1: language model, size in billions, resolution.
 TABLE_A1 = {
-    "base-C-TL": ("TinyLlama", "CLIP"), "base-Sig-TL": ("TinyLlama", "SigLIP"),
-    "base-C-SLM": ("StableLM-2", "CLIP"), "base-Sig-SLM": ("StableLM-2", "SigLIP"),
-    "base-C-Phi": ("Phi-2", "CLIP"), "base-Sig-Phi": ("Phi-2", "SigLIP"),
-    "share-C-TL": ("TinyLlama", "CLIP"), "share-Sig-TL": ("TinyLlama", "SigLIP"),
-    "share-C-SLM": ("StableLM-2", "CLIP"), "share-Sig-SLM": ("StableLM-2", "SigLIP"),
-    "share-C-Phi": ("Phi-2", "CLIP"), "share-Sig-Phi": ("Phi-2", "SigLIP"),
-}  # fmt: skip
+    "base-C-TL": ("TinyLlama", "CLIP"),
+    "base-Sig-TL": ("TinyLlama", "SigLIP"),
+    "base-C-SLM": ("StableLM-2", "CLIP"),
+    "base-Sig-SLM": ("StableLM-2", "SigLIP"),
+    "base-C-Phi": ("Phi-2", "CLIP"),
+    "base-Sig-Phi": ("Phi-2", "SigLIP"),
+    "share-C-TL": ("TinyLlama", "CLIP"),
+    "share-Sig-TL": ("TinyLlama", "SigLIP"),
+    "share-C-SLM": ("StableLM-2", "CLIP"),
+    "share-Sig-SLM": ("StableLM-2", "SigLIP"),
+    "share-C-Phi": ("Phi-2", "CLIP"),
+    "share-Sig-Phi": ("Phi-2", "SigLIP"),
+}
 
 
 def test_the_twelve_variants_are_the_rows_of_table_a1() -> None:
@@ -35,9 +41,10 @@ def test_a_variant_has_the_parts_and_the_data_of_its_row(name: str) -> None:
     records = {stage: value.data.records for stage, value in run.stages.items()}
     base = {"pretrain": ("LLaVA-1.5-558k",), "finetune": ("LLaVA-1.5-mix-665k",)}
     share = {
-        "pretrain": ("LLaVA-1.5-558k",), "share_pretrain": ("ShareGPT4V-PT-1246k",),
+        "pretrain": ("LLaVA-1.5-558k",),
+        "share_pretrain": ("ShareGPT4V-PT-1246k",),
         "finetune": ("ShareGPT4V-mix-665k",),
-    }  # fmt: skip
+    }
     assert records == (base if name.startswith("base") else share)
     assert list(run.stages) == list(base if name.startswith("base") else share)
 
@@ -79,8 +86,10 @@ def test_data_and_connector_are_further_axes() -> None:
     # share's connector comes from the base recipe's own pre-training, whatever share itself reads
     on_llava = variant("share-C-TL-LLaVA-1.5")
     assert [s.data.records for s in on_llava.stages.values()] == [
-        ("LLaVA-1.5-558k",), ("LLaVA-1.5-558k",), ("LLaVA-1.5-mix-665k",)
-    ]  # fmt: skip
+        ("LLaVA-1.5-558k",),
+        ("LLaVA-1.5-558k",),
+        ("LLaVA-1.5-mix-665k",),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from PIL import Image
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, QUOTAS, WHOLE, majority_answers
-from tinyllava.report.starter import Shown, draw_losses, draw_sheet, results_table
+from tinyllava.starter.report import Shown, draw_losses, draw_sheet, results_table
 from tinyllava.starter.run import choose_shown
 
 
@@ -55,8 +55,10 @@ def test_scores_by_kind_against_counting_by_hand(tmp_path):
     assert table["yes_no"]["model"]["accuracy"] == 30 / 40
     assert table["fruit"]["model"]["accuracy"] == 5 / 10
     assert table["overall"]["model"] == {
-        "accuracy": 35 / 50, "interval": table["overall"]["model"]["interval"], "count": 50,
-    }  # fmt: skip
+        "accuracy": 35 / 50,
+        "interval": table["overall"]["model"]["interval"],
+        "count": 50,
+    }
     low, high = table["overall"]["model"]["interval"]
     assert 0 < low < 0.7 < high < 1
 
@@ -81,34 +83,41 @@ def test_a_record_of_another_form_names_the_file(tmp_path, change):
         BENCHMARK.load(tmp_path)
 
 
-def test_the_pictures_of_the_report_open(tmp_path):
+def test_the_images_of_the_report_open(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"step": n, "loss": 5 / n}) + "\n" for n in range(1, 40)))
     draw_losses({"pretrain": metrics, "finetune": metrics}, tmp_path / "losses.png")
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     shown = [
-        Shown(picture=tmp_path / "a.png", question="What?", answer=a, truth="red", is_right=a == "red")
+        Shown(image=tmp_path / "a.png", question="What?", answer=a, truth="red", is_right=a == "red")
         for a in ("red", "blue", "")
     ]
-    draw_sheet(shown, tmp_path / "pictures.png")
-    for name, smallest in (("losses.png", 800), ("pictures.png", 1000)):
+    draw_sheet(shown, tmp_path / "images.png")
+    for name, smallest in (("losses.png", 800), ("images.png", 1000)):
         with Image.open(tmp_path / name) as image:
             image.load()
             assert image.width >= smallest
             assert len(image.convert("L").getcolors(1000) or []) > 20  # something is drawn
 
 
-def test_the_sheet_mixes_the_pictures_of_a_file_and_is_the_same_every_time(tmp_path):
+def test_the_sheet_mixes_the_images_of_a_file_and_is_the_same_every_time(tmp_path):
     kinds = ("yes_no", "fruit", "shape")
     predictions = [
         Prediction(
-            benchmark="starter", question_id=f"{kind}{number}", picture=f"{number}.png", prompt="What is it?",
-            answer="apple", parsed="apple", score=float(number < 300), category=kind,
+            benchmark="starter",
+            question_id=f"{kind}{number}",
+            image=f"{number}.png",
+            prompt="What is it?",
+            answer="apple",
+            parsed="apple",
+            score=float(number < 300),
+            category=kind,
         )
-        for number in range(600) for kind in kinds
-    ]  # fmt: skip
+        for number in range(600)
+        for kind in kinds
+    ]
     truths = {prediction.question_id: "apple" for prediction in predictions}
     shown = choose_shown(predictions, truths, tmp_path)
     assert shown == choose_shown(predictions, truths, tmp_path)
-    assert len({one.picture for one in shown}) == 24
+    assert len({one.image for one in shown}) == 24
     assert 4 < sum(one.is_right for one in shown) < 20  # of both halves of the file, right or wrong

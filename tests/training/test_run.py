@@ -13,7 +13,7 @@ from tinyllava.config import FROZEN, FULL, Hardware, from_layer, lora
 from tinyllava.errors import TrainingError
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.tuning import apply_tuning, component_of
-from tinyllava.templates import read_template
+from tinyllava.parts.templates import read_template
 from tinyllava.training.run import train
 from tinyllava.training.trainer import fastest_attention
 from training_toys import plain_loop, toy_run
@@ -151,9 +151,14 @@ def test_each_component_has_its_own_learning_rate(parts, records, tmp_path):
     """With Adam the first step's size is the learning rate, whatever the gradient."""
     run = toy_run(parts, records, tmp_path / "run")
     stage = dataclasses.replace(
-        run.stages["finetune"], vision_encoder=FULL, learning_rate=1e-3, vision_encoder_learning_rate=4e-3,
-        connector_learning_rate=2e-3, warmup_ratio=0.0, max_steps=1,
-    )  # fmt: skip
+        run.stages["finetune"],
+        vision_encoder=FULL,
+        learning_rate=1e-3,
+        vision_encoder_learning_rate=4e-3,
+        connector_learning_rate=2e-3,
+        warmup_ratio=0.0,
+        max_steps=1,
+    )
     folder = train(dataclasses.replace(run, stages={"finetune": stage}))
     set_seed(run.seed)
     before, after = (
@@ -224,7 +229,7 @@ def test_a_finished_stage_is_reused_by_its_content(parts, records, tmp_path, cap
 def test_a_stage_of_another_model_with_the_same_weights_is_not_reused(
     parts, records, tmp_path, capsys, changes
 ):
-    """Averaging to one token or to four, a padded picture or a squeezed one: the tensors do not tell."""
+    """Averaging to one token or to four, a padded image or a squeezed one: the tensors do not tell."""
     for name, further in (("first", {}), ("second", changes), ("again", changes)):
         run = toy_run(parts, records, tmp_path / name)
         model = dataclasses.replace(run.model, connector="pool", connector_options={"side": 1})

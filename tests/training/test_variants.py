@@ -36,7 +36,7 @@ SHARE = {
 }
 LAYERS_AFTER_THE_FIRST_12 = ("encoder.layers.12.",)
 
-# Table 2: the record files in their published places, and where the pictures of each start from.
+# Table 2: the record files in their published places, and where the images of each start from.
 FILES = {
     "blip_laion_cc_sbu_558k": "llava/llava_pretrain/images",
     "llava_v1_5_mix665k": "",
@@ -86,9 +86,14 @@ def toy_variant(name: str, small_parts: dict[str, Path], data_root: Path, output
         vision_encoder=str(small_parts[KINDS[encoder]]), language_model=str(small_parts[KINDS[language]])
     )
     return dataclasses.replace(
-        run, model=model, stages=stages, data_root=str(data_root), output=str(output), report_to=(),
+        run,
+        model=model,
+        stages=stages,
+        data_root=str(data_root),
+        output=str(output),
+        report_to=(),
         hardware=Hardware(num_workers=0, device_batch_size=2, precision="fp32"),
-    )  # fmt: skip
+    )
 
 
 def tensors_of(encoder: Path, language: Path) -> dict[str, tuple[str, list[int]]]:

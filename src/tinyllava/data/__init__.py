@@ -1,1 +1,1 @@
-"""Records to batches: LLaVA's JSON, pictures, examples, padding."""
+"""Records to batches: LLaVA's JSON, images, examples, padding."""

@@ -57,7 +57,7 @@ class Examples(Dataset[Example]):
         """Make one example.
 
         Raises:
-            ImageError: its picture is broken; the record is named.
+            ImageError: its image is broken; the record is named.
         """
         conversation = self.conversations[index]
         encoded = self.processor.encode(conversation, template=self.template)
@@ -72,9 +72,12 @@ class Examples(Dataset[Example]):
                     [open_image(ref, self.processor.background) for ref in conversation.images]
                 )
         return Example(
-            input_ids=input_ids, labels=labels, pixel_values=pixels, image_features=features,
+            input_ids=input_ids,
+            labels=labels,
+            pixel_values=pixels,
+            image_features=features,
             place=conversation.place,
-        )  # fmt: skip
+        )
 
 
 def measure(
@@ -113,11 +116,15 @@ def measure(
         progress(1)
     return (
         Examples(
-            conversations=kept, processor=examples.processor, template=examples.template,
-            features=examples.features, lengths=lengths, supervised_lengths=supervised,
+            conversations=kept,
+            processor=examples.processor,
+            template=examples.template,
+            features=examples.features,
+            lengths=lengths,
+            supervised_lengths=supervised,
         ),
         skipped,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return input_ids, attention_mask and labels [B, N], all pictures, and the samples' ids."""
+        """Return input_ids, attention_mask and labels [B, N], all images, and the samples' ids."""
         longest = max(len(example.input_ids) for example in examples)
         batch: dict[str, Any] = {
             "input_ids": _pad([e.input_ids for e in examples], longest, self.pad_token_id),

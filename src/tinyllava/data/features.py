@@ -1,7 +1,7 @@
-"""Features of a frozen encoder, computed once per picture and kept on disk.
+"""Features of a frozen encoder, computed once per image and kept on disk.
 
-Paper: section 4.1.2; in the base recipe V_phi is frozen in both stages, so V(X) of a picture never changes.
-A picture is known by its content, an encoder by its weights and preprocessing; runs share the rows.
+Paper: section 4.1.2; in the base recipe V_phi is frozen in both stages, so V(X) of an image never changes.
+An image is known by its content, an encoder by its weights and preprocessing; runs share the rows.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 
 _Missing = tuple[str, ImageRef, Conversation]
-"""Digest of a picture, where it is, and a record that shows it."""
+"""Digest of an image, where it is, and a record that shows it."""
 
 
 class FeatureCache:
@@ -54,7 +54,7 @@ class FeatureCache:
         """Compute what is not there yet; of several processes one computes and the others wait.
 
         Raises:
-            ImageError: a picture is broken; its record is named.
+            ImageError: an image is broken; its record is named.
             DataError: the disk is full; what was finished stays.
         """
         try:
@@ -94,7 +94,7 @@ class FeatureCache:
         return list(missing.values())
 
     def read(self, ref: ImageRef) -> Tensor:
-        """Return the features [M, X] of a picture that ``fill`` has seen."""
+        """Return the features [M, X] of an image that ``fill`` has seen."""
         row = self.rows[self._digest(ref)]
         size = self.shape[0] * self.shape[1]
         values = np.fromfile(
@@ -122,7 +122,7 @@ class FeatureCache:
             self.rows[digest] = len(self.rows)
 
     def _digest(self, ref: ImageRef) -> str:
-        """Content of a picture; remembered by path, since one picture serves many records."""
+        """Content of an image; remembered by path, since one image serves many records."""
         key = str(ref.path) if ref.data is None else ""
         if not key:
             return hashlib.sha256(ref.data or b"").hexdigest()

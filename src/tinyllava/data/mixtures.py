@@ -1,7 +1,7 @@
-"""Table 2: the four files that the paper trains on, and where records and pictures lie under one data root.
+"""Table 2: the four files that the paper trains on, and where records and images lie under one data root.
 
 Paper: section 4.1.2, Table 2.
-The layout is the published one: the record files in ``text_files/``, the pictures of every source in its own
+The layout is the published one: the record files in ``text_files/``, the images of every source in its own
 folder beside it. ``tinyllava show data`` prints what to fetch and where to put it.
 """
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from tinyllava.config import DataConfig
-from tinyllava.errors import ConfigError, DataError
-from tinyllava.lookup import look_up
+from tinyllava.errors import ConfigError, DataError, look_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,61 +22,92 @@ class Mixture:
     records: str
     """Record file below the data root; it may also stand in the root itself."""
     images: str
-    """Folder below the data root that the records' picture paths start from."""
+    """Folder below the data root that the records' image paths start from."""
     folders: tuple[str, ...]
-    """Folders of pictures that the records name, below ``images``."""
+    """Folders of images that the records name, below ``images``."""
     num_samples: int
     num_text_only: int = 0
-    """Records without a picture."""
+    """Records without an image."""
     mean_text_tokens: int
     """Text of a record, estimated from the size of the file at 4.5 characters a token."""
     size_bytes: int
-    """Of the record file; the pictures are far larger."""
+    """Of the record file; the images are far larger."""
     source: str
     licence: str
 
 
 _SFT_FOLDERS = (
-    "coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2"
-)  # fmt: skip
+    "coco/train2017",
+    "gqa/images",
+    "ocr_vqa/images",
+    "textvqa/train_images",
+    "vg/VG_100K",
+    "vg/VG_100K_2",
+)
 _SHARE_FOLDERS = (
-    "llava/llava_pretrain/images", "sam/images", "share_textvqa/images", "web-celebrity/images",
-    "web-landmark/images", "wikiart/images",
-)  # fmt: skip
+    "llava/llava_pretrain/images",
+    "sam/images",
+    "share_textvqa/images",
+    "web-celebrity/images",
+    "web-landmark/images",
+    "wikiart/images",
+)
 
 MIXTURES: dict[str, Mixture] = {
     mixture.name: mixture
     for mixture in (
         Mixture(
-            name="LLaVA-1.5-558k", stage="PT", records="text_files/blip_laion_cc_sbu_558k.json",
-            images="llava/llava_pretrain/images", folders=("00000",), num_samples=558_128,
-            mean_text_tokens=20, size_bytes=181_000_000,
+            name="LLaVA-1.5-558k",
+            stage="PT",
+            records="text_files/blip_laion_cc_sbu_558k.json",
+            images="llava/llava_pretrain/images",
+            folders=("00000",),
+            num_samples=558_128,
+            mean_text_tokens=20,
+            size_bytes=181_000_000,
             source="https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain",
             licence="that of CC-3M and BLIP",
         ),
         Mixture(
-            name="LLaVA-1.5-mix-665k", stage="SFT", records="text_files/llava_v1_5_mix665k.json", images="",
-            folders=_SFT_FOLDERS, num_samples=665_298, num_text_only=40_688, mean_text_tokens=250,
+            name="LLaVA-1.5-mix-665k",
+            stage="SFT",
+            records="text_files/llava_v1_5_mix665k.json",
+            images="",
+            folders=_SFT_FOLDERS,
+            num_samples=665_298,
+            num_text_only=40_688,
+            mean_text_tokens=250,
             size_bytes=1_030_000_000,
             source="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
             licence="CC-BY-4.0 and OpenAI's terms of use",
         ),
         Mixture(
-            name="ShareGPT4V-PT-1246k", stage="PT",
-            records="text_files/share-captioner_coco_lcs_sam_1246k_1107.json", images="",
-            folders=("coco/train2017", "llava/llava_pretrain/images", "sam/images"), num_samples=1_246_000,
-            mean_text_tokens=190, size_bytes=1_500_000_000,
-            source="https://huggingface.co/datasets/Lin-Chen/ShareGPT4V", licence="CC-BY-NC-4.0",
+            name="ShareGPT4V-PT-1246k",
+            stage="PT",
+            records="text_files/share-captioner_coco_lcs_sam_1246k_1107.json",
+            images="",
+            folders=("coco/train2017", "llava/llava_pretrain/images", "sam/images"),
+            num_samples=1_246_000,
+            mean_text_tokens=190,
+            size_bytes=1_500_000_000,
+            source="https://huggingface.co/datasets/Lin-Chen/ShareGPT4V",
+            licence="CC-BY-NC-4.0",
         ),
         Mixture(
-            name="ShareGPT4V-mix-665k", stage="SFT",
-            records="text_files/sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json", images="",
-            folders=_SFT_FOLDERS + _SHARE_FOLDERS, num_samples=665_000, num_text_only=40_688,
-            mean_text_tokens=290, size_bytes=1_200_000_000,
-            source="https://huggingface.co/datasets/Lin-Chen/ShareGPT4V", licence="CC-BY-NC-4.0",
+            name="ShareGPT4V-mix-665k",
+            stage="SFT",
+            records="text_files/sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json",
+            images="",
+            folders=_SFT_FOLDERS + _SHARE_FOLDERS,
+            num_samples=665_000,
+            num_text_only=40_688,
+            mean_text_tokens=290,
+            size_bytes=1_200_000_000,
+            source="https://huggingface.co/datasets/Lin-Chen/ShareGPT4V",
+            licence="CC-BY-NC-4.0",
         ),
     )
-}  # fmt: skip
+}
 """By the source that Table 2 names; the two of ShareGPT4V have the paper's rounded number of samples."""
 
 
@@ -95,15 +125,17 @@ def find_mixture(record: str) -> Mixture | None:
 def missing_files(mixture: Mixture, data_root: Path) -> list[tuple[Path, str]]:
     """Return what a mixture needs below a data root and does not find there, each with what it is."""
     places = [data_root / mixture.records, data_root / Path(mixture.records).name]
-    missing = [] if any(place.is_file() for place in places) else [
-        (places[0], f"its records; fetch them from {mixture.source}")
-    ]  # fmt: skip
+    missing = (
+        []
+        if any(place.is_file() for place in places)
+        else [(places[0], f"its records; fetch them from {mixture.source}")]
+    )
     folders = [data_root / mixture.images / folder for folder in mixture.folders]
-    return missing + [(folder, "pictures that it names") for folder in folders if not folder.is_dir()]
+    return missing + [(folder, "images that it names") for folder in folders if not folder.is_dir()]
 
 
 def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Path, Path]]:
-    """Return the record files of a stage, each with the folder that its picture paths start from.
+    """Return the record files of a stage, each with the folder that its image paths start from.
 
     Args:
         data: mixtures by name, or LLaVA-format files of the user.
@@ -146,4 +178,4 @@ def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path,
 def _missing_folder(root: Path) -> list[str]:
     if root.is_dir():
         return []
-    return [f"{root}: no such folder of pictures; set data.images (--images), or put them there."]
+    return [f"{root}: no such folder of images; set data.images (--images), or put them there."]

@@ -17,8 +17,12 @@ from tinyllava.files import is_text, parse_json
 
 IMAGE_MARK = "<image>"
 _ROLES: dict[str, Role] = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 DEFECTS: dict[str, str] = {
     "malformed": "a record that is no object, or lacks its conversations, or holds a value of a wrong type",
@@ -26,12 +30,12 @@ DEFECTS: dict[str, str] = {
     "roles": "turns that do not alternate between user and assistant",
     "unanswered": "a conversation that ends with a question",
     "empty_answer": "an answer without text",
-    "empty_question": "a question without text and without a picture",
-    "image_count": "as many <image> as pictures is the rule; here they differ, or an answer contains one",
-    "missing_image": "a picture file that is not there",
-    "broken_image": "a picture that cannot be decoded (asked for: every picture is decoded before training)",
+    "empty_question": "a question without text and without an image",
+    "image_count": "as many <image> as images is the rule; here they differ, or an answer contains one",
+    "missing_image": "an image file that is not there",
+    "broken_image": "an image that cannot be decoded (asked for: every image is decoded before training)",
     "too_long": "more tokens than max_length_tokens, image tokens included",
-    "duplicate_id": "two records of one file with the same id and the same picture and turns",
+    "duplicate_id": "two records of one file with the same id and the same image and turns",
 }
 """Names of what may be skipped, and what each means."""
 
@@ -61,7 +65,7 @@ def read_records(path: Path, images: Path, skip: tuple[str, ...] = ()) -> Record
 
     Args:
         path: ``.json`` (one array) or ``.jsonl`` (one object a line).
-        images: folder that picture paths start from.
+        images: folder that image paths start from.
         skip: names out of ``DEFECTS`` whose records are left out and counted.
 
     Raises:
@@ -225,16 +229,16 @@ def _image_ref(name: str, images: Path, where: str) -> ImageRef:
     if not is_text(name):
         raise Defect("malformed", where, f"'image' contains an unpaired surrogate: {name[:80]!a}")
     if not there:
-        what = "a folder, not a picture:" if path.is_dir() else "no picture"
+        what = "a folder, not an image:" if path.is_dir() else "no image"
         raise Defect("missing_image", where, f"{what} {path}")
     return ImageRef(path=path, name=name)
 
 
 def _messages(turns: list[tuple[Role, str]], refs: list[ImageRef], where: str) -> tuple[Message, ...]:
-    """Move each turn's ``<image>`` in front of its text, as LLaVA's loader does, and hand it its pictures."""
+    """Move each turn's ``<image>`` in front of its text, as LLaVA's loader does, and hand it its images."""
     counts = [text.count(IMAGE_MARK) for _, text in turns]
     if sum(counts) != len(refs):
-        raise Defect("image_count", where, f"{sum(counts)} {IMAGE_MARK} for {len(refs)} pictures")
+        raise Defect("image_count", where, f"{sum(counts)} {IMAGE_MARK} for {len(refs)} images")
     messages, rest = [], iter(refs)
     for (role, text), count in zip(turns, counts, strict=True):
         text = text.replace(IMAGE_MARK, "").strip()
@@ -243,13 +247,13 @@ def _messages(turns: list[tuple[Role, str]], refs: list[ImageRef], where: str) -
         if role == "assistant" and not text:
             raise Defect("empty_answer", where, "an answer has no text")
         if role == "user" and not text and not count:
-            raise Defect("empty_question", where, "a question has neither text nor picture")
+            raise Defect("empty_question", where, "a question has neither text nor image")
         messages.append(Message(role=role, text=text, images=tuple(next(rest) for _ in range(count))))
     return tuple(messages)
 
 
 def drop_broken_images(records: Records, progress: Callable[[int], None] = lambda n: None) -> Records:
-    """Decode every picture once and leave out the records whose picture is broken, counted."""
+    """Decode every image once and leave out the records whose image is broken, counted."""
     from tinyllava.data.images import open_image
 
     good, num_broken = [], 0

@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 from tinyllava.errors import DataError
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import parse_line, read_lines
-from tinyllava.run_identity import claim_answers
+from tinyllava.inference.identity import claim_answers
 
 _FIX = "Delete the line, or the file, and evaluate again."
 

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from tinyllava.errors import DataError
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import Judging, Reply
+from tinyllava.evaluation.metrics.statistics import Ratio, estimate
 from tinyllava.evaluation.question import Question
-from tinyllava.evaluation.scoring.statistics import Ratio, estimate
-from tinyllava.results import Metric, Result
+from tinyllava.evaluation.results import Metric, Result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class Prediction:
 
     benchmark: str
     question_id: str
-    picture: str
+    image: str
     prompt: str
     answer: str
     parsed: str
@@ -43,8 +43,8 @@ class Prediction:
 
     @property
     def cluster(self) -> str:
-        """What the prediction shares its error with: its picture, or itself where there is none."""
-        return self.picture or f"question {self.question_id}"
+        """What the prediction shares its error with: its image, or itself where there is none."""
+        return self.image or f"question {self.question_id}"
 
 
 class Grade(NamedTuple):
@@ -159,7 +159,7 @@ class Benchmark:
         return Prediction(
             benchmark=self.name,
             question_id=question.id,
-            picture=question.picture,
+            image=question.image,
             prompt=question.prompt,
             answer=answer or "",
             parsed=grade.parsed,
@@ -220,7 +220,7 @@ class Benchmark:
             metric=self.metric,
             metrics=scored.metrics,
             num_questions=num,
-            num_pictures=len({q.picture for q in questions} - {""}),
+            num_images=len({q.image for q in questions} - {""}),
             num_missing=scored.num_missing,
             num_expected=num_expected,
             data_sha256=hash_questions(questions),
@@ -253,10 +253,10 @@ def _check_ids(
 
 
 def hash_questions(questions: Sequence[Question]) -> str:
-    """Return a SHA-256 over ids, prompts, picture names and targets, whatever the order of the questions."""
+    """Return a SHA-256 over ids, prompts, image names and targets, whatever the order of the questions."""
     digests = sorted(
         hashlib.sha256(
-            json.dumps([q.id, q.prompt, q.picture, q.target], sort_keys=True, default=str).encode()
+            json.dumps([q.id, q.prompt, q.image, q.target], sort_keys=True, default=str).encode()
         ).digest()
         for q in questions
     )

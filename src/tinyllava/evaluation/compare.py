@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyllava.errors import DataError
+from tinyllava.errors import DataError, look_up
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.metrics.statistics import PairedDifference, mcnemar, paired_bootstrap
 from tinyllava.evaluation.predictions import read_predictions
-from tinyllava.evaluation.scoring.statistics import PairedDifference, mcnemar, paired_bootstrap
-from tinyllava.lookup import look_up
 
 RIGHT = 0.5
 """From this score on, an answer counts as right in McNemar's test and in the list of flips."""
@@ -28,7 +27,7 @@ class Comparison:
     a: float
     b: float
     bootstrap: PairedDifference
-    """Of the headline metric, B minus A, pictures resampled."""
+    """Of the headline metric, B minus A, images resampled."""
     unit: str
     """What is counted below, as the headline metric counts it: questions, or MMBench's with all rotations."""
     num_units: int

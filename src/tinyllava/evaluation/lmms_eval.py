@@ -16,9 +16,9 @@ from PIL import Image
 
 from tinyllava.conversation import Conversation, ask
 from tinyllava.errors import ConfigError
-from tinyllava.evaluation.prepare import group_by_picture
 from tinyllava.evaluation.run import Settings, ask_groups, processes
-from tinyllava.inference import Chat
+from tinyllava.inference.batches import group_by_image
+from tinyllava.inference.chat import Chat
 
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
 
 class Answering:
-    """What the adapter does; lmms-eval's base class is joined to it. Pictures are written to a folder once.
+    """What the adapter does; lmms-eval's base class is joined to it. Images are written to a folder once.
 
     Args:
         pretrained: checkpoint folder.
@@ -61,7 +61,7 @@ class Answering:
         self._folder = tempfile.TemporaryDirectory(prefix="tinyllava-")
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answer requests, those on one picture together."""
+        """Answer requests, those on one image together."""
         conversations = [self._to_conversation(request) for request in requests]
         by_options: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
@@ -83,23 +83,23 @@ class Answering:
             asked = [conversations[i] for i in indices]
             texts = self.chat.answer(asked, max_new_tokens, do_sample=True, **sampling)
             return list(zip(indices, texts, strict=True))
-        groups = group_by_picture(conversations, indices)
+        groups = group_by_image(conversations, indices)
         parts = ask_groups(self.chat, conversations, groups, max_new_tokens, Settings())
         return [answer for part in parts for answer in part]
 
     def _to_conversation(self, request: Any) -> Conversation:
         context, _, doc_to_visual, doc_id, task, split = request.args
-        pictures = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-        for picture in pictures:
-            if not isinstance(picture, Image.Image):
-                kind = type(picture).__name__
-                raise ConfigError(f"task {task}: {kind} is no picture; choose a task about pictures.")
+        images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        for image in images:
+            if not isinstance(image, Image.Image):
+                kind = type(image).__name__
+                raise ConfigError(f"task {task}: {kind} is no image; choose a task about images.")
         text = context.replace("<image>", "").strip()
-        return ask(text, *map(self._keep, pictures), id=f"{task} {doc_id}")
+        return ask(text, *map(self._keep, images), id=f"{task} {doc_id}")
 
-    def _keep(self, picture: Image.Image) -> Path:
-        """Write a picture to disk once, so that memory stays bounded and equal pictures are known as such."""
-        rgb = picture.convert("RGB")
+    def _keep(self, image: Image.Image) -> Path:
+        """Write an image to disk once, so that memory stays bounded and equal images are known as such."""
+        rgb = image.convert("RGB")
         digest = hashlib.sha256(rgb.tobytes() + str(rgb.size).encode()).hexdigest()
         path = Path(self._folder.name) / f"{digest}.png"
         if not path.exists():

@@ -11,7 +11,7 @@ from pathlib import Path
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.read import Record, read_lines
 
-_TEXTS = ("benchmark", "question_id", "picture", "prompt", "answer", "parsed", "category")
+_TEXTS = ("benchmark", "question_id", "image", "prompt", "answer", "parsed", "category")
 _FIX = "Delete the line, or the file, and evaluate again."
 
 

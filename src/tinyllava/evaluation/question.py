@@ -24,13 +24,13 @@ _NO_META: Mapping[str, Any] = {}
 class Question:
     """One question, ready to be asked, with what is needed to grade the answer.
 
-    ``picture`` names the picture, also where several questions share one ("" for a question without picture);
+    ``image`` names the image, also where several questions share one ("" for a question without image);
     ``target`` is JSON-able; ``groups`` are the breakdowns that the question counts in, each ``kind=value``.
     """
 
     id: str
     conversation: Conversation
-    picture: str
+    image: str
     target: Any
     category: str = ""
     groups: tuple[str, ...] = ()
@@ -60,12 +60,12 @@ class QuestionList:
         text: str,
         image: ImageRef | None,
         target: Any,
-        picture: str | None = None,
+        image_name: str | None = None,
         category: str = "",
         groups: tuple[str, ...] = (),
         meta: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add the question of ``record``; ``picture`` is the image's name if not given."""
+        """Add the question of ``record``; ``image_name`` is the image's own name if not given."""
         if id in self._places:
             path, line = self._places[id]
             other = f"{path}:{line}" if line else str(path)
@@ -75,7 +75,7 @@ class QuestionList:
             Question(
                 id=id,
                 conversation=ask(self._texts.setdefault(text, text), *([image] if image else []), id=id),
-                picture=picture if picture is not None else image.name if image else "",
+                image=image_name if image_name is not None else image.name if image else "",
                 target=target,
                 category=category,
                 groups=groups,
@@ -90,8 +90,8 @@ class QuestionList:
         return self._questions
 
 
-def check_pictures(questions: Sequence[Question]) -> None:
-    """Make sure that every picture is on disk, before hours of work end at the first that is not.
+def check_images(questions: Sequence[Question]) -> None:
+    """Make sure that every image is on disk, before hours of work end at the first that is not.
 
     Raises:
         DataError: some are not; how many, and one of them.
@@ -100,7 +100,7 @@ def check_pictures(questions: Sequence[Question]) -> None:
     missing = [path for path in paths if path is not None and not path.is_file()]
     if missing:
         raise DataError(
-            f"{missing[0]}: no such picture; {len(missing):,} of {len(paths):,} are missing. {FIX} "
+            f"{missing[0]}: no such image; {len(missing):,} of {len(paths):,} are missing. {FIX} "
             "(--blind needs none.)"
         )
 

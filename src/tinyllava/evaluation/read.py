@@ -192,7 +192,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def read_table(path: Path, *columns: str) -> Iterator[Record]:
     """Yield the rows of a table: tabs between cells, quotes around them where needed, as pandas has it."""
-    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole picture
+    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole image
     read_text(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
@@ -235,22 +235,22 @@ def read_parquet(paths: list[Path], columns: list[str] | None = None) -> Iterato
             raise DataError(f"{path}: not a whole parquet file ({error}). {FIX}") from None
 
 
-def unpack_picture(record: Record, field: str, folder: Path, name: str) -> ImageRef:
-    """Return the picture of a cell (parquet's ``bytes``, or base64 text).
+def unpack_image(record: Record, field: str, folder: Path, name: str) -> ImageRef:
+    """Return the image of a cell (parquet's ``bytes``, or base64 text).
 
-    It is written to ``folder/pictures`` once, so that memory does not grow with the benchmark.
+    It is written to ``folder/images`` once, so that memory does not grow with the benchmark.
     """
     cell = record.field(field)
-    path = folder / "pictures" / name
+    path = folder / "images" / name
     if not path.exists():
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if isinstance(data, str):
             try:
                 data = base64.b64decode(data, validate=True)
             except (binascii.Error, ValueError):
-                record.fail(f"field {field!r} is {_show(cell)}; it has to be a picture in base64.")
+                record.fail(f"field {field!r} is {_show(cell)}; it has to be an image in base64.")
         if not isinstance(data, bytes) or not data:
-            record.fail(f"field {field!r} holds no picture.")
+            record.fail(f"field {field!r} holds no image.")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(data)
@@ -258,15 +258,15 @@ def unpack_picture(record: Record, field: str, folder: Path, name: str) -> Image
     return ImageRef(path=path, name=name)
 
 
-class Pictures:
-    """The pictures of a folder, one reference each, however many questions ask about it."""
+class ImageFiles:
+    """The images of a folder, one reference each, however many questions ask about it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._references: dict[str, ImageRef] = {}
 
     def __getitem__(self, name: str) -> ImageRef:
-        """Return the reference of a picture; whether the file is there is seen when it is opened."""
+        """Return the reference of an image; whether the file is there is seen when it is opened."""
         if name not in self._references:
             self._references[name] = ImageRef(path=self.folder / name, name=name)
         return self._references[name]

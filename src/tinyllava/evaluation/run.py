@@ -2,7 +2,7 @@
 
 Paper: section 4.1.3. Folder of a benchmark: ``answers-*.jsonl`` (as they come), ``predictions.jsonl``
 (scored), ``run.json`` (whose answers these are) and ``upload/`` (what official servers and tools read).
-Differs: a run that was stopped goes on where it was; several processes share the pictures among them.
+Differs: a run that was stopped goes on where it was; several processes share the images among them.
 """
 
 import datetime
@@ -26,24 +26,17 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tinyllava.checkpoint_folder import fingerprint
 from tinyllava.conversation import Conversation
 from tinyllava.evaluation.answers import AnswerFile, claim_folder, read_answers
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.judge import Judge, Reviews
-from tinyllava.evaluation.prepare import (
-    Prepared,
-    blank,
-    blank_picture,
-    fill_batches,
-    group_by_picture,
-    prepare,
-)
-from tinyllava.evaluation.question import Question, check_pictures
+from tinyllava.evaluation.question import Question, check_images
+from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.score import answers_folder, score
-from tinyllava.evaluation.shared_prefix import answer_groups, can_share
-from tinyllava.inference import Chat, decode
-from tinyllava.results import Result
+from tinyllava.inference.batches import Prepared, blank, blank_image, fill_batches, group_by_image, prepare
+from tinyllava.inference.chat import Chat, decode
+from tinyllava.inference.shared_prefix import answer_groups, can_share
+from tinyllava.parts.checkpoint_folder import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +44,13 @@ class Settings:
     """How a benchmark is run; none of it but ``blind`` and ``limit`` changes an answer."""
 
     blind: bool = False
-    """Replace every picture by one of the mean colour."""
+    """Replace every image by one of the mean colour."""
     limit: int = 0
     """Ask only the first questions; 0 means all."""
     batch_tokens: int = 0
     """Most tokens of one batch; 0 means what suits the device."""
     num_workers: int = 1
-    """Background processes that open pictures and tokenise, for each process with a model."""
+    """Background processes that open images and tokenise, for each process with a model."""
 
 
 def processes() -> PartialState:
@@ -100,13 +93,17 @@ def answer_benchmark(
     state = processes()
     questions = benchmark.load(data)[: settings.limit or None]
     if not settings.blind:
-        check_pictures(questions)
+        check_images(questions)
     folder = answers_folder(output, benchmark, blind=settings.blind)
     if state.is_main_process:
         identity = {
-            "model": model, "weights": fingerprint(Path(model)), "protocol": benchmark.protocol,
-            "max_new_tokens": benchmark.max_new_tokens, "blind": settings.blind, "dtype": chat.dtype,
-        }  # fmt: skip
+            "model": model,
+            "weights": fingerprint(Path(model)),
+            "protocol": benchmark.protocol,
+            "max_new_tokens": benchmark.max_new_tokens,
+            "blind": settings.blind,
+            "dtype": chat.dtype,
+        }
         claim_folder(folder, identity)
     state.wait_for_everyone()
     answer_questions(chat, questions, folder, benchmark.name, benchmark.max_new_tokens, settings, state)
@@ -114,17 +111,22 @@ def answer_benchmark(
 
 
 def answer_questions(
-    chat: Chat, questions: Sequence[Question], folder: Path, name: str, max_new_tokens: int,
-    settings: Settings, state: PartialState,
-) -> None:  # fmt: skip
+    chat: Chat,
+    questions: Sequence[Question],
+    folder: Path,
+    name: str,
+    max_new_tokens: int,
+    settings: Settings,
+    state: PartialState,
+) -> None:
     """Ask this process's share of the questions without an answer; return when all are done."""
     done = read_answers(folder, questions)
     state.wait_for_everyone()  # nobody writes before all have read: they have to divide the same work
     asked: Sequence[Conversation] = [question.conversation for question in questions]
     if settings.blind:
-        picture = blank_picture(chat.processor.mean_colour)
-        asked = [blank(conversation, picture) for conversation in asked]
-    groups = group_by_picture(asked, (i for i, question in enumerate(questions) if question.id not in done))
+        image = blank_image(chat.processor.mean_colour)
+        asked = [blank(conversation, image) for conversation in asked]
+    groups = group_by_image(asked, (i for i, question in enumerate(questions) if question.id not in done))
     mine = groups[state.process_index :: state.num_processes]
     total = sum(map(len, mine))
     with AnswerFile(folder, state.process_index) as file, _progress(name, total, state) as bar:

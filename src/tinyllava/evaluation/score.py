@@ -13,9 +13,9 @@ from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.files import check_files
 from tinyllava.evaluation.judge import Judge, Reviews, save_reviews
 from tinyllava.evaluation.predictions import write_predictions
-from tinyllava.results import Result, ResultTable
+from tinyllava.evaluation.results import Result, ResultTable
 
-BLIND = "blind: every picture replaced by one of the mean colour"
+BLIND = "blind: every image replaced by one of the mean colour"
 
 
 def _name_releases(benchmark: Benchmark, data: Path) -> list[str]:
@@ -40,7 +40,7 @@ def score(
 ) -> Result:
     """Score a benchmark's answers; write predictions, the official upload files and ``output/results.json``.
 
-    There, a result with blank pictures (or without) goes when it is of other data or another judge than this.
+    There, a result with blank images (or without) goes when it is of other data or another judge than this.
 
     Args:
         data: the benchmark's folder.
@@ -67,13 +67,16 @@ def score(
     scored = benchmark.score(questions, answers, reviews.replies if reviews else None, judge_name)
     write_predictions(scored.predictions, folder / "predictions.jsonl")
     write_llava_answers(
-        questions, answers, folder / "llava_answers.jsonl",
-        model=run["model"], number_ids=benchmark.has_number_ids,
-    )  # fmt: skip
+        questions,
+        answers,
+        folder / "llava_answers.jsonl",
+        model=run["model"],
+        number_ids=benchmark.has_number_ids,
+    )
     result = benchmark.result(
         questions,
         scored,
-        model=f"{run['model']} (blank pictures)" if blind else run["model"],
+        model=f"{run['model']} (blank images)" if blind else run["model"],
         dtype=run["dtype"],
         decoding={} if "source" in run else None,  # nobody knows how another program's answers were made
         judge=judge_name or None,

@@ -20,17 +20,17 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from tinyllava.checkpoint_folder import check_checkpoint, check_processor_files
 from tinyllava.config import ModelConfig
-from tinyllava.connectors import num_tokens, resolve_options
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError, ConfigError
-from tinyllava.language_models import LanguageModel, find_language_model
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
-from tinyllava.templates import read_template
-from tinyllava.vision_encoders import VisionEncoder, find_vision_encoder
+from tinyllava.parts.checkpoint_folder import check_checkpoint, check_processor_files
+from tinyllava.parts.connectors import num_tokens, resolve_options
+from tinyllava.parts.language import LanguageModel, find_language_model
+from tinyllava.parts.templates import read_template
+from tinyllava.parts.vision import VisionEncoder, find_vision_encoder
 
 _STAGES = ("stage_names", "out_features", "out_indices")
 _ROWS_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
@@ -71,9 +71,11 @@ def greedy_generation(published: GenerationConfig, tokenizer: Any) -> Generation
     Of what a language model was published with (sampling, Qwen's repetition penalty) only its tokens stay.
     """
     return GenerationConfig(
-        bos_token_id=published.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, do_sample=False,
-    )  # fmt: skip
+        bos_token_id=published.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
 
 
 def open_checkpoint(
@@ -154,7 +156,9 @@ def load_tokenizer(language: LanguageModel) -> Any:
 def load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
     """Load the vision half of a folder that may also hold a text half (CLIP, SigLIP), or two as one."""
     if encoder.members and encoder.members[0].path:  # those of a saved folder have none: it is one model
-        from tinyllava.model.fused_encoder import load_fused  # which loads each of the two with this function
+        from tinyllava.model.encoders.fused import (
+            load_fused,  # which loads each of the two with this function
+        )
 
         return load_fused(encoder, dtype)
     config = AutoConfig.from_pretrained(encoder.path)
@@ -242,12 +246,15 @@ def make_processor(
 
 
 def _new_connector(config: TinyLlavaConfig) -> Any:
-    from tinyllava.connectors import build_connector
+    from tinyllava.parts.connectors import build_connector
 
     return build_connector(
-        config.connector, vision_width=config.vision_width, language_width=config.text_config.hidden_size,
-        num_patches=config.num_patches, options=config.connector_options or {},
-    )  # fmt: skip
+        config.connector,
+        vision_width=config.vision_width,
+        language_width=config.text_config.hidden_size,
+        num_patches=config.num_patches,
+        options=config.connector_options or {},
+    )
 
 
 def make_room_for_image_token(model: TinyLlavaForConditionalGeneration, image_token_id: int) -> None:

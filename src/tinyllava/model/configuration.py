@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from tinyllava.connectors import num_tokens
+from tinyllava.parts.connectors import num_tokens
 
 # The default values of a part are not written into config.json, so they have to be known.
 _DEFAULT_PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}
@@ -47,7 +47,7 @@ class TinyLlavaConfig(PreTrainedConfig):
     connector_options: dict[str, Any] | None = None
     """Every option of the connector."""
     num_patches: int = 576
-    """M: patch features of one picture, after the prefix tokens are dropped."""
+    """M: patch features of one image, after the prefix tokens are dropped."""
     num_prefix_tokens: int = 1
     """Leading encoder outputs to drop: 1 for CLIP's CLS, 0 for SigLIP (1 reproduces Factory's 728 tokens)."""
     encoder_kind: Literal["transformer", "cnn"] = "transformer"
@@ -77,5 +77,5 @@ class TinyLlavaConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """T: tokens that one picture takes in the sequence."""
+        """T: tokens that one image takes in the sequence."""
         return num_tokens(self.connector, self.num_patches, self.connector_options or {})

@@ -16,8 +16,8 @@ from transformers import AutoModel, Cache, GenerationMixin
 from transformers.utils import ModelOutput
 
 from tinyllava.compat import CACHE_NAME, ComposedModel
-from tinyllava.connectors import build_connector
 from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.parts.connectors import build_connector
 
 IGNORED = -100  # label of a position that is not supervised, as everywhere in transformers
 
@@ -69,7 +69,7 @@ class TinyLlavaModel(ComposedModel):
         self.language_model.set_input_embeddings(value)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Return patch features V [I, M, X] of pictures; without gradient if the encoder is frozen."""
+        """Return patch features V [I, M, X] of images; without gradient if the encoder is frozen."""
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
@@ -96,22 +96,27 @@ class TinyLlavaModel(ComposedModel):
         return caught[0]
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Return image tokens h = P(V(X)) [I, T, D] of pictures [I, 3, H, W]."""
+        """Return image tokens h = P(V(X)) [I, T, D] of images [I, 3, H, W]."""
         tokens: Tensor = self.multi_modal_projector(self.encode_images(pixel_values))
         return tokens
 
     def forward(
-        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None, attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None, without_last: bool = False, **kwargs: Any,
-    ) -> TinyLlavaOutput:  # fmt: skip
-        """Run the sequence [B, N] with pictures [I, 3, H, W], or with their patch features [I, M, X].
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        without_last: bool = False,
+        **kwargs: Any,
+    ) -> TinyLlavaOutput:
+        """Run the sequence [B, N] with images [I, 3, H, W], or with their patch features [I, M, X].
 
         Args:
             without_last: run the first N - 1 positions only, as the loss needs them.
 
         Raises:
-            ValueError: the image tokens in ``input_ids`` are not exactly T for each picture.
+            ValueError: the image tokens in ``input_ids`` are not exactly T for each image.
         """
         image_tokens = self._image_tokens(pixel_values, image_features)
         if inputs_embeds is None:
@@ -124,10 +129,12 @@ class TinyLlavaModel(ComposedModel):
             attention_mask = None if attention_mask is None else attention_mask[:, :-1]
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return TinyLlavaOutput(
-            last_hidden_state=outputs.last_hidden_state, hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"), image_tokens=image_tokens,
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_tokens=image_tokens,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
-        )  # fmt: skip
+        )
 
     def _image_tokens(self, pixel_values: Tensor | None, features: Tensor | None) -> Tensor | None:
         if features is None and pixel_values is not None:
@@ -145,10 +152,10 @@ class TinyLlavaModel(ComposedModel):
         return [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
 
     def _no_features(self) -> Tensor:
-        """Features [0, M, X] of no picture, so that a text-only batch reaches every trained parameter.
+        """Features [0, M, X] of no image, so that a text-only batch reaches every trained parameter.
 
         Without them ranks that drew text only would have no gradient to reduce, and the others would wait
-        forever (DDP, FSDP and ZeRO alike). A trained encoder is run on one blank picture for the same reason.
+        forever (DDP, FSDP and ZeRO alike). A trained encoder is run on one blank image for the same reason.
         """
         weight = next(self.multi_modal_projector.parameters())
         if any(p.requires_grad for p in self.vision_tower.parameters()):
@@ -162,7 +169,7 @@ class TinyLlavaModel(ComposedModel):
         num_expected, num_found = image_tokens.shape[0] * image_tokens.shape[1], int(at_image.sum())
         if num_expected != num_found:
             raise ValueError(
-                f"{image_tokens.shape[0]} pictures of {image_tokens.shape[1]} tokens need {num_expected} "
+                f"{image_tokens.shape[0]} images of {image_tokens.shape[1]} tokens need {num_expected} "
                 f"image tokens in input_ids, found {num_found}; let the processor expand <image>, and do not "
                 "truncate."
             )
@@ -233,11 +240,16 @@ class TinyLlavaForConditionalGeneration(ComposedModel, GenerationMixin):
         return self
 
     def forward(
-        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None, attention_mask: Tensor | None = None,
-        labels: Tensor | None = None, logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
-    ) -> TinyLlavaOutput:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TinyLlavaOutput:
         """Return the loss over supervised positions if there are ``labels``, otherwise logits [B, N, K].
 
         Args:
@@ -248,9 +260,13 @@ class TinyLlavaForConditionalGeneration(ComposedModel, GenerationMixin):
                 it. Without it the mean over this batch.
         """
         outputs = self.model(
-            input_ids=input_ids, pixel_values=pixel_values, image_features=image_features,
-            attention_mask=attention_mask, without_last=labels is not None, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_features=image_features,
+            attention_mask=attention_mask,
+            without_last=labels is not None,
+            **kwargs,
+        )
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
             loss = self._loss(hidden, labels, num_items_in_batch)
@@ -260,9 +276,13 @@ class TinyLlavaForConditionalGeneration(ComposedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         return TinyLlavaOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
-            image_tokens=outputs.image_tokens, **{CACHE_NAME: outputs.get(CACHE_NAME)},
-        )  # fmt: skip
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_tokens=outputs.image_tokens,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )
 
     def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Equation 3: cross-entropy at the positions whose next token is supervised."""
@@ -273,9 +293,14 @@ class TinyLlavaForConditionalGeneration(ComposedModel, GenerationMixin):
         return total / (supervised.sum() if num_items is None else num_items)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None, is_first_iteration: bool | None = False, **kwargs: Any,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Pass images to the first step only, because later steps find them in the cache, if there is one."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs

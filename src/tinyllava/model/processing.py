@@ -1,4 +1,4 @@
-"""From a conversation to token ids and pixels: template, expansion of ``<image>``, shape of the picture.
+"""From a conversation to token ids and pixels: template, expansion of ``<image>``, shape of the image.
 
 Paper: section 3.2; ``Encoded.supervised`` is the indicator of equation 3.
 Differs: the published code finds the answers by tokenising every turn again and comparing lengths; here the
@@ -30,7 +30,7 @@ class Encoded:
     """A conversation as the model sees it: N token ids, image tokens expanded, and what is supervised."""
 
     text: str
-    """The rendered text, with one ``<image>`` for each picture."""
+    """The rendered text, with one ``<image>`` for each image."""
     input_ids: list[int]
     supervised: list[bool]
     """Whether each token belongs to the set A of equation 3."""
@@ -40,15 +40,20 @@ class TinyLlavaProcessor(ProcessorMixin):
     """Tokenizer, image processor and chat template of one checkpoint.
 
     Args:
-        num_image_tokens: T, how many tokens stand for one picture.
-        image_aspect: ``pad`` centres the picture on a square of the image processor's mean colour first.
+        num_image_tokens: T, how many tokens stand for one image.
+        image_aspect: ``pad`` centres the image on a square of the image processor's mean colour first.
         transparency: ``blend`` puts transparent parts on that colour, ``drop`` ignores transparency.
     """
 
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None,
-        num_image_tokens: int = 576, image_aspect: Aspect = "pad", transparency: Transparency = "drop",
-    ) -> None:  # fmt: skip
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        num_image_tokens: int = 576,
+        image_aspect: Aspect = "pad",
+        transparency: Transparency = "drop",
+    ) -> None:
         self.num_image_tokens = num_image_tokens
         self.image_aspect: Aspect = image_aspect
         self.transparency: Transparency = transparency
@@ -62,14 +67,14 @@ class TinyLlavaProcessor(ProcessorMixin):
         """Prepare rendered prompts for ``generate``: expanded, tokenised, padded on the left.
 
         Args:
-            images: PIL pictures in the order of the ``<image>`` in ``text``; None if there are none.
+            images: PIL images in the order of the ``<image>`` in ``text``; None if there are none.
             text: one prompt or a list of prompts, as ``apply_chat_template(tokenize=False)`` gives them.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         images = [images] if isinstance(images, Image.Image) else list(images or [])
         num_expected = sum(t.count(IMAGE_TOKEN) for t in texts)
         if num_expected != len(images):
-            raise DataError(f"{len(images)} pictures for {num_expected} {IMAGE_TOKEN} in the prompts.")
+            raise DataError(f"{len(images)} images for {num_expected} {IMAGE_TOKEN} in the prompts.")
         kwargs = {key: value for key, value in kwargs.items() if key != "return_tensors"}
         kwargs.setdefault("add_special_tokens", False)
         kwargs.setdefault("verbose", False)  # a text that is too long is an error of ours, which says more
@@ -90,9 +95,9 @@ class TinyLlavaProcessor(ProcessorMixin):
         return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens)
 
     def to_pixels(self, images: list[Image.Image]) -> Any:
-        """Return ``pixel_values`` [I, 3, H, W] of RGB pictures.
+        """Return ``pixel_values`` [I, 3, H, W] of RGB images.
 
-        Very long or large pictures are cropped or scaled first, so that memory is bounded; see
+        Very long or large images are cropped or scaled first, so that memory is bounded; see
         ``MAX_PADDED_PX`` and ``MAX_CROPPED_RATIO``. Others keep every pixel.
         """
         if self.image_aspect == "square" and _crops_centre(self.image_processor):
@@ -104,7 +109,7 @@ class TinyLlavaProcessor(ProcessorMixin):
 
     @property
     def image_size_px(self) -> int:
-        """Side of the square pictures that ``to_pixels`` makes."""
+        """Side of the square images that ``to_pixels`` makes."""
         return int(self.to_pixels([Image.new("RGB", (64, 64))]).shape[-1])
 
     @property
@@ -114,7 +119,7 @@ class TinyLlavaProcessor(ProcessorMixin):
 
     @property
     def background(self) -> tuple[int, ...] | None:
-        """Colour that transparent parts of a picture show; None where transparency is dropped."""
+        """Colour that transparent parts of an image show; None where transparency is dropped."""
         return self.mean_colour if self.transparency == "blend" else None
 
     def render(
@@ -199,7 +204,7 @@ def leading_bos(tokenizer: Any, chat_template: str) -> str:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Centre a picture on a square of one colour; the odd pixel goes below and to the right."""
+    """Centre an image on a square of one colour; the odd pixel goes below and to the right."""
     side = max(image.size)
     if image.width == image.height:
         return image
@@ -209,7 +214,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 def scale_down(image: Image.Image, resample: int) -> Image.Image:
-    """Scale a picture to a longest side of at most ``MAX_PADDED_PX``."""
+    """Scale an image to a longest side of at most ``MAX_PADDED_PX``."""
     longest = max(image.size)
     if longest <= MAX_PADDED_PX:
         return image
@@ -218,7 +223,7 @@ def scale_down(image: Image.Image, resample: int) -> Image.Image:
 
 
 def crop_ends(image: Image.Image) -> Image.Image:
-    """Cut the ends off a picture that is longer than ``MAX_CROPPED_RATIO`` times its shorter side.
+    """Cut the ends off an image that is longer than ``MAX_CROPPED_RATIO`` times its shorter side.
 
     What is cut off is outside the centre that will be cropped; resized with it, it would fill the memory.
     """

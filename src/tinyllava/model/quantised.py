@@ -115,9 +115,12 @@ class FourBitLinear(QuantisedLinear):
 
         codes, state = quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
         return codes, {
-            "scales": state.absmax, "offset": state.offset, "nested_scales": state.state2.absmax,
-            "levels": state.code, "nested_levels": state.state2.code,
-        }  # fmt: skip
+            "scales": state.absmax,
+            "offset": state.offset,
+            "nested_scales": state.state2.absmax,
+            "levels": state.code,
+            "nested_levels": state.state2.code,
+        }
 
     def dequantise(self) -> Tensor:
         """Return the weights [out, in] that the codes stand for, in fp32 and on a CPU."""
@@ -145,9 +148,15 @@ class FourBitLinear(QuantisedLinear):
             absmax=self.nested_scales, code=self.nested_levels, blocksize=_NESTED_BLOCK, dtype=torch.float32
         )
         state = QuantState(
-            absmax=self.scales, shape=torch.Size(self.shape), code=self.levels, blocksize=_BLOCK,
-            quant_type="nf4", dtype=torch.float32, offset=self.offset, state2=nested,
-        )  # fmt: skip
+            absmax=self.scales,
+            shape=torch.Size(self.shape),
+            code=self.levels,
+            blocksize=_BLOCK,
+            quant_type="nf4",
+            dtype=torch.float32,
+            offset=self.offset,
+            state2=nested,
+        )
         return cast(Tensor, matmul_4bit(inputs, self.weight, state, bias=bias))
 
 

@@ -24,7 +24,7 @@ _BEHIND_FEATURES = ("post_layernorm.", "layernorm.", "pooler.", "layer_norm.")
 _POOLING_HEAD = (
     "head."  # SigLIP's; in EfficientNet-Lite the last convolution has this name, and makes the grid
 )
-# DINOv2's stand-in for a masked patch: no picture here has one, so it never gets a gradient, and with several
+# DINOv2's stand-in for a masked patch: no image here has one, so it never gets a gradient, and with several
 # processes a parameter without one stops the run.
 _MASK_TOKEN = ".mask_token"
 
@@ -178,12 +178,15 @@ def open_ledger(model: nn.Module) -> Ledger:
     return Ledger(
         rows=tuple(
             LedgerRow(
-                name=name, component=component_of(name), trained=p.requires_grad,
-                shape=held[name].shape if name in held else tuple(p.shape), before=digest,
+                name=name,
+                component=component_of(name),
+                trained=p.requires_grad,
+                shape=held[name].shape if name in held else tuple(p.shape),
+                before=digest,
             )
             for (name, p), digest in zip(model.named_parameters(), _digests(model).values(), strict=True)
         )
-    )  # fmt: skip
+    )
 
 
 def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:

@@ -6,10 +6,10 @@ Paper: section 4.2.1 (Figures 4-6) and 4.2.2 (Figures 7 and 8). Everything but t
 from dataclasses import dataclass
 
 from tinyllava.config import Run
-from tinyllava.language_models import find_language_model
+from tinyllava.parts.language import find_language_model
+from tinyllava.parts.vision import find_vision_encoder
 from tinyllava.recipes.base import BASE
 from tinyllava.recipes.variants import make_run, variant
-from tinyllava.vision_encoders import find_vision_encoder
 
 ENCODERS, LANGUAGES = ("C", "Sig"), ("TL", "SLM", "Phi")
 
@@ -77,10 +77,7 @@ ABLATIONS: dict[str, Ablation] = {
         figure=8,
         axis="training recipe",
         panels={
-            _LANGUAGE_NAME[f]: {
-                "base": variant(f"base-C-{f}-ShareGPT4V"),
-                "share": variant(f"share-C-{f}"),
-            }
+            _LANGUAGE_NAME[f]: {"base": variant(f"base-C-{f}-ShareGPT4V"), "share": variant(f"share-C-{f}")}
             for f in LANGUAGES
         },
     ),

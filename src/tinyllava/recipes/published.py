@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tinyllava.config import Aspect, Run
-from tinyllava.lookup import look_up
+from tinyllava.errors import look_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,13 @@ PUBLISHED: dict[str, PublishedCode] = {
         source="TinyLLaVABench scripts", max_length_tokens=3072, precision="fp16", image_aspect="pad"
     ),
     "factory": PublishedCode(
-        source="TinyLLaVA Factory scripts", max_length_tokens=2048, precision="fp16", image_aspect="square",
+        source="TinyLLaVA Factory scripts",
+        max_length_tokens=2048,
+        precision="fp16",
+        image_aspect="square",
         max_length_of=dict.fromkeys(("share", "share_frozen", "lora", "share_lora", "qlora", "qlora8"), 3072),
     ),
-}  # fmt: skip
+}
 
 
 def as_published(run: Run, code: str) -> Run:

@@ -6,7 +6,7 @@ Paper: section 4.1.2 and Table 2.
 from dataclasses import dataclass, replace
 
 from tinyllava.config import DataConfig, Stage
-from tinyllava.lookup import look_up
+from tinyllava.errors import look_up
 
 DATASETS: dict[str, tuple[str, str]] = {
     "LLaVA-1.5": ("LLaVA-1.5-558k", "LLaVA-1.5-mix-665k"),

@@ -8,8 +8,7 @@ import runpy
 from pathlib import Path
 
 from tinyllava.config import ModelConfig, Run
-from tinyllava.errors import ConfigError, TinyLlavaError
-from tinyllava.lookup import look_up
+from tinyllava.errors import ConfigError, TinyLlavaError, look_up
 from tinyllava.recipes.recipe import Recipe
 from tinyllava.recipes.variants import RECIPES, run_of, tuned_run, variant
 

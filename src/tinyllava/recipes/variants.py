@@ -8,15 +8,14 @@ from difflib import get_close_matches
 from itertools import product
 
 from tinyllava.config import ModelConfig, Run
-from tinyllava.connectors import CONNECTORS
-from tinyllava.errors import UnknownNameError
-from tinyllava.language_models import LANGUAGE_MODELS
-from tinyllava.lookup import look_up
+from tinyllava.errors import UnknownNameError, look_up
+from tinyllava.parts.connectors import CONNECTORS
+from tinyllava.parts.language import LANGUAGE_MODELS
+from tinyllava.parts.vision import VISION_ENCODERS
 from tinyllava.recipes.base import BASE
 from tinyllava.recipes.lora import LORA, QLORA, QLORA_8_BITS, SHARE_LORA
 from tinyllava.recipes.recipe import DATASETS, Recipe
 from tinyllava.recipes.share import SHARE, SHARE_FROZEN
-from tinyllava.vision_encoders import VISION_ENCODERS
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (BASE, SHARE, SHARE_FROZEN, LORA, SHARE_LORA, QLORA, QLORA_8_BITS)

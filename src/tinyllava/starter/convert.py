@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from tinyllava.errors import PackageError
-from tinyllava.model_files import written_whole
+from tinyllava.parts.folders import written_whole
 from tinyllava.starter.packages import cache_folder
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _save_vision_encoder(package: Path, variant: int, image_size_px: int, folder
     import torch
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    from tinyllava.model.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+    from tinyllava.model.encoders.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
     width, depth = MULTIPLIERS[variant]
     config = EfficientNetLiteConfig(

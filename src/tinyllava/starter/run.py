@@ -1,4 +1,4 @@
-"""The main job, end to end: real parts and pictures fetched, a model trained, measured and shown.
+"""The main job, end to end: real parts and images fetched, a model trained, measured and shown.
 
 Paper: the framework of Figure 2 and the base recipe, at the size of two CPU cores.
 """
@@ -13,16 +13,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tinyllava.errors import look_up
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_answers
 from tinyllava.evaluation.predictions import read_predictions
+from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.run import Settings, evaluate
-from tinyllava.inference import Chat
-from tinyllava.lookup import look_up
-from tinyllava.report.starter import ReportTable, Shown, draw_losses, draw_sheet, results_table
-from tinyllava.results import Result
+from tinyllava.inference.chat import Chat
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
-from tinyllava.starter.options import OPTIONS
+from tinyllava.starter.datasets.default import read_easy_vqa, read_grocery_store
+from tinyllava.starter.datasets.options import OPTIONS
 from tinyllava.starter.packages import (
     DEFAULT_PACKAGES,
     EASY_VQA,
@@ -32,9 +32,9 @@ from tinyllava.starter.packages import (
     cache_folder,
     fetch_packages,
 )
-from tinyllava.starter.pictures import read_easy_vqa, read_grocery_store
 from tinyllava.starter.recipe import starter_run
 from tinyllava.starter.records import AMOUNTS, Length, records_key, write_records
+from tinyllava.starter.report import ReportTable, Shown, draw_losses, draw_sheet, results_table
 from tinyllava.training.run import train
 
 console = Console(highlight=False, soft_wrap=True)
@@ -76,7 +76,7 @@ def run_starter(output: Path, length: Length = "default", options: Sequence[str]
     console.print(
         f"\nprepared in {train_start - start:.0f} s, trained in {trained - train_start:.0f} s, "
         f"measured in {time.monotonic() - trained:.0f} s\n"
-        f"ask it: tinyllava chat {_first_picture(parts.records)} --model {model}"
+        f"ask it: tinyllava chat {_first_image(parts.records)} --model {model}"
     )
     return report
 
@@ -107,10 +107,10 @@ def prepare_parts(length: Length, options: Sequence[str] = ()) -> Parts:
     amounts = AMOUNTS[length] | {name: option.amounts[length] for name, option in chosen.items()}
     records = cache_folder() / "starter" / "-".join(["records", length, *chosen, records_key(amounts)])
     if not (records / "held_out.json").exists():
-        pictures = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
+        images = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
         for option in chosen.values():
-            pictures += option.read(folders[option.package.name])
-        write_records(pictures, records, amounts)
+            images += option.read(folders[option.package.name])
+        write_records(images, records, amounts)
     return Parts(language_model=language_model, vision_encoder=vision_encoder, records=records)
 
 
@@ -152,7 +152,7 @@ def write_report(output: Path, benchmark: Benchmark, results: dict[str, Result],
     )
     predictions = read_predictions(output / "evaluation" / benchmark.name / "predictions.jsonl")
     truths = {question.id: str(question.target) for question in benchmark.load(records)}
-    draw_sheet(choose_shown(predictions, truths, records / "images"), folder / "pictures.png")
+    draw_sheet(choose_shown(predictions, truths, records / "images"), folder / "images.png")
     _print_table(table)
     return folder
 
@@ -160,9 +160,9 @@ def write_report(output: Path, benchmark: Benchmark, results: dict[str, Result],
 def choose_shown(
     predictions: Sequence[Prediction], truths: dict[str, str], images: Path, count: int = 24
 ) -> list[Shown]:
-    """Take the same number of every kind, each of another picture, right or wrong as they come.
+    """Take the same number of every kind, each of another image, right or wrong as they come.
 
-    They come in a mixed order that is always the same: files hold the pictures of one fruit in a row.
+    They come in a mixed order that is always the same: files hold the images of one fruit in a row.
     """
     predictions = random.Random(0).sample(predictions, len(predictions))
     kinds = sorted({prediction.category for prediction in predictions})
@@ -170,13 +170,13 @@ def choose_shown(
     seen: set[str] = set()
     for number in range(count):
         kind = kinds[number % len(kinds)]
-        fresh = (p for p in predictions if p.category == kind and p.picture not in seen)
+        fresh = (p for p in predictions if p.category == kind and p.image not in seen)
         if (prediction := next(fresh, None)) is not None:
             chosen.append(prediction)
-            seen.add(prediction.picture)
+            seen.add(prediction.image)
     return [
         Shown(
-            picture=images / p.picture,
+            image=images / p.image,
             question=p.prompt,
             answer=p.answer,
             truth=truths[p.question_id],
@@ -199,7 +199,7 @@ def _print_table(table: ReportTable) -> None:
     console.print(shown)
 
 
-def _first_picture(records: Path) -> Path:
+def _first_image(records: Path) -> Path:
     held_out = json.loads((records / "held_out.json").read_text(encoding="utf-8"))
     name: str = next(record["image"] for record in held_out if record["source"] == "grocery_store")
     return records / "images" / name

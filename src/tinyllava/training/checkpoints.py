@@ -35,9 +35,14 @@ ADAPTERS = "adapters"
 
 
 def stage_key(
-    run: Run, stage: Stage, ledger: Ledger, data_digest: str, template: str,
-    model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor,
-) -> str:  # fmt: skip
+    run: Run,
+    stage: Stage,
+    ledger: Ledger,
+    data_digest: str,
+    template: str,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+) -> str:
     """Return a digest of everything that decides a stage's result: model before, pixels, plan, data, seed.
 
     Weights alone do not tell a model: connectors that average to 1 and to 4 tokens have the same.
@@ -102,9 +107,12 @@ def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
 
 
 def save_model(
-    folder: Path, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor,
-    run: Run, provenance: Mapping[str, Any],
-) -> None:  # fmt: skip
+    folder: Path,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    run: Run,
+    provenance: Mapping[str, Any],
+) -> None:
     """Write a self-contained folder; it appears whole or not at all."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

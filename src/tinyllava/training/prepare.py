@@ -20,7 +20,7 @@ from tinyllava.data.records import Records, check_skip, drop_broken_images, read
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
-from tinyllava.templates import read_template
+from tinyllava.parts.templates import read_template
 from tinyllava.training.progress import make_progress
 
 
@@ -32,7 +32,7 @@ class Prepared:
     skipped: Mapping[str, int]
     """Records left out, by the name of the defect; only names that the stage asked for."""
     digest: str
-    """Of the record files' bytes, of what is left of them, and of the pictures' names and sizes."""
+    """Of the record files' bytes, of what is left of them, and of the images' names and sizes."""
 
     def summary(self) -> dict[str, object]:
         """Return counts for the run's papers."""
@@ -66,7 +66,7 @@ def read_data(data: DataConfig, data_root: str) -> tuple[Records, str]:
     records = Records(conversations=tuple(conversations), skipped=skipped)
     if "broken_image" in data.skip:
         with make_progress() as bar:
-            task = bar.add_task("decoding pictures", total=len(conversations), note="")
+            task = bar.add_task("decoding images", total=len(conversations), note="")
             records = drop_broken_images(records, lambda n: bar.advance(task, n))
     for conversation in records.conversations:
         digest.update(repr([conversation.id, *map(_describe, conversation.images)]).encode())
@@ -74,7 +74,7 @@ def read_data(data: DataConfig, data_root: str) -> tuple[Records, str]:
 
 
 def _describe(ref: ImageRef) -> tuple[str, int]:
-    """Name and size in bytes: tells pictures of two folders apart without reading them all."""
+    """Name and size in bytes: tells images of two folders apart without reading them all."""
     return ref.name, ref.path.stat().st_size if ref.path else len(ref.data or b"")
 
 
@@ -110,7 +110,7 @@ def _fill_features(
 ) -> FeatureCache:
     model.vision_encoder.to(PartialState().device)
     cache = FeatureCache(run.folder.parent / ".features", model, processor)
-    num_pictures = sum(len(conversation.images) for conversation in examples.conversations)
-    task = bar.add_task("encoding pictures", total=num_pictures, note="")
+    num_images = sum(len(conversation.images) for conversation in examples.conversations)
+    task = bar.add_task("encoding images", total=num_images, note="")
     cache.fill(examples.conversations, progress=lambda n: bar.advance(task, n))
     return cache

@@ -37,10 +37,15 @@ def make_progress(console: Console | None = None) -> Progress:
     elapsed = [TimeElapsedColumn()] if is_wide else []
     return Progress(
         TextColumn("{task.description:<22}" if is_wide else "{task.description}"),
-        BarColumn(bar_width=28 if is_wide else 10), MofNCompleteColumn(), *elapsed,
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        disable=not PartialState().is_main_process, console=console,
-    )  # fmt: skip
+        BarColumn(bar_width=28 if is_wide else 10),
+        MofNCompleteColumn(),
+        *elapsed,
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        disable=not PartialState().is_main_process,
+        console=console,
+    )
 
 
 def rates_note(console: Console, loss: float, samples_per_second: float, tokens_per_second: float) -> str:
@@ -73,9 +78,13 @@ class StageProgress(TrainerCallback):
         )
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-        logs: dict[str, float] | None = None, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         """Write one line of metrics and move the bar."""
         if not state.is_world_process_zero or not logs or "loss" not in logs or self.trainer is None:
             return
@@ -84,11 +93,12 @@ class StageProgress(TrainerCallback):
         samples, tokens = self.trainer.num_samples - self.seen[0], self.trainer.num_tokens - self.seen[1]
         self.seen, self.last = (self.trainer.num_samples, self.trainer.num_tokens), now
         line = {
-            "step": state.global_step, **logs,
+            "step": state.global_step,
+            **logs,
             "samples_per_second": round(samples * args.world_size / seconds, 3),
             "tokens_per_second": round(tokens * args.world_size / seconds, 1),
             "seconds": round(now - self.start, 2),
-        }  # fmt: skip
+        }
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         elapsed = max(now - self.start, 1e-9)

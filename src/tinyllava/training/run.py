@@ -16,7 +16,6 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from tinyllava.check import check
 from tinyllava.config import COMPONENTS, Run, Stage, to_json
 from tinyllava.data.dataset import Collator
 from tinyllava.errors import ImageError, TrainingError
@@ -24,6 +23,7 @@ from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import Ledger, apply_tuning, close_ledger, merge_adapters, open_ledger
+from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
 from tinyllava.training.prepare import Prepared, prepare
 from tinyllava.training.progress import StageProgress
@@ -98,9 +98,14 @@ def _run_stage(
     ledger = open_ledger(model)
     prepared = prepare(run, stage, model, processor)
     key = checkpoints.stage_key(
-        run, stage, ledger, prepared.digest, prepared.examples.template or processor.chat_template,
-        model, processor,
-    )  # fmt: skip
+        run,
+        stage,
+        ledger,
+        prepared.digest,
+        prepared.examples.template or processor.chat_template,
+        model,
+        processor,
+    )
     # One answer for all ranks, whatever another run finishes meanwhile.
     [done] = broadcast_object_list([checkpoints.find_stage(run.folder.parent, key)])
     if done is not None:
@@ -121,10 +126,14 @@ def _run_stage(
 
 
 def _train_stage(
-    run: Run, name: str, stage: Stage, model: TinyLlavaForConditionalGeneration, processor:
-    TinyLlavaProcessor,
-    prepared: Prepared, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+    run: Run,
+    name: str,
+    stage: Stage,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    prepared: Prepared,
+    folder: Path,
+) -> dict[str, Any]:
     checkpoints.require_space(folder, model)
     if run.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -139,9 +148,13 @@ def _train_stage(
     )
     progress = StageProgress(name, folder / "metrics.jsonl")
     trainer = StageTrainer(
-        model=model, args=arguments, train_dataset=prepared.examples, stage=stage,
-        data_collator=Collator(processor.tokenizer.pad_token_id), callbacks=[progress],
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=prepared.examples,
+        stage=stage,
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        callbacks=[progress],
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     progress.trainer = trainer
     start = time.monotonic()

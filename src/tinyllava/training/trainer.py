@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainingArguments
 
 from tinyllava.config import COMPONENTS, Hardware, Stage
+from tinyllava.data.batches import GroupedSampler
 from tinyllava.data.dataset import Examples
-from tinyllava.data.sampler import GroupedSampler
-from tinyllava.devices import multiplies_bf16
 from tinyllava.errors import TrainingError
+from tinyllava.model.devices import multiplies_bf16
 from tinyllava.model.tuning import component_of
 
 
@@ -141,7 +141,9 @@ def make_arguments(
         1, round(-(-num_samples // stage.global_batch_size) * stage.num_epochs)
     )
     num_passes = stage.global_batch_size // (per_device * world_size)
-    assert num_passes * per_device * world_size == stage.global_batch_size, "a rule of tinyllava.check"
+    assert num_passes * per_device * world_size == stage.global_batch_size, (
+        "a rule of tinyllava.planning.check"
+    )
     precision = choose_precision(hardware.precision)
     return TrainingArguments(
         output_dir=str(folder),

@@ -60,9 +60,9 @@ CASES = {
     "vqav2: no field": (
         "vqav2",
         files.vqav2_test,
-        edit(TESTDEV, '"image"', '"picture"'),
+        edit(TESTDEV, '"image"', '"photo"'),
         f"{TESTDEV}:1",
-        "no field 'image'; the record has: question_id, picture",
+        "no field 'image'; the record has: question_id, image",
     ),
     "vqav2: id twice": (
         "vqav2",
@@ -200,13 +200,7 @@ CASES = {
         "field 'answer' is 'D'; it has to be one of A, B",
     ),
     "mmbench: cells": ("mmbench", files.mmbench, append(TSV, "7\tx\n"), f"{TSV}:16", "not the 14 cells"),
-    "mmbench: picture": (
-        "mmbench",
-        files.mmbench,
-        edit(TSV, "iVBOR", "%%%%%"),
-        f"{TSV}:2",
-        "picture in base64",
-    ),
+    "mmbench: image": ("mmbench", files.mmbench, edit(TSV, "iVBOR", "%%%%%"), f"{TSV}:2", "image in base64"),
     "mmbench: index": (
         "mmbench",
         files.mmbench,
@@ -233,7 +227,7 @@ CASES = {
         files.llava_w,
         edit("context.jsonl", '"image": "002', '"image": "003'),
         "questions.jsonl:3",
-        "picture '002.jpg' has no caption",
+        "image '002.jpg' has no caption",
     ),
     "llava-w: no reference": (
         "llava-w",

@@ -32,8 +32,8 @@ def test_vqav2_val(tmp_path: Path) -> None:
     questions = load("vqav2-val", files.vqav2_val(tmp_path))
     first = questions["262148000"]
     assert first.prompt == f"Is this sunny?\n{SHORT}"
-    assert first.picture == "COCO_val2014_000000262148.jpg"
-    assert first.conversation.images[0].path == tmp_path / "val2014" / first.picture
+    assert first.image == "COCO_val2014_000000262148.jpg"
+    assert first.conversation.images[0].path == tmp_path / "val2014" / first.image
     answers = {"262148000": "Yes", "262148001": "two", "393225000": "RED", "393225001": "Café"}
     scored = score("vqav2-val", questions, answers)
     # "Yes" is uploaded as "yes", which all ten say: 1; six of ten: 1; three of ten, normalised: 0.9; nine: 1
@@ -87,7 +87,7 @@ def test_vqav2_official_question_file(tmp_path: Path) -> None:
     document = {"questions": [{"image_id": 1, "question": "What?", "question_id": 1000}]}
     files.write_json(tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json", document)
     (question,) = BENCHMARKS["vqav2"].load(tmp_path)
-    assert (question.prompt, question.picture) == (f"What?\n{SHORT}", "COCO_test2015_000000000001.jpg")
+    assert (question.prompt, question.image) == (f"What?\n{SHORT}", "COCO_test2015_000000000001.jpg")
 
 
 def test_gqa(tmp_path: Path) -> None:
@@ -133,16 +133,18 @@ def test_scienceqa(tmp_path: Path) -> None:
         == f"Context: Look at the map.\nWhere is it?\nA. Peru\nB. Chad\nC. Fiji\n{LETTER}"
     )
     assert questions["11"].prompt.startswith("Which is a mammal?\nA. frog\n")
-    assert questions["11"].picture == "11/image.png"
+    assert questions["11"].image == "11/image.png"
     assert questions["13"].conversation.images == ()
     result = values(
         score("scienceqa", questions, {"11": "B. bat", "12": "E", "13": "The answer is E.", "14": "B"})
     )
     assert (result["image_accuracy"], result["accuracy"]) == (50, 50)
     assert (result["context=none"], result["subject=language science"], result["grades=1 to 6"]) == (
-        0, 50, 66.6667,
-    )  # fmt: skip
-    # question 12 has a hint and a picture: it counts in both contexts, as the official tool has it
+        0,
+        50,
+        66.6667,
+    )
+    # question 12 has a hint and an image: it counts in both contexts, as the official tool has it
     assert (result["context=image"], result["context=text"], result["grades=7 to 12"]) == (50, 50, 0)
     missing = score("scienceqa", questions, {"11": "B"})
     assert (missing.num_missing, values(missing)["image_accuracy"]) == (3, 50)  # wrong, not dropped
@@ -170,10 +172,18 @@ def test_textvqa_without_ocr_is_another_protocol(tmp_path: Path) -> None:
 
 
 POPE_ANSWERS = {
-    "1": "Yes", "2": "no", "3": "Yes, sure", "4": "No",  # TP TN FP FN
-    "20000001": "yes", "20000002": "No.", "20000003": "not", "20000004": "garbage",  # TP TN TN TP
-    "10000001": "no", "10000002": "no", "10000003": "yes",  # FN TN TP
-}  # fmt: skip
+    "1": "Yes",
+    "2": "no",
+    "3": "Yes, sure",
+    "4": "No",  # TP TN FP FN
+    "20000001": "yes",
+    "20000002": "No.",
+    "20000003": "not",
+    "20000004": "garbage",  # TP TN TN TP
+    "10000001": "no",
+    "10000002": "no",
+    "10000003": "yes",  # FN TN TP
+}
 
 
 def test_pope_is_the_mean_f1_of_three_splits(tmp_path: Path) -> None:
@@ -214,17 +224,30 @@ def test_mme(tmp_path: Path) -> None:
     assert "posters/images/tt01.jpg#2" in questions
     assert "code_reasoning/0020.png#1" in questions
     answers = {
-        "existence/0001.jpg#1": "Yes", "existence/0001.jpg#2": "No.", "existence/0002.jpg#1": "YES it is",
-        "existence/0002.jpg#2": "maybe no", "posters/images/tt01.jpg#1": "yes",
+        "existence/0001.jpg#1": "Yes",
+        "existence/0001.jpg#2": "No.",
+        "existence/0002.jpg#1": "YES it is",
+        "existence/0002.jpg#2": "maybe no",
+        "posters/images/tt01.jpg#1": "yes",
         "posters/images/tt01.jpg#2": "no",
-        "code_reasoning/0020.png#1": "nope", "code_reasoning/0020.png#2": "no",
-    }  # fmt: skip
+        "code_reasoning/0020.png#1": "nope",
+        "code_reasoning/0020.png#2": "no",
+    }
     result = score("mme", questions, answers)
     assert values(result) == {
-        "perception": 75 + 50 + 200, "cognition": 50, "total": 375, "existence": 125, "existence acc": 75,
-        "existence acc+": 50, "posters": 200, "posters acc": 100, "posters acc+": 100, "code_reasoning": 50,
-        "code_reasoning acc": 50, "code_reasoning acc+": 0,
-    }  # fmt: skip
+        "perception": 75 + 50 + 200,
+        "cognition": 50,
+        "total": 375,
+        "existence": 125,
+        "existence acc": 75,
+        "existence acc+": 50,
+        "posters": 200,
+        "posters acc": 100,
+        "posters acc+": 100,
+        "code_reasoning": 50,
+        "code_reasoning acc": 50,
+        "code_reasoning acc+": 0,
+    }
     assert result.metrics[0].num_questions == 6
     export = BENCHMARKS["mme"].export
     assert export is not None
@@ -241,16 +264,19 @@ def test_mmbench_counts_a_question_only_if_all_rotations_are_right(tmp_path: Pat
         f'Look\nhere.\nWhich "one"\nis it?\nA. cat\nB. a dog\nC. bird\nD. None of these\n{LETTER}'
     )
     assert questions["1000252"].prompt == f"Pick.\nA. blue\nB. red\n{LETTER}"
-    assert {q.picture for q in questions.values()} == {"241", "252"}
+    assert {q.image for q in questions.values()} == {"241", "252"}
     answers = {"241": "B", "1000241": "A.", "2000241": "D", "3000241": "a dog", "252": "A", "1000252": "A"}
     scored = score("mmbench", questions, answers)
     assert values(scored) == {
-        "circular": 50, "category=color": 0, "category=ocr": 100, "l2-category=coarse": 50,
+        "circular": 50,
+        "category=color": 0,
+        "category=ocr": 100,
+        "l2-category=coarse": 50,
         "single_pass": 100,
-    }  # fmt: skip
+    }
     benchmark = BENCHMARKS["mmbench"]
     result = benchmark.result(list(questions.values()), scored, model="m")
-    assert (result.num_questions, result.num_pictures, result.is_partial) == (2, 2, True)
+    assert (result.num_questions, result.num_images, result.is_partial) == (2, 2, True)
     assert result.notes[0] == "partial set: 2 of 1,164 questions"
     assert benchmark.export is not None
     (path,) = benchmark.export(list(questions.values()), answers, tmp_path, tmp_path / "out")
@@ -273,10 +299,13 @@ def test_mmvet_is_scored_from_reviews(tmp_path: Path) -> None:
     assert score("mmvet", questions, answers).metrics == ()
     result = values(score("mmvet", questions, answers, {"v1_0": "0.5", "v1_1": "1.0 yes", "v1_2": "1.5"}))
     assert result == {
-        "accuracy": 50, "capability=math": 25, "capability=ocr": 25, "capability=rec": 100,
+        "accuracy": 50,
+        "capability=math": 25,
+        "capability=ocr": 25,
+        "capability=rec": 100,
         "set=ocr+math": 25,
         "set=rec": 100,
-    }  # fmt: skip
+    }
 
 
 def test_llava_w_is_a_ratio_of_means(tmp_path: Path) -> None:
@@ -317,11 +346,14 @@ def test_parquet_mirrors_hold_the_same_questions(name: str, tmp_path: Path) -> N
         for question in mirror:
             twin = by_id[getattr(question, key)]
             assert (question.prompt, question.target, question.category, question.groups) == (
-                twin.prompt, twin.target, twin.category, twin.groups,
-            )  # fmt: skip
+                twin.prompt,
+                twin.target,
+                twin.category,
+                twin.groups,
+            )
 
 
-def test_mmbench_new_table_shares_the_picture_of_the_base_row(tmp_path: Path) -> None:
+def test_mmbench_new_table_shares_the_image_of_the_base_row(tmp_path: Path) -> None:
     old, new = (
         load("mmbench", write(tmp_path / write.__name__))
         for write in (files.mmbench, files.mmbench_new_table)

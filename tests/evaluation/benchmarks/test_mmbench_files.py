@@ -27,9 +27,17 @@ def release(folder: Path, num_left_out: int) -> Path:
         for turn in range(num_rotations):
             letters = dict(zip("ABCD", [*options[turn:], *options[:turn]], strict=False))
             rows.append(
-                {**dict.fromkeys(files.MMBENCH_HEADER, ""), "question": "Which?", **letters, "answer": "A",
-                 "index": str(base + turn * 1_000_000), "image": image, "category": "c", "l2-category": "l"}
-            )  # fmt: skip
+                {
+                    **dict.fromkeys(files.MMBENCH_HEADER, ""),
+                    "question": "Which?",
+                    **letters,
+                    "answer": "A",
+                    "index": str(base + turn * 1_000_000),
+                    "image": image,
+                    "category": "c",
+                    "l2-category": "l",
+                }
+            )
     files.write_table(folder / "mmbench_dev_20230712.tsv", rows)
     return folder
 
@@ -63,9 +71,13 @@ def test_a_file_that_is_cut_short_is_partial(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize(
     "english",
-    ["MMBench_DEV_EN.tsv", "mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv",
-     "MMBench_DEV_EN_V11.tsv"],
-)  # fmt: skip
+    [
+        "MMBench_DEV_EN.tsv",
+        "mmbench_dev_20230712.tsv",
+        "mmbench_dev_en_20231003.tsv",
+        "MMBench_DEV_EN_V11.tsv",
+    ],
+)
 def test_the_chinese_file_beside_the_english_one_is_not_read(
     chinese: str, english: str, tmp_path: Path
 ) -> None:
@@ -121,10 +133,19 @@ def test_the_upload_holds_any_answer(answer: str, tmp_path: Path) -> None:
 def test_llavas_own_answer_file_has_no_suffix_in_its_prompts(tmp_path: Path) -> None:
     questions = MMBENCH.load(files.mmbench(tmp_path))
     lines = [
-        {"question_id": int(q.id), "round_id": 0, "prompt": q.prompt.removesuffix(f"\n{LETTER}"), "text": "A",
-         "options": ["x"], "option_char": ["A"], "answer_id": "i", "model_id": "m", "metadata": {}}
+        {
+            "question_id": int(q.id),
+            "round_id": 0,
+            "prompt": q.prompt.removesuffix(f"\n{LETTER}"),
+            "text": "A",
+            "options": ["x"],
+            "option_char": ["A"],
+            "answer_id": "i",
+            "model_id": "m",
+            "metadata": {},
+        }
         for q in questions
-    ]  # fmt: skip
+    ]
     files.write_lines(tmp_path / "theirs.jsonl", lines)
     answers = {question.id: "A" for question in questions}
     assert read_llava_answers(tmp_path / "theirs.jsonl", questions) == answers

@@ -9,7 +9,7 @@ import pytest
 
 from evaluation import benchmark_files as files
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.results import Metric
+from tinyllava.evaluation.results import Metric
 
 
 def metrics(name: str, folder: Path, answers: Mapping[str, str]) -> dict[str, Metric]:
@@ -19,9 +19,15 @@ def metrics(name: str, folder: Path, answers: Mapping[str, str]) -> dict[str, Me
 
 @pytest.mark.parametrize(
     ("answer", "human", "score"),
-    [("Yes", "yes", 1), ("Yes.", "yes", 1), ("Two", "2", 1), ("a dog", "dog", 1), ("dog", "Dog", 0),
-     ("a dog", "a dog", 0)],
-)  # fmt: skip
+    [
+        ("Yes", "yes", 1),
+        ("Yes.", "yes", 1),
+        ("Two", "2", 1),
+        ("a dog", "dog", 1),
+        ("dog", "Dog", 0),
+        ("a dog", "a dog", 0),
+    ],
+)
 def test_vqav2_val_scores_what_would_be_uploaded(
     answer: str, human: str, score: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,8 +92,10 @@ def test_scienceqa_has_the_topics_and_the_blanks_of_llavas_question_file(tmp_pat
 def test_a_metric_counts_the_questions_that_it_is_of(tmp_path: Path) -> None:
     mme = metrics("mme", files.mme(tmp_path / "mme"), {})
     assert {name: mme[name].num_questions for name in ("existence", "existence acc", "existence acc+")} == {
-        "existence": 4, "existence acc": 4, "existence acc+": 4,
-    }  # fmt: skip
+        "existence": 4,
+        "existence acc": 4,
+        "existence acc+": 4,
+    }
     assert (mme["perception"].num_questions, mme["total"].num_questions) == (6, 8)
     pope = metrics("pope", files.pope(tmp_path / "pope"), {})
     for split, labels in files.POPE.items():
@@ -98,7 +106,7 @@ def test_a_metric_counts_the_questions_that_it_is_of(tmp_path: Path) -> None:
 def test_llava_w_is_rounded_where_llavas_script_rounds(tmp_path: Path) -> None:
     """Both means to three decimals, then their ratio to one, which is another number now and then."""
     first, *_ = BENCHMARKS["llava-w"].load(files.llava_w(tmp_path))
-    questions = [replace(first, id=str(n), picture=str(n)) for n in range(7)]
+    questions = [replace(first, id=str(n), image=str(n)) for n in range(7)]
     num_different = 0
     for seed in range(400):
         generator = random.Random(seed)

@@ -1,4 +1,4 @@
-"""GQA: compositional questions about Visual Genome pictures, one gold answer each (testdev_balanced).
+"""GQA: compositional questions about Visual Genome images, one gold answer each (testdev_balanced).
 
 Paper: appendix A; the column GQA of Tables 3 and A1.
 Differs: the official validity, plausibility and consistency need files that the release does not have.
@@ -21,15 +21,15 @@ from tinyllava.evaluation.question import (
     read_llava_prompts,
 )
 from tinyllava.evaluation.read import (
-    Pictures,
+    ImageFiles,
     Record,
     find_parquet,
     read_entries,
     read_list,
     read_parquet,
-    unpack_picture,
+    unpack_image,
 )
-from tinyllava.results import Metric
+from tinyllava.evaluation.results import Metric
 
 PROMPT = "{question}\n" + SHORT
 GOLD = "testdev_balanced_questions.json"
@@ -67,21 +67,21 @@ def load(folder: Path) -> list[Question]:
 def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef]]:
     gold = find_source(folder, GOLD, f"data/{GOLD}")  # the second in LLaVA's layout
     if gold is not None:
-        pictures = Pictures(gold.parent / "images")
+        images = ImageFiles(gold.parent / "images")
         for question_id, record in read_entries(gold).items():
-            yield question_id, record, pictures[f"{record.text('imageId')}.jpg"]
+            yield question_id, record, images[f"{record.text('imageId')}.jpg"]
         return
     shards = find_parquet(folder, "testdev")
     if not shards:
         raise no_source(folder, "gqa", GOLD, "parquet shards (testdev_balanced_instructions and _images)")
-    images: dict[str, ImageRef] = {}
+    refs: dict[str, ImageRef] = {}
     for record in read_parquet([path for path in shards if "images" in str(path.relative_to(folder))]):
         name = f"{record.text('id')}.jpg"
-        images[record.text("id")] = unpack_picture(record, "image", folder, name)
+        refs[record.text("id")] = unpack_image(record, "image", folder, name)
     for record in read_parquet([path for path in shards if "images" not in str(path.relative_to(folder))]):
-        if record.text("imageId") not in images:
-            record.fail(f"no picture {record.text('imageId')!r} among the shards of the config _images.")
-        yield record.text("id"), record, images[record.text("imageId")]
+        if record.text("imageId") not in refs:
+            record.fail(f"no image {record.text('imageId')!r} among the shards of the config _images.")
+        yield record.text("id"), record, refs[record.text("imageId")]
 
 
 def _count_steps(record: Record) -> int:
@@ -156,7 +156,7 @@ BENCHMARK = Benchmark(
         ),
         NeededFile(
             names=("images", "data/images", "**/*images*/testdev*.parquet"),
-            purpose="398 pictures (n161313.jpg and so on, out of images.zip)",
+            purpose="398 images (n161313.jpg and so on, out of images.zip)",
             num_files=398,
             source=SITE,
             licence="not stated",

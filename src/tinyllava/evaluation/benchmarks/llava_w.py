@@ -1,4 +1,4 @@
-"""LLaVA-Bench (in the wild): 60 questions on 24 pictures; a judge compares the answer with GPT-4's.
+"""LLaVA-Bench (in the wild): 60 questions on 24 images; a judge compares the answer with GPT-4's.
 
 Paper: appendix A; the column LLaVA-W of Tables 3 and A1 is the ratio of the mean scores over all questions.
 Differs: ``llava-w-own-prompt`` asks the judge in our own words, for those without LLaVA's files.
@@ -15,18 +15,18 @@ from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
+from tinyllava.evaluation.metrics.statistics import Ratio
 from tinyllava.evaluation.question import Question, QuestionList, no_source
 from tinyllava.evaluation.read import (
-    Pictures,
+    ImageFiles,
     Record,
     find_parquet,
     read_json,
     read_lines,
     read_parquet,
     read_python,
-    unpack_picture,
+    unpack_image,
 )
-from tinyllava.evaluation.scoring.statistics import Ratio
 
 CATEGORIES = ("conv", "detail", "complex")
 _DECIMALS = (3, 1)
@@ -57,22 +57,22 @@ def _read_records(folder: Path) -> Iterator[tuple[Record, str, ImageRef, str, st
         if not shards:
             raise no_source(folder, "llava-w", "questions.jsonl", "parquet shards")
         for record in read_parquet(shards):
-            image = unpack_picture(
+            image = unpack_image(
                 record, "image", folder, f"{record.text('image_id').removesuffix('.jpg')}.jpg"
             )
             yield record, record.text("question"), image, _caption(record), record.text("gpt_answer")
         return
-    pictures = Pictures(folder / "images")
+    images = ImageFiles(folder / "images")
     contexts = {record.text("image"): record for record in read_lines(folder / "context.jsonl")}
     answers = {record.text("question_id"): record for record in read_lines(folder / "answers_gpt4.jsonl")}
     for record in read_lines(folder / "questions.jsonl"):
         question_id, image_name = record.text("question_id"), record.text("image")
         if image_name not in contexts:
-            record.fail(f"picture {image_name!r} has no caption in {folder / 'context.jsonl'}.")
+            record.fail(f"image {image_name!r} has no caption in {folder / 'context.jsonl'}.")
         if question_id not in answers:
             record.fail(f"question {question_id} has no reference answer in {folder / 'answers_gpt4.jsonl'}.")
         caption, reference = _caption(contexts[image_name]), answers[question_id].text("text")
-        yield record, record.text("text"), pictures[image_name], caption, reference
+        yield record, record.text("text"), images[image_name], caption, reference
 
 
 def _caption(record: Record) -> str:
@@ -112,7 +112,7 @@ def _constants(node: ast.Dict) -> dict[str, str]:
 
 
 _OWN_RULE = (
-    "Two assistants answered a question about a picture that they saw and you know from the context alone. "
+    "Two assistants answered a question about an image that they saw and you know from the context alone. "
     "Grade both from 1 to 10 by how helpful, to the point, right and detailed the answer is; which came "
     "first must not matter. The first line of your reply holds the two grades and nothing else, a space "
     "between them; then give reasons."
@@ -203,9 +203,9 @@ _FILES = (
         )
         for name, purpose, size, num_files in (
             ("questions.jsonl", "60 questions", "8.25 kB", None),
-            ("context.jsonl", "captions of the 24 pictures, for the judge", "8.04 kB", None),
+            ("context.jsonl", "captions of the 24 images, for the judge", "8.04 kB", None),
             ("answers_gpt4.jsonl", "reference answers", "46.5 kB", None),
-            ("images", "24 pictures", "9.7 MB", 24),
+            ("images", "24 images", "9.7 MB", 24),
         )
     ),
 )

@@ -15,9 +15,9 @@ from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, means_by_group
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
+from tinyllava.evaluation.metrics.choices import NONE_OF_THEM, extract_option
 from tinyllava.evaluation.question import LETTER, Question, QuestionList, no_source
-from tinyllava.evaluation.read import Record, find_parquet, read_parquet, read_table, unpack_picture
-from tinyllava.evaluation.scoring.choices import NONE_OF_THEM, extract_option
+from tinyllava.evaluation.read import Record, find_parquet, read_parquet, read_table, unpack_image
 
 BODY = "{hint}{question}\n{options}"
 PROMPT = f"{BODY}\n{LETTER}"
@@ -25,9 +25,12 @@ SPLIT = "dev (English)"
 LETTERS = "ABCD"
 ROTATION = 1_000_000
 TABLES = (
-    "mmbench_dev.tsv", "mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "MMBench_DEV_EN*.tsv",
+    "mmbench_dev.tsv",
+    "mmbench_dev_2*.tsv",
+    "mmbench_dev_en*.tsv",
+    "MMBench_DEV_EN*.tsv",
     "MMBENCH_DEV_EN*.tsv",
-)  # fmt: skip
+)
 """File names of the English dev set: the first release's bear a date and no language."""
 RELEASES = {4_377: 1_176, 4_329: 1_164}
 """Rows of a release -> its base questions: mmbench_dev_20230712, which LLaVA and the paper use; all later
@@ -44,9 +47,9 @@ _EMPTY = frozenset(
 
 
 def load(folder: Path) -> list[Question]:
-    """Read the TSV (the legacy one, or VLMEvalKit's with one picture a group), or a parquet mirror.
+    """Read the TSV (the legacy one, or VLMEvalKit's with one image a group), or a parquet mirror.
 
-    A question's picture is that of its base row: index modulo 1,000,000.
+    A question's image is that of its base row: index modulo 1,000,000.
     """
     questions = QuestionList()
     rows: Counter[str] = Counter()  # of each base question in the whole file
@@ -71,13 +74,13 @@ def load(folder: Path) -> list[Question]:
         level2 = "l2-category" if "l2-category" in record.values else "L2-category"
         groups = (f"category={record.text('category')}", f"l2-category={record.text(level2)}")
         target = {"answer": answer, "options": options}
-        image = unpack_picture(record, "image", folder, f"{base}.jpg")
+        image = unpack_image(record, "image", folder, f"{base}.jpg")
         questions.add(
             record,
             id=str(index),
             text=f"{text}\n{LETTER}",
             image=image,
-            picture=base,
+            image_name=base,
             target=target,
             groups=groups,
             meta={"llava_prompt": text, "rows": rows},  # its answer files leave out the suffix
@@ -161,8 +164,8 @@ def count_base(questions: Sequence[Question]) -> int:
 
     That is one for each option, unless the file is a whole release: then what it has of the question.
     """
-    rotations = Counter(question.picture for question in questions)
-    needed = {q.picture: len(q.target["options"]) for q in questions}
+    rotations = Counter(question.image for question in questions)
+    needed = {q.image: len(q.target["options"]) for q in questions}
     if questions and (rows := questions[0].meta["rows"]).total() in RELEASES:
         needed = {base: rows[base] for base in needed}
     return sum(rotations[base] >= num for base, num in needed.items())
@@ -263,9 +266,9 @@ BENCHMARK = Benchmark(
     files=(
         NeededFile(
             names=(*TABLES, "**/dev*.parquet"),
-            purpose="1,164 questions (1,176 in the first release) with their rotations, pictures inside",
+            purpose="1,164 questions (1,176 in the first release) with their rotations, images inside",
             source=SOURCE,
-            licence="Apache-2.0 (of the repository open-compass/MMBench; not stated for the pictures)",
+            licence="Apache-2.0 (of the repository open-compass/MMBench; not stated for the images)",
             known_md5={
                 "b6caf1133a01c6bb705cf753bb527ed8": "MMBench_DEV_EN",
                 "30c05be8f2f347a50be25aa067248184": "MMBench_DEV_EN_V11",

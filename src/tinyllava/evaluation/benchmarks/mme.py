@@ -1,8 +1,8 @@
-"""MME: two yes/no questions on each picture, fourteen tasks; the paper reports the perception sum.
+"""MME: two yes/no questions on each image, fourteen tasks; the paper reports the perception sum.
 
 Paper: appendix A; the column MME of Table 3.
 Differs: the appendix says that GPT-4 grades MME; the benchmark's own rule, followed here, looks for yes or
-no in the first four characters. Pictures are paired by name, not by consecutive lines.
+no in the first four characters. Images are paired by name, not by consecutive lines.
 """
 
 from collections import defaultdict
@@ -13,16 +13,25 @@ from pathlib import Path
 from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, write_export
 from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.metrics.statistics import Ratio
+from tinyllava.evaluation.metrics.yes_no import NO, YES, parse_mme
 from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source
-from tinyllava.evaluation.read import Record, find_parquet, read_parquet, read_text, unpack_picture
-from tinyllava.evaluation.scoring.statistics import Ratio
-from tinyllava.evaluation.scoring.yes_no import NO, YES, parse_mme
+from tinyllava.evaluation.read import Record, find_parquet, read_parquet, read_text, unpack_image
 
 PROMPT = "{question}\n" + SHORT
 ENDING = "Please answer yes or no."
 PERCEPTION = (
-    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
-)  # fmt: skip
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 TREE = "MME_Benchmark_release_version"
 _ONE_LINE = str.maketrans("\t\n\r", "   ")
@@ -45,16 +54,16 @@ def load(folder: Path) -> list[Question]:
             id=f"{name}#{seen[name]}",
             text=PROMPT.format(question=question),
             image=image,
-            picture=name,
+            image_name=name,
             target=gold,
             category=task,
             meta=meta,
         )
         if seen[name] > 2:
-            record.fail(f"picture {name!r} has more than two questions.")
+            record.fail(f"image {name!r} has more than two questions.")
     odd = [name for name, num in seen.items() if num != 2]
     if odd and last is not None:
-        last.fail(f"{len(odd)} pictures have not two questions, as {odd[0]!r}.")
+        last.fail(f"{len(odd)} images have not two questions, as {odd[0]!r}.")
     return questions.finish(folder)
 
 
@@ -76,7 +85,7 @@ def _read_records(folder: Path) -> Iterator[tuple[str, str, Record, ImageRef]]:
         name, task = record.text("question_id"), record.text("category")
         if task not in (*PERCEPTION, *COGNITION):
             record.fail(f"field 'category' is {task!r}; it has to be one of the fourteen tasks.")
-        yield task, name, record, unpack_picture(record, "image", folder, name.replace("/", "_"))
+        yield task, name, record, unpack_image(record, "image", folder, name.replace("/", "_"))
 
 
 def _find_image(folder: Path, text: Path) -> Path:
@@ -104,7 +113,7 @@ def grade(question: Question, answer: str) -> Grade:
 def summarise(predictions: Sequence[Prediction]) -> Summary:
     """Return the three sums, then each task's score (at most 200) and its two parts.
 
-    A task scores the share of right answers plus the share of pictures with both right, each in percent.
+    A task scores the share of right answers plus the share of images with both right, each in percent.
     """
     tasks = {
         task: _rate_task([p for p in predictions if p.category == task])
@@ -121,10 +130,10 @@ def summarise(predictions: Sequence[Prediction]) -> Summary:
 
 
 def _rate_task(predictions: Sequence[Prediction]) -> tuple[Ratio, Ratio]:
-    pictures: dict[str, float] = {}
+    images: dict[str, float] = {}
     for prediction in predictions:
-        pictures[prediction.picture] = min(pictures.get(prediction.picture, 1.0), prediction.score or 0.0)
-    both = Ratio(numerators=list(pictures.values()), clusters=list(pictures), num_questions=0)
+        images[prediction.image] = min(images.get(prediction.image, 1.0), prediction.score or 0.0)
+    both = Ratio(numerators=list(images.values()), clusters=list(images), num_questions=0)
     return mean_of(predictions), both
 
 
@@ -164,7 +173,7 @@ BENCHMARK = Benchmark(
     files=(
         NeededFile(
             names=(TREE, "existence", "**/*.parquet"),
-            purpose="1,187 pictures with two questions each, fourteen tasks",
+            purpose="1,187 images with two questions each, fourteen tasks",
             source="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models (on request)",
             licence="not stated",
         ),

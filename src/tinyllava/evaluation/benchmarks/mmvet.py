@@ -18,15 +18,15 @@ from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
 from tinyllava.evaluation.question import Question, QuestionList, no_source
 from tinyllava.evaluation.read import (
-    Pictures,
+    ImageFiles,
     Record,
     find_parquet,
     read_entries,
     read_parquet,
     read_python,
-    unpack_picture,
+    unpack_image,
 )
-from tinyllava.results import Metric
+from tinyllava.evaluation.results import Metric
 
 GOLD = "mm-vet.json"
 EVALUATOR = "mm-vet_evaluator.py"
@@ -54,16 +54,16 @@ def load(folder: Path) -> list[Question]:
 def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef]]:
     root = folder / "mm-vet" if (folder / "mm-vet" / GOLD).exists() else folder
     if (root / GOLD).exists():
-        pictures = Pictures(root / "images")
+        images = ImageFiles(root / "images")
         for question_id, record in read_entries(root / GOLD).items():
-            yield question_id, record, pictures[record.text("imagename")]
+            yield question_id, record, images[record.text("imagename")]
         return
     shards = find_parquet(folder, "")
     if not shards:
         raise no_source(folder, "mmvet", GOLD, "parquet shards")
     for record in read_parquet(shards):
         question_id = record.text("question_id")
-        yield question_id, record, unpack_picture(record, "image", folder, f"{question_id}.png")
+        yield question_id, record, unpack_image(record, "image", folder, f"{question_id}.png")
 
 
 def read_official_wording(folder: Path) -> Wording:
@@ -95,7 +95,7 @@ def read_official_wording(folder: Path) -> Wording:
 
 _OWN_WORDING = {
     "prompt": (
-        "Grade a reply to a question about a picture against the truth, from 0.0 (wrong) to 1.0 (right) in "
+        "Grade a reply to a question about an image against the truth, from 0.0 (wrong) to 1.0 (right) in "
         "steps of 0.1. Where the truth joins parts by <AND>, each part counts its share; where it joins them "
         "by <OR>, one part is enough. Fill in the last cell with the grade alone.\n\n"
         "Question | Truth | Reply | Grade\n--- | --- | --- | ---\n"
@@ -166,7 +166,7 @@ _FILES = (
     ),
     NeededFile(
         names=("mm-vet/images", "images", "**/*.parquet"),
-        purpose="200 pictures",
+        purpose="200 images",
         num_files=200,
         source=f"mm-vet.zip of {SITE}",
         licence=LICENCE,

@@ -16,18 +16,11 @@ from pathlib import Path
 from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, write_export
 from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.metrics.statistics import Ratio
+from tinyllava.evaluation.metrics.yes_no import NO, OTHER, YES, parse_exact, parse_pope
 from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source
-from tinyllava.evaluation.read import (
-    Pictures,
-    Record,
-    find_parquet,
-    read_lines,
-    read_parquet,
-    unpack_picture,
-)
-from tinyllava.evaluation.scoring.statistics import Ratio
-from tinyllava.evaluation.scoring.yes_no import NO, OTHER, YES, parse_exact, parse_pope
-from tinyllava.results import Metric
+from tinyllava.evaluation.read import ImageFiles, Record, find_parquet, read_lines, read_parquet, unpack_image
+from tinyllava.evaluation.results import Metric
 
 PROMPT = "{question}\n" + SHORT
 FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -71,14 +64,14 @@ def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef]]:
     if shards and not is_official:
         for record in read_parquet(shards):
             name = f"{record.text('image_source')}.jpg"
-            yield record.text("category").lower(), record, unpack_picture(record, "image", folder, name)
+            yield record.text("category").lower(), record, unpack_image(record, "image", folder, name)
         return
     if not is_official:
         raise no_source(folder, "pope", *names.values(), "parquet shards")
-    pictures = Pictures(folder / "val2014")
+    images = ImageFiles(folder / "val2014")
     for split, name in names.items():
         for record in read_lines(root / name):
-            yield split, record, pictures[record.text("image")]
+            yield split, record, images[record.text("image")]
 
 
 def grade(question: Question, answer: str) -> Grade:
@@ -187,7 +180,7 @@ _FILES = (
     ),
     NeededFile(
         names=("val2014",),
-        purpose="500 pictures of COCO val2014",
+        purpose="500 images of COCO val2014",
         source="https://cocodataset.org",
         licence="Flickr terms of use",
         num_files=500,
@@ -227,9 +220,9 @@ POOLED = replace(
     files=(
         NeededFile(
             names=("**/*.parquet", "coco_pope_random.json", "coco/coco_pope_random.json"),
-            purpose="9,000 questions, with pictures in parquet",
+            purpose="9,000 questions, with images in parquet",
             source="the data set lmms-lab/POPE, or https://github.com/AoiDragon/POPE",
-            licence="MIT (of the repository); Flickr terms of use (pictures)",
+            licence="MIT (of the repository); Flickr terms of use (images)",
         ),
     ),
     notes=(

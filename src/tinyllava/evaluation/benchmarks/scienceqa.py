@@ -1,7 +1,7 @@
-"""ScienceQA: school questions with two to five choices; the paper reports those with a picture (test).
+"""ScienceQA: school questions with two to five choices; the paper reports those with an image (test).
 
 Paper: appendix A, ScienceQA-IMG; the column SQA-I of Tables 3 and A1 is the accuracy over questions with a
-picture. Differs: an unanswered question is wrong in both numbers; LLaVA's script drops it from the second.
+image. Differs: an unanswered question is wrong in both numbers; LLaVA's script drops it from the second.
 """
 
 import json
@@ -19,17 +19,17 @@ from tinyllava.evaluation.benchmark import (
     write_export,
 )
 from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.metrics.choices import parse_scienceqa
 from tinyllava.evaluation.question import LETTER, Question, QuestionList, no_source
 from tinyllava.evaluation.read import (
-    Pictures,
+    ImageFiles,
     Record,
     find_parquet,
     read_entries,
     read_json,
     read_parquet,
-    unpack_picture,
+    unpack_image,
 )
-from tinyllava.evaluation.scoring.choices import parse_scienceqa
 
 BODY = "{context}{question}\n{options}"
 PROMPT = f"{BODY}\n{LETTER}"
@@ -73,7 +73,7 @@ def load(folder: Path) -> list[Question]:
 
 
 def _groups(record: Record, hint: str, image: ImageRef | None) -> tuple[str, ...]:
-    """Return the official groups: a question with a hint and a picture counts in both contexts."""
+    """Return the official groups: a question with a hint and an image counts in both contexts."""
     grade = record.text("grade").removeprefix("grade")
     if grade not in _GRADES:
         record.fail(f"field 'grade' is {record.text('grade')!r}; it has to be one of grade1 to grade12.")
@@ -88,13 +88,13 @@ def _groups(record: Record, hint: str, image: ImageRef | None) -> tuple[str, ...
 
 def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef | None]]:
     if (folder / "problems.json").exists():
-        problems, pictures = read_entries(folder / "problems.json"), Pictures(folder / "images" / "test")
+        problems, images = read_entries(folder / "problems.json"), ImageFiles(folder / "images" / "test")
         splits = read_json(folder / "pid_splits.json")
         for question_id in splits.texts("test"):
             if question_id not in problems:
                 splits.fail(f"id {question_id!r} of the split 'test' is not in {folder / 'problems.json'}.")
             image = problems[question_id].field("image")
-            yield question_id, problems[question_id], pictures[f"{question_id}/{image}"] if image else None
+            yield question_id, problems[question_id], images[f"{question_id}/{image}"] if image else None
         return
     shards = find_parquet(folder, "test")
     if not shards:
@@ -102,7 +102,7 @@ def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef | None]]
     for number, record in enumerate(read_parquet(shards)):
         has_image = record.field("image") is not None
         name = f"{number}.png"
-        yield str(number), record, unpack_picture(record, "image", folder, name) if has_image else None
+        yield str(number), record, unpack_image(record, "image", folder, name) if has_image else None
 
 
 def grade(question: Question, answer: str) -> Grade:
@@ -112,7 +112,7 @@ def grade(question: Question, answer: str) -> Grade:
 
 
 def summarise(predictions: Sequence[Prediction]) -> Summary:
-    """Return the accuracy over questions with a picture, over all, and over the official groups."""
+    """Return the accuracy over questions with an image, over all, and over the official groups."""
     with_image = [prediction for prediction in predictions if prediction.category == "image"]
     return {"image_accuracy": [mean_of(with_image)], **mean_scores(predictions)}
 
@@ -141,7 +141,7 @@ BENCHMARK = Benchmark(
     load=load,
     grade=grade,
     summarise=summarise,
-    unit="questions with a picture",
+    unit="questions with an image",
     unit_of=lambda prediction: prediction.question_id if prediction.category == "image" else None,
     max_new_tokens=1024,
     export=export_results,
@@ -160,7 +160,7 @@ BENCHMARK = Benchmark(
         ),
         NeededFile(
             names=("images/test", "**/*test*.parquet"),
-            purpose="2,017 pictures, images/test/{id}/image.png",
+            purpose="2,017 images, images/test/{id}/image.png",
             num_files=2_017,
             source=SITE,
             licence=LICENCE,

@@ -1,6 +1,6 @@
-"""The starter's held-out questions: benchmark number ten, about pictures that everybody can fetch.
+"""The starter's held-out questions: benchmark number ten, about images that everybody can fetch.
 
-Paper: none; the starter's own pictures (easy-VQA and the Grocery Store photographs, official test splits).
+Paper: none; the starter's own images (easy-VQA and the Grocery Store photographs, official test splits).
 ``starter`` is a fixed sample of 1,500 questions, ``starter-small`` 360 of it, ``starter-whole`` all of them.
 """
 
@@ -15,15 +15,19 @@ from pathlib import Path
 from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade
+from tinyllava.evaluation.metrics.yes_no import parse_pope
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import read_text
-from tinyllava.evaluation.scoring.yes_no import parse_pope
 
 FILE = "held_out.json"
 QUOTAS = {
-    ("easy_vqa", "yes_no"): 500, ("easy_vqa", "shape"): 150, ("easy_vqa", "colour"): 150,
-    ("grocery_store", "yes_no"): 400, ("grocery_store", "fruit"): 200, ("grocery_store", "variety"): 100,
-}  # fmt: skip
+    ("easy_vqa", "yes_no"): 500,
+    ("easy_vqa", "shape"): 150,
+    ("easy_vqa", "colour"): 150,
+    ("grocery_store", "yes_no"): 400,
+    ("grocery_store", "fruit"): 200,
+    ("grocery_store", "variety"): 100,
+}
 """Questions of the fixed sample, by data set and kind; 100 of a kind that an option added."""
 SMALL_SHARE = 0.24
 """Part of each quota that the small sample takes."""
@@ -51,7 +55,7 @@ def _question(record: dict, folder: Path) -> Question:  # type: ignore[type-arg]
     return Question(
         id=record["id"],
         conversation=ask(text, image, id=record["id"]),
-        picture=record["image"],
+        image=record["image"],
         target=answered["value"],
         category=record["kind"],
         groups=(f"kind={record['kind']}", f"source={record['source']}"),
@@ -67,7 +71,7 @@ def load_sample(folder: Path, share: float = 1.0) -> list[Question]:
     chosen: list[Question] = []
     for key, questions in sorted(strata.items()):
         chosen += sorted(questions, key=_hash_of)[: round(share * QUOTAS.get(key, 100))]
-    return sorted(chosen, key=lambda question: question.picture)
+    return sorted(chosen, key=lambda question: question.image)
 
 
 def _hash_of(question: Question) -> str:
@@ -104,7 +108,9 @@ BENCHMARK = Benchmark(
 )
 WHOLE = replace(BENCHMARK, name="starter-whole", split="held-out", load=load, num_questions=0)
 SMALL = replace(
-    BENCHMARK, name="starter-small", split="held-out sample of 360",
+    BENCHMARK,
+    name="starter-small",
+    split="held-out sample of 360",
     load=partial(load_sample, share=SMALL_SHARE),
     num_questions=sum(round(SMALL_SHARE * quota) for quota in QUOTAS.values()),
-)  # fmt: skip
+)

@@ -1,4 +1,4 @@
-"""TextVQA: questions about text in pictures, ten human answers each (val 0.5.1).
+"""TextVQA: questions about text in images, ten human answers each (val 0.5.1).
 
 Paper: appendix A; the column VQA-T of Tables 3 and A1, asked with the line of OCR tokens that LLaVA-1.5 adds.
 Differs: ``textvqa-no-ocr`` is the second protocol, without that line; it reads several points lower.
@@ -12,23 +12,17 @@ from pathlib import Path
 from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade
 from tinyllava.evaluation.files import NeededFile
-from tinyllava.evaluation.question import (
-    SHORT,
-    Question,
-    QuestionList,
-    no_source,
-    read_llava_prompts,
-)
+from tinyllava.evaluation.metrics.vqa_accuracy import NUM_ANNOTATORS, grade_textvqa
+from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source, read_llava_prompts
 from tinyllava.evaluation.read import (
-    Pictures,
+    ImageFiles,
     Record,
     find_parquet,
     read_json,
     read_list,
     read_parquet,
-    unpack_picture,
+    unpack_image,
 )
-from tinyllava.evaluation.scoring.vqa_accuracy import NUM_ANNOTATORS, grade_textvqa
 
 PROMPT = "{question}\nReference OCR token: {ocr}\n" + SHORT
 PROMPT_WITHOUT_OCR = "{question}\n" + SHORT
@@ -38,7 +32,7 @@ ROSETTA = "TextVQA_Rosetta_OCR_v0.2_val.json"
 SITE = "https://textvqa.org/dataset"
 
 Prompts = dict[tuple[str, str], str]
-"""LLaVA's prompt by picture id and lower-cased question; its ids alone do not tell questions apart."""
+"""LLaVA's prompt by image id and lower-cased question; its ids alone do not tell questions apart."""
 
 
 def load(folder: Path, *, with_ocr: bool) -> list[Question]:
@@ -54,7 +48,7 @@ def load(folder: Path, *, with_ocr: bool) -> list[Question]:
         text = PROMPT_WITHOUT_OCR.format(question=question.capitalize())
         if prompts:
             if (image_id, question.lower()) not in prompts:
-                record.fail(f"no prompt for picture {image_id!r} and this question in {folder / LLAVA}.")
+                record.fail(f"no prompt for image {image_id!r} and this question in {folder / LLAVA}.")
             text = prompts[image_id, question.lower()]
         elif with_ocr:
             ocr = tokens.get(image_id, []) if tokens is not None else record.texts("ocr_tokens")
@@ -85,15 +79,15 @@ def _read_rosetta(folder: Path) -> dict[str, list[str]]:
 
 def _read_records(folder: Path) -> Iterator[tuple[Record, ImageRef]]:
     if (folder / GOLD).exists():
-        pictures = Pictures(folder / "train_images")
+        images = ImageFiles(folder / "train_images")
         for record in read_list(read_json(folder / GOLD), "data", "question_id"):
-            yield record, pictures[f"{record.text('image_id')}.jpg"]
+            yield record, images[f"{record.text('image_id')}.jpg"]
         return
     shards = find_parquet(folder, "validation")
     if not shards:
         raise no_source(folder, "textvqa", GOLD, "parquet shards (validation)")
     for record in read_parquet(shards):
-        yield record, unpack_picture(record, "image", folder, f"{record.text('image_id')}.jpg")
+        yield record, unpack_image(record, "image", folder, f"{record.text('image_id')}.jpg")
 
 
 def grade(question: Question, answer: str) -> Grade:
@@ -126,9 +120,9 @@ BENCHMARK = Benchmark(
         ),
         NeededFile(
             names=("train_images", "**/*validation*.parquet"),
-            purpose="pictures, train_images/{image_id}.jpg",
+            purpose="images, train_images/{image_id}.jpg",
             source="https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
-            licence="CC BY 4.0 (data set); pictures are of Open Images",
+            licence="CC BY 4.0 (data set); images are of Open Images",
         ),
     ),
     notes=("asked with the line of OCR tokens",),

@@ -1,4 +1,4 @@
-"""VQAv2: open questions about COCO pictures, ten human answers each.
+"""VQAv2: open questions about COCO images, ten human answers each.
 
 Paper: appendix A; the column VQA-v2 of Tables 3 and A1 is test-dev, whose answers only the server knows.
 Differs: ``vqav2-val`` scores locally on val2014, answers normalised first as for the upload; it reads about
@@ -15,6 +15,8 @@ from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, write_export
 from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.metrics.vqa_accuracy import NUM_ANNOTATORS, grade_vqa
+from tinyllava.evaluation.metrics.vqa_normaliser import normalise_evalai
 from tinyllava.evaluation.question import (
     SHORT,
     Question,
@@ -24,29 +26,27 @@ from tinyllava.evaluation.question import (
     read_llava_prompts,
 )
 from tinyllava.evaluation.read import (
-    Pictures,
+    ImageFiles,
     Record,
     find_parquet,
     read_json,
     read_lines,
     read_list,
     read_parquet,
-    unpack_picture,
+    unpack_image,
 )
-from tinyllava.evaluation.scoring.vqa_accuracy import NUM_ANNOTATORS, grade_vqa
-from tinyllava.evaluation.scoring.vqa_normaliser import normalise_evalai
 
 PROMPT = "{question}\n" + SHORT
 SITE = "https://visualqa.org/download.html"
 LLAVA = "LLaVA's eval.zip (docs/Evaluation.md of the LLaVA repository)"
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
-LICENCE = "CC BY 4.0 (annotations); Flickr terms of use (COCO pictures)"
+LICENCE = "CC BY 4.0 (annotations); Flickr terms of use (COCO images)"
 
 
 def load_test(folder: Path, *, split: str) -> list[Question]:
     """Read the questions of test-dev or test from LLaVA's file, the official one, or parquet; no targets."""
-    questions, pictures = QuestionList(), Pictures(folder / "test2015")
+    questions, images = QuestionList(), ImageFiles(folder / "test2015")
     names = (f"llava_vqav2_mscoco_{split}2015.jsonl", f"v2_OpenEnded_mscoco_{split}2015_questions.json")
     source, shards = find_source(folder, *names), find_parquet(folder, split.replace("-", "") + "-")
     if source is None:
@@ -55,17 +55,17 @@ def load_test(folder: Path, *, split: str) -> list[Question]:
         return _load_parquet(shards, folder, "test2015")
     if source.name == names[0]:
         for record, text in read_llava_prompts(source):
-            image = pictures[record.text("image")]
+            image = images[record.text("image")]
             questions.add(record, id=record.text("question_id"), text=text, image=image, target=None)
     else:
         for record in read_list(read_json(source), "questions", "question_id"):
-            _add(questions, record, pictures[_picture_name(record, "test2015")])
+            _add(questions, record, images[_image_name(record, "test2015")])
     return questions.finish(source)
 
 
 def load_val(folder: Path) -> list[Question]:
     """Read val2014 with its answers from the official files or from parquet."""
-    questions, pictures = QuestionList(), Pictures(folder / "val2014")
+    questions, images = QuestionList(), ImageFiles(folder / "val2014")
     source, shards = folder / QUESTIONS, find_parquet(folder, "validation")
     if not source.exists():
         if not shards:
@@ -77,19 +77,19 @@ def load_val(folder: Path) -> list[Question]:
         annotation = annotations.get(record.text("question_id"))
         if annotation is None:
             record.fail(f"question {record.text('question_id')} has no annotation in {folder / ANNOTATIONS}.")
-        _add(questions, record, pictures[_picture_name(record, "val2014")], annotation)
+        _add(questions, record, images[_image_name(record, "val2014")], annotation)
     return questions.finish(source)
 
 
 def _load_parquet(shards: list[Path], folder: Path, images: str) -> list[Question]:
     questions = QuestionList()
     for record in read_parquet(shards):
-        image = unpack_picture(record, "image", folder, _picture_name(record, images))
+        image = unpack_image(record, "image", folder, _image_name(record, images))
         _add(questions, record, image, record if images == "val2014" else None)
     return questions.finish(shards[0])
 
 
-def _picture_name(record: Record, images: str) -> str:
+def _image_name(record: Record, images: str) -> str:
     return f"COCO_{images}_{record.integer('image_id'):012d}.jpg"
 
 
@@ -145,9 +145,9 @@ def _read_ids(source: Path, folder: Path) -> list[int]:
     return [record.integer("question_id") for record in records]
 
 
-_TEST_PICTURES = NeededFile(
+_TEST_IMAGES = NeededFile(
     names=("test2015", "**/*test*.parquet"),
-    purpose="81,434 pictures",
+    purpose="81,434 images",
     source=SITE,
     licence=LICENCE,
     num_files=81_434,
@@ -187,7 +187,7 @@ BENCHMARK = Benchmark(
             licence=LICENCE,
             is_optional=True,
         ),
-        _TEST_PICTURES,
+        _TEST_IMAGES,
     ),
     notes=(
         "the score comes from the server: upload the exported file to EvalAI, challenge 830, Test-Dev phase",
@@ -202,7 +202,7 @@ TEST = replace(
     split="test2015",
     num_questions=447_793,
     load=partial(load_test, split="test"),
-    files=(replace(BENCHMARK.files[1], purpose="447,793 questions", is_optional=False), _TEST_PICTURES),
+    files=(replace(BENCHMARK.files[1], purpose="447,793 questions", is_optional=False), _TEST_IMAGES),
     notes=("the score comes from the server: upload the exported file to EvalAI, challenge 830",),
 )
 
@@ -230,7 +230,7 @@ VAL = replace(
         ),
         NeededFile(
             names=("val2014", "**/*validation*.parquet"),
-            purpose="40,504 pictures",
+            purpose="40,504 images",
             source=SITE,
             licence=LICENCE,
             num_files=40_504,

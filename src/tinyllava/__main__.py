@@ -1,0 +1,8 @@
+"""``python -m tinyllava``: the command line, also under torchrun and accelerate launch."""
+
+import sys
+
+from tinyllava.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checkpoints in and out: other layouts are imported, ours are exported."""

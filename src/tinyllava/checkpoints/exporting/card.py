@@ -1,0 +1,299 @@
+"""The model card: what the model is made of and under which licences, how it was trained, what it scored.
+
+Everything in it comes from files beside the checkpoint: config.json, run.json, import.json and results.json.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from tinyllava.config import COMPONENTS, DataConfig, Run, Stage, Tune, run_from_json
+from tinyllava.data.mixtures import MIXTURES
+from tinyllava.errors import CheckpointError
+from tinyllava.evaluation.results import Metric, Result, ResultTable
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.parts.folders import read_config
+from tinyllava.parts.language import LANGUAGE_MODELS, LanguageModel
+from tinyllava.parts.vision import VISION_ENCODERS, VisionEncoder, join_encoders
+
+Part = TypeVar("Part", VisionEncoder, LanguageModel)
+_UNKNOWN = "not recorded"
+_SUMMARY = (
+    "A small multimodal model that answers questions about images: vision encoder, connector, small "
+    "language model (TinyLLaVA, arXiv:2402.14289)."
+)
+_USE = {
+    "llava": """```python
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")
+content = [{{"type": "image", "path": "image.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```""",
+    "vllm": """```console
+$ vllm serve {name}
+```""",
+    "tinyllava": """```console
+{fetch}$ tinyllava chat image.jpg "What is in the picture?" --model {folder}
+```""",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What the folder of a checkpoint says of its origin."""
+
+    run: Run | None
+    imported_from: str
+    """The layout that it was imported from; empty for one that was trained here."""
+    names: dict[str, str]
+    """What the imported checkpoint calls its encoder and its language model; empty where it does not say."""
+    results: tuple[Result, ...]
+    adapter: str = ""
+    """In words, the adapter that is merged into the weights."""
+
+
+def read_provenance(folder: Path, results: Path | None, adapter: Path | None = None) -> Provenance:
+    """Read the files beside a checkpoint.
+
+    Args:
+        folder: of the checkpoint, or of the one below an adapter.
+        results: None takes a results.json beside the weights, if any.
+        adapter: of peft, merged into the weights; what the checkpoint below it scored is no score of both.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: a file is there and cannot be read.
+    """
+    run_file, import_file = folder / "run.json", folder / "import.json"
+    run = run_from_json(run_file.read_text(encoding="utf-8"), str(run_file)) if run_file.is_file() else None
+    imported = read_config(folder, "import.json") if import_file.is_file() else {"kind": ""}
+    if "kind" not in imported:
+        raise CheckpointError(f"{import_file}: lacks 'kind', the layout of the source; import it again.")
+    beside = (adapter or folder) / "results.json"
+    if results is None and beside.is_file():
+        results = beside
+    return Provenance(
+        run=run,
+        imported_from=str(imported["kind"]),
+        names={part: str(imported.get(part) or "") for part in ("vision_encoder", "language_model")},
+        results=ResultTable.load(results).results if results else (),
+        adapter=_describe_adapter(adapter) if adapter else "",
+    )
+
+
+def _describe_adapter(folder: Path) -> str:
+    config = read_config(folder, "adapter_config.json")
+    return f"{config.get('peft_type', 'peft')} adapter of rank {config.get('r', _UNKNOWN)}"
+
+
+def write_card(
+    name: str, layout: str, model: TinyLlavaForConditionalGeneration, provenance: Provenance
+) -> str:
+    """Return the text of README.md.
+
+    Args:
+        name: what the card calls the model, and what its examples open.
+        layout: tinyllava, llava or vllm.
+    """
+    parts = _parts(provenance)
+    folder = name.rpartition("/")[2]
+    fetch = f"$ hf download {name} --local-dir {folder}\n" if "/" in name else ""
+    sections = [
+        f"# {folder}",
+        _SUMMARY,
+        "## Use\n\n" + _USE[layout].format(name=name, folder=folder, fetch=fetch),
+        "## Parts\n\n" + _parts_table(model, parts, provenance.names),
+        "## Training\n\n" + _training(provenance),
+        "## Scores\n\n" + _scores(provenance.results),
+        "## Licences\n\n" + _licences(provenance, parts),
+    ]
+    return f"---\n{_metadata(name, layout, provenance, parts)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _parts(provenance: Provenance) -> dict[str, VisionEncoder | LanguageModel | None]:
+    """Return the table rows of encoder and language model; None for a part that is not in the tables."""
+    model, names = provenance.run.model if provenance.run else None, provenance.names
+    encoder = model.vision_encoder if model else names["vision_encoder"]
+    language = model.language_model if model else names["language_model"]
+    return {
+        "vision_encoder": _find(VISION_ENCODERS, encoder) or _fused(encoder),
+        "language_model": _find(LANGUAGE_MODELS, language),
+    }
+
+
+def _find(table: dict[str, Part], name: str) -> Part | None:
+    return next((part for part in table.values() if name in (part.name, part.abbreviation, part.path)), None)
+
+
+def _fused(name: str) -> VisionEncoder | None:
+    """Return the encoder that two of the table make, ``DINOv2+SigLIP``."""
+    members = [_find(VISION_ENCODERS, member) for member in name.split("+")]
+    found = [member for member in members if member]
+    return join_encoders(*found) if len(found) == len(members) == 2 else None
+
+
+def _parts_table(
+    model: TinyLlavaForConditionalGeneration,
+    parts: dict[str, VisionEncoder | LanguageModel | None],
+    imported: dict[str, str],
+) -> str:
+    names = {
+        "vision_encoder": model.config.vision_config.model_type,
+        "connector": f"{model.config.connector}, {model.config.num_image_tokens} image tokens an image",
+        "language_model": model.config.text_config.model_type,
+    }
+    rows = []
+    for component in COMPONENTS:
+        part = parts.get(component)
+        modules = [getattr(model, component)] + ([model.lm_head] if component == "language_model" else [])
+        # A head that shares the embedding's rows is the same parameter and counts once.
+        parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
+        label = _label(part) if part else imported.get(component) or names[component]
+        rows.append([component.replace("_", " "), label, f"{sum(parameters.values()):,}"])
+    return _table(["part", "what it is", "parameters"], rows)
+
+
+def _label(part: VisionEncoder | LanguageModel) -> str:
+    paths = _paths(part)
+    return f"{part.name} ({', '.join(paths)})" if paths else part.name
+
+
+def _paths(part: VisionEncoder | LanguageModel) -> list[str]:
+    """Return the hub names that a part is made of; one out of a Python package has none."""
+    members = (part.members if isinstance(part, VisionEncoder) else ()) or (part,)
+    return [member.path for member in members if not member.path.startswith("starter:")]
+
+
+def _training(provenance: Provenance) -> str:
+    told = _trained(provenance)
+    if not provenance.adapter:
+        return told
+    return f"{told}\n\nAfterwards merged into the weights: a {provenance.adapter}, its training {_UNKNOWN}."
+
+
+def _trained(provenance: Provenance) -> str:
+    run = provenance.run
+    if run is None:
+        if provenance.imported_from:
+            return f"Imported from {provenance.imported_from}; see its publisher for data and recipe."
+        return f"{_UNKNOWN.capitalize()}: there was no run.json beside the checkpoint."
+    start = Path(run.start_from)
+    start_name = start.parent.name if start.name == "model" else start.name
+    before = (
+        f" It started from the checkpoint `{start_name}`, whose own training is not listed."
+        if start_name
+        else ""
+    )
+    recipe = f"Recipe `{run.recipe}`, seed {run.seed}." if run.recipe else f"Seed {run.seed}."
+    rows = [
+        [
+            name,
+            ", ".join(_data_names(stage.data)) or _UNKNOWN,
+            "; ".join(f"{c.replace('_', ' ')} {_tuning(stage.tune(c))}" for c in COMPONENTS),
+            f"{stage.learning_rate:g}",
+            str(stage.global_batch_size),
+            _length(stage),
+        ]
+        for name, stage in run.stages.items()
+    ]
+    header = ["stage", "data", "tuning", "learning rate", "batch size", "length"]
+    return f"{recipe}{before}\n\n{_table(header, rows)}"
+
+
+def _data_names(data: DataConfig) -> list[str]:
+    """Return names of mixtures, or of files without the folders of somebody's machine."""
+    return [record if record in MIXTURES else Path(record).name for record in data.records]
+
+
+def _length(stage: Stage) -> str:
+    if stage.max_steps:
+        return f"{stage.max_steps} steps"
+    return "1 epoch" if stage.num_epochs == 1 else f"{stage.num_epochs:g} epochs"
+
+
+def _tuning(tune: Tune) -> str:
+    detail = {"from_layer": f" {tune.first_layer}", "lora": f" of rank {tune.rank}"}.get(tune.kind, "")
+    return tune.kind.replace("_", " ") + detail
+
+
+def _scores(results: Iterable[Result]) -> str:
+    rows = [[r.benchmark, r.metric, *_score(r), r.protocol, _remark(r)] for r in results]
+    if not rows:
+        return f"{_UNKNOWN.capitalize()}."
+    header = ["benchmark", "metric", "score", "95% interval", "questions", "protocol", "remark"]
+    return _table(header, rows)
+
+
+def _score(result: Result) -> list[str]:
+    metric: Metric | None = next((m for m in result.metrics if m.name == result.metric), None)
+    if metric is None:
+        return [_UNKNOWN, "", f"{result.num_questions:,}"]
+    interval = f"{metric.interval[0]:.1f} to {metric.interval[1]:.1f}" if metric.interval else ""
+    return [f"{metric.value:.1f}", interval, f"{metric.num_questions:,}"]
+
+
+def _remark(result: Result) -> str:
+    partial = [f"{result.num_questions} of {result.num_expected} questions"] if result.is_partial else []
+    return "; ".join([*partial, *([f"judge {result.judge}"] if result.judge else []), *result.notes])
+
+
+def _licences(provenance: Provenance, parts: dict[str, VisionEncoder | LanguageModel | None]) -> str:
+    run = provenance.run
+    rows = [[name.replace("_", " "), part.licence if part else _UNKNOWN] for name, part in parts.items()]
+    for stage in run.stages.values() if run else ():
+        for record in stage.data.records:
+            licence = MIXTURES[record].licence if record in MIXTURES else _UNKNOWN
+            rows.append([f"data: {record if record in MIXTURES else Path(record).name}", licence])
+    if provenance.imported_from or (run and run.start_from):
+        rows.append(["the checkpoint that it came from, and its data", _UNKNOWN])
+    unique = list(dict.fromkeys(map(tuple, rows)))
+    note = "The model is a work made from all of these; each licence binds whoever uses it."
+    return _table(["part or data", "licence"], [list(row) for row in unique]) + f"\n\n{note}"
+
+
+def _metadata(
+    name: str, layout: str, provenance: Provenance, parts: dict[str, VisionEncoder | LanguageModel | None]
+) -> str:
+    known = [part for part in parts.values() if part]
+    stages = provenance.run.stages.values() if provenance.run else ()
+    records = [record for stage in stages for record in stage.data.records]
+    mixtures = [MIXTURES[r] for r in dict.fromkeys(records) if r in MIXTURES]
+    data = ModelCardData(
+        model_name=name.rpartition("/")[2] if provenance.results else None,
+        library_name="tinyllava" if layout == "tinyllava" else "transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["tinyllava", "multimodal"],
+        base_model=[path for part in known for path in _paths(part)] or None,
+        datasets=list(dict.fromkeys("/".join(m.source.split("/")[-2:]) for m in mixtures)) or None,
+        license="other",  # the parts and the data have one each, and the field holds one
+        license_name="licences-of-the-parts",
+        license_link="README.md",
+        eval_results=[
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=r.benchmark.lower(),
+                dataset_name=r.benchmark,
+                dataset_split=r.split,
+                metric_type=r.metric,
+                metric_value=round(r.value, 2),
+            )
+            for r in provenance.results
+            if r.value is not None
+        ]
+        or None,
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,80 @@
+"""Open a checkpoint of ours, or merge an adapter that peft saved into the one that it was trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllava.errors import CheckpointError
+from tinyllava.model.assemble import open_checkpoint
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.quiet import quiet_bitsandbytes_import
+from tinyllava.parts.folders import describe_damage, read_config
+
+
+def open_merged(
+    folder: Path, base: str | Path | None, dtype: torch.dtype | str
+) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, Path]:
+    """Return model, processor and the folder that they came from; adapters are merged into the weights.
+
+    Raises:
+        CheckpointError: neither a checkpoint nor an adapter, or an adapter that does not fit its base.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        if base is not None:
+            raise CheckpointError(
+                f"--base {base}: {folder} is no adapter (no adapter_config.json); leave it out."
+            )
+        return *open_checkpoint(folder, dtype=dtype), folder
+    base = Path(base or _named_base(folder))
+    _check_adapter(folder, base)
+    with quiet_bitsandbytes_import():
+        from peft import PeftModel, get_peft_model_state_dict
+        from peft.utils import load_peft_weights
+
+    model, processor = open_checkpoint(base, dtype=dtype)
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: the adapter does not fit {base}: {reason} Give the checkpoint that it was trained "
+            "on: --base DIR."
+        ) from error
+    stored, taken = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(adapted)
+    wrong = sorted(stored.keys() ^ taken.keys())
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: adapter tensors without a counterpart in {base}: {', '.join(wrong)}."
+        )
+    merged: TinyLlavaForConditionalGeneration = adapted.merge_and_unload()
+    merged.requires_grad_(False)
+    return merged, processor, base
+
+
+def _named_base(folder: Path) -> str:
+    """Return the checkpoint that an adapter says it was trained on."""
+    base = read_config(folder, "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{folder}: the adapter does not name the checkpoint below it; give --base DIR."
+        )
+    if not Path(base).is_dir():
+        raise CheckpointError(
+            f"{folder}: the adapter was trained on {base}, which is not here; give its folder: --base DIR."
+        )
+    return base
+
+
+def _check_adapter(folder: Path, base: Path) -> None:
+    """Refuse files that cannot be read, and an adapter that its run has merged into the base already."""
+    read_config(folder, "adapter_config.json")
+    weights = folder / "adapter_model.safetensors"
+    if why := describe_damage(weights):
+        raise CheckpointError(f"{weights}: {why}.")
+    if base.name == "model" and base.resolve().parent in folder.resolve().parents:
+        raise CheckpointError(
+            f"{folder}: {base} is the result of the same run and has these adapters merged in already; "
+            "export it as it is, or give the checkpoint that they were trained on: --base DIR."
+        )

@@ -1,0 +1,145 @@
+"""Write a model in the layout of transformers' LlavaForConditionalGeneration, which vLLM reads too.
+
+The tensors bear the names of the files on the hub (``vision_tower.vision_model.*``,
+``language_model.model.*``): every version of transformers knows them, and vLLM's encoders know no others.
+The encoder is stored cut, so ``vision_feature_layer`` is -1: transformers takes the last layer's output
+before the norm behind it, and vLLM builds that many layers and leaves the norm out.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_CLASSES
+
+from tinyllava.errors import CheckpointError
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+
+# The encoders that vLLM's LLaVA has; it reads them under a leading vision_model.
+_VLLM_ENCODERS = ("clip_vision_model", "siglip_vision_model")
+_HUB_NAMES = {"language_model": "language_model.model", "lm_head": "language_model.lm_head"}
+
+
+def refuse_what_stock_cannot_hold(config: TinyLlavaConfig, layout: str) -> None:
+    """Stop before a folder is written that would answer otherwise than the model does.
+
+    Raises:
+        CheckpointError: lists every reason.
+    """
+    vision: Any = config.vision_config
+    reasons = []
+    if config.connector != "mlp":
+        reasons.append(f"connector {config.connector!r}: its class has the two-layer MLP only")
+    if config.lm_head_bias:
+        reasons.append("the head's bias (Phi-2): its class has none, and without it the logits are others")
+    if config.encoder_kind == "cnn":
+        reasons.append(
+            f"encoder {vision.model_type!r} is a CNN: its class takes hidden states of a transformer"
+        )
+    elif config.num_prefix_tokens not in (0, 1):
+        reasons.append(f"{config.num_prefix_tokens} prefix tokens are dropped: its class drops 1 or none")
+    if layout == "vllm" and vision.model_type not in _VLLM_ENCODERS:
+        reasons.append(f"encoder {vision.model_type!r}: vLLM's LLaVA has {' and '.join(_VLLM_ENCODERS)}")
+    if reasons:
+        lines = "\n".join(f"  - {reason}" for reason in reasons)
+        raise CheckpointError(
+            f"transformers' LLaVA cannot hold this model:\n{lines}\n"
+            "`--format tinyllava` writes the layout that can."
+        )
+
+
+def write_stock(
+    folder: Path, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor, max_shard_size: str
+) -> None:
+    """Write weights, configs, processor and chat template."""
+    make_stock_config(model).save_pretrained(folder)
+    save_torch_state_dict(stock_tensors(model), folder, max_shard_size=max_shard_size)
+    model.generation_config.save_pretrained(folder)
+    stock = make_stock_processor(model.config, processor)
+    stock.save_pretrained(folder)
+    stock.image_processor.save_pretrained(folder)  # a file of its own, where older versions look for it
+
+
+def make_stock_config(model: TinyLlavaForConditionalGeneration) -> LlavaConfig:
+    """Return the stock config of a model."""
+    config = model.config
+    text: dict[str, Any] = config.text_config.to_dict() | {"_name_or_path": ""}
+    text["architectures"] = [CAUSAL_CLASSES[text["model_type"]]]  # vLLM chooses the language model by it
+    stock = LlavaConfig(
+        vision_config=config.vision_config.to_dict() | {"_name_or_path": ""},
+        text_config=text,
+        image_token_index=config.image_token_id,
+        image_seq_length=config.num_image_tokens,
+        projector_hidden_act="gelu",
+        multimodal_projector_bias=True,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=_strategy(config),
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    stock.architectures = ["LlavaForConditionalGeneration"]
+    stock.dtype = model.dtype
+    stock.pad_token_id, stock.eos_token_id = config.pad_token_id, config.eos_token_id
+    return stock
+
+
+def stock_tensors(model: TinyLlavaForConditionalGeneration) -> dict[str, Tensor]:
+    """Return the tensors under the hub's names; a head that shares the embedding's rows is left out."""
+    has_prefix = model.config.vision_config.model_type in _VLLM_ENCODERS
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        part, _, inner = name.removeprefix("model.").partition(".")
+        if part == "vision_tower" and has_prefix and not inner.startswith("vision_model."):
+            inner = f"vision_model.{inner}"
+        prefix = {"language_model": "language_model.model", "lm_head": "language_model.lm_head"}.get(
+            part, part
+        )
+        tensors[f"{prefix}.{inner}"] = tensor
+    return tensors
+
+
+def make_stock_processor(config: TinyLlavaConfig, processor: TinyLlavaProcessor) -> LlavaProcessor:
+    """Return transformers' processor with the same template, the same pixels and as many image tokens."""
+    vision: Any = config.vision_config
+    grid = (processor.image_size_px // vision.patch_size) ** 2
+    return LlavaProcessor(
+        image_processor=_stock_image_processor(processor),
+        tokenizer=processor.tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=_strategy(config),
+        num_additional_image_tokens=config.num_patches + config.num_prefix_tokens - grid,
+        chat_template=processor.chat_template,
+    )
+
+
+def _strategy(config: TinyLlavaConfig) -> str:
+    return "default" if config.num_prefix_tokens == 1 else "full"
+
+
+def _stock_image_processor(processor: TinyLlavaProcessor) -> Any:
+    """Return the image processor, with LLaVA's own padding where images are padded to a square."""
+    own = processor.image_processor
+    if processor.image_aspect != "pad":
+        return own
+    names = (
+        "do_convert_rgb",
+        "do_resize",
+        "size",
+        "resample",
+        "do_center_crop",
+        "crop_size",
+        "do_rescale",
+        "rescale_factor",
+        "do_normalize",
+        "image_mean",
+        "image_std",
+    )
+    values = {name: getattr(own, name, None) for name in names}
+    values["do_center_crop"] = bool(values["do_center_crop"])
+    values["crop_size"] = values["crop_size"] or values["size"]  # unused without a crop, but asked for
+    return LlavaImageProcessorPil(**values, do_pad=True)

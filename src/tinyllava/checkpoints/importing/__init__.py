@@ -1,0 +1,74 @@
+"""Bring in checkpoints of other layouts: TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, stock transformers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from tinyllava.checkpoints.importing import factory, flat, stock
+from tinyllava.checkpoints.importing.build import ImportReport, build
+from tinyllava.checkpoints.importing.parts import Given, Parts, fetch
+from tinyllava.errors import CheckpointError
+from tinyllava.parts.folders import check_new_folder, read_config, written_whole
+from tinyllava.parts.templates import read_template
+
+__all__ = ["Given", "ImportReport", "import_checkpoint", "read_parts"]
+
+_KINDS = "TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, transformers' LLaVA"
+
+
+def import_checkpoint(
+    source: str | Path, folder: str | Path, *, given: Given | None = None, dtype: torch.dtype | None = None
+) -> ImportReport:
+    """Read a checkpoint of another layout and write it as ours, complete in itself.
+
+    Args:
+        source: its folder, the file of a connector alone, or its name on the hub.
+        folder: where to write; it must not exist, or be empty.
+        given: local folders for the parts that the source only names, and another template.
+        dtype: type of the weights; None keeps the widest of the source's types, which loses nothing.
+
+    Raises:
+        CheckpointError: an unknown layout, a part that cannot be had, tensors left over or missing.
+    """
+    folder, given = Path(folder), given or Given()
+    check_new_folder(folder)
+    if given.template:
+        read_template(given.template)  # a wrong name is said before gigabytes are read
+    logging.set_verbosity_error()  # what the loader would warn of is an error here, and said as one
+    logging.disable_progress_bar()
+    model, processor, report = build(read_parts(source, given), dtype)
+    with written_whole(folder) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        text = json.dumps(dataclasses.asdict(report), indent=2) + "\n"
+        (partial / "import.json").write_text(text, encoding="utf-8")
+    return report
+
+
+def read_parts(source: str | Path, given: Given) -> Parts:
+    """Recognise a checkpoint by its config.json and take it apart.
+
+    Raises:
+        CheckpointError: no checkpoint, or of an unknown kind.
+    """
+    path = Path(source) if Path(source).exists() else fetch(str(source))
+    config = read_config(_config_folder(path))
+    for kind in (flat, factory, stock):
+        if kind.recognises(config):
+            parts: Parts = kind.read(path, config, given)
+            return parts
+    model_type = config.get("model_type")
+    if model_type == "tinyllava":
+        raise CheckpointError(f"{path}: is a tinyllava checkpoint already; nothing to import.")
+    raise CheckpointError(
+        f"{path}: config.json (model_type {model_type!r}) is of no known kind; known: {_KINDS}."
+    )
+
+
+def _config_folder(path: Path) -> Path:
+    """Return the folder of the config.json: the source, or for a file the nearest above it that has one."""
+    places = (path,) if path.is_dir() else (path.parent, path.parent.parent)
+    return next((place for place in places if (place / "config.json").is_file()), places[0])

@@ -1,0 +1,136 @@
+"""What every layout is brought to before a model is built: three parts with their configs and tensors."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllava.checkpoints.importing.connectors import Found
+from tinyllava.checkpoints.importing.tensors import Tensors
+from tinyllava.config import Aspect
+from tinyllava.errors import CheckpointError
+
+# The prompt that the published code trained each family of language models with, and its EOS token after it.
+TEMPLATES = {"llama": "llama", "phi": "phi", "stablelm": "phi", "qwen2": "phi", "gemma": "gemma"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the user gives besides the source: local folders for the parts that it refers to by hub path."""
+
+    vision_encoder: Path | None = None
+    language_model: Path | None = None
+    template: str = ""
+    """Prompt template; empty means the one that the source was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A checkpoint taken apart: the tensors of each part under transformers' names for that part alone."""
+
+    kind: str
+    """The layout, in words."""
+    where: str
+    """Where it came from, for messages."""
+    text_config: dict[str, Any]
+    text: Tensors
+    """Names of the causal language model: ``model.*`` and ``lm_head.*``."""
+    vision_config: dict[str, Any]
+    vision: Tensors
+    """Names of the vision model, with or without a leading ``vision_model.``."""
+    num_vision_layers: int = 0
+    """Encoder layers that the features come through; 0 means by ``feature_layer``."""
+    feature_layer: int = -2
+    num_prefix_tokens: int
+    connector: Found
+    image_aspect: Aspect
+    image_processor: Path | None
+    """Folder with a preprocessor_config.json; None means the encoder family's defaults at its image size."""
+    tokenizer: Path
+    template: str
+    """Name of a template, or the text of a Jinja template."""
+    image_token_id: int | None = None
+    """The id that stands for an image in the source, if its tokenizer has one."""
+    vision_name: object = ""
+    """What the source calls its encoder: a hub name, or a folder of somebody's machine."""
+    language_name: object = ""
+    notes: tuple[str, ...] = ()
+    """What a user should know of this import."""
+
+
+def hub_name(value: object) -> str:
+    """Return a name of the form owner/model; empty for anything else, such as somebody's folder."""
+    return value if isinstance(value, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) else ""
+
+
+def read_aspect(value: Any, where: str) -> Aspect:
+    """Return how the source shapes images.
+
+    Raises:
+        CheckpointError: several crops of one image, which the model does not take.
+    """
+    if value in ("pad", "square"):
+        aspect: Aspect = value
+        return aspect
+    if value is None:
+        return "square"
+    raise CheckpointError(f"{where}: image_aspect_ratio {value!r} cannot be imported; allowed: pad, square.")
+
+
+def choose_template(given: str, model_type: str, where: str) -> str:
+    """Return the template that the user named, or the one of the published code.
+
+    Raises:
+        CheckpointError: none is known for the language model.
+    """
+    if given or model_type in TEMPLATES:
+        return given or TEMPLATES[model_type]
+    raise CheckpointError(
+        f"{where}: no template is known for language model {model_type!r}; give --template NAME."
+    )
+
+
+def find_part(given: Path | None, reference: str, *, option: str, noun: str) -> Path:
+    """Return the folder of a part: the given one, a local one that the source names, or one from the hub.
+
+    Raises:
+        CheckpointError: the folder is not there, or neither folder nor network is; names the option.
+    """
+    if given is not None:
+        if not given.is_dir():
+            raise CheckpointError(f"{option} {given}: no such folder.")
+        return given
+    if reference and Path(reference).is_dir():
+        return Path(reference)
+    if not reference:
+        raise CheckpointError(
+            f"the source does not say which {noun} it was made with; give its folder: {option} DIR."
+        )
+    try:
+        return fetch(reference)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the source needs its {noun}: {error} Give a local folder: {option} DIR."
+        ) from error
+
+
+def fetch(name: str) -> Path:
+    """Return the folder of a hub repository, fetched unless it is in the cache.
+
+    Raises:
+        CheckpointError: no such repository, or no network.
+    """
+    from httpx2 import HTTPError  # what the hub's client is built on
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, ignore_patterns=["*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.py"])
+        )
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{name!r} is no folder here and could not be fetched from the hub "
+            f"({type(error).__name__}: {reason}). Check the name, the network, and for a private model the "
+            "token (`hf auth login`)."
+        ) from error

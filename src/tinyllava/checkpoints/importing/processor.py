@@ -1,0 +1,91 @@
+"""The processor of an imported checkpoint: tokenizer with ``<image>``, image processor, template."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, SiglipImageProcessorPil
+
+from tinyllava.checkpoints.importing.parts import Parts
+from tinyllava.conversation import ask
+from tinyllava.errors import CheckpointError
+from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
+from tinyllava.parts.folders import describe_damage
+from tinyllava.parts.templates import read_template
+from tinyllava.parts.vision import VisionEncoder
+
+
+def load_processor(parts: Parts, encoder: VisionEncoder, text_config: Any) -> TinyLlavaProcessor:
+    """Join tokenizer, image processor and template; the number of image tokens is set afterwards.
+
+    Raises:
+        CheckpointError: the tokenizer or the image processor cannot be had from the folders at hand.
+    """
+    is_text = "{" in parts.template
+    processor = TinyLlavaProcessor(
+        image_processor=_load_image_processor(parts, encoder),
+        tokenizer=_load_tokenizer(parts, text_config),
+        chat_template=parts.template if is_text else read_template(parts.template),
+        image_aspect=parts.image_aspect,
+    )
+    try:
+        processor.render(ask(""))
+    except (TemplateError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{parts.where}: its chat template cannot be used ({error}); give one of ours: --template NAME."
+        ) from error
+    return processor
+
+
+def _load_tokenizer(parts: Parts, text_config: Any) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            parts.tokenizer, config=text_config, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        names = ("tokenizer.json", "tokenizer_config.json")
+        files = [parts.tokenizer / name for name in names if (parts.tokenizer / name).is_file()]
+        for path in files:
+            if why := describe_damage(path):
+                raise CheckpointError(f"{path}: {why}.") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{parts.tokenizer}: its tokenizer cannot be opened ({type(error).__name__}: {reason}). Give a "
+            "folder of the same language model with a tokenizer.json: --language-model DIR."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    num_rows = int(text_config.vocab_size)
+    if len(tokenizer) > num_rows and IMAGE_TOKEN not in tokenizer.get_vocab():
+        raise CheckpointError(
+            f"{parts.tokenizer}: the tokenizer has {len(tokenizer):,} tokens for {num_rows:,} rows of the "
+            "embedding; give the folder of the right language model: --language-model DIR."
+        )
+    if tokenizer.eos_token is None:
+        raise CheckpointError(
+            f"{parts.tokenizer}: tokenizer_config.json has no eos_token, the mark at which an answer ends; "
+            "name it there, or give the language model's own folder: --language-model DIR."
+        )
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    tokenizer.model_max_length = int(text_config.max_position_embeddings)
+    return tokenizer
+
+
+def _load_image_processor(parts: Parts, encoder: VisionEncoder) -> Any:
+    if parts.image_processor is not None:
+        try:
+            return AutoImageProcessor.from_pretrained(
+                parts.image_processor, backend="pil", trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{parts.image_processor}: image processor cannot be opened: {error} Fetch the folder again."
+            ) from error
+    side = {"height": encoder.image_size_px, "width": encoder.image_size_px}
+    if encoder.name == "clip_vision_model":
+        return CLIPImageProcessorPil(size={"shortest_edge": encoder.image_size_px}, crop_size=side)
+    if encoder.name == "siglip_vision_model":
+        return SiglipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    raise CheckpointError(
+        f"{parts.where}: no preprocessor_config.json for its {encoder.name}; give the encoder's folder: "
+        "--vision-encoder DIR."
+    )

@@ -1,0 +1,138 @@
+"""Read the weights of a foreign folder: safetensors or pickles, whole or in shards, tensors and nothing else.
+
+Differs: this is the one place of the package that opens a pickle, and only with ``weights_only=True``.
+"""
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tinyllava.errors import CheckpointError
+from tinyllava.parts.folders import describe_damage, read_config
+
+Tensors = dict[str, Tensor]
+
+# The forms in which a folder holds its weights, the preferred first.
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a model."""
+    return any((folder / name).is_file() for name in (*_INDEXES, *_SINGLES))
+
+
+def read_folder(folder: Path) -> Tensors:
+    """Read all tensors of a model folder.
+
+    Raises:
+        CheckpointError: no weights, a shard that is missing, or one without a tensor of the index.
+    """
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            return _read_shards(folder, name)
+    for name in _SINGLES:
+        if (folder / name).is_file():
+            return read_file(folder / name)
+    raise CheckpointError(f"{folder}: no weights; expected one of {', '.join((*_INDEXES, *_SINGLES))}.")
+
+
+def _read_shards(folder: Path, index: str) -> Tensors:
+    weight_map = read_config(folder, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(
+            f"{folder / index}: weight_map, the file of each tensor, is missing or of another form; fetch "
+            "the file again."
+        )
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: weight files are missing: {', '.join(missing)}; fetch the folder again."
+        )
+    tensors: Tensors = {}
+    for file in files:
+        shard = read_file(folder / file)
+        twice = sorted(shard.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(f"{folder / file}: tensors that another shard has too: {', '.join(twice)}.")
+        tensors.update(shard)
+    absent = sorted(weight_map.keys() - tensors.keys())
+    if absent:
+        raise CheckpointError(f"{folder}: {index} names tensors that no shard has: {', '.join(absent)}.")
+    return tensors
+
+
+def read_file(path: Path) -> Tensors:
+    """Read the tensors of one file; what the file's name ends with tells its format.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something other than named tensors.
+    """
+    if why := describe_damage(path):
+        raise CheckpointError(f"{path}: {why}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path}: is damaged, or holds Python objects, which could run code when opened; only tensors "
+            "are read. Fetch the file again, or save it as safetensors where you trust it."
+        ) from error
+    except (OSError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read ({why}); fetch the file again.") from error
+    return _only_tensors(path, values)
+
+
+def _only_tensors(path: Path, values: Any) -> Tensors:
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{path}: expected tensors by name, found {type(values).__name__}.")
+    others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(f"{path}: entries that are no tensors: {', '.join(others)}.")
+    return {str(name): value for name, value in values.items()}
+
+
+def take(tensors: Tensors, prefixes: Mapping[str, str]) -> Tensors:
+    """Move what starts with one of the prefixes out of ``tensors`` and return it under its new names."""
+    taken: Tensors = {}
+    for name in list(tensors):
+        for old, new in prefixes.items():
+            if name.startswith(old):
+                taken[new + name.removeprefix(old)] = tensors.pop(name)
+                break
+    return taken
+
+
+def drop(tensors: Tensors, pattern: str) -> list[str]:
+    """Remove the tensors whose name has a match of the pattern and return their names."""
+    dropped = sorted(name for name in tensors if re.search(pattern, name))
+    for name in dropped:
+        del tensors[name]
+    return dropped
+
+
+def refuse_left_over(names: Iterable[str], where: str) -> None:
+    """Stop at tensors that have no place in the model.
+
+    Raises:
+        CheckpointError: lists them all.
+    """
+    left = sorted(names)
+    if left:
+        raise CheckpointError(f"{where}: {count(left)} without a place in the model: {', '.join(left)}.")
+
+
+def count(names: Iterable[str]) -> str:
+    """Return how many tensors there are, in words."""
+    number = len(list(names))
+    return "1 tensor" if number == 1 else f"{number:,} tensors"

@@ -1,0 +1,124 @@
+"""The command line: one table of commands, imported when called, so that help and errors come at once."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from tinyllava import __version__
+from tinyllava.errors import ConfigError, TinyLlavaError, look_up
+from tinyllava.files import is_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: where its ``main(arguments) -> exit status`` is, and one line of help."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "starter": Command(
+        module="starter", help="make, train, measure and show a real small model, all by itself"
+    ),
+    "chat": Command(module="chat", help="ask a model about an image"),
+    "train": Command(module="train", help="train a variant or a model of your own parts"),
+    "record": Command(
+        module="record", help="show records as they will be trained: supervised text in colour"
+    ),
+    "show": Command(
+        module="show", help="print variants, parts, recipes, templates, and what a run would take"
+    ),
+    "evaluate": Command(module="evaluate", help="measure a checkpoint on benchmarks"),
+    "compare": Command(module="compare", help="compare two evaluations question by question"),
+    "reproduce": Command(
+        module="reproduce", help="run a figure or table of the paper, or a grid of yours, and draw it"
+    ),
+    "runs": Command(module="runs", help="list runs, filter them, and show what two of them differ in"),
+    "data": Command(module="data", help="check data: what a benchmark or a mixture needs and what is there"),
+    "import": Command(module="import_", help="bring in a checkpoint of another layout"),
+    "export": Command(module="export", help="write a checkpoint for stock transformers, vLLM or a hub"),
+}
+RESUMED = ("starter", "train", "evaluate", "reproduce")
+"""Commands that go on where they were stopped; the others are short, and begin anew."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status; errors of ours are printed without a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"tinyllava {__version__}")
+        return 0
+    try:
+        _refuse_bytes(arguments)
+        command = look_up(COMMANDS, arguments[0], "command")
+        run: Callable[[list[str]], int] = import_module(f"tinyllava.cli.{command.module}").main
+        status = run(arguments[1:])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_is_gone():  # a pipe of its own, to a worker that died
+            raise
+        return 141  # as a shell counts it: head, for one, has what it wanted
+    except TinyLlavaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            name = os.fsdecode(error.filename or "")
+            print(f"error: {name[:80]}... ({len(name):,} characters): too long for a path.", file=sys.stderr)
+            return 2
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{where}; free some space and run it again.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = "; run the same command again to go on where it was" if arguments[0] in RESUMED else ""
+        print(f"\nstopped{again}.", file=sys.stderr)
+        return 130
+
+
+def _refuse_bytes(arguments: list[str]) -> None:
+    """Raise for an argument that is not UTF-8: no file that records it could be written.
+
+    Raises:
+        ConfigError: its number and its bytes.
+    """
+    for number, argument in enumerate(arguments, 1):
+        if not is_text(argument):
+            raise ConfigError(
+                f"argument {number}: {os.fsencode(argument)[:80]!r} is not UTF-8; rename the file, or run in "
+                "a UTF-8 locale."
+            )
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the output any more; what is still to be printed then goes nowhere."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: tinyllava COMMAND [ARGUMENTS]",
+            "",
+            "Small large multimodal models: vision encoder + connector + small language model.",
+            "",
+            *lines,
+            "",
+            "`tinyllava COMMAND --help` explains one; start with `tinyllava starter`.",
+        ]
+    )

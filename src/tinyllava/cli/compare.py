@@ -1,0 +1,54 @@
+"""``tinyllava compare A B``: two evaluations, question by question."""
+
+from pathlib import Path
+
+from tinyllava.cli.parser import CommandParser
+
+_HELP = """
+Compare two evaluations of the same questions: the difference of each headline
+number with its 95% interval (paired bootstrap over images), McNemar's test
+over what that number counts, and a page with the questions that flipped.
+
+  tinyllava compare evaluations/mine evaluations/other --data /data/bench
+  tinyllava compare evaluations/mine/pope evaluations/mine/pope-blind
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Compare; print one line for each benchmark and the page's path as the last line."""
+    parser = CommandParser("compare", _HELP)
+    parser.add_argument("a", type=_find, help="folder of an evaluation or of one benchmark in it")
+    parser.add_argument("b", type=_find, help="the same of the other model")
+    parser.add_argument("--data", default="", help="folder of the benchmarks: shows images and truths")
+    parser.add_argument("--output", default="flips.html", help="page to write")
+    parser.add_argument("--limit", type=int, default=200, help="flipped questions shown of each benchmark")
+    known = parser.parse_args(arguments)
+
+    from tinyllava.cli.evaluate import find_benchmarks, find_folders
+    from tinyllava.evaluation.compare import compare
+    from tinyllava.studies.report.flips import write_flips
+
+    comparisons = compare(known.a, known.b)
+    for comparison in comparisons:
+        print(comparison)
+    if known.a.is_dir():
+        compared = {comparison.benchmark for comparison in comparisons}
+        names = sorted(path.parent.name for path in known.a.glob("*/predictions.jsonl"))
+        left_out = [name for name in names if name.removesuffix("-blind") not in compared]
+        if left_out:
+            print(f"left out, for B has none or there are no scores: {', '.join(left_out)}")
+    questions = {}
+    if known.data:
+        benchmarks = find_benchmarks(",".join(comparison.benchmark for comparison in comparisons))
+        folders = find_folders(benchmarks, Path(known.data))
+        questions = {name: benchmark.load(folders[name]) for name, benchmark in benchmarks.items()}
+    output = Path(known.output)
+    write_flips(comparisons, output, a=str(known.a), b=str(known.b), questions=questions, limit=known.limit)
+    print(output)
+    return 0
+
+
+def _find(path: str) -> Path:
+    """Return the predictions of a benchmark's folder; other paths as they are."""
+    inside = Path(path) / "predictions.jsonl"
+    return inside if inside.is_file() else Path(path)

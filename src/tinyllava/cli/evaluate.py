@@ -1,0 +1,302 @@
+"""``tinyllava evaluate MODEL``: measure a checkpoint on benchmarks."""
+
+import argparse
+import os
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllava.cli.parser import CommandParser
+
+if TYPE_CHECKING:
+    from tinyllava.evaluation.benchmark import Benchmark
+    from tinyllava.evaluation.judge import Judge, Reviews
+    from tinyllava.evaluation.results import Result
+
+_GLUE = "\N{NO-BREAK SPACE}"  # keeps a name and its number on one line
+
+_HELP = """
+Measure a checkpoint on the benchmarks of the paper, with the published prompts,
+parsing and metrics. The same command again goes on where a stopped run was.
+
+  tinyllava evaluate MODEL --data /data/bench
+      all nine: the folders /data/bench/vqav2, /data/bench/gqa and so on
+  tinyllava evaluate MODEL --data /data/bench --benchmarks pope,gqa
+  tinyllava evaluate MODEL --data /data/bench --benchmarks pope --limit 100
+  tinyllava evaluate MODEL --data /data/bench --benchmarks pope --blind
+      with blank images: how much of a score needs no image
+  tinyllava evaluate MODEL --data /data/bench --score-only
+  tinyllava evaluate NAME --data /data/bench --score-only --answers FILE_OR_FOLDER
+      answers that LLaVA's scripts wrote
+  torchrun --nproc-per-node 8 -m tinyllava evaluate MODEL --data /data/bench
+      8 processes share the images
+
+MM-Vet and LLaVA-W are graded by a judge, or by its recorded reviews (a folder):
+  tinyllava evaluate MODEL --data /data/bench --benchmarks mmvet,llava-w \\
+      --judge-url http://localhost:8000/v1 --judge-model NAME
+  tinyllava evaluate MODEL --data /data/bench --reviews reviews
+
+`tinyllava data benchmarks` lists the names; `tinyllava data benchmarks pope
+/data/bench/pope` says what POPE needs on disk, and where it comes from.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluate; print one line for each benchmark, and the results file as the last line."""
+    known = _parse(arguments)
+    benchmarks = find_benchmarks(known.benchmarks)
+    folders = find_folders(benchmarks, Path(known.data))
+    output = Path(known.output or f"evaluations/{Path(known.model).resolve().name}")
+    judges = _make_judges(known, output, benchmarks)
+    ask = _take_answers(known, output) if known.score_only else _open_model(known, output)
+    for name, benchmark in benchmarks.items():
+        if ask(benchmark, folders[name]):
+            _announce(judges[name], benchmark, folders[name], output, known)
+            _score(benchmark, folders[name], output, known, judges[name])
+    print(output / "results.json")
+    return 0
+
+
+def _take_answers(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
+    """Return what puts another program's answers to a benchmark into ``output``, where some were named."""
+    from tinyllava.evaluation.answers import find_llava_answers, take_llava_answers
+    from tinyllava.evaluation.score import answers_folder
+
+    def take(benchmark: "Benchmark", data: Path) -> bool:
+        if known.answers:
+            names = _folder_names(benchmark)
+            source = find_llava_answers(Path(known.answers), names, Path(known.model).name)
+            take_llava_answers(
+                source,
+                benchmark.load(data),
+                answers_folder(output, benchmark),
+                model=known.model,
+                protocol=benchmark.protocol,
+            )
+        return True
+
+    return take
+
+
+def _open_model(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
+    """Return what has a benchmark answered and tells whether this process is to score it."""
+    from tinyllava.evaluation.run import Settings, answer_benchmark, processes
+    from tinyllava.inference.chat import Chat
+
+    device = known.device or (str(processes().device) if processes().num_processes > 1 else "")
+    chat = Chat.open(known.model, device=device, dtype=known.dtype)
+    settings = Settings(
+        blind=known.blind, limit=known.limit, batch_tokens=known.batch_tokens, num_workers=known.workers
+    )
+    return lambda benchmark, data: answer_benchmark(
+        chat, benchmark, data, output, model=known.model, settings=settings
+    )
+
+
+def _score(
+    benchmark: "Benchmark",
+    data: Path,
+    output: Path,
+    known: argparse.Namespace,
+    judge: "Judge | Reviews | None",
+) -> None:
+    from tinyllava.evaluation.results import load_results
+    from tinyllava.evaluation.score import score
+
+    path = output / "results.json"
+    before = load_results(path) if path.exists() else ()
+    result = score(benchmark, data, output, blind=known.blind, limit=known.limit, judge=judge)
+    headline = [metric for metric in result.metrics if metric.name == result.metric]
+    waits = benchmark.judging is not None and judge is None
+    print(
+        f"{benchmark.name} ({result.protocol}): "
+        + (
+            str(headline[0])
+            if headline
+            else "answers saved, no score" + (" without a judge" if waits else " here")
+        )
+    )
+    for line in describe_metrics(result):
+        print(f"  {line}")
+    if result.num_missing:
+        print(f"  {result.num_missing:,} questions have no answer and count as wrong")
+    for note in result.notes:
+        print(f"  {note}")
+    kept = {(one.model, one.benchmark) for one in load_results(path)}
+    for one in before:
+        if (one.model, one.benchmark) not in kept:
+            print(f"  dropped from {path}: {one.model}, of other data or another judge; score it again")
+
+
+def describe_metrics(result: "Result") -> list[str]:
+    """Return the numbers beside the headline, each kind of group (``kind=value``) on lines of its own."""
+    lines: dict[str, list[str]] = {}
+    for metric in result.metrics:
+        kind, _, group = metric.name.rpartition("=")
+        if metric.name != result.metric:
+            value = f"{metric.value:.0f}" if metric.value == int(metric.value) else f"{metric.value:.2f}"
+            lines.setdefault(kind, []).append(f"{group} {value}".replace(" ", _GLUE))
+    texts = [(f"{kind}: " if kind else "") + ", ".join(parts) for kind, parts in lines.items()]
+    lines_of = (textwrap.wrap(text, 110, subsequent_indent="  ") for text in texts)
+    return [line.replace(_GLUE, " ") for wrapped in lines_of for line in wrapped]
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = CommandParser("evaluate", _HELP)
+    add = parser.add_argument
+    add("model", help="checkpoint folder")
+    add("--data", required=True, help="folder with a folder for each benchmark")
+    add("--benchmarks", default="all", help="names with commas between, or all: the nine of the paper")
+    add("--output", default="", help="folder of answers and results (default: evaluations/MODEL)")
+    add("--blind", action="store_true", help="replace every image by one of the mean colour")
+    add("--limit", type=int, default=0, help="ask only the first questions (default: all of them)")
+    add("--score-only", action="store_true", help="score the answers that are there; opens no model")
+    add(
+        "--answers",
+        default="",
+        help="with --score-only: answers that LLaVA's scripts wrote, a file, or a folder with NAME.jsonl or "
+        "NAME/answers/MODEL.jsonl for each benchmark",
+    )
+    add("--device", default="", help="device of torch (default: a GPU if there is one)")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the weights; auto: float32 on a CPU, on a GPU as saved, but float32 as bfloat16",
+    )
+    add("--batch-tokens", type=int, default=0, help="tokens of one batch (default: what suits the device)")
+    add(
+        "--workers",
+        type=int,
+        default=max(1, min(4, (os.cpu_count() or 2) - 1)),
+        help="processes that open images (default: one a core but one, at most 4)",
+    )
+    add("--judge-url", default="", help="OpenAI-compatible endpoint of the judge, up to /v1")
+    add("--judge-model", default="", help="the judge's model name; with --reviews, who gave them")
+    add("--judge-key", default="OPENAI_API_KEY", help="environment variable that holds the key")
+    add("--judge-timeout", type=float, default=120.0, help="seconds to wait for a reply (default: 120)")
+    add("--judge-concurrent", type=int, default=8, help="requests under way at a time (default: 8)")
+    add("--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens")
+    add(
+        "--reviews",
+        default="",
+        help="recorded reviews: a file (.jsonl, or MM-Vet's .json), or a folder with NAME.jsonl, NAME.json "
+        "or NAME/reviews-JUDGE.jsonl for each benchmark",
+    )
+    known = parser.parse_args(arguments)
+    for name, least in (("limit", 0), ("batch_tokens", 0), ("workers", 0)):
+        if getattr(known, name) < least:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} is {getattr(known, name)}; it has to be {least} or more")
+    if known.judge_timeout <= 0 or known.judge_concurrent < 1:
+        parser.error("--judge-timeout must be above 0, --judge-concurrent at least 1")
+    if known.answers and (not known.score_only or known.blind):
+        parser.error("--answers needs --score-only, and no --blind: the model is not asked")
+    if known.judge_url and known.reviews:
+        parser.error("--judge-url and --reviews exclude each other: a score has one judge")
+    return known
+
+
+def find_benchmarks(names: str) -> dict[str, "Benchmark"]:
+    """Return benchmarks by name, from names with commas between, or ``all``.
+
+    Raises:
+        UnknownNameError: no such benchmark.
+    """
+    from tinyllava.errors import look_up
+    from tinyllava.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
+
+    if names == "all":
+        return dict(PAPER_BENCHMARKS)
+    return {name: look_up(BENCHMARKS, name, "benchmark") for name in names.split(",")}
+
+
+def find_folders(benchmarks: Mapping[str, "Benchmark"], data: Path) -> dict[str, Path]:
+    """Return each benchmark's folder in ``data``; a further protocol uses the folder of its benchmark.
+
+    Raises:
+        DataError: a folder is missing; all of them are listed.
+    """
+    from tinyllava.errors import DataError
+
+    folders, missing = {}, []
+    for name, benchmark in benchmarks.items():
+        found = [data / one for one in _folder_names(benchmark) if (data / one).is_dir()]
+        folders[name] = found[0] if found else data / name
+        missing += [] if found else [name]
+    if missing:
+        raise DataError(
+            f"--data {data}: no folder for {', '.join(missing)}. `tinyllava data benchmarks {missing[0]} "
+            f"{data / missing[0]}` says what belongs there; or name the benchmarks with --benchmarks."
+        )
+    return folders
+
+
+def _folder_names(benchmark: "Benchmark") -> tuple[str, ...]:
+    """Return what the folder of a benchmark may be called: as itself, as its base, or as LLaVA calls it."""
+    from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS
+
+    bases = (base for base in PAPER_BENCHMARKS if benchmark.name.startswith(f"{base}-"))
+    return (benchmark.name, *bases, *benchmark.folders)
+
+
+def _make_judges(
+    known: argparse.Namespace, output: Path, benchmarks: Mapping[str, "Benchmark"]
+) -> Mapping[str, "Judge | Reviews | None"]:
+    """Return the judge of each benchmark, None for those that need none or have none."""
+    judged = [name for name, benchmark in benchmarks.items() if benchmark.judging is not None]
+    unjudged = dict.fromkeys(benchmarks)
+    if known.reviews:
+        return unjudged | {name: _read_reviews(known, name) for name in judged}
+    return unjudged | dict.fromkeys(judged, _open_judge(known, output) if known.judge_url else None)
+
+
+def _read_reviews(known: argparse.Namespace, benchmark: str) -> "Reviews | None":
+    from tinyllava.evaluation.judge import find_reviews, read_reviews
+
+    path = find_reviews(Path(known.reviews), benchmark)
+    return read_reviews(path, judge=known.judge_model) if path else None
+
+
+def _open_judge(known: argparse.Namespace, output: Path) -> "Judge":
+    from tinyllava.errors import ConfigError
+    from tinyllava.evaluation.judge import Endpoint, Judge, ReplyCache
+
+    if not known.judge_model:
+        raise ConfigError("--judge-url needs --judge-model: the name of the judge stands in every result.")
+    if not known.judge_url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--judge-url {known.judge_url!r} is no address; it has to begin with http:// or https:// "
+            "and go up to /v1, as http://localhost:8000/v1."
+        )
+    key = os.environ.get(known.judge_key, "")
+    endpoint = Endpoint(
+        url=known.judge_url,
+        model=known.judge_model,
+        api_key=key,
+        num_concurrent=known.judge_concurrent,
+        timeout_seconds=known.judge_timeout,
+    )
+    return Judge(endpoint=endpoint, cache=ReplyCache(output / "judge_replies.jsonl"))
+
+
+def _announce(
+    judge: "Judge | Reviews | None",
+    benchmark: "Benchmark",
+    data: Path,
+    output: Path,
+    known: argparse.Namespace,
+) -> None:
+    """Print what a judge will be asked and what it costs, before it is asked."""
+    from tinyllava.evaluation.answers import read_answers
+    from tinyllava.evaluation.judge import Judge
+    from tinyllava.evaluation.score import answers_folder
+
+    if benchmark.judging is None or not isinstance(judge, Judge):
+        return
+    questions = benchmark.load(data)[: known.limit or None]
+    answers = read_answers(answers_folder(output, benchmark, blind=known.blind), questions)
+    price_in, price_out = known.judge_price or (None, None)
+    cost = judge.estimate_cost(benchmark, questions, answers, data, price_in=price_in, price_out=price_out)
+    print(f"{benchmark.name}: judge {judge.endpoint.model}: {cost}")

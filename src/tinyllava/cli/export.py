@@ -1,0 +1,106 @@
+"""``tinyllava export``: write a checkpoint for stock transformers, vLLM or a hub."""
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+
+from tinyllava.cli.parser import CommandParser
+from tinyllava.errors import CheckpointError
+from tinyllava.parts.checkpoint_folder import check_checkpoint
+from tinyllava.parts.folders import check_new_folder
+
+_HELP = """
+Write a checkpoint for others, with a model card: as transformers' LLaVA
+(--format llava), for vLLM (--format vllm), or in the layout of tinyllava;
+adapters of peft are merged. The folder is opened again as its reader would,
+and its logits compared, before it is there.
+
+  tinyllava export runs/mine/model out --format llava
+  tinyllava export ADAPTER out --base runs/mine/model
+  tinyllava export runs/mine/model --push OWNER/NAME --private
+
+--push uploads it to a repository of a hub.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    parser = CommandParser("export", _HELP)
+    parser.add_argument("checkpoint", metavar="DIR", type=Path, help="checkpoint, or peft adapter over one")
+    parser.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="where to write")
+    parser.add_argument(
+        "--format",
+        choices=("tinyllava", "llava", "vllm"),
+        default="tinyllava",
+        dest="layout",
+        help="layout to write",
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", default="", help="upload to this repository")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--base", metavar="DIR", type=Path, help="the checkpoint below an adapter (default: the one it names)"
+    )
+    parser.add_argument(
+        "--results",
+        metavar="FILE",
+        type=Path,
+        help="results.json with scores for the card (default: beside the weights or the adapter)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the weights (default: auto, the checkpoint's)",
+    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="most of one weight file")
+    options = parser.parse_args(arguments)
+    if options.folder is None and not options.push:
+        parser.error("give OUT, or --push OWNER/NAME")
+    if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", options.max_shard_size.upper()):
+        parser.error(f"--max-shard-size {options.max_shard_size}: give a number and KB, MB, GB or TB: 5GB")
+    if options.folder is not None:
+        check_new_folder(options.folder)
+    if not (options.checkpoint / "adapter_config.json").is_file():
+        check_checkpoint(options.checkpoint)
+    if options.folder is not None:
+        _export(options, options.folder)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        _export(options, Path(temporary) / options.push.rpartition("/")[2])
+    return 0
+
+
+def _export(options: argparse.Namespace, folder: Path) -> None:
+    import torch  # after the options, so that help and mistakes come at once
+
+    from tinyllava.checkpoints.exporting import export_checkpoint
+    from tinyllava.checkpoints.exporting.push import check_repository, push
+
+    if options.push:
+        check_repository(options.push)
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    exported = export_checkpoint(
+        options.checkpoint,
+        folder,
+        layout=options.layout,
+        base=options.base,
+        name=options.push,
+        results=options.results,
+        dtype=dtype,
+        max_shard_size=options.max_shard_size,
+    )
+    print(f"opened again and compared: largest difference of a logit {exported.largest_difference:.2g}")
+    if options.folder is not None:
+        print(f"written: {folder}")
+    if not options.push:
+        return
+    try:
+        print(f"pushed: {push(folder, options.push, private=options.private)}")
+    except CheckpointError as error:
+        again = (
+            f"The folder is written: `hf upload {options.push} {folder} .` sends it."
+            if options.folder
+            else "Give OUT too, to keep the exported folder."
+        )
+        raise CheckpointError(f"{error} {again}") from error

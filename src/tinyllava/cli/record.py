@@ -1,0 +1,153 @@
+"""``tinyllava record``: show a record as it will be trained.
+
+Paper: section 3.2; what is green is the set A of equation 3.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllava.cli.parser import CommandParser
+from tinyllava.config import Stage
+
+if TYPE_CHECKING:
+    from tinyllava.conversation import Conversation
+    from tinyllava.model import TinyLlavaProcessor
+
+_HELP = """
+Show records of a LLaVA-format file as the model will see them: supervised text
+is green (in a plain terminal: between >> and <<), with token counts. A record
+that training would refuse is shown with the reason; the exit status is then 1.
+
+  tinyllava record my.json --model runs/mine/model --count 3
+  tinyllava record my.json --language-model TinyLlama --template caption
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the rendered text with supervised spans coloured, and the token counts."""
+    parser = CommandParser("record", _HELP)
+    parser.add_argument("file", help="LLaVA-format .json or .jsonl")
+    parser.add_argument(
+        "--images", default="", help="folder that image paths start from (default: the file's)"
+    )
+    parser.add_argument("--model", default="", help="checkpoint folder whose tokenizer and template are used")
+    parser.add_argument("--language-model", default="", help="or a language model by name or folder")
+    parser.add_argument(
+        "--template", default="", help="template by name, e.g. caption (default: the model's)"
+    )
+    parser.add_argument(
+        "--image-tokens",
+        type=int,
+        default=0,
+        help="tokens of one image (default: the checkpoint's; "
+        "with --language-model 576, those of CLIP and mlp)",
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], help="named defect whose records are left out (repeatable)"
+    )
+    parser.add_argument("--index", type=int, default=0, help="first record to show, from 0 (default: 0)")
+    parser.add_argument("--count", type=int, default=1, help="number of records")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=Stage.max_length_tokens,
+        help="longest sequence that training takes (default: 2048)",
+    )
+    known = parser.parse_args(arguments)
+    if bool(known.model) == bool(known.language_model):
+        parser.error("give one of --model CHECKPOINT and --language-model NAME")
+    if known.count < 1 or known.image_tokens < 0 or known.max_length < 1:
+        parser.error("--count and --max-length must be at least 1, --image-tokens at least 0")
+
+    from tinyllava.data.records import read_records
+    from tinyllava.errors import DataError
+    from tinyllava.parts.checkpoint_folder import check_checkpoint
+    from tinyllava.parts.templates import read_template
+
+    if known.model:
+        check_checkpoint(Path(known.model))
+    file = Path(known.file)
+    images = Path(known.images) if known.images else file.parent
+    conversations = read_records(file, images, tuple(known.skip)).conversations
+    if not 0 <= known.index < len(conversations):
+        raise DataError(f"--index {known.index}: {file} has records 0 to {len(conversations) - 1}.")
+    processor = _load_processor(known)
+    template = read_template(known.template) if known.template else None
+    are_taken = True
+    for conversation in conversations[known.index : known.index + known.count]:
+        _print_record(conversation, processor, template)
+        are_taken &= _print_refusal(conversation, processor, template, known)
+    return 0 if are_taken else 1
+
+
+def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
+    from tinyllava.model.assemble import load_tokenizer, open_processor
+    from tinyllava.model.processing import TinyLlavaProcessor
+
+    if known.model:
+        processor = open_processor(Path(known.model))
+    else:
+        from transformers import CLIPImageProcessorPil
+
+        from tinyllava.parts.language import find_language_model
+        from tinyllava.parts.templates import read_template
+
+        language = find_language_model(known.language_model)
+        processor = TinyLlavaProcessor(
+            image_processor=CLIPImageProcessorPil(),
+            tokenizer=load_tokenizer(language),
+            chat_template=read_template(language.template),
+        )
+    if known.image_tokens:
+        processor.num_image_tokens = known.image_tokens
+    return processor
+
+
+def _print_refusal(
+    conversation: "Conversation",
+    processor: "TinyLlavaProcessor",
+    template: str | None,
+    known: argparse.Namespace,
+) -> bool:
+    """Say what training will say of a record that it does not take; return whether it can begin."""
+    from rich.console import Console
+
+    from tinyllava.data.dataset import Examples, measure
+    from tinyllava.data.records import Defect
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    examples = Examples(conversations=[conversation], processor=processor, template=template)
+    try:
+        _, skipped = measure(examples, known.max_length, tuple(known.skip))
+    except Defect as defect:
+        console.print(f"training refuses it: {defect}", style="bold red")
+        return False
+    if skipped:
+        console.print(f"training leaves it out: {', '.join(skipped)}", style="dim")
+    return True
+
+
+def _print_record(
+    conversation: "Conversation", processor: "TinyLlavaProcessor", template: str | None
+) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    text, spans = processor.render(conversation, template=template)
+    encoded = processor.encode(conversation, template=template)
+    shown, position = Text(), 0
+    for start, end in spans:
+        shown.append(text[position:start])
+        shown.append(text[start:end] if console.is_terminal else f">>{text[start:end]}<<", style="bold green")
+        position = end
+    shown.append(text[position:])
+    console.rule(Text(f"record {conversation.id or '(no id)'}"))
+    console.print(shown)
+    num_image = encoded.input_ids.count(processor.image_token_id)
+    console.print(
+        f"{len(encoded.input_ids)} tokens, {num_image} of them for {len(conversation.images)} image(s), "
+        f"{sum(encoded.supervised)} supervised",
+        style="dim",
+    )

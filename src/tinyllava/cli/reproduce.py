@@ -1,0 +1,236 @@
+"""``tinyllava reproduce``: the paper's figures and tables, or a grid of your own, run and drawn."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllava.cli.parser import CommandParser
+from tinyllava.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tinyllava.studies.execute import Launcher
+    from tinyllava.studies.graph import Graph, Places
+    from tinyllava.studies.grid import Grid
+    from tinyllava.studies.needs import Need
+
+_HELP = """
+Run what is missing of a figure or table of the paper, reuse what exists, and
+write its report.
+
+  tinyllava reproduce figure-4 --plan      what it needs, what is done, the time
+  tinyllava reproduce figure-4 --data /data --benchmarks /data/benchmarks
+  tinyllava reproduce figure-7 --only '*TL*' --data /data --benchmarks DIR \\
+      --scale 0.02 --limit 200
+  tinyllava reproduce table-a1 --data /data --benchmarks DIR --jobs slurm \\
+      --devices 8 --job slurm_partition=gpu --job gpus_per_node=8
+  tinyllava reproduce my_grid.py           a grid of your own
+  tinyllava reproduce starter              four ablations on two CPU cores
+
+Names: figure-1, figure-4 to figure-9, table-1, table-2, table-3, table-A1 (or
+A1), starter. Stages and evaluations that several cells need are done once; all
+is kept below --runs, which grids share. The same command again goes on where a
+stopped one was, tries again what failed, and draws the report anew.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run a grid; the last line printed is the path of the report. The status is 1 if a cell failed."""
+    known = _parse(arguments)
+    from tinyllava.studies.find import STARTER, find_grid, spell_name
+    from tinyllava.studies.listings import LISTINGS
+
+    known.name = spell_name(known.name)
+    if known.name in LISTINGS:
+        from tinyllava.cli.show import format_table
+
+        print(format_table(LISTINGS[known.name]()))
+        return 0
+
+    grid = _adjusted(find_grid(known.name), known)
+    if known.name == STARTER and not known.plan:
+        from tinyllava.studies.starter import prepare_starter_grid
+
+        prepare_starter_grid()
+    places = _places(grid, known)
+    grid = _scaled(grid, places, known)
+    from tinyllava.studies.graph import expand
+
+    return _plan_or_run(grid, expand(grid, places), known)
+
+
+def _plan_or_run(grid: "Grid", graph: "Graph", known: argparse.Namespace) -> int:
+    from tinyllava.cli.show import format_table
+    from tinyllava.studies.costs import Machine
+    from tinyllava.studies.grid import Costs
+    from tinyllava.studies.needs import as_fetched, cell_rows, explain_costs, plan_graph, plan_rows, summarise
+
+    default = Machine()
+    machine = Machine(gpu=known.gpu or default.gpu, num_gpus=known.gpus or default.num_gpus)
+    is_asked = bool(known.gpu or known.gpus)
+    costs = Costs() if is_asked else grid.costs
+    needs = plan_graph(graph, costs, machine=machine if is_asked else None)
+    fetched_first = known.plan and grid.fetches and any(need.status == "missing" for need in needs)
+    if fetched_first:
+        needs = as_fetched(needs)
+    if known.plan:
+        print(f"{grid.title}\n")
+        print(format_table(plan_rows(needs)))
+        if any(need.seconds is not None for need in needs):
+            print(f"\n{format_table(cell_rows(needs, graph))}")
+        print("\n".join(["", *explain_costs(needs, machine)]))
+    print("\n".join(summarise(needs, graph)))
+    if fetched_first:
+        print(f"first it fetches what is not here yet of {grid.fetches}; that time is not counted.")
+    if known.plan:
+        return 0
+    if all(need.status == "missing" for need in needs):
+        raise DataError("nothing of it can be run here: see what is missing above.")
+    return _run(grid, graph, needs, known)
+
+
+def _run(grid: "Grid", graph: "Graph", needs: "list[Need]", known: argparse.Namespace) -> int:
+    from tinyllava.studies.execute import execute
+    from tinyllava.studies.live import LiveView
+
+    output = Path(known.output or f"studies/{grid.name}")
+    skip = frozenset(need.node.id for need in needs if need.status == "missing")
+    with LiveView(graph, needs, grid.title) as view:
+        states = execute(graph, _launcher(known), retry=known.retry, skip=skip, report=view.update)
+    for id_, state in states.items():
+        if state.status == "failed":
+            print(f"failed: {id_}: {state.error}\n  log: {graph.nodes[id_].folder / 'log.txt'}")
+    if lacking := [cell.id for cell in graph.cells if skip.intersection(cell.nodes)]:
+        print(
+            f"not complete, for want of what is named as missing above: {len(lacking)} of "
+            f"{len(graph.cells)} models ({', '.join(lacking)})"
+        )
+    from tinyllava.studies.collect import write_study
+    from tinyllava.studies.report.page import write_report
+
+    write_study(grid, graph, output)
+    print(write_report(output))
+    return int(any(state.status == "failed" for state in states.values()))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = CommandParser("reproduce", _HELP)
+    add = parser.add_argument
+    add("name", help="figure, table, starter, FILE.py or FILE.py:NAME")
+    add("--plan", action="store_true", help="print the graph with its cost and what is missing, and stop")
+    add("--data", default="", help="folder of Table 2's mixtures")
+    add("--benchmarks", default="", help="folder with a folder for each benchmark")
+    add("--runs", default="runs", help="folder of all run folders (default runs)")
+    add("--output", default="", help="folder of the study and its report (default studies/NAME)")
+    add("--only", action="append", default=[], help="cells by id, subplot or label, with * (repeatable)")
+    add("--seeds", default="", help="seeds with commas between, instead of the grid's")
+    add("--limit", type=int, default=0, help="ask only the first questions of each benchmark")
+    add("--scale", type=float, default=1.0, help="train on this share of the records of every source")
+    add(
+        "--part",
+        action="append",
+        default=[],
+        metavar="NAME=OTHER",
+        help="put another encoder or LLM (name or folder) in the place of one (repeatable)",
+    )
+    add("--retry", type=int, default=0, help="how often what fails is tried again in this call")
+    add("--jobs", choices=["slurm", "local"], help="hand the work to Slurm, or to processes here (submitit)")
+    add("--job", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters (repeatable)")
+    add("--at-once", type=int, default=0, help="most jobs at a time (default: slurm 100, local 1)")
+    add("--devices", type=int, default=1, help="devices of a job: one process each, through torchrun")
+    add("--judge-url", default="", help="endpoint of the judge of MM-Vet and LLaVA-W, up to /v1")
+    add("--judge-model", default="", help="the judge's model name")
+    add("--judge-key", default="OPENAI_API_KEY", help="environment variable that holds the key")
+    add("--gpu", default="", help="kind of GPU that --plan reckons with (default A100-80G)")
+    add("--gpus", type=int, default=0, help="number of them (default 8)")
+    return parser.parse_args(arguments)
+
+
+def _adjusted(grid: "Grid", known: argparse.Namespace) -> "Grid":
+    """Apply --only, --seeds, --limit and --part."""
+    from tinyllava.studies.grid import exchange_parts, select_cells
+
+    grid = select_cells(grid, known.only)
+    if known.seeds:
+        try:
+            seeds = tuple(int(seed) for seed in known.seeds.split(","))
+        except ValueError:
+            raise ConfigError(f"--seeds {known.seeds}: give whole numbers, such as 1,2,3.") from None
+        grid = replace(grid, seeds=tuple(dict.fromkeys(seeds)))
+    if known.limit:
+        note = f"Only the first {known.limit:,} questions of each benchmark were asked."
+        grid = replace(grid, limit=known.limit, notes=(*grid.notes, note))
+    return exchange_parts(grid, _pairs(known.part, "--part"))
+
+
+def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
+    pairs = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{option} {text}: give NAME=VALUE.")
+        pairs[name] = value
+    return pairs
+
+
+def _places(grid: "Grid", known: argparse.Namespace) -> "Places":
+    from tinyllava.cli.evaluate import find_folders
+    from tinyllava.errors import look_up
+    from tinyllava.evaluation.benchmarks import BENCHMARKS
+    from tinyllava.studies.find import STARTER
+    from tinyllava.studies.graph import Places
+
+    folders: dict[str, str] = {}
+    if grid.name == STARTER:
+        from tinyllava.starter.packages import cache_folder
+        from tinyllava.studies.starter import CENTRE, records_folder
+
+        folders = {name: str(records_folder(CENTRE["data"], cache_folder())) for name in grid.benchmarks}
+    elif known.benchmarks:
+        for name in grid.benchmarks:
+            try:
+                found = find_folders({name: look_up(BENCHMARKS, name, "benchmark")}, Path(known.benchmarks))
+            except DataError:
+                continue  # told by the plan
+            folders[name] = str(found[name])
+    judge = {"url": known.judge_url, "model": known.judge_model, "key": known.judge_key}
+    if bool(known.judge_url) != bool(known.judge_model):
+        raise ConfigError(
+            "--judge-url and --judge-model go together: the judge's name stands in every result."
+        )
+    return Places(
+        runs=Path(known.runs),
+        data_root=known.data,
+        benchmarks=folders,
+        judge=judge if known.judge_url else {},
+    )
+
+
+def _scaled(grid: "Grid", places: "Places", known: argparse.Namespace) -> "Grid":
+    """Apply --scale; record files that are not here are told by the plan."""
+    from tinyllava.studies.scale import scale_grid, scale_run
+
+    scaled = scale_grid(grid, known.scale)
+    if scaled is grid:
+        return grid
+    cells = []
+    for cell in scaled.cells:
+        run = replace(cell.run, data_root=cell.run.data_root or places.data_root)
+        cells.append(replace(cell, run=scale_run(run, known.scale, places.runs / ".records")))
+    return replace(scaled, cells=tuple(cells))
+
+
+def _launcher(known: argparse.Namespace) -> "Launcher":
+    from tinyllava.studies.execute import InProcess
+    from tinyllava.studies.jobs import Jobs
+
+    options = {
+        key: int(value) if value.isdigit() else value for key, value in _pairs(known.job, "--job").items()
+    }
+    if known.jobs is None:
+        if options or known.devices > 1:
+            raise ConfigError("--job and --devices go with --jobs slurm or --jobs local.")
+        return InProcess()
+    num_at_once = known.at_once or (100 if known.jobs == "slurm" else 1)
+    return Jobs(known.jobs, num_at_once=num_at_once, num_devices=known.devices, options=options)

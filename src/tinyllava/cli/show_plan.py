@@ -1,0 +1,205 @@
+"""What ``tinyllava show VARIANT`` prints: the resolved run, and its plan in tables."""
+
+from tinyllava.cli.show import TABLES, Rows, format_table
+from tinyllava.config import COMPONENTS, Component, Run, Stage, to_json
+from tinyllava.errors import UnknownNameError
+from tinyllava.planning.check import find_problems
+from tinyllava.planning.plan import GPUS, UTILISATION, Plan, plan_run
+from tinyllava.planning.rules import batch_problems
+from tinyllava.recipes.published import as_published
+from tinyllava.recipes.user import find_run
+
+
+def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: bool = False) -> str:
+    """Return the text for one variant or run of a user's file.
+
+    Raises:
+        UnknownNameError: no such variant, GPU or published code.
+        ConfigError: a part of the run is wrong in a way that leaves nothing to plan.
+    """
+    try:
+        run = find_run(name)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error} Tables to show: {', '.join(TABLES)}.") from error
+    run = as_published(run, code) if code else run
+    if as_json:
+        return to_json(run).rstrip()
+    plan = plan_run(run, gpu=gpu, num_gpus=num_gpus)
+    sections = [
+        f"{run.name}: {run.model.vision_encoder} + {run.model.connector} + {run.model.language_model}",
+        _model(run, plan),
+        format_table(_stages(run, plan)),
+        format_table(_settings(run, plan.precision)),
+        format_table(_parameters(plan)),
+        format_table(_loads(plan)),
+        f"on {num_gpus} x {gpu}, {UTILISATION:.0%} of the peak; memory of each GPU at the longest sequence:"
+        + _without_bf16(run, gpu),
+        format_table(_forms(plan)),
+    ]
+    problems = find_problems(run, on_this_machine=False)
+    for stage_name, stage in run.stages.items():
+        problems += [f"stages.{stage_name}.{p}" for p in batch_problems(stage, run.hardware, num_gpus)]
+    if problems:
+        sections.append("this run would be refused:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return "\n\n".join(sections)
+
+
+def _without_bf16(run: Run, gpu: str) -> str:
+    """Say what a GPU without bf16 makes of the run's precision."""
+    wanted = run.hardware.precision
+    if GPUS[gpu].has_bf16 or wanted not in ("auto", "bf16"):
+        return ""
+    speed = GPUS[gpu].half_flops / GPUS[gpu].fp32_flops
+    does = "trains in fp32" if wanted == "auto" else "is emulated and slower than this says"
+    return (
+        f"\n{gpu} has no bf16, so hardware.precision = {wanted!r} {does}; "
+        f"--hardware.precision fp16 multiplies {speed:.0f} times as fast as fp32."
+    )
+
+
+def _model(run: Run, plan: Plan) -> str:
+    image, context = plan.parts.num_image_tokens, plan.context_tokens
+    longest = max((stage.max_length_tokens for stage in run.stages.values()), default=context)
+    return (
+        f"image tokens   {image} of {plan.parts.num_patches} patches ({run.model.image_aspect})\n"
+        f"sequence       at most {longest} of {context} positions: {longest - image} are left for text\n"
+        f"model folder   {_gigabytes(plan.model_bytes)} in fp32"
+    )
+
+
+def _stages(run: Run, plan: Plan) -> Rows:
+    rows: Rows = [("stage", "data", "encoder", "connector", "LLM", "batch", "epochs", "template")]
+    rows += [
+        (
+            name,
+            ", ".join(stage.data.records),
+            *(_describe(stage, c) for c in COMPONENTS),
+            stage.global_batch_size,
+            f"{stage.num_epochs:g}",
+            stage.template or run.model.template or plan.parts.language.template,
+        )
+        for name, stage in run.stages.items()
+    ]
+    return rows
+
+
+def _settings(run: Run, precision: str) -> Rows:
+    """The rest of a stage's config; the optimizer is AdamW and the schedule a cosine in all of them."""
+    rows: Rows = [
+        (
+            "AdamW, cosine",
+            "warm-up",
+            "decay",
+            "clipped at",
+            "at most",
+            "grouped by",
+            "mean of the loss",
+            "precision",
+        )
+    ]
+    wanted = run.hardware.precision
+    shown = wanted if wanted == precision else f"{wanted}: {precision}"
+    rows += [
+        (
+            name,
+            f"{stage.warmup_ratio:.0%}",
+            f"{stage.weight_decay:g}",
+            f"{stage.max_grad_norm:g}",
+            f"{stage.max_length_tokens} tokens",
+            stage.group_by,
+            stage.loss_norm,
+            shown,
+        )
+        for name, stage in run.stages.items()
+    ]
+    return rows
+
+
+def _describe(stage: Stage, component: Component) -> str:
+    """Say what a stage trains of a component, and at which rate."""
+    tune = stage.tune(component)
+    details = {
+        "from_layer": f"from layer {tune.first_layer}",
+        "lora": f"lora {tune.rank}" + (f" on {tune.bits} bits" if tune.bits < 16 else ""),
+    }
+    rate = f" at {stage.learning_rate_of(component):g}" if tune.trains else ""
+    return details.get(tune.kind, tune.kind) + rate
+
+
+def _parameters(plan: Plan) -> Rows:
+    parts = plan.parts
+    sizes = dict(
+        zip(COMPONENTS, (parts.encoder_size, parts.connector_size, parts.language_size), strict=True)
+    )
+    rows: Rows = [("parameters", "total", *(f"trained in {stage.name}" for stage in plan.stages))]
+    for component, size in sizes.items():
+        rows.append(
+            (component, f"{size.total:,}", *(f"{stage.trained[component]:,}" for stage in plan.stages))
+        )
+    rows.append(("all", f"{parts.total:,}", *(f"{sum(stage.trained.values()):,}" for stage in plan.stages)))
+    return rows
+
+
+def _loads(plan: Plan) -> Rows:
+    rows: Rows = [("stage", "samples", "steps", "tokens", "a sample", "FLOPs", "hours", "checkpoint")]
+    for stage in plan.stages:
+        checkpoint, load = _gigabytes(stage.checkpoint_bytes), stage.load
+        if load is None:
+            rows.append((stage.name, "your files", "-", "-", "-", "-", "-", checkpoint))
+            continue
+        rows.append(
+            (
+                stage.name,
+                f"{load.num_samples:,}",
+                f"{load.num_steps:,}",
+                f"{load.num_tokens / 1e6:,.0f} M",
+                f"{load.mean_tokens:.0f}",
+                f"{load.flops:.2e}",
+                f"{stage.hours:.1f}",
+                checkpoint,
+            )
+        )
+    if loads := [stage.load for stage in plan.stages if stage.load]:
+        samples, steps = sum(load.num_samples for load in loads), sum(load.num_steps for load in loads)
+        tokens, flops = sum(load.num_tokens for load in loads), sum(load.flops for load in loads)
+        hours = sum(stage.hours for stage in plan.stages)
+        rows.append(
+            (
+                "all",
+                f"{samples:,}",
+                f"{steps:,}",
+                f"{tokens / 1e6:,.0f} M",
+                "",
+                f"{flops:.2e}",
+                f"{hours:.1f}",
+                "",
+            )
+        )
+    return rows
+
+
+def _forms(plan: Plan) -> Rows:
+    rows: Rows = [
+        ("stage", "form", "peak memory", "device batch", "accumulation", "weights", "AdamW", "kept")
+    ]
+    for stage in plan.stages:
+        for label, form in stage.forms.items():
+            memory = form.memory
+            peak = _gigabytes(memory.peak) + ("" if form.fits else "  DOES NOT FIT")
+            rows.append(
+                (
+                    stage.name,
+                    label,
+                    peak,
+                    form.device_batch_size,
+                    form.accumulation,
+                    _gigabytes(memory.weights),
+                    _gigabytes(memory.optimizer),
+                    _gigabytes(memory.activations),
+                )
+            )
+    return rows
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,152 @@
+"""``tinyllava train VARIANT``: resolve a run, check it, train its stages."""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+from tinyllava.cli.parser import CommandParser
+from tinyllava.config import DataConfig, ModelConfig, Run
+from tinyllava.errors import ConfigError, DataError
+from tinyllava.parts.checkpoint_folder import recorded_model, recorded_name
+from tinyllava.recipes.published import PUBLISHED, as_published
+from tinyllava.recipes.user import find_run
+
+_HELP = """
+Train a variant of the paper, or your own model, and write a self-contained
+checkpoint.
+
+  tinyllava train base-Sig-Phi --data /data
+      on Table 2's files, in their published layout under /data
+  tinyllava train base --from CKPT --data my.json
+      fine-tune a checkpoint on LLaVA-format records of your own
+  tinyllava train my_recipes.py:MINE --data /data
+      a run of your own: a Python file and the name in it
+  tinyllava train my_recipes.py:MINE-Sig-Phi --data /data
+      a recipe of your own on these parts
+  tinyllava train base-C-TL --data /data --code llava
+      with the settings of published code
+
+VARIANT is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], e.g. share-Sig-Phi (see
+`tinyllava show variants`). With --from the model is the checkpoint's, and the
+recipe's name alone will do. Every setting of the run is an option, e.g.
+--finetune.learning-rate 1e-5 --model.connector resampler
+--hardware.device-batch-size 4; `tinyllava train VARIANT --options` lists them
+all with their values. Running the same command again goes on where a stopped
+run was.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Train; print the folder of the model as the last line."""
+    parser = CommandParser("train", _HELP)
+    parser.add_argument("variant", help="variant, FILE.py:NAME, or a recipe with --from")
+    parser.add_argument(
+        "--data", action="append", default=[], help="data folder, or LLaVA-format .json/.jsonl (repeatable)"
+    )
+    parser.add_argument("--images", default="", help="folder that image paths start from (with --data FILE)")
+    parser.add_argument(
+        "--skip", action="append", default=[], help="named defect whose records are left out and counted"
+    )
+    parser.add_argument(
+        "--from",
+        "--start-from",
+        dest="start_from",
+        default="",
+        metavar="CHECKPOINT",
+        help="checkpoint folder to start from: the last stage only, on the checkpoint's model",
+    )
+    parser.add_argument("--code", default="", help=f"settings of published code: {', '.join(PUBLISHED)}")
+    parser.add_argument("--only", default="", help="run only this stage")
+    parser.add_argument(
+        "--output", default="", help="run folder (default: runs/NAME, with --from runs/NAME-tuned)"
+    )
+    parser.add_argument("--options", action="store_true", help="list every option of the run and stop")
+    known, rest = parser.parse_known_args(arguments)
+    model = recorded_model(Path(known.start_from)) if known.start_from else None
+    run = find_run(known.variant, model)
+    run = _with_shortcuts(as_published(run, known.code) if known.code else run, known)
+    if model:
+        run = _on_checkpoint(run, model, known)
+    run = _with_options(run, ["--help"] if known.options else rest, known.variant)
+    if model and run.model != model:
+        raise ConfigError(f"--model.* with --from {known.start_from}: {_describe_change(model, run.model)}")
+
+    from tinyllava.training.run import train
+
+    folder = train(run)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print(f"\nmodel: {folder}\nnext: tinyllava chat IMAGE --model {folder}")
+    return 0
+
+
+def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
+    """Apply --data, --images, --from, --only and --output."""
+    files = tuple(path for path in known.data if Path(path).suffix in (".json", ".jsonl"))
+    folders = [path for path in known.data if path not in files]
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise DataError(f"--data {folder}: neither a folder nor a .json or .jsonl file.")
+    if len(folders) > 1:
+        raise ConfigError(f"--data {' --data '.join(folders)}: one folder holds the mixtures; give one.")
+    if known.images and not files:
+        raise ConfigError(f"--images {known.images}: it goes with --data FILE.json, which is not given.")
+    stages = dict(run.stages)
+    if known.start_from:
+        stages = dict([list(stages.items())[-1]])
+    if known.only:
+        if known.only not in stages:
+            raise ConfigError(f"--only {known.only}: no such stage; this run has {', '.join(run.stages)}.")
+        stages = {known.only: stages[known.only]}
+    if files:
+        name = list(stages)[-1]
+        stages[name] = dataclasses.replace(stages[name], data=DataConfig(records=files, images=known.images))
+    if known.skip:
+        stages = {
+            name: dataclasses.replace(
+                stage, data=dataclasses.replace(stage.data, skip=(*stage.data.skip, *known.skip))
+            )
+            for name, stage in stages.items()
+        }
+    return dataclasses.replace(
+        run,
+        stages=stages,
+        start_from=known.start_from or run.start_from,
+        output=known.output or run.output,
+        data_root=folders[0] if folders else run.data_root,
+    )
+
+
+def _on_checkpoint(run: Run, model: ModelConfig, known: argparse.Namespace) -> Run:
+    """Put the checkpoint's model into a run, and its name, unless a file of the user's has the name."""
+    if ":" in known.variant:
+        return dataclasses.replace(run, model=model)
+    return dataclasses.replace(run, model=model, name=f"{recorded_name(Path(known.start_from))}-tuned")
+
+
+def _describe_change(model: ModelConfig, wanted: ModelConfig) -> str:
+    """Name the first setting of a checkpoint's model that was to be another."""
+    fields = (field.name for field in dataclasses.fields(model))
+    name = next(name for name in fields if getattr(model, name) != getattr(wanted, name))
+    option = f"--model.{name.replace('_', '-')}"
+    return (
+        f"the checkpoint has {name} {getattr(model, name)!r}, not {getattr(wanted, name)!r}; leave "
+        f"{option} out, or train from the parts, without --from."
+    )
+
+
+def _with_options(run: Run, rest: list[str], name: str) -> Run:
+    """Apply every other option; ``--finetune.x`` is short for ``--stages.finetune.x``."""
+    import tyro
+
+    rest = [
+        next((f"--stages.{arg[2:]}" for stage in run.stages if arg.startswith(f"--{stage}.")), arg)
+        for arg in rest
+    ]
+    return tyro.cli(
+        Run,
+        default=run,
+        args=rest,
+        prog=f"tinyllava train {name}",
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )

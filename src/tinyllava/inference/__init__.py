@@ -1,0 +1,1 @@
+"""Ask a model: one conversation, a stream, a file of questions, or many that share a prefix."""

@@ -1,0 +1,148 @@
+"""Questions to batches: grouped by image, prepared by background processes, filled by length.
+
+Paper: section 4.1.3; ``blank`` makes the baseline that shows what a benchmark tells without its images.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.data.images import open_image
+from tinyllava.errors import TinyLlavaError
+from tinyllava.inference.chat import encode_prompt
+from tinyllava.inference.prompt_tree import grow_tree
+from tinyllava.inference.shared_prefix import ImageGroup
+from tinyllava.model import TinyLlavaProcessor
+
+MAX_GROUP = 64  # questions of one group: what more share would gain less than what their attention costs
+_WINDOW = 4  # batches that are gathered before groups of like length are put together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A group that is ready for the model, and which conversations it holds."""
+
+    indices: tuple[int, ...]
+    group: ImageGroup
+
+
+def group_by_image(
+    conversations: Sequence[Conversation], indices: Iterable[int], max_group: int = MAX_GROUP
+) -> list[tuple[int, ...]]:
+    """Return groups of indices whose conversations have the same images, in order of first appearance."""
+    by_images: dict[tuple[ImageRef, ...], list[int]] = {}
+    for i in indices:
+        by_images.setdefault(conversations[i].images, []).append(i)
+    return [
+        tuple(members[start : start + max_group])
+        for members in by_images.values()
+        for start in range(0, len(members), max_group)
+    ]
+
+
+def prepare_group(processor: TinyLlavaProcessor, conversations: Sequence[Conversation]) -> ImageGroup:
+    """Tokenise conversations about the same images and open these.
+
+    Raises:
+        ImageError: an image is missing or broken.
+        DataError: a conversation does not fit the model's context.
+    """
+    images = [open_image(ref, processor.background) for ref in conversations[0].images]
+    prompts = [encode_prompt(processor, conversation) for conversation in conversations]
+    return ImageGroup(
+        tree=grow_tree(prompts, processor.image_token_id),
+        pixel_values=processor.to_pixels(images) if images else None,
+    )
+
+
+class _Groups(Dataset[Prepared | TinyLlavaError]):
+    def __init__(
+        self,
+        processor: TinyLlavaProcessor,
+        conversations: Sequence[Conversation],
+        groups: Sequence[tuple[int, ...]],
+    ) -> None:
+        self.processor, self.conversations, self.groups = processor, conversations, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, number: int) -> Prepared | TinyLlavaError:
+        indices = self.groups[number]
+        try:
+            group = prepare_group(self.processor, [self.conversations[i] for i in indices])
+        except TinyLlavaError as error:
+            return error  # raised in the main process, where its message is still its own
+        return Prepared(indices=indices, group=group)
+
+
+def prepare(
+    processor: TinyLlavaProcessor,
+    conversations: Sequence[Conversation],
+    groups: Sequence[tuple[int, ...]],
+    *,
+    num_workers: int,
+) -> Iterator[Prepared]:
+    """Yield the groups in order, made ready by ``num_workers`` processes a few groups ahead (0: by this one).
+
+    Raises:
+        ImageError, DataError: see ``prepare_group``.
+    """
+    dataset = _Groups(processor, conversations, groups)
+    for prepared in DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
+        if isinstance(prepared, TinyLlavaError):
+            raise prepared
+        yield prepared
+
+
+def _as_it_is(prepared: Any) -> Any:
+    return prepared
+
+
+def fill_batches(groups: Iterable[Prepared], batch_tokens: int) -> Iterator[list[Prepared]]:
+    """Yield batches of at most ``batch_tokens`` tokens with padding; groups of like length come together."""
+    window: list[Prepared] = []
+    num_tokens = 0
+    for prepared in groups:
+        window.append(prepared)
+        num_tokens += prepared.group.tree.num_tokens
+        if num_tokens >= _WINDOW * batch_tokens:
+            *full, window = _cut(window, batch_tokens)
+            yield from full
+            num_tokens = sum(p.group.tree.num_tokens for p in window)
+    yield from _cut(window, batch_tokens)
+
+
+def _cut(window: list[Prepared], batch_tokens: int) -> Iterator[list[Prepared]]:
+    batch: list[Prepared] = []
+    for prepared in sorted(window, key=lambda p: (len(p.group.tree.trunk), len(p.group.tree.tokens))):
+        trees = [p.group.tree for p in (*batch, prepared)]
+        padded = len(trees) * (max(len(t.trunk) for t in trees) + max(len(t.tokens) for t in trees))
+        if batch and padded > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(prepared)
+    if batch:
+        yield batch
+
+
+def blank_image(colour: tuple[int, ...]) -> ImageRef:
+    """Return an image of a single colour, 0-255."""
+    data = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(data, "PNG")
+    return ImageRef(data=data.getvalue(), name="blank")
+
+
+def blank(conversation: Conversation, image: ImageRef) -> Conversation:
+    """Return the conversation with ``image`` in place of each of its own."""
+    messages = tuple(
+        dataclasses.replace(message, images=(image,) * len(message.images))
+        for message in conversation.messages
+    )
+    return dataclasses.replace(conversation, messages=messages)

@@ -1,0 +1,153 @@
+"""``tinyllava chat --file``: a file of questions in, the same lines with answers out, in batches."""
+
+import json
+import os
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllava.conversation import Conversation, ask
+from tinyllava.errors import DataError
+from tinyllava.files import parse_json
+from tinyllava.inference.identity import claim_answers
+
+_AT_ONCE = 64  # lines answered before they are written: a batch is cut out of them by its tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of the file of questions."""
+
+    fields: dict[str, Any]
+    """As it was read; what the answer is added to."""
+    conversation: Conversation
+
+
+def read_questions(path: Path) -> list[Line]:
+    """Read a JSONL file of ``{"image": PATH, "question": TEXT}``; without an image it is text alone.
+
+    Image paths start from the file's folder. Other fields are kept.
+
+    Raises:
+        DataError: the file is missing, empty or not UTF-8, or a line is of another form or its image is
+        missing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); give a file of questions in JSONL.") from error
+    lines = [
+        _read_line(line, f"{path}:{number}", path.parent)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
+    if not lines:
+        raise DataError(f"{path}: no line in it; write one object a line: image and question.")
+    return lines
+
+
+def _read_line(line: str, where: str, folder: Path) -> Line:
+    try:
+        fields = parse_json(line, whole_characters=True)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error}); write one object a line.") from error
+    question = fields.get("question") if isinstance(fields, dict) else None
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{where}: no text in 'question'; a line is an object such as {_EXAMPLE}.")
+    image = fields.get("image")
+    if image is not None and not isinstance(image, str):
+        raise DataError(f"{where}: image = {image!r}: must be a path; leave it out for text alone.")
+    if image and not (folder / image).is_file():
+        raise DataError(f"{where}: image = {image!r}: no such file below {folder}; check the path.")
+    return Line(fields=fields, conversation=ask(question, *([folder / image] if image else []), id=where))
+
+
+_EXAMPLE = '{"image": "cat.jpg", "question": "What is on the chair?"}'
+
+
+def answer_file(
+    answer: Callable[[Sequence[Conversation]], list[str]],
+    lines: Sequence[Line],
+    output: Path,
+    run: Mapping[str, object],
+) -> Iterator[int]:
+    """Write each line with its answer, in order; yield the number of lines done, also before the first batch.
+
+    Lines that the output holds already are not asked again.
+
+    Args:
+        answer: gives one text a conversation.
+        lines: what is asked.
+        output: JSONL to write; ``run_file`` beside it says whose answers these are.
+        run: what the answers depend on, by name: weights, decoding, folder of the images.
+
+    Raises:
+        DataError: the output holds answers to other questions, or of a run that is not known, or cannot be
+            written.
+        ConfigError: it holds answers of another run.
+    """
+    done, num_whole = _count_answered(output, lines)
+    _claim(output, run)
+    if output.exists() and num_whole < output.stat().st_size:
+        os.truncate(output, num_whole)  # cut, not written anew: what is there outlives a kill and a full disk
+    yield done
+    for start in range(done, len(lines), _AT_ONCE):
+        chunk = lines[start : start + _AT_ONCE]
+        answers = answer([line.conversation for line in chunk])
+        try:
+            with output.open("a", encoding="utf-8") as file:
+                for line, text in zip(chunk, answers, strict=True):
+                    file.write(json.dumps({**_asked(line.fields), "answer": text}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise DataError(
+                f"{output}: cannot be written ({error.strerror}); choose another file."
+            ) from error
+        yield start + len(chunk)
+
+
+def run_file(output: Path) -> Path:
+    """Return the file that says which model gave the answers in ``output``, and how it was asked."""
+    return output.with_name(f"{output.name}.run.json")
+
+
+def _claim(output: Path, run: Mapping[str, object]) -> None:
+    """Hold the output for this run; what an output without answers was held for is no longer of use."""
+    identity = run_file(output)
+    fix = f"Choose another --output, or delete {output} to have all questions asked again."
+    if not output.exists() or not output.stat().st_size:
+        identity.unlink(missing_ok=True)
+    elif not identity.exists():
+        raise DataError(f"{output}: holds answers, but {identity} does not say of which model. {fix}")
+    claim_answers(output, identity, run, fix=fix, told_by={"model": "weights"})
+
+
+def _count_answered(output: Path, lines: Sequence[Line]) -> tuple[int, int]:
+    """Return how many lines the output answers, and their bytes; a line that a stop cut may follow."""
+    try:
+        is_new = not output.exists()
+        output.open("ab").close()  # a place that cannot be written is told before anything is asked
+        data = output.read_bytes()
+        if is_new:
+            output.unlink()
+        whole = data[: data.rfind(b"\n") + 1]
+        written = whole.decode().split("\n")[:-1]
+        rest = getincrementaldecoder("utf-8")().decode(data[len(whole) :])  # it may end within a character
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{output}: cannot be used ({error}); choose another file.") from error
+    begins = [_without_answer(line.fields) for line in lines]
+    cut = begins[len(written)] if len(written) < len(lines) else ""
+    same = len(written) <= len(lines) and all(map(str.startswith, written, begins))
+    if not same or not (rest.startswith(cut) or cut.startswith(rest)) or (rest and not cut):
+        raise DataError(f"{output}: holds something else than these answers; choose another file.")
+    return len(written), len(whole)
+
+
+def _asked(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "answer"}
+
+
+def _without_answer(fields: dict[str, Any]) -> str:
+    """Return what a written line begins with, up to the text of the answer."""
+    return json.dumps({**_asked(fields), "answer": ""}, ensure_ascii=False).removesuffix('"}')

@@ -1,0 +1,214 @@
+"""Answer all questions about an image together: what their prompts share is computed once.
+
+Paper: none; greedy decoding as in section 4.1.3's protocols, with the answers of one question at a time.
+Differs: the published evaluation encodes the image and its tokens again for every question. Here a
+image is a row of the batch. Its prompts form a tree; the trunk (system text and image) is a causal
+forward pass, the branches are a second one in which a token sees its own branch only, and each step of
+decoding computes the next token of every unfinished question against the one cache of the row. Nothing is
+repeated or copied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tinyllava.compat import CACHE_NAME
+from tinyllava.inference.chat import check_logits, stop_ids
+from tinyllava.inference.prompt_tree import PromptTree
+from tinyllava.model import TinyLlavaForConditionalGeneration
+
+_ENCODER_BATCH = 32  # images that the vision encoder takes at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGroup:
+    """Prompts that ask about the same images."""
+
+    tree: PromptTree
+    pixel_values: Tensor | None = None
+    """[I, 3, H, W]; None for prompts without an image."""
+
+
+def _attention(model: TinyLlavaForConditionalGeneration) -> str:
+    return str(model.language_model.config._attn_implementation)  # type: ignore[union-attr]
+
+
+def can_share(model: TinyLlavaForConditionalGeneration) -> bool:
+    """Tell whether the language model attends to everything before a token (no sliding window)."""
+    text_config = model.config.text_config
+    kinds = getattr(text_config, "layer_types", None) or ["full_attention"]
+    window = getattr(text_config, "sliding_window", None)
+    return set(kinds) == {"full_attention"} and (
+        window is None or not getattr(text_config, "use_sliding_window", True)
+    )
+
+
+@torch.inference_mode()
+def answer_groups(
+    model: TinyLlavaForConditionalGeneration, groups: Sequence[ImageGroup], max_new_tokens: int
+) -> list[list[list[int]]]:
+    """Return the token ids of the greedy answer to each prompt of each group, its end token included.
+
+    All groups are one batch; the caller bounds its size.
+    """
+    if _attention(model) not in ("sdpa", "eager"):
+        model.set_attn_implementation("sdpa")  # the others take no mask of our own
+    trunks = _Trunks(model, groups)
+    hidden, seen, positions, where = trunks.branch()
+    answers = _decode(model, trunks.cache, hidden, seen, positions, max_new_tokens)
+    return [[answers[g][column] for column in columns] for g, columns in enumerate(where)]
+
+
+class _Trunks:
+    """The trunks of G groups in one cache, and the pass over the branches that stand on them."""
+
+    def __init__(self, model: TinyLlavaForConditionalGeneration, groups: Sequence[ImageGroup]) -> None:
+        self.model, self.groups, self.device = model, groups, model.device
+        self.cache = DynamicCache()
+        self.image_tokens = _encode_images(model, groups)
+        self.num_shared = [len(group.tree.trunk) for group in groups]
+        self.width = max(self.num_shared)
+        if self.width:
+            # Trunks are padded on the right: causal attention never looks there, and branches are masked.
+            embeds = self._embed([g.tree.trunk for g in groups], [g.tree.image_slots for g in groups])
+            model.language_model(inputs_embeds=embeds, **{CACHE_NAME: self.cache}, use_cache=True)
+
+    def branch(self) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
+        """Run the branches.
+
+        Returns:
+            The hidden states [G, Q, D] at the ends of the Q different prompts of each group (padded), which
+            cache slots each of them sees [G, Q, P + M], their next positions [G, Q] (-1 where padded), and
+            for each group the column in Q of each of its prompts.
+        """
+        trees = [group.tree for group in self.groups]
+        embeds = self._embed([t.tokens for t in trees], [t.image_slots[len(t.trunk) :] for t in trees])
+        num_groups, num_nodes = embeds.shape[:2]
+        sees = torch.zeros(num_groups, num_nodes, self.width + num_nodes, dtype=torch.bool)
+        positions = torch.zeros(num_groups, num_nodes, dtype=torch.long)
+        unique = [sorted(set(tree.ends.tolist())) for tree in trees]
+        ends = torch.zeros(num_groups, max(map(len, unique)), dtype=torch.long)
+        next_positions = torch.full_like(ends, -1)
+        for g, tree in enumerate(trees):
+            sees[g, :, : self.num_shared[g]] = True
+            sees[g, : len(tree.tokens), self.width : self.width + len(tree.tokens)] = torch.from_numpy(
+                tree.sees
+            )
+            positions[g, : len(tree.tokens)] = torch.from_numpy(tree.positions)
+            ends[g, : len(unique[g])] = torch.tensor(unique[g])
+            next_positions[g, : len(unique[g])] = positions[g][ends[g, : len(unique[g])]] + 1
+        sees[:, :, self.width :] |= torch.eye(num_nodes, dtype=torch.bool)  # padding sees itself
+        sees, ends = sees.to(self.device), ends.to(self.device)
+        hidden = _forward(self.model, embeds, sees, positions.to(self.device), self.cache)
+        columns = [[unique[g].index(end) for end in tree.ends.tolist()] for g, tree in enumerate(trees)]
+        return _pick(hidden, ends), _pick(sees, ends), next_positions.to(self.device), columns
+
+    def _embed(self, tokens: Sequence[object], slots: Sequence[object]) -> Tensor:
+        """Embed token ids of different lengths [G, N, D], padded on the right, images in their places."""
+        rows = [torch.as_tensor(row) for row in tokens]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        embeds: Tensor = self.model.get_input_embeddings()(ids)
+        for g, image_tokens in enumerate(self.image_tokens):
+            if image_tokens is not None:
+                slot = torch.as_tensor(slots[g])[: len(rows[g])].to(self.device)
+                embeds[g, : len(slot)][slot >= 0] = image_tokens[slot[slot >= 0]].to(embeds.dtype)
+        return embeds
+
+
+def _encode_images(
+    model: TinyLlavaForConditionalGeneration, groups: Sequence[ImageGroup]
+) -> list[Tensor | None]:
+    """Return the image tokens of each group, its images one after the other [I * T, D]."""
+    pixels = [group.pixel_values for group in groups if group.pixel_values is not None]
+    if not pixels:
+        return [None] * len(groups)
+    batches = torch.cat(pixels).split(_ENCODER_BATCH)
+    tokens = torch.cat([model.model.get_image_features(b.to(model.device)) for b in batches])
+    taken = iter(tokens.split([len(p) for p in pixels]))
+    return [None if group.pixel_values is None else next(taken).flatten(0, 1) for group in groups]
+
+
+def _decode(
+    model: TinyLlavaForConditionalGeneration,
+    cache: DynamicCache,
+    hidden: Tensor,
+    seen: Tensor,
+    positions: Tensor,
+    max_new_tokens: int,
+) -> list[list[list[int]]]:
+    """Decode Q prompts on each of G rows until each has ended.
+
+    Args:
+        hidden: [G, Q, D] at the ends of the prompts.
+        seen: [G, Q, K] which slots of the cache each prompt sees.
+        positions: [G, Q] of the next token; -1 marks padding.
+    """
+    stops = stop_ids(model).to(hidden.device)
+    answers: list[list[list[int]]] = [[[] for _ in row] for row in positions.tolist()]
+    rows = torch.arange(len(hidden), device=hidden.device)  # those that are still in the cache
+    alive = positions >= 0
+    order = torch.arange(hidden.shape[1], device=hidden.device).expand(
+        len(hidden), -1
+    )  # columns in ``hidden``
+    tokens = torch.zeros_like(positions)
+    for step in range(max_new_tokens):
+        active = alive.gather(1, order)
+        logits = model.lm_head(hidden[active])
+        check_logits(model, logits)
+        next_tokens = logits.argmax(-1)
+        tokens[rows_of(active), order[active]] = next_tokens
+        alive[rows_of(active), order[active]] = ~torch.isin(next_tokens, stops)
+        for g, q, token in torch.stack([rows[rows_of(active)], order[active], next_tokens]).T.tolist():
+            answers[g][q].append(token)
+        kept = alive.any(1)
+        if step == max_new_tokens - 1 or not kept.any():
+            break
+        if int(kept.sum()) * 2 <= len(kept):  # half the rows are done: let go of their part of the cache
+            cache.batch_select_indices(kept.nonzero().squeeze(1))
+            rows, alive, seen, positions, tokens = (t[kept] for t in (rows, alive, seen, positions, tokens))
+        # Unfinished questions first; rows with fewer of them are padded with finished ones.
+        order = (~alive).to(torch.int8).argsort(dim=1, stable=True)[:, : int(alive.sum(1).max())]
+        own = torch.eye(order.shape[1], dtype=torch.bool, device=order.device).expand(len(order), -1, -1)
+        sees = torch.cat([_pick(seen, order), own], dim=2)
+        embeds = model.get_input_embeddings()(tokens.gather(1, order))
+        hidden = _forward(model, embeds, sees, positions.gather(1, order).clamp(min=0), cache)
+        new_slots = torch.zeros(*seen.shape[:2], order.shape[1], dtype=torch.bool, device=order.device)
+        new_slots.scatter_(1, order[:, :, None].expand_as(own), own)
+        seen = torch.cat([seen, new_slots], dim=2)
+        positions = positions + 1
+    return answers
+
+
+def rows_of(mask: Tensor) -> Tensor:
+    """Return the row of every true entry of a mask [G, A], in the order in which the mask selects."""
+    return mask.nonzero()[:, 0]
+
+
+def _forward(
+    model: TinyLlavaForConditionalGeneration,
+    embeds: Tensor,
+    sees: Tensor,
+    positions: Tensor,
+    cache: DynamicCache,
+) -> Tensor:
+    """Run the language model over new tokens [G, N, D] that see the slots ``sees`` [G, N, K + N]."""
+    if _attention(model) == "eager":  # adds its mask; SDPA also takes true and false
+        mask = torch.zeros(sees.shape, dtype=embeds.dtype, device=sees.device)
+        sees = mask.masked_fill_(~sees, torch.finfo(embeds.dtype).min)
+    output = model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=sees[:, None],
+        position_ids=positions,
+        use_cache=True,
+        **{CACHE_NAME: cache},
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """Return ``values[g, index[g, a]]`` [G, A, ...] of values [G, N, ...]."""
+    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))

@@ -1,0 +1,1 @@
+"""The modules of the connectors, one file each."""

@@ -1,0 +1,241 @@
+"""The connectors P_phi: from M patch features of width X to T image tokens of width D.
+
+Paper: section 3.1 (h_j = P_phi(v_j)), section 4.1.1 and Figure 6.
+This table is the one owner of how many tokens an image takes; it imports no torch, so that a plan can
+be made before anything is loaded. The modules stand in one file each and are imported when built.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from math import isqrt
+from typing import TYPE_CHECKING
+
+from tinyllava.errors import ConfigError, look_up
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Options = Mapping[str, int]
+Linears = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connector:
+    """What is known of a connector before it is built."""
+
+    module: str
+    """``file:Class`` of this package; takes (vision_width, language_width, num_patches, **options)."""
+    summary: str
+    num_tokens: Callable[[int, Options], int]
+    """T from M and the options."""
+    num_parameters: Callable[[int, int, Options], int]
+    """Parameters from X, D and the options."""
+    linears: Callable[[int, int, Options], Linears]
+    """(Inputs, outputs) of each linear layer from X, D and the options: what adapters are put on."""
+    options: Options = field(default_factory=dict)
+    """Every option with its default."""
+
+
+def _one_per_patch(num_patches: int, options: Options) -> int:
+    return num_patches
+
+
+def _one_per_query(num_patches: int, options: Options) -> int:
+    return options["num_queries"]
+
+
+def _one_per_block(num_patches: int, options: Options) -> int:
+    side, block = isqrt(num_patches), options["block"]
+    if side * side != num_patches or side % block:
+        raise ConfigError(
+            f"connector pixel_shuffle: a grid of {num_patches} patches ({side} x {side}) does not divide "
+            f"into blocks of {block} x {block}; choose a block out of {_divisors(side)}."
+        )
+    return (side // block) ** 2
+
+
+def _one_per_cell(num_patches: int, options: Options) -> int:
+    grid, side = isqrt(num_patches), options["side"]
+    if grid**2 != num_patches or side > grid:
+        raise ConfigError(
+            f"connector pool: {num_patches} patches are a grid of {grid} x {grid}, which has no "
+            f"{side} x {side} cells to average; choose a side of at most {grid}."
+        )
+    return side**2
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _weights(linears: Linears, *, biased: bool = True) -> int:
+    return sum(inputs * outputs + biased * outputs for inputs, outputs in linears)
+
+
+def _linear_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    return [(vision_width, language_width)]
+
+
+def _linear(vision_width: int, language_width: int, options: Options) -> int:
+    return _weights(_linear_linears(vision_width, language_width, options))
+
+
+def _mlp_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    inputs = vision_width * options.get("block", 1) ** 2
+    return [(inputs, language_width), (language_width, language_width)]
+
+
+def _mlp(vision_width: int, language_width: int, options: Options) -> int:
+    return _weights(_mlp_linears(vision_width, language_width, options))
+
+
+def _resampler_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    width, attention = options["width"], options["num_heads"] * options["head_width"]
+    layer = [(width, attention), (width, 2 * attention), (attention, width)]
+    layer += [(width, 4 * width), (4 * width, width)]
+    return [(vision_width, width), *layer * options["num_layers"], (width, language_width)]
+
+
+def _resampler(vision_width: int, language_width: int, options: Options) -> int:
+    first, *layers, last = _resampler_linears(vision_width, language_width, options)
+    others = 6 * options["num_layers"] + 2 + options["num_queries"]  # norms and queries, in widths
+    return _weights([first, last]) + _weights(layers, biased=False) + others * options["width"]
+
+
+def _bench_resampler_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    width = options["width"]
+    layer = [(width, width)] * 2 + [(vision_width, width)] * 2 + [(width, 4 * width), (4 * width, width)]
+    return [*layer * options["num_layers"], (width, language_width)]
+
+
+def _bench_resampler(vision_width: int, language_width: int, options: Options) -> int:
+    width, linears = options["width"], _bench_resampler_linears(vision_width, language_width, options)
+    norms = options["num_layers"] * (2 * vision_width + 4 * width) + 2 * width
+    return _weights(linears, biased=False) + norms + options["num_queries"] * width
+
+
+def _qformer_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    width, num_layers = options["width"], options["num_layers"]
+    layer = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
+    across = [(width, width)] * 2 + [(vision_width, width)] * 2
+    num_across = -(-num_layers // options["cross_every"])
+    return [*layer * num_layers, *across * num_across, (width, language_width)]
+
+
+def _qformer(vision_width: int, language_width: int, options: Options) -> int:
+    width, num_layers = options["width"], options["num_layers"]
+    num_norms = 1 + 2 * num_layers + -(-num_layers // options["cross_every"])
+    linears = _qformer_linears(vision_width, language_width, options)
+    return _weights(linears) + 2 * width * num_norms + options["num_queries"] * width
+
+
+CONNECTORS: dict[str, Connector] = {
+    "linear": Connector(
+        module="linear:Linear",
+        summary="one linear layer, a token for each patch",
+        num_tokens=_one_per_patch,
+        num_parameters=_linear,
+        linears=_linear_linears,
+    ),
+    "mlp": Connector(
+        module="mlp:MLP",
+        summary="two linear layers with GELU between (the paper's)",
+        num_tokens=_one_per_patch,
+        num_parameters=_mlp,
+        linears=_mlp_linears,
+    ),
+    "resampler": Connector(
+        module="resampler:Resampler",
+        summary="Perceiver resampler: learned queries attend to the patches",
+        num_tokens=_one_per_query,
+        num_parameters=_resampler,
+        linears=_resampler_linears,
+        options={"num_queries": 64, "num_layers": 3, "width": 768, "num_heads": 8, "head_width": 64},
+    ),
+    "bench_resampler": Connector(
+        module="bench_resampler:BenchResampler",
+        summary="TinyLLaVABench's resampler: learned queries attend to the patches alone",
+        num_tokens=_one_per_query,
+        num_parameters=_bench_resampler,
+        linears=_bench_resampler_linears,
+        options={"num_queries": 128, "num_layers": 3, "width": 768, "num_heads": 12},
+    ),
+    "pixel_shuffle": Connector(
+        module="pixel_shuffle:PixelShuffle",
+        summary="space to depth: block x block patches become one token, then MLP",
+        num_tokens=_one_per_block,
+        num_parameters=_mlp,
+        linears=_mlp_linears,
+        options={"block": 3},
+    ),
+    "pool": Connector(
+        module="pool:Pool",
+        summary="average the grid to side x side cells, then MLP",
+        num_tokens=_one_per_cell,
+        num_parameters=_mlp,
+        linears=_mlp_linears,
+        options={"side": 2},
+    ),
+    "qformer": Connector(
+        module="qformer:QFormer",
+        summary="BLIP-2's Q-Former: queries through a small BERT that looks at the patches",
+        num_tokens=_one_per_query,
+        num_parameters=_qformer,
+        linears=_qformer_linears,
+        options={"num_queries": 32, "num_layers": 6, "width": 768, "num_heads": 12, "cross_every": 2},
+    ),
+}
+
+
+def resolve_options(name: str, options: Options) -> dict[str, int]:
+    """Return every option of a connector, defaults filled in.
+
+    Raises:
+        UnknownNameError: no such connector.
+        ConfigError: an option that the connector does not have, or that is not a positive number, or heads
+            that do not divide the width.
+    """
+    connector = look_up(CONNECTORS, name, "connector")
+    for key, value in options.items():
+        if key not in connector.options:
+            known = ", ".join(connector.options) or "none"
+            raise ConfigError(f"connector {name!r} has no option {key!r}; known: {known}.")
+        if value < 1:
+            raise ConfigError(f"connector option {key} = {value}: must be at least 1.")
+    resolved = {**connector.options, **options}
+    _check_heads(name, resolved)
+    return resolved
+
+
+def _check_heads(name: str, options: Options) -> None:
+    """Refuse a width that its heads do not divide, where a head has no width of its own."""
+    if "num_heads" not in options or "head_width" in options:
+        return
+    width, num_heads = options["width"], options["num_heads"]
+    if width % num_heads:
+        raise ConfigError(
+            f"connector {name}: width = {width} does not divide by num_heads = {num_heads}; choose "
+            f"num_heads out of {_divisors(width)}."
+        )
+
+
+def num_tokens(name: str, num_patches: int, options: Options) -> int:
+    """Return T, the exact number of image tokens of one image.
+
+    Raises:
+        ConfigError: the grid does not suit the options; the message names sizes that do.
+    """
+    return look_up(CONNECTORS, name, "connector").num_tokens(num_patches, resolve_options(name, options))
+
+
+def build_connector(
+    name: str, *, vision_width: int, language_width: int, num_patches: int, options: Options
+) -> "nn.Module":
+    """Build a connector: a module that maps [I, M, X] to [I, T, D]."""
+    resolved = resolve_options(name, options)
+    num_tokens(name, num_patches, resolved)  # sizes that do not fit are said here, not in a matrix product
+    file, _, class_name = CONNECTORS[name].module.partition(":")
+    cls = getattr(import_module(f"tinyllava.model.connectors.{file}"), class_name)
+    module: nn.Module = cls(vision_width, language_width, num_patches, **resolved)
+    return module

@@ -1,0 +1,28 @@
+"""Prompt templates: one Jinja file each, marked with what the assistant says.
+
+Paper: section 3.2; what stands between ``{% generation %}`` and ``{% endgeneration %}`` is the set A of
+equation 3. A template is saved into the checkpoint, so training, chat, evaluation and serving read the same.
+"""
+
+from importlib.resources import files
+
+from tinyllava.errors import look_up
+
+_FOLDER = files("tinyllava.parts.templates")
+
+
+def template_names() -> list[str]:
+    """Return the names of all templates."""
+    return sorted(
+        entry.name.removesuffix(".jinja") for entry in _FOLDER.iterdir() if entry.name.endswith(".jinja")
+    )
+
+
+def read_template(name: str) -> str:
+    """Return the text of a template.
+
+    Raises:
+        UnknownNameError: no such template.
+    """
+    entry = look_up({known: f"{known}.jinja" for known in template_names()}, name, "template")
+    return (_FOLDER / entry).read_text(encoding="utf-8")

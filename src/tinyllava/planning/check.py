@@ -1,0 +1,259 @@
+"""Every rule that joins two fields of a run, looked at together and raised once, before anything is loaded.
+
+Paper: section 4.1.2 sets most values; the rules are what an architecture of Figure 2 can and cannot do.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+from tinyllava.config import Component, ModelConfig, Run
+from tinyllava.data.mixtures import find_mixture, resolve
+from tinyllava.data.records import check_skip
+from tinyllava.errors import ConfigError, TinyLlavaError
+from tinyllava.parts.checkpoint_folder import check_checkpoint, recorded_model
+from tinyllava.parts.connectors import num_tokens, resolve_options
+from tinyllava.parts.folders import read_config
+from tinyllava.parts.language import LanguageModel, find_language_model
+from tinyllava.parts.templates import read_template, template_names
+from tinyllava.parts.vision import ONLY_CONVOLUTIONS, VisionEncoder, find_vision_encoder
+from tinyllava.planning import rules
+from tinyllava.planning.rules import Parts, literal_tokens
+
+T = TypeVar("T")
+
+TRACKERS = (
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "comet_ml",
+    "clearml",
+    "neptune",
+    "swanlab",
+    "trackio",
+    "dvclive",
+)
+"""Trackers of the transformers Trainer, by the package that each needs."""
+
+
+def check(run: Run, *, on_this_machine: bool = True) -> None:
+    """Refuse a run that cannot work.
+
+    Args:
+        on_this_machine: also look at what is here: record files, ranks, trackers, CUDA.
+
+    Raises:
+        ConfigError: every problem found, one a line, each with the field, the value and the fix.
+    """
+    problems = find_problems(run, on_this_machine=on_this_machine)
+    if problems:
+        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+        raise ConfigError(f"{run.name or 'run'}: {len(problems)} problem(s):\n{listed}")
+
+
+def find_problems(run: Run, *, on_this_machine: bool = True) -> list[str]:
+    """Return what is wrong with a run, in words; see ``check``."""
+    problems: list[str] = []
+    parts = _checkpoint_parts(run, problems) or _find_parts(run, problems)
+    problems += _run_problems(run)
+    trained_before = bool(run.start_from)
+    for name, stage in run.stages.items():
+        for rule in rules.RULES:
+            problems += [f"stages.{name}.{problem}" for problem in rule(stage, parts)]
+        problems += [f"stages.{name}.{p}" for p in rules.source_problems(stage, trained_before)]
+        problems += [f"stages.{name}.{p}" for p in rules.hardware_problems(stage, run.hardware)]
+        trained_before = trained_before or stage.connector.trains
+    problems += _data_problems(run, on_this_machine)
+    if on_this_machine:
+        problems += _machine_problems(run)
+    return problems
+
+
+def _checkpoint_parts(run: Run, problems: list[str]) -> Parts | None:
+    """Describe the parts of the checkpoint that a run starts from; None if there is none to be read."""
+    folder = Path(run.start_from)
+    if not run.start_from or not (folder / "config.json").is_file():
+        return None
+    try:
+        recorded, config = recorded_model(folder), read_config(folder)
+    except TinyLlavaError as error:
+        problems.append(f"start_from: {error}")
+        return Parts(num_layers={"connector": 0}, language="", context_tokens=None, num_image_tokens=None)
+    if run.model.connector != recorded.connector:
+        problems.append(
+            f"model.connector = {run.model.connector!r}: the checkpoint {folder} has {recorded.connector!r}; "
+            "leave it at that, or train from the parts."
+        )
+    text, vision = config.get("text_config", {}), config.get("vision_config", {})
+    is_cnn = config.get("encoder_kind") == "cnn"
+    return Parts(
+        num_layers={
+            "vision_encoder": 0 if is_cnn else vision.get("num_hidden_layers"),
+            "connector": 0,
+            "language_model": text.get("num_hidden_layers"),
+        },
+        language=f"the language model of {folder}",
+        context_tokens=text.get("max_position_embeddings"),
+        num_image_tokens=config.get("image_seq_length"),
+        without_linears=_without_linears(vision.get("model_type", "")),
+    )
+
+
+def _find_parts(run: Run, problems: list[str]) -> Parts:
+    """Look the parts up; a part that is not there is a problem, and the rules about it are left out."""
+
+    def found(field: str, look: Callable[[], T], value: str = "given") -> T | None:
+        if run.start_from and not value:  # the checkpoint brings its own
+            return None
+        try:
+            return look()
+        except TinyLlavaError as error:
+            problems.append(f"{field}: {error}")
+            return None
+
+    model = run.model
+    vision_encoder, language_model = model.vision_encoder, model.language_model
+    encoder = found("model.vision_encoder", lambda: find_vision_encoder(vision_encoder), vision_encoder)
+    language = found(
+        "model.language_model", lambda: find_language_model(language_model, model.template), language_model
+    )
+    options = found("model.connector", lambda: resolve_options(model.connector, model.connector_options))
+    num_image_tokens = None
+    if encoder and options is not None:
+        num_patches = encoder.num_patches(model.image_size_px)
+        num_image_tokens = found(
+            "model.connector_options", lambda: num_tokens(model.connector, num_patches, options)
+        )
+    problems += _model_problems(model, encoder, language)
+    return Parts(
+        num_layers={
+            "vision_encoder": encoder.num_kept_layers if encoder else None,
+            "connector": 0,
+            "language_model": language.num_layers if language else None,
+        },
+        language=language.name if language else "",
+        context_tokens=language.context_tokens if language else None,
+        num_image_tokens=num_image_tokens,
+        without_linears=_without_linears(encoder.family if encoder else ""),
+    )
+
+
+def _without_linears(family: str) -> tuple[Component, ...]:
+    return ("vision_encoder",) if family in ONLY_CONVOLUTIONS else ()
+
+
+def _model_problems(
+    model: ModelConfig, encoder: VisionEncoder | None, language: LanguageModel | None
+) -> Iterator[str]:
+    if encoder:
+        yield from _size_problems(model.image_size_px, encoder)
+    if model.template == "caption":
+        yield "model.template = 'caption': it drops every question; it is a stage's template, not a model's."
+    elif model.template and model.template not in template_names():
+        yield f"model.template = {model.template!r}: no such template; known: {', '.join(template_names())}."
+    elif language:
+        yield from _template_problems(model.template or language.template, language)
+
+
+def _size_problems(image_size_px: int, encoder: VisionEncoder) -> Iterator[str]:
+    if image_size_px < 0:
+        yield f"model.image_size_px = {image_size_px}: must not be negative; 0 takes the encoder's own."
+    elif image_size_px and not encoder.any_size and image_size_px != encoder.image_size_px:
+        yield (
+            f"model.image_size_px = {image_size_px}: the positions of {encoder.name} are for "
+            f"{encoder.image_size_px} px; leave it at 0."
+        )
+
+
+def _template_problems(name: str, language: LanguageModel) -> Iterator[str]:
+    """A template that writes marks of its own needs a tokenizer that knows them and stops at them."""
+    literals = literal_tokens(read_template(name))
+    if literals and language.eos_token not in literals:
+        yield (
+            f"model.template = {name!r}: it writes {' or '.join(sorted(literals))}, but the tokenizer "
+            f"of {language.name} ends with {language.eos_token!r}; leave it empty ({language.template!r})."
+        )
+
+
+def _run_problems(run: Run) -> Iterator[str]:
+    if not run.stages:
+        yield "stages: there is none; take those of a recipe, such as tinyllava.recipes.base.BASE.stages."
+    if not run.name and not run.output:
+        yield "name: empty; it names the run folder."
+    if run.seed < 0:
+        yield f"seed = {run.seed}: must not be negative."
+    if run.start_from and run.folder.resolve() in (
+        Path(run.start_from).resolve(),
+        *Path(run.start_from).resolve().parents,
+    ):
+        yield f"output = {run.folder}: it holds start_from = {run.start_from}; choose another folder."
+    for field in ("device_batch_size", "num_workers", "save_steps"):
+        value = getattr(run.hardware, field)
+        if value < 0:
+            yield f"hardware.{field} = {value}: must not be negative."
+    for tracker in run.report_to:
+        if tracker not in TRACKERS:
+            yield f"report_to = {tracker!r}: no such tracker; known: {', '.join(TRACKERS)}."
+
+
+def _has_cuda() -> bool:
+    """Ask torch, which is imported only for a run that needs to know."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _machine_problems(run: Run) -> Iterator[str]:
+    if run.start_from and not (Path(run.start_from) / "config.json").is_file():
+        try:
+            check_checkpoint(Path(run.start_from))
+        except TinyLlavaError as error:
+            yield f"start_from: {error}"
+    for tracker in run.report_to:
+        if tracker in TRACKERS and find_spec(tracker) is None:
+            yield f"report_to = {tracker!r}: not installed; pip install {tracker}, or leave it out."
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    for name, stage in run.stages.items():
+        yield from (f"stages.{name}.{p}" for p in rules.batch_problems(stage, run.hardware, num_ranks))
+        yield from (f"stages.{name}.{p}" for p in rules.bits_problems(stage))
+    if run.hardware.precision == "fp16" and not _has_cuda():
+        yield "hardware.precision = 'fp16': needs a CUDA device; choose auto, bf16 or fp32."
+
+
+def _data_problems(run: Run, on_this_machine: bool) -> Iterator[str]:
+    """Names of records and skips; on this machine the files behind them too."""
+    for name, stage in run.stages.items():
+        try:
+            check_skip(stage.data.skip)
+            for record in stage.data.records:
+                find_mixture(record)
+            if on_this_machine and not (wanted := _wanted_root(run, name)):
+                resolve(stage.data, run.data_root)
+            elif on_this_machine:
+                yield f"stages.{name}.{wanted}"
+        except TinyLlavaError as error:
+            yield f"stages.{name}.data: {error}"
+            continue
+        for mixture in filter(None, map(find_mixture, stage.data.records)):
+            if stage.template == "caption" and mixture.num_text_only:
+                yield (
+                    f"stages.{name}.template = 'caption': {mixture.name} has {mixture.num_text_only:,} "
+                    "records without an image; only answers would be left; leave the template empty."
+                )
+
+
+def _wanted_root(run: Run, name: str) -> str:
+    """Say how a stage comes by data when it names a mixture and no data root is given; empty if it has it."""
+    found = (find_mixture(record) for record in run.stages[name].data.records)
+    mixture = next((mixture for mixture in found if mixture), None)
+    if mixture is None or run.data_root:
+        return ""
+    may_start_later = not run.start_from and name != list(run.stages)[-1]
+    return (
+        f"data.records = {mixture.name!r}: a mixture of Table 2, which needs data_root. Give --data FOLDER, "
+        f"which holds {mixture.records} (see `tinyllava show data`), or a file of yours with "
+        f"--{name}.data.records FILE"
+        + (", or --from CHECKPOINT to fine-tune only." if may_start_later else ".")
+    )

@@ -1,0 +1,252 @@
+"""Closed form of the peak memory of one training step on one device, before anything is loaded.
+
+Paper: small LMMs are for those with few and small GPUs (section 1); this says which recipe fits which.
+What a layer keeps for its backward pass is counted tensor by tensor below. Weights are held in fp32, as the
+trainer loads them; with bf16 the matrix products run on casts, of which the backward pass keeps a copy.
+docs/memory.md compares the estimate with measured peaks.
+"""
+
+from dataclasses import dataclass, replace
+
+from tinyllava.config import Stage, Tune
+from tinyllava.parts.language import LanguageModel
+from tinyllava.parts.vision import VisionEncoder
+from tinyllava.planning.sizes import PartSize
+
+FLOAT_BYTES, HALF_BYTES = 4, 2
+BITS_BYTES = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0, 16: 4.0}
+"""Bytes of a weight below adapters. In 4 bits: a scale in 8 bits for 64 weights, one in fp32 for 256 of them.
+In 8 bits one fp32 scale for each row is left out. 16 means not quantised, which is fp32 here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The three components of a model: what they are and how large."""
+
+    encoder: VisionEncoder
+    language: LanguageModel
+    encoder_size: PartSize
+    connector_size: PartSize
+    language_size: PartSize
+    num_patches: int
+    num_image_tokens: int
+
+    @property
+    def total(self) -> int:
+        """Parameters of the whole model."""
+        return self.encoder_size.total + self.connector_size.total + self.language_size.total
+
+
+def count_trained(size: PartSize, tune: Tune) -> int:
+    """Return how many parameters a stage trains of one component."""
+    if size.members:
+        return sum(count_trained(member, tune) for member in size.members)
+    if tune.kind == "full":
+        return size.total - size.behind
+    if tune.kind == "from_layer":
+        return size.per_layer * max(0, size.num_layers - tune.first_layer)
+    return tune.rank * size.adapted_widths if tune.kind == "lora" else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the peak of a step, by what they are for."""
+
+    weights: int
+    optimizer: int
+    """AdamW's two moments of the trained parameters."""
+    gradients: int
+    activations: int
+    """What the forward pass keeps, the casts of weights and the logits included."""
+    accumulates: bool
+    """Whether gradients of an earlier micro-batch lie there during the forward pass."""
+
+    @property
+    def peak(self) -> int:
+        """Gradients grow while activations are freed: the larger of the two counts, unless both stay."""
+        moving = (self.gradients, self.activations)
+        return self.weights + self.optimizer + (sum(moving) if self.accumulates else max(moving))
+
+
+def estimate_memory(
+    parts: Parts,
+    stage: Stage,
+    *,
+    batch: int,
+    num_tokens: int,
+    num_supervised: int,
+    bf16: bool,
+    checkpointing: bool = False,
+    num_shards: int = 1,
+    num_ranks: int = 1,
+    accumulates: bool = False,
+) -> Memory:
+    """Estimate the peak of one step.
+
+    Args:
+        batch: samples per forward pass, each with one image.
+        num_tokens: length of a sequence, image tokens included.
+        num_supervised: supervised tokens of a sequence.
+        num_shards: devices over which weights, gradients and moments are divided (FSDP); 1 means none.
+        num_ranks: with more than one and no shards, the gradients' buckets are held too (DDP).
+    """
+    trained = sum(count_trained(size, tune) for size, tune in _tuned(parts, stage))
+    weights = sum(_weight_bytes(size, tune) for size, tune in _tuned(parts, stage))
+    gathered = _largest_unit(parts) * FLOAT_BYTES if num_shards > 1 else 0
+    buckets = trained * FLOAT_BYTES if num_ranks > 1 and num_shards == 1 else 0
+    activations = batch * _sample_bytes(parts, stage, num_tokens, bf16, checkpointing)
+    activations += batch * num_supervised * _logit_bytes(parts.language, bf16)
+    if bf16 and not checkpointing:
+        activations += HALF_BYTES * _cast_weights(parts, stage) // num_shards
+    return Memory(
+        weights=weights // num_shards + gathered + buckets,
+        optimizer=2 * FLOAT_BYTES * trained // num_shards,
+        gradients=FLOAT_BYTES * trained // num_shards,
+        activations=activations,
+        accumulates=accumulates,
+    )
+
+
+def _tuned(parts: Parts, stage: Stage) -> list[tuple[PartSize, Tune]]:
+    return [
+        (parts.encoder_size, stage.vision_encoder),
+        (parts.connector_size, stage.connector),
+        (parts.language_size, stage.language_model),
+    ]
+
+
+def _weight_bytes(size: PartSize, tune: Tune) -> int:
+    """Bytes of a component's weights: fp32, or 4 or 8 bits in its linear layers below adapters."""
+    if size.members:
+        return sum(_weight_bytes(member, tune) for member in size.members)
+    held = size.adapted_weights
+    adapters = count_trained(size, tune) if tune.kind == "lora" else 0
+    return int(held * BITS_BYTES[tune.bits] + (size.total - held + adapters) * FLOAT_BYTES)
+
+
+def _largest_unit(parts: Parts) -> int:
+    """Parameters that are gathered at once when sharded: the embedding, or two layers, one fetched ahead."""
+    embedding = parts.language.vocab_size * parts.language.width
+    return max(embedding, 2 * parts.language_size.per_layer)
+
+
+def _cast_weights(parts: Parts, stage: Stage) -> int:
+    """Weights whose bf16 casts the backward pass keeps: those that a gradient passes."""
+    encoder = count_trained(parts.encoder_size, stage.vision_encoder)
+    head = parts.language.vocab_size * parts.language.width
+    per_layer = parts.language_size.per_layer if stage.language_model.bits == 16 else 0  # else made anew
+    language = per_layer * parts.language_size.num_layers + head
+    return encoder + parts.connector_size.total + language
+
+
+def _logit_bytes(language: LanguageModel, bf16: bool) -> int:
+    """Log-probabilities, their gradient and that of the logits, in fp32; with bf16 a cast of the last too."""
+    return language.vocab_size * (3 * FLOAT_BYTES + (HALF_BYTES if bf16 else 0))
+
+
+def _sample_bytes(parts: Parts, stage: Stage, num_tokens: int, bf16: bool, checkpointing: bool) -> int:
+    """Bytes that one sample's forward pass keeps outside the head."""
+    language, width = parts.language, parts.language.width
+    layer = num_tokens * _decoder_layer_bytes(language, stage.language_model, bf16)
+    ends = num_tokens * width * FLOAT_BYTES * 4  # embeddings before and after the splice, the last norm
+    if checkpointing:
+        kept = layer + num_tokens * width * FLOAT_BYTES * (language.num_layers - 1)
+    else:
+        kept = layer * language.num_layers
+    item = HALF_BYTES if bf16 else FLOAT_BYTES
+    connector = item * (parts.num_patches * parts.encoder.width + 3 * parts.num_image_tokens * width)
+    return kept + ends + connector + _encoder_bytes(parts, stage.vision_encoder, bf16)
+
+
+def _decoder_layer_bytes(language: LanguageModel, tune: Tune, bf16: bool) -> int:
+    """Bytes that a layer keeps for each token.
+
+    A norm keeps its input and, where it is trained, what it multiplies its weight with; a linear layer its
+    input where it is trained; attention its three inputs and its output; the feed-forward block what its
+    activation and its product need. With bf16 each linear layer keeps a cast of its input of its own.
+    """
+    width, mlp = language.width, language.mlp_width
+    head_width = language.head_width or width // language.num_heads
+    queries, keys = language.num_heads * head_width, language.num_kv_heads * head_width
+    item = HALF_BYTES if bf16 else FLOAT_BYTES
+    is_phi = language.family == "phi"
+    weights_trained = tune.kind in ("full", "from_layer")
+    num_norms = 1 if is_phi else 2
+    rms = language.family not in ("phi", "stablelm")
+    norms = num_norms * width * FLOAT_BYTES * (2 if weights_trained and rms else 1)
+    num_casts = (4 if is_phi else 5) if bf16 else num_norms
+    # In 8 bits bitsandbytes keeps inputs too, the same tensor as adapters do without cast and dropout.
+    keeps_inputs = weights_trained or (tune.bits == 8 and (bf16 or tune.dropout > 0))
+    inputs = num_casts * width * item if keeps_inputs else 0
+    attention = (2 * queries + 2 * keys) * item
+    total = norms + inputs + attention + mlp * _feed_forward_bytes(is_phi, keeps_inputs, bf16)
+    if tune.kind == "lora":
+        total += _adapter_bytes(language, tune, queries, bf16)
+    return total
+
+
+def _adapter_bytes(language: LanguageModel, tune: Tune, queries: int, bf16: bool) -> int:
+    """Bytes that the adapters of a layer keep for each token: inputs, and what is between the two factors.
+
+    With dropout each linear layer keeps its own dropped input and a mask: bytes on a GPU, fp32 on a CPU.
+    """
+    is_phi = language.family == "phi"
+    between = (6 if is_phi else 7) * tune.rank * FLOAT_BYTES
+    if not tune.dropout:
+        return between + ((1 if is_phi else 2) * language.width + language.mlp_width) * FLOAT_BYTES
+    inputs = (4 if is_phi else 5) * language.width + queries + language.mlp_width
+    return between + inputs * (FLOAT_BYTES + (1 if bf16 else FLOAT_BYTES))
+
+
+def _feed_forward_bytes(is_phi: bool, keeps_inputs: bool, bf16: bool) -> int:
+    """Bytes for each column of the block.
+
+    Gate, its SiLU, up and their product; Phi's tanh GELU keeps four steps, three of them in fp32.
+    """
+    item = HALF_BYTES if bf16 else FLOAT_BYTES
+    kept = 3 * FLOAT_BYTES + item if is_phi else 3 * item
+    return kept + (item if keeps_inputs else 0)
+
+
+_VALUES_PER_PIXEL = {"efficientnet_lite": 540, "resnet": 430}
+"""What training keeps of a CNN for each pixel of an image, counted in EfficientNet-Lite2 and ResNet-50.
+
+A family that was not counted is taken as the larger of them.
+"""
+
+
+def _cnn_values(encoder: VisionEncoder) -> float:
+    """Values that training keeps for each pixel; of a ConvNeXt's block 12 times its width, in version 2 20.
+
+    Its input, what goes into and comes out of norm, convolution and scale, and the inner layer four times as
+    wide before and after its activation (and after the normalisation of version 2).
+    """
+    if not encoder.stages:
+        return _VALUES_PER_PIXEL.get(encoder.family, max(_VALUES_PER_PIXEL.values()))
+    widths = 20 if encoder.family == "convnextv2" else 12
+    cells: list[float] = [1 / (4 << stage) ** 2 for stage in range(len(encoder.stages))]
+    return sum(n * widths * width * cell for (n, width), cell in zip(encoder.stages, cells, strict=True))
+
+
+def _encoder_bytes(parts: Parts, tune: Tune, bf16: bool) -> int:
+    """Bytes that a trained encoder keeps for one image; a frozen one keeps nothing."""
+    encoder = parts.encoder
+    if not tune.trains:
+        return 0
+    if encoder.members:
+        return sum(_encoder_bytes(replace(parts, encoder=e), tune, bf16) for e in encoder.members)
+    item = HALF_BYTES if bf16 else FLOAT_BYTES
+    if encoder.kind == "cnn":
+        return int(_cnn_values(encoder) * encoder.image_size_px**2 * item)
+    num_layers = encoder.num_kept_layers - (tune.first_layer if tune.kind == "from_layer" else 0)
+    tokens = parts.num_patches + encoder.num_prefix_tokens
+    num_mlp = 4 if encoder.family.startswith("clip") else 2  # CLIP's approximate GELU keeps two more
+    casts = 6 if bf16 else 2
+    return (
+        num_layers
+        * tokens
+        * (
+            2 * FLOAT_BYTES * encoder.width
+            + item * ((4 + casts) * encoder.width + num_mlp * encoder.mlp_width)
+        )
+    )

@@ -1,0 +1,261 @@
+"""What a run takes, before anything is downloaded: parameters, tokens, steps, FLOPs, memory, disk, hours.
+
+Paper: sections 4.1.2 (batches, epochs, data) and Table A1 (sizes). Everything is a closed form of the specs.
+"""
+
+from dataclasses import dataclass, replace
+
+from tinyllava.config import COMPONENTS, FULL, Component, Run, Stage
+from tinyllava.data.mixtures import find_mixture
+from tinyllava.errors import look_up
+from tinyllava.parts.connectors import num_tokens
+from tinyllava.parts.language import find_language_model
+from tinyllava.parts.vision import find_vision_encoder
+from tinyllava.planning.memory import Memory, Parts, count_trained, estimate_memory
+from tinyllava.planning.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
+from tinyllava.recipes.lora import ADAPTERS, ADAPTERS_ON_4_BITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A kind of GPU: memory, and the peaks of its dense matrix products as its maker states them."""
+
+    memory_bytes: int
+    half_flops: float
+    """In bf16 or fp16."""
+    fp32_flops: float
+    has_bf16: bool = True
+    """Without it 'auto' trains in fp32, as ``training.trainer.choose_precision`` does there."""
+
+    def precision(self, wanted: str) -> str:
+        """Return fp32, bf16 or fp16 for what a run asks for."""
+        return ("bf16" if self.has_bf16 else "fp32") if wanted == "auto" else wanted
+
+    def flops(self, precision: str) -> float:
+        """Return the peak in a precision."""
+        return self.fp32_flops if precision == "fp32" else self.half_flops
+
+
+GPUS: dict[str, Gpu] = {
+    "V100-32G": Gpu(memory_bytes=32 * 2**30, half_flops=125e12, fp32_flops=15.7e12, has_bf16=False),
+    "RTX-3090": Gpu(memory_bytes=24 * 2**30, half_flops=71e12, fp32_flops=35.6e12),
+    "RTX-4090": Gpu(memory_bytes=24 * 2**30, half_flops=165e12, fp32_flops=82.6e12),
+    "A100-40G": Gpu(memory_bytes=40 * 2**30, half_flops=312e12, fp32_flops=19.5e12),
+    "A100-80G": Gpu(memory_bytes=80 * 2**30, half_flops=312e12, fp32_flops=19.5e12),
+    "L40S": Gpu(memory_bytes=48 * 2**30, half_flops=362e12, fp32_flops=91.6e12),
+    "H100-80G": Gpu(memory_bytes=80 * 2**30, half_flops=989e12, fp32_flops=67e12),
+    "H200": Gpu(memory_bytes=141 * 10**9, half_flops=989e12, fp32_flops=67e12),
+}
+FORMS = {"full": FULL, "LoRA, rank 128": ADAPTERS, "QLoRA, rank 128": ADAPTERS_ON_4_BITS}
+"""How a stage could train its language model: in full, or with the adapters of recipes lora and qlora."""
+UTILISATION = 0.3
+"""Share of the peak that training reaches: what LLaVA-1.5's reported hours on eight A100 come to."""
+USABLE_MEMORY = 0.92
+"""Share of a GPU's memory that tensors can have beside the CUDA context and fragmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How much one stage reads and computes."""
+
+    num_samples: int
+    num_steps: int
+    mean_tokens: float
+    """Of a sequence: image tokens where there is an image, and text."""
+    longest_tokens: int
+    """What memory is planned for."""
+    flops: float
+    """Forward and backward, over the whole stage."""
+
+    @property
+    def num_tokens(self) -> float:
+        """Tokens of all samples."""
+        return self.num_samples * self.mean_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A stage in one form of training on one GPU."""
+
+    device_batch_size: int
+    """Largest that fits and divides the global batch, or the one asked for."""
+    accumulation: int
+    """Micro-batches for each optimizer step, so that the global batch is kept."""
+    memory: Memory
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What one stage takes."""
+
+    name: str
+    trained: dict[Component, int]
+    load: Load | None
+    """None if the number of records is not known (files of the user's)."""
+    forms: dict[str, Form]
+    """The recipe's own form, and where they differ from it those of ``FORMS``; then sharded (FSDP)."""
+    checkpoint_bytes: int
+    """Of one resumable checkpoint: trained weights and both moments in fp32."""
+    hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run takes."""
+
+    parts: Parts
+    context_tokens: int
+    precision: str
+    """fp32, bf16 or fp16: what the run's comes to on the GPU."""
+    stages: list[StagePlan]
+    model_bytes: int
+    """Of the finished model's folder, in fp32."""
+
+
+def find_parts(run: Run) -> Parts:
+    """Return the parts of a run with their sizes.
+
+    Raises:
+        UnknownNameError, ConfigError: see ``tinyllava.planning.check.check``, which says it all at once.
+    """
+    model = run.model
+    encoder = find_vision_encoder(model.vision_encoder)
+    language = find_language_model(model.language_model, model.template)
+    options, num_patches = model.connector_options, encoder.num_patches(model.image_size_px)
+    return Parts(
+        encoder=encoder,
+        language=language,
+        encoder_size=vision_encoder_size(encoder),
+        connector_size=connector_size(model.connector, encoder.width, language.width, options),
+        language_size=language_model_size(language),
+        num_patches=num_patches,
+        num_image_tokens=num_tokens(model.connector, num_patches, options),
+    )
+
+
+def plan_run(run: Run, *, gpu: str = "A100-80G", num_gpus: int = 8) -> Plan:
+    """Plan a run on so many GPUs of a kind.
+
+    Raises:
+        UnknownNameError: no such GPU, or see ``find_parts``.
+    """
+    chosen, parts = look_up(GPUS, gpu, "GPU"), find_parts(run)
+    return Plan(
+        parts=parts,
+        context_tokens=parts.language.context_tokens,
+        precision=chosen.precision(run.hardware.precision),
+        stages=[_plan_stage(run, name, stage, parts, chosen, num_gpus) for name, stage in run.stages.items()],
+        model_bytes=4 * parts.total,
+    )
+
+
+def _plan_stage(run: Run, name: str, stage: Stage, parts: Parts, gpu: Gpu, num_gpus: int) -> StagePlan:
+    load = measure_load(stage, parts)
+    forms = {"as the recipe": _plan_form(run, stage, stage, parts, load, gpu, num_gpus)}
+    others = FORMS if stage.language_model.trains else {}
+    for label, tune in others.items():
+        if (tune.kind, tune.bits) != (stage.language_model.kind, stage.language_model.bits):
+            form = replace(stage, language_model=tune)
+            forms[label] = _plan_form(run, stage, form, parts, load, gpu, num_gpus)
+    if num_gpus > 1:
+        forms[f"sharded over {num_gpus}"] = _plan_form(
+            run, stage, stage, parts, load, gpu, num_gpus, num_gpus
+        )
+    trained = {c: count_trained(size, stage.tune(c)) for c, size in _sizes(parts).items()}
+    speed = num_gpus * gpu.flops(gpu.precision(run.hardware.precision)) * UTILISATION
+    return StagePlan(
+        name=name,
+        trained=trained,
+        load=load,
+        forms=forms,
+        checkpoint_bytes=12 * sum(trained.values()),
+        hours=load.flops / speed / 3600 if load else 0.0,
+    )
+
+
+def _plan_form(
+    run: Run,
+    stage: Stage,
+    form: Stage,
+    parts: Parts,
+    load: Load | None,
+    gpu: Gpu,
+    num_gpus: int,
+    num_shards: int = 1,
+) -> Form:
+    """Find the largest device batch that fits and keeps the global batch."""
+    longest = load.longest_tokens if load else stage.max_length_tokens
+    per_rank = max(1, stage.global_batch_size // num_gpus)
+    is_half = gpu.precision(run.hardware.precision) != "fp32"
+
+    def memory(batch: int) -> Memory:
+        return estimate_memory(
+            parts,
+            form,
+            batch=batch,
+            num_tokens=longest,
+            num_supervised=max(1, longest - parts.num_image_tokens),
+            bf16=is_half,
+            checkpointing=run.hardware.gradient_checkpointing,
+            num_shards=num_shards,
+            num_ranks=num_gpus,
+            accumulates=batch < per_rank,
+        )
+
+    divisors = [batch for batch in range(1, per_rank + 1) if per_rank % batch == 0]
+    wanted = [run.hardware.device_batch_size] if run.hardware.device_batch_size else divisors
+    fitting = [batch for batch in wanted if memory(batch).peak <= USABLE_MEMORY * gpu.memory_bytes]
+    batch = max(fitting, default=wanted[0])
+    return Form(
+        device_batch_size=batch, accumulation=per_rank // batch, memory=memory(batch), fits=bool(fitting)
+    )
+
+
+def _sizes(parts: Parts) -> dict[Component, PartSize]:
+    return dict(zip(COMPONENTS, (parts.encoder_size, parts.connector_size, parts.language_size), strict=True))
+
+
+def measure_load(stage: Stage, parts: Parts) -> Load | None:
+    """Return how much a stage reads and computes; None if it reads files of unknown length."""
+    mixtures = [find_mixture(record) for record in stage.data.records]
+    if not mixtures or None in mixtures:
+        return None
+    known = [mixture for mixture in mixtures if mixture]
+    num_samples = sum(mixture.num_samples for mixture in known)
+    num_images = num_samples - sum(mixture.num_text_only for mixture in known)
+    text = sum(mixture.mean_text_tokens * mixture.num_samples for mixture in known) / num_samples
+    mean = min(stage.max_length_tokens, text + parts.num_image_tokens * num_images / num_samples)
+    num_steps = stage.max_steps or round(-(-num_samples // stage.global_batch_size) * stage.num_epochs)
+    seen = min(num_steps * stage.global_batch_size, num_samples * stage.num_epochs)
+    # The longest record is taken for eight times the mean; fine-tuning reaches the bound that way.
+    longest = min(stage.max_length_tokens, parts.num_image_tokens + int(8 * text))
+    flops = seen * count_flops(parts, stage, mean, text, num_images / num_samples)
+    return Load(
+        num_samples=num_samples, num_steps=num_steps, mean_tokens=mean, longest_tokens=longest, flops=flops
+    )
+
+
+def count_flops(
+    parts: Parts, stage: Stage, num_tokens: float, num_supervised: float, num_images: float = 1
+) -> float:
+    """Return the floating-point operations of one sample, forward and backward.
+
+    A product of a matrix with a vector takes two for each weight. Backward takes as much again for the
+    gradient of the input, and once more for that of the weights; a frozen encoder takes none.
+    """
+    language, encoder = parts.language, parts.encoder
+    queries = language.num_heads * (language.head_width or language.width // language.num_heads)
+    layers = parts.language_size.per_layer * language.num_layers
+    attention = 2 * queries * num_tokens**2 * language.num_layers  # causal: half of scores and of sums
+    head = 2 * language.vocab_size * language.width * num_supervised
+    passed = any(stage.tune(component).trains for component in COMPONENTS)
+    backward = passed + (stage.language_model.kind in ("full", "from_layer"))
+    total = (2 * layers * num_tokens + head) * (1 + backward) + attention * (1 + 2 * passed)
+    connector = 2 * parts.connector_size.total * parts.num_image_tokens * num_images
+    total += connector * (1 + stage.connector.trains + stage.vision_encoder.trains)
+    tokens = (parts.num_patches + encoder.num_prefix_tokens) * num_images
+    vision = 2 * parts.encoder_size.total * tokens
+    vision += sum(4 * e.width * e.num_kept_layers for e in encoder.members or (encoder,)) * tokens**2
+    trained = count_trained(parts.encoder_size, stage.vision_encoder) / parts.encoder_size.total
+    return total + vision * (1 + 2 * trained)

@@ -1,0 +1,172 @@
+"""The rules about one stage of a run: what it trains, how long its sequences are, how its batch divides.
+
+Paper: section 3.2 (which parts a stage may train) and section 4.1.2.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from tinyllava.config import COMPONENTS, Component, Hardware, Stage, Tune
+from tinyllava.parts.templates import template_names
+
+MIN_TEXT_TOKENS = 64
+"""What question and answer need at the least beside an image: the system sentence alone is half of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What is known of the model's parts, by their names or by a checkpoint; None where it is not."""
+
+    num_layers: Mapping[Component, int | None]
+    """Layers that a stage can count in a component; 0 if there are none to count."""
+    language: str
+    """Name of the language model, for messages."""
+    context_tokens: int | None
+    num_image_tokens: int | None
+    without_linears: tuple[Component, ...] = ()
+    """Components that have no layer to put adapters on."""
+
+
+def literal_tokens(template: str) -> set[str]:
+    """Return the end-of-turn marks that a template writes itself, such as ``<|im_end|>``."""
+    return {mark for mark in re.findall(r"<\|\w+\|>", template) if "end" in mark or "eot" in mark} - {
+        "<|end_header_id|>"
+    }
+
+
+def value_problems(stage: Stage, parts: Parts) -> Iterator[str]:
+    """Numbers out of their range."""
+    if not stage.data.records:
+        yield "data.records: empty; name a mixture of Table 2, or LLaVA-format files."
+    if stage.template and stage.template not in template_names():
+        yield f"template = {stage.template!r}: no such template; known: {', '.join(template_names())}."
+    for field, low, high in (
+        ("learning_rate", 0.0, 1.0),
+        ("num_epochs", 0.0, 1e6),
+        ("global_batch_size", 0, 1e9),
+        ("max_length_tokens", 0, 1e9),
+    ):
+        value = getattr(stage, field)
+        if not low < value <= high:
+            yield f"{field} = {value}: must be above {low} and at most {high:g}."
+    for field in ("weight_decay", "max_grad_norm", "max_steps"):
+        value = getattr(stage, field)
+        if value < 0:
+            yield f"{field} = {value}: must not be negative."
+    if not 0 <= stage.warmup_ratio < 1:
+        yield f"warmup_ratio = {stage.warmup_ratio}: must be at least 0 and below 1, such as 0.03."
+
+
+def length_problems(stage: Stage, parts: Parts) -> Iterator[str]:
+    """Sequences longer than the language model's positions, or filled by the image alone."""
+    length, context = stage.max_length_tokens, parts.context_tokens
+    if context is not None and length > context:
+        yield (
+            f"max_length_tokens = {length}: {parts.language} has {context} positions "
+            f"(published configs say 3072 with 2048 positions); set at most {context}."
+        )
+    if parts.num_image_tokens is not None and parts.num_image_tokens + MIN_TEXT_TOKENS > length:
+        yield (
+            f"max_length_tokens = {length}: one image takes {parts.num_image_tokens} tokens and the text "
+            f"needs {MIN_TEXT_TOKENS} or more; raise it to {parts.num_image_tokens + MIN_TEXT_TOKENS}, "
+            "or choose a connector with fewer tokens (resampler, pixel_shuffle)."
+        )
+
+
+def tuning_problems(stage: Stage, parts: Parts) -> Iterator[str]:
+    """A plan of what is trained that does not fit its component."""
+    if not any(stage.tune(component).trains for component in COMPONENTS):
+        yield "connector: frozen like everything else; train one component at least."
+    for component in COMPONENTS:
+        tune, rate = stage.tune(component), getattr(stage, f"{component}_learning_rate")
+        yield from (f"{component}.{problem}" for problem in _tune_problems(tune, component, parts))
+        if rate is not None and not tune.trains:
+            yield f"{component}_learning_rate = {rate}: the component is frozen; train it, or drop the rate."
+        if rate is not None and not 0 < rate <= 1:
+            yield f"{component}_learning_rate = {rate}: must be above 0 and at most 1."
+
+
+def _tune_problems(tune: Tune, component: Component, parts: Parts) -> Iterator[str]:
+    num_layers = parts.num_layers.get(component)
+    if tune.kind == "lora":
+        if component in parts.without_linears:
+            yield "kind = 'lora': it has no linear layer to put adapters on; choose full or frozen."
+        if tune.rank < 1:
+            yield f"rank = {tune.rank}: lora needs a rank of at least 1, such as 128 (LLaVA-1.5's)."
+        if tune.alpha < 1:
+            yield f"alpha = {tune.alpha}: lora needs an alpha of at least 1; twice the rank is usual."
+        if not 0 <= tune.dropout < 1:
+            yield f"dropout = {tune.dropout}: must be at least 0 and below 1."
+        if tune.bits != 16 and component == "connector":
+            yield f"bits = {tune.bits}: a connector is too small to be held in fewer bits; set bits to 16."
+    elif tune.rank or tune.bits != 16:
+        yield f"rank = {tune.rank}, bits = {tune.bits}: they belong to lora; set kind to 'lora'."
+    if tune.kind == "from_layer":
+        if num_layers == 0:
+            yield "kind = 'from_layer': there are no layers to count in it; choose full or frozen."
+        elif num_layers and not 0 <= tune.first_layer < num_layers:
+            yield f"first_layer = {tune.first_layer}: its layers are 0 to {num_layers - 1}; share takes 12."
+    elif tune.first_layer:
+        yield f"first_layer = {tune.first_layer}: it belongs to from_layer; set kind to 'from_layer'."
+
+
+RULES: tuple[Callable[[Stage, Parts], Iterator[str]], ...] = (
+    value_problems,
+    length_problems,
+    tuning_problems,
+)
+
+
+def source_problems(stage: Stage, connector_is_trained: bool) -> Iterator[str]:
+    """Pre-training more than the connector, and adapters on it, need a connector that was trained."""
+    opened = stage.vision_encoder.trains or stage.language_model.trains
+    if connector_is_trained:
+        return
+    if stage.template == "caption" and opened:
+        yield (
+            "connector: pre-training of encoder or language model needs a trained connector to start from; "
+            "put the base recipe's 'pretrain' in front, as share does, or name a checkpoint with start_from."
+        )
+    if not stage.connector.trains:
+        yield "connector: it is new and frozen; train it here or in an earlier stage, or name start_from."
+    if stage.connector.kind == "lora":
+        yield "connector.kind = 'lora': a new connector has nothing to adapt; choose full."
+
+
+def hardware_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
+    """Settings of the machine that contradict the stage, whatever the machine."""
+    if hardware.device_batch_size > stage.global_batch_size:
+        yield (
+            f"global_batch_size = {stage.global_batch_size}: smaller than hardware.device_batch_size = "
+            f"{hardware.device_batch_size}; lower that one."
+        )
+    if hardware.cache_features and stage.vision_encoder.trains:
+        yield "vision_encoder: trained, so no feature can be kept; switch hardware.cache_features off."
+
+
+def batch_problems(stage: Stage, hardware: Hardware, num_ranks: int) -> Iterator[str]:
+    """A global batch that does not divide into ranks and device batches."""
+    size, per_pass = stage.global_batch_size, hardware.device_batch_size
+    if size < 1 or per_pass > size:
+        return
+    if size % num_ranks:
+        yield f"global_batch_size = {size}: does not divide by {num_ranks} ranks; start a divisor of it."
+    elif per_pass > 0 and size % (per_pass * num_ranks):
+        fits = [d for d in range(1, size // num_ranks + 1) if size // num_ranks % d == 0]
+        yield (
+            f"global_batch_size = {size}: does not divide by {num_ranks} rank(s) x "
+            f"hardware.device_batch_size = {per_pass}; device batches that do: {', '.join(map(str, fits))}."
+        )
+
+
+def bits_problems(stage: Stage) -> Iterator[str]:
+    """Weights in 4 or 8 bits need a package that not every machine has."""
+    for component in COMPONENTS:
+        bits = stage.tune(component).bits
+        if bits != 16 and find_spec("bitsandbytes") is None:
+            yield (
+                f"{component}.bits = {bits}: needs bitsandbytes, which is not installed; "
+                "pip install 'tinyllava[quantized]', or set bits to 16 (recipe 'lora')."
+            )

@@ -1,0 +1,1 @@
+"""The labelled images of the starter, out of public packages."""

@@ -1,0 +1,54 @@
+"""Further images that the starter can train on and ask about, where npm or apt can bring them.
+
+Paper: none. An option adds a data set to both sides; it changes nothing of the default's held-out part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tinyllava.starter.datasets.cifar10 import read_cifar10
+from tinyllava.starter.datasets.tux_paint import read_tux_paint
+from tinyllava.starter.packages import CIFAR10, TUX_PAINT_STAMPS
+from tinyllava.starter.records import Amount
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from tinyllava.starter.datasets.default import LabelledImage
+    from tinyllava.starter.packages import Package
+    from tinyllava.starter.records import Length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A data set: its package, its reader, and how much of it each length of the starter takes."""
+
+    package: Package
+    read: Callable[[Path], list[LabelledImage]]
+    amounts: Mapping[Length, Amount]
+
+
+OPTIONS: dict[str, Option] = {
+    "cifar10": Option(
+        package=CIFAR10,
+        read=read_cifar10,
+        amounts={
+            "short": Amount(captions=48, conversations=24),
+            "default": Amount(captions=3000, conversations=600),
+            "full": Amount(captions=10_000, conversations=3000),
+        },
+    ),
+    "tux_paint": Option(
+        package=TUX_PAINT_STAMPS,
+        read=read_tux_paint,
+        amounts={
+            "short": Amount(captions=48, conversations=24),
+            "default": Amount(captions=1200, conversations=300),
+            "full": Amount(captions=2400, conversations=1200),
+        },
+    ),
+}
+"""By the name that `tinyllava starter --with` takes; it is also the `source` of their questions."""

@@ -1,0 +1,123 @@
+"""The starter's report: a table of results, the loss curves, and a sheet of images with answers.
+
+Paper: none; the form of Figure 9 (answered images) for the starter's own model.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from tinyllava.evaluation.results import Metric, Result
+
+
+class Cell(TypedDict):
+    """One number of the report: accuracy in [0, 1], its 95% interval, the number of questions."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    count: int
+
+
+ReportTable = dict[str, dict[str, Cell]]
+"""Kind of question -> who answered -> number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """One image of the contact sheet."""
+
+    image: Path
+    question: str
+    answer: str
+    truth: str
+    is_right: bool
+
+
+def results_table(results: Mapping[str, Result]) -> ReportTable:
+    """Return the numbers of all answerers, overall and for each kind of question.
+
+    Args:
+        results: by answerer (model, majority, blanked), of the starter's benchmark.
+    """
+    first = next(iter(results.values()))
+    kinds = [metric.name for metric in first.metrics if metric.name.startswith("kind=")]
+    table: ReportTable = {}
+    for name in ["accuracy", *kinds]:
+        label = name.removeprefix("kind=") if name != "accuracy" else "overall"
+        table[label] = {who: _cell(result.metric_named(name)) for who, result in results.items()}
+    return table
+
+
+def _cell(metric: Metric) -> Cell:
+    low, high = metric.interval or (metric.value, metric.value)
+    return {
+        "accuracy": round(metric.value / 100, 4),
+        "interval": (round(low / 100, 4), round(high / 100, 4)),
+        "count": metric.num_questions,
+    }
+
+
+def draw_losses(metrics: Mapping[str, Path], path: Path) -> None:
+    """Draw the loss of each stage over its steps, with a running mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, (stage, file) in zip(
+        figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
+    ):
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        axes.plot(steps, losses, color="0.75", linewidth=0.8)
+        axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color="tab:blue")
+        axes.set(title=stage, xlabel="optimizer step", ylabel="loss (nats per supervised token)")
+        axes.set_ylim(0, min(max(losses), 8))
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    return [
+        sum(values[max(0, i - window) : i + 1]) / len(values[max(0, i - window) : i + 1])
+        for i in range(len(values))
+    ]
+
+
+def draw_sheet(shown: Sequence[Shown], path: Path, columns: int = 6) -> None:
+    """Draw images in a grid, below each the question, the model's answer and the truth."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from PIL import Image
+
+    rows = -(-len(shown) // columns)
+    layout = ConstrainedLayoutEngine(h_pad=0.12)  # room for a title and an answer of two lines
+    figure = Figure(figsize=(columns * 2.3, rows * 3.1), layout=layout)
+    for axes, one in zip(
+        figure.subplots(rows, columns, squeeze=False).flat,
+        [*shown, *[None] * (rows * columns - len(shown))],
+        strict=True,
+    ):
+        axes.set_axis_off()
+        if one is None:
+            continue
+        axes.imshow(Image.open(one.image).convert("RGB"))
+        below = (one.answer or "(nothing)") + ("" if one.is_right else f"  (truth: {one.truth})")
+        axes.set_title(_wrap(one.question), fontsize=8)
+        axes.text(
+            0.5,
+            -0.04,
+            _wrap(below),
+            transform=axes.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color="darkgreen" if one.is_right else "crimson",
+        )
+    figure.savefig(path, dpi=110)
+
+
+def _wrap(text: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, 34))

@@ -1,0 +1,212 @@
+"""From cells to the work they need: a graph of stages and evaluations in which nothing equal stands twice.
+
+Paper: Figure 5 inherits Figure 4's models; the recipes of Figure 8 share their first stage.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from tinyllava.config import Run, run_from_json, to_json
+from tinyllava.data.mixtures import resolve
+from tinyllava.errors import TinyLlavaError, look_up
+from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.studies.grid import Grid, GridCell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One piece of work: the last stage of ``run``, or one benchmark for the model that ``run`` ends with."""
+
+    id: str
+    kind: Literal["stage", "evaluation"]
+    name: str
+    """Of the stage or the benchmark."""
+    run: Run
+    """All stages up to this one; its output is the run folder that the stage is kept in."""
+    after: str = ""
+    """Node whose result this one starts from; "" for none."""
+    data: str = ""
+    """Folder of the benchmark."""
+    limit: int = 0
+    judge: Mapping[str, str] = field(default_factory=dict)
+    """url, model and key (an environment variable) of the judge; empty for none."""
+    keep_model: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Where the state of the node and what it makes are kept."""
+        if self.kind == "stage":
+            return self.run.folder
+        suffix = f"-first-{self.limit}" if self.limit else ""
+        suffix += f"-judge-{_digest(self.judge['model'])[:6]}" if self.judge else ""
+        return self.run.folder / "evaluation" / f"{self.name}{suffix}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeededCell:
+    """A cell with one seed, and its nodes in the order in which they run."""
+
+    id: str
+    cell: GridCell
+    seed: int
+    stages: tuple[str, ...]
+    evaluations: tuple[str, ...]
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Ids of all nodes."""
+        return (*self.stages, *self.evaluations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The work of a grid, each node after the one it needs."""
+
+    cells: tuple[SeededCell, ...]
+    nodes: Mapping[str, Node]
+
+    def cells_of(self, node: str) -> list[str]:
+        """Return the ids of the cells that need a node."""
+        return [cell.id for cell in self.cells if node in cell.nodes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where things are on this machine."""
+
+    runs: Path = Path("runs")
+    """Folder of all run folders; grids share it, and so their stages."""
+    data_root: str = ""
+    """Folder of Table 2's mixtures."""
+    benchmarks: Mapping[str, str] = field(default_factory=dict)
+    """Benchmark -> its folder."""
+    judge: Mapping[str, str] = field(default_factory=dict)
+
+
+def expand(grid: Grid, places: Places) -> Graph:
+    """Return the graph of a grid; cells whose stages begin alike share those nodes.
+
+    Raises:
+        UnknownNameError: a benchmark that is not known.
+    """
+    nodes: dict[str, Node] = {}
+    cells = []
+    for cell in grid.cells:
+        for seed in grid.seeds:
+            run = replace(cell.run, seed=seed, data_root=cell.run.data_root or places.data_root)
+            stages = _stage_nodes(run, places)
+            evaluations = [_evaluation_node(stages[-1], name, grid, places) for name in grid.benchmarks]
+            for node in (*stages, *evaluations):
+                known = nodes.setdefault(node.id, node)
+                if node.keep_model and not known.keep_model:
+                    nodes[node.id] = node
+            cells.append(
+                SeededCell(
+                    id=cell.id if len(grid.seeds) == 1 else f"{cell.id}, seed {seed}",
+                    cell=cell,
+                    seed=seed,
+                    stages=tuple(node.id for node in stages),
+                    evaluations=tuple(node.id for node in evaluations),
+                )
+            )
+    return Graph(cells=tuple(cells), nodes=nodes)
+
+
+def _stage_nodes(run: Run, places: Places) -> list[Node]:
+    """Return a node for every stage; its key is made of all that decides the stage's result."""
+    nodes: list[Node] = []
+    names = list(run.stages)
+    for number, name in enumerate(names, 1):
+        stages = {key: run.stages[key] for key in names[:number]}
+        id_ = f"{name}-{_key_of(replace(run, stages=stages))}"
+        part = replace(run, name=id_, recipe="", stages=stages, output=str(places.runs / id_))
+        after = nodes[-1].id if nodes else ""
+        nodes.append(
+            Node(id=id_, kind="stage", name=name, run=part, after=after, keep_model=number == len(names))
+        )
+    return nodes
+
+
+def _evaluation_node(trained: Node, name: str, grid: Grid, places: Places) -> Node:
+    benchmark = look_up(BENCHMARKS, name, "benchmark")
+    node = Node(
+        id="",
+        kind="evaluation",
+        name=name,
+        run=trained.run,
+        after=trained.id,
+        limit=grid.limit,
+        data=places.benchmarks.get(name, ""),
+        keep_model=grid.keep_models,
+        judge=places.judge if benchmark.judging is not None else {},
+    )
+    return replace(node, id=f"{trained.id}/{node.folder.name}")
+
+
+def _key_of(run: Run) -> str:
+    """Return a digest of parts, stages, records and seed: all that decides the result, as it is on disk."""
+    stages = []
+    for stage in run.stages.values():
+        values = asdict(stage)
+        values["data"] = _data_digests(stage.data.records, stage.data.images, stage.data.skip, run.data_root)
+        stages.append(values)
+    model = asdict(run.model)
+    for part in ("vision_encoder", "language_model"):
+        model[part] = _part_digest(model[part])
+    inputs = {
+        "model": model,
+        "stages": stages,
+        "seed": run.seed,
+        "precision": run.hardware.precision,
+        "start_from": _part_digest(run.start_from),
+    }
+    return _digest(json.dumps(inputs, sort_keys=True))[:12]
+
+
+@cache
+def _data_digests(records: tuple[str, ...], images: str, skip: tuple[str, ...], data_root: str) -> list[str]:
+    """Return a digest of each record file; of one that is not here, of its name."""
+    from tinyllava.config import DataConfig
+
+    try:
+        found = resolve(DataConfig(records=records, images=images, skip=skip), data_root)
+    except TinyLlavaError:
+        return [*records, *skip]
+    digests = []
+    for path, _ in found:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return [*digests, *skip]
+
+
+@cache
+def _part_digest(part: str) -> str:
+    """Return a part's name; of a local folder its config and the names and sizes of its files."""
+    folder = Path(part)
+    if not part or not folder.is_dir():
+        return part
+    config = folder / "config.json"
+    files = [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if path.is_file()]
+    return _digest(repr(files) + (config.read_text(encoding="utf-8") if config.is_file() else ""))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_node(node: Node, path: Path) -> None:
+    """Write a node as JSON, for the job that does it."""
+    values = {**asdict(node), "run": json.loads(to_json(node.run))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def load_node(path: Path) -> Node:
+    """Read a node back."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Node(**{**values, "run": run_from_json(json.dumps(values["run"]), str(path))})

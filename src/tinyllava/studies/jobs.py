@@ -1,0 +1,165 @@
+"""Hand nodes to a scheduler: Slurm, or processes of this machine, through submitit.
+
+Paper: none. A job runs one node; with several devices it starts one process for each through torchrun.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tinyllava.errors import ConfigError
+from tinyllava.studies.graph import Node, load_node, save_node
+from tinyllava.studies.state import State, is_claimed, load_state, now, save_state
+from tinyllava.studies.work import do_node
+
+Cluster = Literal["slurm", "local"]
+_GONE = ("CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "COMPLETED")
+GRACE_SECONDS = 30.0
+"""After a submission: accounting and queue may not know of it yet."""
+
+
+class Jobs:
+    """Submits nodes as jobs; their state files tell how they end.
+
+    Args:
+        cluster: ``slurm``, or ``local`` for processes of this machine.
+        num_at_once: most jobs that are handed over at a time.
+        num_devices: processes of a job, started with torchrun.
+        options: submitit's parameters, such as ``timeout_min``, ``gpus_per_node``, ``slurm_partition``.
+
+    Raises:
+        ConfigError: submitit is not installed, there is no Slurm here, or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        num_at_once: int,
+        num_devices: int = 1,
+        options: Mapping[str, int | str] | None = None,
+    ) -> None:
+        self.cluster: Cluster = cluster
+        self.num_at_once = num_at_once
+        self.num_devices = num_devices
+        self.options = {"timeout_min": 60 * 24, **(options or {})}
+        _import_submitit()
+
+    def start(self, node: Node) -> None:
+        """Submit a node, unless a job of its name is in the queue already.
+
+        Raises:
+            ConfigError: the scheduler refuses the job.
+        """
+        submitit = _import_submitit()
+        save_node(node, node.folder / "task.json")
+        _job_file(node).unlink(missing_ok=True)
+        # Written first, so that nothing of the submitter's can overwrite what the job writes.
+        save_state(node, State(status="submitted", started=now(), job=self.cluster))
+        job = _find_in_queue(_name_of(node)) if self.cluster == "slurm" else ""
+        if not job:
+            try:
+                executor = submitit.AutoExecutor(folder=node.folder / "jobs", cluster=self.cluster)
+                executor.update_parameters(name=_name_of(node), **self.options)
+                task = str(node.folder / "task.json")
+                job = executor.submit(run_task, task, self.cluster, self.num_devices).job_id
+            except (RuntimeError, NameError, TypeError, subprocess.SubprocessError) as error:
+                save_state(node, State(status="failed", error=f"not submitted: {error}"))
+                raise ConfigError(f"--jobs {self.cluster}: {error}") from error
+        _job_file(node).write_text(job, encoding="utf-8")
+
+
+def _job_file(node: Node) -> Path:
+    return node.folder / "job.txt"
+
+
+def run_task(path: str, cluster: str, num_devices: int) -> None:
+    """Do the node of a task file: what a job runs."""
+    variable = "SLURM_JOB_ID" if cluster == "slurm" else "SUBMITIT_LOCAL_JOB_ID"
+    job = f"{cluster}:{os.environ.get(variable, '')}"
+    node = load_node(Path(path))
+    if num_devices == 1:
+        do_node(node, job=job, log=node.folder / "log.txt")
+        return
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={num_devices}",
+        "-m",
+        "tinyllava.studies.work",
+        path,
+        job,
+    ]
+    with (node.folder / "log.txt").open("a", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    if code and load_state(node).status != "failed":
+        save_state(node, State(status="failed", error=f"torchrun ended with status {code}", job=job))
+
+
+def is_alive(node: Node, state: State) -> bool:
+    """Whether the process or job that a state speaks of is still there."""
+    if is_claimed(node):
+        return True
+    job = _job_file(node).read_text(encoding="utf-8") if _job_file(node).exists() else ""
+    if state.job.startswith("slurm"):
+        if state.status == "submitted" and now() - state.started < GRACE_SECONDS:
+            return True
+        if not job:
+            return bool(_find_in_queue(_name_of(node)))
+        slurm_state = _slurm_state(job)
+        return not any(slurm_state.startswith(word) for word in _GONE)
+    return bool(state.status == "submitted" and job) and _is_process(int(job))
+
+
+def _is_process(pid: int) -> bool:
+    """Whether a process is there and not only waits for its end to be noticed."""
+    with contextlib.suppress(ChildProcessError):  # of an earlier call, so not a child of this one
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _slurm_state(job: str) -> str:
+    """Ask the accounting, and where that is not kept the queue; a job in neither has ended."""
+    for command in (
+        ["sacct", "-X", "-n", "-P", "-o", "State", "-j", job],
+        ["squeue", "-h", "-o", "%T", "-j", job],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            continue
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split()[0]
+    return "COMPLETED"
+
+
+def _find_in_queue(name: str) -> str:
+    """Return the id of a queued or running job of that name: one whose submitter was killed meanwhile."""
+    command = ["squeue", "-h", "--me", "-o", "%A", "--name", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def _name_of(node: Node) -> str:
+    return f"tinyllava-{node.id.replace('/', '-')}"
+
+
+def _import_submitit() -> Any:
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        raise ConfigError("--jobs needs submitit: pip install 'tinyllava[jobs]'.") from None
+    return submitit

@@ -1,0 +1,189 @@
+"""The run folders of a machine as a table, and what two of them differ in: settings, environment, results.
+
+Paper: none. Reads what runs leave (run.json, environment.json, stage.json, results.json); needs no torch.
+"""
+
+import operator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from tinyllava.errors import DataError
+from tinyllava.files import parse_json
+
+Rows = list[Sequence[object]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundRun:
+    """A run folder as it is on disk."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    """Dotted path -> value, of run.json."""
+    environment: Mapping[str, Any]
+    stages: Mapping[str, Mapping[str, Any]]
+    """Finished stages: their papers."""
+    scores: Mapping[str, float]
+    """Benchmark -> headline number."""
+
+
+def find_runs(folder: Path) -> list[FoundRun]:
+    """Return the runs at or below a folder, by name.
+
+    Raises:
+        DataError: there is none.
+    """
+    files = sorted(path for path in folder.rglob("run.json") if "stages" in _read(path))
+    files = [path for path in files if path.parent.name != "model"]  # a checkpoint holds a copy
+    if not files:
+        raise DataError(
+            f"{folder}: no run folder there (one holds a run.json); `tinyllava train` makes them."
+        )
+    return [_read_run(path.parent) for path in files]
+
+
+def _read_run(folder: Path) -> FoundRun:
+    config = _read(folder / "run.json")
+    stages = {name: _read(folder / name / "stage.json") for name in config["stages"]}
+    results = [
+        result for path in sorted(folder.rglob("results.json")) for result in _read(path).get("results", [])
+    ]
+    scores = {
+        result["benchmark"]: metric["value"]
+        for result in results
+        for metric in result["metrics"]
+        if metric["name"] == result["metric"]
+    }
+    return FoundRun(
+        folder=folder,
+        config=dict(flatten(config)),
+        scores=scores,
+        environment=dict(flatten(_read(folder / "environment.json"))),
+        stages={name: papers for name, papers in stages.items() if papers},
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; of one that is missing or damaged, nothing."""
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested dicts with its dotted path."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from flatten(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+_CONDITION = re.compile(r"([^=<>!]+?)\s*(<=|>=|!=|=|<|>)\s*(.*)", re.DOTALL)
+_COMPARED = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
+
+
+def filter_runs(runs: Sequence[FoundRun], conditions: Sequence[str]) -> list[FoundRun]:
+    """Keep the runs of which every condition holds.
+
+    Args:
+        conditions: ``path=pattern`` or ``path!=pattern``, with the wildcards of file names, or
+            ``path<number`` (``<=``, ``>``, ``>=``). A path is that of a setting, of which the end will do, of
+            a score (``pope``, ``score.pope``) or of a stage's last loss (``loss.finetune``). Where the value
+            is a folder, its name will do.
+
+    Raises:
+        DataError: a condition of another form, a path that no run has, or a number that is none.
+    """
+    kept = list(runs)
+    for condition in conditions:
+        found = _CONDITION.fullmatch(condition.strip())
+        if not found:
+            raise DataError(
+                f"--where {condition}: give PATH=VALUE, such as model.connector=mlp, or PATH>NUMBER, "
+                "such as 'pope>80'."
+            )
+        path, sign, wanted = found.groups()
+        if not any(_values(run, path) for run in runs):
+            raise DataError(f"--where {condition}: no run has a setting {path!r}{_suggest(runs, path)}.")
+        kept = [run for run in kept if _holds(_values(run, path), sign, wanted, condition)]
+    return kept
+
+
+def _holds(values: Sequence[Any], sign: str, wanted: str, condition: str) -> bool:
+    if sign in ("=", "!="):
+        names = {name for value in values for name in (str(value), _short(str(value)))}
+        is_found = any(fnmatchcase(name, wanted) for name in names)
+        return bool(values) and is_found == (sign == "=")
+    try:
+        return any(_COMPARED[sign](float(value), float(wanted)) for value in values)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"--where {condition}: {sign} compares numbers, and {wanted!r} or {values[0]!r} is none; "
+            "use = or !=."
+        ) from None
+
+
+def _values(run: FoundRun, path: str) -> list[Any]:
+    return [v for key, v in _facts(run).items() if key == path or key.endswith(f".{path}")]
+
+
+def _facts(run: FoundRun) -> dict[str, Any]:
+    """Return all that runs are chosen by: settings, scores, last losses."""
+    losses = {f"loss.{name}": papers["last_loss"] for name, papers in run.stages.items()}
+    return {**run.config, **{f"score.{name}": value for name, value in run.scores.items()}, **losses}
+
+
+def _suggest(runs: Sequence[FoundRun], path: str) -> str:
+    ends = {key.rpartition(".")[2] for run in runs for key in _facts(run)}
+    close = get_close_matches(path.rpartition(".")[2], sorted(ends), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def run_rows(runs: Sequence[FoundRun]) -> Rows:
+    """Return the table: what each run is, how far it is, and its scores."""
+    benchmarks = list(dict.fromkeys(name for run in runs for name in run.scores))
+    rows: Rows = [("run", "encoder", "connector", "LLM", "seed", "stages", "last loss", *benchmarks)]
+    for run in runs:
+        names = dict.fromkeys(key.split(".")[1] for key in run.config if key.startswith("stages."))
+        done = [name for name in names if name in run.stages]
+        losses = [f"{run.stages[name]['last_loss']:.3f}" for name in done]
+        scores = [f"{run.scores[name]:.2f}" if name in run.scores else "-" for name in benchmarks]
+        rows.append(
+            (
+                run.folder.name,
+                _short(run.config["model.vision_encoder"]),
+                run.config["model.connector"],
+                _short(run.config["model.language_model"]),
+                str(run.config["seed"]),
+                f"{len(done)} of {len(names)} here",
+                ", ".join(losses) or "-",
+                *scores,
+            )
+        )
+    return rows
+
+
+def _short(part: str) -> str:
+    return part.rstrip("/").rpartition("/")[2]
+
+
+def diff_runs(first: FoundRun, second: FoundRun) -> Rows:
+    """Return every setting, fact of the environment and score in which two runs differ."""
+    rows: Rows = [("differs", first.folder.name, second.folder.name)]
+    for title, left, right in (
+        ("", first.config, second.config),
+        ("environment.", first.environment, second.environment),
+        ("score.", first.scores, second.scores),
+    ):
+        for key in dict.fromkeys([*left, *right]):
+            if left.get(key) != right.get(key):
+                rows.append((f"{title}{key}", str(left.get(key, "-")), str(right.get(key, "-"))))
+    return rows

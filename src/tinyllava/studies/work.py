@@ -1,0 +1,152 @@
+"""Do one node: train the stage, or ask and score the benchmark; write what came of it.
+
+Paper: sections 3.2 and 4.1.3. ``python -m tinyllava.studies.work NODE.json`` is what a job runs, under torchrun
+where it has several devices.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from tinyllava.config import to_json
+from tinyllava.errors import TinyLlavaError
+from tinyllava.studies.graph import Node, load_node
+from tinyllava.studies.state import State, claim, load_state, now, save_state
+
+FAILURES = (
+    TinyLlavaError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What makes a node fail and leaves the others alone; an interrupt ends the grid."""
+
+
+def do_node(node: Node, *, job: str = "", log: Path | None = None) -> State:
+    """Do a node unless it is done, and return its state; whatever it prints goes to the log.
+
+    A failure is written down, not raised.
+    """
+    with claim(node):
+        state = load_state(node)
+        if state.status == "done":
+            return state
+        start, started = time.monotonic(), now()
+        save_state(node, State(status="running", started=started, job=job))
+        try:
+            result = _logged(node, log)
+        except FAILURES as error:
+            text = str(error) if isinstance(error, TinyLlavaError) else f"{type(error).__name__}: {error}"
+            state = State(status="failed", error=text, started=started, job=job)
+        else:
+            seconds = round(time.monotonic() - start, 1)
+            state = State(status="done", started=started, seconds=seconds, job=job, result=result)
+        save_state(node, state)
+        return state
+
+
+def _logged(node: Node, log: Path | None) -> str:
+    """Do the work with its output in a file; the traceback of a failure goes there too."""
+    with ExitStack() as stack:
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(log.open("a", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(file))
+            stack.enter_context(redirect_stderr(file))
+        try:
+            return work(node)
+        except FAILURES:
+            traceback.print_exc()
+            raise
+
+
+def work(node: Node) -> str:
+    """Train or measure, in every process of a job; return the folder of a finished stage."""
+    if node.kind == "evaluation":
+        _measure(node)
+        return ""
+    return _train(node)
+
+
+def _train(node: Node) -> str:
+    from tinyllava.training.run import train
+
+    if os.environ.get("RANK", "0") == "0":
+        # The id holds all that decides the result; what else a later grid sets (workers, paths) may differ.
+        node.folder.mkdir(parents=True, exist_ok=True)
+        (node.folder / "run.json").write_text(to_json(node.run), encoding="utf-8")
+    model = train(node.run)
+    papers = json.loads((model / "provenance.json").read_text(encoding="utf-8"))["stages"][node.name]
+    folder = _stage_folder(node, papers["key"])
+    if os.environ.get("RANK", "0") == "0":
+        for checkpoint in folder.glob("checkpoint-*"):  # the stage is done: nothing resumes from them
+            shutil.rmtree(checkpoint)
+        if not node.keep_model:
+            shutil.rmtree(model)
+    return os.path.relpath(folder, node.folder)
+
+
+def _stage_folder(node: Node, key: str) -> Path:
+    """Return where the stage was trained: here, or in a run that had done it before."""
+    from tinyllava.training.checkpoints import PAPERS, find_stage
+
+    own = node.folder / node.name
+    found = own if (own / PAPERS).is_file() else find_stage(node.folder.parent, key)
+    assert found is not None, "train has just used it"
+    return found
+
+
+def _measure(node: Node) -> None:
+    from tinyllava.evaluation.benchmarks import BENCHMARKS
+    from tinyllava.evaluation.run import Settings, evaluate, processes
+    from tinyllava.inference.chat import Chat
+    from tinyllava.training.run import train
+
+    model = node.run.folder / "model"
+    if not model.is_dir():
+        train(node.run)  # all its stages are done: this puts them together again
+    judge = None
+    if node.judge:
+        from tinyllava.evaluation.judge import Endpoint, Judge, ReplyCache
+
+        endpoint = Endpoint(
+            url=node.judge["url"], model=node.judge["model"], api_key=os.environ.get(node.judge["key"], "")
+        )
+        judge = Judge(endpoint=endpoint, cache=ReplyCache(node.folder / "judge_replies.jsonl"))
+    device = str(processes().device) if processes().num_processes > 1 else ""
+    evaluate(
+        Chat.open(model, device=device),
+        BENCHMARKS[node.name],
+        Path(node.data),
+        node.folder,
+        model=str(model),
+        settings=Settings(limit=node.limit, num_workers=node.run.hardware.num_workers),
+        judge=judge,
+    )
+    if not node.keep_model and os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(model)
+
+
+def main() -> None:
+    """Do the node whose file is named: one rank of a distributed job; the first keeps the state."""
+    node = load_node(Path(sys.argv[1]))
+    job = sys.argv[2] if len(sys.argv) > 2 else ""
+    if os.environ.get("RANK", "0") == "0":
+        sys.exit(0 if do_node(node, job=job).status == "done" else 1)
+    work(node)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""TinyLLaVABench's layouts: the imported model computes what transformers' own classes compute."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import layouts
+from layouts import Toy, make_toy, model_logits, reference_logits, write_bench
+from tinyllava.checkpoints.importing import Given, import_checkpoint
+from tinyllava.model.assemble import open_checkpoint
+
+BEFORE, AFTER = [1, 5, 9, 30], [40, 41, 7]
+
+
+def assert_same(folder: Path, expected: torch.Tensor) -> None:
+    model, _ = open_checkpoint(folder)
+    found = model_logits(model, BEFORE, AFTER)
+    num_rows = expected.shape[-1]
+    assert torch.allclose(found[..., :num_rows], expected, atol=1e-5)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("language", ["llama", "phi", "stablelm"])
+@pytest.mark.parametrize(("vision", "num_tokens"), [("clip", 4), ("siglip", 4)])
+def test_whole_model(tmp_path: Path, language: str, vision: str, num_tokens: int) -> None:
+    toy = make_toy(tmp_path, language, vision)
+    source = write_bench(toy, tmp_path / "anything")
+    report = import_checkpoint(source, tmp_path / "out")
+    expected = reference_logits(toy, BEFORE, AFTER, num_dropped=int(vision == "clip"))
+    assert_same(tmp_path / "out", expected)
+    assert report.num_image_tokens == num_tokens
+    assert report.kind == "TinyLLaVABench, whole model"
+
+
+@pytest.mark.parametrize("name", ["TinyLLaVA-3.1B-phi-lora", "finetune-stablelm-2.0b", "pretrain"])
+def test_the_name_of_the_folder_decides_nothing(tmp_path: Path, name: str) -> None:
+    toy = make_toy(tmp_path, "llama", "clip")
+    report = import_checkpoint(write_bench(toy, tmp_path / name), tmp_path / "out")
+    assert report.kind == "TinyLLaVABench, whole model"
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))
+
+
+def test_every_tensor_is_accounted_for_by_name(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama", "clip")
+    report = import_checkpoint(write_bench(toy, tmp_path / "source"), tmp_path / "out")
+    cut = sorted(name for name in toy.vision if "encoder.layers.3." in name)
+    assert report.dropped == cut
+    assert report.num_tensors + len(cut) == len(toy.text) + len(toy.vision) + len(toy.connector)
+    assert json.loads((tmp_path / "out" / "import.json").read_text())["dropped"] == cut
+
+
+def test_the_encoder_of_another_folder_with_a_text_half(tmp_path: Path) -> None:
+    """The weights come from the hub's form of the encoder; its text half is dropped."""
+    toy = make_toy(tmp_path, "llama", "siglip")
+    source = write_bench(toy, tmp_path / "source", with_encoder=False)
+    both = tmp_path / "both"
+    layouts.write_json(both / "config.json", {"model_type": "siglip", "vision_config": toy.vision_config()})
+    halves = toy.vision | {"text_model.final.weight": torch.ones(2), "logit_scale": torch.ones(1)}
+    torch.save(halves, both / "pytorch_model.bin")
+    report = import_checkpoint(source, tmp_path / "out", given=Given(vision_encoder=both))
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=0))
+    assert sum("vision_model.head." in name for name in report.dropped) == 11
+    assert {"logit_scale", "text_model.final.weight"} <= set(report.notes)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_connector_of_stage_1(tmp_path: Path, as_file: bool) -> None:
+    toy = make_toy(tmp_path, "phi", "clip")
+    source = tmp_path / "run"
+    layouts.write_json(source / "config.json", layouts.bench_config(toy))
+    weights = {f"model.mm_projector.{n}": t for n, t in toy.connector.items()}
+    file = source / "mm_projector" / "checkpoint-24.bin" if as_file else source / "mm_projector.bin"
+    file.parent.mkdir(exist_ok=True)
+    torch.save(weights, file)
+    given = Given(vision_encoder=toy.vision_folder, language_model=toy.language_folder)
+    import_checkpoint(file if as_file else source, tmp_path / "out", given=given)
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))
+
+
+def test_stage_1_with_a_tuned_encoder_inside(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "phi", "siglip")
+    source = tmp_path / "run"
+    layouts.write_json(source / "config.json", layouts.bench_config(toy))
+    torch.save({f"model.mm_projector.{n}": t for n, t in toy.connector.items()}, source / "mm_projector.bin")
+    layouts.write_json(source / "vision_tower" / "config.json", toy.vision_config())
+    torch.save(layouts.bench_vision(toy), source / "vision_tower" / "pytorch_model.bin")
+    import_checkpoint(source, tmp_path / "out", given=Given(language_model=toy.language_folder))
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=0))
+
+
+def write_lora(toy: Toy, folder: Path, *, rslora: bool = False) -> torch.nn.Module:
+    """Save what TinyLLaVABench saves of a LoRA run, and return peft's own model, adapters not merged."""
+    base = AutoModelForCausalLM.from_pretrained(toy.language_folder)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "fc1", "down_proj"],
+        use_rslora=rslora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="owner/not-there",
+    )
+    model = get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    layouts.write_json(folder / "config.json", layouts.bench_config(toy))
+    config.save_pretrained(folder)
+    adapter = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    torch.save(adapter, folder / "adapter_model.bin")
+    others = {f"base_model.model.model.mm_projector.{n}": t for n, t in toy.connector.items()}
+    torch.save(others, folder / "non_lora_trainables.bin")
+    return model
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora_on_a_language_model(tmp_path: Path, rslora: bool) -> None:
+    toy = make_toy(tmp_path, "phi", "siglip")
+    peft_model = write_lora(toy, tmp_path / "run", rslora=rslora)
+    given = Given(vision_encoder=toy.vision_folder, language_model=toy.language_folder)
+    report = import_checkpoint(tmp_path / "run", tmp_path / "out", given=given)
+    expected = reference_logits(toy, BEFORE, AFTER, num_dropped=0, llm=peft_model)
+    assert_same(tmp_path / "out", expected)
+    assert not torch.allclose(expected, reference_logits(toy, BEFORE, AFTER, num_dropped=0), atol=0.01)
+    assert report.notes[-1].startswith("6 weights merged")
+
+
+def test_lora_on_a_whole_model_takes_the_trained_connector(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama", "clip")
+    write_bench(toy, tmp_path / "base")
+    toy.connector = {name: tensor + 0.5 for name, tensor in toy.connector.items()}
+    peft_model = write_lora(toy, tmp_path / "run")
+    given = Given(vision_encoder=toy.vision_folder, language_model=tmp_path / "base")
+    import_checkpoint(tmp_path / "run", tmp_path / "out", given=given)
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1, llm=peft_model))
+
+
+def test_stored_constants_are_recomputed_and_compared(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama", "clip")
+    source = write_bench(toy, tmp_path / "source", num_shards=1)
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, 8, 2) / 8)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    positions = "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"
+    file = source / "model-00001-of-00001.safetensors"
+    layouts.change_tensors(file, add={name: frequencies.half(), positions: torch.arange(5)[None]})
+    report = import_checkpoint(source, tmp_path / "out")
+    assert report.recomputed == [name, "vision_model.embeddings.position_ids"]
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))
+
+
+def test_llava_1_5(tmp_path: Path) -> None:
+    """LLaVA-1.5 has TinyLLaVABench's names, its own model_type, and the encoder elsewhere."""
+    toy = make_toy(tmp_path, "llama", "clip")
+    source = write_bench(toy, tmp_path / "source", with_encoder=False, model_type="llava_llama")
+    report = import_checkpoint(source, tmp_path / "out", given=Given(vision_encoder=toy.vision_folder))
+    assert report.kind == "LLaVA-1.5, whole model"
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))
+
+
+def test_types_are_widened_without_loss_and_the_template_is_the_trained_one(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "stablelm", "clip")
+    toy.llm.half()
+    import_checkpoint(write_bench(toy, tmp_path / "source"), tmp_path / "out")
+    model, processor = open_checkpoint(tmp_path / "out")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "USER: " in processor.chat_template
+    assert processor.image_aspect == "pad"
+    assert processor.tokenizer.model_max_length == 512
+    import_checkpoint(tmp_path / "source", tmp_path / "half", dtype=torch.float16)
+    assert {p.dtype for p in open_checkpoint(tmp_path / "half")[0].parameters()} == {torch.float16}
+
+
+def test_old_names_of_stablelm_settings(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "stablelm", "clip")
+    source = write_bench(toy, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    rotary = config.pop("rope_parameters", {})
+    config |= {
+        "rope_pct": rotary.get("partial_rotary_factor", config.pop("partial_rotary_factor", 0.25)),
+        "rope_theta": 10000,
+        "norm_eps": config.pop("layer_norm_eps"),
+    }
+    layouts.write_json(source / "config.json", config)
+    import_checkpoint(source, tmp_path / "out")
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))

@@ -1,0 +1,56 @@
+"""``tinyllava chat``: turns, and what Ctrl-C breaks off; the model is played by a function."""
+
+import io
+from collections.abc import Iterator
+
+import pytest
+
+from tinyllava.cli import main
+from tinyllava.cli.chat import converse
+from tinyllava.conversation import Conversation
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def broken_off(conversation: Conversation) -> Iterator[str]:
+    """Say what was heard; a question of 'long' is broken off on the way."""
+    yield f"{len(conversation.messages)}:"
+    if conversation.messages[-1].text == "long":
+        raise KeyboardInterrupt
+    yield conversation.messages[-1].text
+
+
+def test_ctrl_c_in_a_terminal_breaks_off_one_answer_and_the_next_turn_knows_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal())
+    converse(broken_off, None, ["first", "long", "last"])
+    assert capsys.readouterr().out == "1:first\n3: [broken off]\n5:last\n"
+
+
+def test_ctrl_c_ends_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        converse(broken_off, None, ["long", "last"])
+
+
+REFUSED = {
+    "no number": (("a.jpg", "Q", "--temperature", "nan"), "--temperature at least 0"),
+    "no bound": (("a.jpg", "Q", "--temperature", "inf"), "--temperature at least 0"),
+    "no token": (("a.jpg", "Q", "--max-tokens", "0"), "--max-tokens must be at least 1"),
+    "address": (
+        ("https://example.org/a.jpg", "Q"),
+        "https://example.org/a.jpg: an address; give an image file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_asked_is_refused(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = REFUSED[case]
+    with pytest.raises(SystemExit):
+        main(["chat", *arguments])
+    assert message in capsys.readouterr().err

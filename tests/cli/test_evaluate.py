@@ -1,0 +1,233 @@
+"""Evaluate, compare, look at data and chat from the command line, on POPE in its official files."""
+
+import io
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chats import make_chat
+from tinyllava.cli import main
+from tinyllava.evaluation.results import load_results
+
+SPLITS = ("adversarial", "popular", "random")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    chat = make_chat(folder, "llama")
+    chat.model.save_pretrained(folder / "model")
+    chat.processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    pope = folder / "pope"
+    (pope / "val2014").mkdir(parents=True)
+    for n in range(4):
+        pixels = np.random.default_rng(n).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pope / "val2014" / f"{n}.jpg")
+    (folder / "mmvet").mkdir()
+    for split in SPLITS:
+        records = [
+            {
+                "question_id": n + 1,
+                "image": f"{n % 4}.jpg",
+                "text": f"Is there a {split} {n} in the image?",
+                "label": ("yes", "no")[n % 2],
+            }
+            for n in range(8)
+        ]
+        (pope / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, records)) + "\n")
+    return folder
+
+
+def test_evaluate_then_score_again_then_compare(model, data, tmp_path, capsys):
+    arguments = [
+        "evaluate",
+        str(model),
+        "--benchmarks",
+        "pope",
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path),
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == str(tmp_path / "results.json")
+    assert any(line.startswith("pope (pope/mean-f1/llava-1.5): f1 ") for line in printed)
+    assert "  partial set: 24 of 8,910 questions" in printed
+    assert any(line.startswith("  accuracy ") and "adversarial f1 " in line for line in printed)
+    (result,) = load_results(tmp_path / "results.json")
+    assert (result.num_questions, result.num_images, result.dtype) == (24, 4, "float32")
+
+    assert main([*arguments, "--blind"]) == 0
+    capsys.readouterr()
+    path = tmp_path / "pope-blind" / "predictions.jsonl"
+    first, *rest = path.read_text().splitlines()
+    flipped = json.loads(first)
+    flipped.update(score=1 - flipped["score"], parsed={"yes": "no", "no": "yes"}[flipped["parsed"]])
+    path.write_text("\n".join([json.dumps(flipped), *rest]) + "\n")
+    assert (
+        main(
+            [
+                "compare",
+                str(tmp_path / "pope"),
+                str(tmp_path / "pope-blind"),
+                "--data",
+                str(data),
+                "--output",
+                str(tmp_path / "flips.html"),
+            ]
+        )
+        == 0
+    )
+    assert "n = 24" in capsys.readouterr().out
+    page = (tmp_path / "flips.html").read_text()
+    assert page.count("Is there a") == 1
+    assert "data:image/jpeg;base64" in page
+
+    for path in model.glob("*"):
+        path.rename(path.with_name(path.name + ".away"))
+    try:  # scoring again needs no model
+        assert main([*arguments, "--score-only"]) == 0
+    finally:
+        for path in model.glob("*.away"):
+            path.rename(path.with_name(path.name.removesuffix(".away")))
+    assert load_results(tmp_path / "results.json")[-1].metrics == result.metrics
+
+
+def test_two_real_processes_give_the_same_predictions(model, data, tmp_path):
+    arguments = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(data), "--output"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, "-m", "tinyllava", *arguments, str(tmp_path / "two")], check=True, timeout=200)
+    one, two = ((tmp_path / name / "pope/predictions.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
+    assert len(list((tmp_path / "two" / "pope").glob("answers-*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmarks", "popee"], "unknown benchmark 'popee'.*Did you mean 'pope'"),
+        (["--benchmarks", "pope,gqa"], "no folder for gqa.*tinyllava data benchmarks gqa"),
+        (["--benchmarks", "pope", "--judge-url", "http://localhost/v1"], "--judge-model"),
+        (["--benchmarks", "pope", "--score-only"], "no answers there"),
+        (
+            ["--benchmarks", "mmvet", "--judge-url", "localhost/v1", "--judge-model", "m"],
+            "begin with http:// or https://",
+        ),
+    ],
+)
+def test_wrong_requests_are_told_before_a_model_is_opened(data, tmp_path, capsys, arguments, message):
+    asked = ["evaluate", "no-such-model", "--data", str(data), "--output", str(tmp_path), *arguments]
+    assert main(asked) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_data_tells_what_is_missing(data, tmp_path, capsys):
+    assert main(["data", "benchmarks"]) == 0
+    assert "8,910 questions" in capsys.readouterr().out
+    assert main(["data", "benchmarks", "pope", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.count("missing: ") == 4
+    shutil.copytree(data / "pope", tmp_path / "pope")
+    assert main(["data", "benchmarks", "pope", str(tmp_path / "pope")]) == 1
+    assert "doubtful (4 of 500 files): val2014" in capsys.readouterr().out
+    for n in range(4, 500):
+        (tmp_path / "pope" / "val2014" / f"{n}.jpg").touch()
+    assert main(["data", "benchmarks", "pope", str(tmp_path / "pope")]) == 0
+
+
+def test_missing_images_are_told_before_the_first_question(model, data, tmp_path, capsys):
+    shutil.copytree(data / "pope", tmp_path / "d" / "pope")
+    for n in (1, 3):
+        (tmp_path / "d" / "pope" / "val2014" / f"{n}.jpg").unlink()
+    asked = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(tmp_path / "d"), "--output"]
+    assert main([*asked, str(tmp_path / "out")]) == 2
+    assert re.search(r"val2014/1.jpg: no such image; 2 of 4 are missing", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+    assert main([*asked, str(tmp_path / "out"), "--blind", "--limit", "2"]) == 0
+
+
+def test_a_raised_limit_takes_the_place_of_results_of_other_data(model, data, tmp_path, capsys):
+    asked = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(data), "--output", str(tmp_path)]
+    for more in (["--limit", "4"], ["--limit", "4", "--blind"]):
+        assert main([*asked, *more]) == 0
+    assert len(load_results(tmp_path / "results.json")) == 2
+    capsys.readouterr()
+    assert main([*asked, "--limit", "6"]) == 0
+    assert re.search(
+        r"dropped from .*results.json: .* \(blank images\), of other data", capsys.readouterr().out
+    )
+    assert [one.num_questions for one in load_results(tmp_path / "results.json")] == [6]
+    assert main([*asked, "--limit", "6", "--blind"]) == 0
+    assert [one.num_questions for one in load_results(tmp_path / "results.json")] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit", "-1"], "--limit is -1; it has to be 0 or more"),
+        (["--judge-url", "http://x/v1", "--reviews", "r"], "exclude each other"),
+        (["--judge-timeout", "0"], "--judge-timeout must be above 0"),
+        (["--judge-concurrent", "0"], "--judge-concurrent at least 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "no-such-model", "--data", "d", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_chat_answers_once_and_in_turns(model, data, capsys, monkeypatch):
+    image = str(data / "pope" / "val2014" / "0.jpg")
+    base = ["chat", image, "--model", str(model), "--max-tokens", "8"]
+    assert main([*base[:2], "Is there a dog?", *base[2:]]) == 0
+    once = capsys.readouterr().out
+    assert once.strip()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is there a dog?\nWhat is it?\n\nnot asked\n"))
+    assert main(base) == 0
+    turns = capsys.readouterr().out
+    assert turns.startswith(once)
+    assert len(turns) > len(once)
+
+
+@pytest.mark.parametrize("option", [("--max-tokens", "0"), ("--temperature", "-1")])
+def test_chat_refuses_values_that_cannot_be(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "cat.jpg", *option])
+    assert "--max-tokens must be at least 1, --temperature at least 0" in capsys.readouterr().err
+
+
+def test_chat_without_a_model_says_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path))
+    assert main(["chat", "cat.jpg"]) == 2
+    assert "tinyllava starter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "data", "chat"])
+def test_help_comes_at_once(command):
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)  # not the clock: the machine may be busy
+        return usage.ru_utime + usage.ru_stime
+
+    seconds = []
+    for _ in range(3):
+        start = used()
+        subprocess.run(
+            [sys.executable, "-m", "tinyllava", command, "--help"], check=True, capture_output=True
+        )
+        seconds.append(used() - start)
+    assert min(seconds) < 0.3

@@ -1,0 +1,150 @@
+"""Answers in mixed, padded batches and word by word are those of each conversation asked alone."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from chats import TEMPLATES, make_chat
+from tinyllava.conversation import Conversation, Message, ask
+from tinyllava.errors import CheckpointError, ConfigError, DataError, ImageError
+from tinyllava.inference.batches import prepare_group
+from tinyllava.inference.chat import Chat, _FiniteLogits, encode_prompt
+from tinyllava.inference.shared_prefix import answer_groups
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{colour}.png" for colour in ("red", "green", "blue")]
+    for path, size in zip(paths, ((40, 28), (28, 28), (30, 60)), strict=True):
+        Image.new("RGB", size, path.stem).save(path)
+    return paths
+
+
+def mixed(images: list[Path]) -> list[Conversation]:
+    turns = (
+        Message(role="user", text="What is in the picture?", images=ask("", images[0]).images),
+        Message(role="assistant", text="A red circle"),
+        Message(role="user", text="Is there a dog?"),
+    )
+    return [
+        ask("Is there a dog?", images[0]),
+        ask("Is there a dog?"),
+        ask("What is in the picture? Answer the question using a single word or phrase.", images[1]),
+        Conversation(messages=turns),
+        ask("A red circle and 12 blue squares.", images[2], images[0]),
+    ]
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_batches_give_the_answers_of_each_alone(tmp_path, images, kind):
+    chat = make_chat(tmp_path, kind, "siglip" if kind == "phi" else "clip")
+    alone = [chat.answer([conversation], 12)[0] for conversation in mixed(images)]
+    assert chat.answer(mixed(images), 12) == alone
+    assert len(set(alone)) >= 4, "the answers do not depend on what is asked"
+    chat.batch_tokens = 80  # several batches
+    assert chat.answer(mixed(images), 12) == alone
+    assert chat.answer([], 12) == []
+
+
+def test_stream_joins_to_the_answer(tmp_path, images):
+    chat = make_chat(tmp_path, "llama")
+    for conversation in mixed(images):
+        pieces = list(chat.stream(conversation, 12))
+        assert "".join(pieces) == chat.answer([conversation], 12)[0]
+    stream = chat.stream(mixed(images)[0], 400)
+    next(stream)
+    stream.close()  # must not wait for 400 tokens nor leave a thread that does
+
+
+@pytest.mark.parametrize("name", ["cpux", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ConfigError, match=rf"device '{name}': .*; this machine's best is"):
+        Chat.open("never looked at", device=name)
+
+
+def test_wrong_requests_are_named(tmp_path, images):
+    chat = make_chat(tmp_path, "llama")
+    with pytest.raises(ImageError, match="no such image"):
+        chat.answer([ask("Is there a dog?", tmp_path / "none.png")])
+    chat.processor.tokenizer.model_max_length = 20
+    with pytest.raises(DataError, match="context is 20"):
+        list(chat.stream(ask("Is there a dog? " * 20, id="q7")))
+    chat.processor.chat_template = "{% for m in messages %}{% generation %}x{% endgeneration %}{% endfor %}"
+    with pytest.raises(
+        DataError, match="'Q' has 1 images, its chat template writes 0 times <image>; correct"
+    ):
+        chat.answer([ask("Q", images[0])])
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_spelt_special_token_is_answered_as_text(tmp_path, images, kind):
+    chat = make_chat(tmp_path, kind)
+    end = chat.processor.tokenizer.eos_token
+    one = ask(f"What {end} is <image> it? ", images[0])
+    prompt = encode_prompt(chat.processor, one)
+    assert prompt.count(chat.processor.image_token_id) == chat.processor.num_image_tokens
+    bare = encode_prompt(chat.processor, ask("What", images[0]))
+    end_id = chat.processor.tokenizer.eos_token_id
+    assert prompt.count(end_id) == bare.count(end_id)
+    [answer] = chat.answer([one], 6)
+    assert "".join(chat.stream(one, 6)) == answer
+
+
+def break_connector(chat: Chat, value: float) -> str:
+    name, weight = next((n, w) for n, w in chat.model.named_parameters() if "multi_modal_projector" in n)
+    with torch.no_grad():
+        weight.view(-1)[3] = value
+    return name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_numbers_are_an_error_that_names_the_weight(tmp_path, images, value):
+    chat = make_chat(tmp_path, "llama")
+    name = break_connector(chat, value)
+    asked = ask("Is there a dog?", images[0])
+    message = rf"logits are not numbers .*: 1 of [\d,]+ values of {re.escape(name)} are not\. Copy"
+    with pytest.raises(CheckpointError, match=message):
+        chat.answer([asked], 4)
+    with pytest.raises(CheckpointError, match=message):
+        list(chat.stream(asked, 4))
+    group = prepare_group(chat.processor, [asked])
+    with pytest.raises(CheckpointError, match=message):
+        answer_groups(chat.model, [group], 4)
+    assert chat.answer([ask("Is there a dog?")], 4), "what needs no image is still answered"
+
+
+def test_an_overflow_of_half_precision_is_named(tmp_path):
+    chat = make_chat(tmp_path, "llama")
+    with torch.no_grad():
+        chat.model.lm_head.weight.mul_(60_000 / chat.model.lm_head.weight.abs().max())
+    chat.model.half()
+    with pytest.raises(CheckpointError, match=r"float16 overflows\. Open it in bfloat16 or float32"):
+        chat.answer([ask("Is there a dog?")], 4)
+
+
+def test_a_single_infinite_logit_is_an_error_unless_an_option_asks_for_it(tmp_path):
+    chat = make_chat(tmp_path, "phi")  # its head has a bias
+    one = ask("Is there a dog?")
+    assert chat.answer([one], 6, no_repeat_ngram_size=1)
+    with torch.no_grad():
+        chat.model.lm_head.bias[7] = -math.inf
+    with pytest.raises(CheckpointError, match=r"1 of [\d,]+ values of lm_head\.bias are not"):
+        chat.answer([one], 4)
+
+
+def test_what_follows_a_finished_answer_may_overflow(tmp_path):
+    chat = make_chat(tmp_path, "llama")
+    check = _FiniteLogits(chat.model, 2, can_forbid=False)
+    end = chat.processor.tokenizer.eos_token_id
+    ids = torch.tensor([[5, 6, end, 0], [end, 6, 7, 8]])  # an end within the prompt ends nothing
+    scores = torch.zeros(2, 9)
+    scores[0, 3] = math.nan
+    check(ids, scores)
+    scores[1, 3] = math.nan
+    with pytest.raises(CheckpointError):
+        check(ids, scores)

@@ -1,0 +1,230 @@
+"""``tinyllava chat --file``: a real toy checkpoint answers a file as it answers each line alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from chats import make_chat
+from tinyllava.cli import main
+from tinyllava.conversation import ask
+from tinyllava.errors import DataError
+from tinyllava.inference import file as chat_file
+from tinyllava.inference.chat import Chat
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    chat = make_chat(folder, "llama")
+    chat.model.save_pretrained(folder / "model")
+    chat.processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "in" / f"{colour}.png")
+    lines = [
+        {"image": "red.png", "question": "What is this?", "id": 7},
+        {"image": "blue.png", "question": "Is there a dog?"},
+        {"question": "Is there a dog?"},
+    ]
+    path = tmp_path / "in" / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return path
+
+
+def run(questions: Path, output: Path, checkpoint: Path, *options: str) -> int:
+    return main(
+        [
+            "chat",
+            "--file",
+            str(questions),
+            "--output",
+            str(output),
+            "--model",
+            str(checkpoint),
+            "--max-tokens",
+            "8",
+            "--device",
+            "cpu",
+            *options,
+        ]
+    )
+
+
+def test_each_line_comes_out_with_its_own_answer(checkpoint: Path, questions: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    asked = [json.loads(line) for line in questions.read_text().splitlines() if line]
+    chat = Chat.open(checkpoint, device="cpu")
+    expected = []
+    for fields in asked:
+        images = [questions.parent / fields["image"]] if "image" in fields else []
+        [answer] = chat.answer([ask(fields["question"], *images)], 8)
+        expected.append(fields | {"answer": answer})
+    assert [json.loads(line) for line in output.read_text().splitlines()] == expected
+    assert len({fields["answer"] for fields in expected}) == 3
+
+
+def test_a_second_run_asks_only_what_is_not_answered(
+    checkpoint: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    whole = output.read_text()
+    first, rest = whole.split("\n", 1)
+    output.write_text(f"{first}\n{rest[:9]}")  # stopped within the second line
+    asked: list[str] = []
+    answer = Chat.answer
+
+    def counting(self, conversations, *arguments, **options):
+        asked.extend(conversation.messages[-1].text for conversation in conversations)
+        return answer(self, conversations, *arguments, **options)
+
+    monkeypatch.setattr(Chat, "answer", counting)
+    monkeypatch.setattr(chat_file, "_AT_ONCE", 1)
+    assert run(questions, output, checkpoint) == 0
+    assert output.read_text() == whole
+    assert asked == ["Is there a dog?", "Is there a dog?"]
+
+
+def test_what_is_written_outlives_a_stop_within_a_character_and_is_not_written_anew(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"question": "Où?"}\n{"question": "Was?"}\n', encoding="utf-8")
+    lines, output = chat_file.read_questions(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    assert list(chat_file.answer_file(lambda asked: ["là", "größer"][: len(asked)], lines, output, {})) == [
+        0,
+        2,
+    ]
+    whole, written = output.read_bytes(), output.stat()
+    assert list(chat_file.answer_file(lambda asked: pytest.fail("asked again"), lines, output, {})) == [2]
+    assert output.stat().st_mtime_ns == written.st_mtime_ns
+    output.write_bytes(whole[: whole.index("ö".encode()) + 1])
+    assert list(chat_file.answer_file(lambda asked: ["größer"], lines, output, {})) == [1, 2]
+    assert output.read_bytes() == whole
+    assert output.stat().st_ino == written.st_ino
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"question": "Q?"}\n')
+    lines = chat_file.read_questions(tmp_path / "in.jsonl")
+    with pytest.raises(DataError, match=r"nowhere.answers\.jsonl: cannot be used"):
+        list(
+            chat_file.answer_file(
+                lambda asked: pytest.fail("asked"), lines, tmp_path / "nowhere/answers.jsonl", {}
+            )
+        )
+    binary = tmp_path / "image.png"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"image\.png: cannot be used"):
+        list(chat_file.answer_file(lambda asked: pytest.fail("asked"), lines, binary, {}))
+    assert binary.read_bytes() == b"\xff\xfe\x00"
+
+
+def test_answers_to_other_questions_are_left_alone(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    first = output.read_text()
+    for text in ('{"question": "Another?", "answer": "yes"}\n', "no JSON\n", "3\n", "my notes", f"{first}x"):
+        output.write_text(text)
+        assert run(questions, output, checkpoint) == 2
+        assert "choose another file" in capsys.readouterr().err
+        assert output.read_text() == text
+
+
+def test_answers_of_another_run_are_not_continued(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    first = output.read_text().splitlines(keepends=True)[0] + '{"ima'
+    output.write_text(first)
+    other = tmp_path / "other"
+    chat = Chat.open(checkpoint, device="cpu")
+    with torch.no_grad():
+        chat.model.lm_head.weight.mul_(1.5)
+    chat.model.save_pretrained(other)
+    chat.processor.save_pretrained(other)
+    copied = shutil.copytree(questions.parent, tmp_path / "elsewhere") / questions.name
+    refused = [
+        ((questions, output, other), f"model = '{checkpoint}', this one has '{other}'"),
+        ((questions, output, checkpoint, "--temperature", "0.5"), "temperature = 0.0, this one has 0.5"),
+        ((questions, output, checkpoint, "--max-tokens", "9"), "max_tokens = 8, this one has 9"),
+        ((copied, output, checkpoint), f"images = '{questions.parent}', this one has '{copied.parent}'"),
+    ]
+    for arguments, message in refused:
+        capsys.readouterr()
+        assert run(*arguments) == 2
+        told = capsys.readouterr().err
+        assert f"{output}: holds answers of a run with {message}. Choose another --output, or delete" in told
+        assert output.read_text() == first
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert run(questions, output, moved) == 0  # the same weights
+    chat_file.run_file(output).unlink()
+    assert run(questions, output, checkpoint) == 2
+    assert "does not say of which model" in capsys.readouterr().err
+    output.unlink()
+    assert run(questions, output, other) == 0
+
+
+def test_special_tokens_in_a_question_are_text_and_bad_weights_an_error(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions.write_text('{"image": "red.png", "question": "What </s> is <image> it?"}\n')
+    assert run(questions, tmp_path / "answers.jsonl", checkpoint) == 0
+    chat = Chat.open(checkpoint, device="cpu")
+    with torch.no_grad():
+        chat.model.connector.linear_1.weight[0, 0] = torch.nan
+    chat.model.save_pretrained(tmp_path / "bad")
+    chat.processor.save_pretrained(tmp_path / "bad")
+    capsys.readouterr()
+    assert run(questions, tmp_path / "none.jsonl", tmp_path / "bad") == 2
+    told = capsys.readouterr().err
+    assert f"error: {tmp_path / 'bad'}: its logits are not numbers" in told
+    assert "1 of 1,024 values of model.multi_modal_projector" in told
+    assert main(["chat", str(questions.parent / "red.png"), "Q", "--model", str(tmp_path / "bad")]) == 2
+    assert "its logits are not numbers" in capsys.readouterr().err
+
+
+WRONG = {
+    "json": ("{", r"questions.jsonl:1: not JSON"),
+    "array": ('["a"]', "questions.jsonl:1: no text in 'question'; a line is an object such as"),
+    "question": ('{"image": "red.png"}', "questions.jsonl:1: no text in 'question'"),
+    "image": ('{"image": 3, "question": "Q"}', "questions.jsonl:1: image = 3: must be a path"),
+    "missing": ('{"image": "no.png", "question": "Q"}', "questions.jsonl:1: image = 'no.png': no such file"),
+    "nul": ('{"image": "a\\u0000", "question": "Q"}', "questions.jsonl:1: image = 'a\\x00': no such file"),
+    "half": (
+        '{"question": "Q\\ud800"}',
+        "questions.jsonl:1: not JSON (an unpaired surrogate: line 1 column 16",
+    ),
+    "unused half": ('{"question": "Q", "x": "\\udead"}', "not JSON (an unpaired surrogate: line 1 col"),
+    "digits": (f'{{"question": "Q", "x": {"9" * 5000}}}', "not JSON (an integer of 5,000 digits: line 1 col"),
+    "nested": ('{"question": ' + "[" * 100_000, "questions.jsonl:1: not JSON (nested too deeply: line 1"),
+    "empty": ("\n", "questions.jsonl: no line in it"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_line_is_named(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    text, message = WRONG[case]
+    questions.write_text(text)
+    assert run(questions, tmp_path / "answers.jsonl", checkpoint) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_file_and_output_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--file", "q.jsonl"], ["a.png", "Q", "--output", "o"], ["a.png", "--file", "q"], []):
+        with pytest.raises(SystemExit):
+            main(["chat", *arguments])
+        assert "give an image, or --file QUESTIONS with --output ANSWERS" in capsys.readouterr().err

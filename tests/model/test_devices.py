@@ -1,0 +1,46 @@
+"""What a device computes in by itself: training's precision, and the type that a checkpoint answers in."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chats import make_chat
+from tinyllava.inference.chat import Chat, choose_dtype
+from tinyllava.model.devices import multiplies_bf16
+from tinyllava.parts.checkpoint_folder import saved_dtype
+from tinyllava.training.trainer import choose_precision
+
+
+def put_in_gpu(monkeypatch, major: int) -> None:
+    """Let torch find a GPU of this compute capability; what it concludes from that is its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)  # emulated on all
+
+
+@pytest.mark.parametrize(("major", "has_bf16"), [(7, False), (8, True), (9, True)])
+def test_bf16_is_used_where_a_gpu_multiplies_it_and_not_where_it_is_emulated(monkeypatch, major, has_bf16):
+    put_in_gpu(monkeypatch, major)
+    assert torch.cuda.is_bf16_supported()
+    assert multiplies_bf16("cuda") is has_bf16
+    assert choose_precision("auto") == ("bf16" if has_bf16 else "fp32")
+    assert choose_precision("fp16") == "fp16"
+    assert choose_dtype("float32", "cuda") == ("bfloat16" if has_bf16 else "float32")
+    assert choose_dtype("float16", "cuda") == "float16"
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16", "float16"])
+def test_a_cpu_answers_in_float32_whatever_was_saved(tmp_path, saved):
+    chat = make_chat(tmp_path, "llama")
+    chat.model.to(getattr(torch, saved)).save_pretrained(tmp_path / "saved")
+    chat.processor.save_pretrained(tmp_path / "saved")
+    assert saved_dtype(tmp_path / "saved") == saved
+    assert Chat.open(tmp_path / "saved", device="cpu").dtype == "float32"
+    assert Chat.open(tmp_path / "saved", device="cpu", dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_no_type_is_guessed_for_another_device():
+    assert choose_dtype("float32", "mps") == "float32"
+    assert choose_dtype("float16", "mps") == "float16"

@@ -1,0 +1,65 @@
+"""Put a stand-in in the place of training and evaluation: jobs are then about scheduling alone, and quick.
+
+Each piece of work takes FAKE_SECONDS, notes itself in FAKE_LOG, and fails where FAKE_FAILURE is in its name.
+"""
+
+import json
+import os
+import sys
+import time
+import types
+from pathlib import Path
+
+
+def note(name: str) -> None:
+    with Path(os.environ["FAKE_LOG"]).open("a") as log:
+        log.write(f"begin {name}\n")
+    time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+    if (failure := os.environ.get("FAKE_FAILURE")) and failure in name:
+        raise ValueError(f"{name} was told to fail")
+    with Path(os.environ["FAKE_LOG"]).open("a") as log:
+        log.write(f"end {name}\n")
+
+
+def train(run):
+    stage = list(run.stages)[-1]
+    note(run.name)
+    papers = {"key": run.name, "seconds": 1.0, "num_steps": 1, "last_loss": 1.0}
+    for folder, name, text in (
+        (run.folder / "model", "provenance.json", json.dumps({"stages": {stage: papers}})),
+        (run.folder / stage, "stage.json", json.dumps(papers)),
+        (run.folder / stage, "ledger.json", "[]"),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return run.folder / "model"
+
+
+def evaluate(chat, benchmark, data, output, *, model, **_):
+    from tinyllava.evaluation.predictions import write_predictions
+    from tinyllava.evaluation.results import save_results
+
+    note(f"{Path(model).parent.name}/{benchmark.name}")
+    questions = benchmark.load(data)
+    scored = benchmark.score(questions, {question.id: "yes" for question in questions})
+    write_predictions(scored.predictions, output / benchmark.name / "predictions.jsonl")
+    save_results([benchmark.result(questions, scored, model=model)], output / "results.json")
+
+
+def stand_in(name: str, **values: object) -> None:
+    module = types.ModuleType(name)
+    module.__dict__.update(values)
+    sys.modules[name] = module
+
+
+if "FAKE_LOG" in os.environ:
+    stand_in("tinyllava.training")
+    stand_in("tinyllava.training.run", train=train)
+    stand_in("tinyllava.training.checkpoints", PAPERS="stage.json", find_stage=lambda runs, key: None)
+    stand_in(
+        "tinyllava.evaluation.run",
+        Settings=dict,
+        evaluate=evaluate,
+        processes=lambda: types.SimpleNamespace(num_processes=1),
+    )
+    stand_in("tinyllava.inference.chat", Chat=types.SimpleNamespace(open=lambda *_, **__: None))
