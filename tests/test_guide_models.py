@@ -74,7 +74,10 @@ def test_its_connector_works_where_the_guide_puts_it(tmp_path: Path) -> None:
     (package / "mean.py").write_text(module, encoding="utf-8")
     with (package / "__init__.py").open("a", encoding="utf-8") as file:
         file.write(f"\n\n{line}")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+    }
 
     def run(*command: str) -> str:
         done = subprocess.run(

@@ -29,7 +29,7 @@ class Workshop:
         self.environment = {
             **slurm_stand_in.install(folder / "slurm"),
             "FAKE_LOG": str(folder / "log"),
-            "PYTHONPATH": str(FAKE),
+            "PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")]),
         }
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen:

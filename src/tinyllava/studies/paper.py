@@ -1,6 +1,7 @@
 """The paper's own comparisons as grids: Figures 1 and 4 to 9, Tables 3 and A1.
 
-Paper: section 4. Tables 1 and 2 list parts and data; they are printed, not run (``tinyllava.studies.listings``).
+Paper: section 4. Tables 1 and 2 list parts and data; they are printed, not run
+(``tinyllava.studies.listings``).
 """
 
 from tinyllava.config import Run

@@ -1,7 +1,7 @@
 """Do one node: train the stage, or ask and score the benchmark; write what came of it.
 
-Paper: sections 3.2 and 4.1.3. ``python -m tinyllava.studies.work NODE.json`` is what a job runs, under torchrun
-where it has several devices.
+Paper: sections 3.2 and 4.1.3. ``python -m tinyllava.studies.work NODE.json`` is what a job runs,
+under torchrun where it has several devices.
 """
 
 import json

@@ -25,7 +25,10 @@ def test_the_report_of_a_committed_folder_is_written_again_byte_for_byte(
     for name in ("study.json", "scores.json", "examples.json"):
         shutil.copy(folder / name, tmp_path / name)
     shutil.copytree(folder / "images", tmp_path / "images")
-    code = "import pathlib; from tinyllava.studies.report.page import write_report; write_report(pathlib.Path.cwd())"
+    code = (
+        "import pathlib; from tinyllava.studies.report.page import write_report; "
+        "write_report(pathlib.Path.cwd())"
+    )
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"}
     )
