@@ -72,7 +72,7 @@ def test_its_connector_works_where_the_guide_puts_it(tmp_path: Path) -> None:
     module, line, use = blocks(CONNECTOR, "python")
     package = tmp_path / "tinyllava" / "model" / "connectors"
     (package / "mean.py").write_text(module, encoding="utf-8")
-    with (package / "__init__.py").open("a", encoding="utf-8") as file:
+    with (tmp_path / "tinyllava" / "parts" / "connectors.py").open("a", encoding="utf-8") as file:
         file.write(f"\n\n{line}")
     environment = {
         **os.environ,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tinyllava.compat import CACHE_NAME
 from tinyllava.inference.chat import check_logits, stop_ids
 from tinyllava.inference.prompt_tree import PromptTree
 from tinyllava.model import TinyLlavaForConditionalGeneration
+from tinyllava.model.compat import CACHE_NAME
 
 _ENCODER_BATCH = 32  # images that the vision encoder takes at once
 

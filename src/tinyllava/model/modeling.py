@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, Cache, GenerationMixin
 from transformers.utils import ModelOutput
 
-from tinyllava.compat import CACHE_NAME, ComposedModel
+from tinyllava.model.compat import CACHE_NAME, ComposedModel
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.parts.connectors import build_connector
 

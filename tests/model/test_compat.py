@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from tinyllava.compat import CACHE_NAME, ComposedModel
 from tinyllava.config import ModelConfig
 from tinyllava.model.assemble import assemble
+from tinyllava.model.compat import CACHE_NAME, ComposedModel
 from tinyllava.model.modeling import TinyLlavaOutput
 
 
