@@ -98,7 +98,8 @@ def test_all_nine_at_once(model, data, reviews, tmp_path, capsys):
     assert results["mmvet"].judge == "gpt-4-0613"
     assert results["mmvet"].value == pytest.approx(100 * (0.5 + 1.0 + 0.3) / 3)
     assert results["llava-w"].judge == "gpt-4-0314"
-    assert results["llava-w"].value == pytest.approx(100 * (4 + 9 + 5 - 1) / (8 + 9 + 10 - 1))
+    ratio = 100 * (4 + 9 + 5 - 1) / (8 + 9 + 10 - 1)
+    assert results["llava-w"].value == round(ratio, 1)  # as the official script prints it
     (release,) = (note for note in results["mmbench"].notes if "md5" in note)
     assert release.startswith("mmbench_dev_20230712.tsv: unknown release, md5 ")
     assert {path for path in UPLOADS if not (tmp_path / path).is_file()} == set()

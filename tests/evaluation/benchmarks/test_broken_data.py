@@ -62,7 +62,7 @@ CASES = {
         files.vqav2_test,
         edit(TESTDEV, '"image"', '"photo"'),
         f"{TESTDEV}:1",
-        "no field 'image'; the record has: question_id, image",
+        "no field 'image'; the record has: question_id, photo",
     ),
     "vqav2: id twice": (
         "vqav2",
