@@ -5,7 +5,9 @@ Paper: section 4.1.3 and appendix A.
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tinyllava.errors import DataError
 from tinyllava.evaluation.answers import read_answers, write_llava_answers
@@ -22,6 +24,13 @@ def _name_releases(benchmark: Benchmark, data: Path) -> list[str]:
     """Return a note on each data file whose releases give different numbers: which one it is."""
     found = check_files(data, [needed for needed in benchmark.files if needed.known_md5])
     return [f"{one.found[0].name}: {one.release}" for one in found if one.release]
+
+
+def _notes(benchmark: Benchmark, data: Path, run: Mapping[str, Any], *, blind: bool) -> tuple[str, ...]:
+    notes = _name_releases(benchmark, data)
+    if "source" in run:
+        notes.append(f"answers taken from {run['source']}")
+    return (*notes, BLIND) if blind else tuple(notes)
 
 
 def answers_folder(output: Path, benchmark: Benchmark, *, blind: bool = False) -> Path:
@@ -80,11 +89,7 @@ def score(
         dtype=run["dtype"],
         decoding={} if "source" in run else None,  # nobody knows how another program's answers were made
         judge=judge_name or None,
-        notes=(
-            *_name_releases(benchmark, data),
-            *([f"answers taken from {run['source']}"] if "source" in run else []),
-            *([BLIND] if blind else []),
-        ),
+        notes=_notes(benchmark, data, run, blind=blind),
     )
     path = output / "results.json"
     table = ResultTable.load(path) if path.exists() else ResultTable()
