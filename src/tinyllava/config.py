@@ -120,6 +120,9 @@ class Stage:
     """Longest sequence, image tokens included; a longer record is an error or the skip 'too_long'."""
     group_by: Literal["none", "length", "modality_length"] = "none"
     """Batches of similar length (and of one modality) waste less padding."""
+    separate_questions: bool = False
+    """Train each question of a conversation as if it were asked alone: they share the image in one row, but
+    none sees another. For questions that do not refer to each other."""
     loss_norm: Literal["global", "micro"] = "global"
     """global: mean over the supervised tokens of the whole optimizer step; micro: mean of the micro-batches'
     means, as the published code of 2023 did."""

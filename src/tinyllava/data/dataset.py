@@ -2,11 +2,12 @@
 
 Paper: section 3.2, (X, Y) and the set A; in pre-training the template 'caption' reduces Y to Y_a (equation
 1).
+Differs: with ``separate_questions`` the questions about one image share a row without seeing each other.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinyllava.conversation import Conversation
+from tinyllava.data.branches import PADDING, encode_branches
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
 from tinyllava.data.records import Defect
 from tinyllava.model.modeling import IGNORED
-from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.processing import Encoded, TinyLlavaProcessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Example:
     """[I, 3, H, W]"""
     image_features: Tensor | None = None
     """[I, M, X], in place of pixels"""
+    branches: Tensor | None = None
+    """[N], 0 in the shared beginning, then the number of each token's question; None without branches"""
     place: str = ""
     """Of its record, for errors."""
 
@@ -45,6 +49,8 @@ class Examples(Dataset[Example]):
     processor: TinyLlavaProcessor
     template: str | None = None
     """Jinja text of the stage's template; None for the checkpoint's own."""
+    separate_questions: bool = False
+    """Whether each question of a conversation is a branch of its own (see ``tinyllava.data.branches``)."""
     features: FeatureCache | None = None
     lengths: list[int] = field(default_factory=list)
     """Tokens of each example, image tokens included; filled by ``measure``."""
@@ -60,9 +66,10 @@ class Examples(Dataset[Example]):
             ImageError: its image is broken; the record is named.
         """
         conversation = self.conversations[index]
-        encoded = self.processor.encode(conversation, template=self.template)
+        encoded = self.encode(conversation)
         input_ids = torch.tensor(encoded.input_ids)
         labels = input_ids.masked_fill(~torch.tensor(encoded.supervised), IGNORED)
+        branches = torch.tensor(encoded.branches) if encoded.branches else None
         pixels = features = None
         with naming_record(conversation):
             if conversation.images and self.features is not None:
@@ -76,8 +83,19 @@ class Examples(Dataset[Example]):
             labels=labels,
             pixel_values=pixels,
             image_features=features,
+            branches=branches,
             place=conversation.place,
         )
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Tokenise a conversation as the stage trains it.
+
+        Raises:
+            DataError: see ``TinyLlavaProcessor.encode`` and ``encode_branches``.
+        """
+        if self.separate_questions:
+            return encode_branches(self.processor, conversation, self.template)
+        return self.processor.encode(conversation, template=self.template)
 
 
 def measure(
@@ -100,7 +118,7 @@ def measure(
     skipped: Counter[str] = Counter()
     for conversation in examples.conversations:
         try:
-            encoded = examples.processor.encode(conversation, template=examples.template)
+            encoded = examples.encode(conversation)
             if len(encoded.input_ids) > max_length_tokens:
                 detail = (
                     f"{len(encoded.input_ids)} tokens are more than max_length_tokens = {max_length_tokens}"
@@ -114,17 +132,8 @@ def measure(
                 raise
             skipped[defect.name] += 1
         progress(1)
-    return (
-        Examples(
-            conversations=kept,
-            processor=examples.processor,
-            template=examples.template,
-            features=examples.features,
-            lengths=lengths,
-            supervised_lengths=supervised,
-        ),
-        skipped,
-    )
+    measured = replace(examples, conversations=kept, lengths=lengths, supervised_lengths=supervised)
+    return measured, skipped
 
 
 @dataclass(frozen=True)
@@ -134,13 +143,19 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return input_ids, attention_mask and labels [B, N], all images, and the samples' ids."""
+        """Return input_ids, attention_mask and labels [B, N], all images, and the samples' ids.
+
+        Where a sample has branches, ``branches`` [B, N] too.
+        """
         longest = max(len(example.input_ids) for example in examples)
         batch: dict[str, Any] = {
             "input_ids": _pad([e.input_ids for e in examples], longest, self.pad_token_id),
             "attention_mask": _pad([torch.ones_like(e.input_ids) for e in examples], longest, 0),
             "labels": _pad([e.labels for e in examples], longest, IGNORED),
         }
+        if any(example.branches is not None for example in examples):
+            rows = [torch.zeros_like(e.input_ids) if e.branches is None else e.branches for e in examples]
+            batch["branches"] = _pad(rows, longest, PADDING)
         for name in ("pixel_values", "image_features"):
             parts = [value for e in examples if (value := getattr(e, name)) is not None]
             if parts:

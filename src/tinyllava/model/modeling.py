@@ -107,12 +107,14 @@ class TinyLlavaModel(ComposedModel):
         image_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        branches: Tensor | None = None,
         without_last: bool = False,
         **kwargs: Any,
     ) -> TinyLlavaOutput:
         """Run the sequence [B, N] with images [I, 3, H, W], or with their patch features [I, M, X].
 
         Args:
+            branches: branch of each token [B, N], see ``branch_attention``; takes the place of a mask.
             without_last: run the first N - 1 positions only, as the loss needs them.
 
         Raises:
@@ -127,6 +129,12 @@ class TinyLlavaModel(ComposedModel):
         if without_last:
             inputs_embeds = inputs_embeds[:, :-1]
             attention_mask = None if attention_mask is None else attention_mask[:, :-1]
+            branches = None if branches is None else branches[:, :-1]
+        if branches is not None:
+            attention_mask, kwargs["position_ids"] = branch_attention(branches)
+            if self.language_model.config._attn_implementation == "eager":  # which adds its mask
+                lowest = torch.finfo(inputs_embeds.dtype).min
+                attention_mask = torch.where(attention_mask, 0.0, lowest).to(inputs_embeds.dtype)
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return TinyLlavaOutput(
             last_hidden_state=outputs.last_hidden_state,
@@ -309,6 +317,20 @@ class TinyLlavaForConditionalGeneration(ComposedModel, GenerationMixin):
             given = {"pixel_values": pixel_values, "image_features": image_features}
             inputs |= {name: value for name, value in given.items() if value is not None}
         return inputs
+
+
+def branch_attention(branches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mask [B, 1, N, N] and positions [B, N] of rows whose branches do not see each other.
+
+    A token sees the shared beginning (branch 0) and what precedes it in its own branch. Its position is the
+    number of tokens before it that it sees, so each branch runs as if it stood alone behind the beginning.
+
+    Args:
+        branches: branch of each token [B, N].
+    """
+    own = branches.unsqueeze(2) == branches.unsqueeze(1)
+    visible = (own | (branches == 0).unsqueeze(1)).tril()
+    return visible.unsqueeze(1), visible.sum(-1) - 1
 
 
 def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:

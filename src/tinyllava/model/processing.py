@@ -5,7 +5,7 @@ Differs: the published code finds the answers by tokenising every turn again and
 template marks them, and the tokenizer's offsets carry the mark to tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +34,8 @@ class Encoded:
     input_ids: list[int]
     supervised: list[bool]
     """Whether each token belongs to the set A of equation 3."""
+    branches: list[int] = field(default_factory=list)
+    """The branch of each token, 0 for the shared beginning; empty where all is one sequence."""
 
 
 class TinyLlavaProcessor(ProcessorMixin):

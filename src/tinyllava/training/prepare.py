@@ -88,7 +88,12 @@ def prepare(
     """
     records, digest = read_data(stage.data, run.data_root)
     template = read_template(stage.template) if stage.template else None
-    examples = Examples(conversations=records.conversations, processor=processor, template=template)
+    examples = Examples(
+        conversations=records.conversations,
+        processor=processor,
+        template=template,
+        separate_questions=stage.separate_questions,
+    )
     with make_progress() as bar:
         task = bar.add_task("reading records", total=len(examples), note="")
         examples, skipped = measure(
