@@ -4,6 +4,7 @@ The reference never touches the package: transformers' text and vision classes, 
 At the end, a checkpoint of ours to export.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,11 @@ class Toy:
         return json.loads((self.vision_folder / "config.json").read_text())
 
 
-def make_toy(folder: Path, language: str = "llama", vision: str = "clip", seed: int = 0) -> Toy:
+def make_toy(
+    folder: Path, language: str = "llama", vision: str = "clip", seed: int = 0, num_rows: int = 0
+) -> Toy:
     torch.manual_seed(seed)
-    language_folder = toys.make_language_model(folder / "llm", language)
+    language_folder = toys.make_language_model(folder / "llm", language, num_rows)
     vision_folder = toys.make_vision_encoder(folder / "encoder", vision)
     connector = {
         "0.weight": torch.randn(toys.WIDTH, toys.WIDTH) / 4,
@@ -158,6 +161,19 @@ def bench_config(toy: Toy, **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+def bench_text(toy: Toy) -> Tensors:
+    """The language model as TinyLLaVABench saves it: its class declares the head without a bias."""
+    return {name: tensor for name, tensor in toy.text.items() if name != "lm_head.bias"}
+
+
+def bench_llm(toy: Toy) -> Any:
+    """The language model as TinyLLaVABench computes it, from the toy's weights."""
+    llm = copy.deepcopy(toy.llm)
+    if llm.get_output_embeddings().bias is not None:
+        torch.nn.init.zeros_(llm.get_output_embeddings().bias)
+    return llm
+
+
 def bench_vision(toy: Toy) -> Tensors:
     """What TinyLLaVABench keeps of an encoder: of SigLIP all layers but the last and no pooling head."""
     vision = toy.vision
@@ -172,7 +188,7 @@ def write_bench(
     toy: Toy, folder: Path, *, num_shards: int = 2, with_encoder: bool = True, **changes: Any
 ) -> Path:
     """The whole model: sharded safetensors with an index, the encoder's config in a folder of its own."""
-    tensors = toy.text | {f"model.mm_projector.{n}": t for n, t in toy.connector.items()}
+    tensors = bench_text(toy) | {f"model.mm_projector.{n}": t for n, t in toy.connector.items()}
     if with_encoder:
         tensors |= {f"model.vision_tower.vision_tower.{n}": t for n, t in bench_vision(toy).items()}
         write_json(folder / "some_tower" / "config.json", toy.vision_config())

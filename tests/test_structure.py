@@ -18,7 +18,7 @@ FILES = sorted(SRC.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Names under which distributions are imported, where the two differ.
-IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL"}
+IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "protobuf": "google"}
 
 
 def num_lines(path: Path) -> int:

@@ -94,15 +94,21 @@ _COMMON = {
 }
 
 
-def make_language_model(folder: Path, kind: str) -> Path:
-    """Save a toy language model: 'llama', 'phi', 'stablelm' or 'chatml' (a Llama with tied rows)."""
+def make_language_model(folder: Path, kind: str, num_rows: int = 0) -> Path:
+    """Save a toy language model: 'llama', 'phi', 'stablelm' or 'chatml' (a Llama with tied rows).
+
+    Args:
+        num_rows: of the embedding; 0 means as its toy tokenizer needs.
+    """
     tokenizer = {
         "llama": llama_tokenizer,
         "chatml": chatml_tokenizer,
         "phi": lambda: byte_level_tokenizer("<|endoftext|>"),
         "stablelm": lambda: byte_level_tokenizer("<|endoftext|>"),
     }[kind]()
-    rows = len(tokenizer) + (0 if kind == "llama" else 20)  # Phi-2 and StableLM-2 have rows to spare
+    rows = num_rows or len(tokenizer) + (
+        0 if kind == "llama" else 20
+    )  # Phi-2 and StableLM-2 have rows to spare
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     llama = {"vocab_size": rows, "num_key_value_heads": 2, **_COMMON, **ids}
     config = {

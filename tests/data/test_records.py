@@ -47,7 +47,7 @@ def test_a_record_becomes_a_conversation(tmp_path, images):
     assert (conversation.id, conversation.source) == ("r1", str(tmp_path / "data.json"))
     assert [(m.role, m.text, len(m.images)) for m in conversation.messages] == [
         ("user", "What is it?", 1),
-        ("assistant", "A dog.", 0),
+        ("assistant", " A dog. \n", 0),
         ("user", "Sure?", 0),
         ("assistant", "Yes.", 0),
     ]

@@ -84,6 +84,7 @@ def main(arguments: list[str]) -> int:
 def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
     from tinyllava.model.assemble import load_tokenizer, open_processor
     from tinyllava.model.processing import TinyLlavaProcessor
+    from tinyllava.model.tokenizer import fit_template
 
     if known.model:
         processor = open_processor(Path(known.model))
@@ -94,10 +95,11 @@ def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
         from tinyllava.parts.templates import read_template
 
         language = find_language_model(known.language_model)
+        tokenizer = load_tokenizer(language)
         processor = TinyLlavaProcessor(
             image_processor=CLIPImageProcessorPil(),
-            tokenizer=load_tokenizer(language),
-            chat_template=read_template(language.template),
+            tokenizer=tokenizer,
+            chat_template=fit_template(read_template(language.template), tokenizer),
         )
     if known.image_tokens:
         processor.num_image_tokens = known.image_tokens

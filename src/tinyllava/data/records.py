@@ -235,18 +235,21 @@ def _image_ref(name: str, images: Path, where: str) -> ImageRef:
 
 
 def _messages(turns: list[tuple[Role, str]], refs: list[ImageRef], where: str) -> tuple[Message, ...]:
-    """Move each turn's ``<image>`` in front of its text, as LLaVA's loader does, and hand it its images."""
+    """Move each turn's ``<image>`` in front of its text, as LLaVA's loader does, and hand it its images.
+
+    What is left of such a turn loses its outer blanks, there as here; other turns keep them for the template.
+    """
     counts = [text.count(IMAGE_MARK) for _, text in turns]
     if sum(counts) != len(refs):
         raise Defect("image_count", where, f"{sum(counts)} {IMAGE_MARK} for {len(refs)} images")
     messages, rest = [], iter(refs)
     for (role, text), count in zip(turns, counts, strict=True):
-        text = text.replace(IMAGE_MARK, "").strip()
+        text = text.replace(IMAGE_MARK, "").strip() if count else text
         if role != "user" and count:
             raise Defect("image_count", where, f"{IMAGE_MARK} stands in a turn of the {role}")
-        if role == "assistant" and not text:
+        if role == "assistant" and not text.strip():
             raise Defect("empty_answer", where, "an answer has no text")
-        if role == "user" and not text and not count:
+        if role == "user" and not text.strip() and not count:
             raise Defect("empty_question", where, "a question has neither text nor image")
         messages.append(Message(role=role, text=text, images=tuple(next(rest) for _ in range(count))))
     return tuple(messages)

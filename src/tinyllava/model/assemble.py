@@ -10,14 +10,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from tinyllava.config import ModelConfig
@@ -26,6 +19,7 @@ from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
+from tinyllava.model.tokenizer import fit_template, open_tokenizer
 from tinyllava.parts.checkpoint_folder import check_checkpoint, check_processor_files
 from tinyllava.parts.connectors import num_tokens, resolve_options
 from tinyllava.parts.language import LanguageModel, find_language_model
@@ -139,7 +133,7 @@ def hide_loading_bars() -> None:
 
 def load_tokenizer(language: LanguageModel) -> Any:
     """Load a tokenizer that ends turns as the template does, with a padding token and ``<image>``."""
-    tokenizer = AutoTokenizer.from_pretrained(language.path)
+    tokenizer = open_tokenizer(language.path)
     if language.eos_token and tokenizer.eos_token != language.eos_token:
         raise ConfigError(
             f"{language.path}: the tokenizer ends a turn with {tokenizer.eos_token!r}, but template "
@@ -238,7 +232,7 @@ def make_processor(
     return TinyLlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        chat_template=read_template(model.template or language.template),
+        chat_template=fit_template(read_template(model.template or language.template), tokenizer),
         num_image_tokens=num_image_tokens,
         image_aspect=model.image_aspect,
         transparency=model.transparency,

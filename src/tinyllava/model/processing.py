@@ -17,6 +17,7 @@ from tinyllava.config import Aspect, Transparency
 from tinyllava.conversation import Conversation, to_chat
 from tinyllava.errors import DataError
 from tinyllava.model.special_tokens import Spans, find_special_tokens, substitute
+from tinyllava.model.tokenizer import gap_of
 
 IMAGE_TOKEN = "<image>"
 MAX_PADDED_PX = 4096
@@ -153,6 +154,7 @@ class TinyLlavaProcessor(ProcessorMixin):
             bos_token=self.tokenizer.bos_token or "",
             eos_token=self.tokenizer.eos_token or "",
             leading_bos=leading_bos(self.tokenizer, self.chat_template),
+            gap=gap_of(self.chat_template),
         )
         return rendered[0], [(start, end) for start, end in spans[0]], hidden
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import LlavaForConditionalGeneration
 
 import layouts
 from layouts import Toy, make_toy, model_logits, reference_logits, write_bench
+from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.checkpoints.importing import Given, import_checkpoint
 from tinyllava.model.assemble import open_checkpoint
 
@@ -30,7 +31,9 @@ def test_whole_model(tmp_path: Path, language: str, vision: str, num_tokens: int
     toy = make_toy(tmp_path, language, vision)
     source = write_bench(toy, tmp_path / "anything")
     report = import_checkpoint(source, tmp_path / "out")
-    expected = reference_logits(toy, BEFORE, AFTER, num_dropped=int(vision == "clip"))
+    expected = reference_logits(
+        toy, BEFORE, AFTER, num_dropped=int(vision == "clip"), llm=layouts.bench_llm(toy)
+    )
     assert_same(tmp_path / "out", expected)
     assert report.num_image_tokens == num_tokens
     assert report.kind == "TinyLLaVABench, whole model"
@@ -64,7 +67,8 @@ def test_the_encoder_of_another_folder_with_a_text_half(tmp_path: Path) -> None:
     report = import_checkpoint(source, tmp_path / "out", given=Given(vision_encoder=both))
     assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=0))
     assert sum("vision_model.head." in name for name in report.dropped) == 11
-    assert {"logit_scale", "text_model.final.weight"} <= set(report.notes)
+    assert {"logit_scale", "text_model.final.weight"} <= set(report.dropped)
+    assert report.notes == [f"vision encoder: {both}"]  # one line, not one for each tensor that is left out
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -77,8 +81,12 @@ def test_connector_of_stage_1(tmp_path: Path, as_file: bool) -> None:
     file.parent.mkdir(exist_ok=True)
     torch.save(weights, file)
     given = Given(vision_encoder=toy.vision_folder, language_model=toy.language_folder)
-    import_checkpoint(file if as_file else source, tmp_path / "out", given=given)
-    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))
+    report = import_checkpoint(file if as_file else source, tmp_path / "out", given=given)
+    expected = reference_logits(toy, BEFORE, AFTER, num_dropped=1, llm=layouts.bench_llm(toy))
+    assert_same(tmp_path / "out", expected)
+    with_bias = reference_logits(toy, BEFORE, AFTER, num_dropped=1)
+    assert not torch.allclose(with_bias, expected, atol=0.01)
+    assert "lm_head.bias" in report.dropped
 
 
 def test_stage_1_with_a_tuned_encoder_inside(tmp_path: Path) -> None:
@@ -89,12 +97,13 @@ def test_stage_1_with_a_tuned_encoder_inside(tmp_path: Path) -> None:
     layouts.write_json(source / "vision_tower" / "config.json", toy.vision_config())
     torch.save(layouts.bench_vision(toy), source / "vision_tower" / "pytorch_model.bin")
     import_checkpoint(source, tmp_path / "out", given=Given(language_model=toy.language_folder))
-    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=0))
+    expected = reference_logits(toy, BEFORE, AFTER, num_dropped=0, llm=layouts.bench_llm(toy))
+    assert_same(tmp_path / "out", expected)
 
 
 def write_lora(toy: Toy, folder: Path, *, rslora: bool = False) -> torch.nn.Module:
     """Save what TinyLLaVABench saves of a LoRA run, and return peft's own model, adapters not merged."""
-    base = AutoModelForCausalLM.from_pretrained(toy.language_folder)
+    base = layouts.bench_llm(toy)
     config = LoraConfig(
         r=4,
         lora_alpha=8,
@@ -124,7 +133,8 @@ def test_lora_on_a_language_model(tmp_path: Path, rslora: bool) -> None:
     report = import_checkpoint(tmp_path / "run", tmp_path / "out", given=given)
     expected = reference_logits(toy, BEFORE, AFTER, num_dropped=0, llm=peft_model)
     assert_same(tmp_path / "out", expected)
-    assert not torch.allclose(expected, reference_logits(toy, BEFORE, AFTER, num_dropped=0), atol=0.01)
+    plain = reference_logits(toy, BEFORE, AFTER, num_dropped=0, llm=layouts.bench_llm(toy))
+    assert not torch.allclose(expected, plain, atol=0.01)
     assert report.notes[-1].startswith("6 weights merged")
 
 
@@ -186,3 +196,15 @@ def test_old_names_of_stablelm_settings(tmp_path: Path) -> None:
     layouts.write_json(source / "config.json", config)
     import_checkpoint(source, tmp_path / "out")
     assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))
+
+
+def test_tinyllava_3_1b_can_be_exported_as_stock_llava(tmp_path: Path) -> None:
+    """Phi-2's head bias is what transformers' LLaVA cannot hold; TinyLLaVABench's models have none."""
+    toy = make_toy(tmp_path, "phi", "siglip")
+    import_checkpoint(write_bench(toy, tmp_path / "source"), tmp_path / "out")
+    export_checkpoint(tmp_path / "out", tmp_path / "stock", layout="llava")
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock")
+    ids = [*BEFORE, *[stock.config.image_token_index] * 4, *AFTER]
+    found = stock(input_ids=torch.tensor([ids]), pixel_values=layouts.images()).logits
+    expected = reference_logits(toy, BEFORE, AFTER, num_dropped=0, llm=layouts.bench_llm(toy))
+    assert torch.allclose(found[..., : expected.shape[-1]], expected, atol=1e-5)

@@ -88,13 +88,15 @@ def test_the_resampler_of_tinyllavabench(tmp_path: Path, vision: str, width: int
     settings = SIZES | {"resampler_hidden_size": width}
     source = write_bench(toy, tmp_path / "source", mm_projector_type="resampler", **settings)
     report = import_checkpoint(source, tmp_path / "out")
-    expected = reference_logits(toy, BEFORE, AFTER, num_dropped=int(vision == "clip"), tokens=bench_tokens)
+    expected = reference_logits(
+        toy, BEFORE, AFTER, num_dropped=int(vision == "clip"), tokens=bench_tokens, llm=layouts.bench_llm(toy)
+    )
     assert_same(tmp_path / "out", expected)
     assert (report.num_image_tokens, report.filled) == (6, [])
     num_vision = len(layouts.bench_vision(toy)) - sum("layers.3." in name for name in toy.vision) * (
         vision == "clip"
     )
-    assert report.num_tensors == len(toy.text) + num_vision + len(toy.connector)
+    assert report.num_tensors == len(layouts.bench_text(toy)) + num_vision + len(toy.connector)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["connector"] == "bench_resampler"
 

@@ -79,7 +79,7 @@ def build(
     dropped = _drop_duplicate_head(parts, text_config) + drop(parts.vision, r"(^|\.)head\.")
     vision_tower, encoder, cut = _load_encoder(parts, dtype)
     num_tensors = sum(len(group) for group in groups)
-    llm = _load_part(AutoModelForCausalLM, text_config, parts.text, dtype, f"{parts.where}: language model")
+    llm = _load_language_model(parts, text_config, dtype)
     _check_constants(constants, llm, parts.where)
     processor = load_processor(parts, encoder, text_config)
     encoder = _at_size(encoder, processor.image_size_px, parts.where)
@@ -101,7 +101,7 @@ def build(
         kind=parts.kind,
         source=parts.where,
         num_tensors=num_tensors,
-        dropped=dropped + cut,
+        dropped=[*parts.dropped, *dropped, *cut],
         recomputed=sorted(constants),
         filled=sorted(parts.connector.filled),
         vision_encoder=hub_name(parts.vision_name),
@@ -256,6 +256,17 @@ def _load_part(auto_class: Any, config: Any, tensors: Tensors, dtype: torch.dtyp
     if num_given != num_there:
         raise CheckpointError(f"{where}: {num_given:,} numbers were given and {num_there:,} have a place.")
     return part
+
+
+def _load_language_model(parts: Parts, config: Any, dtype: torch.dtype) -> Any:
+    """Load the language model, its head without the bias where the source's class has none."""
+    where, tensors = f"{parts.where}: language model", dict(parts.text)
+    if parts.has_head_bias or config.model_type != "phi":
+        return _load_part(AutoModelForCausalLM, config, tensors, dtype, where)
+    tensors["lm_head.bias"] = torch.zeros(config.vocab_size)  # transformers' class asks for one
+    llm = _load_part(AutoModelForCausalLM, config, tensors, dtype, where)
+    llm.get_output_embeddings().register_parameter("bias", None)
+    return llm
 
 
 def _load_connector(parts: Parts, config: TinyLlavaConfig) -> nn.Module:

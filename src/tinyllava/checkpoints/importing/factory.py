@@ -67,6 +67,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         image_aspect=read_aspect(config.get("image_aspect_ratio"), where),
         image_processor=_encoder_folder(config, given),
         tokenizer=_tokenizer_folder(source, config, given),
+        has_older_tokens=not config.get("tokenizer_use_fast"),
         template=choose_template(given.template, family, where),
         vision_name=config.get("vision_model_name_or_path"),
         language_name=config["llm_model_name_or_path"],

@@ -2,6 +2,7 @@
 
 Three forms: the whole model; the connector of stage 1 (``mm_projector.bin``), which needs the language model;
 LoRA adapters with ``non_lora_trainables.bin``, which need the model that they were trained on.
+TinyLLaVABench declares the head without a bias and loads every Phi-2 that way, so its models have none.
 Differs: what TinyLLaVABench decides by the folder's name is decided here by config.json and the tensors.
 """
 
@@ -22,6 +23,7 @@ from tinyllava.checkpoints.importing.tensors import (
     take,
 )
 from tinyllava.errors import CheckpointError
+from tinyllava.model.tokenizer import has_tokenizer
 from tinyllava.parts.folders import read_config
 
 # config.json's model_type, and the family of transformers that the language model belongs to.
@@ -35,6 +37,7 @@ _LLAVA = {"llava": "llama", "llava_llama": "llama"}
 _VISION_FAMILIES = ("clip_vision_model", "siglip_vision_model", "clip", "siglip")
 _TOWER = {"model.vision_tower.vision_tower.": ""}
 _CONNECTOR = {"model.mm_projector.": ""}
+_HEAD_BIAS = r"^lm_head\.bias$"
 # Names that StableLM's first code gave to settings of transformers' class.
 _OLD_KEYS = {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"}
 
@@ -54,8 +57,9 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
     is_bench = config["model_type"] in _BENCH
     family = {**_BENCH, **_LLAVA}[config["model_type"]]
     _refuse_options(config, str(source))
-    tensors, base, form, dropped = _read_tensors(source, config, given)
+    tensors, base, form, notes = _read_tensors(source, config, given)
     text = take(tensors, {name: name for name in _text_prefixes(tensors)})
+    dropped = drop(text, _HEAD_BIAS) if is_bench else []
     vision = take(tensors, _TOWER)
     connector = _connector(config, take(tensors, _CONNECTOR), str(source), is_bench)
     refuse_left_over(tensors, str(source))
@@ -76,6 +80,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         text_config={_OLD_KEYS.get(key, key): value for key, value in config.items()}
         | {"model_type": family},
         text=text,
+        has_head_bias=not is_bench,
         vision_config=vision_config,
         vision=vision,
         # TinyLLaVABench's SigLIP is its layers without the last, whatever the config's feature layer says;
@@ -91,7 +96,8 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         tokenizer=_tokenizer_folder(folder, base, given),
         template=choose_template(given.template, family, str(source)),
         vision_name=config.get("mm_vision_tower"),
-        notes=(f"vision encoder: {'weights of the source' if from_source else encoder}", *dropped),
+        dropped=tuple(dropped),
+        notes=(f"vision encoder: {'weights of the source' if from_source else encoder}", *notes),
     )
 
 
@@ -166,5 +172,4 @@ def _num_siglip_layers(vision_config: dict[str, Any], vision: Tensors | None) ->
 
 
 def _tokenizer_folder(folder: Path, base: Path | None, given: Given) -> Path:
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    return given.language_model or (folder if own or base is None else base)
+    return given.language_model or (folder if has_tokenizer(folder) or base is None else base)

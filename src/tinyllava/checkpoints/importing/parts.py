@@ -35,6 +35,8 @@ class Parts:
     text_config: dict[str, Any]
     text: Tensors
     """Names of the causal language model: ``model.*`` and ``lm_head.*``."""
+    has_head_bias: bool = True
+    """Whether the head keeps the bias that its family's class has; TinyLLaVABench's Phi-2 has none."""
     vision_config: dict[str, Any]
     vision: Tensors
     """Names of the vision model, with or without a leading ``vision_model.``."""
@@ -47,6 +49,10 @@ class Parts:
     image_processor: Path | None
     """Folder with a preprocessor_config.json; None means the encoder family's defaults at its image size."""
     tokenizer: Path
+    is_published: bool = True
+    """Whether it was trained by the published code, which trims no turn."""
+    has_older_tokens: bool = True
+    """Whether that code split text with transformers 4's classes in Python."""
     template: str
     """Name of a template, or the text of a Jinja template."""
     image_token_id: int | None = None
@@ -54,6 +60,8 @@ class Parts:
     vision_name: object = ""
     """What the source calls its encoder: a hub name, or a folder of somebody's machine."""
     language_name: object = ""
+    dropped: tuple[str, ...] = ()
+    """Names of tensors that are there and not of this model: an encoder's text half, a base model's bias."""
     notes: tuple[str, ...] = ()
     """What a user should know of this import."""
 

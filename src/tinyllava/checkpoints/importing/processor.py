@@ -3,14 +3,15 @@
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from tinyllava.checkpoints.importing.parts import Parts
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
+from tinyllava.model.tokenizer import fit_template, open_tokenizer
 from tinyllava.parts.folders import describe_damage
-from tinyllava.parts.templates import read_template
+from tinyllava.parts.templates import as_published, read_template
 from tinyllava.parts.vision import VisionEncoder
 
 
@@ -21,10 +22,14 @@ def load_processor(parts: Parts, encoder: VisionEncoder, text_config: Any) -> Ti
         CheckpointError: the tokenizer or the image processor cannot be had from the folders at hand.
     """
     is_text = "{" in parts.template
+    tokenizer = _load_tokenizer(parts, text_config)
+    template = parts.template if is_text else fit_template(read_template(parts.template), tokenizer)
+    if parts.is_published:
+        template = as_published(template)
     processor = TinyLlavaProcessor(
         image_processor=_load_image_processor(parts, encoder),
-        tokenizer=_load_tokenizer(parts, text_config),
-        chat_template=parts.template if is_text else read_template(parts.template),
+        tokenizer=tokenizer,
+        chat_template=template,
         image_aspect=parts.image_aspect,
     )
     try:
@@ -38,9 +43,7 @@ def load_processor(parts: Parts, encoder: VisionEncoder, text_config: Any) -> Ti
 
 def _load_tokenizer(parts: Parts, text_config: Any) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            parts.tokenizer, config=text_config, trust_remote_code=False
-        )
+        tokenizer = open_tokenizer(parts.tokenizer, older_first=parts.has_older_tokens)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         names = ("tokenizer.json", "tokenizer_config.json")
         files = [parts.tokenizer / name for name in names if (parts.tokenizer / name).is_file()]

@@ -70,6 +70,8 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         image_aspect="square",
         image_processor=source if _has_image_processor(source) else given.vision_encoder,
         tokenizer=given.language_model or source,
+        is_published=False,
+        has_older_tokens=False,
         template=own_template or choose_template(given.template, family, where),
         image_token_id=config.get("image_token_index", config.get("image_token_id")),
         vision_name=vision_config.get("_name_or_path"),

@@ -9,6 +9,7 @@ from importlib.resources import files
 from tinyllava.errors import look_up
 
 _FOLDER = files("tinyllava.parts.templates")
+_TRIMMED = "{%- set trimmed = true -%}"
 
 
 def template_names() -> list[str]:
@@ -26,3 +27,11 @@ def read_template(name: str) -> str:
     """
     entry = look_up({known: f"{known}.jinja" for known in template_names()}, name, "template")
     return (_FOLDER / entry).read_text(encoding="utf-8")
+
+
+def as_published(template: str) -> str:
+    """Return a template that keeps the outer blanks of every turn, as the published code does.
+
+    They are part of the labels there. A question that is an image alone gets no line of its own.
+    """
+    return template.replace(_TRIMMED, _TRIMMED.replace("true", "false"))

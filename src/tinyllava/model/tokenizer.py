@@ -1,0 +1,209 @@
+"""Open a language model's tokenizer with the tokens that its own files define, whichever class reads them.
+
+A folder holds a tokenizer as tokenizer.json, as a SentencePiece model (tokenizer.model), or as vocab.json
+with merges.txt. Each becomes a pipeline of the tokenizers library, saved as tokenizer.json.
+Differs: transformers 5 rebuilds some pipelines by the name of a class (a Llama's loses its normalizer, and so
+the blank in front of a text); here the file counts. The published code reads the older forms first, with
+transformers 4's classes in Python; the forms of one folder can disagree.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+from httpx2 import HTTPError  # what the hub's client is built on
+from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+
+from tinyllava.errors import CheckpointError
+from tinyllava.parts.folders import read_config
+
+PIECES = "tokenizer.model"
+"""SentencePiece's file."""
+_PIPELINE = "tokenizer.json"
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_MERGES = ("vocab.json", "merges.txt")
+_BLANK = "▁"  # SentencePiece's sign for a blank
+# Kinds of a SentencePiece model's pieces, as its protocol numbers them.
+_NORMAL, _USER_DEFINED = 1, 4
+_BPE = 2
+# The one line of a template that says what stands between BOS, or an image, and the text behind it.
+_NO_GAP = "{%- set gap = '' -%}"
+_GAP = "{%- set gap = ' ' -%}"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer in one of the forms that ``open_tokenizer`` reads."""
+    return any((folder / name).is_file() for name in (_PIPELINE, PIECES, _MERGES[0]))
+
+
+def open_tokenizer(source: str | Path, *, older_first: bool = False) -> Any:
+    """Return a tokenizer that splits text as the folder's own files say.
+
+    Args:
+        source: a folder, or a name on the hub.
+        older_first: prefer the older forms, as the published code does.
+
+    Raises:
+        CheckpointError: no tokenizer, no network, or a form that cannot be converted exactly.
+        OSError, ValueError: a file is damaged.
+    """
+    folder = Path(source) if Path(source).is_dir() else _fetch(str(source))
+    has_pipeline, has_pieces = ((folder / name).is_file() for name in (_PIPELINE, PIECES))
+    has_merges = all((folder / name).is_file() for name in _MERGES)
+    if has_pipeline and not (older_first and (has_pieces or has_merges)):
+        return _open_pipeline(folder, folder)
+    if not has_pieces and not has_merges:
+        raise CheckpointError(
+            f"{source}: no tokenizer; expected {_PIPELINE}, {PIECES}, or {' with '.join(_MERGES)}."
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in _SETTINGS:
+            if (folder / name).is_file():
+                copyfile(folder / name, Path(scratch) / name)
+        if has_pieces:
+            _convert_pieces(folder, Path(scratch))
+        else:
+            by_class = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())
+            by_class.backend_tokenizer.save(str(Path(scratch) / _PIPELINE))
+        tokenizer = _open_pipeline(Path(scratch), folder)
+    tokenizer.name_or_path = str(source)
+    return tokenizer
+
+
+def fit_template(template: str, tokenizer: Any) -> str:
+    """Return a template that gives the tokenizer the blank it puts in front of a text.
+
+    Such a tokenizer marks the beginning of a text with a blank. The published code encodes the text behind
+    BOS and the text behind an image as texts of their own. A pipeline that marks every piece behind a special
+    token by itself, or nothing at all, needs no help.
+    """
+    bos = tokenizer.bos_token
+    if not bos or _NO_GAP not in template:
+        return template
+    alone, after, spaced = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A", f"{bos}A", f"{bos} A")
+    )
+    return template.replace(_NO_GAP, _GAP) if after[1:] != alone == spaced[1:] else template
+
+
+def gap_of(template: str) -> str:
+    """Return what a template puts between an image and the text behind it, if that is a blank."""
+    return " " if _GAP in template else ""
+
+
+def _fetch(name: str) -> Path:
+    """Return a folder with the tokenizer's files of a hub repository."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=[_PIPELINE, PIECES, *_MERGES, *_SETTINGS]))
+    except (OSError, ValueError, HTTPError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{name}: no folder here, and its tokenizer could not be downloaded ({reason}). Check the name, "
+            "the network, and for a private model the token (`hf auth login`)."
+        ) from error
+
+
+def _open_pipeline(folder: Path, where: Path) -> Any:
+    """Open a tokenizer.json with the class that takes it as it is.
+
+    Raises:
+        CheckpointError: a token would get another id than tokenizer_config.json gives it.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.init_kwargs.pop("legacy", None)  # said by the pipeline; a class would rebuild it by this
+    settings = read_config(folder, _SETTINGS[0]) if (folder / _SETTINGS[0]).is_file() else {}
+    for number, token in (settings.get("added_tokens_decoder") or {}).items():
+        found = tokenizer.convert_tokens_to_ids(token["content"])
+        if str(found) != number:
+            raise CheckpointError(
+                f"{where / _SETTINGS[0]}: {token['content']!r} is token {number} there and {found} in the "
+                "vocabulary; copy the language model's tokenizer files again."
+            )
+    return tokenizer
+
+
+def _convert_pieces(folder: Path, target: Path) -> None:
+    """Write a SentencePiece model as tokenizer.json, and the special tokens that its file names.
+
+    Raises:
+        CheckpointError: sentencepiece is not installed, or the model does what the pipeline cannot.
+    """
+    model = _read_pieces(folder)
+    settings = read_config(folder, _SETTINGS[0]) if (folder / _SETTINGS[0]).is_file() else {}
+    rules, trained = model.normalizer_spec, model.trainer_spec
+    vocabulary = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    symbols = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    obstacles = {
+        f"model type {trained.model_type}, not BPE": trained.model_type != _BPE,
+        "a table of normalised characters": bool(rules.precompiled_charsmap),
+        "superfluous blanks are removed": rules.remove_extra_whitespaces,
+        "blanks as suffixes": trained.treat_whitespace_as_suffix,
+        "user-defined pieces beside a leading blank": bool(symbols) and rules.add_dummy_prefix,
+    }
+    if reasons := [reason for reason, holds in obstacles.items() if holds]:
+        raise CheckpointError(
+            f"{folder / PIECES}: cannot be converted exactly ({', '.join(reasons)}). Give a folder of the "
+            f"same language model with a {_PIPELINE}: --language-model DIR."
+        )
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary,
+            list(_merges(model.pieces, vocabulary)),
+            unk_token=trained.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trained.byte_fallback,
+        )
+    )
+    # In transformers 4 `legacy`, the default, gives the leading blank to every piece behind a special token.
+    is_legacy = settings.get("legacy") is not False
+    if rules.add_dummy_prefix and not is_legacy:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_BLANK, prepend_scheme="first", split=False)
+    else:
+        prefix = [normalizers.Prepend(_BLANK)] if rules.add_dummy_prefix else []
+        tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _BLANK)])
+    decoding: list[Any] = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(
+        [*decoding, decoders.Strip(" ", left=1)] if rules.add_dummy_prefix else decoding
+    )
+    tokenizer.add_tokens(symbols)
+    tokenizer.save(str(target / _PIPELINE))
+    named = {"bos_token": trained.bos_piece, "eos_token": trained.eos_piece, "unk_token": trained.unk_piece}
+    text = json.dumps({name: piece for name, piece in named.items() if piece in vocabulary} | settings)
+    (target / _SETTINGS[0]).write_text(text, encoding="utf-8")
+
+
+def _read_pieces(folder: Path) -> Any:
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise CheckpointError(
+            f"{folder / PIECES}: reading a SentencePiece model needs sentencepiece: "
+            "pip install 'tinyllava[sentencepiece]'. Or give a folder of the same language model with a "
+            f"{_PIPELINE}: --language-model DIR."
+        ) from error
+    from google.protobuf.message import DecodeError
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString((folder / PIECES).read_bytes())
+    except DecodeError as error:
+        raise CheckpointError(
+            f"{folder / PIECES}: no SentencePiece model; download the file again."
+        ) from error
+    return model
+
+
+def _merges(pieces: Any, vocabulary: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield the pairs that make each piece, the best piece first: what SentencePiece's search does."""
+    normal = [piece for piece in pieces if piece.type == _NORMAL]
+    parts = {piece.piece for piece in normal}
+    for piece in sorted(normal, key=lambda piece: (-piece.score, vocabulary[piece.piece])):
+        text = piece.piece
+        for cut in range(1, len(text)):
+            if text[:cut] in parts and text[cut:] in parts:
+                yield text[:cut], text[cut:]
