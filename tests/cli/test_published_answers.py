@@ -1,6 +1,7 @@
 """Answers of LLaVA's scripts in its own folders, scored by the command that the guide gives."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -108,13 +109,25 @@ def test_what_cannot_be_found_or_done_is_told(
     root = llava_layout(tmp_path / "playground" / "data" / "eval")
     arguments = ["--data", str(root), "--benchmarks", "pope", "--answers", str(root)]
     assert main(["evaluate", "another", *arguments, "--score-only"]) == 2
-    assert "answers of another to pope; found: none. Looked for pope.jsonl" in capsys.readouterr().err
+    assert "answers of another to pope, found: none. Looked for pope.jsonl" in capsys.readouterr().err
     files.write_lines(root / "pope" / "answers" / MODEL / "merge.jsonl", [{}])
     assert main(["evaluate", MODEL, *arguments, "--score-only"]) == 2
-    assert "needed is one file" in capsys.readouterr().err
+    assert "expected one file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", MODEL, *arguments])
     assert "--answers needs --score-only" in capsys.readouterr().err
+
+
+def test_an_answer_that_no_file_can_hold_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = llava_layout(tmp_path / "eval")
+    path = root / "pope" / "answers" / f"{MODEL}.jsonl"
+    path.write_text(path.read_text().replace("none of it", "x\\udce9"))
+    asked = ["--data", str(root), "--benchmarks", "pope", "--score-only", "--answers", str(root)]
+    assert main(["evaluate", MODEL, *asked]) == 2
+    assert re.search(rf"{MODEL}.jsonl:1: .*an unpaired surrogate", capsys.readouterr().err)
 
 
 def test_gqa_is_found_where_llava_has_it(tmp_path: Path) -> None:

@@ -137,9 +137,8 @@ def find_llava_answers(path: Path, names: Sequence[str], model: str) -> Path:
     if len(found) != 1:
         listed = ", ".join(map(str, found)) or "none"
         raise DataError(
-            f"{path}: needed is one file with the answers of {model} to {names[0]}; found: {listed}. Looked "
-            f"for {', '.join(patterns)}. Name the file itself with --answers, and its benchmark with "
-            "--benchmarks."
+            f"{path}: expected one file with the answers of {model} to {names[0]}, found: {listed}. Looked "
+            f"for {', '.join(patterns)}. Give the file itself: --benchmarks {names[0]} --answers FILE."
         )
     return found[0]
 

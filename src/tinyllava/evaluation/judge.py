@@ -279,7 +279,8 @@ def read_reviews(path: Path, *, judge: str = "") -> Reviews:
         expected = len(runs) if first is None else 1 if isinstance(first, str) else len(first)
         if not runs or len(runs) != expected:
             record.fail(
-                f"question {key!r} has {len(runs)} runs, the first one {expected}.", "Complete the runs."
+                f"question {key!r} has {len(runs)} runs, the first question has {expected}.",
+                "Grade it again, or keep the same number of runs of every question.",
             )
         found[key] = runs[0] if len(runs) == 1 else tuple(runs)
         judges |= set(record.texts("model")) if "model" in record.values else set()

@@ -95,7 +95,9 @@ def test_the_chinese_file_beside_the_english_one_is_not_read(
 def test_chinese_questions_under_an_english_name_are_refused(tmp_path: Path) -> None:
     rows = [row | {"question": CHINESE} for row in files.mmbench_rows()]
     files.write_table(tmp_path / "MMBench_DEV_EN.tsv", rows)
-    with pytest.raises(DataError, match=r"6 of 6 questions are in Chinese; dev \(English\) is needed"):
+    with pytest.raises(
+        DataError, match=r"6 of 6 questions are in Chinese; this benchmark is dev \(English\)"
+    ):
         MMBENCH.load(tmp_path)
 
 

@@ -134,3 +134,13 @@ def test_the_interval_of_an_f1_stays_within_0_and_100(name: str, tmp_path: Path)
         for metric in scored.values():
             low, high = metric.interval or (0.0, 100.0)
             assert 0 <= low <= high <= 100, metric
+
+
+def test_mmvet_keeps_the_trailing_blank_of_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Question 129 of the published file ends with one, and LLaVA's script asks it so."""
+    entry = files.MMVET["v1_1"] | {"question": "What is to the left of the laptop? "}
+    monkeypatch.setattr(files, "MMVET", {"v1_129": entry})
+    (question,) = BENCHMARKS["mmvet"].load(files.mmvet(tmp_path))
+    assert question.prompt == "What is to the left of the laptop? "

@@ -87,8 +87,8 @@ def load(folder: Path) -> list[Question]:
         )
     if 2 * num_chinese > rows.total():
         raise DataError(
-            f"{folder}: {num_chinese:,} of {rows.total():,} questions are in Chinese; {SPLIT} is needed. "
-            "Put the English file in their place."
+            f"{folder}: {num_chinese:,} of {rows.total():,} questions are in Chinese; this benchmark is "
+            f"{SPLIT}. Replace the file by the English one, {TABLES[-2]}."
         )
     return questions.finish(folder)
 
