@@ -37,6 +37,10 @@ class PackageError(TinyLlavaError, OSError):
     """A public package that could not be fetched, or whose content is not the expected one."""
 
 
+class OutputError(TinyLlavaError, OSError):
+    """A file or folder that cannot be written: held by another process, read-only, or on a full disk."""
+
+
 class TrainingError(TinyLlavaError, RuntimeError):
     """A training run that cannot go on: a loss that is not a number, a batch without a supervised token."""
 

@@ -1,14 +1,205 @@
-"""Reading JSON so that every fault of it, however odd, is one error with its line and column."""
+"""Files that survive a kill: written whole, appended by lines, held by one process; JSON read strictly."""
 
+import errno
+import hashlib
 import json
+import os
 import re
+import shutil
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from tinyllava.errors import OutputError
+
+LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|[\[\]{}]', re.DOTALL)
 _LONG_NUMBER = re.compile(rf"\d{{{sys.int_info.default_max_str_digits + 1},}}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a place to write into; its content becomes ``path`` at the end, and nothing is left if that fails.
+
+    The content reaches the disk before the name does, so that a power cut leaves the old file or the new one.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        open_to_others(partial)
+        _flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as UTF-8, whole or not at all; its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file that a program wrote; None if it is missing, damaged or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a new folder to write into that takes the place of ``folder`` at the end."""
+    partial, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                open_to_others(path)
+                _flush(path)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_to_others(path: Path) -> None:
+    """Give a file the mode that the umask asks for: safetensors writes through a file for its owner alone."""
+    mask = os.umask(0o077)  # it can only be read by setting it; for a moment it is the strict one
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _flush(path: Path) -> None:
+    """Have a file or a folder written to the disk, where its file system can do that."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines; where the disk fills up on the way, none of them is left."""
+    rest = memoryview("".join(f"{line}\n" for line in lines).encode())
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file that end; a last one that a kill cut short is left out."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of files, for ``find_damage``."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names
+    }
+
+
+def find_damage(folder: Path, files: Any) -> str:
+    """Say which file in a folder is not as ``describe_files`` found it; empty if all are."""
+    if not isinstance(files, dict) or not files:
+        return "it is not listed what belongs to it"
+    for name, known in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if not isinstance(known, dict) or path.stat().st_size != known.get("bytes"):
+            return f"{name} is cut short or has grown"
+        if sha256_of(path) != known.get("sha256"):
+            return f"{name} is damaged"
+    return ""
+
+
+@contextmanager
+def held(place: Path, *, is_folder: bool = True, wait: bool = False) -> Iterator[None]:
+    """Hold an output for this process; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        place: the folder, which is made if it is not there, or the file that will be written.
+        is_folder: whether ``place`` is a folder; the lock of a file stands beside it.
+        wait: wait for another process to end instead of giving up.
+
+    Raises:
+        OutputError: another process writes there, or nobody may.
+    """
+    lock = place / LOCK if is_folder else place.with_name(f".{place.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        holder = FileLock(lock, timeout=-1 if wait else 1)
+        holder.acquire()
+    except Timeout as error:
+        raise OutputError(
+            f"{place}: another process is writing there. Wait until it has ended, or choose another output."
+        ) from error
+    except OSError as error:
+        raise OutputError(
+            f"{place}: cannot be written ({error.strerror or error}); choose another output."
+        ) from error
+    try:
+        yield
+    finally:
+        holder.release()
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that the disk is full; libraries have several ways."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        text = str(error)
+        if (
+            "No space left on device" in text
+            or "Disk quota exceeded" in text
+            or "PytorchStreamWriter" in text
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def parse_json(text: str, *, whole_characters: bool = False) -> Any:

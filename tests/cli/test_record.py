@@ -98,7 +98,7 @@ def test_what_training_would_refuse_is_said(checkpoint, records, tmp_path, capsy
     with pytest.raises(Defect) as refusal:
         measure(
             Examples(
-                conversations=read_data(data, "")[0].conversations,
+                conversations=read_data(data, "").conversations,
                 processor=TinyLlavaProcessor.from_pretrained(checkpoint),
             ),
             200,

@@ -131,19 +131,3 @@ def test_the_run_stops_with_that_line_also_out_of_a_worker_process(parts, tmp_pa
         train(dataclasses.replace(run, stages={"finetune": stage}))
     assert str(caught.value).startswith(f"{tmp_path / 'data.json'}: record 0 (id r9): gone.png: ")
     assert "\n" not in str(caught.value)
-
-
-def test_other_images_under_the_same_names_are_other_data(parts, records, tmp_path):
-    import shutil
-
-    from PIL import Image
-
-    from tinyllava.config import DataConfig
-    from tinyllava.training.prepare import read_data
-
-    before = DataConfig(records=(str(records),), images=str(records.parent / "images"))
-    shutil.copytree(records.parent / "images", tmp_path / "images")
-    after = DataConfig(records=(str(records),), images=str(tmp_path / "images"))
-    assert read_data(before, "")[1] == read_data(after, "")[1]
-    Image.new("RGB", (50, 40)).save(tmp_path / "images/0.png")
-    assert read_data(before, "")[1] != read_data(after, "")[1]

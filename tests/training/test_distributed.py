@@ -162,7 +162,7 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_result(parts, tmp_p
     compare_models(tmp_path)
 
     again = start_two(tmp_path / "two/run.json")
-    assert [output.count("done before, taken from") for output in again] == [2, 0]  # both stages, said once
+    assert [output.count("already trained, reusing") for output in again] == [2, 0]  # both stages, said once
 
 
 @pytest.mark.timeout(1100)

@@ -111,7 +111,7 @@ def test_a_later_stage_goes_on_from_the_merged_weights_and_a_finished_one_is_reu
     longer = dataclasses.replace(run, stages={**run.stages, "later": later})
     alone, _ = open_checkpoint(train(run))
     train(dataclasses.replace(longer, output=str(tmp_path / "second")))
-    assert "finetune: done before" in capsys.readouterr().out
+    assert "finetune: already trained" in capsys.readouterr().out
     rows = {row["name"]: row for row in json.loads((tmp_path / "second/later/ledger.json").read_text())}
     start, _ = open_checkpoint(tmp_path / "first/model")
     assert {name for name, _ in start.named_parameters()} == set(rows)

@@ -78,16 +78,6 @@ def test_killed_in_both_stages_and_resumed_gives_the_same_bytes(parts, records, 
     assert steps == [f'{{"step": {n}' for n in range(1, 25)]  # no step lost, none twice
 
 
-def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed_from(parts, records, tmp_path):
-    from tinyllava.training.checkpoints import last_checkpoint
-
-    for number, state in ((3, '{"global_step": 3}'), (6, '{"global_st'), (9, None)):
-        (tmp_path / f"checkpoint-{number}").mkdir()
-        if state:
-            (tmp_path / f"checkpoint-{number}/trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
-
-
 def test_a_full_disk_is_said_before_the_first_step(parts, records, tmp_path, monkeypatch):
     from collections import namedtuple
 

@@ -151,8 +151,10 @@ def test_a_pair_runs_by_both_recipes_and_moves_what_the_section_names(
         assert (train(run) / "model.safetensors").is_file()
         said = capsys.readouterr().out
         assert list(run.stages) == list(says)
-        assert ("pretrain: done before" in said) == (recipe == "share")
-        assert said.count("done before") == (recipe == "share")  # fine-tuning begins elsewhere: trained again
+        assert ("pretrain: already trained" in said) == (recipe == "share")
+        assert said.count("already trained") == (
+            recipe == "share"
+        )  # fine-tuning begins elsewhere: trained again
         provenance = json.loads((tmp_path / recipe / "model/provenance.json").read_text())["stages"]
         for stage, (rate, updated) in says.items():
             assert run.stages[stage].learning_rate == rate

@@ -208,12 +208,13 @@ def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
 def _digests(model: nn.Module) -> dict[str, str]:
     held = quantised_layers(model)
     return {
-        name: _digest(held[name].stored() if name in held else [parameter])
+        name: tensors_digest(held[name].stored() if name in held else [parameter])
         for name, parameter in model.named_parameters()
     }
 
 
-def _digest(tensors: Sequence[Tensor]) -> str:
+def tensors_digest(tensors: Sequence[Tensor]) -> str:
+    """Return a digest of the bytes of tensors."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

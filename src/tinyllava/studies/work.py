@@ -13,7 +13,6 @@ import traceback
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from tinyllava.config import to_json
 from tinyllava.errors import TinyLlavaError
 from tinyllava.studies.graph import Node, load_node
 from tinyllava.studies.state import State, claim, load_state, now, save_state
@@ -83,27 +82,19 @@ def work(node: Node) -> str:
 def _train(node: Node) -> str:
     from tinyllava.training.run import train
 
-    if os.environ.get("RANK", "0") == "0":
-        # The id holds all that decides the result; what else a later grid sets (workers, paths) may differ.
-        node.folder.mkdir(parents=True, exist_ok=True)
-        (node.folder / "run.json").write_text(to_json(node.run), encoding="utf-8")
-    model = train(node.run)
+    model = train(node.run, wait=True)
     papers = json.loads((model / "provenance.json").read_text(encoding="utf-8"))["stages"][node.name]
     folder = _stage_folder(node, papers["key"])
-    if os.environ.get("RANK", "0") == "0":
-        for checkpoint in folder.glob("checkpoint-*"):  # the stage is done: nothing resumes from them
-            shutil.rmtree(checkpoint)
-        if not node.keep_model:
-            shutil.rmtree(model)
+    if not node.keep_model and os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(model)
     return os.path.relpath(folder, node.folder)
 
 
 def _stage_folder(node: Node, key: str) -> Path:
     """Return where the stage was trained: here, or in a run that had done it before."""
-    from tinyllava.training.checkpoints import PAPERS, find_stage
+    from tinyllava.training.checkpoints import find_stage
 
-    own = node.folder / node.name
-    found = own if (own / PAPERS).is_file() else find_stage(node.folder.parent, key)
+    found = find_stage(node.folder / node.name, key)
     assert found is not None, "train has just used it"
     return found
 
@@ -116,7 +107,7 @@ def _measure(node: Node) -> None:
 
     model = node.run.folder / "model"
     if not model.is_dir():
-        train(node.run)  # all its stages are done: this puts them together again
+        train(node.run, wait=True)  # all its stages are done: this puts them together again
     judge = None
     if node.judge:
         from tinyllava.evaluation.judge import Endpoint, Judge, ReplyCache

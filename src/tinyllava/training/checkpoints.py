@@ -1,83 +1,166 @@
-"""What stays of a stage: its trained tensors, its papers, and a key by which the same stage is found again.
+"""What a stage leaves on disk: checkpoints on the way, in the end its trained tensors and metadata.
 
-Differs: the published code tells a stage by its folder's name; here the key is made from what went in.
+Differs: the published code tells a stage by its folder's name; here each carries the key of what went in.
 """
 
 import dataclasses
-import hashlib
 import json
 import platform
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import tinyllava
-from tinyllava.config import Run, Stage, to_json
+from tinyllava.config import Run, to_json
 from tinyllava.errors import CheckpointError, TrainingError
+from tinyllava.files import (
+    describe_files,
+    find_damage,
+    open_to_others,
+    read_object,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 from tinyllava.model.adapters import save_adapters
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quantised import quantised_layers
-from tinyllava.model.tuning import Ledger
-from tinyllava.training.trainer import choose_precision, trained_tensors
+from tinyllava.training.identity import StageIdentity
+from tinyllava.training.trainer import trained_tensors
 
 PAPERS = "stage.json"
 TENSORS = "trained.safetensors"
-# What a config says of where it came from; the same model may have come by another way.
-_NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version")
+MANIFEST = "manifest.json"
 ADAPTERS = "adapters"
 
 
-def stage_key(
-    run: Run,
-    stage: Stage,
-    ledger: Ledger,
-    data_digest: str,
-    template: str,
-    model: TinyLlavaForConditionalGeneration,
-    processor: TinyLlavaProcessor,
-) -> str:
-    """Return a digest of everything that decides a stage's result: model before, pixels, plan, data, seed.
+class CheckpointKeeper(TrainerCallback):
+    """Makes checkpoints of a stage that can be trusted, and lets go of old ones.
 
-    Weights alone do not tell a model: connectors that average to 1 and to 4 tokens have the same.
+    A checkpoint is complete when its manifest is there, written last: the key of what it was made from, and
+    size and hash of every file. Two are kept, so that behind a damaged one there is the one before.
+
+    Args:
+        folder: of the stage.
+        identity: what decides the stage's result.
     """
-    settings = dataclasses.asdict(stage)
-    settings["data"] = data_digest
-    inputs = {
-        "tensors": [(row.name, row.trained, row.before) for row in ledger.rows],
-        "stage": settings,
-        "template": template,
-        "seed": run.seed,
-        "precision": choose_precision(run.hardware.precision),
-        "model": {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_MODEL},
-        "pixels": [processor.image_aspect, processor.transparency, processor.image_processor.to_dict()],
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+    def __init__(self, folder: Path, identity: StageIdentity) -> None:
+        self.folder, self.identity = folder, identity
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Make room for a checkpoint that is about to be written."""
+        if control.should_save and state.is_world_process_zero:
+            keep_newest(self.folder, 1)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write the manifest once every process has written its share."""
+        PartialState().wait_for_everyone()
+        if not state.is_world_process_zero:
+            return
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
+        for path in files:
+            open_to_others(path)
+        names = sorted(str(path.relative_to(checkpoint)) for path in files)
+        manifest = {
+            "key": self.identity.key,
+            "identity": dataclasses.asdict(self.identity),
+            "files": describe_files(checkpoint, names),
+        }
+        write_json(checkpoint / MANIFEST, manifest)
 
 
-def find_stage(runs: Path, key: str) -> Path | None:
-    """Return the folder of a finished stage with that key, in any run beside this one."""
-    for papers in sorted(runs.glob(f"*/*/{PAPERS}")):
-        if (
-            _is_json(papers)  # a full disk may have cut it short
-            and json.loads(papers.read_text(encoding="utf-8")).get("key") == key
-            and (papers.parent / TENSORS).is_file()
-        ):
-            return papers.parent
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return step and folder of each checkpoint, the newest first: by step, for clocks go wrong."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Remove all but the newest complete checkpoints of a stage."""
+    complete = [path for _, path in _checkpoints(folder) if (path / MANIFEST).is_file()]
+    for _, path in _checkpoints(folder):
+        if path not in complete[:count]:
+            shutil.rmtree(path)
+
+
+def find_checkpoint(folder: Path, key: str, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that is whole and was made from the same; say what is passed over.
+
+    Args:
+        folder: of the stage.
+        key: of what decides the stage's result; checkpoints that were made from something else are left out.
+        say: prints a line.
+    """
+    for _, path in _checkpoints(folder):
+        manifest = read_object(path / MANIFEST)
+        if manifest is None:
+            say(f"{path}: not complete; passed over")
+        elif manifest.get("key") == key:
+            damage = find_damage(path, manifest.get("files"))
+            if not damage:
+                return path
+            say(f"{path}: {damage}; passed over")
     return None
 
 
-def save_stage(folder: Path, model: TinyLlavaForConditionalGeneration, papers: Mapping[str, Any]) -> None:
+def recorded_identity(folder: Path) -> StageIdentity | None:
+    """Return what decided the result of the work in a stage's folder, finished or not; None for no work."""
+    papers = [path / MANIFEST for _, path in _checkpoints(folder)] + [folder / PAPERS]
+    found = (StageIdentity.read((read_object(path) or {}).get("identity")) for path in papers)
+    return next((identity for identity in found if identity is not None), None)
+
+
+def find_stage(folder: Path, key: str, say: Callable[[str], None] = lambda text: None) -> Path | None:
+    """Return the folder of a finished stage with that key: this one, or one of any run beside its run.
+
+    Args:
+        folder: of the stage in its own run.
+        key: of what decides the stage's result.
+        say: prints a line.
+    """
+    for papers in (folder / PAPERS, *sorted(folder.parent.parent.glob(f"*/*/{PAPERS}"))):
+        values = read_object(papers)
+        if values is None or values.get("key") != key:
+            continue
+        damage = find_damage(papers.parent, values.get("files"))
+        if not damage:
+            return papers.parent
+        say(f"{papers.parent}: {damage}; not reused")
+    return None
+
+
+def save_stage(
+    folder: Path, model: TinyLlavaForConditionalGeneration, papers: Mapping[str, Any], identity: StageIdentity
+) -> None:
     """Write trained tensors, adapters for PEFT, and papers; these last: they say that the stage is done."""
+    keep_newest(folder, 1)
     save_adapters(folder / ADAPTERS, model)
-    save_file(trained_tensors(model), folder / TENSORS, metadata={"format": "pt"})
-    (folder / PAPERS).write_text(json.dumps(papers, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / TENSORS) as partial:
+        save_file(trained_tensors(model), partial, metadata={"format": "pt"})
+    files = describe_files(folder, [TENSORS])
+    write_json(folder / PAPERS, {**papers, "files": files, "identity": dataclasses.asdict(identity)})
+
+
+def read_papers(folder: Path) -> dict[str, Any]:
+    """Return the papers of a finished stage, less what only finding it again needs."""
+    papers = read_object(folder / PAPERS) or {}
+    return {name: value for name, value in papers.items() if name not in ("files", "identity")}
 
 
 def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
@@ -114,32 +197,11 @@ def save_model(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a self-contained folder; it appears whole or not at all."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    processor.save_pretrained(part)
-    (part / "run.json").write_text(to_json(run), encoding="utf-8")
-    (part / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint of a stage; one that a kill cut short lacks its state."""
-    found = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in folder.glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file() and _is_json(path / "trainer_state.json")
-    ]
-    return str(max(found)[1]) if found else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
+    with whole_folder(folder) as part:
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+        (part / "run.json").write_text(to_json(run), encoding="utf-8")
+        (part / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
 def require_space(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
@@ -155,7 +217,8 @@ def require_space(folder: Path, model: TinyLlavaForConditionalGeneration) -> Non
     needed = (
         2 * 3 * trained + whole
     )  # a checkpoint holds weights and AdamW's two moments; the next one overlaps it
-    free = shutil.disk_usage(folder).free
+    kept = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*") if file.is_file())
+    free = shutil.disk_usage(folder).free + kept  # these make room as new ones come
     if free < needed:
         raise TrainingError(
             f"{folder}: {free / 1e9:.1f} GB free, checkpoints and model need {needed / 1e9:.1f} GB; "

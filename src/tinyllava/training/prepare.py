@@ -1,10 +1,9 @@
-"""What is decided of a stage before its first step: records, lengths, features, a digest of the data.
+"""What is decided of a stage before its first step: records, lengths, features, digests of the data.
 
 Paper: section 4.1.2, Table 2.
 """
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,10 @@ from accelerate import PartialState
 from rich.progress import Progress
 
 from tinyllava.config import DataConfig, Run, Stage
-from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.conversation import Conversation
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.features import FeatureCache
+from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
 from tinyllava.data.mixtures import resolve
 from tinyllava.data.records import Records, check_skip, drop_broken_images, read_records
 from tinyllava.errors import DataError
@@ -31,8 +31,10 @@ class Prepared:
     examples: Examples
     skipped: Mapping[str, int]
     """Records left out, by the name of the defect; only names that the stage asked for."""
-    digest: str
-    """Of the record files' bytes, of what is left of them, and of the images' names and sizes."""
+    records_digest: str
+    """Of what the records that are left say."""
+    images_digest: str
+    """Of the content of their images; empty in processes other than the first, which need not know."""
 
     def summary(self) -> dict[str, object]:
         """Return counts for the run's papers."""
@@ -43,12 +45,13 @@ class Prepared:
             "num_supervised_tokens": sum(self.examples.supervised_lengths),
             "longest_tokens": max(self.examples.lengths),
             "skipped": dict(self.skipped),
-            "digest": self.digest,
+            "records_digest": self.records_digest,
+            "images_digest": self.images_digest,
         }
 
 
-def read_data(data: DataConfig, data_root: str) -> tuple[Records, str]:
-    """Read the records of a stage and the digest of their files.
+def read_data(data: DataConfig, data_root: str) -> Records:
+    """Read the records of a stage.
 
     Raises:
         ConfigError, DataError: see ``resolve`` and ``read_records``.
@@ -56,26 +59,17 @@ def read_data(data: DataConfig, data_root: str) -> tuple[Records, str]:
     check_skip(data.skip)
     conversations: list[Conversation] = []
     skipped: dict[str, int] = {}
-    digest = hashlib.sha256(repr(data.skip).encode())
     for path, images in resolve(data, data_root):
         records = read_records(Path(path), Path(images), data.skip)
         conversations += records.conversations
         for name, count in records.skipped.items():
             skipped[name] = skipped.get(name, 0) + count
-        digest.update(Path(path).read_bytes())
     records = Records(conversations=tuple(conversations), skipped=skipped)
     if "broken_image" in data.skip:
         with make_progress() as bar:
             task = bar.add_task("decoding images", total=len(conversations), note="")
             records = drop_broken_images(records, lambda n: bar.advance(task, n))
-    for conversation in records.conversations:
-        digest.update(repr([conversation.id, *map(_describe, conversation.images)]).encode())
-    return records, digest.hexdigest()[:16]
-
-
-def _describe(ref: ImageRef) -> tuple[str, int]:
-    """Name and size in bytes: tells images of two folders apart without reading them all."""
-    return ref.name, ref.path.stat().st_size if ref.path else len(ref.data or b"")
+    return records
 
 
 def prepare(
@@ -86,7 +80,7 @@ def prepare(
     Raises:
         ConfigError, DataError, ImageError: the first thing that is wrong and was not asked to be skipped.
     """
-    records, digest = read_data(stage.data, run.data_root)
+    records = read_data(stage.data, run.data_root)
     template = read_template(stage.template) if stage.template else None
     examples = Examples(
         conversations=records.conversations,
@@ -103,7 +97,20 @@ def prepare(
             raise DataError(f"{', '.join(stage.data.records)}: no record left after skips {dict(skipped)}.")
         if run.hardware.cache_features and not stage.vision_encoder.trains:
             examples.features = _fill_features(run, model, processor, examples, bar)
-    return Prepared(examples=examples, skipped={**records.skipped, **skipped}, digest=digest)
+        images = _hash_images(run, examples.conversations, bar) if PartialState().is_main_process else ""
+    return Prepared(
+        examples=examples,
+        skipped={**records.skipped, **skipped},
+        images_digest=images,
+        records_digest=records_digest(examples.conversations),
+    )
+
+
+def _hash_images(run: Run, conversations: Sequence[Conversation], bar: Progress) -> str:
+    num_images = len({ref for conversation in conversations for ref in conversation.images})
+    task = bar.add_task("checking images", total=num_images, note="")
+    hashes = ImageHashes(run.folder.parent / ".image-hashes.sqlite")
+    return images_digest(conversations, hashes.find(conversations, lambda n: bar.advance(task, n)))
 
 
 def _fill_features(

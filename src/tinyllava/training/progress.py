@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tinyllava.files import append_lines, whole_lines, write_text
 
 if TYPE_CHECKING:
     from tinyllava.training.trainer import StageTrainer
@@ -99,8 +102,7 @@ class StageProgress(TrainerCallback):
             "tokens_per_second": round(tokens * args.world_size / seconds, 1),
             "seconds": round(now - self.start, 2),
         }
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_lines(self.metrics, [json.dumps(line)])
         elapsed = max(now - self.start, 1e-9)
         done = (self.trainer.num_samples * args.world_size, self.trainer.num_tokens * args.world_size)
         rates = (done[0] / elapsed, done[1] / elapsed)
@@ -114,10 +116,14 @@ class StageProgress(TrainerCallback):
         self.progress.stop()
 
     def _drop_steps_after(self, step: int) -> None:
-        """Take out lines of steps that a killed run did after its last checkpoint and that are done again."""
+        """Take out lines of steps that a killed run did after its last checkpoint and that are done again.
+
+        So are lines that a kill cut short or that were damaged: they only tell what happened.
+        """
         if self.metrics.exists():
-            lines = [
-                line for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-            ]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = []
+            for line in whole_lines(self.metrics):
+                with suppress(ValueError, TypeError, KeyError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line.decode())
+            write_text(self.metrics, "".join(kept))

@@ -5,6 +5,9 @@ Paper: section 3.2, pre-training for feature alignment, then supervised fine-tun
 
 import json
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,14 @@ from transformers import set_seed
 from tinyllava.config import COMPONENTS, Run, Stage, to_json
 from tinyllava.data.dataset import Collator
 from tinyllava.errors import ImageError, TrainingError
+from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import Ledger, apply_tuning, close_ledger, merge_adapters, open_ledger
 from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
+from tinyllava.training.identity import StageIdentity, decisive_settings, differences, flatten, identify
 from tinyllava.training.prepare import Prepared, prepare
 from tinyllava.training.progress import StageProgress
 from tinyllava.training.trainer import StageTrainer, make_arguments
@@ -32,21 +37,34 @@ from tinyllava.training.trainer import StageTrainer, make_arguments
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
-def train(run: Run) -> Path:
+def train(run: Run, *, wait: bool = False) -> Path:
     """Train every stage of a run and return the folder of the finished model.
 
-    Calling it again after a kill goes on from the last checkpoint, with the same weights bit by bit; stages
-    that this or a neighbouring run has finished with the same inputs are reused. Under ``torchrun`` every
-    process calls it; the first one writes.
+    Calling it again after a kill resumes from the last checkpoint, with the same weights bit by bit; stages
+    that this or a neighbouring run has finished with the same inputs are reused. A stage whose records,
+    images or weights have changed starts over. Under ``torchrun`` every process calls it; the first writes.
+
+    Args:
+        run: what to train.
+        wait: wait for another process that trains in the same folder instead of giving up.
 
     Raises:
         ConfigError: the run cannot work; everything that is wrong is listed.
+        OutputError: another process trains in the same folder.
         DataError, ImageError, CheckpointError, TrainingError: see the stages.
     """
     check(run)
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    with processes.main_process_first():
-        _save_or_compare(run)
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
+    with ExitStack() as stack:
+        if processes.is_main_process:
+            _make_folder(run)
+            stack.enter_context(held(run.folder, wait=wait))
+            _refuse_another_run(run)
+        processes.wait_for_everyone()
+        return _train(run, processes)
+
+
+def _train(run: Run, processes: PartialState) -> Path:
     set_seed(run.seed)
     # In fp32 whatever it was saved in: in half precision small updates are rounded away.
     model, processor = (
@@ -63,29 +81,58 @@ def train(run: Run) -> Path:
     return folder
 
 
-def _save_or_compare(run: Run) -> None:
-    """Write the resolved config; refuse to mix two different runs in one folder.
+def _make_folder(run: Run) -> None:
+    """Make the run folder.
 
     Raises:
-        TrainingError: the folder holds another run, or cannot be made.
+        TrainingError: it cannot be made.
     """
-    path = run.folder / "run.json"
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(
             f"{run.folder}: cannot be made ({error.strerror}); choose another folder with --output."
         ) from error
-    if path.exists() and path.read_text(encoding="utf-8") != to_json(run):
-        raise TrainingError(
-            f"{path}: this folder holds a run with other settings; choose another --output, "
-            f"or delete {run.folder} to begin anew."
-        )
-    if not PartialState().is_main_process:
-        return
-    path.write_text(to_json(run), encoding="utf-8")
-    environment = json.dumps(checkpoints.describe_environment(), indent=2)
-    (run.folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
+
+
+def _refuse_another_run(run: Run) -> None:
+    """Refuse to overwrite what a run with other decisive settings has trained in this folder.
+
+    Where nothing was trained there is nothing to lose. What else may differ is known only when a stage's
+    contents are: see ``_refuse_or_start_over``.
+
+    Raises:
+        TrainingError: each such setting is named with both values.
+    """
+    problems = []
+    for name, stage in run.stages.items():
+        before = checkpoints.recorded_identity(run.folder / name)
+        if before is not None:
+            found = differences(before.settings, decisive_settings(run, stage))
+            problems += [f"stages.{name}.{problem}" for problem in found]
+    recorded = read_object(run.folder / "run.json") or {}
+    known = list(recorded["stages"]) if isinstance(recorded.get("stages"), dict) else []
+    trained = [name for name in known if checkpoints.recorded_identity(run.folder / name) is not None]
+    if any(name not in run.stages for name in trained):
+        problems.append(f"stages = {', '.join(known)} there, {', '.join(run.stages)} now")
+    if problems:
+        raise TrainingError(_other_run(run, problems))
+    if trained:
+        _say_what_differs(run, recorded)
+
+
+def _other_run(run: Run, problems: list[str]) -> str:
+    listed = "".join(f"\n  {problem}" for problem in problems)
+    return (
+        f"{run.folder}: a run with other settings was trained in this folder:{listed}\n"
+        f"Choose another --output, or delete {run.folder} to start over."
+    )
+
+
+def _save_settings(run: Run) -> None:
+    """Write down the run that this folder holds from now on."""
+    write_text(run.folder / "run.json", to_json(run))
+    write_json(run.folder / "environment.json", checkpoints.describe_environment())
 
 
 def _run_stage(
@@ -93,36 +140,83 @@ def _run_stage(
 ) -> dict[str, Any]:
     """Bring the model through one stage and return the stage's papers."""
     folder = run.folder / name
-    folder.mkdir(exist_ok=True)
+    set_seed(run.seed)  # adapters begin alike, whether the stage before was trained just now or reused
     apply_tuning(model, stage)
     ledger = open_ledger(model)
     prepared = prepare(run, stage, model, processor)
-    key = checkpoints.stage_key(
-        run,
-        stage,
-        ledger,
-        prepared.digest,
-        prepared.examples.template or processor.chat_template,
-        model,
-        processor,
-    )
-    # One answer for all ranks, whatever another run finishes meanwhile.
-    [done] = broadcast_object_list([checkpoints.find_stage(run.folder.parent, key)])
+    identity = identify(run, stage, ledger, prepared, model, processor)
+    done, resumed = _find_work(run, name, identity)
     if done is not None:
-        _say(f"{name}: done before, taken from {done}")
+        _say(f"{name}: already trained, reusing {done}")
         checkpoints.load_stage(done, model)
-        papers = json.loads((done / checkpoints.PAPERS).read_text(encoding="utf-8"))
+        papers = checkpoints.read_papers(done)
     else:
         _announce(name, stage, ledger, prepared)
-        papers = _train_stage(run, name, stage, model, processor, prepared, folder)
+        keeper = checkpoints.CheckpointKeeper(folder, identity)
+        papers = _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
         ledger = close_ledger(ledger, model)
-        papers = {"key": key, "stage": name, **papers, "data": prepared.summary()}
+        papers = {"key": identity.key, "stage": name, **papers, "data": prepared.summary()}
         if PartialState().is_main_process:
             ledger.save(folder / "ledger.json")
-            checkpoints.save_stage(folder, model, papers)
+            checkpoints.save_stage(folder, model, papers, identity)
+    if PartialState().is_main_process and done in (None, folder):
+        checkpoints.keep_newest(folder, 0)  # the stage is done: nothing resumes from them
     merge_adapters(model)
     model.requires_grad_(False)
-    return dict(papers)
+    return papers
+
+
+def _find_work(run: Run, name: str, identity: StageIdentity) -> tuple[Path | None, Path | None]:
+    """Return the finished stage to reuse and the checkpoint to resume from; the first process decides.
+
+    Raises:
+        TrainingError: see ``_refuse_or_start_over``.
+    """
+    folder = run.folder / name
+    done = resumed = None
+    if PartialState().is_main_process:
+        done = checkpoints.find_stage(folder, identity.key, _say)
+        if done is None:
+            resumed = checkpoints.find_checkpoint(folder, identity.key, _say)
+        if done is None and resumed is None:
+            _refuse_or_start_over(run, name, identity)
+        if resumed is not None:
+            _say(f"{name}: resuming from {resumed}")
+        folder.mkdir(exist_ok=True)
+        _save_settings(run)
+    done, resumed = broadcast_object_list([done, resumed])
+    return done, resumed
+
+
+def _refuse_or_start_over(run: Run, name: str, identity: StageIdentity) -> None:
+    """Look at what another try has left of a stage that cannot be gone on with.
+
+    Raises:
+        TrainingError: it was trained from other places, which are named with both values.
+    """
+    before = checkpoints.recorded_identity(run.folder / name)
+    if before is None:
+        return
+    if problems := before.find_other_sources(identity):
+        raise TrainingError(_other_run(run, [f"stages.{name}.{problem}" for problem in problems]))
+    changed = before.changed_contents(identity)
+    why = (
+        f"{', '.join(changed)} changed since it was trained here"
+        if changed
+        else "nothing whole is left of it"
+    )
+    _say(f"{name}: {why}; starting over")
+    checkpoints.keep_newest(run.folder / name, 0)
+
+
+def _say_what_differs(run: Run, before: Mapping[str, Any]) -> None:
+    """Say which settings are others than in the last try, and that the result stays the same."""
+    known, now = (
+        dict(flatten({"hardware": values.get("hardware"), "report_to": values.get("report_to")}))
+        for values in (before, json.loads(to_json(run)))
+    )
+    for problem in differences(known, now):
+        _say(f"{problem}: it does not change the result")
 
 
 def _train_stage(
@@ -132,8 +226,10 @@ def _train_stage(
     model: TinyLlavaForConditionalGeneration,
     processor: TinyLlavaProcessor,
     prepared: Prepared,
-    folder: Path,
+    keeper: checkpoints.CheckpointKeeper,
+    resumed: Path | None,
 ) -> dict[str, Any]:
+    folder = keeper.folder
     checkpoints.require_space(folder, model)
     if run.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -153,17 +249,17 @@ def _train_stage(
         train_dataset=prepared.examples,
         stage=stage,
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        callbacks=[progress],
+        callbacks=[progress, keeper],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     progress.trainer = trainer
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except ImageError as error:  # a worker process hands over its whole traceback as the message
         raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from error
     except (OSError, RuntimeError, SafetensorError) as error:
-        if "No space left" in str(error) or "PytorchStreamWriter" in str(error):
+        if is_full_disk(error):
             raise TrainingError(
                 f"{folder}: the disk is full; free some space and run the same command again."
             ) from error

@@ -136,7 +136,7 @@ def make_arguments(
 ) -> TrainingArguments:
     """Translate a stage into the Trainer's words."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    per_device = hardware.device_batch_size or default_device_batch(stage.global_batch_size // world_size)
+    per_device = micro_batch(stage, hardware)
     num_steps = stage.max_steps or max(
         1, round(-(-num_samples // stage.global_batch_size) * stage.num_epochs)
     )
@@ -169,13 +169,18 @@ def make_arguments(
         logging_first_step=True,
         save_strategy="steps",
         save_steps=hardware.save_steps or max(1, num_steps // 10),
-        save_total_limit=1,
         remove_unused_columns=False,
         report_to=list(report_to),
         disable_tqdm=True,
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
     )
+
+
+def micro_batch(stage: Stage, hardware: Hardware) -> int:
+    """Return the number of samples of one forward pass of one process."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return hardware.device_batch_size or default_device_batch(stage.global_batch_size // world_size)
 
 
 def default_device_batch(per_rank: int) -> int:

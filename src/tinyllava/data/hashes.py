@@ -1,0 +1,151 @@
+"""What records and images say, as digests: the same data is the same data wherever it lies.
+
+Paper: none. An image is read once; its hash is kept by path, size and times, so that the next run only looks.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+
+from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.data.images import naming_record, read_image_bytes
+from tinyllava.errors import ImageError
+
+_Stamp = tuple[int, int, int]
+"""Size in bytes, time of the last change of the content and of the entry, in nanoseconds."""
+_FRESH_NS = 2 * 10**9  # a file written so lately may change again within one tick of its file system's clock
+_AT_ONCE = 256
+
+
+class ImageHashes:
+    """SHA-256 of images, kept in a database in a file; without a place to keep them all are read again.
+
+    Args:
+        path: the database; made when it is not there, and replaced when it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_read = 0
+        """Image files whose content was read."""
+
+    def find(
+        self, conversations: Sequence[Conversation], progress: Callable[[int], None] = lambda n: None
+    ) -> dict[ImageRef, str]:
+        """Return the hash of every image.
+
+        Raises:
+            ImageError: an image cannot be read; its record is named.
+        """
+        shown_by = {ref: conversation for conversation in conversations for ref in conversation.images}
+        refs = list(shown_by)
+        found: dict[ImageRef, str] = {}
+        with closing(_open_database(self.path)) as database, ThreadPoolExecutor(_AT_ONCE // 32) as threads:
+            for start in range(0, len(refs), _AT_ONCE):
+                part = refs[start : start + _AT_ONCE]
+                stamps = dict(zip(part, threads.map(_stamp, part), strict=True))
+                known = {ref: _look_up(database, ref, stamps[ref]) for ref in part}
+                unknown = [ref for ref in part if not known[ref]]
+                for ref, hashed in zip(unknown, threads.map(_hash, unknown), strict=True):
+                    if isinstance(hashed, ImageError):
+                        with naming_record(shown_by[ref]):
+                            raise hashed
+                    known[ref] = hashed
+                self.num_read += sum(ref.path is not None for ref in unknown)
+                _keep(database, [(ref, stamps[ref], known[ref]) for ref in unknown])
+                found |= known
+                progress(len(part))
+        return found
+
+
+def _stamp(ref: ImageRef) -> _Stamp | None:
+    if ref.path is None:
+        return None
+    try:
+        status = ref.path.stat()
+    except (OSError, ValueError):
+        return None  # told when it is read
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _hash(ref: ImageRef) -> str | ImageError:
+    """Return the hash, or what is wrong: the caller knows the record."""
+    try:
+        return hashlib.sha256(read_image_bytes(ref)).hexdigest()
+    except ImageError as error:
+        return error
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    """Open the database at a path; where there cannot be one, one in memory."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(2):
+        try:
+            database = sqlite3.connect(path, timeout=30)
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS images (path TEXT PRIMARY KEY, size INTEGER, modified INTEGER, "
+                "changed INTEGER, sha256 TEXT) WITHOUT ROWID"
+            )
+            database.execute("SELECT path, size, modified, changed, sha256 FROM images LIMIT 1").fetchall()
+            return database
+        except sqlite3.OperationalError:  # read-only, full, or locked by a file system that cannot share it
+            break
+        except sqlite3.DatabaseError:
+            with suppress(OSError):
+                path.unlink()
+    database = sqlite3.connect(":memory:")
+    database.execute(
+        "CREATE TABLE images (path TEXT, size INTEGER, modified INTEGER, changed INTEGER, sha256 TEXT)"
+    )
+    return database
+
+
+def _look_up(database: sqlite3.Connection, ref: ImageRef, stamp: _Stamp | None) -> str:
+    if stamp is None:
+        return ""
+    query = "SELECT sha256 FROM images WHERE path = ? AND size = ? AND modified = ? AND changed = ?"
+    try:
+        row = database.execute(query, (_key(ref), *stamp)).fetchone()
+    except (sqlite3.DatabaseError, UnicodeEncodeError):
+        return ""
+    return str(row[0]) if row else ""
+
+
+def _keep(database: sqlite3.Connection, hashed: Sequence[tuple[ImageRef, _Stamp | None, str]]) -> None:
+    """Write hashes down; what cannot be written is read again next time."""
+    now = time.time_ns()
+    rows = [
+        (_key(ref), *stamp, sha256)
+        for ref, stamp, sha256 in hashed
+        if stamp is not None and max(stamp[1:]) < now - _FRESH_NS and stamp == _stamp(ref)
+    ]
+    with suppress(sqlite3.DatabaseError, UnicodeEncodeError), database:
+        database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def _key(ref: ImageRef) -> str:
+    return os.path.abspath(ref.path or ref.name)  # noqa: PTH100 (resolve would ask the disk about each part)
+
+
+def records_digest(conversations: Sequence[Conversation]) -> str:
+    """Return a digest of what conversations say, in order; ids and places of files are left out."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        turns = [[message.role, message.text, len(message.images)] for message in conversation.messages]
+        digest.update(json.dumps(turns).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def images_digest(conversations: Sequence[Conversation], hashes: dict[ImageRef, str]) -> str:
+    """Return a digest of the images of conversations, in order."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        digest.update(json.dumps([hashes[ref] for ref in conversation.images]).encode() + b"\n")
+    return digest.hexdigest()

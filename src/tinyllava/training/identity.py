@@ -1,0 +1,177 @@
+"""What decides a stage's result, written down: by it a stage is resumed, reused, refused or started over.
+
+Paper: none. Contents count (records, images, weights, template), and settings that change what is computed;
+paths, and how the machine is used, do not.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tinyllava.config import Run, Stage
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.tuning import Ledger, tensors_digest
+from tinyllava.training.prepare import Prepared
+from tinyllava.training.trainer import choose_precision, micro_batch
+
+FORMAT = 2
+"""Of the key; a stage under an older one is trained again."""
+# What a config says of where it came from; the same model may have come by another way.
+_NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+_BY_CONTENT = ("data", "template", "max_length_tokens")
+"""Settings of a stage that count by what they lead to: records that are left, and the template's text."""
+_PARTS = ("vision_encoder", "language_model", "template")
+_SOURCES = {
+    "records": ("data.records", "data.skip", "data_root", "max_length_tokens"),
+    "images": ("data.records", "data.images", "data.skip", "data_root", "max_length_tokens"),
+    "template": ("template", "model.template", "start_from", "model.language_model"),
+}
+_MODEL_SOURCES = ("start_from", "model.vision_encoder", "model.language_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageIdentity:
+    """Everything that a stage's result depends on."""
+
+    settings: Mapping[str, Any]
+    """Dotted name -> value of each setting that changes what is computed."""
+    contents: Mapping[str, str]
+    """Name -> digest of what goes in: records, images, weights, template, tokenizer, ..."""
+    sources: Mapping[str, Any]
+    """Dotted name -> value of each setting that says where contents come from; not part of the key."""
+
+    @property
+    def key(self) -> str:
+        """A digest: equal keys, equal results."""
+        inputs = {"format": FORMAT, "settings": self.settings, "contents": self.contents}
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
+
+    @classmethod
+    def read(cls, value: Any) -> Self | None:
+        """Return what a file holds; None where it is of another form."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(value, dict) or not all(isinstance(value.get(name), dict) for name in names):
+            return None
+        return cls(**{name: value[name] for name in names})
+
+    def changed_contents(self, now: Self) -> list[str]:
+        """Return the names of the contents that differ."""
+        names = {**self.contents, **now.contents}
+        return [name for name in names if self.contents.get(name) != now.contents.get(name)]
+
+    def find_other_sources(self, now: Self) -> list[str]:
+        """Return the settings, with both values, that may be why the contents differ."""
+        asked = {
+            source for name in self.changed_contents(now) for source in _SOURCES.get(name, _MODEL_SOURCES)
+        }
+        before, after = (
+            {name: value for name, value in one.sources.items() if name in asked} for one in (self, now)
+        )
+        return differences(before, after)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return, in words, each name whose value is another one now."""
+    return [
+        f"{name} = {before.get(name)!r} there, {now.get(name)!r} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+
+
+def decisive_settings(run: Run, stage: Stage) -> dict[str, Any]:
+    """Return the settings that change what a stage computes, as JSON would give them back."""
+    values = {name: value for name, value in dataclasses.asdict(stage).items() if name not in _BY_CONTENT}
+    values |= {
+        f"model.{name}": value for name, value in dataclasses.asdict(run.model).items() if name not in _PARTS
+    }
+    values |= {"seed": run.seed, "precision": choose_precision(run.hardware.precision)}
+    if stage.loss_norm == "micro":  # the mean of the micro-batches' means depends on their size
+        values["micro_batch_size"] = micro_batch(stage, run.hardware)
+    return dict(flatten(json.loads(json.dumps(values))))
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested dicts with its dotted name."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from flatten(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def identify(
+    run: Run,
+    stage: Stage,
+    ledger: Ledger,
+    prepared: Prepared,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+) -> StageIdentity:
+    """Return what decides the result of a stage that is about to begin.
+
+    Args:
+        model: with the stage's plan applied. Its weights alone do not tell it: connectors that average to 1
+            and to 4 tokens have the same.
+    """
+    held = dict(model.named_parameters())
+    tensors = [(row.name, row.trained, row.before) for row in ledger.rows]
+    tensors += [(n, False, tensors_digest([t])) for n, t in model.state_dict().items() if n not in held]
+    contents = {
+        "records": prepared.records_digest,
+        "images": prepared.images_digest,
+        "weights": _digest(tensors),
+        "template": _digest(prepared.examples.template or processor.chat_template),
+        "tokenizer": _digest(_describe_tokenizer(processor)),
+        "architecture": _digest(_without_origin(model.config.to_dict())),
+        "image processor": _digest(
+            [processor.image_aspect, processor.transparency, processor.image_processor.to_dict()]
+        ),
+    }
+    return StageIdentity(
+        settings=decisive_settings(run, stage), contents=contents, sources=_sources(run, stage)
+    )
+
+
+def _sources(run: Run, stage: Stage) -> dict[str, Any]:
+    return {
+        "data.records": [_place(path) for path in stage.data.records],
+        "data.images": _place(stage.data.images),
+        "data.skip": sorted(set(stage.data.skip)),
+        "data_root": _place(run.data_root),
+        "max_length_tokens": stage.max_length_tokens,
+        "template": stage.template,
+        "model.template": run.model.template,
+        "model.vision_encoder": _place(run.model.vision_encoder),
+        "model.language_model": _place(run.model.language_model),
+        "start_from": _place(run.start_from),
+    }
+
+
+def _place(path: str) -> str:
+    """Return a path in one spelling; what is no path here, such as a part's name, stays."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
+
+
+def _describe_tokenizer(processor: TinyLlavaProcessor) -> Any:
+    """Return all that a tokenizer does, less what the last call asked of it."""
+    tokenizer = processor.tokenizer
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    whole.pop("padding", None)
+    whole.pop("truncation", None)
+    return [whole, tokenizer.special_tokens_map, processor.num_image_tokens]
+
+
+def _without_origin(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _without_origin(value) for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
+    return config
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
