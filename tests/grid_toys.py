@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from tinyllava.config import DataConfig, Hardware, ModelConfig, Run
 from tinyllava.studies.grid import cross
-from tinyllava.recipes.base import BASE
+from tinyllava.recipes.paper import BASE
 
 data = DataConfig(records=({records!r},), images={images!r})
 small = dict(data=data, learning_rate=1e-3, global_batch_size=4, max_length_tokens=256, num_epochs={epochs})

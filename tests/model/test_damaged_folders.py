@@ -10,7 +10,7 @@ import pytest
 from tinyllava.config import ModelConfig
 from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import assemble, open_checkpoint
-from tinyllava.parts.checkpoint_folder import check_checkpoint
+from tinyllava.parts.folders import check_checkpoint
 from tinyllava.parts.language import find_language_model
 from tinyllava.parts.vision import find_vision_encoder
 

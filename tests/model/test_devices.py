@@ -8,7 +8,7 @@ import torch
 from chats import make_chat
 from tinyllava.inference.chat import Chat, choose_dtype
 from tinyllava.model.devices import multiplies_bf16
-from tinyllava.parts.checkpoint_folder import saved_dtype
+from tinyllava.parts.folders import saved_dtype
 from tinyllava.training.trainer import choose_precision
 
 

@@ -12,8 +12,8 @@ from tinyllava.config import FROZEN, FULL, DataConfig, Run, Stage, Tune, from_la
 from tinyllava.errors import ConfigError
 from tinyllava.parts.vision import VISION_ENCODERS
 from tinyllava.planning.check import check, find_problems
+from tinyllava.recipes.paper import SHARE
 from tinyllava.recipes.published import as_published
-from tinyllava.recipes.share import SHARE
 from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
 
 RUN = variant("share-Sig-Phi")

@@ -11,7 +11,7 @@ from tinyllava.recipes.variants import variant
 FILE = """
 from dataclasses import replace
 from tinyllava.config import FULL
-from tinyllava.recipes.base import BASE
+from tinyllava.recipes.paper import BASE
 from tinyllava.recipes.recipe import Recipe
 from tinyllava.recipes.variants import make_run, variant
 

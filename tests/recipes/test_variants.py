@@ -6,8 +6,7 @@ import pytest
 
 from tinyllava.config import FROZEN, FULL, Tune, run_from_json, to_json
 from tinyllava.errors import UnknownNameError
-from tinyllava.recipes.base import BASE
-from tinyllava.recipes.share import SHARE, SHARE_FROZEN
+from tinyllava.recipes.paper import BASE, SHARE, SHARE_FROZEN
 from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
 
 # Table A1: language model, size in billions, resolution.

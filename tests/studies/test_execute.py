@@ -8,9 +8,9 @@ import pytest
 from grid_toys import write_grid
 from tinyllava.studies import work
 from tinyllava.studies.execute import InProcess, execute
-from tinyllava.studies.find import find_grid
 from tinyllava.studies.graph import Graph, Node, Places, expand
-from tinyllava.studies.state import State, claim, is_claimed, load_state, save_state
+from tinyllava.studies.paper import find_grid
+from tinyllava.studies.work import State, claim, is_claimed, load_state, save_state
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ import pytest
 
 from grid_toys import write_grid
 from tinyllava.errors import UnknownNameError
-from tinyllava.studies.find import find_grid
 from tinyllava.studies.graph import Places, expand, load_node, save_node
 from tinyllava.studies.grid import change_run
-from tinyllava.studies.paper import GRIDS
+from tinyllava.studies.paper import GRIDS, find_grid
 
 
 def test_equal_stages_stand_once_and_an_evaluation_once(tmp_path, parts, records):

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from grid_toys import write_grid
-from tinyllava.studies.find import find_grid
 from tinyllava.studies.graph import Graph, Node, Places, expand
 from tinyllava.studies.live import LiveView
 from tinyllava.studies.needs import plan_graph
-from tinyllava.studies.state import State, now, save_state
+from tinyllava.studies.paper import find_grid
+from tinyllava.studies.work import State, now, save_state
 
 
 @pytest.fixture

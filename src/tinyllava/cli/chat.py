@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tinyllava.cli.parser import CommandParser
 from tinyllava.errors import CheckpointError
 from tinyllava.inference.file import answer_file, read_questions
-from tinyllava.parts.checkpoint_folder import check_checkpoint, fingerprint
+from tinyllava.parts.folders import check_checkpoint, fingerprint
 
 if TYPE_CHECKING:
     from tinyllava.conversation import Conversation

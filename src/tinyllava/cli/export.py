@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tinyllava.cli.parser import CommandParser
 from tinyllava.errors import CheckpointError
-from tinyllava.parts.checkpoint_folder import check_checkpoint
-from tinyllava.parts.folders import check_new_folder
+from tinyllava.parts.folders import check_checkpoint, check_new_folder
 
 _HELP = """
 Write a checkpoint for others, with a model card: as transformers' LLaVA

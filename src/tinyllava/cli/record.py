@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
     from tinyllava.data.records import read_records
     from tinyllava.errors import DataError
-    from tinyllava.parts.checkpoint_folder import check_checkpoint
+    from tinyllava.parts.folders import check_checkpoint
     from tinyllava.parts.templates import read_template
 
     if known.model:

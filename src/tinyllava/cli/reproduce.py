@@ -38,8 +38,7 @@ stopped one was, tries again what failed, and draws the report anew.
 def main(arguments: list[str]) -> int:
     """Run a grid; the last line printed is the path of the report. The status is 1 if a cell failed."""
     known = _parse(arguments)
-    from tinyllava.studies.find import STARTER, find_grid, spell_name
-    from tinyllava.studies.listings import LISTINGS
+    from tinyllava.studies.paper import LISTINGS, STARTER, find_grid, spell_name
 
     known.name = spell_name(known.name)
     if known.name in LISTINGS:
@@ -178,8 +177,8 @@ def _places(grid: "Grid", known: argparse.Namespace) -> "Places":
     from tinyllava.cli.evaluate import find_folders
     from tinyllava.errors import look_up
     from tinyllava.evaluation.benchmarks import BENCHMARKS
-    from tinyllava.studies.find import STARTER
     from tinyllava.studies.graph import Places
+    from tinyllava.studies.paper import STARTER
 
     folders: dict[str, str] = {}
     if grid.name == STARTER:

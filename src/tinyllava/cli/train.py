@@ -8,7 +8,7 @@ from pathlib import Path
 from tinyllava.cli.parser import CommandParser
 from tinyllava.config import DataConfig, ModelConfig, Run
 from tinyllava.errors import ConfigError, DataError
-from tinyllava.parts.checkpoint_folder import recorded_model, recorded_name
+from tinyllava.parts.folders import recorded_model, recorded_name
 from tinyllava.recipes.published import PUBLISHED, as_published
 from tinyllava.recipes.user import find_run
 

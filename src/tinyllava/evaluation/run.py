@@ -36,7 +36,7 @@ from tinyllava.evaluation.score import answers_folder, score
 from tinyllava.inference.batches import Prepared, blank, blank_image, fill_batches, group_by_image, prepare
 from tinyllava.inference.chat import Chat, decode
 from tinyllava.inference.shared_prefix import answer_groups, can_share
-from tinyllava.parts.checkpoint_folder import fingerprint
+from tinyllava.parts.folders import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

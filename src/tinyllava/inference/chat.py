@@ -19,7 +19,7 @@ from tinyllava.errors import CheckpointError, DataError
 from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
 from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.devices import best_device, check_device, multiplies_bf16
-from tinyllava.parts.checkpoint_folder import saved_dtype
+from tinyllava.parts.folders import saved_dtype
 
 FORBID = frozenset({"no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens"})
 """Options of ``generate`` that set logits to minus infinity."""

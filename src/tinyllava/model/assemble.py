@@ -20,8 +20,8 @@ from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
-from tinyllava.parts.checkpoint_folder import check_checkpoint, check_processor_files
 from tinyllava.parts.connectors import num_tokens, resolve_options
+from tinyllava.parts.folders import check_checkpoint, check_processor_files
 from tinyllava.parts.language import LanguageModel, find_language_model
 from tinyllava.parts.templates import read_template
 from tinyllava.parts.vision import VisionEncoder, find_vision_encoder

@@ -132,21 +132,21 @@ def _qformer(vision_width: int, language_width: int, options: Options) -> int:
 
 CONNECTORS: dict[str, Connector] = {
     "linear": Connector(
-        module="linear:Linear",
+        module="per_patch:Linear",
         summary="one linear layer, a token for each patch",
         num_tokens=_one_per_patch,
         num_parameters=_linear,
         linears=_linear_linears,
     ),
     "mlp": Connector(
-        module="mlp:MLP",
+        module="per_patch:MLP",
         summary="two linear layers with GELU between (the paper's)",
         num_tokens=_one_per_patch,
         num_parameters=_mlp,
         linears=_mlp_linears,
     ),
     "resampler": Connector(
-        module="resampler:Resampler",
+        module="queries:Resampler",
         summary="Perceiver resampler: learned queries attend to the patches",
         num_tokens=_one_per_query,
         num_parameters=_resampler,
@@ -154,7 +154,7 @@ CONNECTORS: dict[str, Connector] = {
         options={"num_queries": 64, "num_layers": 3, "width": 768, "num_heads": 8, "head_width": 64},
     ),
     "bench_resampler": Connector(
-        module="bench_resampler:BenchResampler",
+        module="queries:BenchResampler",
         summary="TinyLLaVABench's resampler: learned queries attend to the patches alone",
         num_tokens=_one_per_query,
         num_parameters=_bench_resampler,
@@ -162,7 +162,7 @@ CONNECTORS: dict[str, Connector] = {
         options={"num_queries": 128, "num_layers": 3, "width": 768, "num_heads": 12},
     ),
     "pixel_shuffle": Connector(
-        module="pixel_shuffle:PixelShuffle",
+        module="per_patch:PixelShuffle",
         summary="space to depth: block x block patches become one token, then MLP",
         num_tokens=_one_per_block,
         num_parameters=_mlp,
@@ -170,7 +170,7 @@ CONNECTORS: dict[str, Connector] = {
         options={"block": 3},
     ),
     "pool": Connector(
-        module="pool:Pool",
+        module="per_patch:Pool",
         summary="average the grid to side x side cells, then MLP",
         num_tokens=_one_per_cell,
         num_parameters=_mlp,
@@ -178,7 +178,7 @@ CONNECTORS: dict[str, Connector] = {
         options={"side": 2},
     ),
     "qformer": Connector(
-        module="qformer:QFormer",
+        module="queries:QFormer",
         summary="BLIP-2's Q-Former: queries through a small BERT that looks at the patches",
         num_tokens=_one_per_query,
         num_parameters=_qformer,

@@ -13,9 +13,8 @@ from tinyllava.config import Component, ModelConfig, Run
 from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.data.records import check_skip
 from tinyllava.errors import ConfigError, TinyLlavaError
-from tinyllava.parts.checkpoint_folder import check_checkpoint, recorded_model
 from tinyllava.parts.connectors import num_tokens, resolve_options
-from tinyllava.parts.folders import read_config
+from tinyllava.parts.folders import check_checkpoint, read_config, recorded_model
 from tinyllava.parts.language import LanguageModel, find_language_model
 from tinyllava.parts.templates import read_template, template_names
 from tinyllava.parts.vision import ONLY_CONVOLUTIONS, VisionEncoder, find_vision_encoder
@@ -179,7 +178,7 @@ def _template_problems(name: str, language: LanguageModel) -> Iterator[str]:
 
 def _run_problems(run: Run) -> Iterator[str]:
     if not run.stages:
-        yield "stages: there is none; take those of a recipe, such as tinyllava.recipes.base.BASE.stages."
+        yield "stages: there is none; take those of a recipe, such as tinyllava.recipes.paper.BASE.stages."
     if not run.name and not run.output:
         yield "name: empty; it names the run folder."
     if run.seed < 0:

@@ -13,7 +13,7 @@ from tinyllava.parts.language import find_language_model
 from tinyllava.parts.vision import find_vision_encoder
 from tinyllava.planning.memory import Memory, Parts, count_trained, estimate_memory
 from tinyllava.planning.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
-from tinyllava.recipes.lora import ADAPTERS, ADAPTERS_ON_4_BITS
+from tinyllava.recipes.paper import ADAPTERS, ADAPTERS_ON_4_BITS
 
 
 @dataclass(frozen=True, kw_only=True)

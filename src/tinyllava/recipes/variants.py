@@ -4,18 +4,17 @@ Paper: section 4.2.3 for the names, Table A1 for the twelve.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
 
 from tinyllava.config import ModelConfig, Run
 from tinyllava.errors import UnknownNameError, look_up
 from tinyllava.parts.connectors import CONNECTORS
-from tinyllava.parts.language import LANGUAGE_MODELS
-from tinyllava.parts.vision import VISION_ENCODERS
-from tinyllava.recipes.base import BASE
-from tinyllava.recipes.lora import LORA, QLORA, QLORA_8_BITS, SHARE_LORA
+from tinyllava.parts.language import LANGUAGE_MODELS, find_language_model
+from tinyllava.parts.vision import VISION_ENCODERS, find_vision_encoder
+from tinyllava.recipes.paper import BASE, LORA, QLORA, QLORA_8_BITS, SHARE, SHARE_FROZEN, SHARE_LORA
 from tinyllava.recipes.recipe import DATASETS, Recipe
-from tinyllava.recipes.share import SHARE, SHARE_FROZEN
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (BASE, SHARE, SHARE_FROZEN, LORA, SHARE_LORA, QLORA, QLORA_8_BITS)
@@ -118,3 +117,76 @@ def _split_further_axes(rest: str, name: str) -> tuple[str, str]:
             return dataset, connector
     known = ", ".join([*DATASETS, *CONNECTORS])
     raise UnknownNameError(f"unknown dataset or connector {rest!r} in {name!r}; known: {known}.")
+
+
+ENCODERS, LANGUAGES = ("C", "Sig"), ("TL", "SLM", "Phi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """One figure: panels by title, and in each the runs that it compares, by the legend's label."""
+
+    figure: int
+    axis: str
+    """What differs between the runs of a panel."""
+    panels: dict[str, dict[str, Run]]
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run of the figure once."""
+        return list({run.name: run for panel in self.panels.values() for run in panel.values()}.values())
+
+
+_LANGUAGE_NAME = {short: find_language_model(short).name for short in LANGUAGES}
+_ENCODER_NAME = {short: find_vision_encoder(short).name for short in ENCODERS}
+
+ABLATIONS: dict[str, Ablation] = {
+    "figure-4": Ablation(
+        figure=4,
+        axis="language model",
+        panels={
+            _ENCODER_NAME[v]: {_LANGUAGE_NAME[f]: variant(f"base-{v}-{f}") for f in LANGUAGES}
+            for v in ENCODERS
+        },
+    ),
+    "figure-5": Ablation(
+        figure=5,
+        axis="vision encoder",
+        panels={
+            _LANGUAGE_NAME[f]: {_ENCODER_NAME[v]: variant(f"base-{v}-{f}") for v in ENCODERS}
+            for f in LANGUAGES
+        },
+    ),
+    "figure-6": Ablation(
+        figure=6,
+        axis="connector",
+        panels={
+            "CLIP, TinyLlama": {
+                "MLP": variant("base-C-TL"),
+                # "under a similar parameter setting": 6.6 M parameters here, 6.3 M in the MLP
+                "Resampler": make_run(
+                    BASE, "C", "TL", connector="resampler", connector_options={"width": 640, "num_layers": 1}
+                ),
+            }
+        },
+    ),
+    "figure-7": Ablation(
+        figure=7,
+        axis="training data",
+        panels={
+            _LANGUAGE_NAME[f]: {
+                "LLaVA-1.5": variant(f"base-C-{f}"),
+                "ShareGPT4V": variant(f"base-C-{f}-ShareGPT4V"),
+            }
+            for f in LANGUAGES
+        },
+    ),
+    "figure-8": Ablation(
+        figure=8,
+        axis="training recipe",
+        panels={
+            _LANGUAGE_NAME[f]: {"base": variant(f"base-C-{f}-ShareGPT4V"), "share": variant(f"share-C-{f}")}
+            for f in LANGUAGES
+        },
+    ),
+}

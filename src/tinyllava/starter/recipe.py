@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinyllava.config import DataConfig, Hardware, ModelConfig, Run
-from tinyllava.recipes.base import BASE
+from tinyllava.recipes.paper import BASE
 
 
 def starter_run(language_model: Path, vision_encoder: Path, records: Path, output: Path) -> Run:

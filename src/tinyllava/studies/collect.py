@@ -22,7 +22,6 @@ from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.results import Result, load_results
 from tinyllava.studies.graph import Graph, Node, SeededCell
 from tinyllava.studies.grid import Grid
-from tinyllava.studies.state import State, load_state
 from tinyllava.studies.study import (
     Example,
     StageRecord,
@@ -33,6 +32,7 @@ from tinyllava.studies.study import (
     save_scores,
     save_study,
 )
+from tinyllava.studies.work import State, load_state
 
 NUM_EXAMPLES = 12
 IMAGE_PX = 320

@@ -10,8 +10,7 @@ from typing import Protocol
 
 from tinyllava.studies.graph import Graph, Node
 from tinyllava.studies.jobs import is_alive
-from tinyllava.studies.state import State, load_state, save_state
-from tinyllava.studies.work import do_node
+from tinyllava.studies.work import State, do_node, load_state, save_state
 
 States = dict[str, State]
 

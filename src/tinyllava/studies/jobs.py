@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from tinyllava.errors import ConfigError
 from tinyllava.studies.graph import Node, load_node, save_node
-from tinyllava.studies.state import State, is_claimed, load_state, now, save_state
-from tinyllava.studies.work import do_node
+from tinyllava.studies.work import State, do_node, is_claimed, load_state, now, save_state
 
 Cluster = Literal["slurm", "local"]
 _GONE = ("CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "COMPLETED")

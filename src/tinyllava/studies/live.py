@@ -16,7 +16,7 @@ from rich.text import Text
 from tinyllava.studies.costs import correct, duration, learn
 from tinyllava.studies.graph import Graph, Node, SeededCell
 from tinyllava.studies.needs import Need
-from tinyllava.studies.state import State, load_state, now
+from tinyllava.studies.work import State, load_state, now
 
 _STYLES = {"done": "green", "failed": "red", "running": "yellow", "submitted": "cyan"}
 _ORDER = ("running", "failed", "submitted", "waiting", "missing", "done")

@@ -19,7 +19,7 @@ from tinyllava.planning.plan import GPUS, UTILISATION
 from tinyllava.studies.costs import Cost, Machine, correct, duration, expect, learn
 from tinyllava.studies.graph import Graph, Node
 from tinyllava.studies.grid import Costs
-from tinyllava.studies.state import load_state
+from tinyllava.studies.work import load_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,25 @@
 """The paper's own comparisons as grids: Figures 1 and 4 to 9, Tables 3 and A1.
 
 Paper: section 4. Tables 1 and 2 list parts and data; they are printed, not run
-(``tinyllava.studies.listings``).
+(``list_table_1``, ``list_table_2``).
 """
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
 from tinyllava.config import Run
+from tinyllava.data.mixtures import MIXTURES
+from tinyllava.errors import ConfigError, look_up
 from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS
-from tinyllava.recipes.ablations import ABLATIONS
+from tinyllava.parts.language import find_language_model
+from tinyllava.parts.vision import find_vision_encoder
 from tinyllava.recipes.recipe import DATASETS
-from tinyllava.recipes.variants import PREFIX, VARIANTS, variant
+from tinyllava.recipes.user import USER_MODULE, execute_file
+from tinyllava.recipes.variants import ABLATIONS, PREFIX, VARIANTS, variant
 from tinyllava.studies.claims import CLAIMS
 from tinyllava.studies.grid import Grid, GridCell
+from tinyllava.studies.published import published_table
 
 AXES = ("language_model", "vision_encoder", "connector", "data", "recipe")
 _CONNECTORS = {"mlp": "MLP", "resampler": "Resampler"}
@@ -98,3 +107,92 @@ GRIDS: dict[str, Grid] = {
 }
 """By the name that ``tinyllava reproduce`` takes. Figure 9 does not name its two models; here a smaller
 variant with the better data, recipe and encoder stands beside a larger one, as its caption has it."""
+
+
+Rows = list[Sequence[object]]
+
+
+def list_table_1() -> Rows:
+    """Return the parts of Table 1: as printed, and with our path and number of parameters."""
+    rows: Rows = [("part", "name", "path printed", "size printed", "path here", "parameters here")]
+    for kind, name, abbreviation, path, size in published_table("table-1").rows:
+        find = find_vision_encoder if kind == "Vision encoder" else find_language_model
+        part = find(abbreviation)
+        rows.append((kind, name, path, size, part.path, f"{part.num_parameters:,}"))
+    return rows
+
+
+def list_table_2() -> Rows:
+    """Return the data of Table 2: as printed, and with our number of records."""
+    rows: Rows = [("data set", "stage", "source", "samples printed", "records here", "without an image")]
+    for dataset, stage, source, size in published_table("table-2").rows:
+        mixture = MIXTURES[source]
+        rows.append((dataset, stage, source, size, f"{mixture.num_samples:,}", f"{mixture.num_text_only:,}"))
+    return rows
+
+
+LISTINGS = {"table-1": list_table_1, "table-2": list_table_2}
+"""Name that ``tinyllava reproduce`` takes -> the rows, the first one being the heads."""
+
+
+STARTER = "starter"
+LISTED = ("table-1", "table-2")
+"""Tables that are printed (``tinyllava.studies.paper``)."""
+_SPELLED = re.compile(r"(figure|fig\.?|table)[ _-]*(a?\d+)")
+
+
+def spell_name(name: str) -> str:
+    """Return the name as it is kept: ``Figure 4`` is ``figure-4``, ``A1`` is ``table-a1``."""
+    lower = name.strip().lower()
+    if lower in (STARTER, "a1"):
+        return {"a1": "table-a1"}.get(lower, lower)
+    found = _SPELLED.fullmatch(lower)
+    return f"{'table' if found[1] == 'table' else 'figure'}-{found[2]}" if found else name
+
+
+def find_grid(name: str) -> Grid:
+    """Return a grid of the paper, the starter's, or one of a user's file, which is executed.
+
+    Raises:
+        UnknownNameError: no such grid, or no such value in the file.
+        ConfigError: the file is missing or fails, holds no grid, or several without one being named.
+    """
+    name = spell_name(name)
+    path, _, key = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
+    if path.endswith(".py"):
+        return _from_file(path, key)
+    if name == STARTER:
+        from tinyllava.studies.starter import starter_grid
+
+        return starter_grid()
+    known = dict.fromkeys(sorted([*GRIDS, *LISTED, STARTER], key=_order))
+    look_up(known, name, "grid")
+    if name in LISTED:
+        raise ConfigError(f"{name} lists what exists and is not run: `tinyllava reproduce {name}` prints it.")
+    return GRIDS[name]
+
+
+def _order(name: str) -> tuple[bool, str]:
+    return name == STARTER, name
+
+
+def _from_file(path: str, key: str) -> Grid:
+    values = execute_file(Path(path))
+    grids = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, Grid) or (callable(value) and getattr(value, "__module__", "") == USER_MODULE)
+    }
+    if not key:
+        named = [name for name, value in grids.items() if isinstance(value, Grid)]
+        if len(named) != 1:
+            raise ConfigError(
+                f"{path}: it holds {len(named)} values of tinyllava.studies.grid.Grid "
+                f"({', '.join(named) or 'none'}); name one: {path}:NAME."
+            )
+        key = named[0]
+    value = look_up(grids, key, f"grid in {path}")
+    made = value if isinstance(value, Grid) else value()
+    if not isinstance(made, Grid):
+        raise ConfigError(f"{path}:{key}() returned {type(made).__name__}; a Grid is needed.")
+    return made

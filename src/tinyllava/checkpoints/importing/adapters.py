@@ -8,8 +8,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from tinyllava.checkpoints.importing.settings import whole
-from tinyllava.checkpoints.importing.tensors import Tensors, read_file, refuse_left_over
+from tinyllava.checkpoints.importing.tensors import Tensors, read_file, refuse_left_over, whole
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import read_config
 

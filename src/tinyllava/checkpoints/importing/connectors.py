@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from tinyllava.checkpoints.importing.settings import whole
-from tinyllava.checkpoints.importing.tensors import Tensors
+from tinyllava.checkpoints.importing.tensors import Tensors, whole
 from tinyllava.errors import CheckpointError
 
 _LINEAR = {"0.": "linear.", "": "linear."}

@@ -15,8 +15,15 @@ from tinyllava.checkpoints.importing.connectors import (
     name_connector,
 )
 from tinyllava.checkpoints.importing.parts import Given, Parts, choose_template, find_part, read_aspect
-from tinyllava.checkpoints.importing.settings import objects, whole
-from tinyllava.checkpoints.importing.tensors import Tensors, has_weights, read_folder, refuse_left_over, take
+from tinyllava.checkpoints.importing.tensors import (
+    Tensors,
+    has_weights,
+    objects,
+    read_folder,
+    refuse_left_over,
+    take,
+    whole,
+)
 from tinyllava.errors import CheckpointError
 
 _PREFIXES = {

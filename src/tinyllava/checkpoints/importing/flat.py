@@ -12,7 +12,6 @@ from typing import Any
 from tinyllava.checkpoints.importing.adapters import merge_lora, read_adapter, strip_wrapping
 from tinyllava.checkpoints.importing.connectors import Found, bench_resampler, name_connector
 from tinyllava.checkpoints.importing.parts import Given, Parts, choose_template, find_part, read_aspect
-from tinyllava.checkpoints.importing.settings import whole
 from tinyllava.checkpoints.importing.tensors import (
     Tensors,
     drop,
@@ -21,6 +20,7 @@ from tinyllava.checkpoints.importing.tensors import (
     read_folder,
     refuse_left_over,
     take,
+    whole,
 )
 from tinyllava.errors import CheckpointError
 from tinyllava.model.tokenizer import has_tokenizer

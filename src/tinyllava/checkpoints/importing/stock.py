@@ -7,8 +7,7 @@ import torch
 
 from tinyllava.checkpoints.importing.connectors import Found
 from tinyllava.checkpoints.importing.parts import Given, Parts, choose_template
-from tinyllava.checkpoints.importing.settings import objects
-from tinyllava.checkpoints.importing.tensors import Tensors, read_folder, refuse_left_over, take
+from tinyllava.checkpoints.importing.tensors import Tensors, objects, read_folder, refuse_left_over, take
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import read_config
 

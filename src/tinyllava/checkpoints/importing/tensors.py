@@ -136,3 +136,32 @@ def count(names: Iterable[str]) -> str:
     """Return how many tensors there are, in words."""
     number = len(list(names))
     return "1 tensor" if number == 1 else f"{number:,} tensors"
+
+
+def whole(config: dict[str, Any], name: str, default: int | None, where: str) -> int:
+    """Return a whole number; ``default`` stands for a setting that is absent or null.
+
+    Raises:
+        CheckpointError: another type of value, or no value where there is no default.
+    """
+    value = config.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"{where}: {name} = {value!r}; expected a whole number. Fetch the file again.")
+    return value
+
+
+def objects(config: dict[str, Any], *names: str, where: str) -> list[dict[str, Any]]:
+    """Return the settings of several parts.
+
+    Raises:
+        CheckpointError: some are missing or of another form; all of them are listed.
+    """
+    values = [config.get(name) for name in names]
+    absent = [name for name, value in zip(names, values, strict=True) if not isinstance(value, dict)]
+    if absent:
+        raise CheckpointError(
+            f"{where}: config.json has no {' and no '.join(absent)}, the settings of a part; fetch the "
+            "folder again."
+        )
+    return [value for value in values if isinstance(value, dict)]
