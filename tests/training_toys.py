@@ -1,5 +1,6 @@
 """A small run on toy parts, and the ten-line loop that training is held against."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ def toy_run(
 ) -> Run:
     """Base recipe on toy parts: pre-training of the connector, then connector and language model."""
     data = DataConfig(records=(str(records),), images=str(records.parent / "images"))
+    captions = DataConfig(records=(str(make_captions(records)),), images=data.images)
     pretrain = Stage(
-        data=data,
+        data=captions,
         template="caption",
         connector=FULL,
         vision_encoder=FROZEN,
@@ -50,16 +52,27 @@ def toy_run(
     return Run(**settings | changes)
 
 
+def make_captions(records: Path) -> Path:
+    """Write as many captions as there are records: the first answer, and this or the last image."""
+    captions, image = [], ""
+    for record in json.loads(records.read_text()):
+        image = record.get("image", image)
+        answer = next(turn["value"] for turn in record["conversations"] if turn["from"] == "gpt")
+        turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": answer}]
+        captions.append({"id": record.get("id"), "image": image, "conversations": turns})
+    path = records.with_name("captions.json")
+    path.write_text(json.dumps(captions))
+    return path
+
+
 def sampled_order(num_samples: int, seed: int) -> list[int]:
     """The order of transformers' random sampler for a seed."""
     return list(RandomSampler(range(num_samples), generator=torch.Generator().manual_seed(seed)))
 
 
-def plain_loop(
-    model, processor, stage: Stage, records: Path, order: list[int], template: str | None = None
-) -> list[float]:
+def plain_loop(model, processor, stage: Stage, order: list[int], template: str | None = None) -> list[float]:
     """Train without the Trainer: losses of each step, in plain PyTorch."""
-    conversations = read_records(records, records.parent / "images").conversations
+    conversations = read_records(Path(stage.data.records[0]), Path(stage.data.images)).conversations
     examples, collate = (
         Examples(conversations=conversations, processor=processor, template=template),
         Collator(0),
@@ -71,7 +84,7 @@ def plain_loop(
     losses = []
     for step in range(num_steps):
         if step < warmup:
-            factor = step / warmup
+            factor = (step + 1) / warmup
         else:
             factor = 0.5 * (
                 1 + torch.cos(torch.tensor(torch.pi * (step - warmup) / (num_steps - warmup))).item()

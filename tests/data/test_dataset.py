@@ -1,5 +1,6 @@
 """Examples and batches: what is measured, left out, padded, and said when an image is broken."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 
 from tinyllava.config import ModelConfig
-from tinyllava.conversation import Conversation, Message
+from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.data.dataset import Collator, Example, Examples, measure
 from tinyllava.data.records import Defect, read_records
 from tinyllava.errors import ImageError
 from tinyllava.model.assemble import assemble
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.parts.templates import read_template
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,25 @@ def test_the_run_stops_with_that_line_also_out_of_a_worker_process(parts, tmp_pa
         train(dataclasses.replace(run, stages={"finetune": stage}))
     assert str(caught.value).startswith(f"{tmp_path / 'data.json'}: record 0 (id r9): gone.png: ")
     assert "\n" not in str(caught.value)
+
+
+def test_captions_are_one_answer_under_an_image(processor):
+    """Dialogues would supervise every answer under one image, and text alone would train nothing."""
+    image = (ImageRef(name="x.png"),)
+
+    def conversation(*, images=image, num_questions=1):
+        turns = [
+            Message(role=role, text=role, images=images if number == 0 and role == "user" else ())
+            for number in range(num_questions)
+            for role in ("user", "assistant")
+        ]
+        return Conversation(messages=tuple(turns), id="r1", source="data.json", at="record 0")
+
+    caption = read_template("caption")
+    for wrong, name in ((conversation(num_questions=2), "dialogue"), (conversation(images=()), "text_only")):
+        examples = Examples(conversations=[wrong, conversation()], processor=processor, template=caption)
+        with pytest.raises(Defect, match=rf"data.json: record 0 \(id r1\): .* \[{name}\]"):
+            measure(examples, 512, ())
+        kept, skipped = measure(examples, 512, (name,))
+        assert (len(kept), dict(skipped)) == (1, {name: 1})
+        assert len(measure(dataclasses.replace(examples, template=None), 512, ())[0]) == 2

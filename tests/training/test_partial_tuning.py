@@ -9,6 +9,7 @@ import torch
 
 from tinyllava.cli import main
 from tinyllava.training.trainer import StageTrainer
+from training_toys import make_captions
 
 FILE = """
 from dataclasses import replace
@@ -16,14 +17,17 @@ from dataclasses import replace
 from tinyllava.config import FULL, DataConfig, Hardware, ModelConfig, Run, Stage, from_layer
 
 first = Stage(
-    data=DataConfig(records=({records!r},), images={images!r}), template="caption", connector=FULL,
+    data=DataConfig(records=({captions!r},), images={images!r}), template="caption", connector=FULL,
     learning_rate=1e-2, global_batch_size=4, max_length_tokens=256, max_steps=2, warmup_ratio=0.0,
 )
 partial = replace(
     first, vision_encoder=from_layer(2), language_model=from_layer(1), learning_rate=1e-3,
     vision_encoder_learning_rate=3e-4, language_model_learning_rate=2e-4,
 )
-finetune = replace(partial, template="", vision_encoder=from_layer(1), connector_learning_rate=5e-4)
+mine = DataConfig(records=({records!r},), images={images!r})
+finetune = replace(
+    partial, template="", data=mine, vision_encoder=from_layer(1), connector_learning_rate=5e-4
+)
 MINE = Run(
     name="mine", model=ModelConfig(vision_encoder={encoder!r}, language_model={llm!r}),
     stages={{"connector": first, "pretrain": partial, "finetune": finetune}},
@@ -49,6 +53,7 @@ def test_layers_of_encoder_and_language_model_train_in_both_stages_at_their_rate
     file = tmp_path / "mine.py"
     file.write_text(
         FILE.format(
+            captions=str(make_captions(records)),
             records=str(records),
             images=str(records.parent / "images"),
             encoder=str(parts["clip"]),

@@ -63,7 +63,7 @@ def test_a_run_is_a_plain_loop_with_adapters_on_the_dequantised_weights(parts, r
     model, processor = dequantised(run, bits)
     start = logits(model, processor)
     apply_tuning(model, dataclasses.replace(stage, language_model=lora(4)))
-    expected = plain_loop(model, processor, stage, records, sampled_order(12, run.seed))
+    expected = plain_loop(model, processor, stage, sampled_order(12, run.seed))
     lines = (tmp_path / "run/finetune/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == pytest.approx(expected, abs=5e-5)
 

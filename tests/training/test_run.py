@@ -35,7 +35,7 @@ def test_the_trainer_gives_the_losses_of_a_ten_line_loop(
     for name, stage in run.stages.items():
         apply_tuning(model, stage)
         template = read_template(stage.template) if stage.template else None
-        expected = plain_loop(model, processor, stage, records, trainer_order[name], template)
+        expected = plain_loop(model, processor, stage, trainer_order[name], template)
         assert losses(tmp_path / "run", name) == pytest.approx(expected, abs=2e-5)
         model.requires_grad_(False)
 
@@ -290,7 +290,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(parts, rec
         stages={"finetune": run.stages["finetune"]},
         output=str(tmp_path / "on"),
     )
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 1; samples: .*records.json:r\d"):
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan at step 1; samples: .*records\.json: record \d"
+    ):
         train(damaged)
 
 

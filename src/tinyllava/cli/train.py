@@ -9,6 +9,7 @@ from tinyllava.cli.parser import CommandParser
 from tinyllava.config import DataConfig, ModelConfig, Run
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.parts.folders import recorded_model, recorded_name
+from tinyllava.recipes.few_records import describe, fit_to
 from tinyllava.recipes.published import PUBLISHED, as_published
 from tinyllava.recipes.user import find_run
 
@@ -68,9 +69,18 @@ def main(arguments: list[str]) -> int:
     run = _with_shortcuts(as_published(run, known.code) if known.code else run, known)
     if model:
         run = _on_checkpoint(run, model, known)
+    num_records = _count_few(known)
+    if num_records:
+        run = dataclasses.replace(
+            run, stages={name: fit_to(stage, num_records) for name, stage in run.stages.items()}
+        )
     run = _with_options(run, ["--help"] if known.options else rest, known.variant)
     if model and run.model != model:
         raise ConfigError(f"--model.* with --from {known.start_from}: {_describe_change(model, run.model)}")
+
+    if num_records and os.environ.get("RANK", "0") == "0":
+        for name, stage in run.stages.items():
+            print(f"{name}: {describe(stage, num_records)}; every one of them is an option (--{name}.*)")
 
     from tinyllava.training.run import train
 
@@ -115,6 +125,26 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
         output=known.output or run.output,
         data_root=folders[0] if folders else run.data_root,
     )
+
+
+def _count_few(known: argparse.Namespace) -> int:
+    """Return the number of records of the user's own that a checkpoint is fine-tuned on; 0 if it is large.
+
+    It is also 0 where the settings are somebody's own: of a user's file, or of published code.
+    """
+    files = [Path(path) for path in known.data if Path(path).suffix in (".json", ".jsonl")]
+    if not known.start_from or known.code or ":" in known.variant or not files:
+        return 0
+    if not all(file.is_file() for file in files) or sum(f.stat().st_size for f in files) > _LARGE_BYTES:
+        return 0
+
+    from tinyllava.data.records import read_raw
+
+    return sum(1 for file in files for _ in read_raw(file))
+
+
+_LARGE_BYTES = 200_000_000
+"""Record files above this are not few records, and would take seconds to count."""
 
 
 def _on_checkpoint(run: Run, model: ModelConfig, known: argparse.Namespace) -> Run:

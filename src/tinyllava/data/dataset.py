@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tinyllava.conversation import Conversation
+from tinyllava.conversation import Conversation, Message
 from tinyllava.data.branches import PADDING, encode_branches
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
@@ -116,8 +116,11 @@ def measure(
     lengths: list[int] = []
     supervised: list[int] = []
     skipped: Counter[str] = Counter()
+    describes = _drops_questions(examples)
     for conversation in examples.conversations:
         try:
+            if describes:
+                _refuse_no_caption(conversation)
             encoded = examples.encode(conversation)
             if len(encoded.input_ids) > max_length_tokens:
                 detail = (
@@ -134,6 +137,24 @@ def measure(
         progress(1)
     measured = replace(examples, conversations=kept, lengths=lengths, supervised_lengths=supervised)
     return measured, skipped
+
+
+def _drops_questions(examples: Examples) -> bool:
+    """Whether the template leaves out what the user says, so that an answer can only describe the image."""
+    question = "Which question?"
+    talk = Conversation(
+        messages=(Message(role="user", text=question), Message(role="assistant", text="An answer."))
+    )
+    return question not in examples.processor.render(talk, template=examples.template)[0]
+
+
+def _refuse_no_caption(conversation: Conversation) -> None:
+    num_questions = sum(message.role == "user" for message in conversation.messages)
+    if num_questions > 1:
+        detail = f"{num_questions} questions, which this stage's template drops: it trains on captions"
+        raise Defect("dialogue", conversation.place, detail)
+    if not conversation.images:
+        raise Defect("text_only", conversation.place, "no image, and this stage trains on captions of images")
 
 
 @dataclass(frozen=True)

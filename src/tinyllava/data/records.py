@@ -34,6 +34,8 @@ DEFECTS: dict[str, str] = {
     "image_count": "as many <image> as images is the rule; here they differ, or an answer contains one",
     "missing_image": "an image file that is not there",
     "broken_image": "an image that cannot be decoded (asked for: every image is decoded before training)",
+    "dialogue": "several questions in a stage whose template drops them (caption): captions have one",
+    "text_only": "no image in a stage whose template drops the question (caption): nothing to describe",
     "too_long": "more tokens than max_length_tokens, image tokens included",
     "duplicate_id": "two records of one file with the same id and the same image and turns",
 }

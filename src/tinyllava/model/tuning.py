@@ -163,6 +163,12 @@ class Ledger:
             if component in (None, row.component) and (row.trained or not trained_only)
         )
 
+    def unmoved(self) -> list[Component]:
+        """Return the components that were to be trained and of which no tensor moved."""
+        trained = {row.component for row in self.rows if row.trained}
+        moved = {row.component for row in self.rows if row.moved}
+        return [component for component in COMPONENTS if component in trained - moved]
+
     def save(self, path: Path) -> None:
         """Write the ledger as JSON, a row for each tensor."""
         rows = [{**asdict(row), "moved": row.moved} for row in self.rows]
@@ -193,7 +199,7 @@ def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
     """Record where every tensor stands now.
 
     Raises:
-        TrainingError: a frozen tensor moved.
+        TrainingError: a frozen tensor moved, or nothing that was to be trained did.
     """
     now = _digests(model)
     closed = Ledger(rows=tuple(LedgerRow(**{**asdict(row), "after": now[row.name]}) for row in ledger.rows))
@@ -201,6 +207,11 @@ def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
     if moved:
         raise TrainingError(
             f"frozen tensors moved: {', '.join(moved[:5])} ({len(moved)} in all); do not use this run."
+        )
+    if not any(row.moved for row in closed.rows):
+        raise TrainingError(
+            "nothing moved: every tensor that was to be trained is what it was before the stage. Look at the "
+            "rates in metrics.jsonl, whether its records have images, and whether fp16 skipped every step."
         )
     return closed
 

@@ -155,6 +155,8 @@ def _run_stage(
         keeper = checkpoints.CheckpointKeeper(folder, identity)
         papers = _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
         ledger = close_ledger(ledger, model)
+        for component in ledger.unmoved():
+            _say(f"  {component} was to be trained and did not move: nothing in these records reaches it.")
         papers = {"key": identity.key, "stage": name, **papers, "data": prepared.summary()}
         if PartialState().is_main_process:
             ledger.save(folder / "ledger.json")

@@ -7,7 +7,7 @@ Paper: section 4.1.2.
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from math import ceil
+from math import ceil, cos, pi
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class StageTrainer(Trainer):
     def __init__(self, *args: Any, stage: Stage, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.optimizer: Any
+        self.lr_scheduler: Any
         self.stage = stage
         self.num_tokens = 0
         self.num_samples = 0
@@ -58,6 +59,18 @@ class StageTrainer(Trainer):
             self.optimizer = cls([group for group in groups if group["params"]], **options)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of ``rate_factor``; transformers' own has the rate 0 at the first step."""
+        if self.lr_scheduler is None:
+            num_warmup = ceil(num_training_steps * self.stage.warmup_ratio)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: rate_factor(step, num_training_steps, num_warmup)
+            )
+        schedule: torch.optim.lr_scheduler.LRScheduler = self.lr_scheduler
+        return schedule
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         examples = self.train_dataset
@@ -115,6 +128,17 @@ class StageTrainer(Trainer):
             )
 
 
+def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
+    """Return the share of the peak rate at a step, counted from 0.
+
+    The last of k warm-up steps has the full rate, so that a stage of a single step trains at it. Behind them
+    half a cosine falls towards 0, which it would reach at step ``num_steps``.
+    """
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return 0.5 * (1 + cos(pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+
 def fastest_attention(input_ids: Tensor, *, bf16: bool) -> AbstractContextManager[None]:
     """Choose the attention kernel where PyTorch's own choice is a slow one.
 
@@ -152,8 +176,6 @@ def make_arguments(
         num_train_epochs=stage.num_epochs,
         max_steps=stage.max_steps or -1,
         learning_rate=stage.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=ceil(num_steps * stage.warmup_ratio),
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         bf16=precision == "bf16",
