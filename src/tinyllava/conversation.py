@@ -56,6 +56,19 @@ class Conversation:
         return tuple(image for message in self.messages for image in message.images)
 
 
+class Answer(str):
+    """The text of an answer; ``is_cut`` tells that it ran into its limit of tokens before its end."""
+
+    __slots__ = ("is_cut",)
+    is_cut: bool
+
+    def __new__(cls, text: str, *, is_cut: bool = False) -> "Answer":
+        """Return a text with the mark."""
+        answer = super().__new__(cls, text)
+        answer.is_cut = is_cut
+        return answer
+
+
 def ask(text: str, *images: ImageRef | Path | str, id: str = "") -> Conversation:
     """Return the conversation of a single question, images first."""
     refs = tuple(image if isinstance(image, ImageRef) else ImageRef(path=Path(image)) for image in images)

@@ -8,6 +8,7 @@ import pytest
 from tinyllava.cli import main
 from tinyllava.cli.chat import converse
 from tinyllava.conversation import Conversation
+from tinyllava.errors import DataError
 
 
 class Terminal(io.StringIO):
@@ -27,17 +28,34 @@ def test_ctrl_c_in_a_terminal_breaks_off_one_answer_and_the_next_turn_knows_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", Terminal())
-    converse(broken_off, None, ["first", "long", "last"])
-    assert capsys.readouterr().out == "1:first\n3: [broken off]\n5:last\n"
+    converse(broken_off, [], ["first", "long", "last"])
+    assert capsys.readouterr().out == "1:first\n3: [interrupted]\n5:last\n"
 
 
 def test_ctrl_c_ends_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(KeyboardInterrupt):
-        converse(broken_off, None, ["long", "last"])
+        converse(broken_off, [], ["long", "last"])
+
+
+def too_long(conversation: Conversation) -> Iterator[str]:
+    if conversation.messages[-1].text == "long":
+        raise DataError("too long")
+    yield f"{len(conversation.messages)}"
+
+
+def test_a_question_that_cannot_be_asked_does_not_end_the_conversation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert converse(too_long, [], iter(["first", "long", "last"])) == 1
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("1\n3\n", "error: too long\n")
+    with pytest.raises(DataError):  # nothing else was asked
+        converse(too_long, [], ["long"])
 
 
 REFUSED = {
+    "two questions": (("a.jpg", "What?", "Why?"), "'What?': no image file; write the question last"),
     "no number": (("a.jpg", "Q", "--temperature", "nan"), "--temperature at least 0"),
     "no bound": (("a.jpg", "Q", "--temperature", "inf"), "--temperature at least 0"),
     "no token": (("a.jpg", "Q", "--max-tokens", "0"), "--max-tokens must be at least 1"),

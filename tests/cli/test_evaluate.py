@@ -156,9 +156,38 @@ def test_missing_images_are_told_before_the_first_question(model, data, tmp_path
         (tmp_path / "d" / "pope" / "val2014" / f"{n}.jpg").unlink()
     asked = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(tmp_path / "d"), "--output"]
     assert main([*asked, str(tmp_path / "out")]) == 2
-    assert re.search(r"val2014/1.jpg: no such image; 2 of 4 are missing", capsys.readouterr().err)
+    assert re.search(r"val2014/1.jpg: no such (image|image); 2 of 4 are missing", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     assert main([*asked, str(tmp_path / "out"), "--blind", "--limit", "2"]) == 0
+
+
+def test_a_broken_image_is_named_counted_and_told_by_the_exit_status(model, data, tmp_path, capsys):
+    shutil.copytree(data / "pope", tmp_path / "d" / "pope")
+    (tmp_path / "d" / "pope" / "val2014" / "1.jpg").write_bytes(b"no image")
+    output = tmp_path / "out"
+    asked = [
+        "evaluate",
+        str(model),
+        "--benchmarks",
+        "pope",
+        "--data",
+        str(tmp_path / "d"),
+        "--output",
+        str(output),
+    ]
+    for more in ([], ["--score-only"]):
+        assert main([*asked, *more]) == 1
+        printed = capsys.readouterr().out
+        assert "  6 questions have no answer and count as wrong" in printed
+        assert re.search(r"    2: 1\.jpg: not an image that can be read", printed)
+        assert re.search(r"  answers not understood \(neither yes nor no; counted as yes\): \d+", printed)
+    (result,) = load_results(output / "results.json")
+    assert (result.num_missing, result.num_questions) == (6, 24)
+    predictions = [
+        json.loads(line) for line in (output / "pope" / "predictions.jsonl").read_text().splitlines()
+    ]
+    assert result.num_unclear == sum(not one["is_clear"] for one in predictions) > 0
+    assert sum(one["answer"] == "" for one in predictions) == 6
 
 
 def test_a_raised_limit_takes_the_place_of_results_of_other_data(model, data, tmp_path, capsys):

@@ -35,6 +35,8 @@ def test_what_is_written_is_read_again(name: str, tmp_path: Path) -> None:
         "category",
         "groups",
         "judge",
+        "is_clear",
+        "is_cut",
     }
 
 

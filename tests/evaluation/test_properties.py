@@ -1,6 +1,7 @@
 """What holds for every benchmark, whatever the model answers."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -121,3 +122,72 @@ def test_the_hash_tells_data_apart_but_not_their_order(name: str, loaded: dict[s
     assert hash_questions(questions) == hash_questions(questions[::-1])
     assert hash_questions(questions) != hash_questions(questions[:-1])
     assert hash_questions(questions) != hash_questions(loaded["mme" if name != "mme" else "gqa"])
+
+
+@pytest.mark.parametrize("name", UNJUDGED)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_what_is_right_was_understood_and_what_is_empty_was_not(
+    name: str, loaded: dict[str, list[Question]], data: st.DataObject
+) -> None:
+    questions, benchmark = loaded[name], BENCHMARKS[name]
+    texts = data.draw(st.lists(ANSWERS, min_size=len(questions), max_size=len(questions)))
+    answers = {question.id: text for question, text in zip(questions, texts, strict=True)}
+    scored = benchmark.score(questions, answers)
+    for prediction in scored.predictions:
+        if not prediction.answer.strip():
+            assert not prediction.is_clear
+        elif prediction.score and "pope" not in name:  # of POPE, what is unclear counts as yes
+            assert prediction.is_clear
+    assert scored.num_unclear == sum(not prediction.is_clear for prediction in scored.predictions)
+    result = benchmark.result(questions, scored, model="m")
+    assert result.num_unclear == scored.num_unclear
+    assert benchmark.score(questions, {}).num_unclear == 0, "a missing answer is counted as missing"
+
+
+UNCLEAR = {
+    "pope": (["Yes", "no.", "It is not there", "YES!"], ["maybe", "a cat", "nothing", "Yesterday"]),
+    "pope-pooled": (["Yes", "no"], ["no.", "maybe"]),
+    "mme": (["Yes, it is", "no"], ["I say yes", "maybe"]),
+    "mmbench": (["A", "B."], ["I do not know what it shows", "Z"]),
+    "scienceqa": (["A", "The answer is B."], ["the second", "a"]),
+    "vqav2": (["anything", "7"], [""]),
+    "textvqa": (["anything"], ["", "  "]),
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_an_answer_of_another_kind_is_counted(name: str, loaded: dict[str, list[Question]]) -> None:
+    question, benchmark = loaded[name][0], BENCHMARKS[name]
+    clear, unclear = UNCLEAR[name]
+    assert [benchmark.predict(question, text).is_clear for text in clear] == [True] * len(clear)
+    assert [benchmark.predict(question, text).is_clear for text in unclear] == [False] * len(unclear)
+
+
+def test_where_the_right_answer_tells_the_kind_an_answer_of_another_is_counted(
+    loaded: dict[str, list[Question]],
+) -> None:
+    def clear(name: str, question: Question, text: str) -> bool:
+        return BENCHMARKS[name].predict(question, text).is_clear
+
+    gqa = next(q for q in loaded["gqa"] if q.target in ("yes", "no"))
+    assert [clear("gqa", gqa, text) for text in ("Yes.", "a dog")] == [True, False]
+    other = next(q for q in loaded["gqa"] if q.target not in ("yes", "no"))
+    assert clear("gqa", other, "a dog")
+    kinds = {"yes/no": ("no", "a dog"), "number": ("Two", "many"), "other": ("a dog", "")}
+    for kind, (good, bad) in kinds.items():
+        question = replace(loaded["vqav2-val"][0], groups=(f"answer_type={kind}",))
+        assert [clear("vqav2-val", question, text) for text in (good, bad)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"), [("mmvet", "0.5", "quite good"), ("llava-w", "8 7", "well")]
+)
+def test_a_reply_of_the_judge_that_cannot_be_read_is_counted(
+    name: str, good: str, bad: str, loaded: dict[str, list[Question]]
+) -> None:
+    questions, benchmark = loaded[name], BENCHMARKS[name]
+    answers = {q.id: "a dog" for q in questions}
+    replies = {q.id: (bad if n == 0 else good) for n, q in enumerate(questions)}
+    assert benchmark.score(questions, answers, replies, "gpt").num_unclear == 1
+    assert benchmark.score(questions, answers).num_unclear == 0, "not judged yet"

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -14,15 +15,15 @@ from accelerate import PartialState
 from PIL import Image
 
 from chats import make_chat
-from tinyllava.conversation import ImageRef, ask
-from tinyllava.errors import CheckpointError, ConfigError, DataError, ImageError
-from tinyllava.evaluation.answers import AnswerFile, read_answers
+from tinyllava.conversation import Answer, ImageRef, ask
+from tinyllava.errors import CheckpointError, ConfigError, DataError
+from tinyllava.evaluation.answers import AnswerFile, read_answers, read_refusals
 from tinyllava.evaluation.benchmark import Benchmark, Grade
 from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.results import ResultTable
 from tinyllava.evaluation.run import Settings, evaluate, suitable_batch_tokens
-from tinyllava.inference.chat import Chat
+from tinyllava.inference.chat import Chat, encode_prompt
 
 SMALL = Settings(batch_tokens=200, num_workers=0)
 FORK = multiprocessing.get_context("fork")
@@ -132,7 +133,7 @@ def test_killed_at_20_moments_it_loses_nothing_and_asks_nothing_twice(
 def test_a_line_cut_short_at_any_byte_is_asked_again(data, tmp_path):
     questions = load(data)[:2]
     with AnswerFile(tmp_path) as file:
-        file.append([(questions[0], "yes"), (questions[1], "nö\n")])
+        file.append([(questions[0], Answer("yes")), (questions[1], Answer("nö\n", is_cut=True))])
     whole = (tmp_path / "answers-000.jsonl").read_bytes()
     first = whole.index(b"\n") + 1
     for length in range(len(whole)):
@@ -140,7 +141,8 @@ def test_a_line_cut_short_at_any_byte_is_asked_again(data, tmp_path):
         kept = read_answers(tmp_path, questions)
         assert kept == ({} if length < first else {"q0": "yes"})
         with AnswerFile(tmp_path) as file:
-            file.append((q, {"q0": "yes", "q1": "nö\n"}[q.id]) for q in questions if q.id not in kept)
+            again = {"q0": Answer("yes"), "q1": Answer("nö\n", is_cut=True)}
+            file.append((q, again[q.id]) for q in questions if q.id not in kept)
         assert (tmp_path / "answers-000.jsonl").read_bytes() == whole
 
 
@@ -260,16 +262,60 @@ def test_a_model_saved_again_keeps_its_answers_and_a_changed_one_does_not(chat, 
         ask_again()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_image_is_named_whoever_opens_it(chat, data, tmp_path, num_workers):
-    broken = [ask("Is there a dog?", tmp_path / "broken.png", id="b")]
+@pytest.mark.parametrize(("num_workers", "shares"), [(0, True), (1, True), (0, False)])
+def test_what_cannot_be_asked_is_named_and_the_rest_is_answered(
+    chat, data, tmp_path, expected, monkeypatch, num_workers, shares
+):
+    """A broken image and a question that is too long, one of several on its image."""
+    monkeypatch.setattr("tinyllava.evaluation.run.can_share", lambda model: shares)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    questions = [*load(data)[:40], Question(id="b", conversation=broken[0], image="broken.png", target="yes")]
+    bad = {
+        "b": ask("Is there a dog?", tmp_path / "broken.png"),
+        "l": ask("Is there a dog? " * 300, data / "1.png"),
+        "m": ask("Is there a dog?", tmp_path / "missing.png"),
+    }
+    questions = [
+        *load(data)[:40],
+        *(Question(id=key, conversation=one, image="x.png", target="yes") for key, one in bad.items()),
+    ]
     benchmark = Benchmark(**{**BENCHMARK.__dict__, "load": lambda folder: questions})
     settings = Settings(batch_tokens=100, num_workers=num_workers)
-    with pytest.raises(ImageError, match=r"broken\.png: .*not an image|damaged"):
-        evaluate(chat, benchmark, data, tmp_path, model="toy-model", settings=settings)
-    assert len(lines(tmp_path / "toy")) > 10, "what was answered before is kept"
+    result = evaluate(chat, benchmark, data, tmp_path, model="toy-model", settings=settings)
+    answers = read_answers(tmp_path / "toy", questions)
+    assert answers == {q.id: expected[q.id] for q in questions[:40]}
+    assert (result.num_missing, result.num_questions) == (3, 43)
+    share = sum("a" in answer for answer in answers.values()) / 43
+    assert result.value == pytest.approx(100 * share), "a missing answer counts as wrong"
+    told = sorted(read_refusals(tmp_path / "toy"))
+    assert re.match(r"b: .*broken\.png: not an image that can be read", told[0])
+    assert re.match(r"l: conversation .* has [\d,]+ tokens; the model's context is 512", told[1])
+    assert re.match(r"m: .*missing\.png: no such image", told[2])
+    # Once the image is mended, only what has no answer is asked.
+    Image.new("RGB", (30, 40)).save(tmp_path / "broken.png")
+    again = evaluate(chat, benchmark, data, tmp_path, model="toy-model", settings=settings)
+    assert again.num_missing == 2
+    assert len(read_refusals(tmp_path / "toy")) == 2
+
+
+def test_an_answer_that_is_cut_off_is_marked_and_the_context_bounds_it(chat, data, tmp_path, monkeypatch):
+    questions = load(data)[1:5]
+    whole = {q.id: chat.answer([q.conversation], 200)[0] for q in questions}
+    lengths = {q.id: len(encode_prompt(chat.processor, q.conversation)) for q in questions}
+    monkeypatch.setattr(chat.processor.tokenizer, "model_max_length", max(lengths.values()) + 3)
+    benchmark = Benchmark(**{**BENCHMARK.__dict__, "load": lambda folder: questions, "max_new_tokens": 200})
+    result = evaluate(chat, benchmark, data, tmp_path, model="toy-model", settings=SMALL)
+    alone = {q.id: chat.answer([q.conversation], 200)[0] for q in questions}
+    answers = read_answers(tmp_path / "toy", questions)
+    assert answers == alone
+    assert {key: a.is_cut for key, a in answers.items()} == {key: a.is_cut for key, a in alone.items()}
+    longest = max(lengths, key=lengths.__getitem__)
+    tokens = chat.processor.tokenizer(answers[longest], add_special_tokens=False).input_ids
+    assert answers[longest].is_cut
+    assert len(tokens) <= 3 + 1
+    assert whole[longest].startswith(answers[longest].rstrip("\ufffd"))
+    marked = {p.question_id: p.is_cut for p in read_predictions(tmp_path / "toy" / "predictions.jsonl")}
+    assert marked == {key: a.is_cut for key, a in alone.items()}
+    assert result.num_cut == sum(marked.values()) > 0
 
 
 def test_a_batch_without_room_is_answered_in_halves(chat, data, tmp_path, expected, monkeypatch):
@@ -277,10 +323,10 @@ def test_a_batch_without_room_is_answered_in_halves(chat, data, tmp_path, expect
 
     original = module.answer_groups
 
-    def answer_groups(model, groups, max_new_tokens):
+    def answer_groups(model, groups, *limits):
         if len(groups) > 1:
             raise torch.OutOfMemoryError
-        return original(model, groups, max_new_tokens)
+        return original(model, groups, *limits)
 
     monkeypatch.setattr(module, "answer_groups", answer_groups)
     run(chat, data, tmp_path)

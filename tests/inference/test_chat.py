@@ -1,5 +1,6 @@
 """Answers in mixed, padded batches and word by word are those of each conversation asked alone."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,8 @@ from chats import TEMPLATES, make_chat
 from tinyllava.conversation import Conversation, Message, ask
 from tinyllava.errors import CheckpointError, ConfigError, DataError, ImageError
 from tinyllava.inference.batches import prepare_group
-from tinyllava.inference.chat import Chat, _FiniteLogits, encode_prompt
+from tinyllava.inference.chat import Chat, decode, encode_prompt
+from tinyllava.inference.logits import FiniteLogits, stop_ids
 from tinyllava.inference.shared_prefix import answer_groups
 
 
@@ -139,7 +141,7 @@ def test_a_single_infinite_logit_is_an_error_unless_an_option_asks_for_it(tmp_pa
 
 def test_what_follows_a_finished_answer_may_overflow(tmp_path):
     chat = make_chat(tmp_path, "llama")
-    check = _FiniteLogits(chat.model, 2, can_forbid=False)
+    check = FiniteLogits(chat.model, 2, can_forbid=False)
     end = chat.processor.tokenizer.eos_token_id
     ids = torch.tensor([[5, 6, end, 0], [end, 6, 7, 8]])  # an end within the prompt ends nothing
     scores = torch.zeros(2, 9)
@@ -148,3 +150,144 @@ def test_what_follows_a_finished_answer_may_overflow(tmp_path):
     scores[1, 3] = math.nan
     with pytest.raises(CheckpointError):
         check(ids, scores)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_return_sequences": 2}, r"num_return_sequences = 2 is not supported \(one answer a question"),
+        ({"max_length": 9}, "option max_length = 9 is not supported; supported: do_sample"),
+        ({"temperature": 0.5}, "temperature = 0.5 needs do_sample=True"),
+        ({"stream": True}, "stream = True is not supported"),
+    ],
+)
+def test_an_option_without_effect_is_refused_by_name(tmp_path, options, message):
+    chat = make_chat(tmp_path, "llama")
+    with pytest.raises(ConfigError, match=message):
+        chat.answer([ask("Is there a dog?")], 4, **options)
+    with pytest.raises(ConfigError, match=message):
+        chat.stream(ask("Is there a dog?"), 4, **options)
+    with pytest.raises(ConfigError, match="num_beams = 2 cannot be streamed"):
+        chat.stream(ask("Is there a dog?"), 4, num_beams=2)
+
+
+def test_options_of_generate_are_followed_streamed_or_not(tmp_path, images):
+    chat = make_chat(tmp_path, "llama")
+    one = ask("Is there a dog?", images[0])
+    [whole] = chat.answer([one], 30)
+    assert chat.answer([one, ask("dog")], 12, num_beams=2)[0] == chat.answer([one], 12, num_beams=2)[0]
+    seen: list[int] = []
+
+    def after_three(ids: torch.Tensor, scores: object) -> torch.Tensor:
+        seen.append(ids.shape[1])
+        return torch.full((len(ids),), len(seen) >= 3)
+
+    [short] = chat.answer([one], 30, stopping_criteria=[after_three])
+    assert len(seen) == 3
+    assert whole.startswith(short)
+    assert not short.is_cut, "it was asked to stop there"
+    seen.clear()
+    stream = chat.stream(one, 30, stopping_criteria=[after_three])
+    assert "".join(stream) == short
+    assert not stream.is_cut
+    word = whole[6:8]
+    [stopped] = chat.answer([one], 30, stop_strings=[word])
+    assert whole.startswith(stopped)
+    assert word in stopped
+    assert len(stopped) < len(whole)
+    assert "".join(chat.stream(one, 30, stop_strings=[word])) == stopped
+
+
+def test_an_answer_that_is_cut_off_says_so(tmp_path, images):
+    chat = make_chat(tmp_path, "llama")
+    one = ask("Is there a dog?", images[0])
+    stream = chat.stream(one, 3)
+    assert "".join(stream) == chat.answer([one], 3)[0]
+    assert stream.is_cut
+    assert chat.answer([one], 3)[0].is_cut
+    chat.model.generation_config.eos_token_id = list(range(len(chat.processor.tokenizer) + 64))
+    stream = chat.stream(one, 3)
+    list(stream)
+    assert not stream.is_cut
+    assert not chat.answer([one], 3)[0].is_cut
+
+
+@pytest.mark.parametrize("kind", ["llama", "chatml"])
+def test_prompt_and_answer_stay_within_the_context(tmp_path, images, kind):
+    chat = make_chat(tmp_path, kind)
+    asked = [
+        ask("Is there a dog?", images[0]),
+        ask("Is there a red circle and a dog?", images[1]),
+        ask("dog"),
+    ]
+    lengths = [len(encode_prompt(chat.processor, one)) for one in asked]
+    chat.processor.tokenizer.model_max_length = max(lengths) + 2
+    chat.model.generation_config.eos_token_id = None  # nothing else ends an answer
+    answers = chat.answer(asked, 1000)
+    assert answers == [chat.answer([one], 1000)[0] for one in asked]
+    assert all(answer.is_cut for answer in answers)
+    groups = [prepare_group(chat.processor, [one]) for one in asked]
+    rows = [row for [row] in answer_groups(chat.model, groups, 1000, chat.context_tokens)]
+    assert [len(row) for row in rows] == [max(lengths) + 2 - length for length in lengths]
+    assert decode(chat.processor, rows) == answers
+
+
+def test_the_oldest_questions_make_room_and_images_and_system_stay(tmp_path, images):
+    chat = make_chat(tmp_path, "llama")
+    turns = [Message(role="system", text="Be short.")]
+    for n in range(4):
+        refs = ask("", images[n]).images if n < 2 else ()
+        turns.append(Message(role="user", text=f"Is there a dog {n}?", images=refs))
+        turns.append(Message(role="assistant", text="no"))
+    turns.append(Message(role="user", text="Sure?"))
+    whole = Conversation(messages=tuple(turns), id="c")
+    num_tokens = len(encode_prompt(chat.processor, whole))
+    chat.processor.tokenizer.model_max_length = num_tokens + 10
+    assert chat.shorten(whole, 10) == (whole, 0)
+    shorter, num_dropped = chat.shorten(whole, 11)
+    assert num_dropped == 1
+    assert shorter.images == whole.images
+    assert [m.text for m in shorter.messages] == ["Be short.", *(m.text for m in turns[3:])]
+    assert [len(m.images) for m in shorter.messages[:2]] == [0, 2]
+    chat.processor.tokenizer.model_max_length = 30
+    last, num_dropped = chat.shorten(whole, 500)
+    assert num_dropped == 4
+    assert [m.text for m in last.messages] == ["Be short.", "Sure?"]
+
+
+def test_sampling_that_a_checkpoint_was_published_with_does_not_make_chat_sample(tmp_path, images):
+    chat = make_chat(tmp_path, "llama")
+    one = ask("Is there a dog?", images[0])
+    expected = chat.answer([one], 20)
+    chat.model.save_pretrained(tmp_path / "m")
+    chat.processor.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "generation_config.json"
+    settings = json.loads(path.read_text())
+    other = {
+        "do_sample": True,
+        "temperature": 5.0,
+        "top_k": 0,
+        "repetition_penalty": 3.0,
+        "num_beams": 2,
+        "num_return_sequences": 2,
+        "max_new_tokens": 1,
+        "min_new_tokens": 30,
+        "suppress_tokens": [5],
+    }
+    path.write_text(json.dumps(settings | other))
+    opened = Chat.open(tmp_path / "m", device="cpu")
+    assert opened.answer([one], 20) == expected
+    assert "".join(opened.stream(one, 20)) == expected[0]
+    path.write_text(json.dumps(settings | {"eos_token_id": [settings["eos_token_id"], 5]}))
+    assert set(stop_ids(Chat.open(tmp_path / "m", device="cpu").model).tolist()) == {
+        settings["eos_token_id"],
+        5,
+    }
+
+
+def test_the_context_is_no_longer_than_the_models_positions(tmp_path):
+    chat = make_chat(tmp_path, "llama")
+    chat.processor.tokenizer.model_max_length = 10**30  # as a tokenizer without a limit says
+    chat.model.save_pretrained(tmp_path / "m")
+    chat.processor.save_pretrained(tmp_path / "m")
+    assert Chat.open(tmp_path / "m", device="cpu").context_tokens == 512

@@ -1,5 +1,6 @@
 """``tinyllava chat --file``: a real toy checkpoint answers a file as it answers each line alone."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_each_line_comes_out_with_its_own_answer(checkpoint: Path, questions: Pa
     for fields in asked:
         images = [questions.parent / fields["image"]] if "image" in fields else []
         [answer] = chat.answer([ask(fields["question"], *images)], 8)
-        expected.append(fields | {"answer": answer})
+        expected.append(fields | {"answer": answer} | ({"is_cut": True} if answer.is_cut else {}))
     assert [json.loads(line) for line in output.read_text().splitlines()] == expected
     assert len({fields["answer"] for fields in expected}) == 3
 
@@ -194,13 +195,127 @@ def test_special_tokens_in_a_question_are_text_and_bad_weights_an_error(
     assert "its logits are not numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("field", ["image", "images"])
+def test_several_images_are_seen_in_their_order(checkpoint, questions, tmp_path, field):
+    both = ["red.png", "blue.png"]
+    lines = [
+        {field: both, "question": "What is this?", "image_id": 7},  # no path: kept, as other fields are
+        {field: both[::-1], "question": "What is this?"},
+        {field: [], "question": "What is this?"},
+    ]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    assert run(questions, tmp_path / "answers.jsonl", checkpoint) == 0
+    written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    chat = Chat.open(checkpoint, device="cpu")
+    for fields, line in zip(lines, written, strict=True):
+        paths = [questions.parent / name for name in fields[field]]
+        assert line["answer"] == chat.answer([ask(fields["question"], *paths)], 8)[0]
+        assert fields.items() <= line.items()
+    assert len({line["answer"] for line in written}) == 3
+
+
+def test_what_cannot_be_answered_is_told_by_line_and_the_rest_is_answered(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (questions.parent / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    good = questions.read_text().strip().splitlines()
+    bad = [
+        {"image": "broken.png", "question": "What is this?"},
+        {"image": "missing.png", "question": "What is this?"},
+        {"question": "Is there a dog? " * 300},
+    ]
+    questions.write_text("\n".join([*good, *map(json.dumps, bad), good[0]]))
+    output = tmp_path / "answers.jsonl"
+    for _ in range(2):  # a second run asks nothing again and says the same
+        assert run(questions, output, checkpoint) == 1
+        told = capsys.readouterr().err
+        assert f"not answered: {questions.parent / 'broken.png'}: " in told
+        assert f"not answered: {questions.parent / 'missing.png'}: no such image" in told
+        assert f"not answered: conversation '{questions}:6' has" in told
+        assert f"3 questions have no answer; see 'error' in {output}" in told
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["answer"] is None for line in written] == [False] * 3 + [True] * 3 + [False]
+    assert written[6] == written[0]
+    whole = output.read_bytes()
+    for length in (len(whole) - 40, whole.index(b"null") + 2, whole.index(b'"error"')):
+        output.write_bytes(whole[:length])
+        assert run(questions, output, checkpoint) == 1
+        assert output.read_bytes() == whole
+
+
+def test_an_answer_that_is_cut_off_is_marked(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint, "--max-tokens", "2") == 0
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert all(line.get("is_cut") is True for line in written)
+    assert (
+        "3 answers are cut off at 2 tokens or the end of the context; see 'is_cut'" in capsys.readouterr().err
+    )
+    image = str(questions.parent / "red.png")
+    asked = ["chat", image, "What?", "--model", str(checkpoint), "--max-tokens", "2"]
+    assert main(asked) == 0
+    assert "[cut off at 2 tokens or the context's end" in capsys.readouterr().err
+
+
+def test_several_images_in_the_terminal(
+    checkpoint: Path, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    red, blue = (questions.parent / f"{colour}.png" for colour in ("red", "blue"))
+    options = ("--model", str(checkpoint), "--max-tokens", "8", "--device", "cpu")
+    chat = Chat.open(checkpoint, device="cpu")
+    expected = chat.answer([ask("What is this?", red, blue)], 8)[0]
+    assert main(["chat", str(red), str(blue), "What is this?", *options]) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert main(["chat", str(red), *options, str(blue), "What is this?"]) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\n"))
+    assert main(["chat", str(red), str(blue), *options]) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert main(["chat", str(red), str(blue.with_name("b.png")), "What is this?", *options]) == 2
+    assert "b.png: no such image" in capsys.readouterr().err
+
+
+def test_a_conversation_longer_than_the_context_goes_on(
+    checkpoint: Path, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its oldest questions are dropped with a word, and a question that is too long is told by itself."""
+    asked = [f"Is there a red circle and 12 blue squares {n}? " * 3 for n in range(8)]
+    asked[5] = "Is there a dog? " * 300
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(asked) + "\n"))
+    options = ("--model", str(checkpoint), "--max-tokens", "40", "--device", "cpu")
+    assert main(["chat", str(questions.parent / "red.png"), *options]) == 1
+    told = capsys.readouterr()
+    assert "[the context of 512 tokens is full: the oldest 1 questions are left out]" in told.err
+    assert told.err.count("error: conversation") == 1
+    assert "the model's context is 512" in told.err
+
+
 WRONG = {
     "json": ("{", r"questions.jsonl:1: not JSON"),
     "array": ('["a"]', "questions.jsonl:1: no text in 'question'; a line is an object such as"),
     "question": ('{"image": "red.png"}', "questions.jsonl:1: no text in 'question'"),
-    "image": ('{"image": 3, "question": "Q"}', "questions.jsonl:1: image = 3: must be a path"),
-    "missing": ('{"image": "no.png", "question": "Q"}', "questions.jsonl:1: image = 'no.png': no such file"),
-    "nul": ('{"image": "a\\u0000", "question": "Q"}', "questions.jsonl:1: image = 'a\\x00': no such file"),
+    "image": (
+        '{"image": 3, "question": "Q"}',
+        "questions.jsonl:1: image = 3: must be a path or a list of paths",
+    ),
+    "missing": (
+        '{"image": "no.png", "question": "Q"}',
+        "no.png': no such file; 1 of 1 images are missing. Check the paths",
+    ),
+    "nul": ('{"image": "a\\u0000", "question": "Q"}', "a\\x00': no such file"),
+    "both": ('{"image": "a.png", "images": ["b.png"], "question": "Q"}', "both image and images"),
+    "empty path": ('{"images": [""], "question": "Q"}', "questions.jsonl:1: images = ['']: must be a path"),
+    "no path": ('{"images": [{"path": "a"}], "question": "Q"}', "must be a path or a list of paths"),
+    **{
+        name: (
+            json.dumps({name: "red.png", "question": "Q"}),
+            f"questions.jsonl:1: field {name!r} looks like",
+        )
+        for name in ("img", "image_path", "Image", "picture", "image_file", "imagePath", "pic", "image_url")
+    },
+    "second": ('{"image": "red.png", "image2": "blue.png", "question": "Q"}', "field 'image2' looks like an"),
     "half": (
         '{"question": "Q\\ud800"}',
         "questions.jsonl:1: not JSON (an unpaired surrogate: line 1 column 16",

@@ -1,68 +1,92 @@
-"""``tinyllava chat IMAGE [QUESTION]``: ask a model about an image in the terminal."""
+"""``tinyllava chat IMAGE ... [QUESTION]``: ask a model about images in the terminal."""
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser
-from tinyllava.errors import CheckpointError
-from tinyllava.inference.file import answer_file, read_questions
+from tinyllava.errors import CheckpointError, DataError
+from tinyllava.inference.file import answer_file, describe_unanswered, read_questions
 from tinyllava.parts.folders import check_checkpoint, fingerprint
 
 if TYPE_CHECKING:
     from tinyllava.conversation import Conversation
+    from tinyllava.inference.chat import Chat
 
 _HELP = """
-Ask about an image. Without a question, ask as many as you like; each is
-answered knowing those before it.
+Ask about an image, or about several. Without a question, ask as many as you
+like; each is answered knowing those before it.
 
   tinyllava chat cat.jpg "What is on the chair?"
+  tinyllava chat before.jpg after.jpg "What has changed?"
   tinyllava chat cat.jpg              several turns; an empty line ends
   tinyllava chat cat.jpg --model runs/share-Sig-Phi/model
   tinyllava chat cat.jpg < questions.txt
   tinyllava chat --file questions.jsonl --output answers.jsonl
-      lines such as {"image": "cat.jpg", "question": "What is this?"}; the same
-      lines with "answer" come out; run again, it goes on where it was
-      (answers.jsonl.run.json keeps answers of two models or settings apart)
+      lines such as {"image": "cat.jpg", "question": "What is this?"} (image may
+      be a list); the same lines with "answer" come out. Run it again to resume.
+      A line that cannot be answered gets "error", an answer that was cut off
+      "is_cut". (answers.jsonl.run.json keeps answers of two models apart)
 
-Ctrl-C breaks off an answer; at the prompt it ends.
+Ctrl-C interrupts an answer, or exits at the prompt. The exit status is 1 if a
+question was not answered.
 """
+_MOST_SHOWN = 10  # errors of a file of questions; the output has all
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".heic")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = CommandParser("chat", _HELP)
-    parser.add_argument("image", nargs="?", default="", help="image file, or - for none")
-    parser.add_argument("question", nargs="?", default="", help="what to ask (default: ask in turns)")
+    parser.add_argument(
+        "words", nargs="*", metavar="IMAGE", help="image files (or - for none), then what to ask"
+    )
     parser.add_argument("--file", default="", help="JSONL of questions, instead of IMAGE")
     parser.add_argument("--output", default="", help="JSONL of answers to write (with --file)")
     parser.add_argument("--model", default="", help="checkpoint folder (default: the starter's)")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest answer")
     parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
-    known = parser.parse_args(arguments)
+    known = parser.parse_intermixed_args(arguments)
     if known.max_tokens < 1 or not 0 <= known.temperature < math.inf:
         parser.error("--max-tokens must be at least 1, --temperature at least 0")
-    if bool(known.image) == bool(known.file) or bool(known.file) != bool(known.output):
+    if bool(known.words) == bool(known.file) or bool(known.file) != bool(known.output):
         parser.error("give an image, or --file QUESTIONS with --output ANSWERS")
-    if "://" in known.image:
-        parser.error(f"{known.image}: an address; give an image file of this machine")
+    *names, last = known.words or [""]
+    if not names or _is_image(last):
+        names, last = known.words, ""
+    for number, name in enumerate(names):
+        if "://" in name:
+            parser.error(f"{name}: an address; give an image file of this machine")
+        if number and not _is_image(name):
+            parser.error(f"{name!r}: no image file; write the question last, in quotes")
+    known.images, known.question = [Path(name) for name in names if name != "-"], last
     return known
 
 
+def _is_image(word: str) -> bool:
+    """Whether an argument is meant as an image: a file, or a name of one that may be misspelt."""
+    try:
+        if Path(word).is_file():
+            return True
+    except (OSError, ValueError):  # a question longer than a path may be
+        return False
+    return word.lower().endswith(_IMAGE_ENDINGS) and not any(map(str.isspace, word))
+
+
 def main(arguments: list[str]) -> int:
-    """Answer one question or a file of them, or converse."""
+    """Answer one question or a file of them, or converse; the status is 1 if one was not answered."""
     known = _parse(arguments)
     model = find_model(known.model)
     lines = read_questions(Path(known.file)) if known.file else []
-    image = None if known.image in ("", "-") else Path(known.image)
-    if image is not None:
+    if known.images:
         from tinyllava.conversation import ImageRef
         from tinyllava.data.images import open_image
 
-        open_image(ImageRef(path=image))  # a wrong path is told before a model is opened
+        for image in known.images:
+            open_image(ImageRef(path=image))  # a wrong path is told before a model is opened
     from tinyllava.inference.chat import Chat
 
     if sys.stderr.isatty():
@@ -80,17 +104,61 @@ def main(arguments: list[str]) -> int:
             "images": str(Path(known.file).resolve().parent),
         }
         for done in answer_file(
-            lambda asked: chat.answer(asked, known.max_tokens, **sampling), lines, Path(known.output), run
+            lambda asked: chat.answer_each(asked, known.max_tokens, **sampling),
+            lines,
+            Path(known.output),
+            run,
         ):
             print(f"{done} of {len(lines)} answered", file=sys.stderr)
         print(known.output)
-        return 0
+        return _report(Path(known.output), known.max_tokens)
 
-    def stream(conversation: "Conversation") -> Iterator[str]:
-        return chat.stream(conversation, known.max_tokens, **sampling)
+    stream = _Shortening(chat, known.max_tokens, sampling)
+    return converse(stream, known.images, [known.question] if known.question else _read_questions())
 
-    converse(stream, image, [known.question] if known.question else _read_questions())
-    return 0
+
+def _report(output: Path, max_tokens: int) -> int:
+    """Say which lines of a finished file have no answer, and how many answers are cut off."""
+    errors, num_cut = describe_unanswered(output)
+    for error in errors[:_MOST_SHOWN]:
+        print(f"not answered: {error}", file=sys.stderr)
+    if errors:
+        print(f"{len(errors):,} questions have no answer; see 'error' in {output}", file=sys.stderr)
+    if num_cut:
+        print(
+            f"{num_cut:,} answers are cut off at {max_tokens} tokens or the end of the context; see 'is_cut' "
+            "(--max-tokens N allows more)",
+            file=sys.stderr,
+        )
+    return int(bool(errors))
+
+
+class _Shortening:
+    """Streams answers; the oldest questions, once they no longer fit the context, are dropped with a word."""
+
+    def __init__(self, chat: "Chat", max_tokens: int, sampling: dict[str, object]) -> None:
+        self.chat, self.max_tokens, self.sampling = chat, max_tokens, sampling
+        self._num_dropped = 0
+
+    def __call__(self, conversation: "Conversation") -> Iterator[str]:
+        conversation, num_dropped = self.chat.shorten(conversation, self.max_tokens)
+        if num_dropped > self._num_dropped:
+            self._num_dropped = num_dropped
+            print(
+                f"[the context of {self.chat.context_tokens:,} tokens is full: the oldest {num_dropped} "
+                "questions are left out]",
+                file=sys.stderr,
+            )
+        pieces = self.chat.stream(conversation, self.max_tokens, **self.sampling)
+        yield from pieces
+        if pieces.is_cut:
+            sys.stdout.flush()
+            print(
+                f" [cut off at {self.max_tokens} tokens or the context's end; --max-tokens N allows more]",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def find_model(name: str) -> Path:
@@ -114,28 +182,42 @@ def find_model(name: str) -> Path:
 
 
 def converse(
-    stream: Callable[["Conversation"], Iterator[str]],
-    image: Path | None,
-    questions: "Iterator[str] | list[str]",
-) -> None:
-    """Print the answer to each question as it comes; every turn sees those before it."""
+    stream: Callable[["Conversation"], Iterator[str]], images: Sequence[Path], questions: Iterable[str]
+) -> int:
+    """Print the answer to each question as it comes; every turn sees those before it.
+
+    A question that cannot be asked, because it is too long, ends nothing if others may follow.
+
+    Returns:
+        The exit status: 1 if a question was not answered.
+
+    Raises:
+        DataError: the only question cannot be asked.
+    """
     from tinyllava.conversation import Conversation, Message, ask
 
     messages: tuple[Message, ...] = ()
+    status = 0
     for question in questions:
-        turn = ask(question, *([image] if image and not messages else [])).messages
-        messages += turn
+        turn = ask(question, *([] if messages else images)).messages
         pieces = []
         try:
-            for piece in stream(Conversation(messages=messages)):
+            for piece in stream(Conversation(messages=messages + turn)):
                 print(piece, end="", flush=True)
                 pieces.append(piece)
+        except DataError as error:
+            if isinstance(questions, list):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+            continue
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            print(" [broken off]", end="")
+            print(" [interrupted]", end="")
         print()
-        messages += (Message(role="assistant", text="".join(pieces)),)
+        messages += (*turn, Message(role="assistant", text="".join(pieces)))
+    return status
 
 
 def _read_questions() -> Iterator[str]:

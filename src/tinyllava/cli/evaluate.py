@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tinyllava.evaluation.judge import Judge, Reviews
     from tinyllava.evaluation.results import Result
 
+_MOST_SHOWN = 10  # questions that could not be asked; a file has all
 _GLUE = "\N{NO-BREAK SPACE}"  # keeps a name and its number on one line
 
 _HELP = """
@@ -50,12 +51,13 @@ def main(arguments: list[str]) -> int:
     output = Path(known.output or f"evaluations/{Path(known.model).resolve().name}")
     judges = _make_judges(known, output, benchmarks)
     ask = _take_answers(known, output) if known.score_only else _open_model(known, output)
+    is_whole = True
     for name, benchmark in benchmarks.items():
         if ask(benchmark, folders[name]):
             _announce(judges[name], benchmark, folders[name], output, known)
-            _score(benchmark, folders[name], output, known, judges[name])
+            is_whole &= _score(benchmark, folders[name], output, known, judges[name])
     print(output / "results.json")
-    return 0
+    return int(not is_whole)
 
 
 def _take_answers(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
@@ -100,9 +102,11 @@ def _score(
     output: Path,
     known: argparse.Namespace,
     judge: "Judge | Reviews | None",
-) -> None:
+) -> bool:
+    """Score a benchmark, print the result, and return whether every question has an answer."""
+    from tinyllava.evaluation.answers import read_refusals
     from tinyllava.evaluation.results import load_results
-    from tinyllava.evaluation.score import score
+    from tinyllava.evaluation.score import answers_folder, score
 
     path = output / "results.json"
     before = load_results(path) if path.exists() else ()
@@ -119,14 +123,30 @@ def _score(
     )
     for line in describe_metrics(result):
         print(f"  {line}")
+    print("  " + describe_answers(result, benchmark))
     if result.num_missing:
         print(f"  {result.num_missing:,} questions have no answer and count as wrong")
+        folder = answers_folder(output, benchmark, blind=known.blind)
+        refusals = read_refusals(folder)
+        for line in refusals[:_MOST_SHOWN]:
+            print(f"    {line}")
+        if len(refusals) > _MOST_SHOWN:
+            print(f"    and {len(refusals) - _MOST_SHOWN:,} more in {folder / 'refused-*.jsonl'}")
     for note in result.notes:
         print(f"  {note}")
     kept = {(one.model, one.benchmark) for one in load_results(path)}
     for one in before:
         if (one.model, one.benchmark) not in kept:
             print(f"  dropped from {path}: {one.model}, of other data or another judge; score it again")
+    return not result.num_missing
+
+
+def describe_answers(result: "Result", benchmark: "Benchmark") -> str:
+    """Return a line on how many answers were not understood, or ended at their limit of tokens."""
+    line = f"answers not understood ({benchmark.unclear}): {result.num_unclear:,}"
+    if result.num_cut:
+        line += f"; cut off at {benchmark.max_new_tokens} tokens or the context's end: {result.num_cut:,}"
+    return line
 
 
 def describe_metrics(result: "Result") -> list[str]:

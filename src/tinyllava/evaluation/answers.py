@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
+from tinyllava.conversation import Answer
 from tinyllava.errors import DataError
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import parse_line, read_lines
@@ -37,19 +38,23 @@ class AnswerFile:
     def append(self, answers: Iterable[tuple[Question, str]]) -> None:
         """Write answers and hand them to the system, so that they outlive this process."""
         assert self._file is not None, "open the file with `with`"
-        lines = [{"question_id": q.id, "prompt": q.prompt, "text": text} for q, text in answers]
+        lines = [
+            {"question_id": q.id, "prompt": q.prompt, "text": text}
+            | ({"is_cut": True} if isinstance(text, Answer) and text.is_cut else {})
+            for q, text in answers
+        ]
         self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
         self._file.flush()
 
 
-def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
+def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, Answer]:
     """Return what a folder already has of the answers to these questions, by question id.
 
     Raises:
         DataError: a line is damaged, was given to another prompt, or answers a question a second time.
     """
     prompts = {question.id: question.prompt for question in questions}
-    answers: dict[str, str] = {}
+    answers: dict[str, Answer] = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for number, line in enumerate(_whole_lines(path), start=1):
             record = parse_line(line.decode(errors="replace"), path, number, _FIX)
@@ -64,8 +69,35 @@ def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
                 )
             if question_id in answers:
                 record.fail(f"question {question_id!r} has two answers.", "Delete one line.")
-            answers[question_id] = record.text("text")
+            answers[question_id] = Answer(record.text("text"), is_cut=record.values.get("is_cut") is True)
     return answers
+
+
+def write_refusals(folder: Path, refused: Sequence[tuple[Question, Exception]], process: int = 0) -> None:
+    """Write down which questions this process could not ask, and why; nothing if there are none."""
+    if not refused:
+        return
+    path = folder / f"refused-{process:03}.jsonl"
+    partial = path.with_name(path.name + ".partial")
+    lines = [{"question_id": question.id, "error": str(error)} for question, error in refused]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def forget_refusals(folder: Path) -> None:
+    """Drop the notes of an earlier run: what could not be asked is asked again."""
+    for path in folder.glob("refused-*.jsonl"):
+        path.unlink()
+
+
+def read_refusals(folder: Path) -> list[str]:
+    """Return a line for each question that could not be asked in the last run: its id and why."""
+    return [
+        f"{record.text('question_id')}: {record.text('error')}"
+        for path in sorted(folder.glob("refused-*.jsonl"))
+        for record in read_lines(path)
+    ]
 
 
 def write_llava_answers(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinyllava.conversation import Answer
 from tinyllava.errors import DataError
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import Judging, Reply
@@ -40,6 +41,10 @@ class Prediction:
     groups: tuple[str, ...] = ()
     judge: str = ""
     """The judge that scored it, if one did."""
+    is_clear: bool = True
+    """Whether the answer, or the judge's reply to it, was of the kind that was asked for."""
+    is_cut: bool = False
+    """Whether the answer ran into its limit of tokens."""
 
     @property
     def cluster(self) -> str:
@@ -52,6 +57,8 @@ class Grade(NamedTuple):
 
     parsed: str
     score: float | None
+    is_clear: bool = True
+    """Whether the answer was of the kind that was asked for, however the official tool counts it."""
 
 
 Summary = Mapping[str, Sequence[Ratio]]
@@ -65,6 +72,16 @@ class Scored:
     metrics: tuple[Metric, ...]
     predictions: tuple[Prediction, ...]
     num_missing: int
+
+    @property
+    def num_unclear(self) -> int:
+        """Number of answers that were not understood."""
+        return sum(not prediction.is_clear for prediction in self.predictions)
+
+    @property
+    def num_cut(self) -> int:
+        """Number of answers that ran into their limit of tokens."""
+        return sum(prediction.is_cut for prediction in self.predictions)
 
 
 def mean_scores(predictions: Sequence[Prediction]) -> Summary:
@@ -128,6 +145,8 @@ class Benchmark:
     """What the headline metric counts, as a comparison names it."""
     unit_of: Callable[[Prediction], str | None] = lambda prediction: prediction.question_id
     """The unit that an answer belongs to, right only if all of its answers are; None: not in the headline."""
+    unclear: str = "empty"
+    """What is not understood: ``Grade.is_clear`` is false for it; an empty answer never is clear."""
     max_new_tokens: int = 128
     judging: Judging | None = None
     """How a judge model grades the answers; None where none is needed."""
@@ -154,8 +173,11 @@ class Benchmark:
         is_judged = judging is not None and judging.is_needed(question, answer or "")
         if judging is not None and is_judged:
             grade = Grade("", None) if review is None else Grade(*judging.grade_runs(question, review))
+            if review is not None:
+                grade = grade._replace(is_clear=judging.can_read(question, review))
         else:
             grade = Grade("", 0.0) if answer is None else self.grade(question, answer)
+        is_clear = answer is None or (grade.is_clear and bool(answer.strip()))
         return Prediction(
             benchmark=self.name,
             question_id=question.id,
@@ -167,6 +189,8 @@ class Benchmark:
             category=question.category,
             groups=question.groups,
             judge=judge if is_judged and review is not None else "",
+            is_clear=is_clear,
+            is_cut=isinstance(answer, Answer) and answer.is_cut,
         )
 
     def score(
@@ -222,6 +246,8 @@ class Benchmark:
             num_questions=num,
             num_images=len({q.image for q in questions} - {""}),
             num_missing=scored.num_missing,
+            num_unclear=scored.num_unclear,
+            num_cut=scored.num_cut,
             num_expected=num_expected,
             data_sha256=hash_questions(questions),
             decoding=dict(

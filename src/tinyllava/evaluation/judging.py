@@ -49,3 +49,8 @@ class Judging:
         runs = (reply,) if isinstance(reply, str) else reply
         parsed, scores = zip(*(self.grade(question, one) for one in runs), strict=True)
         return " ".join(parsed), fmean(scores)
+
+    def can_read(self, question: Question, reply: Reply) -> bool:
+        """Tell whether the reply of every run can be read."""
+        runs = (reply,) if isinstance(reply, str) else reply
+        return all(self.is_valid(question, one) for one in runs)

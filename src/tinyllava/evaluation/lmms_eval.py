@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from tinyllava.conversation import Conversation, ask
+from tinyllava.conversation import Answer, Conversation, ask
 from tinyllava.errors import ConfigError
 from tinyllava.evaluation.run import Settings, ask_groups, processes
 from tinyllava.inference.batches import group_by_image
@@ -85,7 +85,12 @@ class Answering:
             return list(zip(indices, texts, strict=True))
         groups = group_by_image(conversations, indices)
         parts = ask_groups(self.chat, conversations, groups, max_new_tokens, Settings())
-        return [answer for part in parts for answer in part]
+        answers: list[tuple[int, str]] = []
+        for i, answer in (pair for part in parts for pair in part):
+            if not isinstance(answer, Answer):  # lmms-eval has no place for a question without an answer
+                raise answer
+            answers.append((i, answer))
+        return answers
 
     def _to_conversation(self, request: Any) -> Conversation:
         context, _, doc_to_visual, doc_id, task, split = request.args

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.read import Record, read_lines
 
 _TEXTS = ("benchmark", "question_id", "image", "prompt", "answer", "parsed", "category")
+_MARKS = ("is_clear", "is_cut")
 _FIX = "Delete the line, or the file, and evaluate again."
 
 
@@ -54,9 +56,13 @@ def _parse(record: Record) -> Prediction:
     score = record.field("score")
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
         record.fail(f"field 'score' is {score!r}; it has to be a number or null.", _FIX)
-    unknown = set(record.values) - {*_TEXTS, "score", "groups", "judge"}
+    marks: dict[str, Any] = {name: record.values[name] for name in _MARKS if name in record.values}
+    for name, value in marks.items():
+        if not isinstance(value, bool):
+            record.fail(f"field {name!r} is {value!r}; it has to be true or false.", _FIX)
+    unknown = set(record.values) - {*_TEXTS, *_MARKS, "score", "groups", "judge"}
     if unknown:
         record.fail(f"unknown field {min(unknown)!r}.", _FIX)
-    texts = {name: record.text(name) for name in _TEXTS}
+    texts: dict[str, Any] = {name: record.text(name) for name in _TEXTS}
     judge = record.text("judge") if "judge" in record.values else ""
-    return Prediction(**texts, score=score, groups=tuple(record.texts("groups")), judge=judge)
+    return Prediction(**texts, **marks, score=score, groups=tuple(record.texts("groups")), judge=judge)

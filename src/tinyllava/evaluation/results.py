@@ -50,6 +50,10 @@ class Result:
     num_images: int
     num_missing: int = 0
     """Questions without an answer; each counts as wrong."""
+    num_unclear: int = 0
+    """Answers that were not understood, such as neither yes nor no; counted as the official tool does."""
+    num_cut: int = 0
+    """Answers that ran into their limit of tokens."""
     num_expected: int | None = None
     """Questions in the published set; fewer in ``num_questions`` means a partial set."""
     data_sha256: str = ""

@@ -26,8 +26,15 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tinyllava.conversation import Conversation
-from tinyllava.evaluation.answers import AnswerFile, claim_folder, read_answers
+from tinyllava.conversation import Answer, Conversation
+from tinyllava.errors import DataError
+from tinyllava.evaluation.answers import (
+    AnswerFile,
+    claim_folder,
+    forget_refusals,
+    read_answers,
+    write_refusals,
+)
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.judge import Judge, Reviews
 from tinyllava.evaluation.question import Question, check_images
@@ -35,6 +42,7 @@ from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.score import answers_folder, score
 from tinyllava.inference.batches import Prepared, blank, blank_image, fill_batches, group_by_image, prepare
 from tinyllava.inference.chat import Chat, decode
+from tinyllava.inference.logits import stop_ids
 from tinyllava.inference.shared_prefix import answer_groups, can_share
 from tinyllava.parts.folders import fingerprint
 
@@ -77,7 +85,8 @@ def evaluate(
         judge: see ``score``.
 
     Raises:
-        DataError, ImageError: files of the benchmark are missing or broken.
+        DataError: files of the benchmark are missing or broken. A single broken image, or a question that
+            is too long, is left without an answer instead, see ``read_refusals``.
         ConfigError: the output folder holds the answers of another run.
         JudgeError: the judge does not answer.
     """
@@ -105,6 +114,7 @@ def answer_benchmark(
             "dtype": chat.dtype,
         }
         claim_folder(folder, identity)
+        forget_refusals(folder)
     state.wait_for_everyone()
     answer_questions(chat, questions, folder, benchmark.name, benchmark.max_new_tokens, settings, state)
     return bool(state.is_main_process)
@@ -129,10 +139,13 @@ def answer_questions(
     groups = group_by_image(asked, (i for i, question in enumerate(questions) if question.id not in done))
     mine = groups[state.process_index :: state.num_processes]
     total = sum(map(len, mine))
+    refused: list[tuple[Question, DataError]] = []
     with AnswerFile(folder, state.process_index) as file, _progress(name, total, state) as bar:
         for answers in ask_groups(chat, asked, mine, max_new_tokens, settings):
-            file.append((questions[i], text) for i, text in answers)
+            file.append((questions[i], text) for i, text in answers if isinstance(text, Answer))
+            refused += [(questions[i], text) for i, text in answers if isinstance(text, DataError)]
             bar.advance(bar.task_ids[0], len(answers))
+    write_refusals(folder, refused, state.process_index)
     state.wait_for_everyone()
 
 
@@ -142,11 +155,14 @@ def ask_groups(
     groups: Sequence[tuple[int, ...]],
     max_new_tokens: int,
     settings: Settings,
-) -> Iterator[list[tuple[int, str]]]:
-    """Yield (index, answer) of the conversations in the groups, a batch at a time."""
+) -> Iterator[list[tuple[int, Answer | DataError]]]:
+    """Yield (index, answer) of the conversations in the groups, a batch at a time.
+
+    A conversation that cannot be asked gets its error in place of an answer.
+    """
     if not can_share(chat.model):
         for indices in groups:
-            texts = chat.answer([conversations[i] for i in indices], max_new_tokens)
+            texts = chat.answer_each([conversations[i] for i in indices], max_new_tokens)
             yield list(zip(indices, texts, strict=True))
         return
     os.environ.setdefault(
@@ -154,14 +170,29 @@ def ask_groups(
     )  # a tokenizer with threads does not survive a fork
     num_workers = min(settings.num_workers, len(groups) // 4)
     prepared = prepare(chat.processor, conversations, groups, num_workers=num_workers)
-    for batch in fill_batches(prepared, settings.batch_tokens or suitable_batch_tokens(chat.model)):
+    refused: list[tuple[int, Answer | DataError]] = []
+
+    def askable() -> Iterator[Prepared]:
+        for one in prepared:
+            if isinstance(one, Prepared):
+                yield one
+            else:
+                refused.append((one.index, one.error))
+
+    for batch in fill_batches(askable(), settings.batch_tokens or suitable_batch_tokens(chat.model)):
         yield [answer for part in _answer_batch(chat, batch, max_new_tokens) for answer in part]
+    if refused:
+        yield refused
 
 
-def _answer_batch(chat: Chat, batch: list[Prepared], max_new_tokens: int) -> Iterator[list[tuple[int, str]]]:
+def _answer_batch(
+    chat: Chat, batch: list[Prepared], max_new_tokens: int
+) -> Iterator[list[tuple[int, Answer | DataError]]]:
     """Answer a batch; one that the GPU has no room for is answered in halves."""
     try:
-        ids = answer_groups(chat.model, [prepared.group for prepared in batch], max_new_tokens)
+        ids = answer_groups(
+            chat.model, [prepared.group for prepared in batch], max_new_tokens, chat.context_tokens
+        )
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
@@ -169,8 +200,10 @@ def _answer_batch(chat: Chat, batch: list[Prepared], max_new_tokens: int) -> Ite
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
             yield from _answer_batch(chat, half, max_new_tokens)
         return
-    for prepared, group_ids in zip(batch, ids, strict=True):
-        yield list(zip(prepared.indices, decode(chat.processor, group_ids), strict=True))
+    stops = set(stop_ids(chat.model).tolist())
+    for prepared, rows in zip(batch, ids, strict=True):
+        answers = zip(prepared.indices, decode(chat.processor, rows), rows, strict=True)
+        yield [(i, Answer(text, is_cut=row[-1] not in stops)) for i, text, row in answers]
 
 
 def suitable_batch_tokens(model: Any) -> int:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.images import open_image
-from tinyllava.errors import TinyLlavaError
+from tinyllava.errors import DataError
 from tinyllava.inference.chat import encode_prompt
 from tinyllava.inference.prompt_tree import grow_tree
 from tinyllava.inference.shared_prefix import ImageGroup
@@ -30,6 +30,14 @@ class Prepared:
 
     indices: tuple[int, ...]
     group: ImageGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A conversation that cannot be asked: its image is broken, or it is too long for the context."""
+
+    index: int
+    error: DataError
 
 
 def group_by_image(
@@ -61,7 +69,7 @@ def prepare_group(processor: TinyLlavaProcessor, conversations: Sequence[Convers
     )
 
 
-class _Groups(Dataset[Prepared | TinyLlavaError]):
+class _Groups(Dataset[list[Prepared | Refused]]):
     def __init__(
         self,
         processor: TinyLlavaProcessor,
@@ -73,13 +81,25 @@ class _Groups(Dataset[Prepared | TinyLlavaError]):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, number: int) -> Prepared | TinyLlavaError:
+    def __getitem__(self, number: int) -> list[Prepared | Refused]:
         indices = self.groups[number]
         try:
-            group = prepare_group(self.processor, [self.conversations[i] for i in indices])
-        except TinyLlavaError as error:
-            return error  # raised in the main process, where its message is still its own
+            return [self._prepare(indices)]
+        except DataError:
+            refused = [one for i in indices for one in self._refuse(i)]
+            left = tuple(i for i in indices if i not in {one.index for one in refused})
+            return [*refused, *([self._prepare(left)] if left else [])]
+
+    def _prepare(self, indices: tuple[int, ...]) -> Prepared:
+        group = prepare_group(self.processor, [self.conversations[i] for i in indices])
         return Prepared(indices=indices, group=group)
+
+    def _refuse(self, index: int) -> list[Refused]:
+        try:
+            self._prepare((index,))
+        except DataError as error:
+            return [Refused(index=index, error=error)]
+        return []
 
 
 def prepare(
@@ -88,17 +108,14 @@ def prepare(
     groups: Sequence[tuple[int, ...]],
     *,
     num_workers: int,
-) -> Iterator[Prepared]:
+) -> Iterator[Prepared | Refused]:
     """Yield the groups in order, made ready by ``num_workers`` processes a few groups ahead (0: by this one).
 
-    Raises:
-        ImageError, DataError: see ``prepare_group``.
+    A conversation that cannot be asked is left out of its group and comes by itself.
     """
     dataset = _Groups(processor, conversations, groups)
     for prepared in DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
-        if isinstance(prepared, TinyLlavaError):
-            raise prepared
-        yield prepared
+        yield from prepared
 
 
 def _as_it_is(prepared: Any) -> Any:

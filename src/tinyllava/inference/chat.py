@@ -3,26 +3,41 @@
 Paper: section 3.1; decoding is greedy, as in the published evaluation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any, Self
 
 import torch
-from transformers import LogitsProcessor, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
-from tinyllava.conversation import Conversation
+from tinyllava.conversation import Answer, Conversation
 from tinyllava.data.images import open_image
-from tinyllava.errors import CheckpointError, DataError
+from tinyllava.errors import ConfigError, DataError
+from tinyllava.inference.logits import FiniteLogits, stop_ids
 from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
 from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.devices import best_device, check_device, multiplies_bf16
 from tinyllava.parts.folders import saved_dtype
 
-FORBID = frozenset({"no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens"})
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_FORBIDDING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens")
 """Options of ``generate`` that set logits to minus infinity."""
+OPTIONS = (
+    "do_sample",
+    *_SAMPLING,
+    *_FORBIDDING,
+    "repetition_penalty",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "stop_strings",
+    "stopping_criteria",
+    "logits_processor",
+)
+"""Options of ``generate`` that ``Chat`` takes."""
 
 
 class Chat:
@@ -67,69 +82,130 @@ class Chat:
         """Name of the type of the weights, such as bfloat16."""
         return str(self.model.dtype).removeprefix("torch.")
 
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+        return int(self.processor.tokenizer.model_max_length)
+
     def answer(
         self, conversations: Sequence[Conversation], max_new_tokens: int = 128, **options: Any
-    ) -> list[str]:
+    ) -> list[Answer]:
         """Return one answer for each conversation, the same as if each were asked alone.
 
-        Conversations with and without images may be mixed; each ends where the assistant is to speak.
+        Conversations with and without images may be mixed; each ends where the assistant is to speak. An
+        answer ends at ``max_new_tokens`` or where the context is full; its ``is_cut`` then says so.
 
         Args:
-            options: of transformers' ``generate``, e.g. ``do_sample=True, temperature=0.2``.
+            options: of transformers' ``generate``, see ``OPTIONS``, e.g. ``do_sample=True, temperature=0.2``.
 
         Raises:
+            ConfigError: an option that is not supported.
             ImageError: an image is broken.
             DataError: a conversation does not fit the model's context.
             CheckpointError: the model's logits are not numbers.
         """
+        check_options(options)
         prompts = [encode_prompt(self.processor, conversation) for conversation in conversations]
-        answers = [""] * len(prompts)
+        answers = [Answer("")] * len(prompts)
         for batch in self._batches([len(prompt) for prompt in prompts], max_new_tokens):
             inputs = self._collate([conversations[i] for i in batch], [prompts[i] for i in batch])
-            with torch.inference_mode():
-                output = self.model.generate(
-                    **inputs, max_new_tokens=max_new_tokens, **self._checked(inputs, options)
-                )
-            new = output[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(batch, decode(self.processor, new.tolist()), strict=True):
+            limits = [self._limit(prompts[i], max_new_tokens) for i in batch]
+            for i, text in zip(batch, self._generate(inputs, limits, options), strict=True):
                 answers[i] = text
         return answers
 
-    def stream(self, conversation: Conversation, max_new_tokens: int = 512, **options: Any) -> Iterator[str]:
-        """Yield the answer in pieces as they come; joined they are the answer.
+    def answer_each(
+        self, conversations: Sequence[Conversation], max_new_tokens: int = 128, **options: Any
+    ) -> list[Answer | DataError]:
+        """Do what ``answer`` does; what cannot be asked gets its error in place of an answer."""
+        try:
+            return [*self.answer(conversations, max_new_tokens, **options)]
+        except DataError:
+            refused = [self._refusal(conversation) for conversation in conversations]
+        asked = [one for one, error in zip(conversations, refused, strict=True) if error is None]
+        answers = iter(self.answer(asked, max_new_tokens, **options))
+        return [next(answers) if error is None else error for error in refused]
 
-        Closing the iterator stops the model. Raises as ``answer`` does.
+    def _refusal(self, conversation: Conversation) -> DataError | None:
+        """Return why a conversation cannot be asked: its images or its length."""
+        try:
+            encode_prompt(self.processor, conversation)
+            for ref in conversation.images:
+                open_image(ref)
+        except DataError as error:
+            return error
+        return None
+
+    def stream(self, conversation: Conversation, max_new_tokens: int = 512, **options: Any) -> "Stream":
+        """Return the answer in pieces as they come; joined they are the answer.
+
+        Closing the stream stops the model. Takes and raises what ``answer`` does, but ``num_beams``.
         """
-        inputs = self._collate([conversation], [encode_prompt(self.processor, conversation)])
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stopped = Event()
-
-        def is_stopped(ids: torch.Tensor, scores: object) -> torch.Tensor:
-            return torch.full((len(ids),), stopped.is_set(), device=ids.device)
-
-        def generate() -> None:
-            options.update(streamer=streamer, stopping_criteria=[is_stopped], max_new_tokens=max_new_tokens)
-            options.update(self._checked(inputs, options))
-            try:
-                with torch.inference_mode():
-                    self.model.generate(**inputs, **options)
-            finally:  # the reader must not wait for more, whatever happened
-                streamer.text_queue.put(streamer.stop_signal)
-
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(generate)
-            try:
-                yield from _strip(streamer)
-                running.result()
-            finally:
-                stopped.set()
-
-    def _checked(self, inputs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        """Return options of ``generate`` under which it stops at logits that are not numbers."""
-        check = _FiniteLogits(
-            self.model, inputs["input_ids"].shape[1], can_forbid=bool(FORBID & options.keys())
+        check_options(options, is_streamed=True)
+        prompt = encode_prompt(self.processor, conversation)
+        inputs, limit = self._collate([conversation], [prompt]), self._limit(prompt, max_new_tokens)
+        return Stream(
+            lambda streamer, stop: self._generate(inputs, [limit], options, streamer, stop)[0], self
         )
-        return {**options, "logits_processor": [check, *options.get("logits_processor", [])]}
+
+    def shorten(self, conversation: Conversation, num_answer_tokens: int) -> tuple[Conversation, int]:
+        """Drop a conversation's oldest questions, and their answers, until the next answer has room.
+
+        Images of dropped questions move to the oldest that is kept; a system message stays.
+
+        Args:
+            num_answer_tokens: room for the answer; at most a quarter of the context is kept free for it.
+
+        Returns:
+            What is left, with at least the last question, and how many questions were dropped.
+        """
+        room = min(num_answer_tokens, self.context_tokens // 4)
+        num_system = sum(message.role == "system" for message in conversation.messages[:1])
+        head, turns = conversation.messages[:num_system], conversation.messages[num_system:]
+        num_dropped = 0
+        while True:
+            shorter = replace(conversation, messages=(*head, *turns))
+            num_tokens = len(self.processor.encode(shorter, open_answer=True).input_ids)
+            if num_tokens + room <= self.context_tokens or len(turns) < 3:
+                return shorter, num_dropped
+            images = (*turns[0].images, *turns[1].images, *turns[2].images)
+            turns = (replace(turns[2], images=images), *turns[3:])
+            num_dropped += 1
+
+    def _limit(self, prompt: list[int], max_new_tokens: int) -> int:
+        return min(max_new_tokens, self.context_tokens - len(prompt))
+
+    def _generate(
+        self,
+        inputs: dict[str, Any],
+        limits: list[int],
+        options: Mapping[str, Any],
+        streamer: TextIteratorStreamer | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Answer]:
+        """Answer the prompts of a batch, each with its own limit of tokens."""
+        width, stops = inputs["input_ids"].shape[1], set(stop_ids(self.model).tolist())
+
+        def at_limit(ids: torch.Tensor, scores: object) -> torch.Tensor:
+            own = torch.tensor(limits, device=ids.device).repeat_interleave(len(ids) // len(limits))
+            return torch.logical_or(ids.shape[1] - width >= own, torch.tensor(stop(), device=ids.device))
+
+        check = FiniteLogits(self.model, width, can_forbid=any(name in options for name in _FORBIDDING))
+        given = {
+            **options,
+            "stopping_criteria": [*options.get("stopping_criteria", []), at_limit],
+            "logits_processor": [check, *options.get("logits_processor", [])],
+            **({"tokenizer": self.processor.tokenizer} if "stop_strings" in options else {}),
+        }
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, max_new_tokens=max(limits), streamer=streamer, **given)
+        pad = self.processor.tokenizer.pad_token_id
+        new = output[:, width:].tolist()
+        rows = [_trim(row[:limit], stops, pad) for row, limit in zip(new, limits, strict=True)]
+        return [
+            Answer(text, is_cut=len(row) >= limit and row[-1] not in stops)
+            for text, row, limit in zip(decode(self.processor, rows), rows, limits, strict=True)
+        ]
 
     def _batches(self, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
         """Yield indices, longest first, as many as fit the token budget."""
@@ -160,56 +236,6 @@ class Chat:
         if images:
             inputs["pixel_values"] = self.processor.to_pixels(images).to(device)
         return inputs
-
-
-class _FiniteLogits(LogitsProcessor):
-    """Refuses logits that are not finite, but those that follow a finished answer, which nobody reads."""
-
-    def __init__(
-        self, model: TinyLlavaForConditionalGeneration, num_prompt_tokens: int, *, can_forbid: bool
-    ) -> None:
-        self.model, self.num_prompt_tokens, self.can_forbid = model, num_prompt_tokens, can_forbid
-        self.stops = stop_ids(model)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        new = input_ids[:, self.num_prompt_tokens :]
-        finished = torch.isin(new, self.stops.to(new.device)).any(1)
-        check_logits(self.model, scores[~finished], can_forbid=self.can_forbid)
-        return scores
-
-
-def check_logits(
-    model: TinyLlavaForConditionalGeneration, logits: torch.Tensor, *, can_forbid: bool = False
-) -> None:
-    """Refuse logits [..., K] out of which no answer can be chosen.
-
-    Args:
-        can_forbid: whether some may be minus infinity: an option of ``generate`` forbids these tokens.
-
-    Raises:
-        CheckpointError: some are NaN or infinite; the weight that is, or the type of the weights, is named.
-    """
-    usable = logits.isfinite() | (logits.isneginf() & logits.isfinite().any(-1, keepdim=True) & can_forbid)
-    if bool(usable.all()):
-        return
-    what = f"{model.name_or_path or 'the model'}: its logits are not numbers (NaN or infinite)"
-    for name, weight in chain(model.named_parameters(), model.named_buffers()):
-        if weight.is_floating_point() and (num := int((~weight.isfinite()).sum())):
-            raise CheckpointError(
-                f"{what}: {num:,} of {weight.numel():,} values of {name} are not. Copy the checkpoint again, "
-                "or train it again."
-            )
-    dtype = str(model.dtype).removeprefix("torch.")
-    fix = "Open it in bfloat16 or float32." if model.dtype == torch.float16 else "Train the model again."
-    raise CheckpointError(f"{what}, though all its weights are: {dtype} overflows. {fix}")
-
-
-def stop_ids(model: TinyLlavaForConditionalGeneration) -> torch.Tensor:
-    """Return the ids of the tokens that end an answer."""
-    stops = model.generation_config.eos_token_id
-    return torch.tensor(
-        stops if isinstance(stops, list) else [] if stops is None else [stops], dtype=torch.long
-    )
 
 
 def choose_dtype(saved: str, device_type: str) -> str:
@@ -254,6 +280,72 @@ def decode(processor: TinyLlavaProcessor, ids: list[list[int]]) -> list[str]:
     """Return the text of answers, without special tokens and outer blanks."""
     texts: list[str] = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _trim(row: list[int], stops: set[int], pad: int) -> list[int]:
+    """Return the tokens of an answer up to its end token; without one, less the padding behind it."""
+    end = next((i + 1 for i, token in enumerate(row) if token in stops), None)
+    if end is not None:
+        return row[:end]
+    while row and row[-1] == pad:
+        row = row[:-1]
+    return row
+
+
+def check_options(options: Mapping[str, Any], *, is_streamed: bool = False) -> None:
+    """Refuse options of ``generate`` that an answer could not follow.
+
+    Raises:
+        ConfigError: an option that is not known, has no effect, or that a stream cannot follow.
+    """
+    for name, value in options.items():
+        if name not in OPTIONS:
+            why = "one answer a question: ask it again for another" if name == "num_return_sequences" else ""
+            raise ConfigError(
+                f"option {name} = {value!r} is not supported{f' ({why})' if why else ''}; "
+                f"supported: {', '.join(OPTIONS)}."
+            )
+        if name in _SAMPLING and not options.get("do_sample"):
+            raise ConfigError(f"option {name} = {value!r} needs do_sample=True; without it it has no effect.")
+    if is_streamed and options.get("num_beams", 1) != 1:
+        raise ConfigError(f"num_beams = {options['num_beams']!r} cannot be streamed; use Chat.answer.")
+
+
+class Stream(Iterator[str]):
+    """An answer as it comes, piece by piece; ``is_cut`` tells at its end whether it ran into its limit."""
+
+    def __init__(
+        self, generate: Callable[[TextIteratorStreamer, Callable[[], bool]], Answer], chat: Chat
+    ) -> None:
+        self.is_cut = False
+        self._pieces = self._run(generate, chat)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop the model."""
+        self._pieces.close()
+
+    def _run(
+        self, generate: Callable[[TextIteratorStreamer, Callable[[], bool]], Answer], chat: Chat
+    ) -> Generator[str]:
+        streamer = TextIteratorStreamer(chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped = Event()
+
+        def run() -> Answer:
+            try:
+                return generate(streamer, stopped.is_set)
+            finally:  # the reader must not wait for more, whatever happened
+                streamer.text_queue.put(streamer.stop_signal)
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(run)
+            try:
+                yield from _strip(streamer)
+                self.is_cut = running.result().is_cut
+            finally:
+                stopped.set()
 
 
 def _strip(pieces: Iterator[str]) -> Iterator[str]:

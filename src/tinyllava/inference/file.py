@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyllava.conversation import Conversation, ask
+from tinyllava.conversation import Answer, Conversation, ask
 from tinyllava.errors import DataError
 from tinyllava.files import parse_json
 from tinyllava.inference.identity import claim_answers
@@ -28,11 +29,12 @@ class Line:
 def read_questions(path: Path) -> list[Line]:
     """Read a JSONL file of ``{"image": PATH, "question": TEXT}``; without an image it is text alone.
 
-    Image paths start from the file's folder. Other fields are kept.
+    ``image`` or ``images`` may also be a list of paths. They start from the file's folder. Other fields are
+    kept.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, or a line is of another form or its image is
-        missing.
+        DataError: the file is missing, empty or not UTF-8, a line is of another form, or half of the images
+            or more are missing.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -45,7 +47,20 @@ def read_questions(path: Path) -> list[Line]:
     ]
     if not lines:
         raise DataError(f"{path}: no line in it; write one object a line: image and question.")
+    _check_images(lines)
     return lines
+
+
+def _check_images(lines: Sequence[Line]) -> None:
+    """Refuse a file whose paths are wrong; a few images that are missing are told line by line."""
+    asked = [(line, ref.path) for line in lines for ref in line.conversation.images]
+    missing = [(line, image) for line, image in asked if image is None or not image.is_file()]
+    if missing and 2 * len(missing) >= len(asked):
+        line, image = missing[0]
+        raise DataError(
+            f"{line.conversation.id}: image = {str(image)!r}: no such file; {len(missing):,} of "
+            f"{len(asked):,} images are missing. Check the paths; they start from the file's folder."
+        )
 
 
 def _read_line(line: str, where: str, folder: Path) -> Line:
@@ -56,29 +71,51 @@ def _read_line(line: str, where: str, folder: Path) -> Line:
     question = fields.get("question") if isinstance(fields, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: no text in 'question'; a line is an object such as {_EXAMPLE}.")
-    image = fields.get("image")
-    if image is not None and not isinstance(image, str):
-        raise DataError(f"{where}: image = {image!r}: must be a path; leave it out for text alone.")
-    if image and not (folder / image).is_file():
-        raise DataError(f"{where}: image = {image!r}: no such file below {folder}; check the path.")
-    return Line(fields=fields, conversation=ask(question, *([folder / image] if image else []), id=where))
+    images = [folder / image for image in _image_names(fields, where)]
+    return Line(fields=fields, conversation=ask(question, *images, id=where))
+
+
+def _image_names(fields: dict[str, Any], where: str) -> list[str]:
+    """Return the paths under ``image`` or ``images``; another field that may name an image is refused."""
+    given = [name for name in ("image", "images") if fields.get(name) not in (None, "", [])]
+    if len(given) > 1:
+        raise DataError(f"{where}: both image and images; write all paths as one list, images.")
+    for name, value in fields.items():
+        looks_like_one = _IMAGE_FIELD.search(name) is not None and name not in ("image", "images")
+        if looks_like_one and (not given or _IMAGE_PATH.search(str(value))):
+            raise DataError(
+                f"{where}: field {name!r} looks like an image and would not be seen; call it 'image', a path "
+                "or a list of paths, or rename what is no image."
+            )
+    value = fields[given[0]] if given else []
+    names = value if isinstance(value, list) else [value]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise DataError(
+                f"{where}: {given[0]} = {value!r}: must be a path or a list of paths; leave it out for text "
+                "alone."
+            )
+    return names
 
 
 _EXAMPLE = '{"image": "cat.jpg", "question": "What is on the chair?"}'
+_IMAGE_FIELD = re.compile(r"(?i)image|img|picture|photo|(^|_)pics?(_|$)")
+_IMAGE_PATH = re.compile(r"(?i)\.(jpe?g|png|gif|bmp|webp|tiff?|ppm|heic)\b|^data:image|^https?:")
 
 
 def answer_file(
-    answer: Callable[[Sequence[Conversation]], list[str]],
+    answer: Callable[[Sequence[Conversation]], Sequence[str | DataError]],
     lines: Sequence[Line],
     output: Path,
     run: Mapping[str, object],
 ) -> Iterator[int]:
     """Write each line with its answer, in order; yield the number of lines done, also before the first batch.
 
-    Lines that the output holds already are not asked again.
+    Lines that the output holds already are not asked again. A line that cannot be answered gets ``"answer":
+    null`` and its ``error``; an answer that ran into its limit of tokens gets ``"is_cut": true``.
 
     Args:
-        answer: gives one text a conversation.
+        answer: gives one text a conversation, or its error.
         lines: what is asked.
         output: JSONL to write; ``run_file`` beside it says whose answers these are.
         run: what the answers depend on, by name: weights, decoding, folder of the images.
@@ -99,12 +136,27 @@ def answer_file(
         try:
             with output.open("a", encoding="utf-8") as file:
                 for line, text in zip(chunk, answers, strict=True):
-                    file.write(json.dumps({**_asked(line.fields), "answer": text}, ensure_ascii=False) + "\n")
+                    written = {**_asked(line.fields), **_answer_fields(text)}
+                    file.write(json.dumps(written, ensure_ascii=False) + "\n")
         except OSError as error:
             raise DataError(
                 f"{output}: cannot be written ({error.strerror}); choose another file."
             ) from error
         yield start + len(chunk)
+
+
+def _answer_fields(answer: str | DataError) -> dict[str, Any]:
+    if isinstance(answer, DataError):
+        return {"answer": None, "error": str(answer)}
+    is_cut = isinstance(answer, Answer) and answer.is_cut
+    return {"answer": answer, **({"is_cut": True} if is_cut else {})}
+
+
+def describe_unanswered(output: Path) -> tuple[list[str], int]:
+    """Return the errors of the lines without an answer, and how many answers are cut off."""
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n") if line]
+    errors = [str(line.get("error")) for line in lines if line["answer"] is None]
+    return errors, sum(line.get("is_cut") is True for line in lines)
 
 
 def run_file(output: Path) -> Path:
@@ -145,9 +197,9 @@ def _count_answered(output: Path, lines: Sequence[Line]) -> tuple[int, int]:
 
 
 def _asked(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name != "answer"}
+    return {name: value for name, value in fields.items() if name not in ("answer", "error", "is_cut")}
 
 
 def _without_answer(fields: dict[str, Any]) -> str:
-    """Return what a written line begins with, up to the text of the answer."""
-    return json.dumps({**_asked(fields), "answer": ""}, ensure_ascii=False).removesuffix('"}')
+    """Return what a written line begins with, up to the answer."""
+    return json.dumps({**_asked(fields), "answer": 0}, ensure_ascii=False).removesuffix("0}")

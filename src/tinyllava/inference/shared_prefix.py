@@ -8,6 +8,7 @@ decoding computes the next token of every unfinished question against the one ca
 repeated or copied.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tinyllava.inference.chat import check_logits, stop_ids
+from tinyllava.inference.logits import check_logits, stop_ids
 from tinyllava.inference.prompt_tree import PromptTree
 from tinyllava.model import TinyLlavaForConditionalGeneration
 from tinyllava.model.compat import CACHE_NAME
@@ -48,17 +49,24 @@ def can_share(model: TinyLlavaForConditionalGeneration) -> bool:
 
 @torch.inference_mode()
 def answer_groups(
-    model: TinyLlavaForConditionalGeneration, groups: Sequence[ImageGroup], max_new_tokens: int
+    model: TinyLlavaForConditionalGeneration,
+    groups: Sequence[ImageGroup],
+    max_new_tokens: int,
+    context_tokens: int = sys.maxsize,
 ) -> list[list[list[int]]]:
     """Return the token ids of the greedy answer to each prompt of each group, its end token included.
 
+    An answer without its end token ran into ``max_new_tokens``, or into ``context_tokens`` with its prompt.
     All groups are one batch; the caller bounds its size.
+
+    Raises:
+        CheckpointError: the model's logits are not numbers.
     """
     if _attention(model) not in ("sdpa", "eager"):
         model.set_attn_implementation("sdpa")  # the others take no mask of our own
     trunks = _Trunks(model, groups)
     hidden, seen, positions, where = trunks.branch()
-    answers = _decode(model, trunks.cache, hidden, seen, positions, max_new_tokens)
+    answers = _decode(model, trunks.cache, hidden, seen, positions, max_new_tokens, context_tokens)
     return [[answers[g][column] for column in columns] for g, columns in enumerate(where)]
 
 
@@ -138,6 +146,7 @@ def _decode(
     seen: Tensor,
     positions: Tensor,
     max_new_tokens: int,
+    context_tokens: int,
 ) -> list[list[list[int]]]:
     """Decode Q prompts on each of G rows until each has ended.
 
@@ -160,7 +169,8 @@ def _decode(
         check_logits(model, logits)
         next_tokens = logits.argmax(-1)
         tokens[rows_of(active), order[active]] = next_tokens
-        alive[rows_of(active), order[active]] = ~torch.isin(next_tokens, stops)
+        has_room = positions.gather(1, order)[active] + 1 < context_tokens
+        alive[rows_of(active), order[active]] = ~torch.isin(next_tokens, stops) & has_room
         for g, q, token in torch.stack([rows[rows_of(active)], order[active], next_tokens]).T.tolist():
             answers[g][q].append(token)
         kept = alive.any(1)

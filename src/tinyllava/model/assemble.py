@@ -3,6 +3,7 @@
 Paper: section 3.1 and Table 1.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def open_checkpoint(
 ) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor]:
     """Open a saved folder, whatever it is called, with no network.
 
+    Answers are greedy unless a caller asks for sampling: of the folder's settings of generation only the
+    tokens count.
+
     Raises:
         CheckpointError: the folder is missing, incomplete, or of another kind.
     """
@@ -95,8 +99,12 @@ def open_checkpoint(
             raise CheckpointError(
                 f"{folder}: {fault.replace('_', ' ')}: {', '.join(map(str, sorted(report[fault])))}"
             )
-    if not (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = greedy_generation(model.generation_config, processor.tokenizer)
+    ends = model.generation_config.eos_token_id
+    model.generation_config = greedy_generation(model.generation_config, processor.tokenizer)
+    if ends is not None and (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config.eos_token_id = ends  # there may be several
+    longest = getattr(model.config.text_config, "max_position_embeddings", None) or sys.maxsize
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, longest)
     return model.eval(), processor
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, write_export
 from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.metrics.yes_no import NO, YES, says_yes_or_no
 from tinyllava.evaluation.question import (
     SHORT,
     Question,
@@ -101,7 +102,8 @@ def post_process(answer: str) -> str:
 def grade(question: Question, answer: str) -> Grade:
     """Compare to the letter after post-processing."""
     parsed = post_process(answer)
-    return Grade(parsed, float(parsed == question.target))
+    is_clear = question.target not in (YES, NO) or says_yes_or_no(parsed)
+    return Grade(parsed, float(parsed == question.target), is_clear)
 
 
 def measure_distribution(
@@ -145,6 +147,7 @@ BENCHMARK = Benchmark(
     prompt=PROMPT,
     load=load,
     grade=grade,
+    unclear="empty, or neither yes nor no where one of them is right",
     details=measure_distribution,
     export=export_predictions,
     files=(

@@ -221,6 +221,7 @@ BENCHMARK = Benchmark(
     has_number_ids=True,
     load=load,
     grade=lambda *_: Grade("", None),
+    unclear="empty, or no two scores in the judge's reply",
     summarise=summarise,
     max_new_tokens=1024,
     judging=Judging(

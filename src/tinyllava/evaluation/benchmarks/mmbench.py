@@ -139,7 +139,8 @@ def _read_options(record: Record) -> dict[str, str]:
 def grade(question: Question, answer: str) -> Grade:
     """Compare letters; an answer that no rule can read is wrong."""
     parsed = extract_option(answer, question.target["options"])
-    return Grade(parsed, float(parsed == question.target["answer"]))
+    is_clear = parsed in question.target["options"]
+    return Grade(parsed, float(parsed == question.target["answer"]), is_clear)
 
 
 def summarise(predictions: Sequence[Prediction]) -> Summary:
@@ -256,6 +257,7 @@ BENCHMARK = Benchmark(
     has_number_ids=True,
     load=load,
     grade=grade,
+    unclear="no option",
     summarise=summarise,
     count=count_base,
     expect=expect_base,

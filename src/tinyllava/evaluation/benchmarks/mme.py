@@ -14,7 +14,7 @@ from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.metrics.statistics import Ratio
-from tinyllava.evaluation.metrics.yes_no import NO, YES, parse_mme
+from tinyllava.evaluation.metrics.yes_no import NO, OTHER, YES, parse_mme
 from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source
 from tinyllava.evaluation.read import Record, find_parquet, read_parquet, read_text, unpack_image
 
@@ -107,7 +107,7 @@ def _read_pair(path: Path) -> Iterator[Record]:
 def grade(question: Question, answer: str) -> Grade:
     """Compare the yes or no at the start of the answer."""
     parsed = parse_mme(answer)
-    return Grade(parsed, float(parsed == question.target))
+    return Grade(parsed, float(parsed == question.target), parsed != OTHER)
 
 
 def summarise(predictions: Sequence[Prediction]) -> Summary:
@@ -165,6 +165,7 @@ BENCHMARK = Benchmark(
     prompt=PROMPT,
     load=load,
     grade=grade,
+    unclear="neither yes nor no",
     summarise=summarise,
     unit="questions of perception",
     unit_of=lambda prediction: prediction.question_id if prediction.category in PERCEPTION else None,

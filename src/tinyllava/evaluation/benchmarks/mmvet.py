@@ -184,6 +184,7 @@ BENCHMARK = Benchmark(
     has_number_ids=True,
     load=load,
     grade=lambda *_: Grade("", None),
+    unclear="empty, or no score in the judge's reply",
     max_new_tokens=1024,
     judging=Judging(
         official_judge="gpt-4-0613",

@@ -17,7 +17,7 @@ from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.metrics.statistics import Ratio
-from tinyllava.evaluation.metrics.yes_no import NO, OTHER, YES, parse_exact, parse_pope
+from tinyllava.evaluation.metrics.yes_no import NO, OTHER, YES, parse_exact, parse_pope, says_yes_or_no
 from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source
 from tinyllava.evaluation.read import ImageFiles, Record, find_parquet, read_lines, read_parquet, unpack_image
 from tinyllava.evaluation.results import Metric
@@ -77,13 +77,13 @@ def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef]]:
 def grade(question: Question, answer: str) -> Grade:
     """Compare yes or no; what is unclear counts as yes."""
     parsed = parse_pope(answer)
-    return Grade(parsed, float(parsed == question.target))
+    return Grade(parsed, float(parsed == question.target), says_yes_or_no(answer))
 
 
 def grade_exact(question: Question, answer: str) -> Grade:
     """Compare the whole answer in lower case; an empty one is neither yes nor no, and not a missing one."""
     parsed = parse_exact(answer) or OTHER
-    return Grade(parsed, float(parsed == question.target))
+    return Grade(parsed, float(parsed == question.target), parsed in (YES, NO))
 
 
 def summarise(predictions: Sequence[Prediction]) -> Summary:
@@ -198,6 +198,7 @@ BENCHMARK = Benchmark(
     has_number_ids=True,
     load=partial(load, is_pinned=True),
     grade=grade,
+    unclear="neither yes nor no; counted as yes",
     summarise=summarise,
     details=count_outcomes,
     export=export_answers,
@@ -215,6 +216,7 @@ POOLED = replace(
     num_questions=9_000,
     load=partial(load, is_pinned=False),
     grade=grade_exact,
+    unclear="neither yes nor no",
     summarise=summarise_pooled,
     details=None,
     files=(

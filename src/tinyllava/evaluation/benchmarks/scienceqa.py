@@ -108,7 +108,7 @@ def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef | None]]
 def grade(question: Question, answer: str) -> Grade:
     """Compare letters; a letter beyond the choices is no letter of this question and so wrong."""
     parsed = parse_scienceqa(answer)
-    return Grade(parsed, float(parsed == question.target))
+    return Grade(parsed, float(parsed == question.target), bool(parsed))
 
 
 def summarise(predictions: Sequence[Prediction]) -> Summary:
@@ -140,6 +140,7 @@ BENCHMARK = Benchmark(
     prompt=PROMPT,
     load=load,
     grade=grade,
+    unclear="no letter",
     summarise=summarise,
     unit="questions with an image",
     unit_of=lambda prediction: prediction.question_id if prediction.category == "image" else None,

@@ -15,7 +15,7 @@ from pathlib import Path
 from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade
-from tinyllava.evaluation.metrics.yes_no import parse_pope
+from tinyllava.evaluation.metrics.yes_no import parse_pope, says_yes_or_no
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import read_text
 
@@ -81,7 +81,8 @@ def _hash_of(question: Question) -> str:
 def grade(question: Question, answer: str) -> Grade:
     """Find yes or no in the answer as POPE does; compare a name whole, whatever its case and final period."""
     parsed = parse_pope(answer) if question.category == "yes_no" else answer.strip().rstrip(".").lower()
-    return Grade(parsed, float(parsed == question.target.lower()))
+    is_clear = question.category != "yes_no" or says_yes_or_no(answer)
+    return Grade(parsed, float(parsed == question.target.lower()), is_clear)
 
 
 def majority_answers(questions: Sequence[Question], training_answers: Sequence[str]) -> dict[str, str]:
@@ -104,6 +105,7 @@ BENCHMARK = Benchmark(
     prompt="{question}",
     load=load_sample,
     grade=grade,
+    unclear="empty, or neither yes nor no where one of them was asked for",
     max_new_tokens=16,
 )
 WHOLE = replace(BENCHMARK, name="starter-whole", split="held-out", load=load, num_questions=0)

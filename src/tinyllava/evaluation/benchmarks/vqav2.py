@@ -16,7 +16,8 @@ from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, write_export
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.metrics.vqa_accuracy import NUM_ANNOTATORS, grade_vqa
-from tinyllava.evaluation.metrics.vqa_normaliser import normalise_evalai
+from tinyllava.evaluation.metrics.vqa_normaliser import normalise_evalai, normalise_vqa
+from tinyllava.evaluation.metrics.yes_no import says_yes_or_no
 from tinyllava.evaluation.question import (
     SHORT,
     Question,
@@ -111,7 +112,16 @@ def _add(questions: QuestionList, record: Record, image: ImageRef, annotation: R
 def grade(question: Question, answer: str) -> Grade:
     """Grade what would be uploaded by the official tool; without public answers, show it."""
     uploaded = normalise_evalai(answer)
-    return Grade(uploaded, None) if question.target is None else Grade(*grade_vqa(uploaded, question.target))
+    if question.target is None:
+        return Grade(uploaded, None)
+    return Grade(*grade_vqa(uploaded, question.target), _is_of_its_kind(question, answer))
+
+
+def _is_of_its_kind(question: Question, answer: str) -> bool:
+    if "answer_type=yes/no" in question.groups:
+        return says_yes_or_no(answer)
+    has_digit = any(character.isdigit() for character in normalise_vqa(answer))
+    return has_digit or "answer_type=number" not in question.groups
 
 
 def export_upload(
@@ -164,6 +174,7 @@ BENCHMARK = Benchmark(
     has_number_ids=True,
     load=partial(load_test, split="test-dev"),
     grade=grade,
+    unclear="empty, or no yes, no or number where the answer is one",
     export=export_upload,
     files=(
         NeededFile(

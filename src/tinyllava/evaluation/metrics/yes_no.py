@@ -3,6 +3,8 @@
 Paper: appendix A, POPE and MME.
 """
 
+import re
+
 YES, NO, OTHER = "yes", "no", "other"
 _NEGATIONS = frozenset({"No", "no", "not"})
 
@@ -11,6 +13,11 @@ def parse_pope(answer: str) -> str:
     """Return "no" if the first sentence has the word No, no or not, else "yes", be it unclear or empty."""
     words = answer.split(".", maxsplit=1)[0].replace(",", "").split(" ")
     return YES if _NEGATIONS.isdisjoint(words) else NO
+
+
+def says_yes_or_no(answer: str) -> bool:
+    """Whether the word yes, no or not occurs in an answer, whatever its case."""
+    return re.search(r"(?i)\b(yes|no|not)\b", answer) is not None
 
 
 def parse_exact(answer: str) -> str:

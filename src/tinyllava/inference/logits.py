@@ -1,0 +1,63 @@
+"""Logits out of which an answer can be chosen: NaN or infinity is an error, never an answer.
+
+Paper: none; every way to an answer passes here, batches, streams and shared prefixes alike.
+"""
+
+from itertools import chain
+
+import torch
+from transformers import LogitsProcessor
+
+from tinyllava.errors import CheckpointError
+from tinyllava.model import TinyLlavaForConditionalGeneration
+
+
+class FiniteLogits(LogitsProcessor):
+    """Refuses logits that are not finite, but those that follow a finished answer, which nobody reads."""
+
+    def __init__(
+        self, model: TinyLlavaForConditionalGeneration, num_prompt_tokens: int, *, can_forbid: bool
+    ) -> None:
+        self.model, self.num_prompt_tokens, self.can_forbid = model, num_prompt_tokens, can_forbid
+        self.stops = stop_ids(model)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores [B, K] as they are."""
+        new = input_ids[:, self.num_prompt_tokens :]
+        finished = torch.isin(new, self.stops.to(new.device)).any(1)
+        check_logits(self.model, scores[~finished], can_forbid=self.can_forbid)
+        return scores
+
+
+def check_logits(
+    model: TinyLlavaForConditionalGeneration, logits: torch.Tensor, *, can_forbid: bool = False
+) -> None:
+    """Refuse logits [..., K] out of which no answer can be chosen.
+
+    Args:
+        can_forbid: whether some may be minus infinity: an option of ``generate`` forbids these tokens.
+
+    Raises:
+        CheckpointError: some are NaN or infinite; the weight that is, or the type of the weights, is named.
+    """
+    usable = logits.isfinite() | (logits.isneginf() & logits.isfinite().any(-1, keepdim=True) & can_forbid)
+    if bool(usable.all()):
+        return
+    what = f"{model.name_or_path or 'the model'}: its logits are not numbers (NaN or infinite)"
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        if weight.is_floating_point() and (num := int((~weight.isfinite()).sum())):
+            raise CheckpointError(
+                f"{what}: {num:,} of {weight.numel():,} values of {name} are not. Copy the checkpoint again, "
+                "or train it again."
+            )
+    dtype = str(model.dtype).removeprefix("torch.")
+    fix = "Open it in bfloat16 or float32." if model.dtype == torch.float16 else "Train the model again."
+    raise CheckpointError(f"{what}, though all its weights are: {dtype} overflows. {fix}")
+
+
+def stop_ids(model: TinyLlavaForConditionalGeneration) -> torch.Tensor:
+    """Return the ids of the tokens that end an answer."""
+    stops = model.generation_config.eos_token_id
+    return torch.tensor(
+        stops if isinstance(stops, list) else [] if stops is None else [stops], dtype=torch.long
+    )
