@@ -18,6 +18,7 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    GemmaConfig,
     LlamaConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
@@ -95,13 +96,14 @@ _COMMON = {
 
 
 def make_language_model(folder: Path, kind: str, num_rows: int = 0) -> Path:
-    """Save a toy language model: 'llama', 'phi', 'stablelm' or 'chatml' (a Llama with tied rows).
+    """Save a toy language model: 'llama', 'phi', 'stablelm', 'gemma' or 'chatml' (a Llama with tied rows).
 
     Args:
         num_rows: of the embedding; 0 means as its toy tokenizer needs.
     """
     tokenizer = {
         "llama": llama_tokenizer,
+        "gemma": llama_tokenizer,
         "chatml": chatml_tokenizer,
         "phi": lambda: byte_level_tokenizer("<|endoftext|>"),
         "stablelm": lambda: byte_level_tokenizer("<|endoftext|>"),
@@ -114,6 +116,7 @@ def make_language_model(folder: Path, kind: str, num_rows: int = 0) -> Path:
     config = {
         "llama": lambda: LlamaConfig(**llama),
         "chatml": lambda: LlamaConfig(tie_word_embeddings=True, **llama),
+        "gemma": lambda: GemmaConfig(head_dim=8, tie_word_embeddings=True, **llama),
         "phi": lambda: PhiConfig(vocab_size=rows, partial_rotary_factor=0.5, **_COMMON, **ids),
         "stablelm": lambda: StableLmConfig(
             vocab_size=rows, num_key_value_heads=4, use_qkv_bias=True, **_COMMON, **ids

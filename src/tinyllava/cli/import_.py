@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         "--language-model",
         metavar="DIR",
         type=Path,
-        help="the language model (or model) that the source was trained on; its tokenizer is used",
+        help="the language model (or model) that the source was trained on, or a folder with its tokenizer",
     )
     parser.add_argument(
         "--template", default="", metavar="NAME", help="prompt template in place of the source's"
@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     report = import_checkpoint(options.source, options.folder, given=given, dtype=dtype)
     print(f"{report.kind}: {report.num_tensors} tensors, {report.num_image_tokens} image tokens an image")
+    print(f"template: {report.template} (another one: --template NAME)")
     lists = {"dropped": report.dropped, "recomputed": report.recomputed, "filled in": report.filled}
     for name, values in lists.items():
         if values:

@@ -166,7 +166,7 @@ class TinyLlavaProcessor(ProcessorMixin):
         A special token is one only where the template writes it: spelt in the text of a turn, it is text.
 
         Raises:
-            DataError: a token reaches from a prompt into an answer, so that no exact mask exists.
+            DataError: a token reaches from a prompt into an answer: there is no exact mask to train with.
         """
         template = template or self.chat_template
         rendered, spans, hidden = self._render(conversation, template, open_answer)
@@ -183,7 +183,8 @@ class TinyLlavaProcessor(ProcessorMixin):
         supervised: list[bool] = []
         for token, (start, end) in zip(ids, offsets, strict=True):
             inside = any(a <= start and end <= b for a, b in spans) and end > start
-            if not inside and any(start < a < end or start < b < end for a, b in spans):
+            joins = not inside and any(start < a < end or start < b < end for a, b in spans)
+            if joins and not open_answer:  # what is trained needs an exact mask, an earlier turn does not
                 raise DataError(
                     f"{conversation.place}: the token {read[start:end]!r} joins prompt and answer; give the "
                     "template a separator that the tokenizer keeps apart."

@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, MistralConfig, MistralForCausalLM
 
 import layouts
 from layouts import Toy, make_toy, model_logits, reference_logits, write_bench
+from parity.vocabularies import write_bpe
 from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.checkpoints.importing import Given, import_checkpoint
+from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import open_checkpoint
 
+GOLDEN = json.loads((Path(__file__).parents[2] / "parity" / "tokens.json").read_text(encoding="utf-8"))
 BEFORE, AFTER = [1, 5, 9, 30], [40, 41, 7]
 
 
@@ -117,6 +120,7 @@ def write_lora(toy: Toy, folder: Path, *, rslora: bool = False) -> torch.nn.Modu
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     layouts.write_json(folder / "config.json", layouts.bench_config(toy))
+    config.base_model_name_or_path = "owner/not-there"  # peft has put the toy's folder there
     config.save_pretrained(folder)
     adapter = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if "lora_" in n}
     torch.save(adapter, folder / "adapter_model.bin")
@@ -208,3 +212,87 @@ def test_tinyllava_3_1b_can_be_exported_as_stock_llava(tmp_path: Path) -> None:
     found = stock(input_ids=torch.tensor([ids]), pixel_values=layouts.images()).logits
     expected = reference_logits(toy, BEFORE, AFTER, num_dropped=0, llm=layouts.bench_llm(toy))
     assert torch.allclose(found[..., : expected.shape[-1]], expected, atol=1e-5)
+
+
+def test_lora_with_a_partly_tuned_encoder(tmp_path: Path) -> None:
+    """The run saves the layers that it tuned; the others come from the encoder's own folder."""
+    toy = make_toy(tmp_path, "phi", "siglip")
+    peft_model = write_lora(toy, tmp_path / "run")
+    tuned = {
+        n: t + 0.1 for n, t in layouts.bench_vision(toy).items() if ".layers.1." in n or ".layers.2." in n
+    }
+    others = torch.load(tmp_path / "run" / "non_lora_trainables.bin")
+    others |= {f"base_model.model.model.vision_tower.vision_tower.{n}": t for n, t in tuned.items()}
+    torch.save(others, tmp_path / "run" / "non_lora_trainables.bin")
+    given = Given(vision_encoder=toy.vision_folder, language_model=toy.language_folder)
+    report = import_checkpoint(tmp_path / "run", tmp_path / "out", given=given)
+    untuned = reference_logits(toy, BEFORE, AFTER, num_dropped=0, llm=peft_model)
+    state = {f"vision_model.{n}": t for n, t in toy.encoder.state_dict().items()} | tuned
+    toy.encoder.load_state_dict({n.removeprefix("vision_model."): t for n, t in state.items()})
+    expected = reference_logits(toy, BEFORE, AFTER, num_dropped=0, llm=peft_model)
+    assert_same(tmp_path / "out", expected)
+    assert not torch.allclose(untuned, expected, atol=0.01)
+    assert any(
+        note.startswith("vision encoder: 32 tuned tensors of the source over") for note in report.notes
+    )
+
+
+def test_the_base_of_an_adapter_is_the_one_that_it_names(tmp_path: Path) -> None:
+    toy, other = make_toy(tmp_path, "phi", "siglip"), make_toy(tmp_path / "other", "phi", "siglip", seed=1)
+    peft_model = write_lora(toy, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    named = config | {"base_model_name_or_path": str(toy.language_folder)}
+    layouts.write_json(tmp_path / "run" / "adapter_config.json", named)
+    wrong = Given(vision_encoder=toy.vision_folder, language_model=other.language_folder)
+    with pytest.raises(CheckpointError, match=r"was trained on .*llm, which is here; leave the option out"):
+        import_checkpoint(tmp_path / "run", tmp_path / "out", given=wrong)
+    tokens = (
+        tmp_path / "tokens"
+    )  # a folder with a tokenizer alone gives that, and the weights are the named ones
+    tokens.mkdir()
+    layouts.save_tokenizer(toy, tokens)
+    given = Given(vision_encoder=toy.vision_folder, language_model=tokens)
+    import_checkpoint(tmp_path / "run", tmp_path / "out", given=given)
+    expected = reference_logits(toy, BEFORE, AFTER, num_dropped=0, llm=peft_model)
+    assert_same(tmp_path / "out", expected)
+    layouts.write_json(
+        tmp_path / "run" / "adapter_config.json", config
+    )  # a hub path: the sizes have to agree
+    sizes = json.loads((other.language_folder / "config.json").read_text())
+    layouts.write_json(other.language_folder / "config.json", sizes | {"num_hidden_layers": 9})
+    with pytest.raises(
+        CheckpointError, match=r"not the language model .*num_hidden_layers 9, not 2.*owner/not"
+    ):
+        import_checkpoint(tmp_path / "run", tmp_path / "out2", given=wrong)
+
+
+def test_llava_on_mistral_is_taken_and_tiles_are_refused_by_name(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama", "clip")
+    source = write_bench(toy, tmp_path / "source", with_encoder=False, model_type="llava_mistral")
+    config = json.loads((source / "config.json").read_text())
+    given = Given(vision_encoder=toy.vision_folder)
+    with pytest.raises(CheckpointError, match=r"does not name its prompt template, and '</s>'"):
+        import_checkpoint(source, tmp_path / "out", given=given)
+    given = Given(vision_encoder=toy.vision_folder, template="llama")
+    layouts.write_json(source / "config.json", config | {"sliding_window": None})
+    import_checkpoint(source, tmp_path / "out", given=given)
+    mistral = MistralForCausalLM(MistralConfig(**toy.text_config() | {"sliding_window": None})).eval()
+    mistral.load_state_dict(toy.text)
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1, llm=mistral))
+    for key, value in (("image_aspect_ratio", "anyres"), ("mm_patch_merge_type", "spatial_unpad")):
+        layouts.write_json(source / "config.json", config | {key: value})
+        with pytest.raises(CheckpointError, match=f"{key}.*{value}.*tiles"):
+            import_checkpoint(source, tmp_path / "tiles", given=given)
+
+
+def test_stablelm_2_as_vocabulary_and_merges(tmp_path: Path) -> None:
+    """What TinyLLaVABench and Factory save of StableLM-2's and Phi-2's tokenizers."""
+    toy = make_toy(tmp_path, "stablelm", "clip", num_rows=20_040)
+    source = write_bench(toy, tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    write_bpe(source, "stablelm")
+    import_checkpoint(source, tmp_path / "out")
+    _, processor = open_checkpoint(tmp_path / "out")
+    text = GOLDEN["texts"][0]
+    expected = GOLDEN["tokens"]["stablelm"]["texts"][0]
+    assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == expected

@@ -220,3 +220,17 @@ def test_a_head_that_shares_the_embedding(tmp_path: Path, with_copy: bool) -> No
     report = import_checkpoint(source, tmp_path / "out", given=Given(template="chatml"))
     assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))
     assert ("lm_head.weight" in report.dropped) == with_copy
+
+
+def test_gemma_scales_image_tokens_as_transformers_4_did(tmp_path: Path) -> None:
+    """There the embeddings of text and images alike were multiplied by sqrt(D); now text alone is."""
+    toy = make_toy(tmp_path, "gemma", "siglip")
+    with torch.no_grad():  # initial weights are so small that a norm hides the factor
+        for parameter in toy.llm.parameters():
+            parameter *= 5
+    import_checkpoint(write_factory(toy, tmp_path / "source"), tmp_path / "out")
+    expected = reference_logits(
+        toy, BEFORE, AFTER, num_dropped=1, tokens=lambda w, x: layouts.mlp(w, x) * toys.WIDTH**0.5
+    )
+    assert_same(tmp_path / "out", expected)
+    assert not torch.allclose(expected, reference_logits(toy, BEFORE, AFTER, num_dropped=1), atol=1e-3)

@@ -138,7 +138,7 @@ def test_settings_of_tinyllavabench(bench: Path, changes: dict[str, Any], messag
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy 'cls'; allowed: patch"),
         ({"connector_type": "mof_mlp"}, "connector 'mof_mlp' does not exist here"),
         ({"text_config": None}, "config.json has no text_config"),
-        ({"text_config": {"model_type": "openelm"}}, "no template is known for language model 'openelm'"),
+        ({"text_config": {"model_type": "openelm"}}, "transformers has no language model 'openelm'"),
         (
             {"vision_config": {"model_type": "mamba_vision"}},
             "model_type 'mamba_vision' cannot be imported; allowed",

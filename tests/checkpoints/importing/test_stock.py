@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 import layouts
 from layouts import Toy, make_toy, model_logits, reference_logits
 from tinyllava.checkpoints.importing import Given, import_checkpoint
 from tinyllava.checkpoints.importing.tensors import take
+from tinyllava.cli import main
+from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import open_checkpoint
 
@@ -94,7 +96,7 @@ def test_every_version_of_the_names(tmp_path: Path, vision: str, names: str) -> 
     ours, processor = open_checkpoint(tmp_path / "out")
     assert torch.allclose(model_logits(ours, BEFORE, AFTER), expected_logits(toy, model), atol=1e-5)
     assert report.num_new_rows == 0
-    assert processor.chat_template == "{{ messages[0].content }}"
+    assert processor.chat_template == "{{- bos_token -}}{{ messages[0].content }}"  # as its tokenizer puts it
     assert "--template" in report.notes[0]
 
 
@@ -135,4 +137,63 @@ def test_a_tokenizer_with_another_image_token_is_refused(tmp_path: Path) -> None
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     layouts.write_json(tmp_path / "source" / "config.json", config | {"image_token_index": 7})
     with pytest.raises(CheckpointError, match=r"<image> is token 7.*--language-model DIR"):
+        import_checkpoint(tmp_path / "source", tmp_path / "out")
+
+
+def test_a_template_that_leaves_bos_to_the_tokenizer_and_marks_answers_without_their_blank(
+    tmp_path: Path,
+) -> None:
+    """The hub's LLaVA-1.5: no BOS, and answers marked behind the blank in front of them."""
+    template = (
+        "{% for m in messages %}{{ m.role.upper() + ': ' }}"
+        "{% for c in m.content if c.type == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+        "{% for c in m.content if c.type == 'text' %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ c.text + ' ' }}{% endgeneration %}"
+        "{% else %}{{ c.text + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    write_stock(make_toy(tmp_path), tmp_path / "source")
+    (tmp_path / "source" / "chat_template.jinja").write_text(template)
+    import_checkpoint(tmp_path / "source", tmp_path / "out")
+    _, processor = open_checkpoint(tmp_path / "out")
+    source = AutoTokenizer.from_pretrained(tmp_path / "source")
+    picture = (ImageRef(name="a.png"),)
+    turns = (
+        Message(role="user", text="What is it?", images=picture), Message(role="assistant", text="A dog."),
+        Message(role="user", text="Yes?"),
+    )  # fmt: skip
+    for number, text in (
+        (1, "USER: <image>\nWhat is it? ASSISTANT:"),
+        (3, "USER: <image>\nWhat is it? ASSISTANT: A dog. USER: Yes? ASSISTANT:"),
+    ):
+        expected = source(text.replace("<image>", "<image>" * 4))["input_ids"]
+        encoded = processor.encode(Conversation(messages=turns[:number]), open_answer=True)
+        assert encoded.input_ids == expected
+        assert encoded.input_ids[0] == source.bos_token_id
+
+
+def test_templates_are_recognised_by_their_tokens_or_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for language in ("llama", "chatml"):
+        write_stock(make_toy(tmp_path / language, language), tmp_path / language / "source")
+        (tmp_path / language / "source" / "chat_template.jinja").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"does not name its prompt template, and '</s>'.*--template NAME"
+    ):
+        import_checkpoint(tmp_path / "llama" / "source", tmp_path / "out")
+    report = import_checkpoint(tmp_path / "chatml" / "source", tmp_path / "out")
+    assert report.template == "chatml"
+    assert "<|im_start|>" in open_checkpoint(tmp_path / "out")[1].chat_template
+    arguments = [str(tmp_path / "llama" / "source"), str(tmp_path / "other"), "--template", "llama"]
+    assert main(["import", *arguments]) == 0
+    assert "template: llama" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_tiles_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    write_stock(make_toy(tmp_path), tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    layouts.write_json(tmp_path / "source" / "config.json", config | {"model_type": kind})
+    with pytest.raises(CheckpointError, match=f"model_type '{kind}' cuts an image into tiles"):
         import_checkpoint(tmp_path / "source", tmp_path / "out")

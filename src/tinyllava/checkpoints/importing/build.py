@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from tinyllava.checkpoints.importing.parts import Parts, hub_name
+from tinyllava.checkpoints.importing.parts import Parts, hub_name, recognise_template
 from tinyllava.checkpoints.importing.processor import load_processor
 from tinyllava.checkpoints.importing.tensors import Tensors, count, drop
 from tinyllava.config import ModelConfig
@@ -61,6 +61,8 @@ class ImportReport:
     num_new_rows: int = 0
     """Zero rows that give ``<image>`` a place in embedding and head."""
     num_image_tokens: int = 0
+    template: str = ""
+    """Name of the prompt template, or ``the source's own``."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -94,6 +96,8 @@ def build(
     model.model.vision_tower, model.model.language_model = vision_tower, llm.base_model
     model.lm_head = llm.get_output_embeddings()
     model.model.multi_modal_projector = _load_connector(parts, config).to(dtype)
+    if parts.scales_images:
+        _scale_images(model.model.multi_modal_projector, config)
     num_rows = llm.get_input_embeddings().num_embeddings
     make_room_for_image_token(model, config.image_token_id)
     model.generation_config = greedy_generation(llm.generation_config, processor.tokenizer)
@@ -108,6 +112,7 @@ def build(
         language_model=hub_name(parts.language_name),
         num_new_rows=model.get_input_embeddings().num_embeddings - num_rows,
         num_image_tokens=config.num_image_tokens,
+        template=_template_name(parts, processor),
         notes=list(parts.notes),
     )
     model.train(False)
@@ -267,6 +272,21 @@ def _load_language_model(parts: Parts, config: Any, dtype: torch.dtype) -> Any:
     llm = _load_part(AutoModelForCausalLM, config, tensors, dtype, where)
     llm.get_output_embeddings().register_parameter("bias", None)
     return llm
+
+
+@torch.no_grad()
+def _scale_images(connector: Any, config: TinyLlavaConfig) -> None:
+    """Multiply what the connector gives by sqrt(D): its last layer is linear."""
+    text_config: Any = config.text_config
+    last = next(name for name in ("output", "linear_2", "linear") if hasattr(connector, name))
+    for parameter in getattr(connector, last).parameters():
+        parameter *= text_config.hidden_size**0.5
+
+
+def _template_name(parts: Parts, processor: TinyLlavaProcessor) -> str:
+    if "{" in parts.template:
+        return "the source's own"
+    return parts.template or recognise_template(processor.tokenizer, parts.where)
 
 
 def _load_connector(parts: Parts, config: TinyLlavaConfig) -> nn.Module:

@@ -14,7 +14,14 @@ from tinyllava.checkpoints.importing.connectors import (
     factory_resampler,
     name_connector,
 )
-from tinyllava.checkpoints.importing.parts import Given, Parts, choose_template, find_part, read_aspect
+from tinyllava.checkpoints.importing.parts import (
+    Given,
+    Parts,
+    choose_template,
+    find_part,
+    read_aspect,
+    scales_images,
+)
 from tinyllava.checkpoints.importing.tensors import (
     Tensors,
     has_weights,
@@ -71,11 +78,12 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         feature_layer=whole(config, "vision_feature_layer", -2, where),
         num_prefix_tokens=int(strategy == "patch"),
         connector=connector,
+        scales_images=scales_images(text_config, None),
         image_aspect=read_aspect(config.get("image_aspect_ratio"), where),
         image_processor=_encoder_folder(config, given),
         tokenizer=_tokenizer_folder(source, config, given),
         has_older_tokens=not config.get("tokenizer_use_fast"),
-        template=choose_template(given.template, family, where),
+        template=choose_template(given.template, family),
         vision_name=config.get("vision_model_name_or_path"),
         language_name=config["llm_model_name_or_path"],
         notes=tuple(notes),

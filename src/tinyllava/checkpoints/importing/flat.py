@@ -11,7 +11,15 @@ from typing import Any
 
 from tinyllava.checkpoints.importing.adapters import merge_lora, read_adapter, strip_wrapping
 from tinyllava.checkpoints.importing.connectors import Found, bench_resampler, name_connector
-from tinyllava.checkpoints.importing.parts import Given, Parts, choose_template, find_part, read_aspect
+from tinyllava.checkpoints.importing.parts import (
+    Given,
+    Parts,
+    choose_template,
+    find_base,
+    find_part,
+    read_aspect,
+    scales_images,
+)
 from tinyllava.checkpoints.importing.tensors import (
     Tensors,
     drop,
@@ -33,11 +41,16 @@ _BENCH = {
     "tiny_llava_stablelm": "stablelm",
     "tiny_llava_qwen": "qwen2",
 }
-_LLAVA = {"llava": "llama", "llava_llama": "llama"}
+_LLAVA = {
+    "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2",
+    "llava_qwen2": "qwen2",
+}  # fmt: skip
 _VISION_FAMILIES = ("clip_vision_model", "siglip_vision_model", "clip", "siglip")
+_VISION_NAMES = {"vision_model.": "", "": ""}
 _TOWER = {"model.vision_tower.vision_tower.": ""}
 _CONNECTOR = {"model.mm_projector.": ""}
 _HEAD_BIAS = r"^lm_head\.bias$"
+_FIRST_OF_ENCODER = "embeddings.patch_embedding.weight"
 # Names that StableLM's first code gave to settings of transformers' class.
 _OLD_KEYS = {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"}
 
@@ -67,10 +80,15 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
     encoder = _encoder_folder(folder, config, given)
     vision_config = read_config(encoder)
     vision_config = vision_config.get("vision_config") or vision_config
-    from_source = bool(vision)
-    if not from_source:
-        vision = read_folder(encoder)
-        dropped += drop(vision, r"^(text_model|text_projection|visual_projection|logit_)")
+    from_source = any(name.endswith(_FIRST_OF_ENCODER) for name in vision)
+    if not from_source:  # a LoRA run saves the layers that it tuned, and nothing else of the encoder
+        tower, num_tuned = read_folder(encoder), len(vision)
+        dropped += drop(tower, r"^(text_model|text_projection|visual_projection|logit_)")
+        if num_tuned:
+            tower, vision = take(tower, _VISION_NAMES), take(vision, _VISION_NAMES)
+            refuse_left_over(vision.keys() - tower.keys(), f"{source}: tuned vision encoder")
+            notes.append(f"vision encoder: {num_tuned} tuned tensors of the source over {encoder}")
+        vision = tower | vision
     is_siglip = "siglip" in vision_config.get("model_type", "siglip")
     if is_siglip and not is_bench:
         raise CheckpointError(f"{source}: LLaVA-1.5 with a SigLIP encoder; the original code has CLIP only.")
@@ -89,12 +107,13 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         if is_siglip
         else 0,
         feature_layer=whole(config, "mm_vision_select_layer", -2, str(source)),
+        scales_images=scales_images({"model_type": family}, None),
         num_prefix_tokens=0 if is_siglip or config.get("mm_vision_select_feature") == "cls_patch" else 1,
         connector=connector,
         image_aspect=read_aspect(config.get("image_aspect_ratio"), str(source)),
         image_processor=encoder if (encoder / "preprocessor_config.json").is_file() else None,
         tokenizer=_tokenizer_folder(folder, base, given),
-        template=choose_template(given.template, family, str(source)),
+        template=choose_template(given.template, family if family != "qwen2" or is_bench else ""),
         vision_name=config.get("mm_vision_tower"),
         dropped=tuple(dropped),
         notes=(f"vision encoder: {'weights of the source' if from_source else encoder}", *notes),
@@ -115,8 +134,8 @@ def _refuse_options(config: dict[str, Any], where: str) -> None:
         )
     if config.get("mm_patch_merge_type") not in (None, "flat"):
         raise CheckpointError(
-            f"{where}: mm_patch_merge_type = {config['mm_patch_merge_type']!r} cannot be imported; "
-            "allowed: 'flat'."
+            f"{where}: mm_patch_merge_type = {config['mm_patch_merge_type']!r} joins the tiles of an image, "
+            "which is not supported yet; allowed: 'flat'."
         )
     if config.get("mm_vision_select_feature") not in (None, "patch", "cls_patch"):
         raise CheckpointError(
@@ -129,19 +148,17 @@ def _read_tensors(
     source: Path, config: dict[str, Any], given: Given
 ) -> tuple[Tensors, Path | None, str, list[str]]:
     """Return all tensors under the flat names, the base model's folder if one was needed, and the form."""
-    noun, option = "language model", "--language-model"
+    noun = "language model"
     if source.is_dir() and (source / "adapter_config.json").is_file():
         adapter_config, adapter = read_adapter(source)
         reference = str(adapter_config.get("base_model_name_or_path") or "")
-        base = find_part(given.language_model, reference, option=option, noun=noun)
+        base = find_base(given.language_model, reference, config, noun=noun)
         tensors = read_folder(base) | strip_wrapping(read_file(source / "non_lora_trainables.bin"))
         merged = merge_lora(tensors, adapter_config, strip_wrapping(adapter), str(source))
         return tensors, base, "LoRA", [f"{len(merged)} weights merged with their adapters onto {base}"]
     file = source / "mm_projector.bin" if source.is_dir() else source
     if file.is_file() and not (source.is_dir() and has_weights(source)):
-        base = find_part(
-            given.language_model, str(config.get("_name_or_path") or ""), option=option, noun=noun
-        )
+        base = find_base(given.language_model, str(config.get("_name_or_path") or ""), config, noun=noun)
         return read_folder(base) | read_file(file), base, "connector of stage 1", [f"language model: {base}"]
     return read_folder(source), None, "whole model", []
 

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.checkpoints.importing.connectors import Found
-from tinyllava.checkpoints.importing.tensors import Tensors
+from tinyllava.checkpoints.importing.tensors import Tensors, has_weights
 from tinyllava.config import Aspect
 from tinyllava.errors import CheckpointError
+from tinyllava.parts.folders import read_config
+from tinyllava.parts.templates import template_names
 
 # The prompt that the published code trained each family of language models with, and its EOS token after it.
 TEMPLATES = {"llama": "llama", "phi": "phi", "stablelm": "phi", "qwen2": "phi", "gemma": "gemma"}
+# What ends a turn in one layout only.
+_TEMPLATE_OF_END = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3"}
+_SCALED_FAMILIES = ("gemma", "gemma2")
+_SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,8 @@ class Parts:
     feature_layer: int = -2
     num_prefix_tokens: int
     connector: Found
+    scales_images: bool = False
+    """Whether the source's code multiplies image tokens by sqrt(D) as it does the embeddings of text."""
     image_aspect: Aspect
     image_processor: Path | None
     """Folder with a preprocessor_config.json; None means the encoder family's defaults at its image size."""
@@ -54,7 +62,7 @@ class Parts:
     has_older_tokens: bool = True
     """Whether that code split text with transformers 4's classes in Python."""
     template: str
-    """Name of a template, or the text of a Jinja template."""
+    """Name of a template, the text of one, or empty: recognised by the tokenizer's end of a turn."""
     image_token_id: int | None = None
     """The id that stands for an image in the source, if its tokenizer has one."""
     vision_name: object = ""
@@ -82,20 +90,71 @@ def read_aspect(value: Any, where: str) -> Aspect:
         return aspect
     if value is None:
         return "square"
+    if isinstance(value, str) and "anyres" in value:
+        raise CheckpointError(
+            f"{where}: image_aspect_ratio {value!r} cuts an image into tiles, which is not supported yet; "
+            "allowed: pad, square."
+        )
     raise CheckpointError(f"{where}: image_aspect_ratio {value!r} cannot be imported; allowed: pad, square.")
 
 
-def choose_template(given: str, model_type: str, where: str) -> str:
-    """Return the template that the user named, or the one of the published code.
+def scales_images(text_config: dict[str, Any], version: object) -> bool:
+    """Whether code on that version of transformers multiplied image tokens by sqrt(D).
+
+    Gemma multiplies embeddings by it: in transformers 4 after images are put in, in transformers 5 before.
+    """
+    return str(text_config.get("model_type")) in _SCALED_FAMILIES and not str(version or "4").startswith("5")
+
+
+def choose_template(given: str, model_type: str) -> str:
+    """Return the template that the user named, the published code's, or nothing: the tokens have to tell."""
+    return given or TEMPLATES.get(model_type, "")
+
+
+def recognise_template(tokenizer: Any, where: str) -> str:
+    """Return the template that a tokenizer's end of a turn belongs to, and to no other.
 
     Raises:
-        CheckpointError: none is known for the language model.
+        CheckpointError: several layouts, or none, end a turn with that token.
     """
-    if given or model_type in TEMPLATES:
-        return given or TEMPLATES[model_type]
+    end = str(tokenizer.eos_token or "")
+    if end in _TEMPLATE_OF_END:
+        return _TEMPLATE_OF_END[end]
     raise CheckpointError(
-        f"{where}: no template is known for language model {model_type!r}; give --template NAME."
+        f"{where}: it does not name its prompt template, and {end!r}, the end of a turn, is that of several; "
+        f"give one with --template NAME (known: {', '.join(template_names())})."
     )
+
+
+def find_base(given: Path | None, reference: str, config: dict[str, Any], *, noun: str) -> Path:
+    """Return the folder of the weights that a source builds on, never one that it does not name.
+
+    A folder that the source names and that is there wins. Otherwise the user's folder counts; where it holds
+    a tokenizer alone, only that is taken from it.
+
+    Raises:
+        CheckpointError: a given folder with other weights than the named ones, or of another size.
+    """
+    option = "--language-model"
+    if given is not None and given.is_dir() and not has_weights(given):
+        given = None
+    if given is None or not given.is_dir():
+        return find_part(given, reference, option=option, noun=noun)
+    named = Path(reference)
+    if reference and named.is_dir() and named.resolve() != given.resolve():
+        raise CheckpointError(
+            f"{option} {given}: the source was trained on {reference}, which is here; leave the option out, "
+            "or give a folder that holds only a tokenizer."
+        )
+    found = read_config(given)
+    others = [key for key in _SIZES if key in config and key in found and config[key] != found[key]]
+    if others:
+        sizes = ", ".join(f"{key} {found[key]}, not {config[key]}" for key in others)
+        raise CheckpointError(
+            f"{option} {given}: not the {noun} that the source was trained on ({sizes}); give that one"
+            + (f": {reference}." if reference else ".")
+        )
+    return given
 
 
 def find_part(given: Path | None, reference: str, *, option: str, noun: str) -> Path:

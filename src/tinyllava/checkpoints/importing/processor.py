@@ -5,7 +5,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from tinyllava.checkpoints.importing.parts import Parts
+from tinyllava.checkpoints.importing.parts import Parts, recognise_template
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
@@ -21,11 +21,8 @@ def load_processor(parts: Parts, encoder: VisionEncoder, text_config: Any) -> Ti
     Raises:
         CheckpointError: the tokenizer or the image processor cannot be had from the folders at hand.
     """
-    is_text = "{" in parts.template
     tokenizer = _load_tokenizer(parts, text_config)
-    template = parts.template if is_text else fit_template(read_template(parts.template), tokenizer)
-    if parts.is_published:
-        template = as_published(template)
+    template = _make_template(parts, tokenizer)
     processor = TinyLlavaProcessor(
         image_processor=_load_image_processor(parts, encoder),
         tokenizer=tokenizer,
@@ -39,6 +36,28 @@ def load_processor(parts: Parts, encoder: VisionEncoder, text_config: Any) -> Ti
             f"{parts.where}: its chat template cannot be used ({error}); give one of ours: --template NAME."
         ) from error
     return processor
+
+
+def _make_template(parts: Parts, tokenizer: Any) -> str:
+    """Return the text of the chat template: the source's own, or ours as its code and tokenizer need it."""
+    if "{" in parts.template:
+        return _with_bos(parts.template, tokenizer)
+    name = parts.template or recognise_template(tokenizer, parts.where)
+    template = fit_template(read_template(name), tokenizer)
+    return as_published(template) if parts.is_published else template
+
+
+def _with_bos(template: str, tokenizer: Any) -> str:
+    """Return a template that writes BOS where it leaves that to the tokenizer: here it is the template's."""
+    bos = tokenizer.bos_token
+    if not bos or tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return template
+    greeting = [{"role": "user", "content": [{"type": "text", "text": "A"}]}]
+    try:
+        begin = tokenizer.apply_chat_template(greeting, chat_template=template, tokenize=False)
+    except (TemplateError, ValueError, TypeError):
+        return template  # which is refused, with the reason, where the processor renders it
+    return template if begin.startswith(bos) else "{{- bos_token -}}" + template
 
 
 def _load_tokenizer(parts: Parts, text_config: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tinyllava.checkpoints.importing.connectors import Found
-from tinyllava.checkpoints.importing.parts import Given, Parts, choose_template
+from tinyllava.checkpoints.importing.parts import Given, Parts, scales_images
 from tinyllava.checkpoints.importing.tensors import Tensors, objects, read_folder, refuse_left_over, take
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import read_config
@@ -24,7 +24,8 @@ _CONNECTOR = {"multi_modal_projector.": "", "model.multi_modal_projector.": ""}
 
 def recognises(config: dict[str, Any]) -> bool:
     """Whether a config.json is of this kind."""
-    return config.get("model_type") == "llava" and "text_config" in config and "vision_config" in config
+    parts = "text_config" in config and "vision_config" in config
+    return config.get("model_type") in ("llava", "llava_next", "llava_onevision") and parts
 
 
 def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
@@ -34,6 +35,11 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         CheckpointError: a setting of the stock class that has no counterpart here, or a part that is missing.
     """
     where = str(source)
+    if config["model_type"] != "llava":
+        raise CheckpointError(
+            f"{where}: model_type {config['model_type']!r} cuts an image into tiles, which is not supported "
+            "yet; allowed: 'llava'."
+        )
     layer, strategy = (
         config.get("vision_feature_layer", -2),
         config.get("vision_feature_select_strategy", "default"),
@@ -54,7 +60,6 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
     tensors = read_folder(source)
     text, vision, connector = take(tensors, _TEXT), take(tensors, _VISION), take(tensors, _CONNECTOR)
     refuse_left_over(tensors, where)
-    family = str(text_config.get("model_type", "llama"))
     own_template = None if given.template else _own_template(source)
     return Parts(
         kind="stock LLaVA of transformers",
@@ -66,12 +71,13 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
         feature_layer=layer,
         num_prefix_tokens=int(strategy == "default"),
         connector=Found(name="mlp", tensors=connector),
+        scales_images=scales_images(text_config, config.get("transformers_version")),
         image_aspect="square",
         image_processor=source if _has_image_processor(source) else given.vision_encoder,
         tokenizer=given.language_model or source,
         is_published=False,
         has_older_tokens=False,
-        template=own_template or choose_template(given.template, family, where),
+        template=own_template or given.template,
         image_token_id=config.get("image_token_index", config.get("image_token_id")),
         vision_name=vision_config.get("_name_or_path"),
         language_name=text_config.get("_name_or_path"),
