@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: starter test lint docs
+.PHONY: starter test lint docs dist
 starter: .venv/installed  ## train, measure and show a small model; ARGS=--short takes two minutes, ARGS=--full longer
 	$(BIN)/tinyllava starter $(ARGS)
 
@@ -18,8 +18,14 @@ lint: .venv/installed-dev  ## style, types, layers, spelling
 	$(BIN)/lint-imports
 	$(BIN)/typos
 
-docs: .venv/installed-dev  ## links, commands and symbols that the docs name
+docs: .venv/installed-dev  ## the docs site, into build/site; warnings are errors, links and commands are checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/pytest tests/test_docs.py tests/test_readme.py
+
+dist: .venv/installed-dev  ## sdist and wheel, into dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 # pip reaches into .venv from outside, so that a Python without ensurepip (Debian's) will do.
 .venv/bin/python:
@@ -27,7 +33,7 @@ docs: .venv/installed-dev  ## links, commands and symbols that the docs name
 	$(PYTHON) -m venv --without-pip .venv
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	$(PYTHON) -m pip --python .venv/bin/python install --constraint constraints.txt --editable .
+	$(PYTHON) -m pip --python .venv/bin/python install --constraint constraints.txt --editable '.[report]'
 	touch $@
 
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt

@@ -174,7 +174,7 @@ class Run:
     start_from: str = ""
     """Checkpoint folder whose weights and processor start the run; empty means the parts' own weights."""
     seed: int = 42
-    report_to: tuple[str, ...] = ("tensorboard",)
+    report_to: tuple[str, ...] = ()
     """Trackers of the transformers Trainer: tensorboard, wandb, mlflow, ..."""
     hardware: Hardware = field(default_factory=Hardware)
 

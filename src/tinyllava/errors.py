@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -47,6 +48,27 @@ class TrainingError(TinyLlavaError, RuntimeError):
 
 class JudgeError(TinyLlavaError, RuntimeError):
     """A judge model that did not answer, or answered in a form that cannot be read."""
+
+
+class MissingExtraError(TinyLlavaError, ImportError):
+    """A package of an extra that is not installed."""
+
+
+def require(module: str, extra: str, purpose: str) -> None:
+    """Make sure that a package of an extra is there, before the work that needs it.
+
+    Args:
+        module: import name, such as ``matplotlib``.
+        extra: extra of this project that brings it.
+        purpose: what it does here, as in "draws the figures".
+
+    Raises:
+        MissingExtraError: it is not installed; names the command that installs it.
+    """
+    if find_spec(module) is None:
+        raise MissingExtraError(
+            f"{module}, which {purpose}, is not installed. Install it with: pip install 'tinyllava[{extra}]'"
+        )
 
 
 def look_up(table: Mapping[str, T], name: str, noun: str) -> T:

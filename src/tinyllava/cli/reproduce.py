@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser
-from tinyllava.errors import ConfigError, DataError
+from tinyllava.errors import ConfigError, DataError, require
 
 if TYPE_CHECKING:
     from tinyllava.studies.execute import Launcher
@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
         print(format_table(LISTINGS[known.name]()))
         return 0
 
+    if not known.plan:
+        require("matplotlib", "report", "draws the report")
     grid = _adjusted(find_grid(known.name), known)
     if known.name == STARTER and not known.plan:
         from tinyllava.studies.starter import prepare_starter_grid

@@ -156,6 +156,8 @@ class Benchmark:
     """Whether ids are numbers, not texts, in LLaVA's question and answer files."""
     export: Exporter | None = None
     """Writes the files that the official server or tool reads."""
+    export_package: str = ""
+    """Package of the extra ``report`` that ``export`` writes with."""
     files: tuple[NeededFile, ...] = ()
     folders: tuple[str, ...] = ()
     """What its folder is called in LLaVA's layout, where that is not its name."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx  # the client of huggingface-hub
 
 from tinyllava.errors import DataError, JudgeError
 from tinyllava.evaluation.benchmark import Benchmark

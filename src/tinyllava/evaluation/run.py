@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tinyllava.conversation import Answer, Conversation
-from tinyllava.errors import DataError
+from tinyllava.errors import DataError, require
 from tinyllava.evaluation.answers import (
     AnswerFile,
     claim_folder,
@@ -99,6 +99,8 @@ def answer_benchmark(
     chat: Chat, benchmark: Benchmark, data: Path, output: Path, *, model: str, settings: Settings
 ) -> bool:
     """Do the first half of ``evaluate``: ask; return whether this is the process that is to score."""
+    if benchmark.export_package:  # before hours of work, not after them
+        require(benchmark.export_package, "report", f"writes the upload files of {benchmark.name}")
     state = processes()
     questions = benchmark.load(data)[: settings.limit or None]
     if not settings.blind:

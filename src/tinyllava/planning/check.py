@@ -212,7 +212,8 @@ def _machine_problems(run: Run) -> Iterator[str]:
             yield f"start_from: {error}"
     for tracker in run.report_to:
         if tracker in TRACKERS and find_spec(tracker) is None:
-            yield f"report_to = {tracker!r}: not installed; pip install {tracker}, or leave it out."
+            source = "'tinyllava[trackers]'" if tracker == "tensorboard" else tracker
+            yield f"report_to = {tracker!r}: not installed; pip install {source}, or leave it out."
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     for name, stage in run.stages.items():
         yield from (f"stages.{name}.{p}" for p in rules.batch_problems(stage, run.hardware, num_ranks))

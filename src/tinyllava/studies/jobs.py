@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tinyllava.errors import ConfigError
+from tinyllava.errors import ConfigError, require
 from tinyllava.studies.graph import Node, load_node, save_node
 from tinyllava.studies.work import State, do_node, is_claimed, load_state, now, save_state
 
@@ -157,8 +157,7 @@ def _name_of(node: Node) -> str:
 
 
 def _import_submitit() -> Any:
-    try:
-        import submitit
-    except ModuleNotFoundError:
-        raise ConfigError("--jobs needs submitit: pip install 'tinyllava[jobs]'.") from None
+    require("submitit", "jobs", "hands --jobs to a scheduler")
+    import submitit
+
     return submitit

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tinyllava.errors import DataError
+from tinyllava.errors import DataError, require
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, means_by_group
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
@@ -187,6 +187,7 @@ def export_xlsx(
     Control characters, which the format cannot hold, are left out. A parquet mirror has lost the order of
     the columns: nothing is written then.
     """
+    require("openpyxl", "report", "writes MMBench's upload")
     import openpyxl
     from openpyxl.cell import WriteOnlyCell
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
@@ -265,6 +266,7 @@ BENCHMARK = Benchmark(
     unit_of=lambda prediction: str(int(prediction.question_id) % ROTATION),
     max_new_tokens=1024,
     export=export_xlsx,
+    export_package="openpyxl",
     files=(
         NeededFile(
             names=(*TABLES, "**/dev*.parquet"),

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllava.errors import require
 from tinyllava.studies.report.tables import PAPER, Column, Entry, Row, Table
 from tinyllava.studies.study import Example, Study
 
@@ -54,6 +55,7 @@ _STYLE: Any = {
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator["Figure"]:
     """Give a figure of this size in inches, drawn in the style of all figures."""
+    require("matplotlib", "report", "draws the figures")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
