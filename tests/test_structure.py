@@ -139,7 +139,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_used() -> None:
     imported = {name for tree in TREES.values() for name in imported_packages(tree)}
     assert imported - declared - set(sys.stdlib_module_names) == {"tinyllava"}
     # transformers loads these itself: peft for adapters, tensorboard for its tracker, gguf for the starter's
-    # weights, accelerate for its Trainer, jinja2 for chat templates, sentencepiece with protobuf for tokenizers.
+    # weights, accelerate for its Trainer, jinja2 for templates, sentencepiece with protobuf for tokenizers.
     loaded_by_others = {"accelerate", "gguf", "jinja2", "peft", "protobuf", "sentencepiece", "tensorboard"}
     assert declared - imported <= loaded_by_others
 
