@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_a_variant_is_shown_with_what_it_takes(capsys: pytest.CaptureFixture[str
         "3,186,939,424",
         "12.7 GB",
         "DOES NOT FIT",
-        "sharded over 8",
+        "sharded over 8 (not in train yet)",
         "2048 tokens",
     ):
         assert said in text
@@ -70,7 +71,7 @@ def test_the_forms_beside_the_recipes_own_are_shown(capsys: pytest.CaptureFixtur
         assert main(["show", name]) == 0
         table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
         rows = [re.split(" {2,}", line) for line in table if line.startswith("finetune")]
-        assert [row[1] for row in rows] == ["as the recipe", *others, "sharded over 8"]
+        assert [row[1] for row in rows] == ["as the recipe", *others, "sharded over 8 (not in train yet)"]
         main(["show", "base-C-TL"])
         base = [re.split(" {2,}", line) for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
         (same,) = [row[2:] for row in base if row[0] == "finetune" and row[1] == own] or [
@@ -172,3 +173,19 @@ def test_it_takes_less_than_three_tenths_of_a_second_and_no_torch(what: str) -> 
     assert (
         after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.3
     )  # of a core, not of a busy clock
+
+
+def test_a_stage_that_ends_by_steps_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from tinyllava.recipes.variants import variant\n"
+        "RUN = variant('base-C-TL')\n"
+        "STAGES = {n: replace(s, max_steps=1200 * (n == 'finetune')) for n, s in RUN.stages.items()}\n"
+        "MINE = replace(RUN, stages=STAGES)\n"
+    )
+    assert main(["show", f"{tmp_path / 'mine.py'}:MINE"]) == 0
+    text = capsys.readouterr().out
+    stages = [line for line in text.splitlines() if line.startswith(("pretrain", "finetune"))][:2]
+    assert "1 epoch " in stages[0]
+    assert "1,200 steps" in stages[1]
+    assert "epoch" not in stages[1]

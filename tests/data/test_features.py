@@ -1,6 +1,8 @@
 """Kept features: the encoder's own, computed once, shared, whole after a kill, apart for each encoder."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,3 +141,50 @@ def test_a_full_disk_is_said_and_what_was_finished_stays(
         cache.fill(conversations)
     monkeypatch.undo()
     assert cache.read(conversations[0].images[0]).shape == (4, 32)
+
+
+def swap_rows(folder: Path, size: int) -> None:
+    path = folder / "features.f32"
+    rows = path.read_bytes()
+    path.write_bytes(rows[size : 2 * size] + rows[:size] + rows[2 * size :])
+
+
+def swap_lines(folder: Path, size: int) -> None:
+    path = folder / "index.txt"
+    first, second, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([second, first, *rest]))
+
+
+def flip_a_bit(folder: Path, size: int) -> None:
+    path = folder / "features.f32"
+    rows = bytearray(path.read_bytes())
+    rows[size // 2] ^= 1
+    path.write_bytes(rows)
+
+
+@pytest.mark.parametrize("damage", [swap_rows, swap_lines, flip_a_bit])
+def test_rows_that_are_not_the_written_ones_are_never_read(
+    model_and_processor, tmp_path, conversations, damage
+):
+    cache = FeatureCache(tmp_path / "kept", *model_and_processor)
+    cache.fill(conversations)
+    damage(cache.folder, 4 * 4 * 32)
+    again = FeatureCache(tmp_path / "kept", *model_and_processor)
+    again.fill(conversations)
+    with pytest.raises(DataError, match=r"features\.f32: row \d is damaged; delete .*, it is computed again"):
+        [again.read(conversation.images[0]) for conversation in conversations]
+
+
+@pytest.mark.parametrize("left", [0, 700, 1024])
+def test_rows_that_were_cut_off_are_computed_again(
+    model_and_processor, tmp_path, conversations, counted, left
+):
+    cache = FeatureCache(tmp_path / "kept", *model_and_processor)
+    cache.fill(conversations)
+    expected = [cache.read(conversation.images[0]) for conversation in conversations]
+    os.truncate(cache.folder / "features.f32", left)
+    again = FeatureCache(tmp_path / "kept", *model_and_processor)
+    again.fill(conversations)
+    assert counted == [3, 3 - left // 512]
+    found = [again.read(conversation.images[0]) for conversation in conversations]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))

@@ -10,6 +10,7 @@ import pytest
 import toys
 from tinyllava.config import FROZEN, FULL, DataConfig, Run, Stage, Tune, from_layer, lora
 from tinyllava.errors import ConfigError
+from tinyllava.parts.connectors import num_tokens
 from tinyllava.parts.vision import VISION_ENCODERS
 from tinyllava.planning.check import check, find_problems
 from tinyllava.recipes.paper import SHARE
@@ -250,3 +251,16 @@ def test_ranks_that_do_not_divide_the_batch(toy_run: Run, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="global_batch_size = 6: does not divide by 4 ranks"):
         check(toy_run)
+
+
+@pytest.mark.parametrize(
+    ("connector", "options", "message"),
+    [
+        ("pool", {"side": 99}, "connector pool: 576 patches are a grid of 24 x 24"),
+        ("pixel_shuffle", {"block": 7}, "connector pixel_shuffle: a grid of 576 patches"),
+        ("resampler", {"num_queries": 0}, "connector resampler: option num_queries = 0: must be at least 1"),
+    ],
+)
+def test_an_error_of_a_connector_names_that_connector(connector, options, message):
+    with pytest.raises(ConfigError, match=message):
+        num_tokens(connector, 576, options)

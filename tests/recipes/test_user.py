@@ -1,5 +1,6 @@
 """Recipes and runs of a user's own file."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,16 @@ def test_a_file_that_fails_is_named(tmp_path: Path, text: str, says: str) -> Non
         find_run(f"{path}:X")
     with pytest.raises(ConfigError, match="no such recipe file"):
         find_run(f"{tmp_path / 'none.py'}:X")
+
+
+def test_a_file_imports_its_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python does for a file that it is started with; a grid's file is executed by the same code."""
+    (tmp_path / "rates_of_mine.py").write_text("RATE = 3e-5\n")
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from rates_of_mine import RATE\n"
+        "from tinyllava.recipes.variants import variant\n"
+        "MINE = replace(variant('base-C-TL'), name=str(RATE))\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert find_run(f"{tmp_path / 'mine.py'}:MINE").name == "3e-05"

@@ -41,10 +41,10 @@ def runs(tmp_path) -> Path:
 
 def test_the_table_has_a_row_for_each_run_and_none_for_its_checkpoint(runs):
     head, *rows = run_rows(find_runs(runs))
-    assert head[-1] == "pope"
+    assert (head[1], head[-1]) == ("recipe", "pope")
     assert rows == [
-        ("a", "CLIP", "mlp", "TinyLlama", "42", "1 of 2 here", "2.500", "81.50"),
-        ("b", "CLIP", "linear", "TinyLlama", "7", "1 of 2 here", "2.500", "-"),
+        ("a", "base", "CLIP", "mlp", "TinyLlama", "42", "1 of 2 here", "2.500", "81.50"),
+        ("b", "base", "CLIP", "linear", "TinyLlama", "7", "1 of 2 here", "2.500", "-"),
     ]
 
 

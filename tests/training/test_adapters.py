@@ -1,5 +1,6 @@
 """Adapters as a stage leaves them are read by PEFT itself, and give what the merged model gives."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import set_seed
 
+from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.config import FULL, Tune, lora
+from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.training.run import train
 from training_toys import toy_run
@@ -50,12 +52,9 @@ def test_peft_opens_them_on_the_weights_below(
     inputs = processor(images=[Image.new("RGB", (40, 30), (200, 30, 90))], text="<image>\nWhat is it?")
     set_seed(run.seed)
     below, _ = assemble(run.model)
-    trained = load_file(tmp_path / "run/finetune/trained.safetensors")
-    others = {name: tensor for name, tensor in trained.items() if ".lora_" not in name}
-    assert {name.split(".")[1] for name in others} == {"multi_modal_projector"}
-    below.load_state_dict(others, strict=False)
+    start = copy.deepcopy(below)
     with torch.no_grad():
-        expected, without = merged(**inputs).logits, below(**inputs).logits
+        expected, without = merged(**inputs).logits, start(**inputs).logits
         opened = below
         for name in adapted:
             if opened is below:
@@ -74,3 +73,28 @@ def test_a_stage_without_adapters_leaves_no_folder_for_them(
     train(dataclasses.replace(run, stages={"pretrain": run.stages["pretrain"]}))
     assert json.loads((tmp_path / "run/pretrain/stage.json").read_text())["stage"] == "pretrain"
     assert not (tmp_path / "run/pretrain/adapters").exists()
+
+
+def test_an_export_on_the_start_keeps_the_connector_and_is_the_runs_own_model(
+    parts: dict[str, Path], records: Path, tmp_path: Path
+) -> None:
+    """Without what was trained beside them, adapters on their start are another model."""
+    start = train(toy_run(parts, records, tmp_path / "start"))
+    run = toy_run(parts, records, tmp_path / "run")
+    stage = dataclasses.replace(
+        run.stages["finetune"], learning_rate=1e-2, connector=FULL, language_model=lora(4)
+    )
+    own = train(dataclasses.replace(run, stages={"finetune": stage}, start_from=str(start)))
+    adapters = tmp_path / "run/finetune/adapters/language_model"
+    exported = export_checkpoint(adapters, tmp_path / "out", base=start)
+    assert exported.run_difference is not None
+    assert exported.run_difference < 1e-4
+    found, expected = (open_checkpoint(folder)[0].state_dict() for folder in (tmp_path / "out", own))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)
+
+    other = train(toy_run(parts, records, tmp_path / "other", seed=5))
+    with pytest.raises(CheckpointError, match=r"is not .*/run/model, .*: logits differ by up to .* --base"):
+        export_checkpoint(adapters, tmp_path / "wrong", base=other)
+    assert not (tmp_path / "wrong").exists()

@@ -89,6 +89,8 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
         dtype=dtype,
         max_shard_size=options.max_shard_size,
     )
+    if exported.run_difference is not None:
+        print(f"the same as its run's own model: largest difference of a logit {exported.run_difference:.2g}")
     print(f"opened again and compared: largest difference of a logit {exported.largest_difference:.2g}")
     if options.folder is not None:
         print(f"written: {folder}")

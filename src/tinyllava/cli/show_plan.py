@@ -68,19 +68,25 @@ def _model(run: Run, plan: Plan) -> str:
 
 
 def _stages(run: Run, plan: Plan) -> Rows:
-    rows: Rows = [("stage", "data", "encoder", "connector", "LLM", "batch", "epochs", "template")]
+    rows: Rows = [("stage", "data", "encoder", "connector", "LLM", "batch", "length", "template")]
     rows += [
         (
             name,
             ", ".join(stage.data.records),
             *(_describe(stage, c) for c in COMPONENTS),
             stage.global_batch_size,
-            f"{stage.num_epochs:g}",
+            _length(stage),
             stage.template or run.model.template or plan.parts.language.template,
         )
         for name, stage in run.stages.items()
     ]
     return rows
+
+
+def _length(stage: Stage) -> str:
+    if stage.max_steps:
+        return f"{stage.max_steps:,} steps"
+    return "1 epoch" if stage.num_epochs == 1 else f"{stage.num_epochs:g} epochs"
 
 
 def _settings(run: Run, precision: str) -> Rows:

@@ -6,7 +6,10 @@ An image is known by its content, an encoder by its weights and preprocessing; r
 
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterable
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +27,15 @@ _Missing = tuple[str, ImageRef, Conversation]
 """Digest of an image, where it is, and a record that shows it."""
 
 
+_LINE = re.compile(r"[0-9a-f]{64} [0-9a-f]{8}\n")
+
+
 class FeatureCache:
     """Rows [M, X] of patch features in one file that only grows.
 
     A row counts when its line stands in the index, which is written after the row: a killed run leaves at
-    most bytes that the next one writes over.
+    most bytes that the next one writes over. A line is the image's digest and the checksum of its row, which
+    is compared whenever the row is read.
 
     Args:
         folder: where features of any encoder may be kept.
@@ -42,6 +49,7 @@ class FeatureCache:
         self.folder = folder / encoder_key(model, processor)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, int] = {}
+        self.checksums: list[int] = []
         self._digests: dict[str, str] = {}
 
     def fill(
@@ -71,13 +79,16 @@ class FeatureCache:
             ) from error
 
     def _read_index(self) -> None:
-        """Learn which rows are there, and take out a last line that a kill cut short."""
-        index = self.folder / "index.txt"
-        text = index.read_text(encoding="ascii") if index.exists() else ""
-        *lines, unfinished = text.split("\n")
-        if unfinished:
-            index.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
-        self.rows = {digest: row for row, digest in enumerate(lines)}
+        """Learn which rows are there; what a kill or a full disk cut off is taken out of the index."""
+        index, path = self.folder / "index.txt", self.folder / "features.f32"
+        text = index.read_text(encoding="ascii", errors="replace") if index.exists() else ""
+        num_rows = path.stat().st_size // (4 * self.shape[0] * self.shape[1]) if path.exists() else 0
+        whole = takewhile(_LINE.fullmatch, text.splitlines(keepends=True))
+        lines = list(islice(whole, num_rows))
+        if "".join(lines) != text:
+            index.write_text("".join(lines), encoding="ascii")
+        self.rows = {line.split()[0]: row for row, line in enumerate(lines)}
+        self.checksums = [int(line.split()[1], 16) for line in lines]
 
     def _find_missing(
         self, conversations: Iterable[Conversation], progress: Callable[[int], None]
@@ -94,12 +105,16 @@ class FeatureCache:
         return list(missing.values())
 
     def read(self, ref: ImageRef) -> Tensor:
-        """Return the features [M, X] of an image that ``fill`` has seen."""
+        """Return the features [M, X] of an image that ``fill`` has seen.
+
+        Raises:
+            DataError: the row is not the one that was written.
+        """
         row = self.rows[self._digest(ref)]
-        size = self.shape[0] * self.shape[1]
-        values = np.fromfile(
-            self.folder / "features.f32", dtype=np.float32, count=size, offset=4 * size * row
-        )
+        size, path = self.shape[0] * self.shape[1], self.folder / "features.f32"
+        values = np.fromfile(path, dtype=np.float32, count=size, offset=4 * size * row)
+        if zlib.crc32(values.tobytes()) != self.checksums[row]:
+            raise DataError(f"{path}: row {row} is damaged; delete {self.folder}, it is computed again.")
         return torch.from_numpy(values.reshape(self.shape))
 
     def _append(self, batch: list[_Missing]) -> None:
@@ -117,9 +132,13 @@ class FeatureCache:
             file.seek(features[0].nbytes * len(self.rows))
             file.write(features.tobytes())
         with (self.folder / "index.txt").open("a", encoding="ascii") as index:
-            index.writelines(f"{digest}\n" for digest, _, _ in batch)
+            sums = [zlib.crc32(row.tobytes()) for row in features]
+            index.writelines(
+                f"{digest} {sum_:08x}\n" for (digest, _, _), sum_ in zip(batch, sums, strict=True)
+            )
         for digest, _, _ in batch:
             self.rows[digest] = len(self.rows)
+        self.checksums += sums
 
     def _digest(self, ref: ImageRef) -> str:
         """Content of an image; remembered by path, since one image serves many records."""
@@ -141,6 +160,7 @@ def encoder_key(model: TinyLlavaForConditionalGeneration, processor: TinyLlavaPr
         "image_processor": processor.image_processor.to_dict(),
         "aspect": processor.image_aspect,
         "background": processor.background,
+        "form": "rows with checksums",
         "prefix": model.config.num_prefix_tokens,
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

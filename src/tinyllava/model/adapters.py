@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import nn
 
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 
@@ -17,21 +18,45 @@ _PREFIX = "base_model.model."  # what PEFT's wrapper puts in front of a module's
 def save_adapters(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
     """Write ``folder/COMPONENT/adapter_config.json`` and ``adapter_model.safetensors``, where there are some.
 
-    The layers are listed one by one, so that PEFT finds the same ones whatever else the model has.
+    The layers are listed one by one, so that PEFT finds the same ones whatever else the model has. What was
+    trained in full beside the adapters (the connector) is PEFT's ``modules_to_save`` of the last component's,
+    so that the adapters are never opened without it.
 
     Args:
         model: with the adapters of a stage in place, not merged yet.
     """
-    for component, config in getattr(model, "peft_config", {}).items():
-        tensors = {}
+    configs = getattr(model, "peft_config", {})
+    for component, config in configs.items():
+        beside = _trained_beside(model) if component == list(configs)[-1] else []
+        tensors = {
+            f"{_PREFIX}{module}.{name}": tensor.detach().contiguous()
+            for module in beside
+            for name, tensor in model.get_submodule(module).state_dict().items()
+        }
         for name, parameter in model.named_parameters():
             for factor in ("lora_A", "lora_B"):
                 layer, found, rest = name.partition(f".{factor}.{component}.")
                 if found:
                     tensors[f"{_PREFIX}{layer}.{factor}.{rest}"] = parameter.detach().contiguous()
-        layers = sorted({name.removeprefix(_PREFIX).partition(".lora_")[0] for name in tensors})
+        adapted = (name for name in tensors if ".lora_" in name)
+        layers = sorted({name.removeprefix(_PREFIX).partition(".lora_")[0] for name in adapted})
         settings = {**config.to_dict(), "target_modules": layers, "inference_mode": True}
+        if beside:
+            settings["modules_to_save"] = beside
         (folder / component).mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / component / "adapter_model.safetensors", metadata={"format": "pt"})
         text = json.dumps(settings, indent=2, sort_keys=True)
         (folder / component / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _trained_beside(model: nn.Module) -> list[str]:
+    """Return the largest modules without adapters that hold everything else that was trained."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    found: list[str] = []
+    for module_name, module in model.named_modules():  # outer ones come first
+        inside = {f"{module_name}.{name}" for name, _ in module.named_parameters()}
+        own = {f"{module_name}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        is_whole = bool(inside) and inside <= trained
+        if (is_whole or own & trained) and not module_name.startswith(tuple(f"{name}." for name in found)):
+            found.append(module_name)
+    return found

@@ -19,7 +19,7 @@ from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
-from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
+from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, try_image_processor
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
 from tinyllava.parts.connectors import num_tokens, resolve_options
 from tinyllava.parts.folders import check_checkpoint, check_processor_files
@@ -45,6 +45,7 @@ def assemble(
     encoder = find_vision_encoder(model.vision_encoder)
     language = find_language_model(model.language_model, model.template)
     tokenizer = load_tokenizer(language)
+    load_image_processor(model, encoder)  # refused before the weights are loaded
     llm = AutoModelForCausalLM.from_pretrained(language.path, dtype=dtype)
     vision_tower = cut_encoder(load_encoder(encoder, dtype), encoder)
     config = make_config(model, encoder, vision_tower.config, llm, tokenizer)
@@ -227,6 +228,22 @@ def make_processor(
     model: ModelConfig, encoder: VisionEncoder, language: LanguageModel, tokenizer: Any, num_image_tokens: int
 ) -> TinyLlavaProcessor:
     """Load the encoder's image processor and join it with tokenizer and template."""
+    return TinyLlavaProcessor(
+        image_processor=load_image_processor(model, encoder),
+        tokenizer=tokenizer,
+        chat_template=fit_template(read_template(model.template or language.template), tokenizer),
+        num_image_tokens=num_image_tokens,
+        image_aspect=model.image_aspect,
+        transparency=model.transparency,
+    )
+
+
+def load_image_processor(model: ModelConfig, encoder: VisionEncoder) -> Any:
+    """Load an encoder's image processor, set it to the model's image size, and try it once.
+
+    Raises:
+        ConfigError: what it makes of an image is not what the encoder takes; both sizes are named.
+    """
     image_processor = AutoImageProcessor.from_pretrained(encoder.path, backend="pil")
     if model.image_size_px:
         side = model.image_size_px
@@ -237,14 +254,10 @@ def make_processor(
         )
         if getattr(image_processor, "crop_size", None):
             image_processor.crop_size = {"height": side, "width": side}
-    return TinyLlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        chat_template=fit_template(read_template(model.template or language.template), tokenizer),
-        num_image_tokens=num_image_tokens,
-        image_aspect=model.image_aspect,
-        transparency=model.transparency,
-    )
+    side = model.image_size_px or encoder.image_size_px
+    if problem := try_image_processor(image_processor, model.image_aspect, side):
+        raise ConfigError(f"{encoder.path}: {problem} Fix its preprocessor_config.json.")
+    return image_processor
 
 
 def _new_connector(config: TinyLlavaConfig) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, Cache, GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from tinyllava.model.compat import CACHE_NAME, ComposedModel
@@ -245,6 +246,12 @@ class TinyLlavaForConditionalGeneration(ComposedModel, GenerationMixin):
         for module in self.vision_encoder.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
+        if mode:
+            # transformers checkpoints a layer only where the layer itself is in training mode. A frozen
+            # language model passes gradients on to the connector; its inner modules stay without dropout.
+            for module in self.language_model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
         return self
 
     def forward(

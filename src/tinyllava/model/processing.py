@@ -208,6 +208,28 @@ def leading_bos(tokenizer: Any, chat_template: str) -> str:
     return bos if begin.startswith(bos) else ""
 
 
+def try_image_processor(image_processor: Any, aspect: Aspect, side: int) -> str:
+    """Return in words why an image processor does not fit an encoder of square images; empty if it does."""
+    for name in ("image_mean", "image_std"):
+        values = getattr(image_processor, name, None)
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            given = list(values) if isinstance(values, list | tuple) else values
+            return f"its image processor's {name} is {given!r}; RGB needs 3 numbers."
+    image = Image.new("RGB", (64, 48))
+    if aspect == "pad":
+        image = pad_to_square(image, tuple(int(channel * 255) for channel in image_processor.image_mean))
+    try:
+        pixels = image_processor([image], return_tensors="pt")["pixel_values"]
+    except Exception as error:  # noqa: BLE001 (a stranger's settings in a library: anything may come)
+        return f"its image processor fails on an image ({type(error).__name__}: {error})."
+    shape = tuple(pixels.shape)
+    if shape == (1, 3, side, side):
+        return ""
+    hint = " With image_aspect 'square' it must crop the centre." if shape[-1] != shape[-2] else ""
+    made = " x ".join(map(str, shape[2:][::-1] if shape[:2] == (1, 3) else shape))
+    return f"its image processor makes {made} of an image, but the encoder takes {side} x {side} px.{hint}"
+
+
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """Centre an image on a square of one colour; the odd pixel goes below and to the right."""
     side = max(image.size)

@@ -71,7 +71,8 @@ def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Compo
         raise ConfigError("connector: from_layer has no meaning for it; choose full or frozen.")
     if component == "vision_encoder" and model.config.encoder_kind == "cnn":
         raise ConfigError(
-            "vision_encoder: from_layer needs a transformer encoder; a CNN can be full or frozen."
+            "vision_encoder: from_layer needs one transformer encoder; a CNN or two fused encoders can be "
+            "full, frozen or with adapters."
         )
     language_model: Any = model.language_model
     layers = encoder_layers(model.vision_encoder) if component == "vision_encoder" else language_model.layers

@@ -49,7 +49,7 @@ def _one_per_block(num_patches: int, options: Options) -> int:
     side, block = isqrt(num_patches), options["block"]
     if side * side != num_patches or side % block:
         raise ConfigError(
-            f"connector pixel_shuffle: a grid of {num_patches} patches ({side} x {side}) does not divide "
+            f"a grid of {num_patches} patches ({side} x {side}) does not divide "
             f"into blocks of {block} x {block}; choose a block out of {_divisors(side)}."
         )
     return (side // block) ** 2
@@ -59,7 +59,7 @@ def _one_per_cell(num_patches: int, options: Options) -> int:
     grid, side = isqrt(num_patches), options["side"]
     if grid**2 != num_patches or side > grid:
         raise ConfigError(
-            f"connector pool: {num_patches} patches are a grid of {grid} x {grid}, which has no "
+            f"{num_patches} patches are a grid of {grid} x {grid}, which has no "
             f"{side} x {side} cells to average; choose a side of at most {grid}."
         )
     return side**2
@@ -202,7 +202,7 @@ def resolve_options(name: str, options: Options) -> dict[str, int]:
             known = ", ".join(connector.options) or "none"
             raise ConfigError(f"connector {name!r} has no option {key!r}; known: {known}.")
         if value < 1:
-            raise ConfigError(f"connector option {key} = {value}: must be at least 1.")
+            raise ConfigError(f"connector {name}: option {key} = {value}: must be at least 1.")
     resolved = {**connector.options, **options}
     _check_heads(name, resolved)
     return resolved
@@ -226,7 +226,11 @@ def num_tokens(name: str, num_patches: int, options: Options) -> int:
     Raises:
         ConfigError: the grid does not suit the options; the message names sizes that do.
     """
-    return look_up(CONNECTORS, name, "connector").num_tokens(num_patches, resolve_options(name, options))
+    connector, resolved = look_up(CONNECTORS, name, "connector"), resolve_options(name, options)
+    try:
+        return connector.num_tokens(num_patches, resolved)
+    except ConfigError as error:
+        raise ConfigError(f"connector {name}: {error}") from error
 
 
 def build_connector(

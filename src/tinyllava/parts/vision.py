@@ -218,6 +218,8 @@ def join_encoders(first: VisionEncoder, second: VisionEncoder) -> VisionEncoder:
     if first.any_size and not second.any_size:
         first, second = second, first
     for encoder in (first, second):
+        if encoder.members or encoder.family == "fused_vision":
+            raise ConfigError(f"{encoder.name}: it is two fused encoders already; two can be fused.")
         if encoder.kind == "cnn":
             raise ConfigError(f"{encoder.name}: a CNN cannot be fused; choose two transformer encoders.")
     grid = first.grid_side()

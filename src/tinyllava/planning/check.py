@@ -126,6 +126,7 @@ def _find_parts(run: Run, problems: list[str]) -> Parts:
             "model.connector_options", lambda: num_tokens(model.connector, num_patches, options)
         )
     problems += _model_problems(model, encoder, language)
+    problems += _image_processor_problems(model, encoder)
     return Parts(
         num_layers={
             "vision_encoder": encoder.num_kept_layers if encoder else None,
@@ -195,6 +196,18 @@ def _run_problems(run: Run) -> Iterator[str]:
     for tracker in run.report_to:
         if tracker not in TRACKERS:
             yield f"report_to = {tracker!r}: no such tracker; known: {', '.join(TRACKERS)}."
+
+
+def _image_processor_problems(model: ModelConfig, encoder: VisionEncoder | None) -> Iterator[str]:
+    """Try the image processor of a local folder: at the first batch it would be a traceback."""
+    if encoder is None or not Path(encoder.path).is_dir() or model.image_size_px < 0:
+        return
+    from tinyllava.model.assemble import load_image_processor
+
+    try:
+        load_image_processor(model, encoder)
+    except (TinyLlavaError, OSError, ValueError) as error:
+        yield f"model.vision_encoder = {model.vision_encoder!r}: {error}"
 
 
 def _has_cuda() -> bool:

@@ -159,7 +159,7 @@ def _plan_stage(run: Run, name: str, stage: Stage, parts: Parts, gpu: Gpu, num_g
             form = replace(stage, language_model=tune)
             forms[label] = _plan_form(run, stage, form, parts, load, gpu, num_gpus)
     if num_gpus > 1:
-        forms[f"sharded over {num_gpus}"] = _plan_form(
+        forms[f"sharded over {num_gpus} (not in train yet)"] = _plan_form(
             run, stage, stage, parts, load, gpu, num_gpus, num_gpus
         )
     trained = {c: count_trained(size, stage.tune(c)) for c, size in _sizes(parts).items()}

@@ -5,6 +5,7 @@ the parts are added as in a variant's name: ``my_recipe.py:NAME-Sig-Phi``.
 """
 
 import runpy
+import sys
 from pathlib import Path
 
 from tinyllava.config import ModelConfig, Run
@@ -59,11 +60,17 @@ USER_MODULE = "tinyllava_user_recipe"
 def execute_file(path: Path) -> dict[str, object]:
     """Execute a Python file and return its names.
 
+    As for the file that Python is started with, its folder is put on the import path: it can import what
+    stands beside it, also from a function that is called later.
+
     Raises:
         ConfigError: the file is missing or raises; an error of ours comes through as it is.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such recipe file.")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         return runpy.run_path(str(path), run_name=USER_MODULE)
     except TinyLlavaError:

@@ -150,7 +150,9 @@ def _suggest(runs: Sequence[FoundRun], path: str) -> str:
 def run_rows(runs: Sequence[FoundRun]) -> Rows:
     """Return the table: what each run is, how far it is, and its scores."""
     benchmarks = list(dict.fromkeys(name for run in runs for name in run.scores))
-    rows: Rows = [("run", "encoder", "connector", "LLM", "seed", "stages", "last loss", *benchmarks)]
+    rows: Rows = [
+        ("run", "recipe", "encoder", "connector", "LLM", "seed", "stages", "last loss", *benchmarks)
+    ]
     for run in runs:
         names = dict.fromkeys(key.split(".")[1] for key in run.config if key.startswith("stages."))
         done = [name for name in names if name in run.stages]
@@ -159,6 +161,7 @@ def run_rows(runs: Sequence[FoundRun]) -> Rows:
         rows.append(
             (
                 run.folder.name,
+                run.config.get("recipe") or "-",
                 _short(run.config["model.vision_encoder"]),
                 run.config["model.connector"],
                 _short(run.config["model.language_model"]),

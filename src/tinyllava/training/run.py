@@ -21,7 +21,7 @@ from transformers import set_seed
 
 from tinyllava.config import COMPONENTS, Run, Stage, to_json
 from tinyllava.data.dataset import Collator
-from tinyllava.errors import ImageError, TrainingError
+from tinyllava.errors import DataError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -258,8 +258,9 @@ def _train_stage(
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    except ImageError as error:  # a worker process hands over its whole traceback as the message
-        raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from error
+    except DataError as error:  # a worker process hands over its whole traceback as the message
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_full_disk(error):
             raise TrainingError(

@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from tinyllava.checkpoints.exporting.card import read_provenance, write_card
-from tinyllava.checkpoints.exporting.compare import compare_with_ours, compare_with_stock
+from tinyllava.checkpoints.exporting.compare import compare_with_ours, compare_with_run, compare_with_stock
 from tinyllava.checkpoints.exporting.merge import open_merged
 from tinyllava.checkpoints.exporting.stock import refuse_what_stock_cannot_hold, write_stock
 from tinyllava.parts.folders import check_new_folder, written_whole
@@ -25,6 +25,8 @@ class Exported:
     folder: Path
     largest_difference: float
     """Of a logit, over a prompt with an image, between the checkpoint and the folder opened anew."""
+    run_difference: float | None = None
+    """The same between adapters on their base and the finished model of their run; None without one."""
 
 
 def export_checkpoint(
@@ -60,6 +62,7 @@ def export_checkpoint(
     if layout != "tinyllava":
         refuse_what_stock_cannot_hold(model.config, layout)
     adapter = checkpoint if source != checkpoint else None
+    run_difference = compare_with_run(adapter, model, processor) if adapter else None
     provenance = read_provenance(source, results, adapter)
     with written_whole(folder) as partial:
         if layout == "tinyllava":
@@ -73,4 +76,4 @@ def export_checkpoint(
             difference = compare_with_stock(partial, model, processor)
         card = write_card(name or folder.name, layout, model, provenance)
         (partial / "README.md").write_text(card, encoding="utf-8")
-    return Exported(folder=folder, largest_difference=difference)
+    return Exported(folder=folder, largest_difference=difference, run_difference=run_difference)

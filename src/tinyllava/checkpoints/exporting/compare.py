@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from tinyllava.config import run_from_json
 from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import open_checkpoint
@@ -66,6 +67,38 @@ def compare_with_ours(
     _require_same("token ids", expected["input_ids"], found["input_ids"], 0, folder)
     _require_same("pixels", expected["pixel_values"], found["pixel_values"], 1e-5, folder)
     return _compare_logits(model, other, expected, folder)
+
+
+def compare_with_run(
+    adapters: Path, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor
+) -> float | None:
+    """Compare adapters merged into their base with the finished model of the run that trained them.
+
+    Returns:
+        The largest difference of a logit; None where there is no such model: adapters from elsewhere, or of a
+        stage that was not the run's last.
+
+    Raises:
+        CheckpointError: they are not the same model.
+    """
+    stage, run = adapters.resolve().parents[1], adapters.resolve().parents[2]
+    own = run / "model"
+    if adapters.resolve().parent.name != "adapters" or not (own / "run.json").is_file():
+        return None
+    stages = run_from_json((own / "run.json").read_text(encoding="utf-8"), str(own / "run.json")).stages
+    if list(stages)[-1] != stage.name:
+        return None
+    other, _ = open_checkpoint(own, dtype=model.dtype)
+    inputs = _encode(processor, example_image())
+    try:
+        return _compare_logits(other, model, inputs, own)
+    except CheckpointError as error:
+        why = str(error).partition("not exported: ")[2]
+        raise CheckpointError(
+            f"{adapters} on the given base is not {own}, the model of their run: {why} Give the checkpoint "
+            f"that the stage {stage.name!r} started from as --base, or export {own} itself (adapters on 4 or "
+            "8 bits, and adapters of two components, are whole only there)."
+        ) from error
 
 
 def example_image() -> Image.Image:

@@ -37,8 +37,9 @@ def refuse_what_stock_cannot_hold(config: TinyLlavaConfig, layout: str) -> None:
     if config.lm_head_bias:
         reasons.append("the head's bias (Phi-2): its class has none, and without it the logits are others")
     if config.encoder_kind == "cnn":
+        what = "two fused encoders" if vision.model_type == "fused_vision" else "a CNN"
         reasons.append(
-            f"encoder {vision.model_type!r} is a CNN: its class takes hidden states of a transformer"
+            f"encoder {vision.model_type!r} is {what}: its class takes hidden states of one transformer"
         )
     elif config.num_prefix_tokens not in (0, 1):
         reasons.append(f"{config.num_prefix_tokens} prefix tokens are dropped: its class drops 1 or none")

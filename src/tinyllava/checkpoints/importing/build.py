@@ -327,7 +327,8 @@ def _refuse_misfits(
     told = [f"{count(n)} {what}: {', '.join(n)}" for what, names in faults.items() if (n := sorted(names))]
     if told:
         raise CheckpointError(
-            f"{where}: config.json and weights do not fit each other: {'; '.join(told)}. Fetch both again."
+            f"{where}: config.json and weights do not fit each other: {'; '.join(told)}. Compare both files "
+            "with the publisher's; if they are the same, the import does not know this form of the layout."
         )
 
 
