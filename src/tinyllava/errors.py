@@ -71,6 +71,14 @@ def require(module: str, extra: str, purpose: str) -> None:
         )
 
 
+class Stopped(KeyboardInterrupt):
+    """Ended by a signal, as by Ctrl-C; what was done until then is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def look_up(table: Mapping[str, T], name: str, noun: str) -> T:
     """Return ``table[name]``.
 

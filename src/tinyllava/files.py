@@ -8,11 +8,9 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from tinyllava.errors import OutputError
 
@@ -22,6 +20,7 @@ _TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|[\[\]{}]', re.DOTALL)
 _LONG_NUMBER = re.compile(rf"\d{{{sys.int_info.default_max_str_digits + 1},}}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SAID_OF_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter", "unexpected pos")
 
 
 @contextmanager
@@ -125,6 +124,16 @@ def whole_lines(path: Path) -> Iterator[bytes]:
                 yield line
 
 
+def whole_objects(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file that a program appends to; damaged lines are left out."""
+    found = []
+    for line in whole_lines(path) if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            found += [value] if isinstance(value, dict) else []
+    return found
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
     with path.open("rb") as file:
@@ -165,9 +174,14 @@ def held(place: Path, *, is_folder: bool = True, wait: bool = False) -> Iterator
     Raises:
         OutputError: another process writes there, or nobody may.
     """
+    from filelock import FileLock, Timeout  # here: what only reads files starts faster without it
+
     lock = place / LOCK if is_folder else place.with_name(f".{place.name}.lock")
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        if is_folder:
+            place.mkdir(parents=True, exist_ok=True)
+        elif not place.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"no folder {place.parent}")
         holder = FileLock(lock, timeout=-1 if wait else 1)
         holder.acquire()
     except Timeout as error:
@@ -181,6 +195,8 @@ def held(place: Path, *, is_folder: bool = True, wait: bool = False) -> Iterator
     try:
         yield
     finally:
+        with suppress(OSError):  # while it is held: whoever waits for the removed file opens a new one
+            lock.unlink()
         holder.release()
 
 
@@ -191,12 +207,7 @@ def is_full_disk(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
-        text = str(error)
-        if (
-            "No space left on device" in text
-            or "Disk quota exceeded" in text
-            or "PytorchStreamWriter" in text
-        ):
+        if any(said in str(error) for said in _SAID_OF_FULL):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from chats import make_chat
 from tinyllava.cli import main
 from tinyllava.evaluation.results import load_results
+from tinyllava.parts.folders import default_name
 
 SPLITS = ("adversarial", "popular", "random")
 
@@ -203,6 +205,77 @@ def test_a_raised_limit_takes_the_place_of_results_of_other_data(model, data, tm
     assert [one.num_questions for one in load_results(tmp_path / "results.json")] == [6]
     assert main([*asked, "--limit", "6", "--blind"]) == 0
     assert [one.num_questions for one in load_results(tmp_path / "results.json")] == [6, 6]
+
+
+def test_a_model_is_told_by_its_weights_however_its_folder_is_written(
+    model, data, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(model, tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    asked = ("--benchmarks", "pope", "--data", str(data), "--limit", "3", "--output", "out")
+    for name in ("m", "m/", "./m", str(tmp_path / "m")):
+        assert main(["evaluate", name, *asked]) == 0
+    shutil.move("m", "moved")
+    assert main(["evaluate", "moved", *asked, "--blind"]) == 0
+    results = load_results(tmp_path / "out/results.json")
+    assert [one.model for one in results] == ["m", "m (blank images)"]
+    assert len({one.weights for one in results}) == 1
+    assert len((tmp_path / "out/pope/answers-000.jsonl").read_text().splitlines()) == 3
+    template = tmp_path / "moved/chat_template.jinja"
+    template.write_text(template.read_text() + " ")  # it decides the answers as the weights do
+    shutil.move("moved", "m")
+    shutil.rmtree("out/pope")
+    capsys.readouterr()
+    assert main(["evaluate", "m", *asked]) == 2
+    assert re.search(r"results.json: the score of m on pope is of other weights \(", capsys.readouterr().err)
+
+
+def test_the_default_folder_is_of_one_model_alone(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("a", "b"):
+        shutil.copytree(model, tmp_path / run / "model")
+    (tmp_path / "b/model/chat_template.jinja").write_text("{{ messages[0].content }}")
+    names = []
+    for run in ("a", "b"):
+        names.append(default_name(tmp_path / run / "model"))
+        main(["evaluate", f"{run}/model", "--benchmarks", "pope", "--data", str(data), "--limit", "1"])
+    assert [name.partition("-")[0] for name in names] == ["a", "b"]
+    assert {path.name for path in (tmp_path / "evaluations").iterdir()} == set(names)
+
+
+def test_damaged_files_of_an_evaluation_have_a_way_out(model, data, tmp_path, capsys):
+    asked = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(data), "--limit", "3", "--output"]
+    output = tmp_path / "out"
+    assert main([*asked, str(output)]) == 0
+    expected = load_results(output / "results.json")
+    for text in ("{", "null", '{"version": 9}', '{"version": 1, "results": [[]]}', "\x00", ""):
+        (output / "results.json").write_text(text)
+        capsys.readouterr()
+        assert main([*asked, str(output), "--score-only"]) == 0
+        assert f"{output / 'results.json'}: damaged, kept as {output / 'results.json.damaged'}" in (
+            capsys.readouterr().out
+        )
+        assert [one.metrics for one in load_results(output / "results.json")] == [expected[0].metrics]
+    for text in ("{", "null", "{}", '{"model": 3, "dtype": []}'):
+        (output / "pope/run.json").write_text(text)
+        capsys.readouterr()
+        assert main([*asked, str(output), "--score-only"]) == 2
+        error = capsys.readouterr().err
+        assert f"run.json: damaged; whose answers these are is not known. Delete {output / 'pope'}" in error
+        assert "Traceback" not in error
+    (output / "pope/run.json").unlink()
+    assert main([*asked, str(output)]) == 2
+    assert f"{output / 'pope'}: holds answers, but no run.json says of which model" in capsys.readouterr().err
+    shutil.rmtree(output / "pope")
+    assert main([*asked, str(output)]) == 0
+
+
+def test_two_processes_never_answer_into_one_folder(model, data, tmp_path, capsys):
+    asked = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(data), "--output", str(tmp_path)]
+    (tmp_path / "pope").mkdir()
+    with FileLock(tmp_path / "pope/.lock"):
+        assert main(asked) == 2
+    assert f"{tmp_path / 'pope'}: another process is writing there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ DEFAULTS = {
     "compare": ("(default: flips.html)", "(default: 200)"),
     "evaluate": (
         "(default: all)",
-        "(default: evaluations/MODEL)",
+        "(default: evaluations/MODEL-HASH)",
         "(default: auto)",
         "(default: all of them)",
         "(default: OPENAI_API_KEY)",

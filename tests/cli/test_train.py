@@ -230,7 +230,7 @@ def test_a_checkpoint_brings_its_own_model_whatever_the_recipe_names(recipe, rec
         assert run == trained(tmp_path / name / "model")
         assert (run.model.connector, run.model.connector_options) == ("pool", {"side": 1})
         assert run.model.vision_encoder == trained(tmp_path / "first").model.vision_encoder
-        assert (run.name, run.recipe, list(run.stages)) == ("toy-tuned", "base", ["finetune"])
+        assert (run.name, run.recipe, list(run.stages)) == ("toy-tuned-base", "base", ["finetune"])
     capsys.readouterr()
 
     wrong = (

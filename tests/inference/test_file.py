@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from chats import make_chat
 from tinyllava.cli import main
 from tinyllava.conversation import ask
-from tinyllava.errors import DataError
+from tinyllava.errors import DataError, OutputError
 from tinyllava.inference import file as chat_file
 from tinyllava.inference.chat import Chat
 
@@ -115,7 +116,7 @@ def test_what_is_written_outlives_a_stop_within_a_character_and_is_not_written_a
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"question": "Q?"}\n')
     lines = chat_file.read_questions(tmp_path / "in.jsonl")
-    with pytest.raises(DataError, match=r"nowhere.answers\.jsonl: cannot be used"):
+    with pytest.raises(OutputError, match=r"nowhere.answers\.jsonl: cannot be written \(no folder"):
         list(
             chat_file.answer_file(
                 lambda asked: pytest.fail("asked"), lines, tmp_path / "nowhere/answers.jsonl", {}
@@ -154,12 +155,10 @@ def test_answers_of_another_run_are_not_continued(
         chat.model.lm_head.weight.mul_(1.5)
     chat.model.save_pretrained(other)
     chat.processor.save_pretrained(other)
-    copied = shutil.copytree(questions.parent, tmp_path / "elsewhere") / questions.name
     refused = [
         ((questions, output, other), f"model = '{checkpoint}', this one has '{other}'"),
         ((questions, output, checkpoint, "--temperature", "0.5"), "temperature = 0.0, this one has 0.5"),
         ((questions, output, checkpoint, "--max-tokens", "9"), "max_tokens = 8, this one has 9"),
-        ((copied, output, checkpoint), f"images = '{questions.parent}', this one has '{copied.parent}'"),
     ]
     for arguments, message in refused:
         capsys.readouterr()
@@ -168,7 +167,8 @@ def test_answers_of_another_run_are_not_continued(
         assert f"{output}: holds answers of a run with {message}. Choose another --output, or delete" in told
         assert output.read_text() == first
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
-    assert run(questions, output, moved) == 0  # the same weights
+    copied = shutil.copytree(questions.parent, tmp_path / "elsewhere") / questions.name
+    assert run(copied, output, moved) == 0  # the same weights and images
     chat_file.run_file(output).unlink()
     assert run(questions, output, checkpoint) == 2
     assert "does not say of which model" in capsys.readouterr().err
@@ -290,6 +290,41 @@ def test_a_conversation_longer_than_the_context_goes_on(
     assert "[the context of 512 tokens is full: the oldest 1 questions are left out]" in told.err
     assert told.err.count("error: conversation") == 1
     assert "the model's context is 512" in told.err
+
+
+def test_an_image_that_changed_since_it_was_answered_is_told(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    first = output.read_text().splitlines(keepends=True)[0]
+    output.write_text(first)
+    Image.new("RGB", (40, 30), "green").save(questions.parent / "blue.png")  # not answered yet
+    assert run(questions, output, checkpoint) == 0
+    Image.new("RGB", (40, 30), "green").save(questions.parent / "red.png")
+    capsys.readouterr()
+    assert run(questions, output, checkpoint) == 2
+    assert (
+        f"the image of {questions}:1 changed since it was answered. Choose another" in capsys.readouterr().err
+    )
+
+
+def test_two_processes_never_write_one_file(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    with FileLock(tmp_path / ".answers.jsonl.lock"):
+        assert run(questions, output, checkpoint) == 2
+    assert f"error: {output}: another process is writing there" in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("place", ["/dev/stdout", "/dev/full", "."])
+def test_what_is_no_file_is_refused_in_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "in.jsonl").write_text('{"question": "Q?"}\n')
+    lines = chat_file.read_questions(tmp_path / "in.jsonl")
+    with pytest.raises(DataError, match=rf"^{place}: answers are kept in a file.*Name a file\.$"):
+        list(chat_file.answer_file(lambda asked: pytest.fail("asked"), lines, Path(place), {}))
 
 
 WRONG = {

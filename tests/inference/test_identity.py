@@ -35,6 +35,18 @@ def test_a_folder_may_move_only_where_its_weights_are_the_same(tmp_path: Path) -
         claim(tmp_path, RUN | {"model": "b", "weights": "2"}, told_by={"model": "weights"})
 
 
+def test_without_weights_it_is_the_name_that_tells(tmp_path: Path) -> None:
+    claim(tmp_path, {"model": "a", "weights": ""}, told_by={"model": "weights"})
+    with pytest.raises(ConfigError, match="model = 'a', this one has 'b'"):
+        claim(tmp_path, {"model": "b", "weights": ""}, told_by={"model": "weights"})
+
+
+def test_what_is_noted_is_replaced_and_not_compared(tmp_path: Path) -> None:
+    claim(tmp_path, RUN, noted={"images": ["x"]})
+    claim(tmp_path, RUN, noted={"images": ["x", "y"]})
+    assert json.loads((tmp_path / "run.json").read_text()) == RUN | {"images": ["x", "y"]}
+
+
 @pytest.mark.parametrize("damaged", ['{"model"', "[]", ""])
 def test_a_damaged_identity_is_told(tmp_path: Path, damaged: str) -> None:
     (tmp_path / "run.json").write_text(damaged)

@@ -109,3 +109,15 @@ def test_the_command_prints_them(runs, capsys):
     assert "environment.torch" in capsys.readouterr().out
     assert main(["runs", str(runs / "a" / "pretrain")]) == 2
     assert "no run folder there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{", '{"results": [3]}', '{"stages": 3}', ""])
+@pytest.mark.parametrize("name", ["run.json", "environment.json", "pretrain/stage.json", "results.json"])
+def test_damaged_files_of_one_run_leave_the_others_listed(runs: Path, name: str, text: str) -> None:
+    damaged = min(path for path in runs.iterdir() if path.is_dir())
+    (damaged / name).parent.mkdir(exist_ok=True)
+    (damaged / name).write_text(text)
+    rows = run_rows(find_runs(runs))
+    names = {row[0] for row in rows[1:]}
+    assert {path.name for path in runs.iterdir() if path.is_dir() and path != damaged} <= names
+    assert (damaged.name in names) == (name != "run.json")

@@ -336,6 +336,26 @@ def test_a_checkpoint_with_any_file_damaged_is_passed_over_for_the_one_before(pa
     assert weights(tmp_path / "broken/run") == weights(tmp_path / "whole/run")
 
 
+def test_a_kill_between_the_last_checkpoint_and_the_result_costs_no_step_and_adds_none(
+    parts, data, tmp_path, monkeypatch
+):
+    def kill(*_: object) -> None:
+        raise Killed
+
+    run = often(parts, data, tmp_path / "run", stages=("pretrain",))
+    short = dataclasses.replace(run.stages["pretrain"], max_steps=2)  # it ends within an epoch
+    run = dataclasses.replace(run, stages={"pretrain": short})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_stage", kill)
+        with pytest.raises(Killed):
+            train(run)
+    assert count_steps(lambda: train(run))["pretrain"] == 0
+    train(dataclasses.replace(run, output=str(tmp_path / "whole/run")))
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole/run")
+    steps = (tmp_path / "run/pretrain/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == [1, 2]
+
+
 def test_with_every_checkpoint_damaged_the_stage_starts_over_and_says_so(parts, data, tmp_path, capsys):
     run = often(parts, data, tmp_path / "run", stages=("pretrain",))
     with killed_at("pretrain", 2):

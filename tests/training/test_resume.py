@@ -1,5 +1,6 @@
 """A run that is killed and started again ends with the weights of a run that never stopped, bit by bit."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -8,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from tinyllava.config import to_json
+from tinyllava.config import Hardware, lora, to_json
 from tinyllava.errors import TrainingError
 from tinyllava.training.run import train
 from training_toys import toy_run
@@ -43,16 +45,12 @@ def kill_at(config: Path, metrics: Path, num_lines: int) -> bool:
     return False
 
 
-def configured(parts, records, folder: Path, bits: int) -> tuple[Path, Path]:
-    import dataclasses
-
-    from tinyllava.config import Hardware, lora
-
+def configured(parts, records, folder: Path, bits: int, save_steps: int = 3) -> tuple[Path, Path]:
     run = toy_run(
         parts,
         records,
         folder / "run",
-        hardware=Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=3),
+        hardware=Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=save_steps),
     )
     stages = {name: dataclasses.replace(stage, num_epochs=8) for name, stage in run.stages.items()}
     stages["finetune"] = dataclasses.replace(
@@ -78,6 +76,51 @@ def test_killed_in_both_stages_and_resumed_gives_the_same_bytes(parts, records, 
     assert steps == [f'{{"step": {n}' for n in range(1, 25)]  # no step lost, none twice
 
 
+def end_at(config: Path, metrics: Path, num_lines: int, number: int) -> tuple[int, str]:
+    """Start the run and send it a signal once so many steps are logged; return its exit status and words."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinyllava", "train", f"{config.parent / 'mine.py'}:RUN"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= num_lines):
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=200)
+    return process.returncode, said
+
+
+def test_sigterm_and_ctrl_c_save_before_they_end(parts, records, tmp_path):
+    config, whole = configured(parts, records, tmp_path / "whole", 16, save_steps=100)
+    assert start(config).wait() == 0
+    config, ended = configured(parts, records, tmp_path / "ended", 16, save_steps=100)
+    (config.parent / "mine.py").write_text(
+        "from pathlib import Path\nfrom tinyllava.config import run_from_json\n"
+        f"RUN = run_from_json(Path({str(config)!r}).read_text())\n"
+    )
+    for number, stage, num_lines in (
+        (signal.SIGTERM, "pretrain", 5),
+        (signal.SIGINT, "pretrain", 9),
+        (signal.SIGTERM, "finetune", 4),
+    ):
+        metrics = ended / stage / "metrics.jsonl"
+        status, said = end_at(config, metrics, num_lines, number)
+        assert status == 128 + number
+        assert "stopping: saving after this step" in said
+        assert "Traceback" not in said
+        num_steps = metrics.read_text().count("\n")
+        assert num_lines <= num_steps < 24  # it was stopped on the way
+        assert (ended / stage / f"checkpoint-{num_steps}/manifest.json").is_file()  # and nothing was lost
+    assert start(config).wait() == 0
+    for name in ("model/model.safetensors", "pretrain/trained.safetensors", "finetune/trained.safetensors"):
+        assert (whole / name).read_bytes() == (ended / name).read_bytes(), name
+    for stage in ("pretrain", "finetune"):
+        lines = (ended / stage / "metrics.jsonl").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines] == [f'{{"step": {n}' for n in range(1, 25)]
+
+
 def test_a_full_disk_is_said_before_the_first_step(parts, records, tmp_path, monkeypatch):
     from collections import namedtuple
 
@@ -87,16 +130,32 @@ def test_a_full_disk_is_said_before_the_first_step(parts, records, tmp_path, mon
         train(toy_run(parts, records, tmp_path / "run"))
 
 
-def test_a_disk_that_fills_up_while_training_stops_the_run_with_the_reason(
-    parts, records, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("tinyllava.training.trainer.save_file", "run/pretrain"),
+        ("torch.save", "run/pretrain"),
+        ("tinyllava.training.checkpoints.save_file", "run"),
+        ("tinyllava.model.modeling.TinyLlavaForConditionalGeneration.save_pretrained", "run"),
+    ],
+)
+def test_a_disk_that_fills_up_stops_the_run_with_the_reason_whatever_is_written(
+    parts, records, tmp_path, monkeypatch, place, name
 ):
-    from safetensors import SafetensorError
-
-    import tinyllava.training.trainer as trainer
-
     def full(*args, **kwargs):
+        if place == "torch.save":
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed writing"
+            )
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(trainer, "save_file", full)
-    with pytest.raises(TrainingError, match="the disk is full"):
-        train(toy_run(parts, records, tmp_path / "run"))
+    run = toy_run(parts, records, tmp_path / "run")
+    run = dataclasses.replace(run, stages={"pretrain": run.stages["pretrain"]})
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        with pytest.raises(TrainingError) as caught:
+            train(run)
+    assert str(caught.value) == (
+        f"{tmp_path / name}: the disk is full; free some space and run the same command again."
+    )
+    assert (train(run) / "model.safetensors").is_file()

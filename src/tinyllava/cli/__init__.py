@@ -2,14 +2,18 @@
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from types import FrameType
 
 from tinyllava import __version__
-from tinyllava.errors import ConfigError, TinyLlavaError, look_up
-from tinyllava.files import is_text
+from tinyllava.errors import ConfigError, Stopped, TinyLlavaError, look_up
+from tinyllava.files import is_full_disk, is_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_bytes(arguments)
         command = look_up(COMMANDS, arguments[0], "command")
         run: Callable[[list[str]], int] = import_module(f"tinyllava.cli.{command.module}").main
-        status = run(arguments[1:])
+        with _ended_by_sigterm():
+            status = run(arguments[1:])
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -69,20 +74,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TinyLlavaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            name = os.fsdecode(error.filename or "")
-            print(f"error: {name[:80]}... ({len(name):,} characters): too long for a path.", file=sys.stderr)
-            return 2
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        line = _describe(error)
+        if not line:
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        print(f"error: the disk is full{where}; free some space and run it again.", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         again = "; run the same command again to go on where it was" if arguments[0] in RESUMED else ""
-        print(f"\nstopped{again}.", file=sys.stderr)
-        return 130
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+            print(f"\nstopped{again}.", file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+_OF_THE_MACHINE = (
+    errno.EACCES,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ETXTBSY,
+)
+"""What a file system refuses; other errors are the program's own, and keep their traceback."""
+
+
+def _describe(error: Exception) -> str:
+    """Return one line for an error that the machine causes, wherever it comes up; empty for others."""
+    if is_full_disk(error):
+        where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        if isinstance(error, OSError) and not error.filename and _drop_output():
+            return "the output cannot be written: its disk is full."
+        return f"the disk is full{where}; free some space and run it again."
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = os.fsdecode(error.filename or "")
+        return f"{name[:80]}... ({len(name):,} characters): too long for a path."
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE and error.filename:
+        return f"{error.filename}: {error.strerror}; check its permissions, or name another place."
+    return ""
+
+
+def _drop_output() -> bool:
+    """Whether the output itself cannot be written; what is still to be printed then goes nowhere."""
+    try:
+        print(flush=True)
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end a command as Ctrl-C does: its files are put in order first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise Stopped(number)
+        os._exit(128 + number)  # a process of its own, forked from this one
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_bytes(arguments: list[str]) -> None:

@@ -96,12 +96,11 @@ def main(arguments: list[str]) -> int:
 
     if known.file:
         run = {
-            "model": str(model.resolve()),
+            "model": str(model),
             "weights": fingerprint(model),
             "dtype": chat.dtype,
             "max_tokens": known.max_tokens,
             "temperature": known.temperature,
-            "images": str(Path(known.file).resolve().parent),
         }
         for done in answer_file(
             lambda asked: chat.answer_each(asked, known.max_tokens, **sampling),

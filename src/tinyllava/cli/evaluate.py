@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser
+from tinyllava.parts.folders import default_name
 
 if TYPE_CHECKING:
     from tinyllava.evaluation.benchmark import Benchmark
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
     known = _parse(arguments)
     benchmarks = find_benchmarks(known.benchmarks)
     folders = find_folders(benchmarks, Path(known.data))
-    output = Path(known.output or f"evaluations/{Path(known.model).resolve().name}")
+    output = Path(known.output or f"evaluations/{default_name(Path(known.model))}")
     judges = _make_judges(known, output, benchmarks)
     ask = _take_answers(known, output) if known.score_only else _open_model(known, output)
     is_whole = True
@@ -106,9 +107,11 @@ def _score(
     """Score a benchmark, print the result, and return whether every question has an answer."""
     from tinyllava.evaluation.answers import read_refusals
     from tinyllava.evaluation.results import load_results
-    from tinyllava.evaluation.score import answers_folder, score
+    from tinyllava.evaluation.score import answers_folder, score, set_aside_if_damaged
 
     path = output / "results.json"
+    if aside := set_aside_if_damaged(output):
+        print(f"{path}: damaged, kept as {aside}; score other benchmarks again with --score-only")
     before = load_results(path) if path.exists() else ()
     result = score(benchmark, data, output, blind=known.blind, limit=known.limit, judge=judge)
     headline = [metric for metric in result.metrics if metric.name == result.metric]
@@ -168,7 +171,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("model", help="checkpoint folder")
     add("--data", required=True, help="folder with a folder for each benchmark")
     add("--benchmarks", default="all", help="names with commas between, or all: the nine of the paper")
-    add("--output", default="", help="folder of answers and results (default: evaluations/MODEL)")
+    add("--output", default="", help="folder of answers and results (default: evaluations/MODEL-HASH)")
     add("--blind", action="store_true", help="replace every image by one of the mean colour")
     add("--limit", type=int, default=0, help="ask only the first questions (default: all of them)")
     add("--score-only", action="store_true", help="score the answers that are there; opens no model")

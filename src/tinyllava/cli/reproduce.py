@@ -107,11 +107,13 @@ def _run(grid: "Grid", graph: "Graph", needs: "list[Need]", known: argparse.Name
             f"not complete, for want of what is named as missing above: {len(lacking)} of "
             f"{len(graph.cells)} models ({', '.join(lacking)})"
         )
+    from tinyllava.files import held
     from tinyllava.studies.collect import write_study
     from tinyllava.studies.report.page import write_report
 
-    write_study(grid, graph, output)
-    print(write_report(output))
+    with held(output, wait=True):
+        write_study(grid, graph, output)
+        print(write_report(output))
     return int(any(state.status == "failed" for state in states.values()))
 
 

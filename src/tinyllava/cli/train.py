@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--code", default="", help=f"settings of published code: {', '.join(PUBLISHED)}")
     parser.add_argument("--only", default="", help="run only this stage")
     parser.add_argument(
-        "--output", default="", help="run folder (default: runs/NAME, with --from runs/NAME-tuned)"
+        "--output", default="", help="run folder (default: runs/NAME, with --from runs/NAME-tuned-RECIPE)"
     )
     parser.add_argument("--options", action="store_true", help="list every option of the run and stop")
     known, rest = parser.parse_known_args(arguments)
@@ -151,7 +151,8 @@ def _on_checkpoint(run: Run, model: ModelConfig, known: argparse.Namespace) -> R
     """Put the checkpoint's model into a run, and its name, unless a file of the user's has the name."""
     if ":" in known.variant:
         return dataclasses.replace(run, model=model)
-    return dataclasses.replace(run, model=model, name=f"{recorded_name(Path(known.start_from))}-tuned")
+    name = f"{recorded_name(Path(known.start_from))}-tuned-{run.recipe or known.variant}"
+    return dataclasses.replace(run, model=model, name=name)
 
 
 def _describe_change(model: ModelConfig, wanted: ModelConfig) -> str:

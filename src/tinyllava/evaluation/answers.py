@@ -6,14 +6,15 @@ files and needs no model.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
 from tinyllava.conversation import Answer
-from tinyllava.errors import DataError
+from tinyllava.errors import ConfigError, DataError
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import parse_line, read_lines
+from tinyllava.files import held, whole_lines
 from tinyllava.inference.identity import claim_answers
 
 _FIX = "Delete the line, or the file, and evaluate again."
@@ -28,7 +29,9 @@ class AnswerFile:
 
     def __enter__(self) -> Self:
         self._file = self.path.open("ab")
-        self._file.truncate(_whole_bytes(self.path))  # a line that a kill cut short is asked again
+        self._file.truncate(
+            sum(map(len, whole_lines(self.path)))
+        )  # a line that a kill cut short is asked again
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -56,7 +59,7 @@ def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, Answe
     prompts = {question.id: question.prompt for question in questions}
     answers: dict[str, Answer] = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
-        for number, line in enumerate(_whole_lines(path), start=1):
+        for number, line in enumerate(whole_lines(path), start=1):
             record = parse_line(line.decode(errors="replace"), path, number, _FIX)
             question_id, prompt = record.text("question_id"), record.text("prompt")
             if question_id not in prompts:
@@ -187,10 +190,11 @@ def take_llava_answers(
     answers = read_llava_answers(source, questions)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     run = {"model": model, "source": source.name, "sha256": digest, "protocol": protocol, "dtype": ""}
-    claim_folder(folder, run)
-    done = read_answers(folder, questions)
-    with AnswerFile(folder) as file:
-        file.append((q, answers[q.id]) for q in questions if q.id in answers and q.id not in done)
+    with held(folder):
+        claim_folder(folder, run)
+        done = read_answers(folder, questions)
+        with AnswerFile(folder) as file:
+            file.append((q, answers[q.id]) for q in questions if q.id in answers and q.id not in done)
 
 
 def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
@@ -201,18 +205,10 @@ def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     fix = "Choose another output folder, or delete this one."
-    claim_answers(folder, folder / "run.json", run, fix=fix)
-
-
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield line
-
-
-def _whole_bytes(path: Path) -> int:
-    return sum(map(len, _whole_lines(path)))
+    identity = folder / "run.json"
+    if not identity.exists() and any(path.stat().st_size for path in folder.glob("answers-*.jsonl")):
+        raise ConfigError(f"{folder}: holds answers, but no {identity.name} says of which model. {fix}")
+    claim_answers(folder, identity, run, fix=fix, told_by={"model": "weights"})
 
 
 def _words(prompt: str) -> str:

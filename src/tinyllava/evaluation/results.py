@@ -3,16 +3,18 @@
 Paper: the cells of Tables 3 and A1.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import DataError, look_up
-from tinyllava.files import parse_json
+from tinyllava.files import parse_json, write_json
 
 FORMAT_VERSION = 1
+_AGAIN = (
+    "Delete it, and score the answers again with `tinyllava evaluate --score-only`, which needs no model."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,8 @@ class Result:
     dtype: str = ""
     judge: str | None = None
     date: str = ""
+    weights: str = ""
+    """Hash of the checkpoint, which tells the model wherever its folder is; empty where it is not known."""
     notes: tuple[str, ...] = ()
     version: int = FORMAT_VERSION
 
@@ -158,10 +162,7 @@ def _check_same_column(first: Result, other: Result) -> None:
 def save_results(results: Iterable[Result], path: Path) -> None:
     """Write results as JSON, whole or not at all."""
     document = {"version": FORMAT_VERSION, "results": [asdict(result) for result in results]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, document)
 
 
 def load_results(path: Path) -> tuple[Result, ...]:
@@ -174,18 +175,19 @@ def load_results(path: Path) -> tuple[Result, ...]:
         document = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such results file; `tinyllava evaluate` writes one.") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); write it again with `tinyllava evaluate`.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: not JSON ({error}). {_AGAIN}") from None
     version = document.get("version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
             f"{path}: results format version {version!r}; this program reads version {FORMAT_VERSION}. "
-            "Read it with the program that wrote it, or score the predictions again."
+            "Read it with the program that wrote it, or delete it and score the answers again with "
+            "`tinyllava evaluate --score-only`."
         )
     try:
         return tuple(parse_result(values) for values in document["results"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a results file ({error}); score the predictions again.") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a results file ({error}). {_AGAIN}") from None
 
 
 def parse_result(values: dict[str, Any]) -> Result:

@@ -8,7 +8,7 @@ Differs: a run that was stopped goes on where it was; several processes share th
 import datetime
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.judge import Judge, Reviews
 from tinyllava.evaluation.question import Question, check_images
 from tinyllava.evaluation.results import Result
-from tinyllava.evaluation.score import answers_folder, score
+from tinyllava.evaluation.score import answers_folder, refuse_other_weights, score
+from tinyllava.files import held
 from tinyllava.inference.batches import Prepared, blank, blank_image, fill_batches, group_by_image, prepare
 from tinyllava.inference.chat import Chat, decode
 from tinyllava.inference.logits import stop_ids
@@ -88,6 +89,7 @@ def evaluate(
         DataError: files of the benchmark are missing or broken. A single broken image, or a question that
             is too long, is left without an answer instead, see ``read_refusals``.
         ConfigError: the output folder holds the answers of another run.
+        OutputError: another process asks the same questions into the same folder.
         JudgeError: the judge does not answer.
     """
     if not answer_benchmark(chat, benchmark, data, output, model=model, settings=settings):
@@ -106,20 +108,29 @@ def answer_benchmark(
     if not settings.blind:
         check_images(questions)
     folder = answers_folder(output, benchmark, blind=settings.blind)
-    if state.is_main_process:
-        identity = {
-            "model": model,
-            "weights": fingerprint(Path(model)),
-            "protocol": benchmark.protocol,
-            "max_new_tokens": benchmark.max_new_tokens,
-            "blind": settings.blind,
-            "dtype": chat.dtype,
-        }
-        claim_folder(folder, identity)
-        forget_refusals(folder)
-    state.wait_for_everyone()
-    answer_questions(chat, questions, folder, benchmark.name, benchmark.max_new_tokens, settings, state)
+    with ExitStack() as stack:
+        if state.is_main_process:
+            stack.enter_context(held(folder))
+            weights = fingerprint(Path(model))
+            identity = {
+                "model": spell(model),
+                "weights": weights,
+                "protocol": benchmark.protocol,
+                "max_new_tokens": benchmark.max_new_tokens,
+                "blind": settings.blind,
+                "dtype": chat.dtype,
+            }
+            refuse_other_weights(output, spell(model), weights)
+            claim_folder(folder, identity)
+            forget_refusals(folder)
+        state.wait_for_everyone()
+        answer_questions(chat, questions, folder, benchmark.name, benchmark.max_new_tokens, settings, state)
     return bool(state.is_main_process)
+
+
+def spell(model: str) -> str:
+    """Return a checkpoint's folder in one spelling, without ``./`` and ``/`` at its ends."""
+    return str(Path(model))
 
 
 def answer_questions(

@@ -3,20 +3,22 @@
 Paper: section 4.1.3 and appendix A.
 """
 
-import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyllava.errors import DataError
+from tinyllava.errors import ConfigError, DataError
 from tinyllava.evaluation.answers import read_answers, write_llava_answers
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.files import check_files
 from tinyllava.evaluation.judge import Judge, Reviews, save_reviews
 from tinyllava.evaluation.predictions import write_predictions
-from tinyllava.evaluation.results import Result, ResultTable
+from tinyllava.evaluation.results import Result, ResultTable, load_results
+from tinyllava.files import held, read_object
 
+_BLANK = " (blank images)"
 BLIND = "blind: every image replaced by one of the mean colour"
 
 
@@ -31,6 +33,62 @@ def _notes(benchmark: Benchmark, data: Path, run: Mapping[str, Any], *, blind: b
     if "source" in run:
         notes.append(f"answers taken from {run['source']}")
     return (*notes, BLIND) if blind else tuple(notes)
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """Return whose answers a folder holds.
+
+    Raises:
+        DataError: it is not known any more.
+    """
+    run = read_object(folder / "run.json") or {}
+    if not all(isinstance(run.get(name), str) for name in ("model", "dtype")):
+        raise DataError(
+            f"{folder / 'run.json'}: damaged; whose answers these are is not known. Delete {folder}, and "
+            "ask again with `tinyllava evaluate`."
+        )
+    return run
+
+
+def set_aside_if_damaged(output: Path) -> Path | None:
+    """Rename a results.json that cannot be read, and return its new name; None if there is nothing wrong."""
+    path = output / "results.json"
+    try:
+        if path.exists():
+            ResultTable.load(path)
+    except DataError:
+        return path.replace(path.with_name(f"{path.name}.damaged"))
+    return None
+
+
+def refuse_other_weights(output: Path, model: str, weights: str) -> None:
+    """Make sure that the scores in an output folder under a model's name are of the same weights.
+
+    Raises:
+        ConfigError: they are not; a table of both would be of no model.
+    """
+    path = output / "results.json"
+    set_aside_if_damaged(output)
+    for result in load_results(path) if path.exists() else ():
+        if result.model.removesuffix(_BLANK) == model and result.weights and result.weights != weights:
+            raise ConfigError(
+                f"{path}: the score of {model} on {result.benchmark} is of other weights ({result.weights}, "
+                f"now {weights}). Choose another --output, or delete {output}."
+            )
+
+
+def _record(result: Result, output: Path) -> Result:
+    """Put a result into the folder's table; a model that is there under another name keeps that one."""
+    path = output / "results.json"
+    with held(path, is_folder=False, wait=True):
+        set_aside_if_damaged(output)
+        table = ResultTable.load(path) if path.exists() else ResultTable()
+        blank = _BLANK if result.model.endswith(_BLANK) else ""
+        names = (one.model for one in table.results if one.weights and one.weights == result.weights)
+        name = next(names, result.model).removesuffix(_BLANK)
+        result = replace(result, model=f"{name}{blank}")
+        table.fitting(result).with_result(result).save(path)
+    return result
 
 
 def answers_folder(output: Path, benchmark: Benchmark, *, blind: bool = False) -> Path:
@@ -59,12 +117,27 @@ def score(
 
     Raises:
         DataError: no answers there, or answers to other questions.
+        OutputError: another process asks or scores there.
         JudgeError: the judge does not answer.
     """
     folder = answers_folder(output, benchmark, blind=blind)
     if not (folder / "run.json").is_file():
         raise DataError(f"{folder}: no answers there; ask a model first with `tinyllava evaluate`.")
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    with held(folder):
+        return _score(benchmark, data, output, folder, blind=blind, limit=limit, judge=judge)
+
+
+def _score(
+    benchmark: Benchmark,
+    data: Path,
+    output: Path,
+    folder: Path,
+    *,
+    blind: bool,
+    limit: int,
+    judge: Judge | Reviews | None,
+) -> Result:
+    run = _read_run(folder)
     questions = benchmark.load(data)[: limit or None]
     answers = read_answers(folder, questions)
     reviews = judge if benchmark.judging is not None else None
@@ -85,15 +158,13 @@ def score(
     result = benchmark.result(
         questions,
         scored,
-        model=f"{run['model']} (blank images)" if blind else run["model"],
+        model=f"{run['model']}{_BLANK}" if blind else run["model"],
         dtype=run["dtype"],
         decoding={} if "source" in run else None,  # nobody knows how another program's answers were made
         judge=judge_name or None,
         notes=_notes(benchmark, data, run, blind=blind),
     )
-    path = output / "results.json"
-    table = ResultTable.load(path) if path.exists() else ResultTable()
-    table.fitting(result).with_result(result).save(path)
+    result = _record(replace(result, weights=str(run.get("weights") or "")), output)
     if benchmark.export is not None and not blind:
         benchmark.export(questions, answers, data, folder / "upload")
     return result

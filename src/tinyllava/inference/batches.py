@@ -5,6 +5,8 @@ Paper: section 4.1.3; ``blank`` makes the baseline that shows what a benchmark t
 
 import dataclasses
 import io
+import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.images import open_image
+from tinyllava.data.workers import naming_dead_workers, usable_workers
 from tinyllava.errors import DataError
 from tinyllava.inference.chat import encode_prompt
 from tinyllava.inference.prompt_tree import grow_tree
@@ -114,8 +117,40 @@ def prepare(
     A conversation that cannot be asked is left out of its group and comes by itself.
     """
     dataset = _Groups(processor, conversations, groups)
-    for prepared in DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
-        yield from prepared
+    num_workers = _limit_workers(processor, conversations, groups, num_workers)
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+    with naming_dead_workers("--workers"):
+        for prepared in loader:
+            for one in prepared:
+                yield _copied(one) if num_workers and isinstance(one, Prepared) else one
+
+
+def _copied(prepared: Prepared) -> Prepared:
+    """Take the pixels out of the shared memory: many groups are gathered before they are asked."""
+    pixels = prepared.group.pixel_values
+    if pixels is None:
+        return prepared
+    return dataclasses.replace(
+        prepared, group=dataclasses.replace(prepared.group, pixel_values=pixels.clone())
+    )
+
+
+def _limit_workers(
+    processor: TinyLlavaProcessor,
+    conversations: Sequence[Conversation],
+    groups: Sequence[tuple[int, ...]],
+    num_workers: int,
+) -> int:
+    """Take fewer workers where the shared memory cannot hold what they prepare, and say so."""
+    if not num_workers:
+        return 0
+    num_images = max(len(conversations[indices[0]].images) for indices in groups)
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    size = 4 * 3 * processor.image_size_px**2
+    num_workers, why = usable_workers(num_workers, num_images * size, 1, num_processes)
+    if why and os.environ.get("RANK", "0") == "0":
+        print(why, file=sys.stderr)
+    return num_workers
 
 
 def _as_it_is(prepared: Any) -> Any:

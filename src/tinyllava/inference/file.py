@@ -11,7 +11,7 @@ from typing import Any
 
 from tinyllava.conversation import Answer, Conversation, ask
 from tinyllava.errors import DataError
-from tinyllava.files import parse_json
+from tinyllava.files import append_lines, held, parse_json, read_object, sha256_of
 from tinyllava.inference.identity import claim_answers
 
 _AT_ONCE = 64  # lines answered before they are written: a batch is cut out of them by its tokens
@@ -118,15 +118,29 @@ def answer_file(
         answer: gives one text a conversation, or its error.
         lines: what is asked.
         output: JSONL to write; ``run_file`` beside it says whose answers these are.
-        run: what the answers depend on, by name: weights, decoding, folder of the images.
+        run: what the answers depend on, by name: weights, decoding. What the images show is compared too.
 
     Raises:
         DataError: the output holds answers to other questions, or of a run that is not known, or cannot be
             written.
         ConfigError: it holds answers of another run.
+        OutputError: another process writes there.
     """
+    is_device = Path("/dev") in output.absolute().parents  # also where the shell has a file in its place
+    if is_device or (output.exists() and not output.is_file()):
+        raise DataError(f"{output}: answers are kept in a file, to be resumed; this is none. Name a file.")
+    with held(output, is_folder=False):
+        yield from _answer(answer, lines, output, run)
+
+
+def _answer(
+    answer: Callable[[Sequence[Conversation]], Sequence[str | DataError]],
+    lines: Sequence[Line],
+    output: Path,
+    run: Mapping[str, object],
+) -> Iterator[int]:
     done, num_whole = _count_answered(output, lines)
-    _claim(output, run)
+    _claim(output, run, lines, done)
     if output.exists() and num_whole < output.stat().st_size:
         os.truncate(output, num_whole)  # cut, not written anew: what is there outlives a kill and a full disk
     yield done
@@ -134,10 +148,13 @@ def answer_file(
         chunk = lines[start : start + _AT_ONCE]
         answers = answer([line.conversation for line in chunk])
         try:
-            with output.open("a", encoding="utf-8") as file:
-                for line, text in zip(chunk, answers, strict=True):
-                    written = {**_asked(line.fields), **_answer_fields(text)}
-                    file.write(json.dumps(written, ensure_ascii=False) + "\n")
+            append_lines(
+                output,
+                [
+                    json.dumps({**_asked(line.fields), **_answer_fields(text)}, ensure_ascii=False)
+                    for line, text in zip(chunk, answers, strict=True)
+                ],
+            )
         except OSError as error:
             raise DataError(
                 f"{output}: cannot be written ({error.strerror}); choose another file."
@@ -164,15 +181,31 @@ def run_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.run.json")
 
 
-def _claim(output: Path, run: Mapping[str, object]) -> None:
-    """Hold the output for this run; what an output without answers was held for is no longer of use."""
+def _claim(output: Path, run: Mapping[str, object], lines: Sequence[Line], done: int) -> None:
+    """Write down whose answers these are; what was written beside an output without answers is replaced."""
     identity = run_file(output)
     fix = f"Choose another --output, or delete {output} to have all questions asked again."
     if not output.exists() or not output.stat().st_size:
         identity.unlink(missing_ok=True)
     elif not identity.exists():
         raise DataError(f"{output}: holds answers, but {identity} does not say of which model. {fix}")
-    claim_answers(output, identity, run, fix=fix, told_by={"model": "weights"})
+    images = _hash_images(lines)
+    known = (read_object(identity) or {}).get("images")
+    for line, before, now in zip(
+        lines[:done], known if isinstance(known, list) else [], images, strict=False
+    ):
+        if before != now:
+            raise DataError(
+                f"{output}: the image of {line.conversation.id} changed since it was answered. {fix}"
+            )
+    claim_answers(output, identity, run, fix=fix, told_by={"model": "weights"}, noted={"images": images})
+
+
+def _hash_images(lines: Sequence[Line]) -> list[str]:
+    """Return for each line a hash of what its images show; empty for text alone."""
+    paths = {ref.path for line in lines for ref in line.conversation.images if ref.path is not None}
+    hashes = {path: sha256_of(path)[:16] if path.is_file() else "missing" for path in paths}
+    return [" ".join(hashes[ref.path] for ref in line.conversation.images if ref.path) for line in lines]
 
 
 def _count_answered(output: Path, lines: Sequence[Line]) -> tuple[int, int]:

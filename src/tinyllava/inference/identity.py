@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import ConfigError
+from tinyllava.files import read_object, whole_file
 
 
 def claim_answers(
@@ -15,6 +16,7 @@ def claim_answers(
     *,
     fix: str,
     told_by: Mapping[str, str] | None = None,
+    noted: Mapping[str, Any] | None = None,
 ) -> None:
     """Write down whose answers these will be, or make sure that those which are there are of the same run.
 
@@ -25,36 +27,42 @@ def claim_answers(
         fix: what to do where they are another run's.
         told_by: a name that may differ -> the one that has to be equal then, ``{"model": "weights"}`` where
             the model's folder may move.
+        noted: further values, that the caller compares; what was noted before is replaced.
 
     Raises:
         ConfigError: they are of another run or nobody knows whose, or the file cannot be written.
     """
+    noted = noted or {}
     if not identity.exists():
-        partial = identity.with_name(f"{identity.name}.partial")
-        try:
-            partial.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            partial.replace(identity)
-        except OSError as error:
-            raise ConfigError(
-                f"{identity}: cannot be written ({error.strerror}); make room, or choose another output."
-            ) from error
+        _write(identity, {**run, **noted})
         return
     known = _read(identity, answers, fix)
+    is_noted_anew = any(known.get(name) != value for name, value in noted.items())
+    known = {name: value for name, value in known.items() if name not in noted}
     different = {name for name in {**known, **run} if known.get(name) != run.get(name)}
-    moved = {name for name, other in (told_by or {}).items() if other in run and other not in different}
+    moved = {name for name, other in (told_by or {}).items() if run.get(other) and other not in different}
     for name in {**known, **run}:
         if name in different - moved:
             raise ConfigError(
                 f"{answers}: holds answers of a run with {name} = {known.get(name)!r}, this one has "
                 f"{run.get(name)!r}. {fix}"
             )
+    if is_noted_anew:
+        _write(identity, {**known, **noted})
+
+
+def _write(identity: Path, values: Mapping[str, Any]) -> None:
+    try:
+        with whole_file(identity) as partial:
+            partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{identity}: cannot be written ({error.strerror}); make room, or choose another output."
+        ) from error
 
 
 def _read(identity: Path, answers: Path, fix: str) -> dict[str, Any]:
-    try:
-        known = json.loads(identity.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = None
-    if not isinstance(known, dict):
+    known = read_object(identity)
+    if known is None:
         raise ConfigError(f"{answers}: holds answers, but {identity} does not say of which run. {fix}")
     return known

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
+from tinyllava.files import whole_file
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 
 _PREFIX = "base_model.model."  # what PEFT's wrapper puts in front of a module's name
@@ -44,7 +45,8 @@ def save_adapters(folder: Path, model: TinyLlavaForConditionalGeneration) -> Non
         if beside:
             settings["modules_to_save"] = beside
         (folder / component).mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / component / "adapter_model.safetensors", metadata={"format": "pt"})
+        with whole_file(folder / component / "adapter_model.safetensors") as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
         text = json.dumps(settings, indent=2, sort_keys=True)
         (folder / component / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 

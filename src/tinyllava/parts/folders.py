@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 from tinyllava.config import ModelConfig, run_from_json
 from tinyllava.errors import CheckpointError
-from tinyllava.files import parse_json
+from tinyllava.files import held, parse_json, sha256_of, whole_folder
 
 _HEAD_BYTES = 512
 
@@ -115,22 +115,25 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
+        OutputError: another process writes it.
     """
     from safetensors import SafetensorError  # here: what only reads settings starts faster without it
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: cannot be written ({error}); nothing is left of it. Make room, or name another place."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error}); name another place.") from error
+    with held(folder, is_folder=False):
+        try:
+            with whole_folder(folder) as partial:
+                yield partial
+                if folder.exists():
+                    folder.rmdir()  # what came into it meanwhile is not replaced
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder}: cannot be written ({error}); nothing is left of it. Make room, or name another "
+                "place."
+            ) from error
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -257,10 +260,39 @@ def recorded_name(folder: Path) -> str:
     return folder.parent.name if folder.name == "model" else folder.name
 
 
+_ANSWERING = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+)
+"""Files beside the weights that an answer depends on."""
+
+
 def fingerprint(folder: Path) -> str:
-    """Return a hash over the contents of weights and config: saved again, a checkpoint stays the same."""
+    """Return a hash over the contents of a checkpoint; empty if there is none.
+
+    Copied, moved or saved again, a checkpoint stays the same.
+    """
+    paths = sorted(folder.glob("*.safetensors")) + [folder / name for name in _ANSWERING]
+    stamps = [(str(path.resolve()), path.stat()) for path in paths if path.is_file()]
+    return _hash_files(tuple((path, status.st_size, status.st_mtime_ns) for path, status in stamps))
+
+
+@lru_cache(maxsize=8)  # gigabytes are not read again for each benchmark
+def _hash_files(stamps: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + [p for p in [folder / "config.json"] if p.exists()]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    for path, _, _ in stamps:
+        digest.update(f"{Path(path).name} {sha256_of(Path(path))}\n".encode())
+    return digest.hexdigest()[:16] if stamps else ""
+
+
+def default_name(folder: Path) -> str:
+    """Return a name for what is made of a checkpoint: of its run or folder, and of its content."""
+    place = folder.resolve()
+    name = place.parent.name if place.name == "model" else place.name
+    content = fingerprint(folder)
+    return f"{name}-{content[:8]}" if content else name

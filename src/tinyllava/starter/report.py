@@ -3,13 +3,13 @@
 Paper: none; the form of Figure 9 (answered images) for the starter's own model.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 from tinyllava.evaluation.results import Metric, Result
+from tinyllava.files import whole_objects
 
 
 class Cell(TypedDict):
@@ -67,12 +67,12 @@ def draw_losses(metrics: Mapping[str, Path], path: Path) -> None:
     for axes, (stage, file) in zip(
         figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
     ):
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in whole_objects(file) if {"step", "loss"} <= line.keys()]
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         axes.plot(steps, losses, color="0.75", linewidth=0.8)
         axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color="tab:blue")
         axes.set(title=stage, xlabel="optimizer step", ylabel="loss (nats per supervised token)")
-        axes.set_ylim(0, min(max(losses), 8))
+        axes.set_ylim(0, min(max(losses, default=8), 8))
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

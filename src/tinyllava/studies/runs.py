@@ -6,6 +6,7 @@ Paper: none. Reads what runs leave (run.json, environment.json, stage.json, resu
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -38,7 +39,7 @@ def find_runs(folder: Path) -> list[FoundRun]:
     Raises:
         DataError: there is none.
     """
-    files = sorted(path for path in folder.rglob("run.json") if "stages" in _read(path))
+    files = sorted(path for path in folder.rglob("run.json") if _is_run(_read(path)))
     files = [path for path in files if path.parent.name != "model"]  # a checkpoint holds a copy
     if not files:
         raise DataError(
@@ -47,24 +48,32 @@ def find_runs(folder: Path) -> list[FoundRun]:
     return [_read_run(path.parent) for path in files]
 
 
+def _is_run(config: Mapping[str, Any]) -> bool:
+    """Whether a file holds the settings of a run, rather than whose answers stand beside it."""
+    model = config.get("model")
+    names = ("vision_encoder", "connector", "language_model")
+    is_model = isinstance(model, dict) and all(isinstance(model.get(name), str) for name in names)
+    return is_model and isinstance(config.get("stages"), dict) and "seed" in config
+
+
 def _read_run(folder: Path) -> FoundRun:
     config = _read(folder / "run.json")
     stages = {name: _read(folder / name / "stage.json") for name in config["stages"]}
-    results = [
-        result for path in sorted(folder.rglob("results.json")) for result in _read(path).get("results", [])
-    ]
-    scores = {
-        result["benchmark"]: metric["value"]
-        for result in results
-        for metric in result["metrics"]
-        if metric["name"] == result["metric"]
-    }
+    scores: dict[str, float] = {}
+    for path in sorted(folder.rglob("results.json")):
+        with suppress(KeyError, TypeError, AttributeError):  # a damaged one has no scores
+            scores |= {
+                result["benchmark"]: float(metric["value"])
+                for result in _read(path)["results"]
+                for metric in result["metrics"]
+                if metric["name"] == result["metric"]
+            }
     return FoundRun(
         folder=folder,
         config=dict(flatten(config)),
         scores=scores,
         environment=dict(flatten(_read(folder / "environment.json"))),
-        stages={name: papers for name, papers in stages.items() if papers},
+        stages={n: papers for n, papers in stages.items() if isinstance(papers.get("last_loss"), float)},
     )
 
 

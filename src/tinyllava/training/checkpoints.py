@@ -99,6 +99,14 @@ def keep_newest(folder: Path, count: int) -> None:
             shutil.rmtree(path)
 
 
+def drop_newer(folder: Path, checkpoint: Path) -> None:
+    """Remove what was passed over for a checkpoint; it would be taken for the newest."""
+    for _, path in _checkpoints(folder):
+        if path == checkpoint:
+            return
+        shutil.rmtree(path)
+
+
 def find_checkpoint(folder: Path, key: str, say: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint that is whole and was made from the same; say what is passed over.
 
@@ -169,12 +177,30 @@ def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
     Raises:
         CheckpointError: the tensors are not exactly those that the plan trains, or the file is damaged.
     """
-    path = folder / TENSORS
+    _load_tensors(folder / TENSORS, model)
+
+
+def load_last(checkpoint: Path, model: TinyLlavaForConditionalGeneration) -> dict[str, Any] | None:
+    """Take a stage's result from the checkpoint of its last step; None if there are steps left.
+
+    A kill may come between that checkpoint and the stage's own files; the Trainer, which resumes within an
+    epoch, would do one step too many.
+    """
+    state = read_object(checkpoint / "trainer_state.json") or {}
+    if state.get("global_step", 0) < state.get("max_steps", 1):
+        return None
+    _load_tensors(checkpoint / "model.safetensors", model)
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    steps = state["global_step"]
+    return {"num_steps": steps, "seconds": 0.0, "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def _load_tensors(path: Path, model: TinyLlavaForConditionalGeneration) -> None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}); delete {folder} and train the stage again."
+            f"{path}: cannot be read ({error}); delete {path.parent} and train the stage again."
         ) from error
     expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     wrong = [

@@ -2,7 +2,6 @@
 
 import json
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tinyllava.files import append_lines, whole_lines, write_text
+from tinyllava.files import append_lines, whole_objects, write_text
 
 if TYPE_CHECKING:
     from tinyllava.training.trainer import StageTrainer
@@ -121,9 +120,9 @@ class StageProgress(TrainerCallback):
         So are lines that a kill cut short or that were damaged: they only tell what happened.
         """
         if self.metrics.exists():
-            kept = []
-            for line in whole_lines(self.metrics):
-                with suppress(ValueError, TypeError, KeyError):
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line.decode())
+            kept = [
+                json.dumps(line) + "\n"
+                for line in whole_objects(self.metrics)
+                if isinstance(line.get("step"), int) and line["step"] <= step
+            ]
             write_text(self.metrics, "".join(kept))

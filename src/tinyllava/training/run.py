@@ -3,7 +3,9 @@
 Paper: section 3.2, pre-training for feature alignment, then supervised fine-tuning.
 """
 
+import dataclasses
 import json
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,9 +21,10 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from tinyllava.config import COMPONENTS, Run, Stage, to_json
+from tinyllava.config import COMPONENTS, Hardware, Run, Stage, to_json
 from tinyllava.data.dataset import Collator
-from tinyllava.errors import DataError, TrainingError
+from tinyllava.data.workers import naming_dead_workers, usable_workers
+from tinyllava.errors import DataError, TinyLlavaError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -32,7 +35,8 @@ from tinyllava.training import checkpoints
 from tinyllava.training.identity import StageIdentity, decisive_settings, differences, flatten, identify
 from tinyllava.training.prepare import Prepared, prepare
 from tinyllava.training.progress import StageProgress
-from tinyllava.training.trainer import StageTrainer, make_arguments
+from tinyllava.training.stopping import StopRequests
+from tinyllava.training.trainer import StageTrainer, make_arguments, micro_batch
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -61,7 +65,16 @@ def train(run: Run, *, wait: bool = False) -> Path:
             stack.enter_context(held(run.folder, wait=wait))
             _refuse_another_run(run)
         processes.wait_for_everyone()
-        return _train(run, processes)
+        try:
+            return _train(run, processes)
+        except TinyLlavaError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_full_disk(error):
+                raise
+            raise TrainingError(
+                f"{run.folder}: the disk is full; free some space and run the same command again."
+            ) from error
 
 
 def _train(run: Run, processes: PartialState) -> Path:
@@ -153,7 +166,8 @@ def _run_stage(
     else:
         _announce(name, stage, ledger, prepared)
         keeper = checkpoints.CheckpointKeeper(folder, identity)
-        papers = _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
+        last = checkpoints.load_last(resumed, model) if resumed else None
+        papers = last or _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
         ledger = close_ledger(ledger, model)
         for component in ledger.unmoved():
             _say(f"  {component} was to be trained and did not move: nothing in these records reaches it.")
@@ -184,6 +198,7 @@ def _find_work(run: Run, name: str, identity: StageIdentity) -> tuple[Path | Non
             _refuse_or_start_over(run, name, identity)
         if resumed is not None:
             _say(f"{name}: resuming from {resumed}")
+            checkpoints.drop_newer(folder, resumed)
         folder.mkdir(exist_ok=True)
         _save_settings(run)
     done, resumed = broadcast_object_list([done, resumed])
@@ -236,14 +251,11 @@ def _train_stage(
     if run.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     transformers.utils.logging.set_verbosity_error()  # its notes on our lean checkpoints would only mislead
+    hardware = _limit_workers(stage, run.hardware, processor, prepared)
     arguments = make_arguments(
-        stage,
-        run.hardware,
-        folder,
-        seed=run.seed,
-        num_samples=len(prepared.examples),
-        report_to=run.report_to,
+        stage, hardware, folder, seed=run.seed, num_samples=len(prepared.examples), report_to=run.report_to
     )
+    stopper = StopRequests()
     progress = StageProgress(name, folder / "metrics.jsonl")
     trainer = StageTrainer(
         model=model,
@@ -251,13 +263,14 @@ def _train_stage(
         train_dataset=prepared.examples,
         stage=stage,
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        callbacks=[progress, keeper],
+        callbacks=[progress, stopper, keeper],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     progress.trainer = trainer
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        with naming_dead_workers("--hardware.num-workers"), stopper.listening():
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except DataError as error:  # a worker process hands over its whole traceback as the message
         kind = type(error)
         raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
@@ -277,6 +290,27 @@ def _train_stage(
         "first_loss": losses[0],
         "last_loss": losses[-1],
     }
+
+
+def _limit_workers(
+    stage: Stage, hardware: Hardware, processor: TinyLlavaProcessor, prepared: Prepared
+) -> Hardware:
+    """Take fewer workers where the shared memory cannot hold what they prepare, and say so."""
+    examples = prepared.examples
+    num_images = max(len(conversation.images) for conversation in examples.conversations)
+    image_bytes = 4 * 3 * processor.image_size_px**2
+    if examples.features is not None:
+        image_bytes = 4 * examples.features.shape[0] * examples.features.shape[1]
+    size = micro_batch(stage, hardware)
+    tokens_bytes = 3 * 8 * max(examples.lengths)
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_held = -(-stage.global_batch_size // (size * PartialState().num_processes))
+    num_workers, why = usable_workers(
+        hardware.num_workers, size * (num_images * image_bytes + tokens_bytes), num_held, num_processes
+    )
+    if why:
+        _say(why)
+    return dataclasses.replace(hardware, num_workers=num_workers)
 
 
 def _release(trainer: StageTrainer) -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from tinyllava.parts.folders import written_whole
 from tinyllava.parts.vision import VisionEncoder, find_vision_encoder, join_encoders
 
 
@@ -107,8 +108,9 @@ def fuse(first: str, second: str, folder: str | Path) -> Path:
         ConfigError, UnknownNameError, CheckpointError: see ``find_vision_encoder`` and ``join_encoders``.
     """
     spec = join_encoders(find_vision_encoder(first), find_vision_encoder(second))
-    load_fused(spec, torch.float32).save_pretrained(folder)
-    AutoImageProcessor.from_pretrained(spec.path, backend="pil").save_pretrained(folder)
+    with written_whole(Path(folder)) as partial:
+        load_fused(spec, torch.float32).save_pretrained(partial)
+        AutoImageProcessor.from_pretrained(spec.path, backend="pil").save_pretrained(partial)
     return Path(folder)
 
 

@@ -1,0 +1,74 @@
+"""SIGTERM and Ctrl-C while a stage trains: the step is finished, a checkpoint written, then the run ends."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tinyllava.errors import Stopped
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequests(TrainerCallback):
+    """Listens for the two signals while a stage trains, and has it end after the step that is being computed.
+
+    Every process of a run learns of it at the same step: they save together.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """Number of the signal; 0 for none."""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals; at the end they are as before, and what was asked for is done.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may take signals
+            return
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        owner = os.getpid()
+
+        def take(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != owner:
+                return  # a process that opens images: it ends with this one
+            if self.received:
+                raise Stopped(number)
+            self.received = number
+            if PartialState().is_main_process:
+                again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+                print(f"\nstopping: saving after this step{again}.", file=sys.stderr, flush=True)
+
+        for number in _SIGNALS:
+            signal.signal(number, take)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.received:
+            raise Stopped(self.received)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Save and end if any process was asked to."""
+        if args.world_size > 1:
+            flag = torch.tensor(float(self.received), device=PartialState().device)
+            total = int(reduce(flag, reduction="sum").item())
+            self.received = self.received or (signal.SIGTERM if total else 0)
+        if self.received:
+            control.should_save = control.should_training_stop = True

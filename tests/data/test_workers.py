@@ -1,0 +1,102 @@
+"""Workers: no more than the shared memory serves, on a really small one too; a dead one ends in one line."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+from torch.utils.data import get_worker_info
+
+from tinyllava.config import Hardware, to_json
+from tinyllava.data.dataset import Examples
+from tinyllava.data.workers import naming_dead_workers, usable_workers
+from tinyllava.errors import DataError
+from tinyllava.training.run import train
+from training_toys import toy_run
+
+MB = 10**6
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "batch", "held", "processes", "usable"),
+    [
+        (64 * MB, 4, MB, 1, 1, 4),
+        (64 * MB, 0, 100 * MB, 1, 1, 0),
+        (64 * MB, 4, 7 * MB, 1, 1, 4),  # 9 batches of 7 MB
+        (64 * MB, 4, 8 * MB, 1, 1, 3),  # 7 of the 8 that fit
+        (64 * MB, 4, 8 * MB, 8, 1, 0),
+        (64 * MB, 4, 7 * MB, 1, 2, 1),
+        (64 * MB, 2, 0, 1, 1, 2),
+    ],
+)
+def test_as_many_workers_as_the_shared_memory_serves(
+    monkeypatch, free, wanted, batch, held, processes, usable
+):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(free, 0, free))
+    number, why = usable_workers(wanted, batch, held, processes)
+    assert number == usable
+    assert bool(why) == (number < wanted)
+    if why:
+        assert "has 64 MB of shared memory free, 4 workers need " in why
+        assert f"by {number or 'no'} workers. Start a container with --shm-size=1g" in why
+    assert (2 * number + held) * batch * processes <= free or number == 0
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tinyllava.config import run_from_json
+from tinyllava.training.run import train
+train(run_from_json(Path(sys.argv[1]).read_text()))
+"""
+
+
+def test_training_ends_on_a_small_shared_memory_and_says_how_it_is_faster(parts, records, tmp_path):
+    hardware = Hardware(num_workers=2, precision="fp32", device_batch_size=4)
+    run = toy_run(parts, records, tmp_path / "run", hardware=hardware)
+    (tmp_path / "run.json").write_text(
+        to_json(dataclasses.replace(run, stages={"pretrain": run.stages["pretrain"]}))
+    )
+    assert shutil.which("unshare") is not None, "a small memory of one's own needs Linux and util-linux"
+    mount = 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", PROGRAM, tmp_path / "run.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "/dev/shm has 0 MB of shared memory free, 2 workers need 0 MB: images are opened by no" in done.stdout
+    )
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def test_a_dead_worker_ends_in_one_line(parts, records, tmp_path, monkeypatch):
+    original = Examples.__getitem__
+
+    def dying(self, index):
+        if get_worker_info() is not None and index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, index)
+
+    monkeypatch.setattr(Examples, "__getitem__", dying)
+    hardware = Hardware(num_workers=2, precision="fp32", device_batch_size=2)
+    with pytest.raises(
+        DataError, match=r"images died.*--hardware\.num-workers 0 opens images without"
+    ) as caught:
+        train(toy_run(parts, records, tmp_path / "run", hardware=hardware))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are():
+    said = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: mine"
+    with pytest.raises(RuntimeError, match="mine"), naming_dead_workers("--workers"):
+        raise RuntimeError(said)
