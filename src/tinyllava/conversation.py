@@ -3,11 +3,20 @@
 Paper: section 3.2, Y = (Y_q^1, Y_a^1, ..., Y_q^T, Y_a^T) together with the image X.
 """
 
+from base64 import b64decode
 from dataclasses import dataclass
+from io import BytesIO
+from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Union
+
+from tinyllava.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Role = Literal["system", "user", "assistant"]
+_ORIENTATION = 0x0112  # the tag of EXIF
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +29,10 @@ class ImageRef:
 
     def __str__(self) -> str:
         return self.name or (str(self.path) if self.path else f"<{len(self.data or b'')} bytes>")
+
+
+ImageLike = Union[ImageRef, "PathLike[str]", str, bytes, "Image"]
+"""An image as users have it: a path, bytes of a file, a data URL, or an image of Pillow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +82,57 @@ class Answer(str):
         return answer
 
 
-def ask(text: str, *images: ImageRef | Path | str, id: str = "") -> Conversation:
-    """Return the conversation of a single question, images first."""
-    refs = tuple(image if isinstance(image, ImageRef) else ImageRef(path=Path(image)) for image in images)
+def ask(text: str, *images: ImageLike, id: str = "") -> Conversation:
+    """Return the conversation of a single question, images first.
+
+    Args:
+        images: paths, encoded bytes, data URLs (``data:image/png;base64,...``) or images of Pillow.
+
+    Raises:
+        ImageError: a data URL that cannot be read.
+    """
+    refs = tuple(map(to_ref, images))
     return Conversation(messages=(Message(role="user", text=text, images=refs),), id=id)
+
+
+def to_ref(image: ImageLike) -> ImageRef:
+    """Return where an image is, whatever form it is given in.
+
+    Raises:
+        ImageError: a data URL that cannot be read.
+    """
+    if isinstance(image, ImageRef):
+        return image
+    if isinstance(image, bytes):
+        return ImageRef(data=image)
+    if isinstance(image, str) and image.startswith("data:"):
+        head, comma, body = image.partition(",")
+        try:
+            if not comma or not head.endswith(";base64"):
+                raise ValueError("not base64")
+            return ImageRef(data=b64decode(body, validate=True))
+        except ValueError as error:
+            raise ImageError(
+                f"data URL {image[:40]!r}...: cannot be read ({error}); it has to look like "
+                "data:image/png;base64,iVBORw0..."
+            ) from error
+    if isinstance(image, str | PathLike):
+        return ImageRef(path=Path(image))
+    return ImageRef(data=_encode(image))
+
+
+def _encode(image: "Image") -> bytes:
+    """Return an image of Pillow as PNG, with its EXIF rotation: what opens it applies that."""
+    from PIL.Image import Exif
+
+    rotation, exif = image.getexif().get(_ORIENTATION), Exif()
+    if rotation:
+        exif[_ORIENTATION] = rotation
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image = image.convert("RGB")
+    buffer = BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
 
 
 def to_chat(conversation: Conversation) -> list[dict[str, object]]:

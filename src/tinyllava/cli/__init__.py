@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_bytes(arguments)
         command = look_up(COMMANDS, arguments[0], "command")
         run: Callable[[list[str]], int] = import_module(f"tinyllava.cli.{command.module}").main
-        with _ended_by_sigterm():
+        from tinyllava.data.reporting import reporting
+
+        with _ended_by_sigterm(), reporting(is_shown=True):
             status = run(arguments[1:])
         sys.stdout.flush()
         return status

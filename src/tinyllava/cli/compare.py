@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=200, help="flipped questions shown of each benchmark")
     known = parser.parse_args(arguments)
 
-    from tinyllava.cli.evaluate import find_benchmarks, find_folders
+    from tinyllava.evaluation.checkpoint import find_benchmarks, find_folders
     from tinyllava.evaluation.compare import compare
     from tinyllava.studies.report.flips import write_flips
 

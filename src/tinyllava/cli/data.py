@@ -57,8 +57,8 @@ def _check_mixtures(names: str, folder: Path) -> int:
 
 
 def _check_benchmarks(names: str, folder: Path) -> int:
-    from tinyllava.cli.evaluate import find_benchmarks
     from tinyllava.evaluation.benchmarks import BENCHMARKS
+    from tinyllava.evaluation.checkpoint import find_benchmarks
     from tinyllava.evaluation.files import check_files
 
     if not names:

@@ -47,6 +47,8 @@ MM-Vet and LLaVA-W are graded by a judge, or by its recorded reviews (a folder):
 def main(arguments: list[str]) -> int:
     """Evaluate; print one line for each benchmark, and the results file as the last line."""
     known = _parse(arguments)
+    from tinyllava.evaluation.checkpoint import find_benchmarks, find_folders
+
     benchmarks = find_benchmarks(known.benchmarks)
     folders = find_folders(benchmarks, Path(known.data))
     output = Path(known.output or f"evaluations/{default_name(Path(known.model))}")
@@ -64,11 +66,12 @@ def main(arguments: list[str]) -> int:
 def _take_answers(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
     """Return what puts another program's answers to a benchmark into ``output``, where some were named."""
     from tinyllava.evaluation.answers import find_llava_answers, take_llava_answers
+    from tinyllava.evaluation.checkpoint import folder_names
     from tinyllava.evaluation.score import answers_folder
 
     def take(benchmark: "Benchmark", data: Path) -> bool:
         if known.answers:
-            names = _folder_names(benchmark)
+            names = folder_names(benchmark)
             source = find_llava_answers(Path(known.answers), names, Path(known.model).name)
             take_llava_answers(
                 source,
@@ -219,49 +222,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if known.judge_url and known.reviews:
         parser.error("--judge-url and --reviews exclude each other: a score has one judge")
     return known
-
-
-def find_benchmarks(names: str) -> dict[str, "Benchmark"]:
-    """Return benchmarks by name, from names with commas between, or ``all``.
-
-    Raises:
-        UnknownNameError: no such benchmark.
-    """
-    from tinyllava.errors import look_up
-    from tinyllava.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
-
-    if names == "all":
-        return dict(PAPER_BENCHMARKS)
-    return {name: look_up(BENCHMARKS, name, "benchmark") for name in names.split(",")}
-
-
-def find_folders(benchmarks: Mapping[str, "Benchmark"], data: Path) -> dict[str, Path]:
-    """Return each benchmark's folder in ``data``; a further protocol uses the folder of its benchmark.
-
-    Raises:
-        DataError: a folder is missing; all of them are listed.
-    """
-    from tinyllava.errors import DataError
-
-    folders, missing = {}, []
-    for name, benchmark in benchmarks.items():
-        found = [data / one for one in _folder_names(benchmark) if (data / one).is_dir()]
-        folders[name] = found[0] if found else data / name
-        missing += [] if found else [name]
-    if missing:
-        raise DataError(
-            f"--data {data}: no folder for {', '.join(missing)}. `tinyllava data benchmarks {missing[0]} "
-            f"{data / missing[0]}` says what belongs there; or name the benchmarks with --benchmarks."
-        )
-    return folders
-
-
-def _folder_names(benchmark: "Benchmark") -> tuple[str, ...]:
-    """Return what the folder of a benchmark may be called: as itself, as its base, or as LLaVA calls it."""
-    from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS
-
-    bases = (base for base in PAPER_BENCHMARKS if benchmark.name.startswith(f"{base}-"))
-    return (benchmark.name, *bases, *benchmark.folders)
 
 
 def _make_judges(

@@ -178,9 +178,9 @@ def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
 
 
 def _places(grid: "Grid", known: argparse.Namespace) -> "Places":
-    from tinyllava.cli.evaluate import find_folders
     from tinyllava.errors import look_up
     from tinyllava.evaluation.benchmarks import BENCHMARKS
+    from tinyllava.evaluation.checkpoint import find_folders
     from tinyllava.studies.graph import Places
     from tinyllava.studies.paper import STARTER
 

@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tinyllava.conversation import Answer, Conversation
+from tinyllava.data.reporting import Bars
 from tinyllava.errors import DataError, require
 from tinyllava.evaluation.answers import (
     AnswerFile,
@@ -250,6 +251,6 @@ def _progress(name: str, total: int, state: PartialState) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-    with Progress(*columns, disable=not state.is_main_process) as progress:
+    with Bars(*columns, disable=not state.is_main_process) as progress:
         progress.add_task(name + share, total=total)
         yield progress

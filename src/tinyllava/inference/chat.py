@@ -13,14 +13,15 @@ from typing import Any, Self
 import torch
 from transformers import TextIteratorStreamer
 
-from tinyllava.conversation import Answer, Conversation
+from tinyllava.conversation import Answer, Conversation, ImageLike, ask
 from tinyllava.data.images import open_image
 from tinyllava.errors import ConfigError, DataError
+from tinyllava.inference.dialogue import Dialogue
 from tinyllava.inference.logits import FiniteLogits, stop_ids
 from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
 from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.devices import best_device, check_device, multiplies_bf16
-from tinyllava.parts.folders import saved_dtype
+from tinyllava.parts.folders import local_folder, saved_dtype
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _FORBIDDING = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens")
@@ -63,6 +64,7 @@ class Chat:
         """Open a checkpoint on the best device there is.
 
         Args:
+            folder: of the checkpoint, or its name on the hub (``owner/name``), which is downloaded once.
             device: a device of torch; empty means a GPU if there is one.
             dtype: of the weights; ``auto`` is chosen by ``choose_dtype``.
 
@@ -70,6 +72,7 @@ class Chat:
             ConfigError: no such device here.
             CheckpointError: the folder is missing, incomplete, or of another kind.
         """
+        folder = local_folder(folder)
         found = check_device(device or best_device())
         if dtype == "auto":
             dtype = choose_dtype(saved_dtype(Path(folder)), found.type)
@@ -113,6 +116,17 @@ class Chat:
             for i, text in zip(batch, self._generate(inputs, limits, options), strict=True):
                 answers[i] = text
         return answers
+
+    def ask(self, text: str, *images: ImageLike, max_new_tokens: int = 512, **options: Any) -> Answer:
+        """Answer one question about images (or about none): paths, bytes, data URLs or images of Pillow.
+
+        Raises as ``answer`` does.
+        """
+        return self.answer([ask(text, *images)], max_new_tokens, **options)[0]
+
+    def start(self, *images: ImageLike, system: str = "") -> Dialogue:
+        """Start a conversation of several turns; see ``Dialogue``."""
+        return Dialogue(self, *images, system=system)
 
     def answer_each(
         self, conversations: Sequence[Conversation], max_new_tokens: int = 128, **options: Any

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,6 +81,27 @@ def _cut_short(path: Path) -> str:
     if size >= expected:
         return ""
     return f"is cut short: {size:,} of at least {expected:,} bytes; fetch it again"
+
+
+def local_folder(name: str | Path) -> Path:
+    """Return the folder of that path; for a name on the hub (``owner/name``) download it, once.
+
+    Raises:
+        CheckpointError: the hub has no such repository for this user, or cannot be reached.
+    """
+    if isinstance(name, Path) or Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)
+    from httpx2 import HTTPError  # what the hub's client is built on
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except (OSError, ValueError, HTTPError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{name!r}: no such folder here, and it could not be downloaded from the hub ({reason}). Check "
+            "the name and the network; a private model needs `hf auth login`."
+        ) from error
 
 
 def check_weight_files(folder: Path) -> None:

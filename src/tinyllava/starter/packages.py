@@ -32,6 +32,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from tinyllava.data.reporting import Bars
 from tinyllava.errors import PackageError
 
 if TYPE_CHECKING:
@@ -152,9 +153,9 @@ def fetch_packages(packages: Sequence[Package], cache: Path | None = None) -> di
     return folders
 
 
-def _progress() -> Progress:
+def _progress() -> Bars:
     columns = (BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns)
+    return Bars(TextColumn("{task.description}"), *columns)
 
 
 def _fetch(package: Package, folder: Path, progress: Progress) -> None:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -19,6 +18,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tinyllava.data.reporting import Bars
 from tinyllava.files import append_lines, whole_objects, write_text
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _WIDE = 128
 """Columns that the full form takes; a terminal has 80, and so has a file."""
 
 
-def make_progress(console: Console | None = None) -> Progress:
+def make_progress(console: Console | None = None) -> Bars:
     """Return a progress bar with count, free text and remaining time, shown by the first rank alone.
 
     In fewer than 128 columns the bar is short and the elapsed time left out: with ``note`` it fits 80.
@@ -37,7 +37,7 @@ def make_progress(console: Console | None = None) -> Progress:
     console = console or rich.get_console()
     is_wide = console.width >= _WIDE
     elapsed = [TimeElapsedColumn()] if is_wide else []
-    return Progress(
+    return Bars(
         TextColumn("{task.description:<22}" if is_wide else "{task.description}"),
         BarColumn(bar_width=28 if is_wide else 10),
         MofNCompleteColumn(),

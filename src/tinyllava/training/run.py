@@ -17,12 +17,12 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
 from safetensors import SafetensorError
 from transformers import set_seed
 
 from tinyllava.config import COMPONENTS, Hardware, Run, Stage, to_json
 from tinyllava.data.dataset import Collator
+from tinyllava.data.reporting import Callback, reporting, say
 from tinyllava.data.workers import naming_dead_workers, usable_workers
 from tinyllava.errors import DataError, TinyLlavaError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
@@ -38,10 +38,8 @@ from tinyllava.training.progress import StageProgress
 from tinyllava.training.stopping import StopRequests
 from tinyllava.training.trainer import StageTrainer, make_arguments, micro_batch
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
 
-
-def train(run: Run, *, wait: bool = False) -> Path:
+def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> Path:
     """Train every stage of a run and return the folder of the finished model.
 
     Calling it again after a kill resumes from the last checkpoint, with the same weights bit by bit; stages
@@ -51,6 +49,7 @@ def train(run: Run, *, wait: bool = False) -> Path:
     Args:
         run: what to train.
         wait: wait for another process that trains in the same folder instead of giving up.
+        progress: told of every step; without it the call is silent.
 
     Raises:
         ConfigError: the run cannot work; everything that is wrong is listed.
@@ -65,6 +64,7 @@ def train(run: Run, *, wait: bool = False) -> Path:
             stack.enter_context(held(run.folder, wait=wait))
             _refuse_another_run(run)
         processes.wait_for_everyone()
+        stack.enter_context(reporting(progress))
         try:
             return _train(run, processes)
         except TinyLlavaError:
@@ -338,4 +338,4 @@ def _announce(name: str, stage: Stage, ledger: Ledger, prepared: Prepared) -> No
 
 def _say(text: str) -> None:
     if PartialState().is_main_process:
-        console.print(text)
+        say(text)

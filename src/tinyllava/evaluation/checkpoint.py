@@ -1,0 +1,115 @@
+"""Measure a checkpoint on several benchmarks: what ``tinyllava evaluate`` does, for a program.
+
+Paper: section 4.1.3.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllava.errors import DataError, look_up
+from tinyllava.evaluation.benchmark import Benchmark
+from tinyllava.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
+
+if TYPE_CHECKING:
+    from tinyllava.data.reporting import Callback
+    from tinyllava.evaluation.judge import Judge, Reviews
+    from tinyllava.evaluation.results import Result
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    benchmarks: str | Sequence[str] = "all",
+    output: str | Path = "",
+    limit: int = 0,
+    blind: bool = False,
+    device: str = "",
+    dtype: str = "auto",
+    judge: "Judge | Reviews | None" = None,
+    progress: "Callback | None" = None,
+) -> "dict[str, Result]":
+    """Ask a checkpoint the questions of benchmarks, score the answers and return the results by name.
+
+    What an earlier call has answered is not asked again. Under ``torchrun`` every process calls it; all
+    but the first return an empty dictionary.
+
+    Args:
+        model: checkpoint folder, or its name on the hub.
+        data: folder with a folder for each benchmark.
+        benchmarks: names, or ``all``: the nine of the paper.
+        output: folder of answers and results; empty means ``evaluations/NAME``.
+        limit: ask only the first questions; 0 means all.
+        blind: replace every image by one of the mean colour.
+        device: of torch; empty means a GPU if there is one.
+        dtype: of the weights; ``auto`` suits the device.
+        judge: grades MM-Vet and LLaVA-W; without one their answers are saved and not scored.
+        progress: told of every step; without it the call is silent.
+
+    Raises:
+        UnknownNameError: no such benchmark.
+        CheckpointError: no checkpoint there, or logits that are not numbers.
+        DataError: a benchmark's files are missing or broken.
+        ConfigError: the output folder holds answers of another model.
+        JudgeError: the judge does not answer.
+    """
+    from tinyllava.data.reporting import reporting
+    from tinyllava.evaluation.run import Settings, answer_benchmark, processes
+    from tinyllava.evaluation.score import score
+    from tinyllava.inference.chat import Chat
+    from tinyllava.parts.folders import local_folder
+
+    chosen = find_benchmarks(benchmarks)
+    folders = find_folders(chosen, Path(data))
+    folder = local_folder(model)
+    output = Path(output or Path("evaluations") / folder.resolve().name)
+    on = device or (str(processes().device) if processes().num_processes > 1 else "")
+    chat = Chat.open(folder, device=on, dtype=dtype)
+    settings = Settings(blind=blind, limit=limit)
+    results = {}
+    with reporting(progress):
+        for name, benchmark in chosen.items():
+            grader = judge if benchmark.judging is not None else None
+            if answer_benchmark(chat, benchmark, folders[name], output, model=str(folder), settings=settings):
+                results[name] = score(
+                    benchmark, folders[name], output, blind=blind, limit=limit, judge=grader
+                )
+    return results
+
+
+def find_benchmarks(names: str | Sequence[str]) -> dict[str, Benchmark]:
+    """Return benchmarks by name: a list of names, names with commas between, or ``all``.
+
+    Raises:
+        UnknownNameError: no such benchmark.
+    """
+    if names == "all":
+        return dict(PAPER_BENCHMARKS)
+    listed = names.split(",") if isinstance(names, str) else names
+    return {name: look_up(BENCHMARKS, name, "benchmark") for name in listed}
+
+
+def find_folders(benchmarks: Mapping[str, Benchmark], data: Path) -> dict[str, Path]:
+    """Return each benchmark's folder in ``data``; a further protocol uses the folder of its benchmark.
+
+    Raises:
+        DataError: a folder is missing; all of them are listed.
+    """
+    folders, missing = {}, []
+    for name, benchmark in benchmarks.items():
+        found = [data / one for one in folder_names(benchmark) if (data / one).is_dir()]
+        folders[name] = found[0] if found else data / name
+        missing += [] if found else [name]
+    if missing:
+        raise DataError(
+            f"--data {data}: no folder for {', '.join(missing)}. `tinyllava data benchmarks {missing[0]} "
+            f"{data / missing[0]}` says what belongs there; or name the benchmarks with --benchmarks."
+        )
+    return folders
+
+
+def folder_names(benchmark: Benchmark) -> tuple[str, ...]:
+    """Return what the folder of a benchmark may be called: as itself, as its base, or as LLaVA calls it."""
+    bases = (base for base in PAPER_BENCHMARKS if benchmark.name.startswith(f"{base}-"))
+    return (benchmark.name, *bases, *benchmark.folders)
