@@ -39,7 +39,7 @@ def evaluate(
         model: checkpoint folder, or its name on the hub.
         data: folder with a folder for each benchmark.
         benchmarks: names, or ``all``: the nine of the paper.
-        output: folder of answers and results; empty means ``evaluations/NAME``.
+        output: folder of answers and results; empty means ``evaluations/NAME-HASH``.
         limit: ask only the first questions; 0 means all.
         blind: replace every image by one of the mean colour.
         device: of torch; empty means a GPU if there is one.
@@ -58,12 +58,12 @@ def evaluate(
     from tinyllava.evaluation.run import Settings, answer_benchmark, processes
     from tinyllava.evaluation.score import score
     from tinyllava.inference.chat import Chat
-    from tinyllava.parts.folders import local_folder
+    from tinyllava.parts.folders import default_name, local_folder
 
     chosen = find_benchmarks(benchmarks)
     folders = find_folders(chosen, Path(data))
     folder = local_folder(model)
-    output = Path(output or Path("evaluations") / folder.resolve().name)
+    output = Path(output or f"evaluations/{default_name(folder)}")
     on = device or (str(processes().device) if processes().num_processes > 1 else "")
     chat = Chat.open(folder, device=on, dtype=dtype)
     settings = Settings(blind=blind, limit=limit)
