@@ -64,9 +64,9 @@ def test_a_grid_is_run_reused_and_drawn(places, parts, records, capfd):
 
 def test_what_could_not_be_run_for_want_of_data_is_named_at_the_end_too(places, parts, records, capfd):
     grid = str(grid_toys.write_grid(places, parts, records))
-    assert main(["reproduce", grid, "--only", "low"]) == 0  # trained; there are no questions
+    assert main(["reproduce", grid, "--only", "low"]) == 1  # trained; there are no questions
     *_, said, page = capfd.readouterr().out.splitlines()
-    assert said.startswith("not complete, for want of what is named as missing above: 2 of 2 models (")
+    assert said.startswith("incomplete: 2 of 2 models need the files listed as missing above (")
     assert "MLP" in said
     assert [cell.status for cell in load_study(Path(page).parent).cells] != ["done"] * 2
 

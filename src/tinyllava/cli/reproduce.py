@@ -36,7 +36,7 @@ stopped one was, tries again what failed, and draws the report anew.
 
 
 def main(arguments: list[str]) -> int:
-    """Run a grid; the last line printed is the path of the report. The status is 1 if a cell failed."""
+    """Run a grid; the last line printed is the path of the report. The status is 1 if a cell was not run."""
     known = _parse(arguments)
     from tinyllava.studies.paper import LISTINGS, STARTER, find_grid, spell_name
 
@@ -104,8 +104,8 @@ def _run(grid: "Grid", graph: "Graph", needs: "list[Need]", known: argparse.Name
             print(f"failed: {id_}: {state.error}\n  log: {graph.nodes[id_].folder / 'log.txt'}")
     if lacking := [cell.id for cell in graph.cells if skip.intersection(cell.nodes)]:
         print(
-            f"not complete, for want of what is named as missing above: {len(lacking)} of "
-            f"{len(graph.cells)} models ({', '.join(lacking)})"
+            f"incomplete: {len(lacking)} of {len(graph.cells)} models need the files listed as missing above "
+            f"({', '.join(lacking)})"
         )
     from tinyllava.files import held
     from tinyllava.studies.collect import write_study
@@ -114,7 +114,7 @@ def _run(grid: "Grid", graph: "Graph", needs: "list[Need]", known: argparse.Name
     with held(output, wait=True):
         write_study(grid, graph, output)
         print(write_report(output))
-    return int(any(state.status == "failed" for state in states.values()))
+    return int(bool(lacking) or any(state.status == "failed" for state in states.values()))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from jinja2 import TemplateError
-from safetensors import SafetensorError
+from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from tinyllava.config import ModelConfig
-from tinyllava.conversation import ask
+from tinyllava.conversation import Conversation, ImageRef, Message, ask
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
@@ -25,6 +24,7 @@ from tinyllava.parts.connectors import num_tokens, resolve_options
 from tinyllava.parts.folders import check_checkpoint, check_processor_files
 from tinyllava.parts.language import LanguageModel, find_language_model
 from tinyllava.parts.templates import read_template
+from tinyllava.parts.untrusted import refusing, try_out
 from tinyllava.parts.vision import VisionEncoder, find_vision_encoder
 
 _STAGES = ("stage_names", "out_features", "out_indices")
@@ -89,17 +89,20 @@ def open_checkpoint(
     check_checkpoint(folder)
     processor = open_processor(folder)
     hide_loading_bars()
-    try:
+    with refusing(folder, "cannot be opened"):
         model, report = TinyLlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be opened ({error}); copy the folder again.") from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(fault):
             raise CheckpointError(
                 f"{folder}: {fault.replace('_', ' ')}: {', '.join(map(str, sorted(report[fault])))}"
             )
+    if model.config.num_image_tokens != processor.num_image_tokens:
+        raise CheckpointError(
+            f"{folder}: processor_config.json says {processor.num_image_tokens} tokens for an image, the "
+            f"connector in config.json makes {model.config.num_image_tokens}; copy the folder again."
+        )
     ends = model.generation_config.eos_token_id
     model.generation_config = greedy_generation(model.generation_config, processor.tokenizer)
     if ends is not None and (folder / GENERATION_CONFIG_NAME).is_file():
@@ -116,20 +119,36 @@ def open_processor(folder: Path) -> TinyLlavaProcessor:
         CheckpointError: one of their files is missing or damaged; it is named.
     """
     check_processor_files(folder)
-    try:
-        processor: TinyLlavaProcessor = TinyLlavaProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    with refusing(folder, "its tokenizer or image processor cannot be opened"):
+        processor: TinyLlavaProcessor = TinyLlavaProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    if why := try_out(lambda: _try_template(processor)):
         raise CheckpointError(
-            f"{folder}: its tokenizer or image processor cannot be opened ({error}); copy the folder again."
-        ) from error
-    try:
-        processor.render(ask(""))
-    except (TemplateError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / 'chat_template.jinja'}: no chat template with generation marks ({error}); copy the "
+            f"{folder / 'chat_template.jinja'}: no chat template with generation marks ({why}); copy the "
             "folder again."
-        ) from error
+        )
+    if why := try_out(lambda: _try_image(processor)):
+        raise CheckpointError(f"{folder}: its image processor cannot be used ({why}); copy the folder again.")
     return processor
+
+
+def _try_template(processor: TinyLlavaProcessor) -> None:
+    """Render and tokenise conversations of each kind."""
+    image = ImageRef(name="an image")
+    system, answer = Message(role="system", text="Be short."), Message(role="assistant", text="A dog.")
+    for question in (ask(""), ask("What is it?"), ask("What is it?", image), ask("What?", image, image)):
+        processor.encode(question, open_answer=True)
+        processor.encode(Conversation(messages=(system, *question.messages, answer)))
+
+
+def _try_image(processor: TinyLlavaProcessor) -> None:
+    torch.set_num_threads(1)
+    pixels = processor.to_pixels([Image.new("RGB", (64, 48))])
+    if not (isinstance(pixels, torch.Tensor) and pixels.ndim == 4 and pixels.shape[:2] == (1, 3)):
+        raise ValueError("it does not make an image of three colours")
+    if not pixels.is_floating_point() or not bool(pixels.isfinite().all()):
+        raise ValueError("it makes numbers that are not finite")
 
 
 def hide_loading_bars() -> None:

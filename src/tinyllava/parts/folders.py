@@ -14,6 +14,7 @@ from zipfile import is_zipfile
 from tinyllava.config import ModelConfig, run_from_json
 from tinyllava.errors import CheckpointError
 from tinyllava.files import held, parse_json, sha256_of, whole_folder
+from tinyllava.parts.untrusted import SETTINGS, check_settings, check_weight_map
 
 _HEAD_BYTES = 512
 
@@ -179,7 +180,7 @@ def check_checkpoint(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
-        names = set(read_config(folder, index.name).get("weight_map", {}).values())
+        names = check_weight_map(index, read_config(folder, index.name))
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise CheckpointError(
@@ -188,7 +189,32 @@ def check_checkpoint(folder: Path) -> None:
     for name in sorted(names):
         if why := describe_damage(folder / name):
             raise CheckpointError(f"{folder / name}: {why}.")
+    num_tensors = sum(_count_tensors(folder / name) for name in names)
+    for name in SETTINGS:
+        if (folder / name).is_file():
+            check_settings(folder / name, read_config(folder, name), num_tensors)
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'}: adapters of another folder's model; merge them with "
+            "`tinyllava export`, or take the file out."
+        )
+    for name in ("vision_config", "text_config"):
+        if not isinstance(config.get(name), dict):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {name} = {config.get(name)!r}: an object is needed; copy the "
+                "file again."
+            )
     _check_generation(folder)
+
+
+def _count_tensors(path: Path) -> int:
+    """Return how many tensors the head of a safetensors file names; 0 if it cannot be read."""
+    with path.open("rb") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+        try:
+            return len(json.loads(file.read(min(num_bytes, path.stat().st_size))))
+        except (ValueError, TypeError, RecursionError):
+            return 0
 
 
 def _check_generation(folder: Path) -> None:
@@ -199,7 +225,14 @@ def _check_generation(folder: Path) -> None:
     name = "generation_config.json"
     if not (folder / name).exists():
         return
-    end = read_config(folder, name).get("eos_token_id")
+    settings = read_config(folder, name)
+    for key in ("bos_token_id", "pad_token_id"):
+        if settings.get(key) is not None and type(settings[key]) is not int:
+            raise CheckpointError(
+                f"{folder / name}: {key} = {settings[key]!r}: the id of a token is needed; copy the file "
+                "again."
+            )
+    end = settings.get("eos_token_id")
     ids = end if isinstance(end, list) else [end]
     if not ids or not all(type(token) is int and token >= 0 for token in ids):
         raise CheckpointError(
@@ -220,7 +253,7 @@ def check_processor_files(folder: Path) -> None:
         if not path.is_file() or not path.stat().st_size:
             raise CheckpointError(f"{path}: missing or empty; copy the folder again.")
     for name in settings:
-        read_config(folder, name)
+        check_settings(folder / name, read_config(folder, name))
 
 
 def _why_there_is_none(folder: Path) -> str:

@@ -1,0 +1,145 @@
+"""A checkpoint is data of somebody else: its settings are held to bounds before a library acts on them.
+
+Paper: none. What is refused: settings of a wrong type, more layers than the weights have, paths that leave
+the folder, code of the folder's own, and templates that do not end. Nothing in a folder is ever executed.
+"""
+
+import os
+import select
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tinyllava.errors import CheckpointError, TinyLlavaError
+
+_OF_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+SETTINGS = ("config.json", "generation_config.json", *_OF_PROCESSOR)
+_MOST_LAYERS_FREE = 16  # layers that a tiny test model may have without a tensor each
+_LARGEST = 2**31 - 1
+_LARGEST_SIDE_PX = 16_384
+_MOST_IMAGE_TOKENS = 100_000
+_MEMORY_BYTES = 2**30  # what a trial may take beyond what the process has
+_TRIAL_SECONDS = 10.0
+
+
+def check_weight_map(path: Path, index: Mapping[str, Any]) -> set[str]:
+    """Return the weight files that an index names; each has to be a file beside it.
+
+    Raises:
+        CheckpointError: the index is of another form, or names a path elsewhere.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata", {}), dict):
+        raise CheckpointError(f"{path}: weight_map and metadata have to be objects; copy the file again.")
+    for tensor, name in weight_map.items():
+        is_name = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
+        if not is_name or PurePosixPath(name).name != name or "\\" in name:
+            raise CheckpointError(
+                f"{path}: {tensor!r} is in {name!r}: the name of a .safetensors file in this folder is "
+                "needed; copy the file again."
+            )
+    return set(weight_map.values())
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], num_tensors: int | None = None) -> None:
+    """Refuse settings that no checkpoint has: code of its own, or numbers beyond all bounds.
+
+    Args:
+        num_tensors: of the checkpoint; no model has more layers.
+
+    Raises:
+        CheckpointError: the file, the setting and its value are named.
+    """
+    for place, value in _walk(settings):
+        if (name := place[-1]) == "auto_map":
+            raise CheckpointError(f"{path}: auto_map asks for code of the folder's own, which is never run.")
+        if not isinstance(value, int | float) or isinstance(value, bool) or name == "model_max_length":
+            continue
+        most = _LARGEST
+        if num_tensors is not None and "layers" in name:
+            most = max(_MOST_LAYERS_FREE, num_tensors)
+        elif any(part in ("size", "crop_size", "pad_size", "image_size") for part in place):
+            most = _LARGEST_SIDE_PX
+        elif name in ("num_image_tokens", "image_seq_length"):
+            most = _MOST_IMAGE_TOKENS
+        if not -most <= value <= most:
+            where = f"{path}: {'.'.join(place)}"
+            raise CheckpointError(f"{where} = {value!r}: at most {most:,} here; copy the file again.")
+
+
+def _walk(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    inner = value.items() if isinstance(value, dict) else ((None, one) for one in value)
+    for key, one in inner:
+        there = place if key is None else (*place, key)
+        yield there, one
+        if isinstance(one, dict | list):
+            yield from _walk(one, there)
+
+
+@contextmanager
+def refusing(folder: Path, what: str) -> Iterator[None]:
+    """Put whatever a library raises over a folder's settings into one line, as a CheckpointError."""
+    try:
+        yield
+    except TinyLlavaError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder}: {what} ({one_line(error)}); copy the folder again.") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, on one line and not without end."""
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def try_out(trial: Callable[[], object]) -> str:
+    """Run something in a process of its own, bounded in time and memory; return what is wrong, or nothing.
+
+    A template can loop for ever or fill the memory. Without Linux it runs here, unbounded.
+    """
+    if sys.platform != "linux":
+        return _told(trial)
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the child uses none
+        child = os.fork()
+    if child == 0:
+        try:
+            os.close(reader)
+            _limit()
+            os.write(writer, (_told(trial) or "\n").encode(errors="replace"))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        is_ready, _, _ = select.select([reader], [], [], _TRIAL_SECONDS)
+        said = os.read(reader, 4096).decode(errors="replace") if is_ready else ""
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not is_ready:
+        return f"it does not end within {_TRIAL_SECONDS:.0f} seconds"
+    return said.strip() if said else "it needs too much memory"
+
+
+def _limit() -> None:
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    most, seconds = pages * resource.getpagesize() + _MEMORY_BYTES, int(_TRIAL_SECONDS) + 1
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # also if the parent is killed
+
+
+def _told(trial: Callable[[], object]) -> str:
+    try:
+        trial()
+    except Exception as error:  # noqa: BLE001 - see refusing
+        return one_line(error)
+    return ""

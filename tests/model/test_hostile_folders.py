@@ -1,0 +1,168 @@
+"""Checkpoint folders that somebody changed, by accident or on purpose: opened, or refused in one line.
+
+Nothing in them may end in a traceback, run for ever, fill the memory or be executed.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllava.cli import main
+from tinyllava.config import ModelConfig
+from tinyllava.conversation import ask
+from tinyllava.errors import CheckpointError, TinyLlavaError
+from tinyllava.inference.chat import Chat
+from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.parts import untrusted
+
+FILES = (
+    "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
+    "generation_config.json", "model.safetensors.index.json",
+)  # fmt: skip
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 10**7, 10**30, 0.5, float("nan"), "", "x", "../../outside.safetensors", "/etc/passwd",
+    [], {},
+    [[]], [1, 2, 3], {"a": 1}, "{{ 1 }}", "__import__('pathlib').Path('executed').touch()",
+)  # fmt: skip
+EXTRA = ("auto_map", "quantization_config", "chat_template", "tokenizer_class", "dtype", "architectures")
+NUM_EACH = 16
+"""Changes of each file that one run of the tests tries."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model, processor = assemble(
+        ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts["llama"]))
+    )
+    model.save_pretrained(folder, max_shard_size="60KB")
+    processor.save_pretrained(folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings["image_processor"]))
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield (*place, key)
+        yield from places(one, (*place, key))
+
+
+def change(folder: Path, name: str, place: tuple[Any, ...], value: Any) -> None:
+    document = json.loads((folder / name).read_text())
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (folder / name).write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.timeout(240)
+def test_a_changed_setting_is_taken_or_refused_in_one_line(copy: Path, name: str) -> None:
+    generator = random.Random(name)
+    original = (copy / name).read_text()
+    found = [*places(json.loads(original)), *((extra,) for extra in EXTRA)]
+    for _ in range(NUM_EACH):
+        place, value = generator.choice(found), generator.choice(VALUES)
+        change(copy, name, place, value)
+        told = ""
+        try:
+            model, processor = open_checkpoint(copy)
+            Chat(model, processor).answer([ask("Is there a dog?")], 2)
+        except TinyLlavaError as error:
+            told = str(error)
+        assert "\n" not in told, (place, value)
+        assert len(told) < 1000, (place, value)
+        (copy / name).write_text(original)
+        assert not Path("executed").exists(), (place, value)
+
+
+REFUSED = {
+    "layers": ("config.json", ("text_config", "num_hidden_layers"), 10**7, "layers = 10000000: at most"),
+    "vision": ("config.json", ("vision_config", "num_hidden_layers"), 10**7, "layers = 10000000: at most"),
+    "type": ("config.json", ("vision_config",), 7, "config.json: vision_config = 7: an object is needed"),
+    "outside": (
+        "model.safetensors.index.json", ("weight_map", "lm_head.weight"), "../outside.safetensors",
+        "is in '../outside.safetensors': the name of a .safetensors file in this folder is needed",
+    ),
+    "absolute": (
+        "model.safetensors.index.json", ("weight_map", "lm_head.weight"), "/etc/x.safetensors",
+        "is in '/etc/x.safetensors': the name of",
+    ),
+    "no map": ("model.safetensors.index.json", ("weight_map",), [], "weight_map and metadata have to be"),
+    "image size": (
+        "processor_config.json", ("image_processor", "size", "shortest_edge"), 10**6,
+        "image_processor.size.shortest_edge = 1000000: at most 16,384 here",
+    ),
+    "image tokens": ("processor_config.json", ("num_image_tokens",), 10**9, "num_image_tokens = 1000000000"),
+    "other tokens": (
+        "processor_config.json", ("num_image_tokens",), 5,
+        "says 5 tokens for an image, the connector in config.json makes 4",
+    ),
+    "pad": ("generation_config.json", ("pad_token_id",), "x", "pad_token_id = 'x': the id of a token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_bound_is_refused_by_name(
+    copy: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, place, value, message = REFUSED[case]
+    change(copy, name, place, value)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(copy)
+    assert message in str(caught.value)
+    assert str(copy) in str(caught.value)
+    assert main(["chat", "-", "Hello?", "--model", str(copy), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_code_in_the_folder_is_never_run(copy: Path, name: str) -> None:
+    classes = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor")
+    (copy / "evil.py").write_text("import pathlib\npathlib.Path('executed').touch()\nclass E: pass\n")
+    change(copy, name, ("auto_map",), dict.fromkeys(classes, "evil.E"))
+    with pytest.raises(CheckpointError, match=r"auto_map asks for code .* is never run"):
+        open_checkpoint(copy)
+    assert not Path("executed").exists()
+
+
+def test_adapters_of_another_folder_are_not_followed(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: adapters of another folder's model"):
+        open_checkpoint(copy)
+
+
+MARKED = "{% generation %}x{% endgeneration %}"
+_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+_DOUBLE = "{% set ns = namespace(x='xxxxxxxxxxxxxxxx') %}" + "{% set ns.x = ns.x ~ ns.x %}" * 40
+TEMPLATES = {
+    "loop": (MARKED + _LOOP, "it does not end within 2 seconds"),
+    "hidden loop": (MARKED + "{% if messages | length > 1 %}" + _LOOP + "{% endif %}", "does not end within"),
+    "growth": (MARKED + _DOUBLE, "it needs too much memory|MemoryError|does not end within"),
+    "product": (MARKED + "{{ 'x' * 10 ** 11 }}", "it needs too much memory|MemoryError"),
+    "recursion": (MARKED + "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+    "attributes": (MARKED + "{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined|access"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_without_end_is_refused(copy: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(untrusted, "_TRIAL_SECONDS", 2.0)
+    template, message = TEMPLATES[case]
+    (copy / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=rf"chat_template\.jinja: no chat template .*({message})"):
+        open_checkpoint(copy)
