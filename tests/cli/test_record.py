@@ -29,8 +29,8 @@ def checkpoint(parts, tmp_path_factory):
     return folder
 
 
-def shown(capsys, *arguments: object) -> str:
-    assert main(["record", *map(str, arguments)]) == 0
+def shown(capsys, *arguments: object, status: int = 0) -> str:
+    assert main(["record", *map(str, arguments)]) == status
     return capsys.readouterr().out
 
 
@@ -67,7 +67,10 @@ def test_another_template_another_number_of_image_tokens_and_several_records(che
         2,
         "--count",
         2,
+        status=1,
     )
+    assert "training refuses it" in out  # a dialogue, and text alone, are no captions
+    assert "[dialogue]" in out
     assert "<s><image>>>blue\n<<>>yes\n<<" in out
     assert "100 of them for 1 image(s)" in out
     assert "0 of them for 0 image(s)" in out

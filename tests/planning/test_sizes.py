@@ -1,5 +1,7 @@
 """The closed forms of sizes against models of the real configs on no device, and against Table A1."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -10,15 +12,19 @@ from transformers import (
     ConvNextConfig,
     Dinov2Config,
     GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     SiglipVisionConfig,
     StableLmConfig,
 )
 
+from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import cut_encoder
 from tinyllava.model.encoders.efficientnet_lite import EfficientNetLiteConfig
 from tinyllava.parts.connectors import CONNECTORS, build_connector, num_tokens, resolve_options
@@ -161,3 +167,46 @@ def test_the_variants_have_the_sizes_of_table_a1(name: str) -> None:
     assert (
         abs(billions - TABLE_A1[name.partition("-")[2]]) < 0.1
     )  # the paper adds rounded parts: 2.7 + 0.4 = 3.1
+
+
+COMMON = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 128, "max_position_embeddings": 64,
+}  # fmt: skip
+UNFAMILIAR = {
+    "qwen2_moe": Qwen2MoeConfig(
+        **COMMON, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+    ),
+    "mixtral": MixtralConfig(**COMMON, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
+    "gpt_neox": GPTNeoXConfig(**COMMON),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNFAMILIAR)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_unfamiliar_family_is_counted_and_not_taken_for_a_llama(tmp_path, family, tied):
+    config = UNFAMILIAR[family]
+    config.tie_word_embeddings = tied
+    config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    language = find_language_model(str(tmp_path))
+    size = language_model_size(language)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert size.total == sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    assert size.adapted_widths == sum(m.in_features + m.out_features for m in linears)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    share = {"qwen2_moe": 4 / 6, "mixtral": 2 / 4, "gpt_neox": 0}[family]
+    assert size.idle_per_layer * size.num_layers == pytest.approx(experts * share, rel=1e-6)
+    assert language.mlp_width == {"qwen2_moe": 2 * 24 + 40, "mixtral": 2 * 96, "gpt_neox": 96}[family]
+
+
+def test_a_family_that_transformers_cannot_build_is_named(tmp_path):
+    raw = {**COMMON, "model_type": "unheard_of"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(CheckpointError, match=r"config\.json: transformers cannot build a language model"):
+        language_model_size(find_language_model(str(tmp_path)))

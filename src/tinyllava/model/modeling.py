@@ -160,6 +160,11 @@ class TinyLlavaModel(ComposedModel):
         """Return the parameters of encoder and connector."""
         return [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
 
+    def blank_image(self) -> Tensor:
+        """Pixels [1, 3, H, W] of one black image, of a side that the encoder takes."""
+        side = getattr(self.config.vision_config, "image_size", None) or 224  # ResNet's config names none
+        return next(self.multi_modal_projector.parameters()).new_zeros(1, 3, side, side)
+
     def _no_features(self) -> Tensor:
         """Features [0, M, X] of no image, so that a text-only batch reaches every trained parameter.
 
@@ -168,8 +173,7 @@ class TinyLlavaModel(ComposedModel):
         """
         weight = next(self.multi_modal_projector.parameters())
         if any(p.requires_grad for p in self.vision_tower.parameters()):
-            side = self.config.vision_config.image_size
-            return self.encode_images(weight.new_zeros(1, 3, side, side))[:0]
+            return self.encode_images(self.blank_image())[:0]
         return weight.new_zeros(0, self.config.num_patches, self.config.vision_width)
 
     def _splice(self, input_ids: Tensor, embeds: Tensor, image_tokens: Tensor) -> Tensor:

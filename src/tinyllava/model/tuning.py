@@ -19,15 +19,6 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_
 from tinyllava.model.quantised import QuantisedLinear, quantise, quantised_layers
 from tinyllava.model.quiet import quiet_bitsandbytes_import
 
-# Parts of an encoder that stand behind the features: no gradient ever reaches them.
-_BEHIND_FEATURES = ("post_layernorm.", "layernorm.", "pooler.", "layer_norm.")
-_POOLING_HEAD = (
-    "head."  # SigLIP's; in EfficientNet-Lite the last convolution has this name, and makes the grid
-)
-# DINOv2's stand-in for a masked patch: no image here has one, so it never gets a gradient, and with several
-# processes a parameter without one stops the run.
-_MASK_TOKEN = ".mask_token"
-
 
 def component_of(name: str) -> Component:
     """Return the component that a parameter of the model belongs to, by its name."""
@@ -57,12 +48,34 @@ def apply_tuning(model: TinyLlavaForConditionalGeneration, stage: Stage) -> None
 
 
 def _train_all(model: TinyLlavaForConditionalGeneration, component: Component) -> None:
-    is_cnn = model.config.encoder_kind == "cnn"
-    names = _BEHIND_FEATURES if is_cnn else (*_BEHIND_FEATURES, _POOLING_HEAD)
+    reached = reached_by_features(model) if component == "vision_encoder" else None
     for name, parameter in model.named_parameters():
-        behind = name.partition("vision_tower.")[2].startswith(names)
-        if component_of(name) == component and not behind and not name.endswith(_MASK_TOKEN):
+        if component_of(name) == component and (reached is None or name in reached):
             parameter.requires_grad_(True)
+
+
+def reached_by_features(model: TinyLlavaForConditionalGeneration) -> set[str]:
+    """Return the names of the encoder's parameters that the patch features depend on.
+
+    No other ever gets a gradient: norms and poolers behind the features, DINOv2's stand-in for a masked
+    patch. With several processes a parameter without one stops the run. A twin without weights is run on one
+    image, and its graph followed back, so that an unfamiliar encoder needs no list of names.
+    """
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+        features = twin.model.encode_images(twin.model.blank_image())
+    found: set[int] = set()
+    seen: set[Any] = set()
+    nodes: list[Any] = [features.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [following for following, _ in node.next_functions]
+    return {name for name, parameter in twin.named_parameters() if id(parameter) in found}
 
 
 def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune) -> None:
@@ -93,10 +106,14 @@ def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component
 
     if tune.rank < 1:
         raise ConfigError(f"{component}: lora needs a rank of at least 1, found {tune.rank}.")
+    reached = reached_by_features(model) if component == "vision_encoder" else None
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and component_of(name) == component and name != "lm_head"
+        if isinstance(module, nn.Linear)
+        and component_of(name) == component
+        and name != "lm_head"
+        and (reached is None or f"{name}.weight" in reached)
     ]
     if not targets:
         raise ConfigError(f"{component}: lora needs a linear layer, and it has none; choose full or frozen.")
@@ -170,6 +187,19 @@ class Ledger:
         moved = {row.component for row in self.rows if row.moved}
         return [component for component in COMPONENTS if component in trained - moved]
 
+    def require_movement(self) -> None:
+        """Refuse a stage that changed nothing.
+
+        Raises:
+            TrainingError: no tensor moved.
+        """
+        if not any(row.moved for row in self.rows):
+            raise TrainingError(
+                "nothing moved: every tensor that was to be trained is what it was before the stage. Look at "
+                "the rates in metrics.jsonl, whether its records have images, and whether fp16 skipped every "
+                "step."
+            )
+
     def save(self, path: Path) -> None:
         """Write the ledger as JSON, a row for each tensor."""
         rows = [{**asdict(row), "moved": row.moved} for row in self.rows]
@@ -200,7 +230,7 @@ def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
     """Record where every tensor stands now.
 
     Raises:
-        TrainingError: a frozen tensor moved, or nothing that was to be trained did.
+        TrainingError: a frozen tensor moved.
     """
     now = _digests(model)
     closed = Ledger(rows=tuple(LedgerRow(**{**asdict(row), "after": now[row.name]}) for row in ledger.rows))
@@ -208,11 +238,6 @@ def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
     if moved:
         raise TrainingError(
             f"frozen tensors moved: {', '.join(moved[:5])} ({len(moved)} in all); do not use this run."
-        )
-    if not any(row.moved for row in closed.rows):
-        raise TrainingError(
-            "nothing moved: every tensor that was to be trained is what it was before the stage. Look at the "
-            "rates in metrics.jsonl, whether its records have images, and whether fp16 skipped every step."
         )
     return closed
 

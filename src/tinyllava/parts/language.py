@@ -5,6 +5,7 @@ Paper: section 3.1, the small-scale LLM F_theta; section 4.1.1 for the choice.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinyllava.errors import CheckpointError, ConfigError, look_up
 from tinyllava.parts.folders import check_weight_files, read_config
@@ -346,11 +347,23 @@ def _describe_folder(folder: Path, template: str) -> LanguageModel:
         vocab_size=int(config["vocab_size"]),
         num_heads=num_heads,
         num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-        mlp_width=int(config.get("intermediate_size") or 4 * config["hidden_size"]),
+        mlp_width=_mlp_width(config),
         num_parameters=0,
         tied=bool(config.get("tie_word_embeddings", False)),
         family=str(config.get("model_type", "")),
         head_width=int(config.get("head_dim") or 0),
+    )
+
+
+def _mlp_width(config: dict[str, Any]) -> int:
+    """Return the width of the feed-forward block; of a mixture of experts, of those that a token passes."""
+    width = int(config.get("intermediate_size") or 4 * config["hidden_size"])
+    expert_width = int(config.get("moe_intermediate_size") or width)
+    shared = int(config.get("shared_expert_intermediate_size") or 0)
+    return (
+        int(config["num_experts_per_tok"]) * expert_width + shared
+        if "num_experts_per_tok" in config
+        else width
     )
 
 

@@ -246,7 +246,8 @@ def count_flops(
     """
     language, encoder = parts.language, parts.encoder
     queries = language.num_heads * (language.head_width or language.width // language.num_heads)
-    layers = parts.language_size.per_layer * language.num_layers
+    size = parts.language_size
+    layers = (size.per_layer - size.idle_per_layer) * language.num_layers
     attention = 2 * queries * num_tokens**2 * language.num_layers  # causal: half of scores and of sums
     head = 2 * language.vocab_size * language.width * num_supervised
     passed = any(stage.tune(component).trains for component in COMPONENTS)

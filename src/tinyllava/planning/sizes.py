@@ -5,6 +5,8 @@ Paper: Table 1 and Table A1 name sizes; here they follow from the specs, so that
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
 from typing import TypedDict
 
 from tinyllava.parts.connectors import CONNECTORS, resolve_options
@@ -19,6 +21,8 @@ class PartSize:
     outer: int
     """Embeddings, outer norms, head: trained by ``full`` only."""
     per_layer: int = 0
+    idle_per_layer: int = 0
+    """Of a mixture of experts, the parameters of a layer that a token does not pass."""
     num_layers: int = 0
     behind: int = 0
     """Norms behind the features and DINOv2's mask token, which no gradient reaches: never trained."""
@@ -64,8 +68,14 @@ _FAMILIES = {
 
 
 def language_model_size(language: LanguageModel) -> PartSize:
-    """Return the size of a language model, head included; an unknown family is counted as Llama's."""
-    family = _FAMILIES.get(language.family, _Family())
+    """Return the size of a language model, head included.
+
+    Raises:
+        CheckpointError: a family without a closed form here that transformers cannot build.
+    """
+    if language.family not in _FAMILIES:
+        return _measured(language)
+    family = _FAMILIES[language.family]
     width, mlp = language.width, language.mlp_width
     head_width = language.head_width or width // language.num_heads
     queries, keys = language.num_heads * head_width, language.num_kv_heads * head_width
@@ -81,6 +91,18 @@ def language_model_size(language: LanguageModel) -> PartSize:
         per_layer=sum(a * b for a, b in linears) + biases + norms,
         num_layers=language.num_layers,
         **_adapted(linears * language.num_layers),
+    )
+
+
+def _measured(language: LanguageModel) -> PartSize:
+    """Count a family that is not known here; torch is imported for nothing else in a plan."""
+    size = import_module("tinyllava.model.measured").measure_language_model(Path(language.path))
+    return PartSize(
+        outer=size.total - size.per_layer * size.num_layers,
+        per_layer=size.per_layer,
+        idle_per_layer=size.idle_per_layer,
+        num_layers=size.num_layers,
+        **_adapted(size.linears),
     )
 
 

@@ -169,6 +169,7 @@ def _run_stage(
         last = checkpoints.load_last(resumed, model) if resumed else None
         papers = last or _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
         ledger = close_ledger(ledger, model)
+        ledger.require_movement()
         for component in ledger.unmoved():
             _say(f"  {component} was to be trained and did not move: nothing in these records reaches it.")
         papers = {"key": identity.key, "stage": name, **papers, "data": prepared.summary()}

@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from layouts import chat_logits, make_adapter, make_checkpoint, make_toy, write_factory
 from tinyllava.checkpoints.exporting import export_checkpoint
+from tinyllava.checkpoints.exporting.card import Provenance, write_card
 from tinyllava.checkpoints.exporting.compare import example_image
 from tinyllava.checkpoints.importing import import_checkpoint
 from tinyllava.cli import main
 from tinyllava.config import FROZEN, FULL, DataConfig, ModelConfig, Run, Stage, from_layer, lora, to_json
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.evaluation.results import Metric, Result, save_results
-from tinyllava.model.assemble import open_checkpoint
+from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.recipes.variants import variant
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4983497056\n"
 
@@ -281,3 +283,32 @@ def test_a_run_that_cannot_be_read_stops_the_export(parts: dict[str, Path], tmp_
     with pytest.raises(ConfigError, match="not JSON"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_card_knows_the_starters_parts_and_names_others_by_their_folders(
+    parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The starter trains from converted folders, which are called as their publishers call them."""
+    model, _ = assemble(ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts["llama"])))
+    run = variant("base-C-TL")
+    folders = ModelConfig(
+        vision_encoder="/home/me/models/EfficientNet-Lite2-260px",
+        language_model="/home/me/models/SmolLM2-135M-Instruct/",
+    )
+    provenance = Provenance(
+        run=dataclasses.replace(run, model=folders), imported_from="", results=(),
+        names={"vision_encoder": "", "language_model": ""},
+    )  # fmt: skip
+    own = write_card("mine", "tinyllava", model, provenance)
+    assert "| vision encoder | EfficientNet-Lite2-260px (clip_vision_model) |" in own
+    assert "| language model | SmolLM2-135M-Instruct (llama) |" in own  # by name alone it is not taken for it
+    assert "| language model | not recorded |" in own
+    assert "/home/me" not in own
+
+    monkeypatch.setattr(model.config, "vision_width", 1280)
+    monkeypatch.setattr(model.config.text_config, "hidden_size", 576)
+    monkeypatch.setattr(model.config.text_config, "num_hidden_layers", 30)
+    starter = write_card("mine", "tinyllava", model, provenance)
+    assert "| vision encoder | EfficientNet-Lite2 |" in starter
+    assert "| language model | SmolLM2-135M (HuggingFaceTB/SmolLM2-135M-Instruct) |" in starter
+    assert starter.count("| Apache-2.0 |") == 2

@@ -140,3 +140,15 @@ def test_long_answers_lie_below_one_another_and_within_the_figure(tmp_path: Path
         assert all(low.y1 <= high.y0 + 1 for high, low in pairwise(boxes))
         assert all(box.y0 >= 0 for box in boxes)
     assert sum(len(axes.texts) for axes in figure.axes) == 12  # two answers and the truth, four times
+
+
+def test_the_legend_of_losses_covers_no_curve() -> None:
+    figure = draw_losses(STUDY)
+    figure.draw_without_rendering()
+    legends = 0
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        if legend is not None:
+            legends += 1
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert legends

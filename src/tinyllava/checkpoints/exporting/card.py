@@ -104,14 +104,14 @@ def write_card(
         name: what the card calls the model, and what its examples open.
         layout: tinyllava, llava or vllm.
     """
-    parts = _parts(provenance)
+    parts = _parts(provenance, model)
     folder = name.rpartition("/")[2]
     fetch = f"$ hf download {name} --local-dir {folder}\n" if "/" in name else ""
     sections = [
         f"# {folder}",
         _SUMMARY,
         "## Use\n\n" + _USE[layout].format(name=name, folder=folder, fetch=fetch),
-        "## Parts\n\n" + _parts_table(model, parts, provenance.names),
+        "## Parts\n\n" + _parts_table(model, parts, _given_names(provenance)),
         "## Training\n\n" + _training(provenance),
         "## Scores\n\n" + _scores(provenance.results),
         "## Licences\n\n" + _licences(provenance, parts),
@@ -119,15 +119,40 @@ def write_card(
     return f"---\n{_metadata(name, layout, provenance, parts)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _parts(provenance: Provenance) -> dict[str, VisionEncoder | LanguageModel | None]:
-    """Return the table rows of encoder and language model; None for a part that is not in the tables."""
+def _given_names(provenance: Provenance) -> dict[str, str]:
+    """Return what the run or the import calls encoder and language model, without anybody's folders."""
+    model = provenance.run.model if provenance.run else None
+    if model is None:
+        return provenance.names
+    names = {"vision_encoder": model.vision_encoder, "language_model": model.language_model}
+    return {part: name.rstrip("/").rpartition("/")[2] for part, name in names.items()}
+
+
+def _parts(
+    provenance: Provenance, built: TinyLlavaForConditionalGeneration
+) -> dict[str, VisionEncoder | LanguageModel | None]:
+    """Return the table rows of encoder and language model; None for a part that is not in the tables.
+
+    A local folder is one of the table by its name where width and depth agree too.
+    """
     model, names = provenance.run.model if provenance.run else None, provenance.names
     encoder = model.vision_encoder if model else names["vision_encoder"]
     language = model.language_model if model else names["language_model"]
-    return {
+    found: dict[str, VisionEncoder | LanguageModel | None] = {
         "vision_encoder": _find(VISION_ENCODERS, encoder) or _fused(encoder),
         "language_model": _find(LANGUAGE_MODELS, language),
     }
+    local = _given_names(provenance)
+    for row in VISION_ENCODERS.values() if found["vision_encoder"] is None else ():
+        is_named = local["vision_encoder"].startswith((row.path.rpartition("/")[2], f"{row.name}-"))
+        if is_named and built.config.vision_width == row.width:
+            found["vision_encoder"] = row
+    text = built.config.text_config
+    for model_row in LANGUAGE_MODELS.values() if found["language_model"] is None else ():
+        is_same = (text.hidden_size, text.num_hidden_layers) == (model_row.width, model_row.num_layers)
+        if local["language_model"] == model_row.path.rpartition("/")[2] and is_same:
+            found["language_model"] = model_row
+    return found
 
 
 def _find(table: dict[str, Part], name: str) -> Part | None:
@@ -144,7 +169,7 @@ def _fused(name: str) -> VisionEncoder | None:
 def _parts_table(
     model: TinyLlavaForConditionalGeneration,
     parts: dict[str, VisionEncoder | LanguageModel | None],
-    imported: dict[str, str],
+    given: dict[str, str],
 ) -> str:
     names = {
         "vision_encoder": model.config.vision_config.model_type,
@@ -157,9 +182,14 @@ def _parts_table(
         modules = [getattr(model, component)] + ([model.lm_head] if component == "language_model" else [])
         # A head that shares the embedding's rows is the same parameter and counts once.
         parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
-        label = _label(part) if part else imported.get(component) or names[component]
+        label = _label(part) if part else _named(given.get(component, ""), names[component])
         rows.append([component.replace("_", " "), label, f"{sum(parameters.values()):,}"])
     return _table(["part", "what it is", "parameters"], rows)
+
+
+def _named(name: str, family: str) -> str:
+    """Return the name of a part that is in no table, with its architecture."""
+    return f"{name} ({family})" if name and "/" not in name else name or family
 
 
 def _label(part: VisionEncoder | LanguageModel) -> str:

@@ -174,7 +174,13 @@ def draw_anatomy(cells: Sequence[CellAnatomy]) -> "Figure":
         right.axhline(50, color="#6b7280", linestyle="--", linewidth=0.8)
         for title, (mark, _) in _MARKS.items():
             left.plot([], [], mark, color="#6b7280", markersize=5, label=title)
-        left.legend(frameon=False, fontsize=8, title="questions", title_fontsize=8)
+        left.legend(
+            loc="upper left",
+            bbox_to_anchor=(0, -0.2),  # below the axes: inside it could cover points
+            frameon=False,
+            fontsize=8,
+            ncols=len(_MARKS),
+        )
         handles, texts = right.get_legend_handles_labels()
         once = dict(zip(texts, handles, strict=True))
         figure.legend(once.values(), once.keys(), frameon=False, fontsize=8, loc="outside right center")

@@ -285,7 +285,13 @@ def _draw_stage(axes: Any, curves: Curves, labels: Sequence[str]) -> float:
     handles, texts = axes.get_legend_handles_labels()
     once = dict(zip(texts, handles, strict=True))
     axes.legend(
-        once.values(), once.keys(), loc="upper right", frameon=False, fontsize=8, ncols=1 + len(once) // 5
+        once.values(),
+        once.keys(),
+        loc="upper left",
+        bbox_to_anchor=(0, -0.22),  # below the axes: inside it would cover curves
+        frameon=False,
+        fontsize=8,
+        ncols=2,
     )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per token")
