@@ -22,7 +22,7 @@ from tinyllava.training import checkpoints
 from tinyllava.training.progress import StageProgress
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer
-from training_toys import toy_run
+from training_toys import make_captions, toy_run
 
 OFTEN = Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=1)
 STAGES = ("pretrain", "finetune")
@@ -87,11 +87,13 @@ def often(
 def edit(data: Path) -> None:
     """Correct an answer: the file's size in bytes stays."""
     data.write_text(data.read_text().replace('"red"', '"rad"', 1))
+    make_captions(data)
 
 
 def grow(data: Path) -> None:
     records = json.loads(data.read_text())
     data.write_text(json.dumps([*records, *({**r, "id": f"n{r['id']}"} for r in records[:4])]))
+    make_captions(data)
 
 
 def repaint(data: Path) -> None:
@@ -272,7 +274,10 @@ def test_other_records_by_another_name_are_refused_and_the_same_ones_are_not(par
     other = make_records(tmp_path / "other", num_records=8)
     with pytest.raises(TrainingError) as caught:
         train(often(parts, other, folder))
-    assert f"stages.pretrain.data.records = ['{data}'] there, ['{other}'] now" in str(caught.value)
+    captions = data.with_name("captions.json"), other.with_name("captions.json")
+    assert f"stages.pretrain.data.records = ['{captions[0]}'] there, ['{captions[1]}'] now" in str(
+        caught.value
+    )
     with pytest.raises(TrainingError, match=r"model\.language_model = '.*llama' there, '.*phi' now"):
         train(often(parts, data, folder, llm="phi"))
     shutil.copytree(data.parent, tmp_path / "copy")
@@ -285,10 +290,10 @@ def test_a_first_try_that_failed_does_not_lock_the_folder(parts, data, tmp_path)
     good = data.read_text()
     data.write_text(good.replace('"value": "yes"', '"value": ""', 1))
     with pytest.raises(DataError, match=r"\[empty_answer\]"):
-        train(often(parts, data, tmp_path / "run"))
+        train(often(parts, data, tmp_path / "run", stages=("finetune",)))
     data.write_text(good)
-    with killed_at("pretrain", 0):
-        train(often(parts, data, tmp_path / "run"))
+    with killed_at("finetune", 0):
+        train(often(parts, data, tmp_path / "run", stages=("finetune",)))
     train(often(parts, data, tmp_path / "run", seed=3, llm="phi"))  # nothing was trained: nothing to lose
 
 

@@ -89,6 +89,7 @@ def _train(run: Run, processes: PartialState) -> Path:
     folder = run.folder / "model"
     provenance = {"environment": checkpoints.describe_environment(), "stages": papers}
     if processes.is_main_process:
+        _save_settings(run)
         checkpoints.save_model(folder, model, processor, run, provenance)
     processes.wait_for_everyone()
     return folder
@@ -201,7 +202,8 @@ def _find_work(run: Run, name: str, identity: StageIdentity) -> tuple[Path | Non
             _say(f"{name}: resuming from {resumed}")
             checkpoints.drop_newer(folder, resumed)
         folder.mkdir(exist_ok=True)
-        _save_settings(run)
+        if done is None:  # a later stage may still refuse: until then the folder holds the run before
+            _save_settings(run)
     done, resumed = broadcast_object_list([done, resumed])
     return done, resumed
 
