@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser
-from tinyllava.errors import CheckpointError, DataError
+from tinyllava.errors import CheckpointError, DataError, Stopped
 from tinyllava.inference.file import answer_file, describe_unanswered, read_questions
 from tinyllava.parts.folders import check_checkpoint, fingerprint
 
@@ -210,8 +210,8 @@ def converse(
             print(f"error: {error}", file=sys.stderr)
             status = 1
             continue
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Stopped) or not sys.stdin.isatty():  # SIGTERM ends all, Ctrl-C one answer
                 raise
             print(" [interrupted]", end="")
         print()

@@ -75,11 +75,10 @@ def _stamp(ref: ImageRef) -> _Stamp | None:
 
 
 def _hash(ref: ImageRef) -> str | ImageError:
-    """Return the hash, or what is wrong: the caller knows the record."""
     try:
         return hashlib.sha256(read_image_bytes(ref)).hexdigest()
     except ImageError as error:
-        return error
+        return error  # raised by the caller, which knows the record
 
 
 def _open_database(path: Path) -> sqlite3.Connection:
@@ -108,14 +107,11 @@ def _open_database(path: Path) -> sqlite3.Connection:
 
 
 def _look_up(database: sqlite3.Connection, ref: ImageRef, stamp: _Stamp | None) -> str:
-    if stamp is None:
-        return ""
     query = "SELECT sha256 FROM images WHERE path = ? AND size = ? AND modified = ? AND changed = ?"
-    try:
-        row = database.execute(query, (_key(ref), *stamp)).fetchone()
-    except (sqlite3.DatabaseError, UnicodeEncodeError):
-        return ""
-    return str(row[0]) if row else ""
+    with suppress(sqlite3.DatabaseError, UnicodeEncodeError):
+        row = database.execute(query, (_key(ref), *stamp)).fetchone() if stamp else None
+        return str(row[0]) if row else ""
+    return ""
 
 
 def _keep(database: sqlite3.Connection, hashed: Sequence[tuple[ImageRef, _Stamp | None, str]]) -> None:

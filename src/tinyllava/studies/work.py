@@ -19,6 +19,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from tinyllava.errors import TinyLlavaError
+from tinyllava.files import read_object
 from tinyllava.studies.graph import Node, load_node
 
 FAILURES = (
@@ -55,10 +56,10 @@ class State:
 
 
 def load_state(node: Node) -> State:
-    """Return the state of a node; one that was never begun is waiting."""
+    """Return the state of a node; one that was never begun, or whose file is damaged, is waiting."""
     try:
-        return State(**json.loads(_path(node).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        return State(**(read_object(_path(node)) or {}))
+    except TypeError:  # fields of another program
         return State()
 
 
