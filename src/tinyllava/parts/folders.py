@@ -334,13 +334,13 @@ def fingerprint(folder: Path) -> str:
     """
     paths = sorted(folder.glob("*.safetensors")) + [folder / name for name in _ANSWERING]
     stamps = [(str(path.resolve()), path.stat()) for path in paths if path.is_file()]
-    return _hash_files(tuple((path, status.st_size, status.st_mtime_ns) for path, status in stamps))
+    return _hash_files(tuple((p, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stamps))
 
 
 @lru_cache(maxsize=8)  # gigabytes are not read again for each benchmark
-def _hash_files(stamps: tuple[tuple[str, int, int], ...]) -> str:
+def _hash_files(stamps: tuple[tuple[str, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path, _, _ in stamps:
+    for path, *_ in stamps:
         digest.update(f"{Path(path).name} {sha256_of(Path(path))}\n".encode())
     return digest.hexdigest()[:16] if stamps else ""
 
