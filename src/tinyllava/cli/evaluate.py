@@ -29,7 +29,7 @@ parsing and metrics. The same command again goes on where a stopped run was.
   tinyllava evaluate MODEL --data /data/bench --benchmarks pope --blind
       with blank images: how much of a score needs no image
   tinyllava evaluate MODEL --data /data/bench --score-only
-  tinyllava evaluate NAME --data /data/bench --score-only --answers FILE_OR_FOLDER
+  tinyllava evaluate NAME --data /data/bench --score-only --answers FOLDER
       answers that LLaVA's scripts wrote
   torchrun --nproc-per-node 8 -m tinyllava evaluate MODEL --data /data/bench
       8 processes share the images
