@@ -51,8 +51,10 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from tinyllava.config import run_from_json
+from tinyllava.data.reporting import reporting
 from tinyllava.training.run import train
-train(run_from_json(Path(sys.argv[1]).read_text()))
+with reporting(is_shown=True):  # as the command does
+    train(run_from_json(Path(sys.argv[1]).read_text()))
 """
 
 
