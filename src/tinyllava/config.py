@@ -56,6 +56,9 @@ def lora(rank: int, alpha: int = 0, dropout: float = 0.0, bits: Literal[4, 8, 16
     return Tune(kind="lora", rank=rank, alpha=alpha or 2 * rank, dropout=dropout, bits=bits)
 
 
+Code = Literal["", "bench", "factory", "llava"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The three parts of a model (Figure 2)."""
@@ -77,6 +80,9 @@ class ModelConfig:
     """Side of the image that the encoder sees; 0 means the encoder's own."""
     template: str = ""
     """Prompt template; empty means the language model's own."""
+    code: Code = ""
+    """Published code (`tinyllava train --code`) whose turns, token ids, image tokens and head are reproduced;
+    empty means none."""
 
 
 @dataclass(frozen=True, kw_only=True)

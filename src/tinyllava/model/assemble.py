@@ -22,8 +22,8 @@ from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, try_imag
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
 from tinyllava.parts.connectors import num_tokens, resolve_options
 from tinyllava.parts.folders import check_checkpoint, check_processor_files
-from tinyllava.parts.language import LanguageModel, find_language_model
-from tinyllava.parts.templates import read_template
+from tinyllava.parts.language import LanguageModel, find_language_model, template_name
+from tinyllava.parts.templates import as_published, read_template
 from tinyllava.parts.untrusted import refusing, try_out
 from tinyllava.parts.vision import VisionEncoder, find_vision_encoder
 
@@ -42,11 +42,13 @@ def assemble(
         UnknownNameError, ConfigError, CheckpointError: see the tables of parts.
     """
     hide_loading_bars()
-    encoder = find_vision_encoder(model.vision_encoder)
+    encoder = find_vision_encoder(model.vision_encoder, model.code)
     language = find_language_model(model.language_model, model.template)
-    tokenizer = load_tokenizer(language)
+    tokenizer = load_tokenizer(language, older_first=bool(model.code))
     load_image_processor(model, encoder)  # refused before the weights are loaded
     llm = AutoModelForCausalLM.from_pretrained(language.path, dtype=dtype)
+    if model.code == "bench":  # declares the head without a bias, so Phi-2 loses the one it has
+        llm.get_output_embeddings().register_parameter("bias", None)
     vision_tower = cut_encoder(load_encoder(encoder, dtype), encoder)
     config = make_config(model, encoder, vision_tower.config, llm, tokenizer)
 
@@ -159,9 +161,13 @@ def hide_loading_bars() -> None:
         enable_progress_bars()
 
 
-def load_tokenizer(language: LanguageModel) -> Any:
-    """Load a tokenizer that ends turns as the template does, with a padding token and ``<image>``."""
-    tokenizer = open_tokenizer(language.path)
+def load_tokenizer(language: LanguageModel, *, older_first: bool = False) -> Any:
+    """Load a tokenizer that ends turns as the template does, with a padding token and ``<image>``.
+
+    Args:
+        older_first: prefer the older of its forms, as the published code does.
+    """
+    tokenizer = open_tokenizer(language.path, older_first=older_first)
     if language.eos_token and tokenizer.eos_token != language.eos_token:
         raise ConfigError(
             f"{language.path}: the tokenizer ends a turn with {tokenizer.eos_token!r}, but template "
@@ -247,10 +253,11 @@ def make_processor(
     model: ModelConfig, encoder: VisionEncoder, language: LanguageModel, tokenizer: Any, num_image_tokens: int
 ) -> TinyLlavaProcessor:
     """Load the encoder's image processor and join it with tokenizer and template."""
+    template = fit_template(read_template(template_name(language, model.template, model.code)), tokenizer)
     return TinyLlavaProcessor(
         image_processor=load_image_processor(model, encoder),
         tokenizer=tokenizer,
-        chat_template=fit_template(read_template(model.template or language.template), tokenizer),
+        chat_template=as_published(template) if model.code else template,
         num_image_tokens=num_image_tokens,
         image_aspect=model.image_aspect,
         transparency=model.transparency,
@@ -295,11 +302,12 @@ def make_room_for_image_token(model: TinyLlavaForConditionalGeneration, image_to
     """Give ``<image>`` a row when the language model has none to spare.
 
     New rows are zero: the input row is never read (a feature stands there) and a zero output row gives the
-    neutral logit 0, so that the language model's distribution stays what it was.
+    neutral logit 0. The loss leaves them out: what is trained is the language model's own distribution.
     """
     num_rows = model.get_input_embeddings().num_embeddings
     if image_token_id < num_rows:
         return
+    model.config.num_language_rows = num_rows
     model.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=_ROWS_MULTIPLE, mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):

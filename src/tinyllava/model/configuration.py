@@ -54,6 +54,9 @@ class TinyLlavaConfig(PreTrainedConfig):
     """transformer: the last layer's output; cnn: the last grid, flattened."""
     vision_width: int = 1024
     """X: width of a patch feature."""
+    num_language_rows: int = 0
+    """Rows of embedding and head that the language model came with; those behind make room for ``<image>``,
+    and the loss leaves them out of the softmax. 0 means all."""
     lm_head_bias: bool = False
     """Whether the head has a bias (Phi-2's has)."""
 

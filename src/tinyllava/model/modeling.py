@@ -307,7 +307,7 @@ class TinyLlavaForConditionalGeneration(ComposedModel, GenerationMixin):
         """Equation 3: cross-entropy at the positions whose next token is supervised."""
         targets = labels[:, 1:]
         supervised = targets != IGNORED
-        logits = self.lm_head(hidden[supervised]).float()
+        logits = self.lm_head(hidden[supervised])[:, : self.config.num_language_rows or None].float()
         total = cross_entropy(logits, targets[supervised], reduction="sum")
         return total / (supervised.sum() if num_items is None else num_items)
 

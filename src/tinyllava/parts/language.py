@@ -9,6 +9,7 @@ from typing import Any
 
 from tinyllava.errors import CheckpointError, ConfigError, look_up
 from tinyllava.parts.folders import check_weight_files, read_config
+from tinyllava.parts.templates import PUBLISHED_TEMPLATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +323,16 @@ def find_language_model(name: str, template: str = "") -> LanguageModel:
     if name in by_abbreviation:
         return by_abbreviation[name]
     return look_up(LANGUAGE_MODELS, name, "language model (or local folder)")
+
+
+def template_name(language: LanguageModel, template: str = "", code: str = "") -> str:
+    """Return the name of a model's prompt template.
+
+    Args:
+        template: that the run names, if any.
+        code: published code that is reproduced; its layout stands in for the language model's own.
+    """
+    return template or (PUBLISHED_TEMPLATES.get(language.family, "") if code else "") or language.template
 
 
 def _describe_folder(folder: Path, template: str) -> LanguageModel:

@@ -34,6 +34,8 @@ class VisionEncoder:
     """Layer whose output is used, as transformers counts hidden states; what lies above is not computed."""
     num_prefix_tokens: int = 0
     """Leading outputs that are no patches (CLS, registers) and are dropped."""
+    num_dropped_patches: int = 0
+    """Patches that are dropped as if they were prefix tokens; Factory's code drops SigLIP's first."""
     num_parameters: int = 0
     """Of the whole encoder as published."""
     mlp_width: int = 0
@@ -58,7 +60,7 @@ class VisionEncoder:
 
     def num_patches(self, image_size_px: int = 0) -> int:
         """Return M, the number of patch features of one image of that side."""
-        return self.grid_side(image_size_px) ** 2
+        return self.grid_side(image_size_px) ** 2 - self.num_dropped_patches
 
     def grid_side(self, image_size_px: int = 0) -> int:
         """Return the number of patches along one side."""
@@ -184,16 +186,23 @@ ONLY_CONVOLUTIONS = ("efficientnet_lite", "resnet")
 """Families without a linear layer: no adapter can be put on them."""
 
 
-def find_vision_encoder(name: str) -> VisionEncoder:
+def find_vision_encoder(name: str, code: str = "") -> VisionEncoder:
     """Return the encoder of that name or abbreviation, or the description of a local folder.
 
     Two of them with a plus between, ``DINOv2+SigLIP``, are the encoder that gives the features of both.
+
+    Args:
+        code: published code that is reproduced: TinyLLaVA Factory's drops the first output of every encoder.
 
     Raises:
         UnknownNameError: neither a known name nor a folder.
         CheckpointError: a folder without a readable config.json.
         ConfigError: a folder of a family that is not known, or two encoders that cannot be fused.
     """
+    if code == "factory":
+        encoder = find_vision_encoder(name)
+        drops_patch = encoder.kind == "transformer" and not encoder.num_prefix_tokens and not encoder.members
+        return replace(encoder, num_prefix_tokens=1, num_dropped_patches=1) if drops_patch else encoder
     if Path(name).is_dir():
         return _describe_folder(Path(name))
     if "+" in name:

@@ -15,7 +15,7 @@ from tinyllava.data.records import check_skip
 from tinyllava.errors import ConfigError, TinyLlavaError
 from tinyllava.parts.connectors import num_tokens, resolve_options
 from tinyllava.parts.folders import check_checkpoint, read_config, recorded_model
-from tinyllava.parts.language import LanguageModel, find_language_model
+from tinyllava.parts.language import LanguageModel, find_language_model, template_name
 from tinyllava.parts.templates import read_template, template_names
 from tinyllava.parts.vision import ONLY_CONVOLUTIONS, VisionEncoder, find_vision_encoder
 from tinyllava.planning import rules
@@ -114,7 +114,9 @@ def _find_parts(run: Run, problems: list[str]) -> Parts:
 
     model = run.model
     vision_encoder, language_model = model.vision_encoder, model.language_model
-    encoder = found("model.vision_encoder", lambda: find_vision_encoder(vision_encoder), vision_encoder)
+    encoder = found(
+        "model.vision_encoder", lambda: find_vision_encoder(vision_encoder, model.code), vision_encoder
+    )
     language = found(
         "model.language_model", lambda: find_language_model(language_model, model.template), language_model
     )
@@ -154,7 +156,7 @@ def _model_problems(
     elif model.template and model.template not in template_names():
         yield f"model.template = {model.template!r}: no such template; known: {', '.join(template_names())}."
     elif language:
-        yield from _template_problems(model.template or language.template, language)
+        yield from _template_problems(template_name(language, model.template, model.code), language)
 
 
 def _size_problems(image_size_px: int, encoder: VisionEncoder) -> Iterator[str]:

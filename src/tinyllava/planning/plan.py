@@ -120,7 +120,7 @@ def find_parts(run: Run) -> Parts:
         UnknownNameError, ConfigError: see ``tinyllava.planning.check.check``, which says it all at once.
     """
     model = run.model
-    encoder = find_vision_encoder(model.vision_encoder)
+    encoder = find_vision_encoder(model.vision_encoder, model.code)
     language = find_language_model(model.language_model, model.template)
     options, num_patches = model.connector_options, encoder.num_patches(model.image_size_px)
     return Parts(

@@ -6,9 +6,9 @@ Differs: docs/recipes.md explains every row. None of these is a default here.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
-from tinyllava.config import Aspect, Run
+from tinyllava.config import Aspect, Code, Run
 from tinyllava.errors import look_up
 
 
@@ -43,7 +43,7 @@ PUBLISHED: dict[str, PublishedCode] = {
 
 
 def as_published(run: Run, code: str) -> Run:
-    """Return a run with the settings of one code base.
+    """Return a run with the settings of one code base; its turns, token ids and head are reproduced too.
 
     Raises:
         UnknownNameError: no such code base.
@@ -53,7 +53,9 @@ def as_published(run: Run, code: str) -> Run:
     return replace(
         run,
         name=f"{run.name}-as-{code}",
-        model=replace(run.model, image_aspect=chosen.image_aspect),
+        model=replace(
+            run.model, code=cast("Code", code), image_aspect=chosen.image_aspect, transparency="drop"
+        ),
         stages={
             name: replace(stage, max_length_tokens=length, loss_norm=chosen.loss_norm)
             for name, stage in run.stages.items()

@@ -25,13 +25,13 @@ FORMAT = 2
 _NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 _BY_CONTENT = ("data", "template", "max_length_tokens")
 """Settings of a stage that count by what they lead to: records that are left, and the template's text."""
-_PARTS = ("vision_encoder", "language_model", "template")
+_PARTS = ("vision_encoder", "language_model", "template", "code")
 _SOURCES = {
     "records": ("data.records", "data.skip", "data_root", "max_length_tokens"),
     "images": ("data.records", "data.images", "data.skip", "data_root", "max_length_tokens"),
-    "template": ("template", "model.template", "start_from", "model.language_model"),
+    "template": ("template", "model.template", "model.code", "start_from", "model.language_model"),
 }
-_MODEL_SOURCES = ("start_from", "model.vision_encoder", "model.language_model")
+_MODEL_SOURCES = ("start_from", "model.vision_encoder", "model.language_model", "model.code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,7 @@ def _sources(run: Run, stage: Stage) -> dict[str, Any]:
         "max_length_tokens": stage.max_length_tokens,
         "template": stage.template,
         "model.template": run.model.template,
+        "model.code": run.model.code,
         "model.vision_encoder": _place(run.model.vision_encoder),
         "model.language_model": _place(run.model.language_model),
         "start_from": _place(run.start_from),

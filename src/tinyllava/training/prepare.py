@@ -20,7 +20,7 @@ from tinyllava.data.records import Records, check_skip, drop_broken_images, read
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
-from tinyllava.parts.templates import read_template
+from tinyllava.parts.templates import as_published, read_template
 from tinyllava.training.progress import make_progress
 
 
@@ -82,6 +82,8 @@ def prepare(
     """
     records = read_data(stage.data, run.data_root)
     template = read_template(stage.template) if stage.template else None
+    if template and run.model.code:
+        template = as_published(template)
     examples = Examples(
         conversations=records.conversations,
         processor=processor,

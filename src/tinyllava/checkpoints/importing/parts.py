@@ -10,10 +10,8 @@ from tinyllava.checkpoints.importing.tensors import Tensors, has_weights
 from tinyllava.config import Aspect
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import read_config
-from tinyllava.parts.templates import template_names
+from tinyllava.parts.templates import PUBLISHED_TEMPLATES, template_names
 
-# The prompt that the published code trained each family of language models with, and its EOS token after it.
-TEMPLATES = {"llama": "llama", "phi": "phi", "stablelm": "phi", "qwen2": "phi", "gemma": "gemma"}
 # What ends a turn in one layout only.
 _TEMPLATE_OF_END = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3"}
 _SCALED_FAMILIES = ("gemma", "gemma2")
@@ -108,7 +106,7 @@ def scales_images(text_config: dict[str, Any], version: object) -> bool:
 
 def choose_template(given: str, model_type: str) -> str:
     """Return the template that the user named, the published code's, or nothing: the tokens have to tell."""
-    return given or TEMPLATES.get(model_type, "")
+    return given or PUBLISHED_TEMPLATES.get(model_type, "")
 
 
 def recognise_template(tokenizer: Any, where: str) -> str:

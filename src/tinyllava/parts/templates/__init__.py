@@ -10,6 +10,8 @@ from tinyllava.errors import look_up
 
 _FOLDER = files("tinyllava.parts.templates")
 _TRIMMED = "{%- set trimmed = true -%}"
+PUBLISHED_TEMPLATES = {"llama": "llama", "phi": "phi", "stablelm": "phi", "qwen2": "phi", "gemma": "gemma"}
+"""The layout that the published code trained each family of language models with, the end of a turn aside."""
 
 
 def template_names() -> list[str]:
