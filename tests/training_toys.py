@@ -97,6 +97,7 @@ def plain_loop(model, processor, stage: Stage, order: list[int], template: str |
         batch.pop("sample_ids")
         labels = batch.pop("labels")
         logits = model(**batch).logits[:, :-1]
+        logits = logits[..., : model.config.num_language_rows or None]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
