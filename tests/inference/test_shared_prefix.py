@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AttentionInterface
 
 from chats import TEMPLATES, make_chat
 from tinyllava.conversation import Conversation, Message, ask
@@ -72,6 +73,19 @@ def test_answers_are_those_of_one_at_a_time(tmp_path, conversations, kind):
         assert answer_shared(chat, conversations, 16, batch_tokens) == expected
     chat.model.set_attn_implementation("eager")
     assert answer_shared(chat, conversations, 16, 10_000) == expected
+
+
+def test_an_attention_that_takes_no_masks_is_replaced_for_as_long_as_it_takes(tmp_path, conversations):
+    chat = make_chat(tmp_path, "llama")
+    expected = answer_shared(chat, conversations, 4, 10_000)
+    seen = []
+    AttentionInterface.register("maskless", lambda *arguments, **options: seen.append(1))
+    chat.model.language_model.set_attn_implementation("maskless")
+    assert chat.model.language_model.config._attn_implementation == "maskless"
+    assert answer_shared(chat, conversations, 4, 10_000) == expected
+    assert seen == []
+    assert chat.model.language_model.config._attn_implementation == "maskless"
+    assert chat.model.model.vision_tower.config._attn_implementation == "sdpa"
 
 
 def test_tree_holds_each_shared_token_once():

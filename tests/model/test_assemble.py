@@ -49,16 +49,18 @@ def test_sampling_and_penalties_of_the_language_model_stay_behind(
     assert all(torch.equal(answer, answers[0]) for answer in answers[1:])
 
 
-def test_bars_of_loading_and_writing_are_off_and_those_of_downloads_stay(
+def test_bars_are_off_while_parts_and_checkpoints_are_opened_and_those_of_downloads_stay(
     parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logging.enable_progress_bar()
     model, processor = assemble(
         ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["llama"]))
     )
-    model.save_pretrained(tmp_path / "out")
+    assert capsys.readouterr().err == ""
+    model.save_pretrained(tmp_path / "out")  # the caller's own, which draws them
     processor.save_pretrained(tmp_path / "out")
-    logging.enable_progress_bar()
+    assert "100%" in capsys.readouterr().err
     open_checkpoint(tmp_path / "out")
     assert capsys.readouterr().err == ""
     assert not are_progress_bars_disabled()
+    assert logging.is_progress_bar_enabled()

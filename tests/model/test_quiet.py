@@ -8,7 +8,7 @@ import pytest
 
 from tinyllava.conversation import ask
 from tinyllava.model.assemble import assemble
-from tinyllava.model.quiet import without_messages_of
+from tinyllava.model.quiet import without_loading_bars, without_messages_of
 from training_toys import toy_run
 
 # bitsandbytes warns on some CPUs only: here it warns on all of them.
@@ -71,3 +71,13 @@ def test_a_text_beyond_the_context_is_left_to_our_own_error(parts, records, tmp_
     assert len(processor.encode(conversation, open_answer=True).input_ids) > 8
     processor(text=processor.render(conversation, open_answer=True)[0])
     assert capfd.readouterr().err == ""
+
+
+def test_bars_for_loading_and_writing_weights_are_hidden_in_the_block_only(parts, records, tmp_path, capfd):
+    run = toy_run(parts, records, tmp_path, llm="llama", encoder="clip")
+    model, _ = assemble(run.model)
+    with without_loading_bars():
+        model.save_pretrained(tmp_path / "hidden")
+    assert "%" not in capfd.readouterr().err
+    model.save_pretrained(tmp_path / "shown")
+    assert "100%" in capfd.readouterr().err

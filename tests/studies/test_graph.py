@@ -1,5 +1,7 @@
 """Expansion: equal stages stand once, different ones never share a node."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -88,6 +90,39 @@ def test_records_and_parts_are_known_by_content(tmp_path, parts, records):
     changed.write_bytes(records.read_bytes() + b" ")
     assert _data_digests((str(changed),), images, (), "") != _data_digests((str(records),), images, (), "")
     assert _part_digest(str(parts["llama"])) != _part_digest(str(parts["phi"]))
+
+
+def test_files_that_change_while_the_process_runs_are_read_again(tmp_path, parts, records):
+    from tinyllava.studies.collect import _read_ledger
+    from tinyllava.studies.costs import _count_records
+    from tinyllava.studies.graph import _data_digests, _part_digest
+
+    path, part = tmp_path / "records.json", tmp_path / "part"
+    shutil.copytree(parts["llama"], part)
+    seen = []
+    for text in ("[{}]", "[1]", "[{}, {}]"):  # the second as many records, the third as none before
+        path.write_text(text)
+        (part / "config.json").write_text(text)
+        images = str(records.parent / "images")
+        digests = _data_digests((str(path),), images, (), "")
+        seen.append((_count_records(path), _read_ledger(path), digests, _part_digest(str(part))))
+    assert [count for count, *_ in seen] == [1, 1, 2]
+    assert [ledger for _, ledger, *_ in seen] == [[{}], [1], [{}, {}]]
+    assert len({str(digests) for _, _, digests, _ in seen}) == 3
+    assert len({digest for *_, digest in seen}) == 3
+
+
+def test_a_file_that_stays_is_read_once(tmp_path):
+    from tinyllava.studies.graph import read_once
+
+    (tmp_path / "a").write_text("1")
+    calls = []
+    read = read_once(lambda path: calls.append(path) or path.read_text())
+    assert [read(tmp_path / "a"), read(tmp_path / "a")] == ["1", "1"]
+    assert len(calls) == 1
+    os.utime(tmp_path / "a", ns=(1, 1))
+    read(tmp_path / "a")
+    assert len(calls) == 2
 
 
 def test_a_node_is_read_back_as_it_was(tmp_path, parts, records):

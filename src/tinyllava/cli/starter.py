@@ -54,10 +54,7 @@ def main(arguments: list[str]) -> int:
     for option in options:
         look_up(OPTIONS, option, "data set")
 
-    from tinyllava.model.assemble import hide_loading_bars
     from tinyllava.starter.run import run_starter
-
-    hide_loading_bars()  # of the parts too, which are converted before a model is made of them
 
     length: Length = "full" if known.full else "short" if known.short else "default"
     folder = "-".join(["run", *([] if length == "default" else [length]), *options])

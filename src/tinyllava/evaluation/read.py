@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -190,23 +191,35 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from None
 
 
+@contextmanager
+def _cells_of_any_size() -> Iterator[None]:
+    """Let a cell hold a whole image while a row is read; the limit is one for the whole process."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
 def read_table(path: Path, *columns: str) -> Iterator[Record]:
     """Yield the rows of a table: tabs between cells, quotes around them where needed, as pandas has it."""
-    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole image
     read_text(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
-        missing = [column for column in columns if column not in (rows.fieldnames or ())]
+        with _cells_of_any_size():
+            header = rows.fieldnames or ()
+        missing = [column for column in columns if column not in header]
         if missing:
             raise DataError(f"{path}:1: no column {missing[0]!r}; needed: {', '.join(columns)}. {FIX}")
         while True:
             line = rows.line_num + 1
-            row = next(rows, None)
+            with _cells_of_any_size():
+                row = next(rows, None)
             if row is None:
                 return
             record = Record(values=row, path=path, line=line)
             if None in row or None in row.values():
-                record.fail(f"the row has not the {len(rows.fieldnames or ())} cells of the header.")
+                record.fail(f"the row has not the {len(header)} cells of the header.")
             yield record
 
 

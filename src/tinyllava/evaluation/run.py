@@ -6,7 +6,6 @@ Differs: a run that was stopped goes on where it was; several processes share th
 """
 
 import datetime
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -179,9 +178,6 @@ def ask_groups(
             texts = chat.answer_each([conversations[i] for i in indices], max_new_tokens)
             yield list(zip(indices, texts, strict=True))
         return
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # a tokenizer with threads does not survive a fork
     num_workers = min(settings.num_workers, len(groups) // 4)
     prepared = prepare(chat.processor, conversations, groups, num_workers=num_workers)
     refused: list[tuple[int, Answer | DataError]] = []

@@ -8,9 +8,11 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,6 +26,7 @@ from tinyllava.inference.shared_prefix import ImageGroup
 from tinyllava.model import TinyLlavaProcessor
 
 MAX_GROUP = 64  # questions of one group: what more share would gain less than what their attention costs
+_THREADS = "TOKENIZERS_PARALLELISM"
 _WINDOW = 4  # batches that are gathered before groups of like length are put together
 
 
@@ -118,9 +121,17 @@ def prepare(
     """
     dataset = _Groups(processor, conversations, groups)
     num_workers = _limit_workers(processor, conversations, groups, num_workers)
-    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # for the processes' seeds, in place of the caller's
+    )
+    with _tokenizers_without_threads():
+        groups_in_order = iter(loader)  # starts the processes
     with naming_dead_workers("--workers"):
-        for prepared in loader:
+        for prepared in groups_in_order:
             for one in prepared:
                 yield _copied(one) if num_workers and isinstance(one, Prepared) else one
 
@@ -151,6 +162,19 @@ def _limit_workers(
     if why and os.environ.get("RANK", "0") == "0":
         print(why, file=sys.stderr)
     return num_workers
+
+
+@contextmanager
+def _tokenizers_without_threads() -> Iterator[None]:
+    """Tell tokenizers of processes that start now to use no threads, which do not survive a fork."""
+    if _THREADS in os.environ:
+        yield
+        return
+    os.environ[_THREADS] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_THREADS]
 
 
 def _as_it_is(prepared: Any) -> Any:

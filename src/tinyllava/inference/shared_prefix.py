@@ -9,8 +9,10 @@ repeated or copied.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,21 @@ class ImageGroup:
 
 def _attention(model: TinyLlavaForConditionalGeneration) -> str:
     return str(model.language_model.config._attn_implementation)  # type: ignore[union-attr]
+
+
+@contextmanager
+def _attention_with_masks(model: TinyLlavaForConditionalGeneration) -> Iterator[None]:
+    """Let the language model attend by SDPA for now if its own implementation takes no mask of ours."""
+    chosen = _attention(model)
+    language_model: Any = model.language_model
+    if chosen in ("sdpa", "eager"):
+        yield
+        return
+    language_model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(chosen)
 
 
 def can_share(model: TinyLlavaForConditionalGeneration) -> bool:
@@ -62,11 +79,10 @@ def answer_groups(
     Raises:
         CheckpointError: the model's logits are not numbers.
     """
-    if _attention(model) not in ("sdpa", "eager"):
-        model.set_attn_implementation("sdpa")  # the others take no mask of our own
-    trunks = _Trunks(model, groups)
-    hidden, seen, positions, where = trunks.branch()
-    answers = _decode(model, trunks.cache, hidden, seen, positions, max_new_tokens, context_tokens)
+    with _attention_with_masks(model):
+        trunks = _Trunks(model, groups)
+        hidden, seen, positions, where = trunks.branch()
+        answers = _decode(model, trunks.cache, hidden, seen, positions, max_new_tokens, context_tokens)
     return [[answers[g][column] for column in columns] for g, columns in enumerate(where)]
 
 

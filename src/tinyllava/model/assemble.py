@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message, ask
@@ -19,6 +18,7 @@ from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, try_image_processor
+from tinyllava.model.quiet import transformers_errors_only, without_loading_bars
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
 from tinyllava.parts.connectors import num_tokens, resolve_options
 from tinyllava.parts.folders import check_checkpoint, check_processor_files
@@ -31,6 +31,7 @@ _STAGES = ("stage_names", "out_features", "out_indices")
 _ROWS_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
 
 
+@without_loading_bars()
 def assemble(
     model: ModelConfig, *, dtype: torch.dtype = torch.float32
 ) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor]:
@@ -41,7 +42,6 @@ def assemble(
     Raises:
         UnknownNameError, ConfigError, CheckpointError: see the tables of parts.
     """
-    hide_loading_bars()
     encoder = find_vision_encoder(model.vision_encoder, model.code)
     language = find_language_model(model.language_model, model.template)
     tokenizer = load_tokenizer(language, older_first=bool(model.code))
@@ -76,6 +76,7 @@ def greedy_generation(published: GenerationConfig, tokenizer: Any) -> Generation
     )
 
 
+@without_loading_bars()
 def open_checkpoint(
     folder: str | Path, *, dtype: torch.dtype | str = "auto"
 ) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor]:
@@ -90,7 +91,6 @@ def open_checkpoint(
     folder = Path(folder)
     check_checkpoint(folder)
     processor = open_processor(folder)
-    hide_loading_bars()
     with refusing(folder, "cannot be opened"):
         model, report = TinyLlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
@@ -153,14 +153,6 @@ def _try_image(processor: TinyLlavaProcessor) -> None:
         raise ValueError("it makes numbers that are not finite")
 
 
-def hide_loading_bars() -> None:
-    """Switch off transformers' bars for loading and writing weights; those of downloads from the hub stay."""
-    downloads_are_shown = not are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    if downloads_are_shown:
-        enable_progress_bars()
-
-
 def load_tokenizer(language: LanguageModel, *, older_first: bool = False) -> Any:
     """Load a tokenizer that ends turns as the template does, with a padding token and ``<image>``.
 
@@ -193,14 +185,10 @@ def load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
     config = getattr(config, "vision_config", None) or config
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False  # SigLIP's pooling head is not on the way of the patch features
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list the text half and the head, which are left out on purpose
-    try:
+    with transformers_errors_only():  # it would list the text half and the head, left out on purpose
         tower, report = AutoModel.from_pretrained(
             encoder.path, config=config, dtype=dtype, output_loading_info=True
         )
-    finally:
-        logging.set_verbosity(verbosity)
     if report["missing_keys"]:
         raise CheckpointError(
             f"{encoder.path}: lacks tensors of {type(tower).__name__}: {sorted(report['missing_keys'])}"

@@ -1,8 +1,18 @@
-"""Keep other libraries' messages out of the way for as long as our own call runs, and no longer."""
+"""Change what all of a process shares for as long as our own call runs, and no longer.
+
+Other libraries' messages and bars are kept out of the way, and random numbers given back. Each of these is a
+block; as a decorator, it makes a whole function one.
+"""
 
 import logging
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
 
 
 @contextmanager
@@ -19,6 +29,11 @@ def without_messages_of(name: str) -> Iterator[None]:
         logger.removeFilter(silent)
 
 
+class _Silent(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False
+
+
 def quiet_bitsandbytes_import() -> AbstractContextManager[None]:
     """Return a block in which to import bitsandbytes, or what imports it: peft, and transformers' Trainer.
 
@@ -27,6 +42,38 @@ def quiet_bitsandbytes_import() -> AbstractContextManager[None]:
     return without_messages_of("bitsandbytes.backends.cpu.ops")
 
 
-class _Silent(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return False
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Hide transformers' bars for loading and writing weights; those of downloads from the hub stay."""
+    previous = transformers_logging.set_tqdm_hook(_hidden_bar)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+def _hidden_bar(make: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    return make(*args, **{**options, "disable": True})
+
+
+@contextmanager
+def transformers_errors_only() -> Iterator[None]:
+    """Let transformers log errors alone, where its warnings are about what is done on purpose."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Give the caller's random numbers back as they were: those of Python, NumPy and torch."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002

@@ -21,6 +21,7 @@ from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.run import Settings, evaluate
 from tinyllava.files import held
 from tinyllava.inference.chat import Chat
+from tinyllava.model.quiet import without_loading_bars
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
 from tinyllava.starter.datasets.default import read_easy_vqa, read_grocery_store
 from tinyllava.starter.datasets.options import OPTIONS
@@ -50,6 +51,7 @@ class Parts:
     records: Path
 
 
+@without_loading_bars()  # the parts are converted by transformers' own loaders
 def run_starter(output: Path, length: Length = "default", options: Sequence[str] = ()) -> Path:
     """Do the whole job and return the report folder.
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.results import Result, load_results
-from tinyllava.studies.graph import Graph, Node, SeededCell
+from tinyllava.studies.graph import Graph, Node, SeededCell, read_once
 from tinyllava.studies.grid import Grid
 from tinyllava.studies.study import (
     Example,
@@ -134,7 +133,7 @@ def _ledger(node: Node, state: State) -> list[dict[str, Any]]:
     return _read_ledger(stage_folder(node, state) / "ledger.json")
 
 
-@cache
+@read_once
 def _read_ledger(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return rows

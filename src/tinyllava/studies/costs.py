@@ -7,7 +7,6 @@ same graph took on this machine corrects them.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from tinyllava.config import FROZEN, Stage
@@ -15,7 +14,7 @@ from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.errors import TinyLlavaError
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.planning.plan import GPUS, UTILISATION, count_flops, find_parts, plan_run
-from tinyllava.studies.graph import Node
+from tinyllava.studies.graph import Node, read_once
 from tinyllava.studies.grid import Costs
 
 Kind = tuple[str, str]
@@ -114,7 +113,7 @@ def count_samples(node: Node) -> int | None:
         return None
 
 
-@cache
+@read_once
 def _count_records(path: Path) -> int:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":

@@ -5,17 +5,18 @@ Paper: Figure 5 inherits Figure 4's models; the recipes of Figure 8 share their 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tinyllava.config import Run, run_from_json, to_json
 from tinyllava.data.mixtures import resolve
 from tinyllava.errors import TinyLlavaError, look_up
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.studies.grid import Grid, GridCell
+
+_Content = TypeVar("_Content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,6 @@ def _key_of(run: Run) -> str:
     return _digest(json.dumps(inputs, sort_keys=True))[:12]
 
 
-@cache
 def _data_digests(records: tuple[str, ...], images: str, skip: tuple[str, ...], data_root: str) -> list[str]:
     """Return a digest of each record file; of one that is not here, of its name."""
     from tinyllava.config import DataConfig
@@ -177,14 +177,29 @@ def _data_digests(records: tuple[str, ...], images: str, skip: tuple[str, ...], 
         found = resolve(DataConfig(records=records, images=images, skip=skip), data_root)
     except TinyLlavaError:
         return [*records, *skip]
-    digests = []
-    for path, _ in found:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return [*digests, *skip]
+    return [*(_file_digest(path) for path, _ in found), *skip]
 
 
-@cache
+def read_once(read: Callable[[Path], _Content]) -> Callable[[Path], _Content]:
+    """Let a function read each file once, and again when it has changed (its time, size or inode)."""
+    known: dict[Path, tuple[tuple[int, ...], _Content]] = {}
+
+    def read_or_recall(path: Path) -> _Content:
+        stat = path.stat()
+        version = stat.st_mtime_ns, stat.st_size, stat.st_dev, stat.st_ino
+        if path not in known or known[path][0] != version:
+            known[path] = version, read(path)
+        return known[path][1]
+
+    return read_or_recall
+
+
+@read_once
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _part_digest(part: str) -> str:
     """Return a part's name; of a local folder its config and the names and sizes of its files."""
     folder = Path(part)

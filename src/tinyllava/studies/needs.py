@@ -5,7 +5,6 @@ Paper: sections 4.1.2 and 4.1.3.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -115,7 +114,6 @@ def _missing_benchmark(node: Node) -> list[str]:
     return found
 
 
-@cache
 def missing_weights(vision_encoder: str, language_model: str) -> list[str]:
     """Return the parts that would have to be fetched from the hub while it is out of reach."""
     import os

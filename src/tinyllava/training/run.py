@@ -29,6 +29,7 @@ from tinyllava.files import held, is_full_disk, read_object, write_json, write_t
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
 from tinyllava.model.tuning import Ledger, apply_tuning, close_ledger, merge_adapters, open_ledger
 from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
@@ -39,6 +40,8 @@ from tinyllava.training.stopping import StopRequests
 from tinyllava.training.trainer import StageTrainer, make_arguments, micro_batch
 
 
+@keeping_random_state()
+@without_loading_bars()
 def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> Path:
     """Train every stage of a run and return the folder of the finished model.
 
@@ -239,6 +242,7 @@ def _say_what_differs(run: Run, before: Mapping[str, Any]) -> None:
         _say(f"{problem}: it does not change the result")
 
 
+@transformers_errors_only()  # its notes on our lean checkpoints would only mislead
 def _train_stage(
     run: Run,
     name: str,
@@ -253,7 +257,6 @@ def _train_stage(
     checkpoints.require_space(folder, model)
     if run.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    transformers.utils.logging.set_verbosity_error()  # its notes on our lean checkpoints would only mislead
     hardware = _limit_workers(stage, run.hardware, processor, prepared)
     arguments = make_arguments(
         stage, hardware, folder, seed=run.seed, num_samples=len(prepared.examples), report_to=run.report_to

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers.utils import logging
 
 from tinyllava.checkpoints.exporting.card import read_provenance, write_card
 from tinyllava.checkpoints.exporting.compare import compare_with_ours, compare_with_run, compare_with_stock
 from tinyllava.checkpoints.exporting.merge import open_merged
 from tinyllava.checkpoints.exporting.stock import refuse_what_stock_cannot_hold, write_stock
+from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
 from tinyllava.parts.folders import check_new_folder, written_whole
 
 __all__ = ["Exported", "export_checkpoint"]
@@ -29,6 +29,9 @@ class Exported:
     """The same between adapters on their base and the finished model of their run; None without one."""
 
 
+@keeping_random_state()
+@without_loading_bars()
+@transformers_errors_only()  # what the loaders would warn of is compared
 def export_checkpoint(
     checkpoint: str | Path,
     folder: str | Path,
@@ -56,8 +59,6 @@ def export_checkpoint(
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     check_new_folder(folder)
-    logging.set_verbosity_error()  # what the loaders would warn of is compared below
-    logging.disable_progress_bar()
     model, processor, source = open_merged(checkpoint, base, dtype)
     if layout != "tinyllava":
         refuse_what_stock_cannot_hold(model.config, layout)

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 from tinyllava.checkpoints.importing import factory, flat, stock
 from tinyllava.checkpoints.importing.build import ImportReport, build
 from tinyllava.checkpoints.importing.parts import Given, Parts, fetch
 from tinyllava.errors import CheckpointError
+from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
 from tinyllava.parts.folders import check_new_folder, read_config, written_whole
 from tinyllava.parts.templates import read_template
 
@@ -19,6 +19,9 @@ __all__ = ["Given", "ImportReport", "import_checkpoint", "read_parts"]
 _KINDS = "TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, transformers' LLaVA"
 
 
+@keeping_random_state()
+@without_loading_bars()
+@transformers_errors_only()  # what the loader would warn of is an error here, and said as one
 def import_checkpoint(
     source: str | Path, folder: str | Path, *, given: Given | None = None, dtype: torch.dtype | None = None
 ) -> ImportReport:
@@ -37,8 +40,6 @@ def import_checkpoint(
     check_new_folder(folder)
     if given.template:
         read_template(given.template)  # a wrong name is said before gigabytes are read
-    logging.set_verbosity_error()  # what the loader would warn of is an error here, and said as one
-    logging.disable_progress_bar()
     model, processor, report = build(read_parts(source, given), dtype)
     with written_whole(folder) as partial:
         model.save_pretrained(partial)
