@@ -292,8 +292,8 @@ def test_the_card_knows_the_starters_parts_and_names_others_by_their_folders(
     model, _ = assemble(ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts["llama"])))
     run = variant("base-C-TL")
     folders = ModelConfig(
-        vision_encoder="/home/me/models/EfficientNet-Lite2-260px",
-        language_model="/home/me/models/SmolLM2-135M-Instruct/",
+        vision_encoder=str(tmp_path / "EfficientNet-Lite2-260px"),
+        language_model=f"{tmp_path}/SmolLM2-135M-Instruct/",
     )
     provenance = Provenance(
         run=dataclasses.replace(run, model=folders), imported_from="", results=(),
@@ -303,7 +303,7 @@ def test_the_card_knows_the_starters_parts_and_names_others_by_their_folders(
     assert "| vision encoder | EfficientNet-Lite2-260px (clip_vision_model) |" in own
     assert "| language model | SmolLM2-135M-Instruct (llama) |" in own  # by name alone it is not taken for it
     assert "| language model | not recorded |" in own
-    assert "/home/me" not in own
+    assert str(tmp_path) not in own
 
     monkeypatch.setattr(model.config, "vision_width", 1280)
     monkeypatch.setattr(model.config.text_config, "hidden_size", 576)
