@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tinyllava.config import FROZEN, FULL, DataConfig, Stage, from_layer, lora
+from tinyllava.parts.connectors import CONNECTORS
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
-from tinyllava.planning.memory import Memory, Parts, estimate_memory
+from tinyllava.planning.memory import Memory, PlannedParts, estimate_memory
 from tinyllava.planning.sizes import connector_size, language_model_size, vision_encoder_size
 
 LLAMA = LanguageModel(
@@ -106,11 +107,12 @@ CASES: dict[str, Case] = {
 def estimate(case: Case) -> Memory:
     """Return what the closed form says."""
     encoder, language = ENCODERS[case.encoder], LANGUAGES[case.language]
-    parts = Parts(
+    parts = PlannedParts(
         encoder=encoder,
         language=language,
+        template="llama",
         encoder_size=vision_encoder_size(encoder),
-        connector_size=connector_size("mlp", encoder.width, language.width, {}),
+        connector_size=connector_size(CONNECTORS["mlp"], encoder.width, language.width, {}),
         language_size=language_model_size(language),
         num_patches=encoder.num_patches(),
         num_image_tokens=encoder.num_patches(),

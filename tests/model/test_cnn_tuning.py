@@ -26,7 +26,7 @@ from tinyllava.model.tuning import apply_tuning
 from tinyllava.parts.vision import find_vision_encoder
 from tinyllava.planning.check import find_problems
 from tinyllava.planning.memory import count_trained, estimate_memory
-from tinyllava.planning.plan import find_parts
+from tinyllava.planning.plan import plan_parts
 from tinyllava.planning.sizes import vision_encoder_size
 from tinyllava.recipes.variants import variant
 
@@ -116,7 +116,7 @@ def test_training_keeps_as_many_bytes_of_an_image_as_estimated(kind: str, tmp_pa
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     counted = sum(size for place, size in kept.items() if place not in own)
     encoder = replace(find_vision_encoder(str(tmp_path)), image_size_px=128)
-    parts = replace(find_parts(variant("base-CNX-TL")), encoder=encoder)
+    parts = replace(plan_parts(variant("base-CNX-TL")), encoder=encoder)
     estimate = partial(estimate_memory, parts, batch=1, num_tokens=512, num_supervised=8, bf16=False)
     frozen, trained = (estimate(stage(tune)).activations for tune in (FROZEN, FULL))
     assert trained - frozen == pytest.approx(counted, rel=0.15)
@@ -125,7 +125,7 @@ def test_training_keeps_as_many_bytes_of_an_image_as_estimated(kind: str, tmp_pa
 def test_a_family_that_was_never_counted_is_estimated_as_the_largest() -> None:
     """A user's own spec of a CNN is planned, not a KeyError."""
     known = replace(find_vision_encoder("EfficientNet-Lite2"), image_size_px=128)
-    parts = find_parts(variant("base-CNX-TL"))
+    parts = plan_parts(variant("base-CNX-TL"))
     trained = [
         estimate_memory(
             replace(parts, encoder=replace(known, family=family)),
@@ -173,5 +173,5 @@ def test_adapters_on_a_connector_are_counted(llm: Path, tmp_path: Path) -> None:
         model, _ = assemble(config)
         apply_tuning(model, adapted)
         trained = sum(p.numel() for p in model.connector.parameters() if p.requires_grad)
-        size = find_parts(Run(name="run", model=config, stages={"finetune": adapted})).connector_size
+        size = plan_parts(Run(name="run", model=config, stages={"finetune": adapted})).connector_size
         assert count_trained(size, adapted.connector) == trained > 0

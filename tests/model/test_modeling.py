@@ -18,8 +18,9 @@ from tinyllava.config import ModelConfig
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.model.connectors import build_connector
 from tinyllava.model.modeling import TinyLlavaOutput
-from tinyllava.parts.connectors import CONNECTORS, build_connector, num_tokens
+from tinyllava.parts.connectors import CONNECTORS, num_tokens
 
 LLMS, ENCODERS = ("llama", "phi", "stablelm", "chatml"), ("clip", "siglip")
 PAIRS = [(llm, encoder) for llm in LLMS for encoder in ENCODERS]
@@ -207,7 +208,7 @@ def test_connectors_give_the_tokens_they_announce(name):
     options = {"pixel_shuffle": {"block": 3}, "resampler": {"num_queries": 5, "width": 32}}.get(name, {})
     connector = build_connector(name, vision_width=24, language_width=40, num_patches=36, options=options)
     features = torch.randn(2, 36, 24)
-    assert connector(features).shape == (2, num_tokens(name, 36, options), 40)
+    assert connector(features).shape == (2, num_tokens(CONNECTORS[name], 36, options), 40)
     assert torch.equal(connector(features)[1], connector(features[1:])[0]) or torch.allclose(
         connector(features)[1], connector(features[1:])[0], atol=1e-6
     )
@@ -226,7 +227,7 @@ def test_pixel_shuffle_keeps_neighbours_together():
 
 def test_a_grid_that_does_not_divide_is_refused_with_the_sizes_that_do():
     with pytest.raises(ConfigError, match=r"27 x 27.*blocks of 2 x 2.*\[1, 3, 9, 27\]"):
-        num_tokens("pixel_shuffle", 729, {"block": 2})
+        num_tokens(CONNECTORS["pixel_shuffle"], 729, {"block": 2})
 
 
 def test_a_missing_shard_is_named(parts, tmp_path):

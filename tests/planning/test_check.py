@@ -10,7 +10,7 @@ import pytest
 import toys
 from tinyllava.config import FROZEN, FULL, DataConfig, Run, Stage, Tune, from_layer, lora
 from tinyllava.errors import ConfigError
-from tinyllava.parts.connectors import num_tokens
+from tinyllava.parts.connectors import CONNECTORS, num_tokens
 from tinyllava.parts.vision import VISION_ENCODERS
 from tinyllava.planning.check import check, find_problems
 from tinyllava.recipes.paper import SHARE
@@ -50,7 +50,7 @@ WRONG: dict[str, tuple[Run, str, str]] = {
         "choose a block out of [1, 3, 9, 27]",
     ),
     "side": (model(image_size_px=336), "model.image_size_px = 336", "leave it at 0"),
-    "template": (model(template="ph"), "model.template = 'ph'", "known: caption, chatml"),
+    "template": (model(template="ph"), "model.template: unknown template 'ph'", "known: caption, chatml"),
     "caption": (model(template="caption"), "model.template = 'caption'", "a stage's template"),
     "tokenizer": (model(template="chatml"), "= 'chatml': it writes <|im_end|>", "empty ('phi')"),
     "llama3": (model(template="llama3"), "it writes <|eot_id|>", "empty ('phi')"),
@@ -263,4 +263,4 @@ def test_ranks_that_do_not_divide_the_batch(toy_run: Run, monkeypatch: pytest.Mo
 )
 def test_an_error_of_a_connector_names_that_connector(connector, options, message):
     with pytest.raises(ConfigError, match=message):
-        num_tokens(connector, 576, options)
+        num_tokens(CONNECTORS[connector], 576, options)

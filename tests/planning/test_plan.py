@@ -20,9 +20,10 @@ from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.quantised import quantised_layers
 from tinyllava.model.tuning import apply_tuning, component_of
+from tinyllava.parts.connectors import CONNECTORS
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
-from tinyllava.planning.memory import Parts, count_trained, estimate_memory
+from tinyllava.planning.memory import PlannedParts, count_trained, estimate_memory
 from tinyllava.planning.plan import count_flops, plan_run
 from tinyllava.planning.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
 from tinyllava.recipes.variants import variant
@@ -75,12 +76,13 @@ STAGES = {
 }
 
 
-def make_parts(encoder: VisionEncoder, language: LanguageModel) -> Parts:
-    return Parts(
+def make_parts(encoder: VisionEncoder, language: LanguageModel) -> PlannedParts:
+    return PlannedParts(
         encoder=encoder,
         language=language,
+        template="llama",
         encoder_size=vision_encoder_size(encoder),
-        connector_size=connector_size("mlp", encoder.width, language.width, {}),
+        connector_size=connector_size(CONNECTORS["mlp"], encoder.width, language.width, {}),
         language_size=language_model_size(language),
         num_patches=36,
         num_image_tokens=36,

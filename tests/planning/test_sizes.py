@@ -26,10 +26,12 @@ from transformers import (
 
 from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import cut_encoder
+from tinyllava.model.connectors import build_connector
 from tinyllava.model.encoders.efficientnet_lite import EfficientNetLiteConfig
-from tinyllava.parts.connectors import CONNECTORS, build_connector, num_tokens, resolve_options
+from tinyllava.parts.connectors import CONNECTORS, num_tokens, resolve_options
+from tinyllava.parts.families import VISION_FAMILIES
 from tinyllava.parts.language import LANGUAGE_MODELS, LanguageModel, find_language_model
-from tinyllava.parts.vision import ONLY_CONVOLUTIONS, VISION_ENCODERS, VisionEncoder, find_vision_encoder
+from tinyllava.parts.vision import VISION_ENCODERS, VisionEncoder, find_vision_encoder
 from tinyllava.planning.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
 from tinyllava.recipes.variants import VARIANTS, variant
 
@@ -71,7 +73,7 @@ def test_a_language_model_has_the_published_size_and_its_layers_the_closed_form(
         model = AutoModelForCausalLM.from_config(language_config(spec))
     size = language_model_size(spec)
     assert count(model) == size.total == spec.num_parameters
-    assert count(model.base_model.layers[0]) == size.per_layer
+    assert count(model.base_model.layers[0]) == size.layers[0]
     check_linears(model.base_model, size)
 
 
@@ -120,7 +122,7 @@ def test_an_encoder_has_the_published_size_and_its_cut_form_the_closed_one(name:
         cut = cut_encoder(AutoModel.from_config(config), spec)
     assert count(cut) == vision_encoder_size(spec).total
     check_linears(cut, vision_encoder_size(spec))
-    assert (spec.family in ONLY_CONVOLUTIONS) == (vision_encoder_size(spec).adapted_widths == 0)
+    assert VISION_FAMILIES[spec.family].has_linears != (vision_encoder_size(spec).adapted_widths == 0)
 
 
 @pytest.mark.parametrize("name", VISION_ENCODERS)
@@ -143,11 +145,12 @@ SMALL = {
 
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_a_connector_has_the_closed_forms_parameters_and_tokens(name: str) -> None:
-    options = resolve_options(name, SMALL.get(name, {}))
+    connector = CONNECTORS[name]
+    options = resolve_options(connector, SMALL.get(name, {}))
     module = build_connector(name, vision_width=48, language_width=64, num_patches=36, options=options)
-    assert connector_size(name, 48, 64, options).total == count(module)
-    check_linears(module, connector_size(name, 48, 64, options))
-    assert module(torch.randn(2, 36, 48)).shape == (2, num_tokens(name, 36, options), 64)
+    assert connector_size(connector, 48, 64, options).total == count(module)
+    check_linears(module, connector_size(connector, 48, 64, options))
+    assert module(torch.randn(2, 36, 48)).shape == (2, num_tokens(connector, 36, options), 64)
     assert module(torch.zeros(0, 36, 48)).shape[0] == 0  # a batch without images
 
 
@@ -160,7 +163,7 @@ def test_the_variants_have_the_sizes_of_table_a1(name: str) -> None:
     encoder, language = find_vision_encoder(model.vision_encoder), find_language_model(model.language_model)
     sizes: list[PartSize] = [
         vision_encoder_size(encoder),
-        connector_size("mlp", encoder.width, language.width, {}),
+        connector_size(CONNECTORS["mlp"], encoder.width, language.width, {}),
         language_model_size(language),
     ]
     billions = sum(size.total for size in sizes) / 1e9
@@ -200,7 +203,7 @@ def test_an_unfamiliar_family_is_counted_and_not_taken_for_a_llama(tmp_path, fam
     assert size.adapted_widths == sum(m.in_features + m.out_features for m in linears)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     share = {"qwen2_moe": 4 / 6, "mixtral": 2 / 4, "gpt_neox": 0}[family]
-    assert size.idle_per_layer * size.num_layers == pytest.approx(experts * share, rel=1e-6)
+    assert size.idle == pytest.approx(experts * share, rel=1e-6)
     assert language.mlp_width == {"qwen2_moe": 2 * 24 + 40, "mixtral": 2 * 96, "gpt_neox": 96}[family]
 
 
@@ -208,5 +211,5 @@ def test_a_family_that_transformers_cannot_build_is_named(tmp_path):
     raw = {**COMMON, "model_type": "unheard_of"}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    with pytest.raises(CheckpointError, match=r"config\.json: transformers cannot build a language model"):
+    with pytest.raises(CheckpointError, match=r"config\.json: transformers cannot build a model"):
         language_model_size(find_language_model(str(tmp_path)))

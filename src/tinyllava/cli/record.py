@@ -91,15 +91,16 @@ def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
     else:
         from transformers import CLIPImageProcessorPil
 
-        from tinyllava.parts.language import find_language_model
-        from tinyllava.parts.templates import read_template
+        from tinyllava.config import ModelConfig
+        from tinyllava.parts.resolve import resolve
 
-        language = find_language_model(known.language_model)
-        tokenizer = load_tokenizer(language)
+        parts = resolve(ModelConfig(vision_encoder="CLIP", language_model=known.language_model))
+        tokenizer = load_tokenizer(parts.language)
         processor = TinyLlavaProcessor(
             image_processor=CLIPImageProcessorPil(),
             tokenizer=tokenizer,
-            chat_template=fit_template(read_template(language.template), tokenizer),
+            chat_template=fit_template(parts.template.text, tokenizer),
+            num_image_tokens=parts.num_image_tokens,
         )
     if known.image_tokens:
         processor.num_image_tokens = known.image_tokens

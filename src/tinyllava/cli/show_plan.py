@@ -3,7 +3,6 @@
 from tinyllava.cli.show import TABLES, Rows, format_table
 from tinyllava.config import COMPONENTS, Component, Run, Stage, to_json
 from tinyllava.errors import UnknownNameError
-from tinyllava.parts.language import template_name
 from tinyllava.planning.check import find_problems
 from tinyllava.planning.plan import GPUS, UTILISATION, Plan, plan_run
 from tinyllava.planning.rules import batch_problems
@@ -77,7 +76,7 @@ def _stages(run: Run, plan: Plan) -> Rows:
             *(_describe(stage, c) for c in COMPONENTS),
             stage.global_batch_size,
             _length(stage),
-            stage.template or template_name(plan.parts.language, run.model.template, run.model.code),
+            stage.template or plan.parts.template,
         )
         for name, stage in run.stages.items()
     ]

@@ -16,16 +16,18 @@ from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message, ask
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.configuration import TinyLlavaConfig
-from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
+from tinyllava.model.connectors import build_connector
+from tinyllava.model.layers import encoder_layers
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, try_image_processor
 from tinyllava.model.quiet import transformers_errors_only, without_loading_bars
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
-from tinyllava.parts.connectors import num_tokens, resolve_options
 from tinyllava.parts.folders import check_checkpoint, check_processor_files
-from tinyllava.parts.language import LanguageModel, find_language_model, template_name
-from tinyllava.parts.templates import as_published, read_template
+from tinyllava.parts.language import LanguageModel
+from tinyllava.parts.resolve import Parts, resolve
+from tinyllava.parts.templates import as_published
 from tinyllava.parts.untrusted import refusing, try_out
-from tinyllava.parts.vision import VisionEncoder, find_vision_encoder
+from tinyllava.parts.vision import VisionEncoder
 
 _STAGES = ("stage_names", "out_features", "out_indices")
 _ROWS_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
@@ -42,15 +44,14 @@ def assemble(
     Raises:
         UnknownNameError, ConfigError, CheckpointError: see the tables of parts.
     """
-    encoder = find_vision_encoder(model.vision_encoder, model.code)
-    language = find_language_model(model.language_model, model.template)
-    tokenizer = load_tokenizer(language, older_first=bool(model.code))
-    load_image_processor(model, encoder)  # refused before the weights are loaded
-    llm = AutoModelForCausalLM.from_pretrained(language.path, dtype=dtype)
+    parts = resolve(model)
+    tokenizer = load_tokenizer(parts.language, older_first=bool(model.code))
+    load_image_processor(model, parts.encoder)  # refused before the weights are loaded
+    llm = AutoModelForCausalLM.from_pretrained(parts.language.path, dtype=dtype)
     if model.code == "bench":  # declares the head without a bias, so Phi-2 loses the one it has
         llm.get_output_embeddings().register_parameter("bias", None)
-    vision_tower = cut_encoder(load_encoder(encoder, dtype), encoder)
-    config = make_config(model, encoder, vision_tower.config, llm, tokenizer)
+    vision_tower = cut_encoder(load_encoder(parts.encoder, dtype), parts.encoder)
+    config = make_config(parts, vision_tower.config, llm, tokenizer)
 
     with torch.device("meta"):
         assembled = TinyLlavaForConditionalGeneration(config)
@@ -60,7 +61,7 @@ def assemble(
     assembled.model.multi_modal_projector = _new_connector(config).to(dtype)
     make_room_for_image_token(assembled, config.image_token_id)
     assembled.generation_config = greedy_generation(llm.generation_config, tokenizer)
-    return assembled.eval(), make_processor(model, encoder, language, tokenizer, config.num_image_tokens)
+    return assembled.eval(), make_processor(parts, model, tokenizer)
 
 
 def greedy_generation(published: GenerationConfig, tokenizer: Any) -> GenerationConfig:
@@ -211,21 +212,18 @@ def cut_encoder(vision_tower: Any, encoder: VisionEncoder) -> Any:
     return vision_tower
 
 
-def make_config(
-    model: ModelConfig, encoder: VisionEncoder, vision_config: Any, llm: Any, tokenizer: Any
-) -> TinyLlavaConfig:
+def make_config(parts: Parts, vision_config: Any, llm: Any, tokenizer: Any) -> TinyLlavaConfig:
     """Describe the assembled model."""
-    options = resolve_options(model.connector, model.connector_options)
-    num_patches = encoder.num_patches(model.image_size_px)
+    encoder = parts.encoder
     config = TinyLlavaConfig(
         # Lists of stages would have to be cut with the layers; only backbones of detectors read them.
         vision_config={k: v for k, v in vision_config.to_dict().items() if k not in _STAGES},
         text_config=llm.config.to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=num_tokens(model.connector, num_patches, options),
-        connector=model.connector,
-        connector_options=options,
-        num_patches=num_patches,
+        image_seq_length=parts.num_image_tokens,
+        connector=parts.connector.name,
+        connector_options=dict(parts.connector_options),
+        num_patches=parts.num_patches,
         num_prefix_tokens=encoder.num_prefix_tokens,
         encoder_kind=encoder.kind,
         vision_width=encoder.width,
@@ -237,16 +235,18 @@ def make_config(
     return config
 
 
-def make_processor(
-    model: ModelConfig, encoder: VisionEncoder, language: LanguageModel, tokenizer: Any, num_image_tokens: int
-) -> TinyLlavaProcessor:
-    """Load the encoder's image processor and join it with tokenizer and template."""
-    template = fit_template(read_template(template_name(language, model.template, model.code)), tokenizer)
+def make_processor(parts: Parts, model: ModelConfig, tokenizer: Any) -> TinyLlavaProcessor:
+    """Load the encoder's image processor and join it with tokenizer and template.
+
+    Args:
+        model: which says how images are prepared, and whose code is reproduced.
+    """
+    template = fit_template(parts.template.text, tokenizer)
     return TinyLlavaProcessor(
-        image_processor=load_image_processor(model, encoder),
+        image_processor=load_image_processor(model, parts.encoder),
         tokenizer=tokenizer,
         chat_template=as_published(template) if model.code else template,
-        num_image_tokens=num_image_tokens,
+        num_image_tokens=parts.num_image_tokens,
         image_aspect=model.image_aspect,
         transparency=model.transparency,
     )
@@ -275,8 +275,6 @@ def load_image_processor(model: ModelConfig, encoder: VisionEncoder) -> Any:
 
 
 def _new_connector(config: TinyLlavaConfig) -> Any:
-    from tinyllava.parts.connectors import build_connector
-
     return build_connector(
         config.connector,
         vision_width=config.vision_width,

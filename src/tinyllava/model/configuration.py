@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from tinyllava.parts.connectors import num_tokens
+from tinyllava.parts.connectors import find_connector, num_tokens
 
 # The default values of a part are not written into config.json, so they have to be known.
 _DEFAULT_PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}
@@ -81,4 +81,4 @@ class TinyLlavaConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """T: tokens that one image takes in the sequence."""
-        return num_tokens(self.connector, self.num_patches, self.connector_options or {})
+        return num_tokens(find_connector(self.connector), self.num_patches, self.connector_options or {})

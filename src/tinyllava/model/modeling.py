@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput
 
 from tinyllava.model.compat import CACHE_NAME, ComposedModel
 from tinyllava.model.configuration import TinyLlavaConfig
-from tinyllava.parts.connectors import build_connector
+from tinyllava.model.connectors import build_connector
+from tinyllava.model.layers import last_layer_output
 
 IGNORED = -100  # label of a position that is not supervised, as everywhere in transformers
 
@@ -77,24 +78,7 @@ class TinyLlavaModel(ComposedModel):
             if self.config.encoder_kind == "cnn":
                 grid: Tensor = self.vision_tower(pixel_values).last_hidden_state
                 return grid.flatten(2).transpose(1, 2) if grid.ndim == 4 else grid
-            return self._last_layer_output(pixel_values)[:, self.config.num_prefix_tokens :]
-
-    def _last_layer_output(self, pixel_values: Tensor) -> Tensor:
-        """Catch what the last layer gives, before the norm that some encoders put behind it.
-
-        ``output_hidden_states=True`` would give the same and keep every other layer's output in memory too.
-        """
-        caught: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            caught.append(output[0] if isinstance(output, tuple) else output)
-
-        handle = encoder_layers(self.vision_tower)[-1].register_forward_hook(keep)
-        try:
-            self.vision_tower(pixel_values)
-        finally:
-            handle.remove()
-        return caught[0]
+            return last_layer_output(self.vision_tower, pixel_values)[:, self.config.num_prefix_tokens :]
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Return image tokens h = P(V(X)) [I, T, D] of images [I, 3, H, W]."""
@@ -342,12 +326,3 @@ def branch_attention(branches: Tensor) -> tuple[Tensor, Tensor]:
     own = branches.unsqueeze(2) == branches.unsqueeze(1)
     visible = (own | (branches == 0).unsqueeze(1)).tril()
     return visible.unsqueeze(1), visible.sum(-1) - 1
-
-
-def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
-    """Return the layers of a transformer encoder, wherever its class keeps them."""
-    config: Any = vision_tower.config
-    num_layers = config.num_hidden_layers
-    found = [m for m in vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    assert found, f"{type(vision_tower).__name__} has no list of {num_layers} layers"
-    return found[0]

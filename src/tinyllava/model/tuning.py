@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tinyllava.config import COMPONENTS, Component, Stage, Tune
 from tinyllava.errors import ConfigError, TrainingError
-from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, encoder_layers
+from tinyllava.model.layers import decoder_layers, encoder_layers
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.quantised import QuantisedLinear, quantise, quantised_layers
 from tinyllava.model.quiet import quiet_bitsandbytes_import
 
@@ -87,8 +88,11 @@ def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Compo
             "vision_encoder: from_layer needs one transformer encoder; a CNN or two fused encoders can be "
             "full, frozen or with adapters."
         )
-    language_model: Any = model.language_model
-    layers = encoder_layers(model.vision_encoder) if component == "vision_encoder" else language_model.layers
+    layers = (
+        encoder_layers(model.vision_encoder)
+        if component == "vision_encoder"
+        else decoder_layers(model.language_model)
+    )
     if not 0 <= tune.first_layer < len(layers):
         raise ConfigError(
             f"{component}: from_layer {tune.first_layer} is beyond its {len(layers)} layers "

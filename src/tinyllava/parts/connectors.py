@@ -7,14 +7,9 @@ be made before anything is loaded. The modules stand in one file each and are im
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from math import isqrt
-from typing import TYPE_CHECKING
 
 from tinyllava.errors import ConfigError, look_up
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Options = Mapping[str, int]
 Linears = list[tuple[int, int]]
@@ -24,8 +19,11 @@ Linears = list[tuple[int, int]]
 class Connector:
     """What is known of a connector before it is built."""
 
+    name: str
     module: str
-    """``file:Class`` of this package; takes (vision_width, language_width, num_patches, **options)."""
+    """``file:Class`` of ``tinyllava.model.connectors``.
+
+    It takes (vision_width, language_width, num_patches, **options)."""
     summary: str
     num_tokens: Callable[[int, Options], int]
     """T from M and the options."""
@@ -131,80 +129,97 @@ def _qformer(vision_width: int, language_width: int, options: Options) -> int:
 
 
 CONNECTORS: dict[str, Connector] = {
-    "linear": Connector(
-        module="per_patch:Linear",
-        summary="one linear layer, a token for each patch",
-        num_tokens=_one_per_patch,
-        num_parameters=_linear,
-        linears=_linear_linears,
-    ),
-    "mlp": Connector(
-        module="per_patch:MLP",
-        summary="two linear layers with GELU between (the paper's)",
-        num_tokens=_one_per_patch,
-        num_parameters=_mlp,
-        linears=_mlp_linears,
-    ),
-    "resampler": Connector(
-        module="queries:Resampler",
-        summary="Perceiver resampler: learned queries attend to the patches",
-        num_tokens=_one_per_query,
-        num_parameters=_resampler,
-        linears=_resampler_linears,
-        options={"num_queries": 64, "num_layers": 3, "width": 768, "num_heads": 8, "head_width": 64},
-    ),
-    "bench_resampler": Connector(
-        module="queries:BenchResampler",
-        summary="TinyLLaVABench's resampler: learned queries attend to the patches alone",
-        num_tokens=_one_per_query,
-        num_parameters=_bench_resampler,
-        linears=_bench_resampler_linears,
-        options={"num_queries": 128, "num_layers": 3, "width": 768, "num_heads": 12},
-    ),
-    "pixel_shuffle": Connector(
-        module="per_patch:PixelShuffle",
-        summary="space to depth: block x block patches become one token, then MLP",
-        num_tokens=_one_per_block,
-        num_parameters=_mlp,
-        linears=_mlp_linears,
-        options={"block": 3},
-    ),
-    "pool": Connector(
-        module="per_patch:Pool",
-        summary="average the grid to side x side cells, then MLP",
-        num_tokens=_one_per_cell,
-        num_parameters=_mlp,
-        linears=_mlp_linears,
-        options={"side": 2},
-    ),
-    "qformer": Connector(
-        module="queries:QFormer",
-        summary="BLIP-2's Q-Former: queries through a small BERT that looks at the patches",
-        num_tokens=_one_per_query,
-        num_parameters=_qformer,
-        linears=_qformer_linears,
-        options={"num_queries": 32, "num_layers": 6, "width": 768, "num_heads": 12, "cross_every": 2},
-    ),
+    connector.name: connector
+    for connector in (
+        Connector(
+            name="linear",
+            module="per_patch:Linear",
+            summary="one linear layer, a token for each patch",
+            num_tokens=_one_per_patch,
+            num_parameters=_linear,
+            linears=_linear_linears,
+        ),
+        Connector(
+            name="mlp",
+            module="per_patch:MLP",
+            summary="two linear layers with GELU between (the paper's)",
+            num_tokens=_one_per_patch,
+            num_parameters=_mlp,
+            linears=_mlp_linears,
+        ),
+        Connector(
+            name="resampler",
+            module="queries:Resampler",
+            summary="Perceiver resampler: learned queries attend to the patches",
+            num_tokens=_one_per_query,
+            num_parameters=_resampler,
+            linears=_resampler_linears,
+            options={"num_queries": 64, "num_layers": 3, "width": 768, "num_heads": 8, "head_width": 64},
+        ),
+        Connector(
+            name="bench_resampler",
+            module="queries:BenchResampler",
+            summary="TinyLLaVABench's resampler: learned queries attend to the patches alone",
+            num_tokens=_one_per_query,
+            num_parameters=_bench_resampler,
+            linears=_bench_resampler_linears,
+            options={"num_queries": 128, "num_layers": 3, "width": 768, "num_heads": 12},
+        ),
+        Connector(
+            name="pixel_shuffle",
+            module="per_patch:PixelShuffle",
+            summary="space to depth: block x block patches become one token, then MLP",
+            num_tokens=_one_per_block,
+            num_parameters=_mlp,
+            linears=_mlp_linears,
+            options={"block": 3},
+        ),
+        Connector(
+            name="pool",
+            module="per_patch:Pool",
+            summary="average the grid to side x side cells, then MLP",
+            num_tokens=_one_per_cell,
+            num_parameters=_mlp,
+            linears=_mlp_linears,
+            options={"side": 2},
+        ),
+        Connector(
+            name="qformer",
+            module="queries:QFormer",
+            summary="BLIP-2's Q-Former: queries through a small BERT that looks at the patches",
+            num_tokens=_one_per_query,
+            num_parameters=_qformer,
+            linears=_qformer_linears,
+            options={"num_queries": 32, "num_layers": 6, "width": 768, "num_heads": 12, "cross_every": 2},
+        ),
+    )
 }
 
 
-def resolve_options(name: str, options: Options) -> dict[str, int]:
-    """Return every option of a connector, defaults filled in.
+def find_connector(name: str) -> Connector:
+    """Return the connector of that name.
 
     Raises:
         UnknownNameError: no such connector.
+    """
+    return look_up(CONNECTORS, name, "connector")
+
+
+def resolve_options(connector: Connector, options: Options) -> dict[str, int]:
+    """Return every option of a connector, defaults filled in.
+
+    Raises:
         ConfigError: an option that the connector does not have, or that is not a positive number, or heads
             that do not divide the width.
     """
-    connector = look_up(CONNECTORS, name, "connector")
     for key, value in options.items():
         if key not in connector.options:
             known = ", ".join(connector.options) or "none"
-            raise ConfigError(f"connector {name!r} has no option {key!r}; known: {known}.")
+            raise ConfigError(f"connector {connector.name!r} has no option {key!r}; known: {known}.")
         if value < 1:
-            raise ConfigError(f"connector {name}: option {key} = {value}: must be at least 1.")
+            raise ConfigError(f"connector {connector.name}: option {key} = {value}: must be at least 1.")
     resolved = {**connector.options, **options}
-    _check_heads(name, resolved)
+    _check_heads(connector.name, resolved)
     return resolved
 
 
@@ -220,26 +235,14 @@ def _check_heads(name: str, options: Options) -> None:
         )
 
 
-def num_tokens(name: str, num_patches: int, options: Options) -> int:
+def num_tokens(connector: Connector, num_patches: int, options: Options) -> int:
     """Return T, the exact number of image tokens of one image.
 
     Raises:
-        ConfigError: the grid does not suit the options; the message names sizes that do.
+        ConfigError: an option is wrong, or the grid does not suit them; the message names sizes that do.
     """
-    connector, resolved = look_up(CONNECTORS, name, "connector"), resolve_options(name, options)
+    resolved = resolve_options(connector, options)
     try:
         return connector.num_tokens(num_patches, resolved)
     except ConfigError as error:
-        raise ConfigError(f"connector {name}: {error}") from error
-
-
-def build_connector(
-    name: str, *, vision_width: int, language_width: int, num_patches: int, options: Options
-) -> "nn.Module":
-    """Build a connector: a module that maps [I, M, X] to [I, T, D]."""
-    resolved = resolve_options(name, options)
-    num_tokens(name, num_patches, resolved)  # sizes that do not fit are said here, not in a matrix product
-    file, _, class_name = CONNECTORS[name].module.partition(":")
-    cls = getattr(import_module(f"tinyllava.model.connectors.{file}"), class_name)
-    module: nn.Module = cls(vision_width, language_width, num_patches, **resolved)
-    return module
+        raise ConfigError(f"connector {connector.name}: {error}") from error

@@ -3,13 +3,15 @@
 Paper: section 3.1, the small-scale LLM F_theta; section 4.1.1 for the choice.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import CheckpointError, ConfigError, look_up
+from tinyllava.parts.families import LANGUAGE_FAMILIES, has_usual_settings
 from tinyllava.parts.folders import check_weight_files, read_config
-from tinyllava.parts.templates import PUBLISHED_TEMPLATES
+from tinyllava.parts.templates import TEMPLATE_OF_END
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,18 @@ class LanguageModel:
     """Architecture, as config.json's model_type names it."""
     head_width: int = 0
     """Length of one attention head; 0 means width / num_heads."""
+    is_usual: bool = True
+    """Whether its size follows from the record of its family; otherwise it is built and counted."""
+
+    @property
+    def num_queries(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * (self.head_width or self.width // self.num_heads)
+
+    @property
+    def num_keys(self) -> int:
+        """Width of all key heads together, which is that of the value heads too."""
+        return self.num_kv_heads * (self.head_width or self.width // self.num_heads)
 
 
 LANGUAGE_MODELS: dict[str, LanguageModel] = {
@@ -296,15 +310,6 @@ LANGUAGE_MODELS: dict[str, LanguageModel] = {
     )
 }
 
-# The template that fits a local folder, by the token that its tokenizer ends a turn with.
-_TEMPLATE_OF_EOS = {
-    "</s>": "llama",
-    "<|endoftext|>": "phi",
-    "<|im_end|>": "chatml",
-    "<eos>": "gemma",
-    "<|eot_id|>": "llama3",
-}
-
 
 def find_language_model(name: str, template: str = "") -> LanguageModel:
     """Return the language model of that name or abbreviation, or the description of a local folder.
@@ -318,38 +323,46 @@ def find_language_model(name: str, template: str = "") -> LanguageModel:
         try:
             return _describe_folder(Path(name), template)
         except KeyError as error:
-            raise CheckpointError(f"{Path(name) / 'config.json'}: lacks {error}; fetch it again.") from error
+            raise CheckpointError(
+                f"{Path(name) / 'config.json'}: lacks {error}; fetch it again, or describe the model as a "
+                "LanguageModel in a Python file of yours (docs/guides/models.md)."
+            ) from error
     by_abbreviation = {model.abbreviation: model for model in LANGUAGE_MODELS.values()}
     if name in by_abbreviation:
         return by_abbreviation[name]
     return look_up(LANGUAGE_MODELS, name, "language model (or local folder)")
 
 
-def template_name(language: LanguageModel, template: str = "", code: str = "") -> str:
-    """Return the name of a model's prompt template.
-
-    Args:
-        template: that the run names, if any.
-        code: published code that is reproduced; its layout stands in for the language model's own.
-    """
-    return template or (PUBLISHED_TEMPLATES.get(language.family, "") if code else "") or language.template
-
-
 def _describe_folder(folder: Path, template: str) -> LanguageModel:
     config = read_config(folder)
     check_weight_files(folder)
     eos_token = _eos_token(folder)
-    template = template or _TEMPLATE_OF_EOS.get(eos_token, "")
+    template = template or TEMPLATE_OF_END.get(eos_token, "")
     if not template:
         raise ConfigError(
             f"{folder}: no template is known for a tokenizer that ends a turn with {eos_token!r}; "
             "name one with model.template (see `tinyllava show templates`)."
         )
-    num_heads = int(config["num_attention_heads"])
+    return describe_config(config, name=folder.name, path=str(folder), template=template, eos_token=eos_token)
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Settings without which a config.json describes no language model."""
+
+
+def describe_config(
+    config: Mapping[str, Any], *, name: str, path: str, template: str, eos_token: str
+) -> LanguageModel:
+    """Describe the language model of a config.json.
+
+    Raises:
+        KeyError: the config lacks a size.
+    """
+    num_heads, family = int(config["num_attention_heads"]), str(config.get("model_type", ""))
     return LanguageModel(
-        name=folder.name,
-        abbreviation=folder.name,
-        path=str(folder),
+        name=name,
+        abbreviation=name,
+        path=path,
         template=template,
         eos_token=eos_token,
         context_tokens=int(config.get("max_position_embeddings", 2048)),
@@ -361,12 +374,13 @@ def _describe_folder(folder: Path, template: str) -> LanguageModel:
         mlp_width=_mlp_width(config),
         num_parameters=0,
         tied=bool(config.get("tie_word_embeddings", False)),
-        family=str(config.get("model_type", "")),
+        family=family,
         head_width=int(config.get("head_dim") or 0),
+        is_usual=has_usual_settings(LANGUAGE_FAMILIES.get(family), config),
     )
 
 
-def _mlp_width(config: dict[str, Any]) -> int:
+def _mlp_width(config: Mapping[str, Any]) -> int:
     """Return the width of the feed-forward block; of a mixture of experts, of those that a token passes."""
     width = int(config.get("intermediate_size") or 4 * config["hidden_size"])
     expert_width = int(config.get("moe_intermediate_size") or width)

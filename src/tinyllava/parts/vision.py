@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyllava.errors import CheckpointError, ConfigError, look_up
+from tinyllava.parts.families import VISION_FAMILIES, has_usual_settings
 from tinyllava.parts.folders import check_weight_files, read_config
 
 
@@ -50,6 +51,8 @@ class VisionEncoder:
     """Whether a partial cell at the border counts as one (convolutions padded as SAME) or is dropped."""
     stages: tuple[tuple[int, int], ...] = ()
     """Blocks and width of each stage of a CNN whose blocks hold two linear layers (ConvNeXt)."""
+    is_usual: bool = True
+    """Whether its size follows from the record of its family; otherwise it is built and counted."""
     members: "tuple[VisionEncoder, ...]" = ()
     """The two encoders of a fused one, each at the size of its own image; the first one's is prepared."""
 
@@ -166,25 +169,6 @@ VISION_ENCODERS: dict[str, VisionEncoder] = {
     )
 }
 
-_CNN: dict[str, Any] = {"kind": "cnn", "feature_layer": -1, "any_size": True, "patch_size_px": 32}
-
-# What a local folder's config.json means; the sizes are read from it.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {"kind": "transformer", "num_prefix_tokens": 1},
-    "siglip_vision_model": {"kind": "transformer", "num_prefix_tokens": 0},
-    "siglip2_vision_model": {"kind": "transformer", "num_prefix_tokens": 0},
-    "dinov2": {"kind": "transformer", "num_prefix_tokens": 1, "any_size": True},
-    "dinov2_with_registers": {"kind": "transformer", "num_prefix_tokens": 5, "any_size": True},
-    "efficientnet_lite": {**_CNN, "rounds_up": True},
-    "convnext": _CNN,
-    "convnextv2": _CNN,
-    "resnet": {**_CNN, "rounds_up": True},
-    "fused_vision": {"kind": "cnn", "feature_layer": -1},
-}
-
-ONLY_CONVOLUTIONS = ("efficientnet_lite", "resnet")
-"""Families without a linear layer: no adapter can be put on them."""
-
 
 def find_vision_encoder(name: str, code: str = "") -> VisionEncoder:
     """Return the encoder of that name or abbreviation, or the description of a local folder.
@@ -266,30 +250,39 @@ def _describe_folder(folder: Path) -> VisionEncoder:
 
 def _describe(folder: Path, config: dict[str, Any]) -> VisionEncoder:
     """Describe the encoder of a config that stands in a folder."""
-    model_type = config.get("model_type", "")
-    family = _FAMILIES.get(model_type) or _FAMILIES.get(f"{model_type}_vision_model")
+    model_type = str(config.get("model_type", ""))
+    if model_type not in VISION_FAMILIES:
+        model_type = f"{model_type}_vision_model"
+    family = VISION_FAMILIES.get(model_type)
     if family is None:
         raise ConfigError(
-            f"{folder / 'config.json'}: model_type {model_type!r} is no vision encoder known here; "
-            f"known: {', '.join(_FAMILIES)}. Add its family to tinyllava/vision_encoders.py."
+            f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not a known vision "
+            f"encoder; known: {', '.join(VISION_FAMILIES)}. Describe it in a Python file of yours as a "
+            "VisionEncoder, and name it FILE.py:NAME (docs/guides/models.md)."
         )
+    is_cnn = family.kind == "cnn"
     hidden_sizes = config.get("hidden_sizes") or [0]
     width, side = int(config.get("hidden_size") or hidden_sizes[-1]), int(config.get("image_size", 224))
-    patch = int(config.get("patch_size", 32))
+    patch = 32 if is_cnn and family.any_size else int(config.get("patch_size", 32))
     described = VisionEncoder(
         name=folder.name,
         abbreviation=folder.name,
         path=str(folder),
-        kind=family["kind"],
+        kind=family.kind,
         family=model_type,
         image_size_px=side,
         patch_size_px=patch,
         width=width,
         num_layers=int(config.get("num_hidden_layers", 0)),
+        feature_layer=-1 if is_cnn else -2,
+        num_prefix_tokens=family.num_prefix_tokens,
+        any_size=family.any_size,
+        rounds_up=family.rounds_up,
         mlp_width=int(config.get("intermediate_size") or width * config.get("mlp_ratio", 0)),
         num_parameters=_saved_parameters(folder),
+        is_usual=has_usual_settings(family, config),
     )
-    described = replace(described, **family, **_inner_parts(folder, config))
+    described = replace(described, **_inner_parts(folder, config))
     if described.any_size:
         described = replace(
             described,

@@ -4,24 +4,22 @@ Paper: section 4.1.2 sets most values; the rules are what an architecture of Fig
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 from tinyllava.config import Component, ModelConfig, Run
 from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.data.records import check_skip
 from tinyllava.errors import ConfigError, TinyLlavaError
-from tinyllava.parts.connectors import num_tokens, resolve_options
+from tinyllava.parts.families import VISION_FAMILIES
 from tinyllava.parts.folders import check_checkpoint, read_config, recorded_model
-from tinyllava.parts.language import LanguageModel, find_language_model, template_name
-from tinyllava.parts.templates import read_template, template_names
-from tinyllava.parts.vision import ONLY_CONVOLUTIONS, VisionEncoder, find_vision_encoder
+from tinyllava.parts.language import LanguageModel
+from tinyllava.parts.resolve import Found, find_parts
+from tinyllava.parts.templates import Template
+from tinyllava.parts.vision import VisionEncoder
 from tinyllava.planning import rules
-from tinyllava.planning.rules import Parts, literal_tokens
-
-T = TypeVar("T")
+from tinyllava.planning.rules import Limits, literal_tokens
 
 TRACKERS = (
     "tensorboard",
@@ -55,12 +53,12 @@ def check(run: Run, *, on_this_machine: bool = True) -> None:
 def find_problems(run: Run, *, on_this_machine: bool = True) -> list[str]:
     """Return what is wrong with a run, in words; see ``check``."""
     problems: list[str] = []
-    parts = _checkpoint_parts(run, problems) or _find_parts(run, problems)
+    limits = _limits_of_checkpoint(run, problems) or _limits_of_parts(run, problems)
     problems += _run_problems(run)
     trained_before = bool(run.start_from)
     for name, stage in run.stages.items():
         for rule in rules.RULES:
-            problems += [f"stages.{name}.{problem}" for problem in rule(stage, parts)]
+            problems += [f"stages.{name}.{problem}" for problem in rule(stage, limits)]
         problems += [f"stages.{name}.{p}" for p in rules.source_problems(stage, trained_before)]
         problems += [f"stages.{name}.{p}" for p in rules.hardware_problems(stage, run.hardware)]
         trained_before = trained_before or stage.connector.trains
@@ -70,8 +68,8 @@ def find_problems(run: Run, *, on_this_machine: bool = True) -> list[str]:
     return problems
 
 
-def _checkpoint_parts(run: Run, problems: list[str]) -> Parts | None:
-    """Describe the parts of the checkpoint that a run starts from; None if there is none to be read."""
+def _limits_of_checkpoint(run: Run, problems: list[str]) -> Limits | None:
+    """Return what the checkpoint that a run starts from allows; None if there is none to be read."""
     folder = Path(run.start_from)
     if not run.start_from or not (folder / "config.json").is_file():
         return None
@@ -79,7 +77,7 @@ def _checkpoint_parts(run: Run, problems: list[str]) -> Parts | None:
         recorded, config = recorded_model(folder), read_config(folder)
     except TinyLlavaError as error:
         problems.append(f"start_from: {error}")
-        return Parts(num_layers={"connector": 0}, language="", context_tokens=None, num_image_tokens=None)
+        return Limits(num_layers={"connector": 0}, language="", context_tokens=None, num_image_tokens=None)
     if run.model.connector != recorded.connector:
         problems.append(
             f"model.connector = {run.model.connector!r}: the checkpoint {folder} has {recorded.connector!r}; "
@@ -87,7 +85,7 @@ def _checkpoint_parts(run: Run, problems: list[str]) -> Parts | None:
         )
     text, vision = config.get("text_config", {}), config.get("vision_config", {})
     is_cnn = config.get("encoder_kind") == "cnn"
-    return Parts(
+    return Limits(
         num_layers={
             "vision_encoder": 0 if is_cnn else vision.get("num_hidden_layers"),
             "connector": 0,
@@ -100,36 +98,19 @@ def _checkpoint_parts(run: Run, problems: list[str]) -> Parts | None:
     )
 
 
-def _find_parts(run: Run, problems: list[str]) -> Parts:
+def _limits_of_parts(run: Run, problems: list[str]) -> Limits:
     """Look the parts up; a part that is not there is a problem, and the rules about it are left out."""
-
-    def found(field: str, look: Callable[[], T], value: str = "given") -> T | None:
-        if run.start_from and not value:  # the checkpoint brings its own
-            return None
-        try:
-            return look()
-        except TinyLlavaError as error:
-            problems.append(f"{field}: {error}")
-            return None
-
-    model = run.model
-    vision_encoder, language_model = model.vision_encoder, model.language_model
-    encoder = found(
-        "model.vision_encoder", lambda: find_vision_encoder(vision_encoder, model.code), vision_encoder
-    )
-    language = found(
-        "model.language_model", lambda: find_language_model(language_model, model.template), language_model
-    )
-    options = found("model.connector", lambda: resolve_options(model.connector, model.connector_options))
-    num_image_tokens = None
-    if encoder and options is not None:
-        num_patches = encoder.num_patches(model.image_size_px)
-        num_image_tokens = found(
-            "model.connector_options", lambda: num_tokens(model.connector, num_patches, options)
-        )
-    problems += _model_problems(model, encoder, language)
+    model, found = run.model, find_parts(run.model)
+    problems += [
+        f"model.{name}: empty; give a name or a folder (`tinyllava show` lists names)."
+        for name in ("vision_encoder", "language_model")
+        if not getattr(model, name) and not run.start_from  # a checkpoint brings its own
+    ]
+    problems += [f"model.{name}: {error}" for name, error in found.errors.items()]
+    encoder, language = found.encoder, found.language
+    problems += _model_problems(model, found)
     problems += _image_processor_problems(model, encoder)
-    return Parts(
+    return Limits(
         num_layers={
             "vision_encoder": encoder.num_kept_layers if encoder else None,
             "connector": 0,
@@ -137,26 +118,23 @@ def _find_parts(run: Run, problems: list[str]) -> Parts:
         },
         language=language.name if language else "",
         context_tokens=language.context_tokens if language else None,
-        num_image_tokens=num_image_tokens,
+        num_image_tokens=found.num_image_tokens,
         without_linears=_without_linears(encoder.family if encoder else ""),
     )
 
 
 def _without_linears(family: str) -> tuple[Component, ...]:
-    return ("vision_encoder",) if family in ONLY_CONVOLUTIONS else ()
+    known = VISION_FAMILIES.get(family)
+    return ("vision_encoder",) if known and not known.has_linears else ()
 
 
-def _model_problems(
-    model: ModelConfig, encoder: VisionEncoder | None, language: LanguageModel | None
-) -> Iterator[str]:
-    if encoder:
-        yield from _size_problems(model.image_size_px, encoder)
+def _model_problems(model: ModelConfig, found: Found) -> Iterator[str]:
+    if found.encoder:
+        yield from _size_problems(model.image_size_px, found.encoder)
     if model.template == "caption":
         yield "model.template = 'caption': it drops every question; it is a stage's template, not a model's."
-    elif model.template and model.template not in template_names():
-        yield f"model.template = {model.template!r}: no such template; known: {', '.join(template_names())}."
-    elif language:
-        yield from _template_problems(template_name(language, model.template, model.code), language)
+    elif found.language and found.template:
+        yield from _template_problems(found.template, found.language)
 
 
 def _size_problems(image_size_px: int, encoder: VisionEncoder) -> Iterator[str]:
@@ -169,13 +147,14 @@ def _size_problems(image_size_px: int, encoder: VisionEncoder) -> Iterator[str]:
         )
 
 
-def _template_problems(name: str, language: LanguageModel) -> Iterator[str]:
+def _template_problems(template: Template, language: LanguageModel) -> Iterator[str]:
     """A template that writes marks of its own needs a tokenizer that knows them and stops at them."""
-    literals = literal_tokens(read_template(name))
+    literals = literal_tokens(template.text)
     if literals and language.eos_token not in literals:
         yield (
-            f"model.template = {name!r}: it writes {' or '.join(sorted(literals))}, but the tokenizer "
-            f"of {language.name} ends with {language.eos_token!r}; leave it empty ({language.template!r})."
+            f"model.template = {template.name!r}: it writes {' or '.join(sorted(literals))}, but the "
+            f"tokenizer of {language.name} ends with {language.eos_token!r}; leave it empty "
+            f"({language.template!r})."
         )
 
 

@@ -9,6 +9,7 @@ docs/memory.md compares the estimate with measured peaks.
 from dataclasses import dataclass, replace
 
 from tinyllava.config import Stage, Tune
+from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES, LanguageFamily, VisionFamily
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
 from tinyllava.planning.sizes import PartSize
@@ -20,11 +21,13 @@ In 8 bits one fp32 scale for each row is left out. 16 means not quantised, which
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class PlannedParts:
     """The three components of a model: what they are and how large."""
 
     encoder: VisionEncoder
     language: LanguageModel
+    template: str
+    """Name of the model's prompt template."""
     encoder_size: PartSize
     connector_size: PartSize
     language_size: PartSize
@@ -44,7 +47,7 @@ def count_trained(size: PartSize, tune: Tune) -> int:
     if tune.kind == "full":
         return size.total - size.behind
     if tune.kind == "from_layer":
-        return size.per_layer * max(0, size.num_layers - tune.first_layer)
+        return sum(size.layers[tune.first_layer :])
     return tune.rank * size.adapted_widths if tune.kind == "lora" else 0
 
 
@@ -69,7 +72,7 @@ class Memory:
 
 
 def estimate_memory(
-    parts: Parts,
+    parts: PlannedParts,
     stage: Stage,
     *,
     batch: int,
@@ -107,7 +110,7 @@ def estimate_memory(
     )
 
 
-def _tuned(parts: Parts, stage: Stage) -> list[tuple[PartSize, Tune]]:
+def _tuned(parts: PlannedParts, stage: Stage) -> list[tuple[PartSize, Tune]]:
     return [
         (parts.encoder_size, stage.vision_encoder),
         (parts.connector_size, stage.connector),
@@ -124,18 +127,18 @@ def _weight_bytes(size: PartSize, tune: Tune) -> int:
     return int(held * BITS_BYTES[tune.bits] + (size.total - held + adapters) * FLOAT_BYTES)
 
 
-def _largest_unit(parts: Parts) -> int:
+def _largest_unit(parts: PlannedParts) -> int:
     """Parameters that are gathered at once when sharded: the embedding, or two layers, one fetched ahead."""
     embedding = parts.language.vocab_size * parts.language.width
-    return max(embedding, 2 * parts.language_size.per_layer)
+    return max(embedding, 2 * max(parts.language_size.layers, default=0))
 
 
-def _cast_weights(parts: Parts, stage: Stage) -> int:
+def _cast_weights(parts: PlannedParts, stage: Stage) -> int:
     """Weights whose bf16 casts the backward pass keeps: those that a gradient passes."""
     encoder = count_trained(parts.encoder_size, stage.vision_encoder)
     head = parts.language.vocab_size * parts.language.width
-    per_layer = parts.language_size.per_layer if stage.language_model.bits == 16 else 0  # else made anew
-    language = per_layer * parts.language_size.num_layers + head
+    layers = sum(parts.language_size.layers) if stage.language_model.bits == 16 else 0  # else made anew
+    language = layers + head
     return encoder + parts.connector_size.total + language
 
 
@@ -144,7 +147,7 @@ def _logit_bytes(language: LanguageModel, bf16: bool) -> int:
     return language.vocab_size * (3 * FLOAT_BYTES + (HALF_BYTES if bf16 else 0))
 
 
-def _sample_bytes(parts: Parts, stage: Stage, num_tokens: int, bf16: bool, checkpointing: bool) -> int:
+def _sample_bytes(parts: PlannedParts, stage: Stage, num_tokens: int, bf16: bool, checkpointing: bool) -> int:
     """Bytes that one sample's forward pass keeps outside the head."""
     language, width = parts.language, parts.language.width
     layer = num_tokens * _decoder_layer_bytes(language, stage.language_model, bf16)
@@ -165,54 +168,58 @@ def _decoder_layer_bytes(language: LanguageModel, tune: Tune, bf16: bool) -> int
     input where it is trained; attention its three inputs and its output; the feed-forward block what its
     activation and its product need. With bf16 each linear layer keeps a cast of its input of its own.
     """
-    width, mlp = language.width, language.mlp_width
-    head_width = language.head_width or width // language.num_heads
-    queries, keys = language.num_heads * head_width, language.num_kv_heads * head_width
+    width, mlp, family = language.width, language.mlp_width, _family(language)
     item = HALF_BYTES if bf16 else FLOAT_BYTES
-    is_phi = language.family == "phi"
     weights_trained = tune.kind in ("full", "from_layer")
-    num_norms = 1 if is_phi else 2
-    rms = language.family not in ("phi", "stablelm")
-    norms = num_norms * width * FLOAT_BYTES * (2 if weights_trained and rms else 1)
-    num_casts = (4 if is_phi else 5) if bf16 else num_norms
+    is_rms = family.norm_rows == 1
+    norms = family.norms * width * FLOAT_BYTES * (2 if weights_trained and is_rms else 1)
+    num_casts = _num_readers(family) if bf16 else family.norms
     # In 8 bits bitsandbytes keeps inputs too, the same tensor as adapters do without cast and dropout.
     keeps_inputs = weights_trained or (tune.bits == 8 and (bf16 or tune.dropout > 0))
     inputs = num_casts * width * item if keeps_inputs else 0
-    attention = (2 * queries + 2 * keys) * item
-    total = norms + inputs + attention + mlp * _feed_forward_bytes(is_phi, keeps_inputs, bf16)
+    attention = (2 * language.num_queries + 2 * language.num_keys) * item
+    total = norms + inputs + attention + mlp * _feed_forward_bytes(family, keeps_inputs, bf16)
     if tune.kind == "lora":
-        total += _adapter_bytes(language, tune, queries, bf16)
+        total += _adapter_bytes(language, tune, bf16)
     return total
 
 
-def _adapter_bytes(language: LanguageModel, tune: Tune, queries: int, bf16: bool) -> int:
+def _family(language: LanguageModel) -> LanguageFamily:
+    """Return the record of a language model; what a layer of an unknown family keeps is only an estimate.
+
+    Its parameters are counted (``language_model_size``). Its activations are taken for those of a gated
+    block of its widths, which keeps the most; ``tinyllava show`` says so.
+    """
+    return LANGUAGE_FAMILIES.get(language.family, LanguageFamily())
+
+
+def _num_readers(family: LanguageFamily) -> int:
+    """Linear layers of a layer that read the residual stream: three of attention, one or two behind it."""
+    return 3 + (2 if family.gated else 1)
+
+
+def _adapter_bytes(language: LanguageModel, tune: Tune, bf16: bool) -> int:
     """Bytes that the adapters of a layer keep for each token: inputs, and what is between the two factors.
 
     With dropout each linear layer keeps its own dropped input and a mask: bytes on a GPU, fp32 on a CPU.
     """
-    is_phi = language.family == "phi"
-    between = (6 if is_phi else 7) * tune.rank * FLOAT_BYTES
+    family = _family(language)
+    num_readers = _num_readers(family)
+    between = (num_readers + 2) * tune.rank * FLOAT_BYTES  # and the two that write into the stream
     if not tune.dropout:
-        return between + ((1 if is_phi else 2) * language.width + language.mlp_width) * FLOAT_BYTES
-    inputs = (4 if is_phi else 5) * language.width + queries + language.mlp_width
+        return between + (family.norms * language.width + language.mlp_width) * FLOAT_BYTES
+    inputs = num_readers * language.width + language.num_queries + language.mlp_width
     return between + inputs * (FLOAT_BYTES + (1 if bf16 else FLOAT_BYTES))
 
 
-def _feed_forward_bytes(is_phi: bool, keeps_inputs: bool, bf16: bool) -> int:
+def _feed_forward_bytes(family: LanguageFamily, keeps_inputs: bool, bf16: bool) -> int:
     """Bytes for each column of the block.
 
     Gate, its SiLU, up and their product; Phi's tanh GELU keeps four steps, three of them in fp32.
     """
     item = HALF_BYTES if bf16 else FLOAT_BYTES
-    kept = 3 * FLOAT_BYTES + item if is_phi else 3 * item
+    kept = 3 * item if family.gated else 3 * FLOAT_BYTES + item
     return kept + (item if keeps_inputs else 0)
-
-
-_VALUES_PER_PIXEL = {"efficientnet_lite": 540, "resnet": 430}
-"""What training keeps of a CNN for each pixel of an image, counted in EfficientNet-Lite2 and ResNet-50.
-
-A family that was not counted is taken as the larger of them.
-"""
 
 
 def _cnn_values(encoder: VisionEncoder) -> float:
@@ -221,14 +228,16 @@ def _cnn_values(encoder: VisionEncoder) -> float:
     Its input, what goes into and comes out of norm, convolution and scale, and the inner layer four times as
     wide before and after its activation (and after the normalisation of version 2).
     """
+    family = VISION_FAMILIES.get(encoder.family, VisionFamily())
     if not encoder.stages:
-        return _VALUES_PER_PIXEL.get(encoder.family, max(_VALUES_PER_PIXEL.values()))
-    widths = 20 if encoder.family == "convnextv2" else 12
+        counted = (known.values_per_pixel for known in VISION_FAMILIES.values())
+        return family.values_per_pixel or max(counted)  # one that was not counted: the largest of them
+    widths = family.block_values or max(known.block_values for known in VISION_FAMILIES.values())
     cells: list[float] = [1 / (4 << stage) ** 2 for stage in range(len(encoder.stages))]
     return sum(n * widths * width * cell for (n, width), cell in zip(encoder.stages, cells, strict=True))
 
 
-def _encoder_bytes(parts: Parts, tune: Tune, bf16: bool) -> int:
+def _encoder_bytes(parts: PlannedParts, tune: Tune, bf16: bool) -> int:
     """Bytes that a trained encoder keeps for one image; a frozen one keeps nothing."""
     encoder = parts.encoder
     if not tune.trains:
@@ -240,7 +249,7 @@ def _encoder_bytes(parts: Parts, tune: Tune, bf16: bool) -> int:
         return int(_cnn_values(encoder) * encoder.image_size_px**2 * item)
     num_layers = encoder.num_kept_layers - (tune.first_layer if tune.kind == "from_layer" else 0)
     tokens = parts.num_patches + encoder.num_prefix_tokens
-    num_mlp = 4 if encoder.family.startswith("clip") else 2  # CLIP's approximate GELU keeps two more
+    num_mlp = VISION_FAMILIES.get(encoder.family, VisionFamily()).mlp_values
     casts = 6 if bf16 else 2
     return (
         num_layers

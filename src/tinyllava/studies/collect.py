@@ -152,10 +152,10 @@ def _count(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def _image_tokens(cell: SeededCell) -> int:
     from tinyllava.errors import TinyLlavaError
-    from tinyllava.planning.plan import find_parts
+    from tinyllava.planning.plan import plan_parts
 
     try:
-        return find_parts(cell.cell.run).num_image_tokens
+        return plan_parts(cell.cell.run).num_image_tokens
     except TinyLlavaError:
         return 0
 

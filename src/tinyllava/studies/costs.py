@@ -13,7 +13,7 @@ from tinyllava.config import FROZEN, Stage
 from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.errors import TinyLlavaError
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.planning.plan import GPUS, UTILISATION, count_flops, find_parts, plan_run
+from tinyllava.planning.plan import GPUS, UTILISATION, count_flops, plan_parts, plan_run
 from tinyllava.studies.graph import Node, read_once
 from tinyllava.studies.grid import Costs
 
@@ -86,7 +86,7 @@ def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
     if node.limit and BENCHMARKS[node.name].num_questions:
         count = min(node.limit, BENCHMARKS[node.name].num_questions)
     try:
-        parts = find_parts(node.run)
+        parts = plan_parts(node.run)
     except (TinyLlavaError, AttributeError):
         return Cost()
     stage = list(node.run.stages.values())[-1]

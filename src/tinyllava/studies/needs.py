@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
-from tinyllava.errors import TinyLlavaError, look_up
+from tinyllava.config import ModelConfig
+from tinyllava.errors import look_up
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.files import check_files
-from tinyllava.parts.language import find_language_model
-from tinyllava.parts.vision import find_vision_encoder
+from tinyllava.parts.resolve import find_parts
 from tinyllava.planning.check import find_problems
 from tinyllava.planning.plan import GPUS, UTILISATION
 from tinyllava.studies.costs import Cost, Machine, correct, duration, expect, learn
@@ -123,13 +123,12 @@ def missing_weights(vision_encoder: str, language_model: str) -> list[str]:
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         return []
     missing = []
-    for find, name in ((find_vision_encoder, vision_encoder), (find_language_model, language_model)):
-        try:
-            path = find(name).path
-        except TinyLlavaError:
-            continue  # said among the problems of the run
-        if not Path(path).is_dir() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
-            missing.append(f"{name}: the weights {path} are not in the cache, and HF_HUB_OFFLINE is set")
+    found = find_parts(ModelConfig(vision_encoder=vision_encoder, language_model=language_model))
+    for name, part in ((vision_encoder, found.encoder), (language_model, found.language)):
+        if part is None or Path(part.path).is_dir():
+            continue  # what is not found is said among the problems of the run
+        if not isinstance(try_to_load_from_cache(part.path, "config.json"), str):
+            missing.append(f"{name}: the weights {part.path} are not in the cache, and HF_HUB_OFFLINE is set")
     return missing
 
 

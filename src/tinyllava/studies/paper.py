@@ -12,8 +12,7 @@ from tinyllava.config import Run
 from tinyllava.data.mixtures import MIXTURES
 from tinyllava.errors import ConfigError, look_up
 from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS
-from tinyllava.parts.language import find_language_model
-from tinyllava.parts.vision import find_vision_encoder
+from tinyllava.parts.resolve import known_parts
 from tinyllava.recipes.recipe import DATASETS
 from tinyllava.recipes.user import USER_MODULE, execute_file
 from tinyllava.recipes.variants import ABLATIONS, PREFIX, VARIANTS, variant
@@ -116,8 +115,9 @@ def list_table_1() -> Rows:
     """Return the parts of Table 1: as printed, and with our path and number of parameters."""
     rows: Rows = [("part", "name", "path printed", "size printed", "path here", "parameters here")]
     for kind, name, abbreviation, path, size in published_table("table-1").rows:
-        find = find_vision_encoder if kind == "Vision encoder" else find_language_model
-        part = find(abbreviation)
+        encoder, language = known_parts(abbreviation, abbreviation)
+        part = encoder if kind == "Vision encoder" else language
+        assert part is not None
         rows.append((kind, name, path, size, part.path, f"{part.num_parameters:,}"))
     return rows
 

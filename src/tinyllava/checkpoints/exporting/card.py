@@ -6,7 +6,6 @@ Everything in it comes from files beside the checkpoint: config.json, run.json, 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -17,9 +16,9 @@ from tinyllava.evaluation.results import Metric, Result, ResultTable
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.parts.folders import read_config
 from tinyllava.parts.language import LANGUAGE_MODELS, LanguageModel
-from tinyllava.parts.vision import VISION_ENCODERS, VisionEncoder, join_encoders
+from tinyllava.parts.resolve import known_parts
+from tinyllava.parts.vision import VISION_ENCODERS, VisionEncoder
 
-Part = TypeVar("Part", VisionEncoder, LanguageModel)
 _UNKNOWN = "not recorded"
 _SUMMARY = (
     "A small multimodal model that answers questions about images: vision encoder, connector, small "
@@ -135,35 +134,19 @@ def _parts(
 
     A local folder is one of the table by its name where width and depth agree too.
     """
-    model, names = provenance.run.model if provenance.run else None, provenance.names
-    encoder = model.vision_encoder if model else names["vision_encoder"]
-    language = model.language_model if model else names["language_model"]
-    found: dict[str, VisionEncoder | LanguageModel | None] = {
-        "vision_encoder": _find(VISION_ENCODERS, encoder) or _fused(encoder),
-        "language_model": _find(LANGUAGE_MODELS, language),
-    }
+    named = vars(provenance.run.model) if provenance.run else provenance.names
+    encoder, language = known_parts(named["vision_encoder"], named["language_model"])
     local = _given_names(provenance)
-    for row in VISION_ENCODERS.values() if found["vision_encoder"] is None else ():
+    for row in VISION_ENCODERS.values() if encoder is None else ():
         is_named = local["vision_encoder"].startswith((row.path.rpartition("/")[2], f"{row.name}-"))
         if is_named and built.config.vision_width == row.width:
-            found["vision_encoder"] = row
+            encoder = row
     text = built.config.text_config
-    for model_row in LANGUAGE_MODELS.values() if found["language_model"] is None else ():
+    for model_row in LANGUAGE_MODELS.values() if language is None else ():
         is_same = (text.hidden_size, text.num_hidden_layers) == (model_row.width, model_row.num_layers)
         if local["language_model"] == model_row.path.rpartition("/")[2] and is_same:
-            found["language_model"] = model_row
-    return found
-
-
-def _find(table: dict[str, Part], name: str) -> Part | None:
-    return next((part for part in table.values() if name in (part.name, part.abbreviation, part.path)), None)
-
-
-def _fused(name: str) -> VisionEncoder | None:
-    """Return the encoder that two of the table make, ``DINOv2+SigLIP``."""
-    members = [_find(VISION_ENCODERS, member) for member in name.split("+")]
-    found = [member for member in members if member]
-    return join_encoders(*found) if len(found) == len(members) == 2 else None
+            language = model_row
+    return {"vision_encoder": encoder, "language_model": language}
 
 
 def _parts_table(

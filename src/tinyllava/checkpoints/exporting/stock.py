@@ -18,9 +18,9 @@ from tinyllava.errors import CheckpointError
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.parts.families import VISION_FAMILIES
 
-# The encoders that vLLM's LLaVA has; it reads them under a leading vision_model.
-_VLLM_ENCODERS = ("clip_vision_model", "siglip_vision_model")
+_VLLM_ENCODERS = [name for name, family in VISION_FAMILIES.items() if family.in_vllm]
 _HUB_NAMES = {"language_model": "language_model.model", "lm_head": "language_model.lm_head"}
 
 
@@ -97,10 +97,7 @@ def stock_tensors(model: TinyLlavaForConditionalGeneration) -> dict[str, Tensor]
         part, _, inner = name.removeprefix("model.").partition(".")
         if part == "vision_tower" and has_prefix and not inner.startswith("vision_model."):
             inner = f"vision_model.{inner}"
-        prefix = {"language_model": "language_model.model", "lm_head": "language_model.lm_head"}.get(
-            part, part
-        )
-        tensors[f"{prefix}.{inner}"] = tensor
+        tensors[f"{_HUB_NAMES.get(part, part)}.{inner}"] = tensor
     return tensors
 
 

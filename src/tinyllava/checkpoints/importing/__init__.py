@@ -8,7 +8,7 @@ import torch
 
 from tinyllava.checkpoints.importing import factory, flat, stock
 from tinyllava.checkpoints.importing.build import ImportReport, build
-from tinyllava.checkpoints.importing.parts import Given, Parts, fetch
+from tinyllava.checkpoints.importing.parts import Given, SourceParts, fetch
 from tinyllava.errors import CheckpointError
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
 from tinyllava.parts.folders import check_new_folder, read_config, written_whole
@@ -49,7 +49,7 @@ def import_checkpoint(
     return report
 
 
-def read_parts(source: str | Path, given: Given) -> Parts:
+def read_parts(source: str | Path, given: Given) -> SourceParts:
     """Recognise a checkpoint by its config.json and take it apart.
 
     Raises:
@@ -59,7 +59,7 @@ def read_parts(source: str | Path, given: Given) -> Parts:
     config = read_config(_config_folder(path))
     for kind in (flat, factory, stock):
         if kind.recognises(config):
-            parts: Parts = kind.read(path, config, given)
+            parts: SourceParts = kind.read(path, config, given)
             return parts
     model_type = config.get("model_type")
     if model_type == "tinyllava":

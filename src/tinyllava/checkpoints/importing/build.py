@@ -14,20 +14,22 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from tinyllava.checkpoints.importing.parts import Parts, hub_name, recognise_template
+from tinyllava.checkpoints.importing.parts import SourceParts, hub_name, recognise_template
 from tinyllava.checkpoints.importing.processor import load_processor
 from tinyllava.checkpoints.importing.tensors import Tensors, count, drop
-from tinyllava.config import ModelConfig
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.assemble import greedy_generation, make_config, make_room_for_image_token
 from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.connectors import build_connector
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
-from tinyllava.parts.connectors import build_connector, num_tokens
+from tinyllava.parts.connectors import find_connector, num_tokens, resolve_options
+from tinyllava.parts.families import VISION_FAMILIES
+from tinyllava.parts.language import SIZES, LanguageModel, describe_config
+from tinyllava.parts.resolve import Parts
+from tinyllava.parts.templates import Template
 from tinyllava.parts.vision import VisionEncoder
 
-# Encoders that the importable code bases know, and the outputs in front of the patches (CLS).
-_NUM_CLS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
 _LAYER = re.compile(r"(?:^|\.)encoder\.layers?\.(\d+)\.")
 _WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Settings of old configs that transformers moves to their new place by itself.
@@ -67,7 +69,7 @@ class ImportReport:
 
 
 def build(
-    parts: Parts, dtype: torch.dtype | None
+    parts: SourceParts, dtype: torch.dtype | None
 ) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, ImportReport]:
     """Return model, processor and account; ``dtype`` None keeps the widest of the source's types.
 
@@ -120,7 +122,7 @@ def build(
     return model, processor, report
 
 
-def _widest_type(parts: Parts, dtype: torch.dtype | None) -> torch.dtype:
+def _widest_type(parts: SourceParts, dtype: torch.dtype | None) -> torch.dtype:
     """Return the given type, or the one that holds every tensor without loss.
 
     Raises:
@@ -149,7 +151,7 @@ def _refuse_infinities(model: nn.Module, where: str) -> None:
         )
 
 
-def _make_text_config(parts: Parts) -> Any:
+def _make_text_config(parts: SourceParts) -> Any:
     """Make the language model's own config out of one that also describes the rest."""
     family = str(parts.text_config.get("model_type", "llama"))
     if family not in CONFIG_MAPPING:
@@ -165,7 +167,7 @@ def _make_text_config(parts: Parts) -> Any:
         ) from error
 
 
-def _drop_duplicate_head(parts: Parts, text_config: Any) -> list[str]:
+def _drop_duplicate_head(parts: SourceParts, text_config: Any) -> list[str]:
     """Where head and embedding share their rows, a second copy must be the same and is not needed."""
     head, embedding = parts.text.get("lm_head.weight"), parts.text.get("model.embed_tokens.weight")
     if not text_config.tie_word_embeddings or head is None or embedding is None:
@@ -178,14 +180,14 @@ def _drop_duplicate_head(parts: Parts, text_config: Any) -> list[str]:
     return drop(parts.text, r"^lm_head\.weight$")
 
 
-def _load_encoder(parts: Parts, dtype: torch.dtype) -> tuple[nn.Module, VisionEncoder, list[str]]:
+def _load_encoder(parts: SourceParts, dtype: torch.dtype) -> tuple[nn.Module, VisionEncoder, list[str]]:
     """Return the encoder cut at its feature layer, its description, and the names of what was cut."""
     values, where = parts.vision_config, f"{parts.where}: vision encoder"
     family = str(values.get("model_type", "clip_vision_model"))
-    if family not in _NUM_CLS:
-        raise CheckpointError(
-            f"{where}: model_type {family!r} cannot be imported; allowed: {', '.join(_NUM_CLS)}."
-        )
+    known = [name for name, record in VISION_FAMILIES.items() if record.kind == "transformer"]
+    if family not in known:
+        allowed = ", ".join(known)
+        raise CheckpointError(f"{where}: model_type {family!r} cannot be imported; allowed: {allowed}.")
     config = _make_vision_config(family, values, where)
     total, layer = config.num_hidden_layers, parts.feature_layer
     num_kept = parts.num_vision_layers or (total + 1 + layer if layer < 0 else layer)
@@ -202,6 +204,8 @@ def _load_encoder(parts: Parts, dtype: torch.dtype) -> tuple[nn.Module, VisionEn
         abbreviation=family,
         path="",
         kind="transformer",
+        family=family,
+        any_size=VISION_FAMILIES[family].any_size,
         image_size_px=config.image_size,
         patch_size_px=config.patch_size,
         width=config.hidden_size,
@@ -213,8 +217,8 @@ def _load_encoder(parts: Parts, dtype: torch.dtype) -> tuple[nn.Module, VisionEn
 
 
 def _at_size(encoder: VisionEncoder, side_px: int, where: str) -> VisionEncoder:
-    """Return the encoder at the side of its images; DINOv2 alone interpolates its positions."""
-    if encoder.name != "dinov2" and side_px != encoder.image_size_px:
+    """Return the encoder at the side of its images, which may be another where positions are interpolated."""
+    if not encoder.any_size and side_px != encoder.image_size_px:
         raise CheckpointError(
             f"{where}: the image processor makes images of {side_px} pixels, the encoder takes "
             f"{encoder.image_size_px}; give the folder of the right encoder: --vision-encoder DIR."
@@ -263,7 +267,7 @@ def _load_part(auto_class: Any, config: Any, tensors: Tensors, dtype: torch.dtyp
     return part
 
 
-def _load_language_model(parts: Parts, config: Any, dtype: torch.dtype) -> Any:
+def _load_language_model(parts: SourceParts, config: Any, dtype: torch.dtype) -> Any:
     """Load the language model, its head without the bias where the source's class has none."""
     where, tensors = f"{parts.where}: language model", dict(parts.text)
     if parts.has_head_bias or config.model_type != "phi":
@@ -283,13 +287,13 @@ def _scale_images(connector: Any, config: TinyLlavaConfig) -> None:
         parameter *= text_config.hidden_size**0.5
 
 
-def _template_name(parts: Parts, processor: TinyLlavaProcessor) -> str:
+def _template_name(parts: SourceParts, processor: TinyLlavaProcessor) -> str:
     if "{" in parts.template:
         return "the source's own"
     return parts.template or recognise_template(processor.tokenizer, parts.where)
 
 
-def _load_connector(parts: Parts, config: TinyLlavaConfig) -> nn.Module:
+def _load_connector(parts: SourceParts, config: TinyLlavaConfig) -> nn.Module:
     language: Any = config.text_config
     found = parts.connector
     try:
@@ -333,25 +337,39 @@ def _refuse_misfits(
 
 
 def _describe(
-    parts: Parts, encoder: VisionEncoder, vision_tower: Any, llm: Any, tokenizer: Any
+    parts: SourceParts, encoder: VisionEncoder, vision_tower: Any, llm: Any, tokenizer: Any
 ) -> TinyLlavaConfig:
-    model = ModelConfig(
-        vision_encoder=encoder.name,
-        language_model=llm.config.model_type,
-        connector=parts.connector.name,
-        connector_options=parts.connector.options,
-        image_aspect=parts.image_aspect,
-    )
-    config = make_config(model, encoder, vision_tower.config, llm, tokenizer)
+    connector = find_connector(parts.connector.name)
+    options = resolve_options(connector, parts.connector.options)
     # What is dropped in front need not be what the encoder puts there: Factory drops SigLIP's first patch.
-    config.num_patches = encoder.num_patches() + _NUM_CLS[encoder.name] - parts.num_prefix_tokens
-    config.image_seq_length = num_tokens(parts.connector.name, config.num_patches, parts.connector.options)
+    num_outputs = encoder.num_patches() + VISION_FAMILIES[encoder.family].num_prefix_tokens
+    num_patches = num_outputs - parts.num_prefix_tokens
+    found = Parts(
+        encoder=encoder,
+        connector=connector,
+        connector_options=options,
+        language=_describe_language(parts, llm, tokenizer),
+        template=Template(name="", text=parts.template),
+        num_patches=num_patches,
+        num_image_tokens=num_tokens(connector, num_patches, options),
+    )
+    config = make_config(found, vision_tower.config, llm, tokenizer)
     if parts.image_token_id not in (None, config.image_token_id):
         raise CheckpointError(
             f"{parts.where}: config.json says that <image> is token {parts.image_token_id}, the tokenizer "
             f"says {config.image_token_id}; give the folder with the right tokenizer: --language-model DIR."
         )
     return config
+
+
+def _describe_language(parts: SourceParts, llm: Any, tokenizer: Any) -> LanguageModel:
+    return describe_config(
+        llm.config.to_dict() | {name: getattr(llm.config, name) for name in SIZES},
+        name=llm.config.model_type,
+        path=hub_name(parts.language_name),
+        template="",
+        eos_token=tokenizer.eos_token,
+    )
 
 
 def _is_constant(name: str) -> bool:

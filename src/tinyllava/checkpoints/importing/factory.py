@@ -16,7 +16,7 @@ from tinyllava.checkpoints.importing.connectors import (
 )
 from tinyllava.checkpoints.importing.parts import (
     Given,
-    Parts,
+    SourceParts,
     choose_template,
     find_part,
     read_aspect,
@@ -45,7 +45,7 @@ def recognises(config: dict[str, Any]) -> bool:
     return config.get("model_type") == "tinyllava" and "llm_model_name_or_path" in config
 
 
-def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
+def read(source: Path, config: dict[str, Any], given: Given) -> SourceParts:
     """Take a checkpoint of this kind apart.
 
     Raises:
@@ -68,7 +68,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
     projector = {name.removeprefix("_connector."): tensor for name, tensor in projector.items()}
     connector = _connector(config, projector, where)
     family = str(text_config.get("model_type", "llama"))
-    return Parts(
+    return SourceParts(
         kind=f"TinyLLaVA Factory, {form}",
         where=where,
         text_config=text_config,

@@ -13,7 +13,7 @@ from tinyllava.checkpoints.importing.adapters import merge_lora, read_adapter, s
 from tinyllava.checkpoints.importing.connectors import Found, bench_resampler, name_connector
 from tinyllava.checkpoints.importing.parts import (
     Given,
-    Parts,
+    SourceParts,
     choose_template,
     find_base,
     find_part,
@@ -32,6 +32,7 @@ from tinyllava.checkpoints.importing.tensors import (
 )
 from tinyllava.errors import CheckpointError
 from tinyllava.model.tokenizer import has_tokenizer
+from tinyllava.parts.families import VISION_FAMILIES
 from tinyllava.parts.folders import read_config
 
 # config.json's model_type, and the family of transformers that the language model belongs to.
@@ -45,7 +46,12 @@ _LLAVA = {
     "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2",
     "llava_qwen2": "qwen2",
 }  # fmt: skip
-_VISION_FAMILIES = ("clip_vision_model", "siglip_vision_model", "clip", "siglip")
+_VISION_TYPES = [
+    name.removesuffix(ending)
+    for name, family in VISION_FAMILIES.items()
+    for ending in ("", "_vision_model")
+    if family.image_processor  # CLIP and SigLIP, alone or with their text half
+]
 _VISION_NAMES = {"vision_model.": "", "": ""}
 _TOWER = {"model.vision_tower.vision_tower.": ""}
 _CONNECTOR = {"model.mm_projector.": ""}
@@ -60,7 +66,7 @@ def recognises(config: dict[str, Any]) -> bool:
     return config.get("model_type") in {**_BENCH, **_LLAVA} and "mm_projector_type" in config
 
 
-def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
+def read(source: Path, config: dict[str, Any], given: Given) -> SourceParts:
     """Take a checkpoint of this kind apart; ``source`` is its folder or the file of a connector.
 
     Raises:
@@ -92,7 +98,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
     is_siglip = "siglip" in vision_config.get("model_type", "siglip")
     if is_siglip and not is_bench:
         raise CheckpointError(f"{source}: LLaVA-1.5 with a SigLIP encoder; the original code has CLIP only.")
-    return Parts(
+    return SourceParts(
         kind=f"{'TinyLLaVABench' if is_bench else 'LLaVA-1.5'}, {form}",
         where=str(source),
         text_config={_OLD_KEYS.get(key, key): value for key, value in config.items()}
@@ -174,7 +180,7 @@ def _encoder_folder(folder: Path, config: dict[str, Any], given: Given) -> Path:
     """Return the folder with the encoder's config: given, inside the checkpoint, or named by it."""
     if given.vision_encoder is None:
         for inner in sorted(path.parent for path in folder.glob("*/config.json")):
-            if read_config(inner).get("model_type") in _VISION_FAMILIES:
+            if read_config(inner).get("model_type") in _VISION_TYPES:
                 return inner
     reference = str(config.get("mm_vision_tower") or "")
     return find_part(given.vision_encoder, reference, option="--vision-encoder", noun="vision encoder")

@@ -9,12 +9,12 @@ from tinyllava.checkpoints.importing.connectors import Found
 from tinyllava.checkpoints.importing.tensors import Tensors, has_weights
 from tinyllava.config import Aspect
 from tinyllava.errors import CheckpointError
+from tinyllava.parts.families import LANGUAGE_FAMILIES
 from tinyllava.parts.folders import read_config
-from tinyllava.parts.templates import PUBLISHED_TEMPLATES, template_names
+from tinyllava.parts.templates import template_names
 
 # What ends a turn in one layout only.
 _TEMPLATE_OF_END = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3"}
-_SCALED_FAMILIES = ("gemma", "gemma2")
 _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 
 
@@ -29,7 +29,7 @@ class Given:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class SourceParts:
     """A checkpoint taken apart: the tensors of each part under transformers' names for that part alone."""
 
     kind: str
@@ -101,12 +101,14 @@ def scales_images(text_config: dict[str, Any], version: object) -> bool:
 
     Gemma multiplies embeddings by it: in transformers 4 after images are put in, in transformers 5 before.
     """
-    return str(text_config.get("model_type")) in _SCALED_FAMILIES and not str(version or "4").startswith("5")
+    family = LANGUAGE_FAMILIES.get(str(text_config.get("model_type")))
+    return family is not None and family.scales_embeddings and not str(version or "4").startswith("5")
 
 
 def choose_template(given: str, model_type: str) -> str:
     """Return the template that the user named, the published code's, or nothing: the tokens have to tell."""
-    return given or PUBLISHED_TEMPLATES.get(model_type, "")
+    family = LANGUAGE_FAMILIES.get(model_type)
+    return given or (family.published_template if family else "")
 
 
 def recognise_template(tokenizer: Any, where: str) -> str:

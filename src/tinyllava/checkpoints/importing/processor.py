@@ -5,17 +5,18 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from tinyllava.checkpoints.importing.parts import Parts, recognise_template
+from tinyllava.checkpoints.importing.parts import SourceParts, recognise_template
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
+from tinyllava.parts.families import VISION_FAMILIES
 from tinyllava.parts.folders import describe_damage
 from tinyllava.parts.templates import as_published, read_template
 from tinyllava.parts.vision import VisionEncoder
 
 
-def load_processor(parts: Parts, encoder: VisionEncoder, text_config: Any) -> TinyLlavaProcessor:
+def load_processor(parts: SourceParts, encoder: VisionEncoder, text_config: Any) -> TinyLlavaProcessor:
     """Join tokenizer, image processor and template; the number of image tokens is set afterwards.
 
     Raises:
@@ -38,7 +39,7 @@ def load_processor(parts: Parts, encoder: VisionEncoder, text_config: Any) -> Ti
     return processor
 
 
-def _make_template(parts: Parts, tokenizer: Any) -> str:
+def _make_template(parts: SourceParts, tokenizer: Any) -> str:
     """Return the text of the chat template: the source's own, or ours as its code and tokenizer need it."""
     if "{" in parts.template:
         return _with_bos(parts.template, tokenizer)
@@ -60,7 +61,7 @@ def _with_bos(template: str, tokenizer: Any) -> str:
     return template if begin.startswith(bos) else "{{- bos_token -}}" + template
 
 
-def _load_tokenizer(parts: Parts, text_config: Any) -> Any:
+def _load_tokenizer(parts: SourceParts, text_config: Any) -> Any:
     try:
         tokenizer = open_tokenizer(parts.tokenizer, older_first=parts.has_older_tokens)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
@@ -92,7 +93,7 @@ def _load_tokenizer(parts: Parts, text_config: Any) -> Any:
     return tokenizer
 
 
-def _load_image_processor(parts: Parts, encoder: VisionEncoder) -> Any:
+def _load_image_processor(parts: SourceParts, encoder: VisionEncoder) -> Any:
     if parts.image_processor is not None:
         try:
             return AutoImageProcessor.from_pretrained(
@@ -103,9 +104,10 @@ def _load_image_processor(parts: Parts, encoder: VisionEncoder) -> Any:
                 f"{parts.image_processor}: image processor cannot be opened: {error} Fetch the folder again."
             ) from error
     side = {"height": encoder.image_size_px, "width": encoder.image_size_px}
-    if encoder.name == "clip_vision_model":
+    kind = VISION_FAMILIES[encoder.family].image_processor
+    if kind == "clip":
         return CLIPImageProcessorPil(size={"shortest_edge": encoder.image_size_px}, crop_size=side)
-    if encoder.name == "siglip_vision_model":
+    if kind == "siglip":
         return SiglipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     raise CheckpointError(
         f"{parts.where}: no preprocessor_config.json for its {encoder.name}; give the encoder's folder: "

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tinyllava.checkpoints.importing.connectors import Found
-from tinyllava.checkpoints.importing.parts import Given, Parts, scales_images
+from tinyllava.checkpoints.importing.parts import Given, SourceParts, scales_images
 from tinyllava.checkpoints.importing.tensors import Tensors, objects, read_folder, refuse_left_over, take
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import read_config
@@ -28,7 +28,7 @@ def recognises(config: dict[str, Any]) -> bool:
     return config.get("model_type") in ("llava", "llava_next", "llava_onevision") and parts
 
 
-def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
+def read(source: Path, config: dict[str, Any], given: Given) -> SourceParts:
     """Take a checkpoint of this kind apart.
 
     Raises:
@@ -61,7 +61,7 @@ def read(source: Path, config: dict[str, Any], given: Given) -> Parts:
     text, vision, connector = take(tensors, _TEXT), take(tensors, _VISION), take(tensors, _CONNECTOR)
     refuse_left_over(tensors, where)
     own_template = None if given.template else _own_template(source)
-    return Parts(
+    return SourceParts(
         kind="stock LLaVA of transformers",
         where=where,
         text_config=text_config | {"tie_word_embeddings": _is_tied(config, text)},

@@ -4,14 +4,21 @@ Paper: section 3.2; what stands between ``{% generation %}`` and ``{% endgenerat
 equation 3. A template is saved into the checkpoint, so training, chat, evaluation and serving read the same.
 """
 
+from dataclasses import dataclass
 from importlib.resources import files
 
 from tinyllava.errors import look_up
 
 _FOLDER = files("tinyllava.parts.templates")
 _TRIMMED = "{%- set trimmed = true -%}"
-PUBLISHED_TEMPLATES = {"llama": "llama", "phi": "phi", "stablelm": "phi", "qwen2": "phi", "gemma": "gemma"}
-"""The layout that the published code trained each family of language models with, the end of a turn aside."""
+TEMPLATE_OF_END = {
+    "</s>": "llama",
+    "<|endoftext|>": "phi",
+    "<|im_end|>": "chatml",
+    "<eos>": "gemma",
+    "<|eot_id|>": "llama3",
+}
+"""The template that fits a local folder, by the token that its tokenizer ends a turn with."""
 
 
 def template_names() -> list[str]:
@@ -21,14 +28,28 @@ def template_names() -> list[str]:
     )
 
 
-def read_template(name: str) -> str:
-    """Return the text of a template.
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A prompt template."""
+
+    name: str
+    text: str
+    """Jinja."""
+
+
+def find_template(name: str) -> Template:
+    """Return the template of that name.
 
     Raises:
         UnknownNameError: no such template.
     """
     entry = look_up({known: f"{known}.jinja" for known in template_names()}, name, "template")
-    return (_FOLDER / entry).read_text(encoding="utf-8")
+    return Template(name=name, text=(_FOLDER / entry).read_text(encoding="utf-8"))
+
+
+def read_template(name: str) -> str:
+    """Return the text of a template; raises as ``find_template``."""
+    return find_template(name).text
 
 
 def as_published(template: str) -> str:
