@@ -128,6 +128,63 @@ def test_only_some_rooms_import(package: str, folders: set[str]) -> None:
     assert users <= folders
 
 
+# Modules that the documentation of these packages names; others may move or change with any release.
+PUBLIC = {
+    "accelerate": {"", "utils"},
+    "huggingface_hub": {"", "dataclasses", "errors", "utils"},
+    "peft": {"", "tuners.tuners_utils"},
+    "transformers": {"", "modeling_outputs", "utils"},
+}
+
+
+UNDERSCORED = {"_asdict", "_exit", "_fields", "_replace"}  # public names of the standard library
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name not in UNDERSCORED
+
+
+def private_names_of_others(tree: ast.Module) -> Iterator[str]:
+    """Yield what a module uses, or overrides, of other packages without that being their public interface."""
+    nodes = list(ast.walk(tree))
+    defined = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    defined |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    stored = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+    defined |= {n.attr for n in stored if isinstance(n.value, ast.Name) and n.value.id == "self"}
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    yield from (name for name in used if is_private(name) and name not in defined)
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            package, _, module = node.module.partition(".")
+            if module not in PUBLIC.get(package, {module}) or any(map(is_private, node.module.split("."))):
+                yield node.module
+            if package != "tinyllava":
+                yield from (alias.name for alias in node.names if is_private(alias.name))
+        if isinstance(node, ast.ClassDef) and node.bases and "argparse" not in ast.unparse(node.bases[0]):
+            own = [n.name for n in node.body if isinstance(n, ast.FunctionDef)]
+            own += [t.id for n in node.body for t in targets(n) if isinstance(t, ast.Name)]
+            # A private name that the module itself never uses is there for a base class of another package.
+            yield from (name for name in own if is_private(name) and name not in used)
+
+
+def targets(node: ast.stmt) -> list[ast.expr]:
+    return (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
+
+
+def test_only_compat_uses_what_is_private_to_other_packages() -> None:
+    found = {str(path.relative_to(SRC)): set(private_names_of_others(tree)) for path, tree in TREES.items()}
+    assert {"_is_accelerate_prepared", "_supports_sdpa", "_attn_implementation"} <= found.pop(
+        "model/compat.py"
+    )
+    assert {name: names for name, names in found.items() if names} == {}
+
+
 def test_what_is_imported_is_declared_and_what_is_declared_is_used() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
@@ -152,6 +209,25 @@ def test_constraints_name_one_version_each_and_nothing_of_the_machine() -> None:
     assert len(names) == len(set(names))
     assert "torch" in names
     assert [name for name in names if name.startswith(("nvidia", "cuda"))] == []
+
+
+def test_the_lowest_versions_are_those_that_the_ranges_admit() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    ranges = project["dependencies"] + [
+        line for name in extras if name not in ("all", "dev", "docs") for line in extras[name]
+    ]
+    lowest = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in ranges)  # type: ignore[union-attr]
+    text = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8")
+    pins = {
+        name.lower().replace("_", "-"): pin for name, pin in re.findall(r"(?m)^([\w-]+)==([\d.]+)$", text)
+    }
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"\ntorch=={pins['torch']}\n" in pinned  # other releases are large CUDA builds
+    lowest["torch"] = pins["torch"]
+    assert {name: pin.rstrip(".0") for name, pin in pins.items()} == {
+        name: version.rstrip(".0") for name, version in lowest.items()
+    }
 
 
 def lines_with(pattern: re.Pattern[str]) -> list[str]:

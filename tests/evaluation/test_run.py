@@ -155,7 +155,7 @@ def run_as(rank: int, port: int, *arguments) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    PartialState._reset_state()
+    vars(PartialState()).clear()  # what the parent process knew of itself
     run(*arguments)
 
 

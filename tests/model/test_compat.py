@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from jinja2 import TemplateError
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from tinyllava.config import ModelConfig
 from tinyllava.model.assemble import assemble
-from tinyllava.model.compat import CACHE_NAME, ComposedModel
+from tinyllava.model.compat import (
+    CACHE_NAME,
+    ComposedModel,
+    attention_of,
+    forget_preparation,
+    render_template,
+)
 from tinyllava.model.modeling import TinyLlavaOutput
 
 
@@ -43,7 +51,7 @@ def test_a_composed_model_leaves_the_choice_of_attention_to_its_parts(tiny_llama
 
     model = Wrapper(tiny_llama)
     model.set_attn_implementation(attention)
-    assert model.inner.config._attn_implementation == attention
+    assert attention_of(model) == attention_of(model.inner) == attention
     model.gradient_checkpointing_enable()
     assert model.inner.is_gradient_checkpointing
 
@@ -52,9 +60,7 @@ def test_a_composed_model_leaves_the_choice_of_attention_to_its_parts(tiny_llama
 def test_both_parts_of_a_model_follow_its_attention(parts, attention):
     model, _ = assemble(ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts["phi"])))
     model.set_attn_implementation(attention)
-    assert {
-        part.config._attn_implementation for part in (model, model.vision_encoder, model.language_model)
-    } == {attention}
+    assert {attention_of(part) for part in (model, model.vision_encoder, model.language_model)} == {attention}
 
 
 def test_a_tied_head_is_one_tensor_with_the_embedding(parts):
@@ -62,3 +68,40 @@ def test_a_tied_head_is_one_tensor_with_the_embedding(parts):
     assert model.all_tied_weights_keys == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     model.resize_token_embeddings(512)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_template_is_rendered_with_the_spans_of_what_the_assistant_says():
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A:{% else %}"
+        "{% generation %} {{ m.content }}.{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    turns = [("user", "1+1?"), ("assistant", "2"), ("user", "3?"), ("assistant", "yes")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    text, spans = render_template(messages, template, bos_token="<s>")
+    assert text == "<s>Q: 1+1? A: 2.Q: 3? A: yes."
+    assert [text[start:end] for start, end in spans] == [" 2.", " yes."]
+
+
+def test_a_template_that_refuses_raises_a_template_error():
+    with pytest.raises(TemplateError, match="no systems here"):
+        render_template([{"role": "system", "content": ""}], "{{ raise_exception('no systems here') }}")
+
+
+def test_a_forgotten_model_is_prepared_again():
+    """Prepared, it computes in bf16; not forgotten, accelerate 1.15 would leave it in fp32 ever after."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))  # what comes out of the whole is converted back
+
+    def computes_in() -> torch.dtype:
+        seen: list[torch.dtype] = []
+        handle = model[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        prepared = accelerator.prepare(model)
+        prepared(torch.zeros(1, 4))
+        handle.remove()
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+        return seen[0]
+
+    assert computes_in() == torch.bfloat16
+    forget_preparation(model)
+    assert computes_in() == torch.bfloat16

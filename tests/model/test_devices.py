@@ -17,18 +17,31 @@ def put_in_gpu(monkeypatch, major: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
-    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)  # emulated on all
 
 
 @pytest.mark.parametrize(("major", "has_bf16"), [(7, False), (8, True), (9, True)])
 def test_bf16_is_used_where_a_gpu_multiplies_it_and_not_where_it_is_emulated(monkeypatch, major, has_bf16):
     put_in_gpu(monkeypatch, major)
-    assert torch.cuda.is_bf16_supported()
     assert multiplies_bf16("cuda") is has_bf16
     assert choose_precision("auto") == ("bf16" if has_bf16 else "fp32")
     assert choose_precision("fp16") == "fp16"
     assert choose_dtype("float32", "cuda") == ("bfloat16" if has_bf16 else "float32")
     assert choose_dtype("float16", "cuda") == "float16"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "has_bf16"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"neon": True}, False),
+    ],
+)
+def test_bf16_is_used_where_a_cpu_multiplies_it(monkeypatch, capabilities, has_bf16):
+    assert torch.cpu.get_capabilities()["architecture"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert multiplies_bf16("cpu") is has_bf16
 
 
 @pytest.mark.parametrize("saved", ["float32", "bfloat16", "float16"])

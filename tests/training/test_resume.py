@@ -9,11 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from tinyllava.config import Hardware, lora, to_json
-from tinyllava.errors import TrainingError
+from tinyllava.errors import CheckpointError, TrainingError
+from tinyllava.model.assemble import assemble
+from tinyllava.training.checkpoints import check_resumable
 from tinyllava.training.run import train
+from tinyllava.training.trainer import RESUMED_TENSORS, trained_tensors
 from training_toys import toy_run
 
 PROGRAM = """
@@ -159,3 +164,20 @@ def test_a_disk_that_fills_up_stops_the_run_with_the_reason_whatever_is_written(
         f"{tmp_path / name}: the disk is full; free some space and run the same command again."
     )
     assert (train(run) / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_of_another_plan_or_a_damaged_one_is_refused(parts, records, tmp_path):
+    model, _ = assemble(toy_run(parts, records, tmp_path).model)
+    model.requires_grad_(False)
+    model.connector.requires_grad_(True)
+    save_file(trained_tensors(model), tmp_path / RESUMED_TENSORS)
+    check_resumable(tmp_path, model)
+    model.connector.linear_2.bias.requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"linear_2\.bias \(1 tensors\)\. Delete"):
+        check_resumable(tmp_path, model)
+    model.connector.linear_2.bias = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(CheckpointError, match=r"linear_2\.bias \(1 tensors\)"):
+        check_resumable(tmp_path, model)
+    (tmp_path / RESUMED_TENSORS).write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        check_resumable(tmp_path, model)

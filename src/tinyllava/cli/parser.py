@@ -1,6 +1,7 @@
 """The argument parser that the commands share: defaults in the help, a suggestion for a misspelt option."""
 
 import argparse
+import re
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -31,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             for word in message.split():
                 option = word.partition("=")[0]
-                close = get_close_matches(option, self._option_string_actions, n=1)
+                close = get_close_matches(option, re.findall(r"--[\w-]+", self.format_help()), n=1)
                 if option.startswith("--") and close:
                     message += f". Did you mean {close[0]}?"
         super().error(message)

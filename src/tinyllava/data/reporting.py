@@ -80,7 +80,7 @@ class Bars(Progress):
     def _tell(self, task_id: TaskID) -> None:
         if not self._is_told:
             return
-        task = self._tasks[task_id]
+        task = next(task for task in self.tasks if task.id == task_id)
         step = Step(
             task=task.description,
             done=int(task.completed),

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from tinyllava.inference.logits import check_logits, stop_ids
 from tinyllava.inference.prompt_tree import PromptTree
 from tinyllava.model import TinyLlavaForConditionalGeneration
-from tinyllava.model.compat import CACHE_NAME
+from tinyllava.model.compat import CACHE_NAME, attention_of
 
 _ENCODER_BATCH = 32  # images that the vision encoder takes at once
 
@@ -35,14 +35,10 @@ class ImageGroup:
     """[I, 3, H, W]; None for prompts without an image."""
 
 
-def _attention(model: TinyLlavaForConditionalGeneration) -> str:
-    return str(model.language_model.config._attn_implementation)  # type: ignore[union-attr]
-
-
 @contextmanager
 def _attention_with_masks(model: TinyLlavaForConditionalGeneration) -> Iterator[None]:
     """Let the language model attend by SDPA for now if its own implementation takes no mask of ours."""
-    chosen = _attention(model)
+    chosen = attention_of(model.language_model)
     language_model: Any = model.language_model
     if chosen in ("sdpa", "eager"):
         yield
@@ -221,7 +217,7 @@ def _forward(
     cache: DynamicCache,
 ) -> Tensor:
     """Run the language model over new tokens [G, N, D] that see the slots ``sees`` [G, N, K + N]."""
-    if _attention(model) == "eager":  # adds its mask; SDPA also takes true and false
+    if attention_of(model.language_model) == "eager":  # adds its mask; SDPA also takes true and false
         mask = torch.zeros(sees.shape, dtype=embeds.dtype, device=sees.device)
         sees = mask.masked_fill_(~sees, torch.finfo(embeds.dtype).min)
     output = model.language_model(

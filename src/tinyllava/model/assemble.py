@@ -184,7 +184,7 @@ def load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
         return load_fused(encoder, dtype)
     config = AutoConfig.from_pretrained(encoder.path)
     config = getattr(config, "vision_config", None) or config
-    if hasattr(config, "vision_use_head"):
+    if config.model_type.startswith("siglip"):  # some releases of transformers have no default for it
         config.vision_use_head = False  # SigLIP's pooling head is not on the way of the patch features
     with transformers_errors_only():  # it would list the text half and the head, left out on purpose
         tower, report = AutoModel.from_pretrained(

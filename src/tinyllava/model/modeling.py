@@ -7,16 +7,15 @@ unknown. Both give the same loss for less work.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, Cache, GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModel, Cache, GenerationMixin, GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from tinyllava.model.compat import CACHE_NAME, ComposedModel
+from tinyllava.model.compat import CACHE_NAME, ComposedModel, attention_of
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.connectors import build_connector
 from tinyllava.model.layers import last_layer_output
@@ -117,7 +116,7 @@ class TinyLlavaModel(ComposedModel):
             branches = None if branches is None else branches[:, :-1]
         if branches is not None:
             attention_mask, kwargs["position_ids"] = branch_attention(branches)
-            if self.language_model.config._attn_implementation == "eager":  # which adds its mask
+            if attention_of(self.language_model) == "eager":  # which adds its mask
                 lowest = torch.finfo(inputs_embeds.dtype).min
                 attention_mask = torch.where(attention_mask, 0.0, lowest).to(inputs_embeds.dtype)
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
@@ -173,14 +172,13 @@ class TinyLlavaModel(ComposedModel):
         return embeds.masked_scatter(at_image.unsqueeze(-1), image_tokens.to(embeds.dtype))
 
 
-class TinyLlavaForConditionalGeneration(ComposedModel, GenerationMixin):
+class TinyLlavaForConditionalGeneration(
+    ComposedModel, GenerationMixin, tied={"lm_head.weight": "model.language_model.embed_tokens.weight"}
+):
     """A small LMM with its head; trains with ``labels`` and answers with ``generate``."""
 
     config_class = TinyLlavaConfig
     config: TinyLlavaConfig
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "lm_head.weight": "model.language_model.embed_tokens.weight"
-    }
 
     def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)

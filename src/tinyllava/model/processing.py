@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from tinyllava.config import Aspect, Transparency
 from tinyllava.conversation import Conversation, to_chat
 from tinyllava.errors import DataError
+from tinyllava.model.compat import render_template
 from tinyllava.model.special_tokens import Spans, find_special_tokens, substitute
 from tinyllava.model.tokenizer import gap_of
 
@@ -146,17 +146,16 @@ class TinyLlavaProcessor(ProcessorMixin):
             text, spans of what the assistant says, and what the characters stand for.
         """
         conversation, hidden = find_special_tokens(self.tokenizer, template).hide(conversation)
-        rendered, spans = render_jinja_template(
-            [to_chat(conversation)],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
+        rendered, spans = render_template(
+            to_chat(conversation),
+            template,
             add_generation_prompt=open_answer,
             bos_token=self.tokenizer.bos_token or "",
             eos_token=self.tokenizer.eos_token or "",
             leading_bos=leading_bos(self.tokenizer, self.chat_template),
             gap=gap_of(self.chat_template),
         )
-        return rendered[0], [(start, end) for start, end in spans[0]], hidden
+        return rendered, spans, hidden
 
     def encode(
         self, conversation: Conversation, *, template: str | None = None, open_answer: bool = False

@@ -61,14 +61,16 @@ def _only_file(package: Path, pattern: str) -> Path:
 
 def _save_language_model(package: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     file = _only_file(package, "*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    opened = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # The weights are dense by now; what still calls them quantised would forbid saving.
-    model.hf_quantizer = None
-    del model.config.quantization_config
+    # The weights are dense by now, but transformers still calls the model quantised and does not save it.
+    values = {k: v for k, v in opened.config.to_dict().items() if k != "quantization_config"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.float32)
+    model.load_state_dict(opened.state_dict())
+    model.generation_config = opened.generation_config
     tokenizer.model_max_length = CONTEXT_TOKENS
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -76,7 +78,7 @@ def _save_language_model(package: Path, folder: Path) -> None:
 
 def _save_vision_encoder(package: Path, variant: int, image_size_px: int, folder: Path) -> None:
     import torch
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    from transformers import SiglipImageProcessorPil
 
     from tinyllava.model.encoders.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 

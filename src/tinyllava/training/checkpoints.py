@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -36,7 +36,7 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quantised import quantised_layers
 from tinyllava.training.identity import StageIdentity
-from tinyllava.training.trainer import trained_tensors
+from tinyllava.training.trainer import RESUMED_TENSORS, trained_tensors
 
 PAPERS = "stage.json"
 TENSORS = "trained.safetensors"
@@ -189,30 +189,40 @@ def load_last(checkpoint: Path, model: TinyLlavaForConditionalGeneration) -> dic
     state = read_object(checkpoint / "trainer_state.json") or {}
     if state.get("global_step", 0) < state.get("max_steps", 1):
         return None
-    _load_tensors(checkpoint / "model.safetensors", model)
+    _load_tensors(checkpoint / RESUMED_TENSORS, model)
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     steps = state["global_step"]
     return {"num_steps": steps, "seconds": 0.0, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
+def check_resumable(checkpoint: Path, model: TinyLlavaForConditionalGeneration) -> None:
+    """Refuse a checkpoint in the middle of a stage whose tensors are not those that the plan trains.
+
+    Raises:
+        CheckpointError: some are missing, unknown or of another shape, or the file is damaged.
+    """
+    _check_fits(checkpoint / RESUMED_TENSORS, model)
+
+
 def _load_tensors(path: Path, model: TinyLlavaForConditionalGeneration) -> None:
+    _check_fits(path, model)
+    model.load_state_dict(load_file(path), strict=False)
+
+
+def _check_fits(path: Path, model: TinyLlavaForConditionalGeneration) -> None:
+    """Compare names and shapes in a file with the tensors that a model trains."""
+    delete = f"Delete {path.parent} and run the command again."
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); delete {path.parent} and train the stage again."
-        ) from error
-    expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    wrong = [
-        n
-        for n in expected.keys() | tensors.keys()
-        if n not in expected or n not in tensors or tensors[n].shape != expected[n]
-    ]
+        raise CheckpointError(f"{path}: cannot be read ({error}). {delete}") from error
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
     if wrong:
         raise CheckpointError(
-            f"{path}: does not fit the stage's plan: {', '.join(sorted(wrong)[:5])} ({len(wrong)} tensors)."
+            f"{path}: does not fit the stage's plan: {', '.join(wrong[:5])} ({len(wrong)} tensors). {delete}"
         )
-    model.load_state_dict(tensors, strict=False)
 
 
 def save_model(

@@ -27,6 +27,7 @@ from tinyllava.data.workers import naming_dead_workers, usable_workers
 from tinyllava.errors import DataError, TinyLlavaError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
 from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.model.compat import forget_preparation
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
@@ -273,6 +274,8 @@ def _train_stage(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     progress.trainer = trainer
+    if resumed is not None:
+        checkpoints.check_resumable(resumed, model)
     start = time.monotonic()
     try:
         with naming_dead_workers("--hardware.num-workers"), stopper.listening():
@@ -325,7 +328,7 @@ def _release(trainer: StageTrainer) -> None:
     Accelerate leaves a model with its mark alone: the next stage would run without autocast.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    model._is_accelerate_prepared = False
+    forget_preparation(model)
     vars(model.config).pop("use_cache", None)  # the Trainer's own; a model of reused stages is saved without
     trainer.accelerator.free_memory()
 

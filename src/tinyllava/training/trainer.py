@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from tinyllava.config import COMPONENTS, Hardware, Stage
@@ -23,6 +24,9 @@ from tinyllava.data.dataset import Examples
 from tinyllava.errors import TrainingError
 from tinyllava.model.devices import multiplies_bf16
 from tinyllava.model.tuning import component_of
+
+RESUMED_TENSORS = "model.safetensors"
+"""File of a checkpoint with the trained tensors; the Trainer loads it under this name."""
 
 
 class StageTrainer(Trainer):
@@ -72,19 +76,30 @@ class StageTrainer(Trainer):
         schedule: torch.optim.lr_scheduler.LRScheduler = self.lr_scheduler
         return schedule
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        examples = self.train_dataset
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this process's batches of an epoch, in the order that the stage's grouping gives."""
+        examples, args = self.train_dataset, self.args
         if self.stage.group_by == "none" or not isinstance(examples, Examples):
-            return super()._get_train_sampler(train_dataset)
+            loader: DataLoader[Any] = super().get_train_dataloader()
+            return loader
         by_modality = self.stage.group_by == "modality_length"
-        return GroupedSampler(
+        sampler = GroupedSampler(
             lengths=examples.lengths,
             with_image=[bool(c.images) for c in examples.conversations] if by_modality else None,
-            batch_size=self.args.train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.args.world_size,
-            seed=self.args.seed,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            seed=args.seed,
         )
+        loader = DataLoader(
+            examples,
+            batch_size=args.train_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass.
@@ -107,25 +122,14 @@ class StageTrainer(Trainer):
             )
         return loss
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, *_: Any, **__: Any) -> None:
         """Write the trained tensors only: the frozen ones are where they came from; no pickle."""
-        folder = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
+        folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
-        save_file(trained_tensors(model, state_dict), folder / "model.safetensors", metadata={"format": "pt"})
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Missing keys are the frozen tensors; a key that the model does not know is an error.
-
-        Raises:
-            TrainingError: the checkpoint is of another model.
-        """
-        if load_result.unexpected_keys:
-            raise TrainingError(
-                f"the checkpoint holds tensors of another model: {load_result.unexpected_keys[:5]}"
-            )
+        save_file(trained_tensors(model), folder / RESUMED_TENSORS, metadata={"format": "pt"})
 
 
 def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
@@ -149,10 +153,9 @@ def fastest_attention(input_ids: Tensor, *, bf16: bool) -> AbstractContextManage
     return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
 
 
-def trained_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors by name, a tied one once."""
-    state = state_dict if state_dict is not None else model.state_dict()
-    return {n: state[n].detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    return {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def make_arguments(

@@ -198,7 +198,7 @@ def test_names_that_cannot_be_a_repository(name: str) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's pauses between two tries are left out."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
 @pytest.mark.usefixtures("login", "impatient")

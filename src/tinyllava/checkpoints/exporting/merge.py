@@ -30,8 +30,7 @@ def open_merged(
     base = Path(base or _named_base(folder))
     _check_adapter(folder, base)
     with quiet_bitsandbytes_import():
-        from peft import PeftModel, get_peft_model_state_dict
-        from peft.utils import load_peft_weights
+        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     model, processor = open_checkpoint(base, dtype=dtype)
     try:

@@ -11,8 +11,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_CLASSES
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
 
 from tinyllava.errors import CheckpointError
 from tinyllava.model.configuration import TinyLlavaConfig
@@ -69,7 +68,8 @@ def make_stock_config(model: TinyLlavaForConditionalGeneration) -> LlavaConfig:
     """Return the stock config of a model."""
     config = model.config
     text: dict[str, Any] = config.text_config.to_dict() | {"_name_or_path": ""}
-    text["architectures"] = [CAUSAL_CLASSES[text["model_type"]]]  # vLLM chooses the language model by it
+    # vLLM chooses the language model by it.
+    text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)].__name__]
     stock = LlavaConfig(
         vision_config=config.vision_config.to_dict() | {"_name_or_path": ""},
         text_config=text,

@@ -235,7 +235,7 @@ def _make_vision_config(family: str, values: dict[str, Any], where: str) -> Any:
         config = config_class(**{key: value for key, value in values.items() if key in known})
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{where}: config.json: {_reason(error)}") from error
-    if hasattr(config, "vision_use_head"):
+    if config.model_type.startswith("siglip"):  # some releases of transformers have no default for it
         config.vision_use_head = False  # SigLIP's pooling head is not on the way of the patch features
     return config
 

@@ -173,7 +173,6 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "vision_encoder"
     main_input_name = "pixel_values"
-    _no_split_modules = {"InvertedBottleneck"}  # noqa: RUF012
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)

@@ -11,9 +11,10 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from tinyllava.model.compat import ComposedModel
 from tinyllava.parts.folders import written_whole
 from tinyllava.parts.vision import VisionEncoder, find_vision_encoder, join_encoders
 
@@ -48,7 +49,7 @@ class FusedVisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class FusedVisionModel(PreTrainedModel):
+class FusedVisionModel(ComposedModel):
     """Images [I, 3, H, W] of the first encoder's kind to patch features [I, M, X1 + X2]."""
 
     config_class = FusedVisionConfig
