@@ -4,12 +4,21 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: starter test lint docs dist
+.PHONY: starter test test-newest test-lowest lint docs dist
 starter: .venv/installed  ## train, measure and show a small model; ARGS=--short takes two minutes, ARGS=--full longer
 	$(BIN)/tinyllava starter $(ARGS)
 
 test: .venv/installed-dev  ## the whole test suite; ARGS="-k connector" runs a part of it
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 $(ARGS)
+
+# What every release of a dependency can break: model, training, generation, import, export, evaluation.
+CORE := tests/model/test_compat.py tests/model/test_modeling.py tests/training/test_run.py \
+	tests/training/test_adapters.py tests/inference/test_chat.py tests/inference/test_shared_prefix.py \
+	tests/checkpoints/importing/test_stock.py tests/checkpoints/exporting/test_stock.py \
+	tests/evaluation/test_run.py
+
+test-newest test-lowest: test-%: .venv-%/installed  ## the core of the tests, on the newest or the lowest dependencies
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n auto --maxprocesses 8 $(or $(ARGS),$(CORE))
 
 lint: .venv/installed-dev  ## style, types, layers, spelling
 	$(BIN)/ruff check
@@ -31,6 +40,20 @@ dist: .venv/installed-dev  ## sdist and wheel, into dist
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tinyllava needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --without-pip .venv
+
+TEST_TOOLS := hypothesis pytest pytest-timeout pytest-xdist
+
+# Only CUDA builds can be had of other releases of torch, so its pin stays.
+.venv-newest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/pip install --upgrade --upgrade-strategy eager --constraint .venv-newest/constraints.txt --editable '.[all]' $(TEST_TOOLS)
+	touch $@
+
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --constraint constraints-lowest.txt --editable '.[all]' $(TEST_TOOLS)
+	touch $@
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	$(PYTHON) -m pip --python .venv/bin/python install --constraint constraints.txt --editable '.[report]'
