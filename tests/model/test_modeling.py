@@ -203,7 +203,7 @@ def test_wrong_number_of_image_tokens_is_refused(parts):
         model(input_ids=too_few, pixel_values=inputs["pixel_values"])
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "resampler", "pixel_shuffle", "pool"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "resampler", "pixel_shuffle", "pool", "slots"])
 def test_connectors_give_the_tokens_they_announce(name):
     options = {"pixel_shuffle": {"block": 3}, "resampler": {"num_queries": 5, "width": 32}}.get(name, {})
     connector = build_connector(name, vision_width=24, language_width=40, num_patches=36, options=options)

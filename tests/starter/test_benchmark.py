@@ -8,8 +8,7 @@ from PIL import Image
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, QUOTAS, WHOLE, majority_answers
-from tinyllava.starter.report import Shown, draw_losses, draw_sheet, results_table
-from tinyllava.starter.run import choose_shown
+from tinyllava.starter.report import Shown, choose_shown, choose_strip, draw_losses, draw_sheet, results_table
 
 
 def write(folder, rows):
@@ -93,7 +92,9 @@ def test_the_images_of_the_report_open(tmp_path):
         for a in ("red", "blue", "")
     ]
     draw_sheet(shown, tmp_path / "images.png")
-    for name, smallest in (("losses.png", 800), ("images.png", 1000)):
+    draw_sheet(shown, tmp_path / "strip.png", dpi=85, num_colours=32)
+    assert (tmp_path / "strip.png").stat().st_size < (tmp_path / "images.png").stat().st_size
+    for name, smallest in (("losses.png", 800), ("images.png", 1000), ("strip.png", 800)):
         with Image.open(tmp_path / name) as image:
             image.load()
             assert image.width >= smallest
@@ -121,3 +122,6 @@ def test_the_sheet_mixes_the_images_of_a_file_and_is_the_same_every_time(tmp_pat
     assert shown == choose_shown(predictions, truths, tmp_path)
     assert len({one.image for one in shown}) == 24
     assert 4 < sum(one.is_right for one in shown) < 20  # of both halves of the file, right or wrong
+    strip = choose_strip(predictions, truths, tmp_path)
+    assert [one.is_right for one in strip] == [True] * 5 + [False]
+    assert len({one.image for one in strip}) == 6

@@ -13,8 +13,14 @@ from pyarrow import parquet
 
 from tinyllava.data.records import read_records
 from tinyllava.errors import DataError
-from tinyllava.starter.datasets.default import FRUITS, LabelledImage, read_easy_vqa, read_grocery_store
-from tinyllava.starter.records import Amount, RecordFiles, records_key, write_records
+from tinyllava.starter.datasets.default import (
+    EASY_VQA_NAMES,
+    FRUITS,
+    LabelledImage,
+    read_easy_vqa,
+    read_grocery_store,
+)
+from tinyllava.starter.records import DESCRIBE, Amount, RecordFiles, records_key, write_records
 
 QUESTIONS = {
     0: [
@@ -67,9 +73,30 @@ def grocery_store(tmp_path: Path) -> list[LabelledImage]:
 def test_captions_say_what_the_questions_tell(easy_vqa: list[LabelledImage]) -> None:
     captions = [image.caption for image in easy_vqa if not image.is_held_out]
     assert captions == ["a red triangle", "a teal circle", None]
-    kinds = [question.kind for question in easy_vqa[0].questions]
-    assert kinds == ["shape", "yes_no", "yes_no"]
     assert easy_vqa[2].questions[0].kind == "colour"
+
+
+def test_held_out_questions_are_the_data_sets_own(easy_vqa: list[LabelledImage]) -> None:
+    held_out = [image for image in easy_vqa if image.is_held_out]
+    assert [[(q.text, q.answer) for q in image.questions] for image in held_out] == list(QUESTIONS.values())
+
+
+def test_training_questions_about_shapes_are_true_and_give_nothing_away(
+    easy_vqa: list[LabelledImage],
+) -> None:
+    for image in (easy_vqa[0], easy_vqa[1]):
+        colour, shape = str(image.caption).split()[1:]
+        answers: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+        for question in image.questions:
+            if question.kind == "yes_no":
+                is_negated = bool({"not", "no"} & set(question.text.split()))
+                holds = bool({colour, shape} & set(question.text.rstrip("?").split()))
+                assert (question.answer == "yes") == (holds != is_negated), question
+                answers[is_negated][question.answer] += 1
+            else:
+                assert question.answer == {"shape": shape, "colour": colour}[question.kind]
+                assert question.answer not in question.text
+        assert answers[True] + answers[False] == {"yes": 4, "no": 4}
 
 
 def test_photographs_are_read_once(grocery_store: list[LabelledImage]) -> None:
@@ -86,7 +113,8 @@ def test_yes_and_no_are_balanced_and_true(grocery_store: list[LabelledImage]) ->
     for image in grocery_store:
         fruit = next(question.answer for question in image.questions if question.kind == "fruit")
         asked = [question for question in image.questions if question.kind == "yes_no"]
-        assert Counter(question.answer for question in asked) == {"yes": 2, "no": 2}
+        each = 2 if image.is_held_out else 5
+        assert Counter(question.answer for question in asked) == {"yes": each, "no": each}
         for question in asked:
             named = [name for name in FRUITS.values() if name in question.text]
             assert len(named) == 1
@@ -148,22 +176,44 @@ def test_an_image_that_comes_again_is_asked_something_new(
     assert set(asked) == {image.name for image in described}
     for image in described:
         first, second = asked[image.name]
-        assert {q.text for q in image.questions if q.kind == "yes_no"} <= first | second
+        assert not first & second - {DESCRIBE}
 
 
-def test_names_and_yes_no_questions_are_asked_as_often(
+def test_every_conversation_asks_a_name_and_yes_or_no_and_some_describe(
     grocery_store: list[LabelledImage], tmp_path: Path
 ) -> None:
-    files = write(grocery_store, tmp_path, grocery_store=Amount(captions=0, conversations=40))
-    kinds = {f"{image.name} {q.text}": q.kind for image in grocery_store for q in image.questions}
-    asked = Counter(
-        kinds[f"{record['image']} {turn['value'].removeprefix('<image>' + chr(10))}"]
+    amounts = {"grocery_store": Amount(captions=0, conversations=24)}
+    files = write_records(grocery_store, tmp_path, amounts)
+    images = {image.name: image for image in grocery_store}
+    num_described, orders, named = 0, set(), set()
+    for record in json.loads(files.finetune.read_text()):
+        image = images[record["image"]]
+        by_text = {question.text: question for question in image.questions}
+        texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        asked = dict(zip(texts[::2], texts[1::2], strict=True))
+        assert len(asked) == 5  # nothing is asked twice
+        if DESCRIBE in asked:
+            num_described += 1
+            assert asked.pop(DESCRIBE) == image.caption
+        assert all(by_text[text].answer == answer for text, answer in asked.items())
+        kinds = [by_text[text].kind for text in asked]
+        orders.add(tuple(kinds))
+        assert kinds.count("yes_no") == len(asked) - 1
+        named |= set(kinds)
+    assert num_described == 8
+    assert named == {"fruit", "variety", "yes_no"}
+    assert len(orders) > 4  # the kind of a question does not follow from its place
+
+
+def test_every_wording_is_trained(easy_vqa: list[LabelledImage], tmp_path: Path) -> None:
+    files = write_records(easy_vqa, tmp_path, {"easy_vqa": Amount(captions=0, conversations=32)})
+    asked = {
+        turn["value"].removeprefix("<image>\n").replace("red", "{colour}").replace("triangle", "{shape}")
         for record in json.loads(files.finetune.read_text())
         for turn in record["conversations"]
-        if turn["from"] == "human"
-    )
-    assert asked["yes_no"] == asked["fruit"] + asked["variety"] == 40
-    assert asked["variety"] >= 8
+        if turn["from"] == "human" and record["image"] == "easy_vqa/train/0.png"
+    }
+    assert {wording for wordings in EASY_VQA_NAMES.values() for wording in wordings} <= asked
 
 
 def test_other_amounts_have_another_folder() -> None:
@@ -172,28 +222,21 @@ def test_other_amounts_have_another_folder() -> None:
     assert records_key(amounts) != records_key({"easy_vqa": Amount(captions=5, conversations=5)})
 
 
-def test_yes_and_no_stand_behind_what_the_image_shows(
+def test_explained_answers_stand_behind_what_the_image_shows(
     grocery_store: list[LabelledImage], tmp_path: Path
 ) -> None:
-    files = write_records(grocery_store, tmp_path, {"grocery_store": Amount(captions=0, conversations=16)})
-    kinds_first = set()
+    amounts = {"grocery_store": Amount(captions=0, conversations=16)}
+    files = write_records(grocery_store, tmp_path, amounts, questions_per_conversation=2, explained=True)
     images = {image.name: image for image in grocery_store}
+    kinds: Counter[str] = Counter()
     for record in json.loads(files.finetune.read_text()):
         image = images[record["image"]]
         by_text = {question.text: question for question in image.questions}
         texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
-        asked = [by_text[text] for text in texts[::2]]
-        kinds_first.add(asked[0].kind)
-        for question, answer in zip(asked, texts[1::2], strict=True):
-            expected = (
-                f"{image.caption}, so {question.answer}" if question.kind == "yes_no" else question.answer
-            )
-            assert answer == expected
-    assert "variety" in kinds_first  # it is also asked alone, not only behind the fruit
-    assert all(
-        record["conversations"][1]["value"] == images[record["image"]].questions[number].answer
-        for name in images
-        for number, record in enumerate(
-            r for r in json.loads(files.held_out.read_text()) if r["image"] == name
-        )
-    )
+        for text, answer in zip(texts[::2], texts[1::2], strict=True):
+            question = by_text[text]
+            kinds[question.kind] += 1
+            is_explained = question.kind == "yes_no"
+            assert answer == (f"{image.caption}, so " if is_explained else "") + question.answer
+    assert kinds["yes_no"] == 16
+    assert min(kinds["fruit"], kinds["variety"]) >= 4

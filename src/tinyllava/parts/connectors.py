@@ -128,6 +128,14 @@ def _qformer(vision_width: int, language_width: int, options: Options) -> int:
     return _weights(linears) + 2 * width * num_norms + options["num_queries"] * width
 
 
+def _slots_linears(vision_width: int, language_width: int, options: Options) -> Linears:
+    return [(vision_width, language_width), (language_width, options["num_slots"] * language_width)]
+
+
+def _slots(vision_width: int, language_width: int, options: Options) -> int:
+    return _weights(_slots_linears(vision_width, language_width, options))
+
+
 CONNECTORS: dict[str, Connector] = {
     connector.name: connector
     for connector in (
@@ -182,6 +190,15 @@ CONNECTORS: dict[str, Connector] = {
             num_parameters=_mlp,
             linears=_mlp_linears,
             options={"side": 2},
+        ),
+        Connector(
+            name="slots",
+            module="per_patch:Slots",
+            summary="average the whole grid, then an MLP with an output of its own for each token",
+            num_tokens=lambda num_patches, options: options["num_slots"],
+            num_parameters=_slots,
+            linears=_slots_linears,
+            options={"num_slots": 4},
         ),
         Connector(
             name="qformer",

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+DESCRIBE = "Describe the image."
+DESCRIBE_EVERY = 3
+"""In every third conversation the caption is one of the answers, so that pre-training is not forgotten."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Amount:
@@ -36,23 +40,23 @@ class Amount:
 
 Length = Literal["short", "default", "full"]
 
-# One epoch of each; photographs are fewer and harder than drawn shapes, so they come again.
+# Photographs are fewer and harder than drawn shapes, so they come again.
 AMOUNTS: dict[Length, dict[str, Amount]] = {
     "short": {
         "easy_vqa": Amount(captions=48, conversations=24),
         "grocery_store": Amount(captions=48, conversations=24),
     },
     "default": {
-        "easy_vqa": Amount(captions=1200, conversations=410),
-        "grocery_store": Amount(captions=1800, conversations=374),
+        "easy_vqa": Amount(captions=800, conversations=1100),
+        "grocery_store": Amount(captions=800, conversations=500),
     },
     "full": {
-        "easy_vqa": Amount(captions=2800, conversations=3400),
-        "grocery_store": Amount(captions=4400, conversations=2600),
+        "easy_vqa": Amount(captions=1400, conversations=2600),
+        "grocery_store": Amount(captions=1400, conversations=1400),
     },
 }
-"""Default is twelve minutes on two CPU cores without bf16; short only shows that all works; full trains on
-two to eight times as much."""
+"""One epoch of each. The default's are proportions: how much of them is trained follows the machine
+(`starter/amounts.py`). Short only shows that all works; full trains longer."""
 
 
 def records_key(amounts: Mapping[str, Amount]) -> str:
@@ -81,7 +85,8 @@ def write_records(
     folder: Path,
     amounts: Mapping[str, Amount],
     *,
-    questions_per_conversation: int = 2,
+    questions_per_conversation: int = 5,
+    explained: bool = False,
     seed: int = 0,
 ) -> RecordFiles:
     """Write the images and the records of both sides, in an order that the seed fixes.
@@ -89,6 +94,10 @@ def write_records(
     Both stages begin with the same images of a data set, so that few have to be encoded. Conversations
     about an image that comes again ask its next questions. All held-out questions are written, one in a
     record, with their `kind` and `source`.
+
+    Args:
+        explained: answer yes and no behind what the image shows, "a red triangle, so no": longer, and it can
+            contradict itself, but a connector that was not started from words learns it sooner (docs/log.md).
 
     Raises:
         DataError: an image stands on both sides.
@@ -103,11 +112,11 @@ def write_records(
     captions: list[Record] = []
     conversations: list[Record] = []
     for source, amount in amounts.items():
-        training = [p for p in images if p.source == source and not p.is_held_out]
-        generator.shuffle(training)
-        training.sort(key=lambda image: image.caption is None)  # described ones serve both stages
-        captions += _captions(training, amount.captions)
-        conversations += _conversations(training, amount.conversations, questions_per_conversation, generator)
+        described = training_images(images, source, seed)
+        captions += _captions(described, amount.captions)
+        conversations += _conversations(
+            described, amount.conversations, questions_per_conversation, explained, generator
+        )
     held_out = _single_questions(image for image in images if image.is_held_out)
     generator.shuffle(captions)
     generator.shuffle(conversations)
@@ -149,64 +158,67 @@ def _record(image: LabelledImage, number: int, turns: Iterable[tuple[str, str]])
     return {"id": f"{name}-{number}", "image": image.name, "conversations": conversation}
 
 
-def _captions(images: Iterable[LabelledImage], count: int) -> list[Record]:
-    described = [(image, image.caption) for image in images if image.caption is not None]
+def training_images(images: Iterable[LabelledImage], source: str, seed: int = 0) -> list[LabelledImage]:
+    """Return a data set's training images that have a caption, in the order in which they are used."""
+    described = [
+        image
+        for image in images
+        if image.source == source and not image.is_held_out and image.caption is not None
+    ]
+    random.Random(f"{seed} {source}").shuffle(described)
+    return described
+
+
+def _captions(images: Sequence[LabelledImage], count: int) -> list[Record]:
     return [
-        _record(image, number // len(described), [("Describe the picture.", caption)])
-        for number, (image, caption) in enumerate(islice(cycle(described), count))
+        _record(image, number // len(images), [(DESCRIBE, str(image.caption))])
+        for number, image in enumerate(islice(cycle(images), count))
     ]
 
 
 def _conversations(
-    images: Sequence[LabelledImage], count: int, length: int, generator: random.Random
+    images: Sequence[LabelledImage], count: int, length: int, explained: bool, generator: random.Random
 ) -> list[Record]:
-    """Ask up to `length` questions of each image, in a random order, and other ones in the next round."""
-    described = [image for image in images if image.caption is not None]
+    """Ask `length` questions of each image, in a random order, and other ones in the next round."""
     records = []
-    for number, image in enumerate(islice(cycle(described), count)):
-        part = _choose(image, number // len(described), length)
-        generator.shuffle(part)
-        if number % 2 and any(question.kind == "variety" for question in part):
-            # "Which kind of apple?" names the fruit, so where it comes first the fruit is not asked for.
-            part = [question for question in part if question.kind != "fruit"]
-            part.sort(key=lambda question: question.kind != "variety")
-        else:
-            part.sort(key=lambda question: question.kind == "variety")
-        turns = [(question.text, explain(question, image)) for question in part]
-        records.append(_record(image, number // len(described), turns))
+    for number, image in enumerate(islice(cycle(images), count)):
+        turn = number // len(images)
+        asked = [
+            (question.text, _answer(question, image, explained)) for question in _choose(image, turn, length)
+        ]
+        if number % DESCRIBE_EVERY == 0 and length > 2:
+            asked[-1] = (DESCRIBE, str(image.caption))
+        generator.shuffle(asked)
+        records.append(_record(image, turn, asked))
     return records
 
 
-def _choose(image: LabelledImage, turn: int, length: int) -> list[Question]:
-    """Take as many naming questions as yes/no ones, of the kinds in turn; other ones every time.
+def _answer(question: Question, image: LabelledImage, explained: bool) -> str:
+    is_explained = explained and question.kind == "yes_no"
+    return f"{image.caption}, so {question.answer}" if is_explained else question.answer
 
-    Yes and no need the names to be right, and left to chance most questions would be of that kind.
+
+def _choose(image: LabelledImage, turn: int, length: int) -> list[Question]:
+    """Take a third of naming questions, of each kind in turn, and fill up with yes/no ones, new every turn.
+
+    With a connector that starts from words names are learned from few questions; yes and no need more.
     """
-    generator = random.Random(f"{image.name} 0")
-    questions = list({question.text: question for question in image.questions}.values())
-    generator.shuffle(questions)
+    generator = random.Random(image.name)
     by_kind: dict[str, list[Question]] = {}
-    for question in questions:
+    for question in {question.text: question for question in image.questions}.values():
         by_kind.setdefault(question.kind, []).append(question)
     yes_no = by_kind.pop("yes_no", [])
-    kinds = sorted(by_kind)
-    generator.shuffle(kinds)
-    num_names = min(len(kinds), max(1, length // 2))
+    for wordings in by_kind.values():
+        generator.shuffle(wordings)
+    kinds = generator.sample(sorted(by_kind), len(by_kind))
+    num_names = min(len(kinds), max(1, length // 3))
     names = []
     for number in range(turn * num_names, (turn + 1) * num_names):
         asked = by_kind[kinds[number % len(kinds)]]
         names.append(asked[number // len(kinds) % len(asked)])
-    start = turn * (length - len(names)) % max(1, len(yes_no))
-    return [*names, *yes_no[start:], *yes_no[:start]][:length]
-
-
-def explain(question: Question, image: LabelledImage) -> str:
-    """Return the answer that is trained: a name as it is, yes or no behind what the image shows.
-
-    A model that says first what it sees has only words left to compare; one that has to answer at once
-    learns yes and no many times more slowly (docs/log.md). Held-out answers stay as the data set has them.
-    """
-    return f"{image.caption}, so {question.answer}" if question.kind == "yes_no" else question.answer
+    num_filled = min(len(yes_no), length - len(names))
+    first = generator.randrange(len(yes_no) or 1) + turn * num_filled
+    return [*names, *(yes_no[(first + n) % len(yes_no)] for n in range(num_filled))]
 
 
 def _single_questions(images: Iterable[LabelledImage]) -> list[Record]:

@@ -3,11 +3,13 @@
 Paper: none; the form of Figure 9 (answered images) for the starter's own model.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.results import Metric, Result
 from tinyllava.files import whole_objects
 
@@ -84,8 +86,14 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
     ]
 
 
-def draw_sheet(shown: Sequence[Shown], path: Path, columns: int = 6) -> None:
-    """Draw images in a grid, below each the question, the model's answer and the truth."""
+def draw_sheet(
+    shown: Sequence[Shown], path: Path, columns: int = 6, *, dpi: int = 110, num_colours: int = 0
+) -> None:
+    """Draw images in a grid, below each the question, the model's answer and the truth.
+
+    Args:
+        num_colours: of a palette, which makes a small file; 0 keeps all colours.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from PIL import Image
@@ -114,7 +122,49 @@ def draw_sheet(shown: Sequence[Shown], path: Path, columns: int = 6) -> None:
             fontsize=9,
             color="darkgreen" if one.is_right else "crimson",
         )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=dpi)
+    if num_colours:
+        with Image.open(path) as image:
+            image.convert("RGB").quantize(num_colours).save(path, optimize=True)
+
+
+def choose_shown(
+    predictions: Sequence[Prediction], truths: dict[str, str], images: Path, count: int = 24
+) -> list[Shown]:
+    """Take the same number of every kind, each of another image, right or wrong as they come.
+
+    They come in a mixed order that is always the same: files hold the images of one fruit in a row.
+    """
+    predictions = random.Random(0).sample(predictions, len(predictions))
+    kinds = sorted({prediction.category for prediction in predictions})
+    chosen: list[Prediction] = []
+    seen: set[str] = set()
+    for number in range(count):
+        kind = kinds[number % len(kinds)]
+        fresh = (p for p in predictions if p.category == kind and p.image not in seen)
+        if (prediction := next(fresh, None)) is not None:
+            chosen.append(prediction)
+            seen.add(prediction.image)
+    return [
+        Shown(
+            image=images / p.image,
+            question=p.prompt,
+            answer=p.answer,
+            truth=truths[p.question_id],
+            is_right=p.score == 1,
+        )
+        for p in chosen
+    ]
+
+
+def choose_strip(
+    predictions: Sequence[Prediction], truths: dict[str, str], images: Path, count: int = 6
+) -> list[Shown]:
+    """Take a row for a first look: one right answer of each kind, and one wrong one at its end."""
+    shown = choose_shown(predictions, truths, images, count=len(predictions))
+    right = [one for one in shown if one.is_right]
+    wrong = [one for one in shown if not one.is_right]
+    return [*right[: count - 1], *wrong[:1]]
 
 
 def _wrap(text: str) -> str:

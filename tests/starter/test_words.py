@@ -1,0 +1,64 @@
+"""A connector that starts from words: its image tokens are the words of the caption."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tinyllava.conversation import Conversation, ImageRef, Message, ask
+from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.starter.recipe import starter_model
+from tinyllava.starter.words import make_start, start_key, word_ids
+
+CAPTIONS = {"red": "a red circle", "blue": "a dog, blue", "green": "a picture", "yellow": "an image"}
+
+
+def talk(image: Path, caption: str) -> Conversation:
+    reference = ImageRef(data=image.read_bytes(), name=f"set/{image.name}")
+    answer = Message(role="assistant", text=caption)
+    return Conversation(messages=(*ask("Describe the image.", reference).messages, answer))
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> list[Conversation]:
+    talks = []
+    for colour, caption in CAPTIONS.items():
+        for size in (20, 24):
+            path = tmp_path / f"{colour}{size}.png"
+            Image.new("RGB", (size, size), colour).save(path)
+            talks.append(talk(path, caption))
+    return talks
+
+
+def test_image_tokens_are_the_words_of_the_caption(parts, captions, tmp_path: Path) -> None:
+    config = starter_model(parts["chatml"], parts["siglip"])
+    before = assemble(config)[0].state_dict()
+    folder = make_start(config, captions, tmp_path / "start", tmp_path / "features", seed=0)
+    model, processor = open_checkpoint(folder)
+    embeddings = model.get_input_embeddings().weight.detach()
+    for conversation in captions:
+        caption = conversation.messages[-1].text
+        ids = word_ids(processor, caption)[: processor.num_image_tokens]
+        words = caption.replace(",", "").partition(" ")[2]
+        assert f" {words}".startswith(processor.tokenizer.decode(ids))
+        with Image.open(tmp_path / Path(conversation.images[0].name).name) as image:
+            pixels = processor.to_pixels([image.convert("RGB")])
+        with torch.inference_mode():
+            tokens = model.model.get_image_features(pixels)[0]
+        distances = torch.cdist(tokens[: len(ids)], embeddings)
+        assert distances.argmin(1).tolist() == ids
+    after = model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert all("multi_modal_projector" in name for name in moved)  # nothing else was trained
+    assert moved
+
+
+def test_a_start_that_is_there_is_used_and_another_has_another_name(parts, captions, tmp_path: Path) -> None:
+    config = starter_model(parts["chatml"], parts["siglip"])
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "kept").touch()
+    make_start(config, captions, tmp_path / "start", tmp_path / "features", seed=0)
+    assert [path.name for path in (tmp_path / "start").iterdir()] == ["kept"]
+    assert start_key(config, captions) == start_key(config, list(captions))
+    assert start_key(config, captions) != start_key(config, captions[1:])
