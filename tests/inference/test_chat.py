@@ -291,3 +291,31 @@ def test_the_context_is_no_longer_than_the_models_positions(tmp_path):
     chat.model.save_pretrained(tmp_path / "m")
     chat.processor.save_pretrained(tmp_path / "m")
     assert Chat.open(tmp_path / "m", device="cpu").context_tokens == 512
+
+
+@pytest.mark.parametrize("kind", ["llama", "chatml"])
+def test_no_answer_contains_the_row_of_an_image(tmp_path, images, kind):
+    """Under a head whose logits are all negative, the zero rows of ``<image>`` would win."""
+    chat = make_chat(tmp_path, kind)
+    config = chat.model.config
+    rows = [config.image_token_id, *range(config.num_language_rows or 10**6, config.text_config.vocab_size)]
+    with torch.no_grad():
+        width = chat.model.lm_head.weight.shape[1]
+        chat.model.lm_head = torch.nn.Linear(width, chat.model.lm_head.out_features)
+        chat.model.lm_head.weight.mul_(0.01)
+        chat.model.lm_head.bias.fill_(-5.0)
+        chat.model.lm_head.weight[rows] = 0
+        chat.model.lm_head.bias[rows] = 0
+    question = ask("What is it?", images[0])
+    inputs = chat._collate([question], [encode_prompt(chat.processor, question)])
+    with torch.no_grad():
+        assert int(chat.model(**inputs).logits[0, -1].argmax()) in rows
+    said = []
+    chat.answer(
+        [question], 4, stopping_criteria=[lambda ids, scores: said.append(ids[0, -1].item()) or False]
+    )
+    assert said
+    assert not set(said) & set(rows)
+    groups = [prepare_group(chat.processor, [question])]
+    [[answer]] = answer_groups(chat.model, groups, 4)
+    assert not set(answer) & set(rows)

@@ -22,11 +22,24 @@ class FiniteLogits(LogitsProcessor):
         self.stops = stop_ids(model)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores [B, K] as they are."""
+        """Return the scores [B, K]; those of ``<image>`` and of rows without a token cannot win."""
         new = input_ids[:, self.num_prompt_tokens :]
         finished = torch.isin(new, self.stops.to(new.device)).any(1)
         check_logits(self.model, scores[~finished], can_forbid=self.can_forbid)
-        return scores
+        return forbid_images(self.model, scores)
+
+
+def forbid_images(model: TinyLlavaForConditionalGeneration, logits: torch.Tensor) -> torch.Tensor:
+    """Return logits [..., K] under which no answer contains ``<image>``.
+
+    Its row, and those that fill up the embedding behind the language model's own, are zero: where every other
+    logit is negative they would be the likeliest. Published code has no such rows.
+    """
+    rows = torch.arange(logits.shape[-1], device=logits.device)
+    forbidden = rows == model.config.image_token_id
+    if model.config.num_language_rows:
+        forbidden |= rows >= model.config.num_language_rows
+    return logits.masked_fill(forbidden, torch.finfo(logits.dtype).min)
 
 
 def check_logits(

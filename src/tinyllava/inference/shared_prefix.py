@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tinyllava.inference.logits import check_logits, stop_ids
+from tinyllava.inference.logits import check_logits, forbid_images, stop_ids
 from tinyllava.inference.prompt_tree import PromptTree
 from tinyllava.model import TinyLlavaForConditionalGeneration
 from tinyllava.model.compat import CACHE_NAME, attention_of
@@ -179,7 +179,7 @@ def _decode(
         active = alive.gather(1, order)
         logits = model.lm_head(hidden[active])
         check_logits(model, logits)
-        next_tokens = logits.argmax(-1)
+        next_tokens = forbid_images(model, logits).argmax(-1)
         tokens[rows_of(active), order[active]] = next_tokens
         has_room = positions.gather(1, order)[active] + 1 < context_tokens
         alive[rows_of(active), order[active]] = ~torch.isin(next_tokens, stops) & has_room
