@@ -119,7 +119,9 @@ def run_starter(output: Path, work: Work) -> Path:
     if not (records / "held_out.json").exists():
         write_records(parts.images, records, amounts)
     train_start = time.monotonic()
-    run = starter_run(parts.model, records, output, start_from_words(parts, amounts, output))
+    num_images = 64 if work.length == "short" else NUM_START_IMAGES
+    start_folder = start_from_words(parts, amounts, output, num_images)
+    run = starter_run(parts.model, records, output, start_folder)
     model = train(run)
     trained = time.monotonic()
     offer_model(model, replace=work.length != "short")
@@ -142,11 +144,15 @@ def run_starter(output: Path, work: Work) -> Path:
     return report
 
 
-def start_from_words(parts: StarterParts, sources: Iterable[str], output: Path) -> Path:
-    """Return the checkpoint that training starts from, kept in the cache: its image tokens are words."""
+def start_from_words(parts: StarterParts, sources: Iterable[str], output: Path, num_images: int) -> Path:
+    """Return the checkpoint that training starts from, kept in the cache: its image tokens are words.
+
+    Args:
+        num_images: training images of each data set whose captions are taken, at most.
+    """
     captions = []
     for source in sources:
-        for image in training_images(parts.images, source)[:NUM_START_IMAGES]:
+        for image in training_images(parts.images, source)[:num_images]:
             ref = ImageRef(data=image.data, name=image.name)
             answer = Message(role="assistant", text=str(image.caption))
             captions.append(Conversation(messages=(*ask(DESCRIBE, ref).messages, answer)))
