@@ -99,8 +99,12 @@ CASES: dict[str, Case] = {
     "share pretrain, bf16": Case(SHARE, bf16=True),
     "share pretrain": Case(SHARE),
     "share pretrain, SigLIP": Case(SHARE, encoder="siglip"),
+    "share pretrain, checkpointing": Case(SHARE, options={"checkpointing": True}),
     "LoRA": Case(ADAPTERS),
     "encoder only": Case(replace(STAGE, vision_encoder=FULL, language_model=FROZEN)),
+    "encoder only, checkpointing": Case(
+        replace(STAGE, vision_encoder=FULL, language_model=FROZEN), options={"checkpointing": True}
+    ),
 }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from training_toys import make_captions
+
 ROOT = Path(__file__).parent.parent
 
 FILE = """
@@ -17,12 +19,15 @@ from tinyllava.config import DataConfig, Hardware, ModelConfig, Run
 from tinyllava.studies.grid import cross
 from tinyllava.recipes.paper import BASE
 
-data = DataConfig(records=({records!r},), images={images!r})
-small = dict(data=data, learning_rate=1e-3, global_batch_size=4, max_length_tokens=256, num_epochs={epochs})
+data = dict(
+    pretrain=DataConfig(records=({captions!r},), images={images!r}),
+    finetune=DataConfig(records=({records!r},), images={images!r}),
+)
+small = dict(learning_rate=1e-3, global_batch_size=4, max_length_tokens=256, num_epochs={epochs})
 base = Run(
     name="toy", recipe="base", report_to=(),
     model=ModelConfig(vision_encoder={encoder!r}, language_model={llm!r}),
-    stages={{name: replace(stage, **small) for name, stage in BASE.stages.items()}},
+    stages={{name: replace(stage, data=data[name], **small) for name, stage in BASE.stages.items()}},
     hardware=Hardware(num_workers=0, device_batch_size=2, precision="fp32"),
 )
 TOY = cross(
@@ -46,6 +51,7 @@ def write_grid(
     path.write_text(
         FILE.format(
             records=str(records),
+            captions=str(make_captions(records)),
             images=str(records.parent / "images"),
             encoder=str(parts["siglip"]),
             llm=str(parts["llama"]),

@@ -152,3 +152,12 @@ def test_what_is_wrong_is_said(arguments, says, capsys):
 def test_tables_1_and_2_are_printed(name, capsys):
     assert main(["reproduce", name]) == 0
     assert len(capsys.readouterr().out.splitlines()) in (7, 6)
+
+
+def test_questions_without_an_answer_are_named_and_end_it_with_1(places, parts, records, capfd):
+    (places / "benchmarks/starter-whole/images/0.png").write_bytes(b"no image")
+    grid = str(grid_toys.write_grid(places, parts, records))
+    assert main(["reproduce", grid, "--only", "low", "--benchmarks", "benchmarks"]) == 1
+    said = capfd.readouterr().out
+    assert "questions without an answer, counted as wrong: " in said
+    assert said.count(": 2 of starter-whole") == 2

@@ -226,7 +226,7 @@ def test_images_that_cannot_be_decoded_are_left_out_on_demand(tmp_path, images):
 
 
 def test_every_defect_of_a_record_has_a_case():
-    elsewhere = {"broken_image", "too_long", "duplicate_id"}
+    elsewhere = {"broken_image", "dialogue", "duplicate_id", "text_only", "too_long"}
     assert {name for name, _, _ in DEFECTIVE.values()} | elsewhere == set(DEFECTS)
 
 

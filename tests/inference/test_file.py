@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -317,6 +319,23 @@ def test_two_processes_never_write_one_file(
         assert run(questions, output, checkpoint) == 2
     assert f"error: {output}: another process is writing there" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_of_two_real_processes_one_writes_every_answer_once(
+    checkpoint: Path, questions: Path, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in questions.read_text().split("\n") if line]
+    questions.write_text("".join(json.dumps(line | {"id": n}) + "\n" for n, line in enumerate(lines * 30)))
+    output = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-m", "tinyllava", "chat", "--file", str(questions), "--output", str(output)]
+    command += ["--model", str(checkpoint), "--max-tokens", "4", "--device", "cpu"]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate(timeout=250)[1].decode() for process in both]
+    ends = sorted(process.returncode for process in both)
+    assert ends in ([0, 0], [0, 2]), said  # the second may have come when the first was done
+    assert ends == [0, 0] or any("another process is writing there" in text for text in said)
+    ids = [json.loads(line)["id"] for line in output.read_text().splitlines()]
+    assert ids == list(range(90))
 
 
 @pytest.mark.parametrize("place", ["/dev/stdout", "/dev/full", "."])

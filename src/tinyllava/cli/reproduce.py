@@ -112,9 +112,18 @@ def _run(grid: "Grid", graph: "Graph", needs: "list[Need]", known: argparse.Name
     from tinyllava.studies.report.page import write_report
 
     with held(output, wait=True):
-        write_study(grid, graph, output)
+        study = write_study(grid, graph, output)
+        unanswered = [
+            f"{cell.id}: {result.num_missing:,} of {result.benchmark}"
+            for cell in study.cells
+            for result in cell.results
+            if result.num_missing
+        ]
+        if unanswered:
+            print(f"questions without an answer, counted as wrong: {'; '.join(unanswered)}")
         print(write_report(output))
-    return int(bool(lacking) or any(state.status == "failed" for state in states.values()))
+    is_failed = any(state.status == "failed" for state in states.values())
+    return int(bool(lacking or unanswered) or is_failed)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

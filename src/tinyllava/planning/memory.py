@@ -158,7 +158,7 @@ def _sample_bytes(parts: PlannedParts, stage: Stage, num_tokens: int, bf16: bool
         kept = layer * language.num_layers
     item = HALF_BYTES if bf16 else FLOAT_BYTES
     connector = item * (parts.num_patches * parts.encoder.width + 3 * parts.num_image_tokens * width)
-    return kept + ends + connector + _encoder_bytes(parts, stage.vision_encoder, bf16)
+    return kept + ends + connector + _encoder_bytes(parts, stage.vision_encoder, bf16, checkpointing)
 
 
 def _decoder_layer_bytes(language: LanguageModel, tune: Tune, bf16: bool) -> int:
@@ -237,8 +237,11 @@ def _cnn_values(encoder: VisionEncoder) -> float:
     return sum(n * widths * width * cell for (n, width), cell in zip(encoder.stages, cells, strict=True))
 
 
-def _encoder_bytes(parts: PlannedParts, tune: Tune, bf16: bool) -> int:
-    """Bytes that a trained encoder keeps for one image; a frozen one keeps nothing."""
+def _encoder_bytes(parts: PlannedParts, tune: Tune, bf16: bool, checkpointing: bool = False) -> int:
+    """Bytes that a trained encoder keeps for one image; a frozen one keeps nothing.
+
+    With checkpointing a transformer keeps one layer and the inputs of the others.
+    """
     encoder = parts.encoder
     if not tune.trains:
         return 0
@@ -251,11 +254,9 @@ def _encoder_bytes(parts: PlannedParts, tune: Tune, bf16: bool) -> int:
     tokens = parts.num_patches + encoder.num_prefix_tokens
     num_mlp = VISION_FAMILIES.get(encoder.family, VisionFamily()).mlp_values
     casts = 6 if bf16 else 2
-    return (
-        num_layers
-        * tokens
-        * (
-            2 * FLOAT_BYTES * encoder.width
-            + item * ((4 + casts) * encoder.width + num_mlp * encoder.mlp_width)
-        )
+    layer = tokens * (
+        2 * FLOAT_BYTES * encoder.width + item * ((4 + casts) * encoder.width + num_mlp * encoder.mlp_width)
     )
+    if checkpointing:
+        return layer + (num_layers - 1) * tokens * encoder.width * FLOAT_BYTES
+    return num_layers * layer
