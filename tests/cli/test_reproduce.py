@@ -157,7 +157,8 @@ def test_tables_1_and_2_are_printed(name, capsys):
 def test_questions_without_an_answer_are_named_and_end_it_with_1(places, parts, records, capfd):
     (places / "benchmarks/starter-whole/images/0.png").write_bytes(b"no image")
     grid = str(grid_toys.write_grid(places, parts, records))
-    assert main(["reproduce", grid, "--only", "low", "--benchmarks", "benchmarks"]) == 1
-    said = capfd.readouterr().out
+    status = main(["reproduce", grid, "--only", "low", "--benchmarks", "benchmarks"])
+    said, errors = capfd.readouterr()
+    assert status == 1, errors
     assert "questions without an answer, counted as wrong: " in said
     assert said.count(": 2 of starter-whole") == 2

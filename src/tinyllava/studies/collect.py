@@ -14,6 +14,7 @@ from PIL import Image
 
 from tinyllava.config import COMPONENTS
 from tinyllava.data.images import open_image
+from tinyllava.errors import ImageError
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.predictions import read_predictions
@@ -234,7 +235,10 @@ def _save_image(question: Question, folder: Path) -> str:
     if not images:
         return ""
     name = f"images/{hashlib.sha256(question.id.encode()).hexdigest()[:12]}.jpg"
-    image = open_image(images[0])
+    try:
+        image = open_image(images[0])
+    except ImageError:  # the evaluation has named it, and counts its questions as not answered
+        return ""
     image.thumbnail((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     image.save(folder / name, quality=85)
