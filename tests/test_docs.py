@@ -74,6 +74,17 @@ def test_every_file_of_the_package_that_is_named_exists(path: Path) -> None:
     assert [name for name in files if not (ROOT / name).exists()] == []
 
 
+def test_every_test_that_a_promise_names_exists() -> None:
+    named = code_spans((ROOT / "docs" / "checks.md").read_text(encoding="utf-8"))
+    missing = []
+    for span in (span for span in named if span.startswith("tests/")):
+        path, _, function = span.partition("::")
+        text = (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else ""
+        if not text or (function and f"def {function}(" not in text):
+            missing.append(span)
+    assert missing == []
+
+
 @each_document
 def test_every_python_example_imports_what_exists(path: Path) -> None:
     for body in blocks(path.read_text(encoding="utf-8"), "python"):

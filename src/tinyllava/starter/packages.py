@@ -32,7 +32,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from tinyllava.data.reporting import Bars
+from tinyllava.data.bars import Bars
 from tinyllava.errors import PackageError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tinyllava.data.reporting import Bars
+from tinyllava.data.bars import Bars
 from tinyllava.files import append_lines, whole_objects, write_text
 
 if TYPE_CHECKING:
