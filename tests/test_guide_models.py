@@ -1,33 +1,41 @@
-"""The guide to one's own parts, followed literally: file written, commands run, connector put in."""
+"""The guide to one's own parts, followed literally in a folder of its own: files written, commands run."""
 
-import os
+import json
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from documents import ROOT, blocks, commands
 from tinyllava.cli import main
-from tinyllava.parts.connectors import CONNECTORS
+from tinyllava.config import ModelConfig
+from tinyllava.errors import ConfigError
+from tinyllava.evaluation.checkpoint import find_benchmarks
+from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.parts.language import LANGUAGE_MODELS
+from tinyllava.parts.resolve import resolve
+from tinyllava.parts.user_code import run_code
 from tinyllava.parts.vision import VISION_ENCODERS
 
 GUIDE = (ROOT / "docs" / "guides" / "models.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in GUIDE.split("\n## ")[1:]}
-CONNECTOR = SECTIONS.pop("A connector")
-PIECES = [piece for section in SECTIONS.values() for piece in blocks(section, "python")]
+FILES = {"A connector": "my_connector.py", "A template": "my_template.py", "A benchmark": "my_benchmark.py"}
+PIECES = [piece for name, text in SECTIONS.items() if name not in FILES for piece in blocks(text, "python")]
 COMMANDS = [line for section in SECTIONS.values() for line in commands(section)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A user's folder: the guide's file and two local parts; the tables are put back afterwards."""
-    before = [(table, dict(table)) for table in (CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS)]
+    """A user's folder: the guide's files and two local parts; the tables are put back afterwards."""
+    before = [(table, dict(table)) for table in (LANGUAGE_MODELS, VISION_ENCODERS)]
     (tmp_path / "my_parts.py").write_text("\n\n".join(PIECES), encoding="utf-8")
+    for section, name in FILES.items():
+        (tmp_path / name).write_text("\n\n".join(blocks(SECTIONS[section], "python")), encoding="utf-8")
     (tmp_path / "my-clip").symlink_to(parts["clip"])
     (tmp_path / "my-llama").symlink_to(parts["llama"])
     monkeypatch.chdir(tmp_path)
@@ -38,9 +46,9 @@ def folder(tmp_path: Path, parts: dict[str, Path], monkeypatch: pytest.MonkeyPat
 
 
 def test_there_is_a_section_for_each_kind_of_part() -> None:
-    kinds = {"A local folder", "A vision encoder", "A language model", "A template", "A recipe"}
+    kinds = {"A local folder", "A vision encoder", "A language model", "A recipe", "A saved run", *FILES}
     assert kinds <= set(SECTIONS)
-    assert all(blocks(SECTIONS[kind], "python") or commands(SECTIONS[kind]) for kind in kinds)
+    assert all(name in SECTIONS[section] for section, name in FILES.items())
 
 
 @pytest.mark.usefixtures("folder")
@@ -65,31 +73,113 @@ def test_its_parts_are_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None
     assert "4,022,468,096" in printed
     assert main(["show", "my_parts.py:GENTLE-Sig-Phi"]) == 0
     assert "from layer 20" in capsys.readouterr().out
-
-
-def test_its_connector_works_where_the_guide_puts_it(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "src" / "tinyllava", tmp_path / "tinyllava")
-    module, line, use = blocks(CONNECTOR, "python")
-    package = tmp_path / "tinyllava" / "model" / "connectors"
-    (package / "mean.py").write_text(module, encoding="utf-8")
-    with (tmp_path / "tinyllava" / "parts" / "connectors.py").open("a", encoding="utf-8") as file:
-        file.write(f"\n\n{line}")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
-    }
-
-    def run(*command: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    (command,) = commands(CONNECTOR)
-    program, *arguments = shlex.split(command)
-    assert program == "tinyllava"
-    printed = run("-c", "import sys, tinyllava.cli as c; sys.exit(c.main(sys.argv[1:]))", *arguments)
-    assert "SigLIP + mean + Phi-2" in printed
+    assert main(["show", "base-Sig-Phi-my_connector.py:Mean"]) == 0
+    printed = capsys.readouterr().out
     assert "1 of 729 patches" in printed
-    run("-c", use)
+    assert f"{1152 * 2560 + 2560:,}" in printed  # the connector's parameters, counted
+
+
+def own_model(folder: Path) -> ModelConfig:
+    return ModelConfig(
+        vision_encoder=str(folder / "my-clip"),
+        language_model=str(folder / "my-llama"),
+        connector="my_connector.py:Mean",
+        connector_options={"parts": 4},
+        template="my_template.py:PLAIN",
+    )
+
+
+def test_a_model_of_its_parts_answers_and_its_checkpoint_says_what_code_it_needs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = assemble(own_model(folder))
+    assert model.config.num_image_tokens == processor.num_image_tokens == 4
+    assert processor.chat_template.startswith("{%- for message in messages -%}")
+    model.save_pretrained(folder / "saved")
+    processor.save_pretrained(folder / "saved")
+    assert json.loads((folder / "saved" / "config.json").read_text())["connector"] == "my_connector.py:Mean"
+    opened, _ = open_checkpoint(folder / "saved")
+    kept = dict(model.named_parameters())
+    assert all(torch.equal(value, kept[name]) for name, value in opened.named_parameters())
+
+    Image.new("RGB", (32, 32), "red").save(folder / "red.png")
+    chat = ["chat", "red.png", "What?", "--model", "saved", "--max-tokens", "3"]
+    refused = run_command(*chat)
+    assert refused.returncode == 2
+    assert "saved: needs your code 'my_connector.py:Mean'" in refused.stderr
+    assert "add --with my_connector.py" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    answered = run_command(*chat, "--with", "my_connector.py")
+    assert answered.returncode == 0, answered.stderr
+
+
+def run_command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "tinyllava", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.usefixtures("folder")
+def test_its_benchmark_is_found_and_grades(tmp_path: Path) -> None:
+    rows = [{"id": 1, "question": "Which colour?", "image": "a.png", "answer": "red"}]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "questions.json").write_text(json.dumps(rows))
+    benchmarks = find_benchmarks("my_benchmark.py:MINE")
+    questions = benchmarks["mine"].load(tmp_path / "mine")
+    scored = benchmarks["mine"].score(questions, {"1": "Red."})
+    assert scored.metrics[0].value == 100.0
+    assert list(find_benchmarks("mine")) == ["mine"]  # by its own name, now that its code has run
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import torch\n\nx = 1 / 0\n", "line 3: ZeroDivisionError: division by zero"),
+        ("class Mean:\n    pass\n", "is no connector"),
+        ("def (", "line 1"),
+        ("X = 1", "unknown name in"),
+    ],
+)
+def test_an_error_in_a_users_file_names_file_and_line(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "bad_connector.py").write_text(text)
+    model = ModelConfig(
+        vision_encoder="CLIP", language_model="TinyLlama", connector=f"{tmp_path}/bad_connector.py:Mean"
+    )
+    with pytest.raises((ConfigError, LookupError), match="bad_connector") as caught:
+        resolve(model)
+    assert says in str(caught.value)
+
+
+def test_a_value_of_a_module_is_named_with_dots(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "connectors.py").write_text((folder / "my_connector.py").read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    model = ModelConfig(
+        vision_encoder="CLIP", language_model="TinyLlama", connector="my_package.connectors:Mean"
+    )
+    assert resolve(model).num_image_tokens == 1
+
+
+def test_a_saved_run_is_shown_again_and_runs_no_code_that_was_not_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", "base-C-TL", "--json"]) == 0
+    saved = json.loads(capsys.readouterr().out)
+    (folder / "run.json").write_text(json.dumps(saved))
+    assert main(["show", "run.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == saved
+    (folder / "other.py").write_text("from my_connector import Mean\n")
+    saved["model"]["connector"] = "other.py:Mean"
+    (folder / "run.json").write_text(json.dumps(saved))
+    assert main(["show", "run.json"]) == 2
+    assert "needs your code 'other.py:Mean'" in capsys.readouterr().err
+    assert main(["show", "run.json", "--with", "other.py"]) == 0
+
+
+def test_code_runs_once(tmp_path: Path) -> None:
+    (tmp_path / "counted.py").write_text("VALUE = object()\n")
+    assert run_code(str(tmp_path / "counted.py"))["VALUE"] is run_code(str(tmp_path / "counted.py"))["VALUE"]

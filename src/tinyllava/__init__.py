@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tinyllava.evaluation.results import Result as Result
     from tinyllava.inference.chat import Chat as Chat
     from tinyllava.inference.dialogue import Dialogue as Dialogue
+    from tinyllava.parts.user_code import run_code as run_code
     from tinyllava.planning.check import check as check
     from tinyllava.planning.plan import plan_run as plan_run
     from tinyllava.recipes.variants import make_run as make_run
@@ -85,6 +86,7 @@ _HOMES = {
     "lora": "config",
     "make_run": "recipes.variants",
     "plan_run": "planning.plan",
+    "run_code": "parts.user_code",
     "run_from_json": "config",
     "train": "training.run",
     "variant": "recipes.variants",

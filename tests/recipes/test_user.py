@@ -74,7 +74,7 @@ def test_a_file_that_fails_is_named(tmp_path: Path, text: str, says: str) -> Non
     path.write_text(text)
     with pytest.raises(ConfigError, match=says):
         find_run(f"{path}:X")
-    with pytest.raises(ConfigError, match="no such recipe file"):
+    with pytest.raises(ConfigError, match="no such file"):
         find_run(f"{tmp_path / 'none.py'}:X")
 
 

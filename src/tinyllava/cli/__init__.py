@@ -14,6 +14,7 @@ from types import FrameType
 from tinyllava import __version__
 from tinyllava.errors import ConfigError, Stopped, TinyLlavaError, look_up
 from tinyllava.files import is_full_disk, is_text
+from tinyllava.parts.user_code import is_reference, run_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         _refuse_bytes(arguments)
+        arguments = _run_own_code(arguments)
         command = look_up(COMMANDS, arguments[0], "command")
         run: Callable[[list[str]], int] = import_module(f"tinyllava.cli.{command.module}").main
         from tinyllava.data.reporting import reporting
@@ -149,6 +151,19 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _run_own_code(arguments: list[str]) -> list[str]:
+    """Run what ``--with FILE.py`` names, which any command takes, and return the other arguments."""
+    rest = list(arguments)
+    while "--with" in rest[1:] and rest[0] != "starter":  # whose --with names data sets
+        at = rest.index("--with", 1)
+        if at + 1 == len(rest):
+            raise ConfigError("--with: name a file of yours, or a module: --with FILE.py.")
+        place = rest[at + 1]
+        run_code(place.rpartition(":")[0] if is_reference(place) else place)
+        del rest[at : at + 2]
+    return rest
+
+
 def _refuse_bytes(arguments: list[str]) -> None:
     """Raise for an argument that is not UTF-8: no file that records it could be written.
 
@@ -184,5 +199,6 @@ def _help() -> str:
             *lines,
             "",
             "`tinyllava COMMAND --help` explains one; start with `tinyllava starter`.",
+            "`--with FILE.py` runs your code first, where a checkpoint or a saved run names some.",
         ]
     )

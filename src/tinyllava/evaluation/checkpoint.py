@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.errors import DataError, look_up
+from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark
-from tinyllava.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
+from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS, find_benchmark
+from tinyllava.parts.user_code import is_reference
 
 if TYPE_CHECKING:
     from tinyllava.data.reporting import Callback
@@ -87,7 +88,8 @@ def find_benchmarks(names: str | Sequence[str]) -> dict[str, Benchmark]:
     if names == "all":
         return dict(PAPER_BENCHMARKS)
     listed = names.split(",") if isinstance(names, str) else names
-    return {name: look_up(BENCHMARKS, name, "benchmark") for name in listed}
+    found = {name: find_benchmark(name) for name in listed}
+    return {benchmark.name if is_reference(name) else name: benchmark for name, benchmark in found.items()}
 
 
 def find_folders(benchmarks: Mapping[str, Benchmark], data: Path) -> dict[str, Path]:

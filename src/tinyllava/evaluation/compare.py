@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyllava.errors import DataError, look_up
+from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
-from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.benchmarks import find_benchmark
 from tinyllava.evaluation.metrics.statistics import PairedDifference, mcnemar, paired_bootstrap
 from tinyllava.evaluation.predictions import read_predictions
 
@@ -160,7 +160,7 @@ def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tu
                 f"{left} is of {of_a[0].benchmark!r}, {right} of {of_b[0].benchmark!r}; "
                 "name two files of one benchmark."
             )
-        benchmark = look_up(BENCHMARKS, of_a[0].benchmark, "benchmark")
+        benchmark = find_benchmark(of_a[0].benchmark)
         if a.is_dir() and any(one.score is None for one in (*of_a, *of_b)):
             continue
         comparisons.append(compare_predictions(of_a, of_b, benchmark, num_resamples=num_resamples, seed=seed))

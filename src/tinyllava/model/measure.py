@@ -14,7 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tinyllava.errors import CheckpointError
+from tinyllava.model.connectors import build_connector
 from tinyllava.model.layers import decoder_layers, encoder_layers, last_layer_output
+from tinyllava.parts.connectors import Options
 from tinyllava.parts.vision import VisionEncoder
 
 
@@ -71,6 +73,25 @@ def measure_vision_encoder(encoder: VisionEncoder) -> Counted:
         linears=_linears(tower),
         behind=sum(p.numel() for name, p in tower.named_parameters() if name in names),
     )
+
+
+def measure_connector(
+    name: str, vision_width: int, language_width: int, num_patches: int, options: Options
+) -> Counted:
+    """Count a connector of a user's code.
+
+    Raises:
+        ConfigError: its class cannot be built.
+    """
+    with torch.device("meta"):
+        module = build_connector(
+            name,
+            vision_width=vision_width,
+            language_width=language_width,
+            num_patches=num_patches,
+            options=options,
+        )
+    return Counted(total=_count(module), layers=(), linears=_linears(module))
 
 
 def unreached_parameters(tower: nn.Module, kind: str, image_size_px: int) -> set[str]:

@@ -6,10 +6,12 @@ be made before anything is loaded. The modules stand in one file each and are im
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from math import isqrt
 
 from tinyllava.errors import ConfigError, look_up
+from tinyllava.parts.user_code import is_reference, recall_value, short_reference
 
 Options = Mapping[str, int]
 Linears = list[tuple[int, int]]
@@ -20,16 +22,16 @@ class Connector:
     """What is known of a connector before it is built."""
 
     name: str
-    module: str
-    """``file:Class`` of ``tinyllava.model.connectors``.
+    module: str | type
+    """A class, or ``file:Class`` of ``tinyllava.model.connectors``.
 
     It takes (vision_width, language_width, num_patches, **options)."""
     summary: str
     num_tokens: Callable[[int, Options], int]
     """T from M and the options."""
-    num_parameters: Callable[[int, int, Options], int]
-    """Parameters from X, D and the options."""
-    linears: Callable[[int, int, Options], Linears]
+    num_parameters: Callable[[int, int, Options], int] | None = None
+    """Parameters from X, D and the options; None: it is built on the meta device and counted."""
+    linears: Callable[[int, int, Options], Linears] | None = None
     """(Inputs, outputs) of each linear layer from X, D and the options: what adapters are put on."""
     options: Options = field(default_factory=dict)
     """Every option with its default."""
@@ -214,12 +216,40 @@ CONNECTORS: dict[str, Connector] = {
 
 
 def find_connector(name: str) -> Connector:
-    """Return the connector of that name.
+    """Return the connector of that name, or of a user's code that has run.
 
     Raises:
         UnknownNameError: no such connector.
+        CheckpointError: it is a user's, and its code has not run.
+        ConfigError: the user's value is no connector.
     """
-    return look_up(CONNECTORS, name, "connector")
+    if name not in CONNECTORS and is_reference(name):
+        return _own_connector(short_reference(name), recall_value(name))
+    return look_up(CONNECTORS, name, "connector (or FILE.py:NAME)")
+
+
+def _own_connector(name: str, value: object) -> Connector:
+    """Describe a user's connector: a ``Connector``, or the class of its module with ``num_tokens``."""
+    if isinstance(value, Connector):
+        return replace(value, name=name)
+    count = getattr(value, "num_tokens", None)
+    if not isinstance(value, type) or not callable(count):
+        raise ConfigError(
+            f"connector {name}: {value!r} is no connector; give the class of a torch module with a static "
+            "method num_tokens(num_patches, **options) (docs/guides/models.md)."
+        )
+    parameters = signature(value).parameters.values()
+    options = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+    for option, default in options.items():
+        if type(default) is not int:
+            raise ConfigError(f"connector {name}: option {option} needs a default that is a whole number.")
+    return Connector(
+        name=name,
+        module=value,
+        summary=(value.__doc__ or "").strip().partition("\n")[0],
+        num_tokens=lambda num_patches, given: int(count(num_patches, **given)),
+        options=options,
+    )
 
 
 def resolve_options(connector: Connector, options: Options) -> dict[str, int]:

@@ -15,6 +15,7 @@ from tinyllava.config import ModelConfig, run_from_json
 from tinyllava.errors import CheckpointError
 from tinyllava.files import held, parse_json, sha256_of, whole_folder
 from tinyllava.parts.untrusted import SETTINGS, check_settings, check_weight_map
+from tinyllava.parts.user_code import is_reference, recall_value
 
 _HEAD_BYTES = 512
 
@@ -177,6 +178,8 @@ def check_checkpoint(folder: Path) -> None:
             else "connector_type, which is Factory's"
         )
         raise CheckpointError(f"{folder}: config.json says {layout}; bring it in with `tinyllava import`.")
+    if is_reference(connector := str(config.get("connector", ""))):
+        recall_value(connector, str(folder))  # of a checkpoint nothing is run: the user has to name the code
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():

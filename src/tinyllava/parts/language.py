@@ -12,6 +12,7 @@ from tinyllava.errors import CheckpointError, ConfigError, look_up
 from tinyllava.parts.families import LANGUAGE_FAMILIES, has_usual_settings
 from tinyllava.parts.folders import check_weight_files, read_config
 from tinyllava.parts.templates import TEMPLATE_OF_END
+from tinyllava.parts.user_code import is_reference, recall_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,10 +328,12 @@ def find_language_model(name: str, template: str = "") -> LanguageModel:
                 f"{Path(name) / 'config.json'}: lacks {error}; fetch it again, or describe the model as a "
                 "LanguageModel in a Python file of yours (docs/guides/models.md)."
             ) from error
-    by_abbreviation = {model.abbreviation: model for model in LANGUAGE_MODELS.values()}
-    if name in by_abbreviation:
-        return by_abbreviation[name]
-    return look_up(LANGUAGE_MODELS, name, "language model (or local folder)")
+    if is_reference(name):
+        return recall_as(name, LanguageModel)
+    for model in LANGUAGE_MODELS.values():
+        if name == model.abbreviation:
+            return model
+    return look_up(LANGUAGE_MODELS, name, "language model (or local folder, or FILE.py:NAME)")
 
 
 def _describe_folder(folder: Path, template: str) -> LanguageModel:
@@ -353,11 +356,7 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"
 def describe_config(
     config: Mapping[str, Any], *, name: str, path: str, template: str, eos_token: str
 ) -> LanguageModel:
-    """Describe the language model of a config.json.
-
-    Raises:
-        KeyError: the config lacks a size.
-    """
+    """Describe the language model of a config.json; raises KeyError where it lacks a size."""
     num_heads, family = int(config["num_attention_heads"]), str(config.get("model_type", ""))
     return LanguageModel(
         name=name,

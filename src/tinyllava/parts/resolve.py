@@ -13,8 +13,11 @@ from tinyllava.parts.connectors import Connector, find_connector, num_tokens, re
 from tinyllava.parts.families import LANGUAGE_FAMILIES
 from tinyllava.parts.language import LANGUAGE_MODELS, LanguageModel, find_language_model
 from tinyllava.parts.templates import Template, find_template
+from tinyllava.parts.user_code import is_reference, run_value
 from tinyllava.parts.vision import VISION_ENCODERS, VisionEncoder, find_vision_encoder, join_encoders
 
+CODE_FIELDS = ("vision_encoder", "language_model", "connector", "template")
+"""Fields of ``ModelConfig`` that can name a value of a user's code."""
 T = TypeVar("T")
 Part = TypeVar("Part", VisionEncoder, LanguageModel)
 
@@ -51,7 +54,9 @@ class Found:
     """Field of ``ModelConfig`` -> what is wrong with it."""
 
     def look(self, name: str, find: Callable[[], T]) -> T | None:
-        """Return what ``find`` returns; an error of it is noted under the field's name."""
+        """Return what ``find`` returns; the first error of it is noted under the field's name."""
+        if name in self.errors:
+            return None
         try:
             return find()
         except TinyLlavaError as error:
@@ -62,6 +67,9 @@ class Found:
 def find_parts(model: ModelConfig) -> Found:
     """Look up every part of a model; an empty name is left out."""
     found = Found()
+    for name in CODE_FIELDS:
+        if is_reference(reference := str(getattr(model, name))):
+            found.look(name, lambda reference=reference: run_value(reference))  # type: ignore[misc]
     if model.vision_encoder:
         found.encoder = found.look(
             "vision_encoder", lambda: find_vision_encoder(model.vision_encoder, model.code)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tinyllava.errors import CheckpointError, ConfigError, look_up
 from tinyllava.parts.families import VISION_FAMILIES, has_usual_settings
 from tinyllava.parts.folders import check_weight_files, read_config
+from tinyllava.parts.user_code import is_reference, recall_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,10 +195,12 @@ def find_vision_encoder(name: str, code: str = "") -> VisionEncoder:
         if "+" in second:
             raise ConfigError(f"vision encoder {name!r}: two can be fused; name two, as in 'DINOv2+SigLIP'.")
         return join_encoders(find_vision_encoder(first), find_vision_encoder(second))
+    if is_reference(name):
+        return recall_as(name, VisionEncoder)
     by_abbreviation = {encoder.abbreviation: encoder for encoder in VISION_ENCODERS.values()}
     if name in by_abbreviation:
         return by_abbreviation[name]
-    return look_up(VISION_ENCODERS, name, "vision encoder (or local folder)")
+    return look_up(VISION_ENCODERS, name, "vision encoder (or local folder, or FILE.py:NAME)")
 
 
 def join_encoders(first: VisionEncoder, second: VisionEncoder) -> VisionEncoder:

@@ -125,7 +125,7 @@ def plan_parts(run: Run) -> PlannedParts:
         template=parts.template.name,
         encoder_size=vision_encoder_size(encoder),
         connector_size=connector_size(
-            parts.connector, encoder.width, language.width, parts.connector_options
+            parts.connector, encoder.width, language.width, parts.connector_options, parts.num_patches
         ),
         language_size=language_model_size(language),
         num_patches=parts.num_patches,

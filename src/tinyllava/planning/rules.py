@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from tinyllava.config import COMPONENTS, Component, Hardware, Stage, Tune
 from tinyllava.parts.templates import template_names
+from tinyllava.parts.user_code import is_reference
 
 MIN_TEXT_TOKENS = 64
 """What question and answer need at the least beside an image: the system sentence alone is half of it."""
@@ -40,7 +41,7 @@ def value_problems(stage: Stage, limits: Limits) -> Iterator[str]:
     """Numbers out of their range."""
     if not stage.data.records:
         yield "data.records: empty; name a mixture of Table 2, or LLaVA-format files."
-    if stage.template and stage.template not in template_names():
+    if stage.template and stage.template not in template_names() and not is_reference(stage.template):
         yield f"template = {stage.template!r}: no such template; known: {', '.join(template_names())}."
     for field, low, high in (
         ("learning_rate", 0.0, 1.0),

@@ -130,9 +130,14 @@ def _measured_vision_encoder(encoder: VisionEncoder) -> PartSize:
 
 
 def connector_size(
-    connector: Connector, vision_width: int, language_width: int, options: Options
+    connector: Connector, vision_width: int, language_width: int, options: Options, num_patches: int = 1
 ) -> PartSize:
-    """Return the size of a connector with all of its options."""
+    """Return the size of a connector with all of its options; ``num_patches`` counts for a user's own."""
+    if connector.num_parameters is None or connector.linears is None:
+        from tinyllava.model.measure import measure_connector
+
+        counted = measure_connector(connector.name, vision_width, language_width, num_patches, options)
+        return PartSize(outer=counted.total, **_adapted(counted.linears))
     return PartSize(
         outer=connector.num_parameters(vision_width, language_width, options),
         **_adapted(connector.linears(vision_width, language_width, options)),

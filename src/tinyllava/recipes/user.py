@@ -4,20 +4,22 @@
 the parts are added as in a variant's name: ``my_recipe.py:NAME-Sig-Phi``.
 """
 
-import runpy
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tinyllava.config import ModelConfig, Run
-from tinyllava.errors import ConfigError, TinyLlavaError, look_up
+from tinyllava.config import ModelConfig, Run, run_from_json
+from tinyllava.errors import ConfigError, look_up
+from tinyllava.parts.resolve import CODE_FIELDS
+from tinyllava.parts.user_code import is_reference, recall_value, run_code
 from tinyllava.recipes.recipe import Recipe
-from tinyllava.recipes.variants import RECIPES, run_of, tuned_run, variant
+from tinyllava.recipes.variants import PREFIX, RECIPES, run_of, tuned_run, variant
 
 
 def find_run(name: str, checkpoint: ModelConfig | None = None) -> Run:
-    """Return the run of a variant's name or of ``FILE.py:NAME``.
+    """Return the run of a variant's name, ``FILE.py:NAME``, ``package.module:NAME`` or a saved run.json.
 
-    The file is executed: it is the user's own code.
+    The file is run: it is the user's own code.
 
     Args:
         checkpoint: parts of the checkpoint that the run starts from; beside them a recipe's name will do.
@@ -26,10 +28,14 @@ def find_run(name: str, checkpoint: ModelConfig | None = None) -> Run:
         UnknownNameError: no such variant, or no such value in the file.
         ConfigError: no such file, it fails, or the value is neither a run nor a recipe.
     """
+    if name.endswith(".json"):
+        return _saved_run(Path(name))
     path, colon, rest = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
+    is_variant = name.removeprefix(PREFIX).partition("-")[0] in RECIPES and not Path(path).is_file()
+    if not colon or is_variant or not is_reference(f"{path}:{rest.partition('-')[0]}"):
         return tuned_run(RECIPES[name], checkpoint) if checkpoint and name in RECIPES else variant(name)
-    public = {key: value for key, value in execute_file(Path(path)).items() if _is_usable(value)}
+    values = run_code(path)
+    public = {key: value for key, value in values.items() if is_own(value, values, Run | Recipe)}
     key, _, parts = rest.partition("-")
     value = look_up(public, key, f"run or recipe in {path}")
     if isinstance(value, Recipe):
@@ -46,36 +52,23 @@ def find_run(name: str, checkpoint: ModelConfig | None = None) -> Run:
     return made
 
 
-def _is_usable(value: object) -> bool:
-    """Whether a value of the user's file can name a run; what it imported from here is no candidate."""
-    if isinstance(value, Run | Recipe):
-        return True
-    return callable(value) and getattr(value, "__module__", "") == USER_MODULE
-
-
-USER_MODULE = "tinyllava_user_recipe"
-"""Name that the code of a user's file runs under."""
-
-
-def execute_file(path: Path) -> dict[str, object]:
-    """Execute a Python file and return its names.
-
-    As for the file that Python is started with, its folder is put on the import path: it can import what
-    stands beside it, also from a function that is called later.
-
-    Raises:
-        ConfigError: the file is missing or raises; an error of ours comes through as it is.
-    """
+def _saved_run(path: Path) -> Run:
+    """Return a run that was saved; code that it names has to be named with ``--with``."""
     if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe file.")
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        return runpy.run_path(str(path), run_name=USER_MODULE)
-    except TinyLlavaError:
-        raise  # says itself what is wrong
-    except SyntaxError as error:
-        raise ConfigError(f"{path}: line {error.lineno}: {error.msg}.") from error
-    except (ImportError, NameError, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}: no such file; give the run.json of a run folder.")
+    run = run_from_json(path.read_text(encoding="utf-8"), str(path))
+    templates = [stage.template for stage in run.stages.values()]
+    for reference in (*(str(getattr(run.model, name)) for name in CODE_FIELDS), *templates):
+        if is_reference(reference):
+            recall_value(reference, str(path))
+    return run
+
+
+def is_own(value: object, values: Mapping[str, object], kinds: Any) -> bool:
+    """Whether a value of a user's code is of these kinds, or a function of its own that may return one.
+
+    What the code imported from elsewhere is no candidate.
+    """
+    if isinstance(value, kinds):
+        return True
+    return callable(value) and getattr(value, "__module__", "") == values["__name__"]

@@ -12,6 +12,7 @@ from tinyllava.config import ModelConfig, Run
 from tinyllava.errors import UnknownNameError, look_up
 from tinyllava.parts.connectors import CONNECTORS
 from tinyllava.parts.language import LANGUAGE_MODELS
+from tinyllava.parts.user_code import is_reference
 from tinyllava.parts.vision import VISION_ENCODERS
 from tinyllava.recipes.paper import BASE, LORA, QLORA, QLORA_8_BITS, SHARE, SHARE_FROZEN, SHARE_LORA
 from tinyllava.recipes.recipe import DATASETS, Recipe
@@ -74,7 +75,8 @@ def make_run(
     languages = {language.abbreviation: language.name for language in LANGUAGE_MODELS.values()}
     _say_abbreviation(encoders, vision_encoder.split("+"), "vision encoder")
     _say_abbreviation(languages, [language_model], "language model")
-    further = [dataset] * (dataset != recipe.dataset) + [connector] * (connector != "mlp")
+    short = connector.rpartition(":")[2]
+    further = [dataset] * (dataset != recipe.dataset) + [short] * (connector != "mlp")
     return Run(
         name=PREFIX + "-".join([recipe.name, vision_encoder, language_model, *further]),
         recipe=recipe.name,
@@ -113,7 +115,7 @@ def _split_further_axes(rest: str, name: str) -> tuple[str, str]:
         if dataset and rest != dataset and not rest.startswith(f"{dataset}-"):
             continue
         connector = rest.removeprefix(dataset).removeprefix("-") or "mlp"
-        if connector in CONNECTORS:
+        if connector in CONNECTORS or is_reference(connector):
             return dataset, connector
     known = ", ".join([*DATASETS, *CONNECTORS])
     raise UnknownNameError(f"unknown dataset or connector {rest!r} in {name!r}; known: {known}.")

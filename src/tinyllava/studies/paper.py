@@ -6,15 +6,15 @@ Paper: section 4. Tables 1 and 2 list parts and data; they are printed, not run
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from tinyllava.config import Run
 from tinyllava.data.mixtures import MIXTURES
 from tinyllava.errors import ConfigError, look_up
 from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS
 from tinyllava.parts.resolve import known_parts
+from tinyllava.parts.user_code import run_code
 from tinyllava.recipes.recipe import DATASETS
-from tinyllava.recipes.user import USER_MODULE, execute_file
+from tinyllava.recipes.user import is_own
 from tinyllava.recipes.variants import ABLATIONS, PREFIX, VARIANTS, variant
 from tinyllava.studies.claims import CLAIMS
 from tinyllava.studies.grid import Grid, GridCell
@@ -177,12 +177,8 @@ def _order(name: str) -> tuple[bool, str]:
 
 
 def _from_file(path: str, key: str) -> Grid:
-    values = execute_file(Path(path))
-    grids = {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, Grid) or (callable(value) and getattr(value, "__module__", "") == USER_MODULE)
-    }
+    values = run_code(path)
+    grids = {name: value for name, value in values.items() if is_own(value, values, Grid)}
     if not key:
         named = [name for name, value in grids.items() if isinstance(value, Grid)]
         if len(named) != 1:
@@ -192,7 +188,7 @@ def _from_file(path: str, key: str) -> Grid:
             )
         key = named[0]
     value = look_up(grids, key, f"grid in {path}")
-    made = value if isinstance(value, Grid) else value()
+    made = value() if callable(value) else value
     if not isinstance(made, Grid):
         raise ConfigError(f"{path}:{key}() returned {type(made).__name__}; a Grid is needed.")
     return made

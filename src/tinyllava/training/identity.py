@@ -16,6 +16,7 @@ from tinyllava.config import Run, Stage
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import Ledger, tensors_digest
+from tinyllava.parts.user_code import code_digest
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.trainer import choose_precision, micro_batch
 
@@ -133,6 +134,8 @@ def identify(
             [processor.image_aspect, processor.transparency, processor.image_processor.to_dict()]
         ),
     }
+    if digest := code_digest(run.model.connector):
+        contents["connector's code"] = digest
     return StageIdentity(
         settings=decisive_settings(run, stage), contents=contents, sources=_sources(run, stage)
     )

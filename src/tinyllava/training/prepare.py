@@ -21,6 +21,7 @@ from tinyllava.errors import DataError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.parts.templates import as_published, read_template
+from tinyllava.parts.user_code import is_reference, run_value
 from tinyllava.training.progress import make_progress
 
 
@@ -81,6 +82,8 @@ def prepare(
         ConfigError, DataError, ImageError: the first thing that is wrong and was not asked to be skipped.
     """
     records = read_data(stage.data, run.data_root)
+    if is_reference(stage.template):
+        run_value(stage.template)
     template = read_template(stage.template) if stage.template else None
     if template and run.model.code:
         template = as_published(template)

@@ -3,6 +3,7 @@
 Paper: section 4.1.3. The nine of Tables 3 and A1 come first, the further protocols after them.
 """
 
+from tinyllava.errors import look_up
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.benchmarks import (
     gqa,
@@ -16,6 +17,7 @@ from tinyllava.evaluation.benchmarks import (
     textvqa,
     vqav2,
 )
+from tinyllava.parts.user_code import is_reference, loaded_values, recall_as, run_value
 
 PAPER_BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": vqav2.BENCHMARK,
@@ -42,3 +44,17 @@ BENCHMARKS: dict[str, Benchmark] = {
     "starter-small": starter.SMALL,
     "starter-whole": starter.WHOLE,
 }
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Return the benchmark of that name, or a user's: as ``FILE.py:NAME``, or by its name once its code ran.
+
+    Raises:
+        UnknownNameError: no such benchmark.
+        ConfigError: the user's code fails, or its value is no benchmark.
+    """
+    if is_reference(name):
+        run_value(name)
+        return recall_as(name, Benchmark)
+    own = {value.name: value for value in loaded_values() if isinstance(value, Benchmark)}
+    return look_up({**own, **BENCHMARKS}, name, "benchmark (or FILE.py:NAME; --with FILE.py runs your code)")

@@ -7,7 +7,8 @@ equation 3. A template is saved into the checkpoint, so training, chat, evaluati
 from dataclasses import dataclass
 from importlib.resources import files
 
-from tinyllava.errors import look_up
+from tinyllava.errors import ConfigError, look_up
+from tinyllava.parts.user_code import is_reference, recall_value
 
 _FOLDER = files("tinyllava.parts.templates")
 _TRIMMED = "{%- set trimmed = true -%}"
@@ -43,7 +44,17 @@ def find_template(name: str) -> Template:
     Raises:
         UnknownNameError: no such template.
     """
-    entry = look_up({known: f"{known}.jinja" for known in template_names()}, name, "template")
+    if is_reference(name):
+        text = recall_value(name)
+        if not isinstance(text, str) or "endgeneration" not in text:
+            raise ConfigError(
+                f"{name}: no template: give a text with {{% generation %}} and {{% endgeneration %}} around "
+                "what the model says (docs/guides/models.md)."
+            )
+        return Template(name=name, text=text)
+    entry = look_up(
+        {known: f"{known}.jinja" for known in template_names()}, name, "template (or FILE.py:NAME)"
+    )
     return Template(name=name, text=(_FOLDER / entry).read_text(encoding="utf-8"))
 
 
