@@ -7,11 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from chats import make_chat
+from conftest import make_records
 from documents import ROOT, blocks, commands
+from tinyllava.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CI_COMMANDS = commands(f"```bash\n{(ROOT / '.ci' / 'run').read_text(encoding='utf-8')}```")
+
+KINDS = {
+    "shape": "shape of a drawing",
+    "colour": "colour of a drawing",
+    "fruit": "fruit in a photograph",
+    "yes_no": "yes or no, about both",
+}
+OWN_DATA = [command for command in commands(README) if "photos" in command]
 
 # Commands that take no weights and no data: run by the test below.
 RUN_HERE = ("tinyllava --help", "tinyllava show", "tinyllava reproduce figure-4 --plan")
@@ -24,7 +36,7 @@ def is_run_by_ci(command: str) -> bool:
 
 @pytest.mark.parametrize("command", commands(README))
 def test_every_command_of_the_readme_is_executed(command: str, tmp_path: Path) -> None:
-    if is_run_by_ci(command):
+    if is_run_by_ci(command) or command in OWN_DATA:
         return
     assert command.startswith(RUN_HERE), f"{command!r}: add it to .ci/run, or to RUN_HERE when it is quick"
     words = shlex.split(command)
@@ -32,6 +44,25 @@ def test_every_command_of_the_readme_is_executed(command: str, tmp_path: Path) -
     done = subprocess.run([program, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_the_commands_for_own_data_train_and_answer(tmp_path, monkeypatch, capsys) -> None:
+    """As they are, but for the checkpoint: a toy in place of the starter's."""
+    chat = make_chat(tmp_path / "parts", "llama")
+    chat.model.config.text_config.max_position_embeddings = 2048  # as the recipe's longest record
+    chat.processor.tokenizer.model_max_length = 2048
+    chat.model.save_pretrained(tmp_path / "start")
+    chat.processor.save_pretrained(tmp_path / "start")
+    make_records(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "photos")
+    (tmp_path / "records.json").rename(tmp_path / "photos.json")
+    Image.open(tmp_path / "photos/0.png").save(tmp_path / "photos/1.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert len(OWN_DATA) == 2
+    for command in OWN_DATA:
+        words = shlex.split(command.replace("~/.cache/tinyllava/starter/model", "start"))
+        assert main(words[1:]) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs/mine/model/model.safetensors").is_file()
 
 
 def test_ci_executes_the_python_example() -> None:
@@ -45,8 +76,12 @@ def test_ci_stops_at_the_first_failure_and_ends_with_the_tests() -> None:
 
 
 def test_the_first_screen_has_the_measured_result_and_the_two_commands() -> None:
-    screen = "\n".join(README.splitlines()[:40])
-    overall = json.loads((ROOT / "docs" / "starter-results.json").read_text(encoding="utf-8"))["overall"]
+    screen = "\n".join(README.splitlines()[:50])
+    results = json.loads((ROOT / "docs" / "starter-results.json").read_text(encoding="utf-8"))
+    overall = results["overall"]
+    for kind, name in KINDS.items():
+        row = [f"{results[kind][who]['accuracy']:.0%}" for who in ("model", "blanked", "majority")]
+        assert f"| {name} | {' | '.join(row)} |" in screen
     assert f"answers {overall['model']['accuracy']:.0%}" in screen
     assert f"with the images blanked: {overall['blanked']['accuracy']:.0%}" in screen
     assert {"make starter", "make test"} <= set(commands(screen))
