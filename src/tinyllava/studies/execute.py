@@ -5,7 +5,6 @@ Paper: none. All knowledge is in the nodes' state files: killed and started agai
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 from tinyllava.studies.graph import Graph, Node
@@ -105,8 +104,3 @@ def _is_startable(
         and attempts[id_] <= retry
         for id_, node in graph.nodes.items()
     )
-
-
-def log_of(node: Node) -> Path:
-    """Return the file with what a node printed."""
-    return node.folder / "log.txt"
