@@ -4,6 +4,7 @@ import argparse
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tinyllava.cli.parser import CommandParser
 from tinyllava.errors import CheckpointError
@@ -11,7 +12,8 @@ from tinyllava.parts.folders import check_checkpoint, check_new_folder
 
 _HELP = """
 Write a checkpoint for others, with a model card: as transformers' LLaVA
-(--format llava), for vLLM (--format vllm), or in the layout of tinyllava;
+(--format llava), for vLLM (--format vllm), as ONNX graphs for transformers.js
+and other runtimes (--format onnx), or in the layout of tinyllava;
 adapters of peft are merged. The folder is opened again as its reader would,
 and its logits compared, before it is there.
 
@@ -22,6 +24,9 @@ and its logits compared, before it is there.
 --push uploads it to a repository of a hub.
 """
 
+_PRECISIONS = ("fp32", "fp16", "int8")
+"""What --dtype is with --format onnx."""
+
 
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit status."""
@@ -30,7 +35,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="where to write")
     parser.add_argument(
         "--format",
-        choices=("tinyllava", "llava", "vllm"),
+        choices=("tinyllava", "llava", "vllm", "onnx"),
         default="tinyllava",
         dest="layout",
         help="layout to write",
@@ -48,9 +53,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", "float32", "bfloat16", "float16", *_PRECISIONS),
         default="auto",
-        help="type of the weights (default: auto, the checkpoint's)",
+        help="type of the weights (default: auto, the checkpoint's; with --format onnx fp32)",
     )
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="most of one weight file")
     options = parser.parse_args(arguments)
@@ -58,6 +63,9 @@ def main(arguments: list[str]) -> int:
         parser.error("give OUT, or --push OWNER/NAME")
     if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", options.max_shard_size.upper()):
         parser.error(f"--max-shard-size {options.max_shard_size}: give a number and KB, MB, GB or TB: 5GB")
+    if options.dtype != "auto" and (options.dtype in _PRECISIONS) != (options.layout == "onnx"):
+        types = ", ".join(_PRECISIONS) if options.layout == "onnx" else "float32, bfloat16, float16"
+        parser.error(f"--dtype {options.dtype}: with --format {options.layout} give {types}")
     if options.folder is not None:
         check_new_folder(options.folder)
     if not (options.checkpoint / "adapter_config.json").is_file():
@@ -78,7 +86,9 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
 
     if options.push:
         check_repository(options.push)
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    is_weight_type = options.layout != "onnx" and options.dtype != "auto"
+    dtype = getattr(torch, options.dtype) if is_weight_type else "auto"
+    precision: Any = _PRECISIONS[0] if options.dtype == "auto" or is_weight_type else options.dtype
     exported = export_checkpoint(
         options.checkpoint,
         folder,
@@ -87,6 +97,7 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
         name=options.push,
         results=options.results,
         dtype=dtype,
+        precision=precision,
         max_shard_size=options.max_shard_size,
     )
     if exported.run_difference is not None:

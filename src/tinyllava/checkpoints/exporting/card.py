@@ -41,6 +41,25 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
     "vllm": """```console
 $ vllm serve {name}
 ```""",
+    "onnx": """With transformers.js, in a browser or in Node:
+
+```js
+import {{ AutoProcessor, AutoModelForImageTextToText, load_image }} from "@huggingface/transformers";
+
+const processor = await AutoProcessor.from_pretrained("{name}");
+const model = await AutoModelForImageTextToText.from_pretrained("{name}");
+const content = [{{ type: "image" }}, {{ type: "text", text: "What is in the picture?" }}];
+const messages = [{{ role: "user", content }}];
+const prompt = processor.apply_chat_template(messages, {{ add_generation_prompt: true }});
+const inputs = await processor(await load_image("image.jpg"), prompt);
+const output = await model.generate({{ ...inputs, max_new_tokens: 64, do_sample: false }});
+const answer = output.slice(null, [inputs.input_ids.dims.at(-1), null]);
+console.log(processor.batch_decode(answer, {{ skip_special_tokens: true }})[0]);
+```
+
+`onnx/vision_encoder` takes the pixels of an image of any size as they are (`[1, 3, height, width]`, RGB,
+0 to 255): padding, resizing and normalising are in the graph. Scale images longer than 4096 pixels to that
+side first, and put transparent images on a background. Give images of different sizes one by one.""",
     "tinyllava": """```console
 {fetch}$ tinyllava chat image.jpg "What is in the picture?" --model {folder}
 ```""",
@@ -95,13 +114,18 @@ def _describe_adapter(folder: Path) -> str:
 
 
 def write_card(
-    name: str, layout: str, model: TinyLlavaForConditionalGeneration, provenance: Provenance
+    name: str,
+    layout: str,
+    model: TinyLlavaForConditionalGeneration,
+    provenance: Provenance,
+    measured: str = "",
 ) -> str:
     """Return the text of README.md.
 
     Args:
         name: what the card calls the model, and what its examples open.
-        layout: tinyllava, llava or vllm.
+        layout: tinyllava, llava, vllm or onnx.
+        measured: how closely the folder agrees with the checkpoint, where that is not exactly.
     """
     parts = _parts(provenance, model)
     folder = name.rpartition("/")[2]
@@ -110,6 +134,7 @@ def write_card(
         f"# {folder}",
         _SUMMARY,
         "## Use\n\n" + _USE[layout].format(name=name, folder=folder, fetch=fetch),
+        *([f"## Agreement\n\nCompared with the checkpoint when written: {measured}."] if measured else []),
         "## Parts\n\n" + _parts_table(model, parts, _given_names(provenance)),
         "## Training\n\n" + _training(provenance),
         "## Scores\n\n" + _scores(provenance.results),
@@ -282,7 +307,7 @@ def _metadata(
     mixtures = [MIXTURES[r] for r in dict.fromkeys(records) if r in MIXTURES]
     data = ModelCardData(
         model_name=name.rpartition("/")[2] if provenance.results else None,
-        library_name="tinyllava" if layout == "tinyllava" else "transformers",
+        library_name={"tinyllava": "tinyllava", "onnx": "transformers.js"}.get(layout, "transformers"),
         pipeline_tag="image-text-to-text",
         tags=["tinyllava", "multimodal"],
         base_model=[path for part in known for path in _paths(part)] or None,

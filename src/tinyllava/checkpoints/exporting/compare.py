@@ -107,6 +107,11 @@ def example_image() -> Image.Image:
     return Image.fromarray(noise)
 
 
+def encode_example(processor: TinyLlavaProcessor) -> Any:
+    """Return the example image with a question about it as the model's inputs."""
+    return _encode(processor, example_image())
+
+
 def _encode(processor: TinyLlavaProcessor, image: Image.Image) -> Any:
     text, _ = processor.render(ask(_QUESTION, ImageRef(name="example")), open_answer=True)
     return processor(images=image, text=text)

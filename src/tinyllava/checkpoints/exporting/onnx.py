@@ -1,0 +1,377 @@
+"""Write a model as ONNX graphs in the layout that transformers.js reads, and compare them step by step.
+
+Three graphs: ``vision_encoder`` (preprocessing, encoder and connector), ``embed_tokens`` and
+``decoder_model_merged`` (language model with its cache). Any runtime of ONNX can run them.
+"""
+
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tinyllava.checkpoints.exporting.compare import encode_example, example_image
+from tinyllava.checkpoints.exporting.graphs import DecoderGraph, ImageGraph, Pixels, TokenGraph
+from tinyllava.errors import CheckpointError, require
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+_OPSET = 18
+_SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # transformers.js finds the files by these
+# Largest difference of a logit that is accepted, in standard deviations of the logits.
+_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "int8": 1.5}
+_NUM_STEPS = 8
+_MOST_IN_ONE_FILE = 1_900_000_000  # bytes; a protocol buffer ends at 2 GiB
+_HUGE = 1 << 20
+# Sizes (height, width) of the images whose pixels are compared: wide, tall, small, larger than any encoder's.
+_SIZES = ((61, 90), (90, 61), (97, 31), (9, 7), (480, 640))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How close the graphs come to the model, over a prompt with an image and a greedy answer."""
+
+    largest_difference: float
+    """Of a logit."""
+    deviation: float
+    """Standard deviation of the model's logits."""
+    num_equal: int
+    """Answer tokens for which the graphs' most likely token is the model's."""
+    num_tokens: int
+
+    def __str__(self) -> str:
+        """Return it in one line."""
+        return (
+            f"largest difference of a logit {self.largest_difference:.2g} (the logits' standard deviation is "
+            f"{self.deviation:.2g}); most likely token equal at {self.num_equal} of {self.num_tokens} steps"
+        )
+
+
+def refuse_what_onnx_cannot_hold(config: TinyLlavaConfig) -> None:
+    """Stop before any work.
+
+    Raises:
+        MissingExtraError: a package of the extra is not installed.
+        CheckpointError: a language model whose attention the decoder graph does not compute.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, "onnx", "writes and opens ONNX graphs")
+    text: Any = config.text_config
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    limit = getattr(text, "max_position_embeddings", 0)
+    if other or (window and window < limit):
+        what = f"layers of kind {', '.join(other)}" if other else f"a window of {window} tokens"
+        raise CheckpointError(
+            f"--format onnx: the language model {text.model_type!r} has {what}; the graph has full attention "
+            "only. `--format tinyllava` holds it."
+        )
+
+
+@torch.no_grad()
+def write_onnx(
+    folder: Path,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    precision: Precision = "fp32",
+) -> Agreement:
+    """Write graphs, configs and tokenizer, open the graphs in onnxruntime and compare them with the model.
+
+    Args:
+        model: in single precision; it is in half precision afterwards where that is written.
+
+    Raises:
+        CheckpointError: a graph cannot be made or does not open, or pixels or logits differ.
+    """
+    _compare_pixels(folder, processor)
+    reference = _make_reference(model, processor)
+    _write_configs(folder, model, processor, precision)
+    (folder / "onnx").mkdir()
+    paths = {}
+    written = model.half() if precision == "fp16" else model
+    with _quiet():
+        for name, described in _describe_graphs(written, processor).items():
+            paths[name] = folder / "onnx" / f"{name}{_SUFFIX[precision]}.onnx"
+            _save(_trace(name, described), paths[name], quantized=precision == "int8")
+    return _compare(paths, reference, model.config, _TOLERANCE[precision])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what torch and onnxruntime say while they write: the graphs are compared afterwards."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _trace(name: str, described: Any) -> Any:
+    """Return one graph.
+
+    Raises:
+        CheckpointError: torch cannot express it.
+    """
+    module, inputs, axes, (input_names, output_names) = described
+    try:
+        program: Any = torch.onnx.export(
+            module.eval(),
+            inputs,
+            dynamo=True,
+            opset_version=_OPSET,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes=axes,
+            verbose=False,
+        )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"not exported: torch cannot write {name} as ONNX: {reason}") from error
+    return program.model
+
+
+def _describe_graphs(model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor) -> Any:
+    """Return for each graph its module, example inputs, names of the axes, names of inputs and outputs.
+
+    Lengths of 1 would be taken for constants, so no example has one.
+    """
+    text: Any = model.config.text_config
+    num_layers, num_heads = text.num_hidden_layers, getattr(text, "num_key_value_heads", None)
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cached = torch.zeros(2, num_heads or text.num_attention_heads, 5, head_width)
+    pairs = [f"{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
+    past_axes = {0: "batch_size", 2: "past_sequence_length"}  # transformers.js knows batch_size by its name
+    sequence = {0: "batch_size", 1: "sequence_length"}
+    return {
+        "vision_encoder": (
+            ImageGraph(model, processor),
+            (torch.zeros(2, 3, 40, 50),),
+            ({0: "batch_size", 2: "height", 3: "width"},),
+            (["pixel_values"], ["image_features"]),
+        ),
+        "embed_tokens": (
+            TokenGraph(model),
+            (torch.zeros(2, 3, dtype=torch.int64),),
+            (sequence,),
+            (["input_ids"], ["inputs_embeds"]),
+        ),
+        "decoder_model_merged": (
+            DecoderGraph(model),
+            (
+                torch.zeros(2, 3, text.hidden_size),
+                torch.ones(2, 8, dtype=torch.int64),
+                torch.arange(5, 8).expand(2, -1).contiguous(),
+                [cached.clone() for _ in pairs],
+            ),
+            (sequence, {0: "batch_size", 1: "total_sequence_length"}, sequence, [past_axes for _ in pairs]),
+            (
+                [
+                    "inputs_embeds",
+                    "attention_mask",
+                    "position_ids",
+                    *(f"past_key_values.{pair}" for pair in pairs),
+                ],
+                ["logits", *(f"present.{pair}" for pair in pairs)],
+            ),
+        ),
+    }
+
+
+def _save(graph: Any, path: Path, *, quantized: bool) -> None:
+    """Write a graph, its weights in a file beside it (``.onnx_data``) where one file would be too large."""
+    import onnx_ir
+
+    if quantized:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            source, target = Path(scratch) / "source.onnx", Path(scratch) / "target.onnx"
+            onnx_ir.save(graph, source, external_data="source.data")
+            quantize_dynamic(
+                source,
+                target,
+                op_types_to_quantize=["MatMul", "Gather"],
+                weight_type=QuantType.QInt8,
+                use_external_data_format=True,
+            )
+            loaded = onnx_ir.load(target)
+            onnx_ir.external_data.load_to_model(loaded)  # the scratch folder goes away
+            _save(loaded, path, quantized=False)
+        return
+    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
+    onnx_ir.save(graph, path, external_data=f"{path.name}_data" if size > _MOST_IN_ONE_FILE else None)
+
+
+def _write_configs(
+    folder: Path,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    precision: Precision,
+) -> None:
+    """Write what transformers.js reads beside the graphs."""
+    config = model.config
+    text = {**config.text_config.to_dict(), "_name_or_path": ""}
+    heads = text.setdefault("num_key_value_heads", text["num_attention_heads"])
+    text["num_key_value_heads"] = heads or text["num_attention_heads"]
+    text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    values = {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_token_index": config.image_token_id,
+        "image_seq_length": config.num_image_tokens,
+        "text_config": text,
+        "vision_config": {"model_type": config.vision_config.model_type},
+        "transformers.js_config": {"dtype": precision},
+    }
+    no_work = ("convert_rgb", "resize", "center_crop", "pad", "rescale", "normalize")
+    image_processor = {f"do_{step}": step == "convert_rgb" for step in no_work} | {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+    }
+    # The number of image tokens is fixed: with patches of this size the image's own size adds none.
+    own = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": _HUGE,
+        "num_additional_image_tokens": config.num_image_tokens,
+        "vision_feature_select_strategy": "full",
+    }
+    files = {"config": values, "preprocessor_config": image_processor, "processor_config": own}
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = processor.chat_template
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    _forget_bos(folder)
+    model.generation_config.save_pretrained(folder)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _forget_bos(folder: Path) -> None:
+    """Let the tokenizer add nothing: the chat template writes BOS, and transformers.js asks for both."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if (values.get("post_processor") or {}).get("type") != "ByteLevel":
+        values["post_processor"] = None
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def _compare_pixels(folder: Path, processor: TinyLlavaProcessor) -> None:
+    """Hold the graph's preprocessing against the processor's: every value equal."""
+    pixels = Pixels(processor)
+    random = np.random.default_rng(1)
+    for height, width in _SIZES:
+        image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        expected = processor.to_pixels([Image.fromarray(image)])
+        found = pixels(torch.from_numpy(_raw(image)))
+        same = expected.shape == found.shape
+        difference = float((expected - found).abs().max()) if same else float("inf")
+        if not difference <= 1e-6:
+            raise CheckpointError(
+                f"{folder}: not exported: the graph's pixels of an image of {width} x {height} differ by "
+                f"up to {difference:.3g} from those of {type(processor.image_processor).__name__}."
+            )
+
+
+def _raw(image: Any) -> Any:
+    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1)[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reference:
+    """What the model itself computes."""
+
+    sequence: Tensor
+    """[1, N]: the prompt, and a greedy answer."""
+    num_prompt: int
+    logits: Tensor
+    """[N - 1, vocabulary]"""
+
+
+def _make_reference(model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor) -> _Reference:
+    inputs = encode_example(processor)
+    given = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask", "pixel_values")}
+    sequence = model.generate(
+        **given, do_sample=False, min_new_tokens=_NUM_STEPS, max_new_tokens=_NUM_STEPS, num_beams=1
+    )
+    logits = model(input_ids=sequence[:, :-1], pixel_values=given["pixel_values"]).logits[0]
+    return _Reference(
+        sequence=sequence.cpu(), num_prompt=given["input_ids"].shape[1], logits=logits.float().cpu()
+    )
+
+
+def _compare(
+    paths: dict[str, Path], reference: _Reference, config: TinyLlavaConfig, tolerance: float
+) -> Agreement:
+    """Run the prompt, then the answer token by token with the cache.
+
+    Raises:
+        CheckpointError: a graph does not open, or the logits differ by more than ``tolerance`` deviations.
+    """
+    found = _run(paths, reference, config)
+    expected = reference.logits
+    difference = float((expected - found).abs().max()) if torch.isfinite(found).all() else float("inf")
+    answer = slice(reference.num_prompt - 1, None)
+    equal = expected[answer].argmax(-1) == found[answer].argmax(-1)
+    agreement = Agreement(
+        largest_difference=difference,
+        deviation=float(expected.std()),
+        num_equal=int(equal.sum()),
+        num_tokens=len(equal),
+    )
+    if not difference <= tolerance * agreement.deviation:
+        folder = next(iter(paths.values())).parent
+        raise CheckpointError(
+            f"{folder}: not exported: {agreement}; allowed: {tolerance:g} standard deviations."
+        )
+    return agreement
+
+
+def _run(paths: dict[str, Path], reference: _Reference, config: TinyLlavaConfig) -> Tensor:
+    """Return the graphs' logits [N - 1, vocabulary] of a sequence, its answer run token by token."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        vision, embed, decoder = (
+            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for path in paths.values()
+        )
+    except Exception as error:
+        raise CheckpointError(f"onnxruntime does not open what was written: {error}") from error
+    ids = reference.sequence[:, :-1].numpy()
+    embeds = embed.run(None, {"input_ids": ids})[0]
+    features = vision.run(None, {"pixel_values": _raw(example_image())})[0]
+    embeds[ids == config.image_token_id] = features.reshape(-1, features.shape[-1])
+    cached = {
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        for entry in decoder.get_inputs()[3:]
+    }
+    logits = []
+    ends = [reference.num_prompt, *range(reference.num_prompt + 1, ids.shape[1] + 1)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        fed = {
+            "inputs_embeds": embeds[:, start:end],
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(start, end)[None],
+        }
+        step, *present = decoder.run(None, fed | cached)
+        cached = dict(zip(cached, present, strict=True))
+        logits.append(torch.from_numpy(step[0]))
+    return torch.cat(logits)

@@ -1,0 +1,167 @@
+"""ONNX graphs in onnxruntime: the same pixels, image tokens, logits and answers, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from layouts import make_checkpoint
+from tinyllava.checkpoints.exporting import export_checkpoint
+from tinyllava.checkpoints.exporting.graphs import Pixels
+from tinyllava.checkpoints.exporting.onnx import refuse_what_onnx_cannot_hold
+from tinyllava.cli import main
+from tinyllava.conversation import ask
+from tinyllava.errors import CheckpointError, MissingExtraError
+from tinyllava.inference.chat import Chat
+from tinyllava.model.assemble import open_checkpoint
+
+SIZES = [(61, 90), (90, 61), (28, 28), (7, 5), (400, 31), (31, 400), (1000, 31), (20, 900), (333, 500)]
+
+
+def noise(height: int, width: int) -> Image.Image:
+    values = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def raw(image: Image.Image) -> Any:
+    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_pixels_are_pillows_for_every_shape(
+    parts: dict[str, Path], tmp_path: Path, vision: str, aspect: Any
+) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", vision, image_aspect=aspect)
+    _, processor = open_checkpoint(checkpoint)
+    pixels = Pixels(processor)
+    for size in SIZES:
+        image = noise(*size)
+        assert torch.equal(pixels(torch.from_numpy(raw(image))), processor.to_pixels([image])), size
+
+
+def answer_with_graphs(folder: Path, checkpoint: Path, image: Path, suffix: str, num_tokens: int) -> str:
+    """Answer as a runtime that knows nothing of tinyllava: three graphs and the exported tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    config, own = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "processor_config"))
+    vision, embed, decoder = (
+        onnxruntime.InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx")
+        for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": "How many?"}]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    num_image_tokens = own["num_additional_image_tokens"]
+    ids = tokenizer(prompt.replace("<image>", "<image>" * num_image_tokens))["input_ids"]
+    model, processor = open_checkpoint(checkpoint)
+    assert ids == processor.encode(ask("How many?", image), open_answer=True).input_ids
+    features = vision.run(None, {"pixel_values": raw(Image.open(image))})[0]
+    expected = model.model.get_image_features(processor.to_pixels([Image.open(image)]))
+    assert np.abs(features - expected.detach().numpy()).max() < (1e-4 if not suffix else 1)
+    embeds = embed.run(None, {"input_ids": np.array([ids])})[0]
+    embeds[0, np.array(ids) == config["image_token_index"]] = features[0]
+    cache = {
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        for entry in decoder.get_inputs()[3:]
+    }
+    answer: list[int] = []
+    length = 0
+    while len(answer) < num_tokens:
+        new, length = embeds.shape[1], length + embeds.shape[1]
+        logits, *present = decoder.run(
+            None,
+            {
+                "inputs_embeds": embeds,
+                "attention_mask": np.ones((1, length), np.int64),
+                "position_ids": np.arange(length - new, length)[None],
+                **cache,
+            },
+        )
+        cache = dict(zip(cache, present, strict=True))
+        answer.append(int(logits[0, -1].argmax()))
+        if answer[-1] == tokenizer.eos_token_id:
+            break
+        embeds = embed.run(None, {"input_ids": np.array([answer[-1:]])})[0]
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize(
+    ("language", "vision", "precision", "settings"),
+    [
+        ("llama", "siglip", "fp32", {}),
+        ("phi", "clip", "fp32", {"connector": "resampler"}),
+        ("stablelm", "siglip", "fp16", {"connector": "pixel_shuffle", "image_aspect": "square"}),
+        ("chatml", "clip", "int8", {"image_aspect": "square"}),
+    ],
+)
+def test_graphs_answer_as_the_checkpoint(
+    parts: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    language: str,
+    vision: str,
+    precision: str,
+    settings: Any,
+) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", language, vision, **settings)
+    out = tmp_path / "out"
+    assert main(["export", str(checkpoint), str(out), "--format", "onnx", "--dtype", precision]) == 0
+    assert "opened again and compared" in capsys.readouterr().out
+    assert "most likely token equal at" in (out / "README.md").read_text()
+    suffix = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}[precision]
+    noise(70, 45).save(tmp_path / "image.png")
+    found = answer_with_graphs(out, checkpoint, tmp_path / "image.png", suffix, 6)
+    if precision == "fp32":
+        chat = Chat.open(checkpoint)
+        assert found == chat.answer([ask("How many?", tmp_path / "image.png")], 6)[0]
+    decoder = out / "onnx" / f"decoder_model_merged{suffix}.onnx"
+    inputs = onnxruntime.InferenceSession(decoder).get_inputs()
+    assert [entry.name for entry in inputs[:4]] == [
+        "inputs_embeds", "attention_mask", "position_ids", "past_key_values.0.key",
+    ]  # fmt: skip
+    assert inputs[3].shape[0] == "batch_size"
+
+
+def test_what_the_graphs_do_not_compute_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
+    model, _ = open_checkpoint(checkpoint)
+    model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(CheckpointError, match="layers of kind sliding_attention"):
+        refuse_what_onnx_cannot_hold(model.config)
+    model.config.text_config.layer_types = None
+    model.config.text_config.sliding_window = 100
+    with pytest.raises(CheckpointError, match="a window of 100 tokens"):
+        refuse_what_onnx_cannot_hold(model.config)
+    settings = json.loads((checkpoint / "processor_config.json").read_text())
+    settings["image_processor"]["resample"] = 1
+    (checkpoint / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"Pillow's filter 1.*2 \(bilinear\)"):
+        export_checkpoint(checkpoint, tmp_path / "out", layout="onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_and_a_wrong_type_are_named(
+    parts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
+    for layout, dtype, match in (
+        ("onnx", "bfloat16", "with --format onnx give fp32, fp16, int8"),
+        ("llava", "int8", "with --format llava give float32, bfloat16, float16"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["export", str(checkpoint), str(tmp_path / "out"), "--format", layout, "--dtype", dtype])
+        assert match in capsys.readouterr().err
+    monkeypatch.setattr("tinyllava.errors.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"onnx, which .*pip install 'tinyllava\[onnx\]'"):
+        export_checkpoint(checkpoint, tmp_path / "out", layout="onnx")
