@@ -225,7 +225,7 @@ def find_connector(name: str) -> Connector:
     """
     if name not in CONNECTORS and is_reference(name):
         return _own_connector(short_reference(name), recall_value(name))
-    return look_up(CONNECTORS, name, "connector (or FILE.py:NAME)")
+    return look_up(CONNECTORS, name, "connector")
 
 
 def _own_connector(name: str, value: object) -> Connector:

@@ -57,4 +57,4 @@ def find_benchmark(name: str) -> Benchmark:
         run_value(name)
         return recall_as(name, Benchmark)
     own = {value.name: value for value in loaded_values() if isinstance(value, Benchmark)}
-    return look_up({**own, **BENCHMARKS}, name, "benchmark (or FILE.py:NAME; --with FILE.py runs your code)")
+    return look_up({**own, **BENCHMARKS}, name, "benchmark")

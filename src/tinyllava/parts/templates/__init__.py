@@ -52,9 +52,7 @@ def find_template(name: str) -> Template:
                 "what the model says (docs/guides/models.md)."
             )
         return Template(name=name, text=text)
-    entry = look_up(
-        {known: f"{known}.jinja" for known in template_names()}, name, "template (or FILE.py:NAME)"
-    )
+    entry = look_up({known: f"{known}.jinja" for known in template_names()}, name, "template")
     return Template(name=name, text=(_FOLDER / entry).read_text(encoding="utf-8"))
 
 
