@@ -310,7 +310,7 @@ def test_chat_answers_once_and_in_turns(model, data, capsys, monkeypatch):
 def test_chat_refuses_values_that_cannot_be(option, capsys):
     with pytest.raises(SystemExit):
         main(["chat", "cat.jpg", *option])
-    assert "--max-tokens must be at least 1, --temperature at least 0" in capsys.readouterr().err
+    assert "--max-tokens must be at least 1, and --temperature at least 0" in capsys.readouterr().err
 
 
 def test_chat_without_a_model_says_what_to_do(tmp_path, capsys, monkeypatch):

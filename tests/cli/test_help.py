@@ -94,7 +94,7 @@ def test_mixtures_are_listed_and_what_they_lack_is_named(
     images.mkdir(parents=True)
     (tmp_path / "blip_laion_cc_sbu_558k.json").write_text("[]")  # it may also stand in the root
     assert main(["data", "mixtures", "LLaVA-1.5-558k", str(tmp_path)]) == 0
-    assert f"all there below {tmp_path}" in capsys.readouterr().out
+    assert f"all files present in {tmp_path}" in capsys.readouterr().out
     assert main(["data", "mixturs"]) == 2
     assert "Did you mean 'mixtures'?" in capsys.readouterr().err
     assert main(["data", "mixtures", "LLaVA-1.5-mix665k"]) == 2
@@ -125,7 +125,7 @@ def test_ctrl_c_is_no_traceback_and_promises_only_what_is_true(
     assert main([name]) == 130
     said = capsys.readouterr().err
     goes_on = name in ("starter", "train", "evaluate", "reproduce")
-    assert said == f"\nstopped{'; run the same command again to go on where it was' if goes_on else ''}.\n"
+    assert said == f"\nStopped.{' Run the same command again to resume.' if goes_on else ''}\n"
 
 
 def test_a_broken_pipe_to_a_worker_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +150,14 @@ def test_a_full_disk_is_told_by_every_command(
 
     monkeypatch.setattr("tinyllava.cli.show.main", write)
     assert main(["show"]) == 2
-    assert capsys.readouterr().err == "error: the disk is full; free some space and run it again.\n"
+    assert capsys.readouterr().err == "error: the disk is full. Free some space and run the command again.\n"
 
 
 def test_arguments_that_are_no_text_or_no_path_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A name of Latin-1 bytes, and a path that is longer than any file system has."""
     assert main(["chat", "red\udce9.jpg"]) == 2
     assert capsys.readouterr().err == (
-        "error: argument 2: b'red\\xe9.jpg' is not UTF-8; rename the file, or run in a UTF-8 locale.\n"
+        "error: argument 2: b'red\\xe9.jpg' is not UTF-8. Rename the file, or use a UTF-8 locale.\n"
     )
     for arguments in (["train", "base-C-TL", "--data"], ["show"], ["runs"], ["data", "mixtures", "all"]):
         assert main([*arguments, "a" * 5000]) in (1, 2)

@@ -13,15 +13,15 @@ from safetensors import SafetensorError
 from tinyllava.cli import main
 from tinyllava.files import held
 
-FULL = "the disk is full; free some space and run it again."
+FULL = "the disk is full. Free some space and run the command again."
 ERRORS = {
     "full": (OSError(errno.ENOSPC, "No space left on device", "/out/optimizer.pt"),
-             "the disk is full at /out/optimizer.pt; free some space and run it again."),
+             "the disk is full at /out/optimizer.pt. Free some space and run the command again."),
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), FULL),
     "weights": (SafetensorError("I/O error: No space left on device (os error 28)"), FULL),
     "optimizer": (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), FULL),
     "read-only": (OSError(errno.EROFS, "Read-only file system", "/out/run.json"),
-                  "/out/run.json: Read-only file system; check its permissions, or name another place."),
+                  "/out/run.json: Read-only file system. Check its permissions, or use another path."),
     "forbidden": (PermissionError(errno.EACCES, "Permission denied", "/out"), "/out: Permission denied"),
 }  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_an_output_that_is_full_is_one_line():
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (
-        2, "error: the output cannot be written: its disk is full.\n"
+        2, "error: cannot write the output: its disk is full. Free some space and run the command again.\n"
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def test_another_template_another_number_of_image_tokens_and_several_records(che
         2,
         status=1,
     )
-    assert "training refuses it" in out  # a dialogue, and text alone, are no captions
+    assert "training rejects this record" in out  # a dialogue, and text alone, are no captions
     assert "[dialogue]" in out
     assert "<s><image>>>blue\n<<>>yes\n<<" in out
     assert "100 of them for 1 image(s)" in out
@@ -110,11 +110,11 @@ def test_what_training_would_refuse_is_said(checkpoint, records, tmp_path, capsy
     assert main([*map(str, shown_of)]) == 1
     out = capsys.readouterr().out
     assert f">> {'yes </s>' * 100}</s><<" in out
-    assert out.count("training refuses it") == 1
-    assert f"training refuses it: {refusal.value}" in out  # the same words
+    assert out.count("training rejects this record") == 1
+    assert f"training rejects this record: {refusal.value}" in out  # the same words
     assert "[too_long]" in out
     assert main([*map(str, shown_of), "--skip", "too_long"]) == 0
-    assert "training leaves it out: too_long" in capsys.readouterr().out
+    assert "training skips this record: too_long" in capsys.readouterr().out
     assert main(["record", *map(str, (records, *folder, "--max-length", 20))]) == 1
     assert "tokens are more than max_length_tokens = 20 [too_long]" in capsys.readouterr().out
 

@@ -111,7 +111,7 @@ def test_a_gpu_without_bf16_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     main(["show", "base-C-TL", "--gpu", "V100-32G"])
     text = capsys.readouterr().out
     assert "auto: fp32" in text
-    assert "'auto' trains in fp32; --hardware.precision fp16 multiplies 8 times as fast" in text
+    assert "'auto' trains in fp32; --hardware.precision fp16 has 8 times the peak" in text
     main(["show", "base-C-TL"])
     text = capsys.readouterr().out
     assert "auto: bf16" in text

@@ -114,10 +114,13 @@ ERRORS = {
         ("RECIPE", "--only", "midtune"),
         "--only midtune: no such stage; this run has pretrain, finetune.",
     ),
-    "data": (("RECIPE", "--data", "none"), "--data none: neither a folder nor a .json or .jsonl file."),
+    "data": (
+        ("RECIPE", "--data", "none"),
+        "--data none: not a folder and not a .json or .jsonl file. Give one of these.",
+    ),
     "two folders": (
         ("RECIPE", "--data", "FOLDER", "--data", "FOLDER"),
-        "one folder holds the mixtures; give one.",
+        "give only one folder, with all mixtures in it.",
     ),
     "output is a file": (("RECIPE", "--output", "FILE"), "cannot be made (File exists); choose another"),
     "output below a file": (("RECIPE", "--output", "FILE/x"), "cannot be made (Not a directory)"),

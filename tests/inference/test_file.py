@@ -234,7 +234,7 @@ def test_what_cannot_be_answered_is_told_by_line_and_the_rest_is_answered(
         assert f"not answered: {questions.parent / 'broken.png'}: " in told
         assert f"not answered: {questions.parent / 'missing.png'}: no such image" in told
         assert f"not answered: conversation '{questions}:6' has" in told
-        assert f"3 questions have no answer; see 'error' in {output}" in told
+        assert f"3 questions have no answer: see 'error' in {output}" in told
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["answer"] is None for line in written] == [False] * 3 + [True] * 3 + [False]
     assert written[6] == written[0]
@@ -253,7 +253,8 @@ def test_an_answer_that_is_cut_off_is_marked(
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert all(line.get("is_cut") is True for line in written)
     assert (
-        "3 answers are cut off at 2 tokens or the end of the context; see 'is_cut'" in capsys.readouterr().err
+        "3 answers were cut off at 2 tokens or at the end of the context: see 'is_cut'"
+        in capsys.readouterr().err
     )
     image = str(questions.parent / "red.png")
     asked = ["chat", image, "What?", "--model", str(checkpoint), "--max-tokens", "2"]
@@ -289,7 +290,7 @@ def test_a_conversation_longer_than_the_context_goes_on(
     options = ("--model", str(checkpoint), "--max-tokens", "40", "--device", "cpu")
     assert main(["chat", str(questions.parent / "red.png"), *options]) == 1
     told = capsys.readouterr()
-    assert "[the context of 512 tokens is full: the oldest 1 questions are left out]" in told.err
+    assert "[the context of 512 tokens is full: the oldest 1 questions were dropped]" in told.err
     assert told.err.count("error: conversation") == 1
     assert "the model's context is 512" in told.err
 

@@ -1,4 +1,4 @@
-"""The command line: one table of commands, imported when called, so that help and errors come at once."""
+"""The command line: a table of commands. A command is imported when it runs, which keeps help fast."""
 
 import errno
 import os
@@ -26,29 +26,23 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "starter": Command(
-        module="starter", help="make, train, measure and show a real small model, all by itself"
-    ),
+    "starter": Command(module="starter", help="train and evaluate a small real model end to end"),
     "chat": Command(module="chat", help="ask a model about an image"),
-    "train": Command(module="train", help="train a variant or a model of your own parts"),
-    "record": Command(
-        module="record", help="show records as they will be trained: supervised text in colour"
-    ),
-    "show": Command(
-        module="show", help="print variants, parts, recipes, templates, and what a run would take"
-    ),
-    "evaluate": Command(module="evaluate", help="measure a checkpoint on benchmarks"),
+    "train": Command(module="train", help="train a variant of the paper or your own model"),
+    "record": Command(module="record", help="show records as training sees them, supervised text in colour"),
+    "show": Command(module="show", help="list parts, recipes and variants, or estimate the cost of a run"),
+    "evaluate": Command(module="evaluate", help="evaluate a checkpoint on benchmarks"),
     "compare": Command(module="compare", help="compare two evaluations question by question"),
     "reproduce": Command(
-        module="reproduce", help="run a figure or table of the paper, or a grid of yours, and draw it"
+        module="reproduce", help="reproduce a figure or table of the paper, or run your own grid"
     ),
-    "runs": Command(module="runs", help="list runs, filter them, and show what two of them differ in"),
-    "data": Command(module="data", help="check data: what a benchmark or a mixture needs and what is there"),
-    "import": Command(module="import_", help="bring in a checkpoint of another layout"),
-    "export": Command(module="export", help="write a checkpoint for stock transformers, vLLM or a hub"),
+    "runs": Command(module="runs", help="list and filter runs, or compare two of them"),
+    "data": Command(module="data", help="check the files that benchmarks and mixtures need"),
+    "import": Command(module="import_", help="convert a checkpoint from another layout"),
+    "export": Command(module="export", help="write a checkpoint for stock transformers, vLLM or the Hub"),
 }
 RESUMED = ("starter", "train", "evaluate", "reproduce")
-"""Commands that go on where they were stopped; the others are short, and begin anew."""
+"""Commands that resume after a stop. The others are short and start over."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        again = "; run the same command again to go on where it was" if arguments[0] in RESUMED else ""
+        again = " Run the same command again to resume." if arguments[0] in RESUMED else ""
         if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
-            print(f"\nstopped{again}.", file=sys.stderr)
+            print(f"\nStopped.{again}", file=sys.stderr)
         return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
 
 
@@ -110,13 +104,13 @@ def _describe(error: Exception) -> str:
     if is_full_disk(error):
         where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
         if isinstance(error, OSError) and not error.filename and _drop_output():
-            return "the output cannot be written: its disk is full."
-        return f"the disk is full{where}; free some space and run it again."
+            return "cannot write the output: its disk is full. Free some space and run the command again."
+        return f"the disk is full{where}. Free some space and run the command again."
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         name = os.fsdecode(error.filename or "")
-        return f"{name[:80]}... ({len(name):,} characters): too long for a path."
+        return f"{name[:80]}... ({len(name):,} characters): too long for a path. Use a shorter name."
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE and error.filename:
-        return f"{error.filename}: {error.strerror}; check its permissions, or name another place."
+        return f"{error.filename}: {error.strerror}. Check its permissions, or use another path."
     return ""
 
 
@@ -173,7 +167,7 @@ def _refuse_bytes(arguments: list[str]) -> None:
     for number, argument in enumerate(arguments, 1):
         if not is_text(argument):
             raise ConfigError(
-                f"argument {number}: {os.fsencode(argument)[:80]!r} is not UTF-8; rename the file, or run in "
+                f"argument {number}: {os.fsencode(argument)[:80]!r} is not UTF-8. Rename the file, or use "
                 "a UTF-8 locale."
             )
 
@@ -194,7 +188,7 @@ def _help() -> str:
         [
             "usage: tinyllava COMMAND [ARGUMENTS]",
             "",
-            "Small large multimodal models: vision encoder + connector + small language model.",
+            "Build, train, evaluate and ship small vision-language models.",
             "",
             *lines,
             "",

@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from tinyllava.inference.chat import Chat
 
 _HELP = """
-Ask about an image, or about several. Without a question, ask as many as you
-like; each is answered knowing those before it.
+Ask about one image or several. Without a question, the chat has several turns,
+and each answer takes the earlier turns into account.
 
   tinyllava chat cat.jpg "What is on the chair?"
   tinyllava chat before.jpg after.jpg "What has changed?"
-  tinyllava chat cat.jpg              several turns; an empty line ends
+  tinyllava chat cat.jpg              several turns, ended by an empty line
   tinyllava chat cat.jpg --model runs/share-Sig-Phi/model
   tinyllava chat cat.jpg < questions.txt
   tinyllava chat --file questions.jsonl --output answers.jsonl
-      lines such as {"image": "cat.jpg", "question": "What is this?"} (image may
-      be a list); the same lines with "answer" come out. Run it again to resume.
-      A line that cannot be answered gets "error", an answer that was cut off
-      "is_cut". (answers.jsonl.run.json keeps answers of two models apart)
+      Reads lines such as {"image": "cat.jpg", "question": "What is this?"}
+      ("image" may be a list) and writes them with "answer" added. A line that
+      cannot be answered gets "error", a truncated answer gets "is_cut". Run the
+      same command again to resume (answers.jsonl.run.json records the model).
 
 Ctrl-C interrupts an answer, or exits at the prompt. The exit status is 1 if a
-question was not answered.
+question has no answer.
 """
 _MOST_SHOWN = 10  # errors of a file of questions; the output has all
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".heic")
@@ -41,17 +41,21 @@ _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".ti
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = CommandParser("chat", _HELP)
     parser.add_argument(
-        "words", nargs="*", metavar="IMAGE", help="image files (or - for none), then what to ask"
+        "words", nargs="*", metavar="IMAGE", help="image files (- for none), then the question"
     )
-    parser.add_argument("--file", default="", help="JSONL of questions, instead of IMAGE")
-    parser.add_argument("--output", default="", help="JSONL of answers to write (with --file)")
+    parser.add_argument("--file", default="", help="JSONL file of questions, instead of IMAGE")
+    parser.add_argument("--output", default="", help="JSONL file of answers to write (with --file)")
     parser.add_argument("--model", default="", help="checkpoint folder (default: the starter's)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest answer")
-    parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, help="max length of an answer in tokens (default: 512)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy decoding)"
+    )
+    parser.add_argument("--device", default="", help="torch device (default: a GPU if available)")
     known = parser.parse_intermixed_args(arguments)
     if known.max_tokens < 1 or not 0 <= known.temperature < math.inf:
-        parser.error("--max-tokens must be at least 1, --temperature at least 0")
+        parser.error("--max-tokens must be at least 1, and --temperature at least 0")
     if bool(known.words) == bool(known.file) or bool(known.file) != bool(known.output):
         parser.error("give an image, or --file QUESTIONS with --output ANSWERS")
     *names, last = known.words or [""]
@@ -59,9 +63,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         names, last = known.words, ""
     for number, name in enumerate(names):
         if "://" in name:
-            parser.error(f"{name}: an address; give an image file of this machine")
+            parser.error(f"{name}: URLs are not supported; download the image and give its path")
         if number and not _is_image(name):
-            parser.error(f"{name!r}: no image file; write the question last, in quotes")
+            parser.error(f"{name!r} is not an image file; write the question last, in quotes")
     known.images, known.question = [Path(name) for name in names if name != "-"], last
     return known
 
@@ -86,11 +90,11 @@ def main(arguments: list[str]) -> int:
         from tinyllava.data.images import open_image
 
         for image in known.images:
-            open_image(ImageRef(path=image))  # a wrong path is told before a model is opened
+            open_image(ImageRef(path=image))  # report a wrong path before the model is loaded
     from tinyllava.inference.chat import Chat
 
     if sys.stderr.isatty():
-        print(f"opening {model} ...", file=sys.stderr)
+        print(f"loading {model} ...", file=sys.stderr)
     chat = Chat.open(model, device=known.device)
     sampling = {"do_sample": True, "temperature": known.temperature} if known.temperature else {}
 
@@ -117,23 +121,23 @@ def main(arguments: list[str]) -> int:
 
 
 def _report(output: Path, max_tokens: int) -> int:
-    """Say which lines of a finished file have no answer, and how many answers are cut off."""
+    """Report the lines without an answer and the number of truncated answers."""
     errors, num_cut = describe_unanswered(output)
     for error in errors[:_MOST_SHOWN]:
         print(f"not answered: {error}", file=sys.stderr)
     if errors:
-        print(f"{len(errors):,} questions have no answer; see 'error' in {output}", file=sys.stderr)
+        print(f"{len(errors):,} questions have no answer: see 'error' in {output}", file=sys.stderr)
     if num_cut:
         print(
-            f"{num_cut:,} answers are cut off at {max_tokens} tokens or the end of the context; see 'is_cut' "
-            "(--max-tokens N allows more)",
+            f"{num_cut:,} answers were cut off at {max_tokens} tokens or at the end of the context: see "
+            "'is_cut' (raise the limit with --max-tokens N)",
             file=sys.stderr,
         )
     return int(bool(errors))
 
 
 class _Shortening:
-    """Streams answers; the oldest questions, once they no longer fit the context, are dropped with a word."""
+    """Streams answers. Drops the oldest questions when the context is full, and says so."""
 
     def __init__(self, chat: "Chat", max_tokens: int, sampling: dict[str, object]) -> None:
         self.chat, self.max_tokens, self.sampling = chat, max_tokens, sampling
@@ -145,7 +149,7 @@ class _Shortening:
             self._num_dropped = num_dropped
             print(
                 f"[the context of {self.chat.context_tokens:,} tokens is full: the oldest {num_dropped} "
-                "questions are left out]",
+                "questions were dropped]",
                 file=sys.stderr,
             )
         pieces = self.chat.stream(conversation, self.max_tokens, **self.sampling)
@@ -153,7 +157,7 @@ class _Shortening:
         if pieces.is_cut:
             sys.stdout.flush()
             print(
-                f" [cut off at {self.max_tokens} tokens or the context's end; --max-tokens N allows more]",
+                f" [cut off at {self.max_tokens} tokens or at the end of the context; see --max-tokens]",
                 end="",
                 file=sys.stderr,
                 flush=True,
@@ -185,7 +189,7 @@ def converse(
 ) -> int:
     """Print the answer to each question as it comes; every turn sees those before it.
 
-    A question that cannot be asked, because it is too long, ends nothing if others may follow.
+    A question that is too long does not end the chat if others may follow.
 
     Returns:
         The exit status: 1 if a question was not answered.

@@ -5,9 +5,9 @@ from pathlib import Path
 from tinyllava.cli.parser import CommandParser
 
 _HELP = """
-Compare two evaluations of the same questions: the difference of each headline
-number with its 95% interval (paired bootstrap over images), McNemar's test
-over what that number counts, and a page with the questions that flipped.
+Compare two evaluations of the same questions. Prints the difference of each
+headline number with its 95% interval (paired bootstrap over images) and
+McNemar's test, and writes a page with the questions that flipped.
 
   tinyllava compare evaluations/mine evaluations/other --data /data/bench
   tinyllava compare evaluations/mine/pope evaluations/mine/pope-blind
@@ -17,11 +17,11 @@ over what that number counts, and a page with the questions that flipped.
 def main(arguments: list[str]) -> int:
     """Compare; print one line for each benchmark and the page's path as the last line."""
     parser = CommandParser("compare", _HELP)
-    parser.add_argument("a", type=_find, help="folder of an evaluation or of one benchmark in it")
-    parser.add_argument("b", type=_find, help="the same of the other model")
-    parser.add_argument("--data", default="", help="folder of the benchmarks: shows images and truths")
+    parser.add_argument("a", type=_find, help="folder of an evaluation, or of one benchmark in it")
+    parser.add_argument("b", type=_find, help="the same folder of the other model")
+    parser.add_argument("--data", default="", help="folder of the benchmarks, to show images and references")
     parser.add_argument("--output", default="flips.html", help="page to write")
-    parser.add_argument("--limit", type=int, default=200, help="flipped questions shown of each benchmark")
+    parser.add_argument("--limit", type=int, default=200, help="flipped questions to show per benchmark")
     known = parser.parse_args(arguments)
 
     from tinyllava.evaluation.checkpoint import find_benchmarks, find_folders
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         names = sorted(path.parent.name for path in known.a.glob("*/predictions.jsonl"))
         left_out = [name for name in names if name.removesuffix("-blind") not in compared]
         if left_out:
-            print(f"left out, for B has none or there are no scores: {', '.join(left_out)}")
+            print(f"skipped, because B has no answers or a score is missing: {', '.join(left_out)}")
     questions = {}
     if known.data:
         benchmarks = find_benchmarks(",".join(comparison.benchmark for comparison in comparisons))

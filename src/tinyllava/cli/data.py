@@ -1,4 +1,4 @@
-"""``tinyllava data``: what a benchmark or a mixture needs on disk, and what of it is there."""
+"""``tinyllava data``: which files a benchmark or a mixture needs, and which are missing."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ from tinyllava.cli.parser import CommandParser
 from tinyllava.errors import look_up
 
 _HELP = """
-Say what is present, what is missing, where each file comes from, its size and
-its licence.
+List the files of a benchmark or mixture: present or missing, source, size and
+licence.
 
-  tinyllava data benchmarks            the benchmarks by name
-  tinyllava data benchmarks pope DIR   what POPE needs, and what of it is in DIR
-  tinyllava data mixtures              the mixtures of Table 2 by name
-  tinyllava data mixtures all DIR      what they need that is not below DIR
+  tinyllava data benchmarks            list the benchmarks
+  tinyllava data benchmarks pope DIR   check the files of POPE in DIR
+  tinyllava data mixtures              list the mixtures of Table 2
+  tinyllava data mixtures all DIR      list the files that are missing in DIR
 """
 
 
@@ -20,12 +20,12 @@ def main(arguments: list[str]) -> int:
     """List files; the exit status is 1 if one that is needed is missing or doubtful."""
     parser = CommandParser("data", _HELP)
     parser.add_argument("kind", metavar="KIND", help="benchmarks, or mixtures")
-    parser.add_argument("name", nargs="?", default="", help="names with commas between, or all")
+    parser.add_argument("name", nargs="?", default="", help="names separated by commas, or all")
     parser.add_argument(
         "folder",
         nargs="?",
         default=".",
-        help="the benchmark's folder (of several: the one above), or the root of the mixtures (default: .)",
+        help="folder of the benchmark (for several: its parent), or root of the mixtures (default: .)",
     )
     known = parser.parse_args(arguments)
     check = look_up(
@@ -51,7 +51,7 @@ def _check_mixtures(names: str, folder: Path) -> int:
         for path, what in missing:
             print(f"  missing  {path}: {what}")
         if not missing:
-            print(f"  all there below {folder}")
+            print(f"  all files present in {folder}")
         is_complete &= not missing
     return 0 if is_complete else 1
 

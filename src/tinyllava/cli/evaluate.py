@@ -1,4 +1,4 @@
-"""``tinyllava evaluate MODEL``: measure a checkpoint on benchmarks."""
+"""``tinyllava evaluate MODEL``: evaluate a checkpoint on benchmarks."""
 
 import argparse
 import os
@@ -19,28 +19,28 @@ _MOST_SHOWN = 10  # questions that could not be asked; a file has all
 _GLUE = "\N{NO-BREAK SPACE}"  # keeps a name and its number on one line
 
 _HELP = """
-Measure a checkpoint on the benchmarks of the paper, with the published prompts,
-parsing and metrics. The same command again goes on where a stopped run was.
+Evaluate a checkpoint on the benchmarks of the paper, with their published
+prompts, parsing and metrics. Run the same command again to resume.
 
   tinyllava evaluate MODEL --data /data/bench
-      all nine: the folders /data/bench/vqav2, /data/bench/gqa and so on
+      all nine benchmarks, in /data/bench/vqav2, /data/bench/gqa and so on
   tinyllava evaluate MODEL --data /data/bench --benchmarks pope,gqa
   tinyllava evaluate MODEL --data /data/bench --benchmarks pope --limit 100
   tinyllava evaluate MODEL --data /data/bench --benchmarks pope --blind
-      with blank images: how much of a score needs no image
+      with blank images: shows how much of a score needs no image
   tinyllava evaluate MODEL --data /data/bench --score-only
   tinyllava evaluate NAME --data /data/bench --score-only --answers FOLDER
-      answers that LLaVA's scripts wrote
+      scores answers written by LLaVA's scripts
   torchrun --nproc-per-node 8 -m tinyllava evaluate MODEL --data /data/bench
-      8 processes share the images
+      8 processes share the work
 
-MM-Vet and LLaVA-W are graded by a judge, or by its recorded reviews (a folder):
+MM-Vet and LLaVA-W need a judge model, or a folder with its recorded reviews:
   tinyllava evaluate MODEL --data /data/bench --benchmarks mmvet,llava-w \\
       --judge-url http://localhost:8000/v1 --judge-model NAME
   tinyllava evaluate MODEL --data /data/bench --reviews reviews
 
-`tinyllava data benchmarks` lists the names; `tinyllava data benchmarks pope
-/data/bench/pope` says what POPE needs on disk, and where it comes from.
+`tinyllava data benchmarks` lists the names. `tinyllava data benchmarks pope
+/data/bench/pope` lists the files that POPE needs and where to download them.
 """
 
 
@@ -114,7 +114,7 @@ def _score(
 
     path = output / "results.json"
     if aside := set_aside_if_damaged(output):
-        print(f"{path}: damaged, kept as {aside}; score other benchmarks again with --score-only")
+        print(f"{path}: damaged, moved to {aside}. Score the other benchmarks again with --score-only.")
     before = load_results(path) if path.exists() else ()
     result = score(benchmark, data, output, blind=known.blind, limit=known.limit, judge=judge)
     headline = [metric for metric in result.metrics if metric.name == result.metric]
@@ -124,7 +124,7 @@ def _score(
         + (
             str(headline[0])
             if headline
-            else "answers saved, no score" + (" without a judge" if waits else " here")
+            else "answers saved, no score" + (" without a judge" if waits else " on this machine")
         )
     )
     for line in describe_metrics(result):
@@ -143,15 +143,17 @@ def _score(
     kept = {(one.model, one.benchmark) for one in load_results(path)}
     for one in before:
         if (one.model, one.benchmark) not in kept:
-            print(f"  dropped from {path}: {one.model}, of other data or another judge; score it again")
+            print(f"  dropped from {path}: {one.model}, from other data or another judge. Score it again.")
     return not result.num_missing
 
 
 def describe_answers(result: "Result", benchmark: "Benchmark") -> str:
-    """Return a line on how many answers were not understood, or ended at their limit of tokens."""
-    line = f"answers not understood ({benchmark.unclear}): {result.num_unclear:,}"
+    """Return a line with the number of unclear answers and of truncated answers."""
+    line = f"unclear answers ({benchmark.unclear}): {result.num_unclear:,}"
     if result.num_cut:
-        line += f"; cut off at {benchmark.max_new_tokens} tokens or the context's end: {result.num_cut:,}"
+        line += (
+            f"; cut off at {benchmark.max_new_tokens} tokens or at the end of the context: {result.num_cut:,}"
+        )
     return line
 
 
@@ -172,53 +174,53 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = CommandParser("evaluate", _HELP)
     add = parser.add_argument
     add("model", help="checkpoint folder")
-    add("--data", required=True, help="folder with a folder for each benchmark")
-    add("--benchmarks", default="all", help="names with commas between, or all: the nine of the paper")
-    add("--output", default="", help="folder of answers and results (default: evaluations/MODEL-HASH)")
-    add("--blind", action="store_true", help="replace every image by one of the mean colour")
-    add("--limit", type=int, default=0, help="ask only the first questions (default: all of them)")
-    add("--score-only", action="store_true", help="score the answers that are there; opens no model")
+    add("--data", required=True, help="folder with one subfolder per benchmark")
+    add("--benchmarks", default="all", help="names separated by commas, or all: the nine of the paper")
+    add("--output", default="", help="folder for answers and results (default: evaluations/MODEL-HASH)")
+    add("--blind", action="store_true", help="replace every image with its mean colour")
+    add("--limit", type=int, default=0, help="ask only the first LIMIT questions (default: all)")
+    add("--score-only", action="store_true", help="score existing answers without loading the model")
     add(
         "--answers",
         default="",
-        help="with --score-only: answers that LLaVA's scripts wrote, a file, or a folder with NAME.jsonl or "
-        "NAME/answers/MODEL.jsonl for each benchmark",
+        help="with --score-only: answers written by LLaVA's scripts; a file, or a folder with NAME.jsonl or "
+        "NAME/answers/MODEL.jsonl per benchmark",
     )
-    add("--device", default="", help="device of torch (default: a GPU if there is one)")
+    add("--device", default="", help="torch device (default: a GPU if available)")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="type of the weights; auto: float32 on a CPU, on a GPU as saved, but float32 as bfloat16",
+        help="dtype of the weights; auto: float32 on a CPU, as saved on a GPU (float32 becomes bfloat16)",
     )
-    add("--batch-tokens", type=int, default=0, help="tokens of one batch (default: what suits the device)")
+    add("--batch-tokens", type=int, default=0, help="tokens per batch (default: depends on the device)")
     add(
         "--workers",
         type=int,
         default=max(1, min(4, (os.cpu_count() or 2) - 1)),
-        help="processes that open images (default: one a core but one, at most 4)",
+        help="processes that load images (default: number of cores minus one, at most 4)",
     )
-    add("--judge-url", default="", help="OpenAI-compatible endpoint of the judge, up to /v1")
-    add("--judge-model", default="", help="the judge's model name; with --reviews, who gave them")
-    add("--judge-key", default="OPENAI_API_KEY", help="environment variable that holds the key")
+    add("--judge-url", default="", help="OpenAI-compatible endpoint of the judge, up to and including /v1")
+    add("--judge-model", default="", help="model name of the judge; with --reviews, their author")
+    add("--judge-key", default="OPENAI_API_KEY", help="environment variable with the API key")
     add("--judge-timeout", type=float, default=120.0, help="seconds to wait for a reply (default: 120)")
-    add("--judge-concurrent", type=int, default=8, help="requests under way at a time (default: 8)")
-    add("--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens")
+    add("--judge-concurrent", type=int, default=8, help="concurrent requests (default: 8)")
+    add("--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="price per million tokens")
     add(
         "--reviews",
         default="",
         help="recorded reviews: a file (.jsonl, or MM-Vet's .json), or a folder with NAME.jsonl, NAME.json "
-        "or NAME/reviews-JUDGE.jsonl for each benchmark",
+        "or NAME/reviews-JUDGE.jsonl per benchmark",
     )
     known = parser.parse_args(arguments)
     for name, least in (("limit", 0), ("batch_tokens", 0), ("workers", 0)):
         if getattr(known, name) < least:
             option = name.replace("_", "-")
-            parser.error(f"--{option} is {getattr(known, name)}; it has to be {least} or more")
+            parser.error(f"--{option} is {getattr(known, name)}; it must be {least} or more")
     if known.judge_timeout <= 0 or known.judge_concurrent < 1:
-        parser.error("--judge-timeout must be above 0, --judge-concurrent at least 1")
+        parser.error("--judge-timeout must be above 0, and --judge-concurrent at least 1")
     if known.answers and (not known.score_only or known.blind):
-        parser.error("--answers needs --score-only, and no --blind: the model is not asked")
+        parser.error("--answers needs --score-only and excludes --blind, because no model runs")
     if known.judge_url and known.reviews:
         parser.error("--judge-url and --reviews exclude each other: a score has one judge")
     return known
@@ -247,11 +249,11 @@ def _open_judge(known: argparse.Namespace, output: Path) -> "Judge":
     from tinyllava.evaluation.judge import Endpoint, Judge, ReplyCache
 
     if not known.judge_model:
-        raise ConfigError("--judge-url needs --judge-model: the name of the judge stands in every result.")
+        raise ConfigError("--judge-url needs --judge-model: every result records the name of its judge.")
     if not known.judge_url.startswith(("http://", "https://")):
         raise ConfigError(
-            f"--judge-url {known.judge_url!r} is no address; it has to begin with http:// or https:// "
-            "and go up to /v1, as http://localhost:8000/v1."
+            f"--judge-url {known.judge_url!r} is not a URL. It must start with http:// or https:// "
+            "and end with /v1, such as http://localhost:8000/v1."
         )
     key = os.environ.get(known.judge_key, "")
     endpoint = Endpoint(
@@ -271,7 +273,7 @@ def _announce(
     output: Path,
     known: argparse.Namespace,
 ) -> None:
-    """Print what a judge will be asked and what it costs, before it is asked."""
+    """Print the number of requests to the judge and their cost before sending them."""
     from tinyllava.evaluation.answers import read_answers
     from tinyllava.evaluation.judge import Judge
     from tinyllava.evaluation.score import answers_folder

@@ -1,4 +1,4 @@
-"""``tinyllava export``: write a checkpoint for stock transformers, vLLM or a hub."""
+"""``tinyllava export``: write a checkpoint for stock transformers, vLLM or the Hub."""
 
 import argparse
 import re
@@ -21,7 +21,7 @@ and its logits compared, before it is there.
   tinyllava export ADAPTER out --base runs/mine/model
   tinyllava export runs/mine/model --push OWNER/NAME --private
 
---push uploads it to a repository of a hub.
+--push uploads the export to a repository on the Hub.
 """
 
 _PRECISIONS = ("fp32", "fp16", "int8")
@@ -31,8 +31,8 @@ _PRECISIONS = ("fp32", "fp16", "int8")
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit status."""
     parser = CommandParser("export", _HELP)
-    parser.add_argument("checkpoint", metavar="DIR", type=Path, help="checkpoint, or peft adapter over one")
-    parser.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="where to write")
+    parser.add_argument("checkpoint", metavar="DIR", type=Path, help="checkpoint or peft adapter")
+    parser.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="folder to write")
     parser.add_argument(
         "--format",
         choices=("tinyllava", "llava", "vllm", "onnx"),
@@ -43,13 +43,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--push", metavar="OWNER/NAME", default="", help="upload to this repository")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
-        "--base", metavar="DIR", type=Path, help="the checkpoint below an adapter (default: the one it names)"
+        "--base", metavar="DIR", type=Path, help="base checkpoint of an adapter (default: the one it names)"
     )
     parser.add_argument(
         "--results",
         metavar="FILE",
         type=Path,
-        help="results.json with scores for the card (default: beside the weights or the adapter)",
+        help="results.json with scores for the model card (default: the one next to the weights or adapter)",
     )
     parser.add_argument(
         "--dtype",
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
         default="auto",
         help="type of the weights (default: auto, the checkpoint's; with --format onnx fp32)",
     )
-    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="most of one weight file")
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="max size of one weight file")
     options = parser.parse_args(arguments)
     if options.folder is None and not options.push:
         parser.error("give OUT, or --push OWNER/NAME")
@@ -101,8 +101,8 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
         max_shard_size=options.max_shard_size,
     )
     if exported.run_difference is not None:
-        print(f"the same as its run's own model: largest difference of a logit {exported.run_difference:.2g}")
-    print(f"opened again and compared: largest difference of a logit {exported.largest_difference:.2g}")
+        print(f"compared with the model of its run: largest logit difference {exported.run_difference:.2g}")
+    print(f"reloaded and compared: largest logit difference {exported.largest_difference:.2g}")
     if options.folder is not None:
         print(f"written: {folder}")
     if not options.push:
@@ -111,8 +111,8 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
         print(f"pushed: {push(folder, options.push, private=options.private)}")
     except CheckpointError as error:
         again = (
-            f"The folder is written: `hf upload {options.push} {folder} .` sends it."
+            f"The export is in {folder}; upload it with `hf upload {options.push} {folder} .`."
             if options.folder
-            else "Give OUT too, to keep the exported folder."
+            else "Give OUT as well to keep the exported folder."
         )
         raise CheckpointError(f"{error} {again}") from error

@@ -1,4 +1,4 @@
-"""``tinyllava record``: show a record as it will be trained.
+"""``tinyllava record``: show a record as training sees it.
 
 Paper: section 3.2; what is green is the set A of equation 3.
 """
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from tinyllava.model import TinyLlavaProcessor
 
 _HELP = """
-Show records of a LLaVA-format file as the model will see them: supervised text
-is green (in a plain terminal: between >> and <<), with token counts. A record
-that training would refuse is shown with the reason; the exit status is then 1.
+Show records of a LLaVA-format file as the model will see them, with token
+counts. Supervised text is green (between >> and << without colour). If training
+would reject a record, the reason is shown and the exit status is 1.
 
   tinyllava record my.json --model runs/mine/model --count 3
   tinyllava record my.json --language-model TinyLlama --template caption
@@ -29,36 +29,39 @@ def main(arguments: list[str]) -> int:
     parser = CommandParser("record", _HELP)
     parser.add_argument("file", help="LLaVA-format .json or .jsonl")
     parser.add_argument(
-        "--images", default="", help="folder that image paths start from (default: the file's)"
+        "--images", default="", help="base folder of image paths (default: the file's folder)"
     )
-    parser.add_argument("--model", default="", help="checkpoint folder whose tokenizer and template are used")
-    parser.add_argument("--language-model", default="", help="or a language model by name or folder")
+    parser.add_argument("--model", default="", help="checkpoint folder that provides tokenizer and template")
     parser.add_argument(
-        "--template", default="", help="template by name, e.g. caption (default: the model's)"
+        "--language-model", default="", help="language model name or folder, instead of --model"
+    )
+    parser.add_argument(
+        "--template", default="", help="template name, such as caption (default: the model's)"
     )
     parser.add_argument(
         "--image-tokens",
         type=int,
         default=0,
-        help="tokens of one image (default: the checkpoint's; "
-        "with --language-model 576, those of CLIP and mlp)",
+        help="tokens per image (default: the checkpoint's; with --language-model 576, as for CLIP with mlp)",
     )
     parser.add_argument(
-        "--skip", action="append", default=[], help="named defect whose records are left out (repeatable)"
+        "--skip", action="append", default=[], help="defect whose records are skipped (repeatable)"
     )
-    parser.add_argument("--index", type=int, default=0, help="first record to show, from 0 (default: 0)")
-    parser.add_argument("--count", type=int, default=1, help="number of records")
+    parser.add_argument(
+        "--index", type=int, default=0, help="first record to show, counted from 0 (default: 0)"
+    )
+    parser.add_argument("--count", type=int, default=1, help="number of records to show")
     parser.add_argument(
         "--max-length",
         type=int,
         default=Stage.max_length_tokens,
-        help="longest sequence that training takes (default: 2048)",
+        help="max length of a training sequence in tokens (default: 2048)",
     )
     known = parser.parse_args(arguments)
     if bool(known.model) == bool(known.language_model):
         parser.error("give one of --model CHECKPOINT and --language-model NAME")
     if known.count < 1 or known.image_tokens < 0 or known.max_length < 1:
-        parser.error("--count and --max-length must be at least 1, --image-tokens at least 0")
+        parser.error("--count and --max-length must be at least 1, and --image-tokens at least 0")
 
     from tinyllava.data.records import read_records
     from tinyllava.errors import DataError
@@ -113,7 +116,7 @@ def _print_refusal(
     template: str | None,
     known: argparse.Namespace,
 ) -> bool:
-    """Say what training will say of a record that it does not take; return whether it can begin."""
+    """Print why training rejects or skips a record; return whether training can start."""
     from rich.console import Console
 
     from tinyllava.data.dataset import Examples, measure
@@ -124,10 +127,10 @@ def _print_refusal(
     try:
         _, skipped = measure(examples, known.max_length, tuple(known.skip))
     except Defect as defect:
-        console.print(f"training refuses it: {defect}", style="bold red")
+        console.print(f"training rejects this record: {defect}", style="bold red")
         return False
     if skipped:
-        console.print(f"training leaves it out: {', '.join(skipped)}", style="dim")
+        console.print(f"training skips this record: {', '.join(skipped)}", style="dim")
     return True
 
 

@@ -1,4 +1,4 @@
-"""``tinyllava reproduce``: the paper's figures and tables, or a grid of your own, run and drawn."""
+"""``tinyllava reproduce``: run and draw the figures and tables of the paper, or a grid of your own."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from tinyllava.studies.needs import Need
 
 _HELP = """
-Run what is missing of a figure or table of the paper, reuse what exists, and
-write its report.
+Reproduce a figure or table of the paper: run the missing stages and
+evaluations, reuse the finished ones, and write a report.
 
-  tinyllava reproduce figure-4 --plan      what it needs, what is done, the time
+  tinyllava reproduce figure-4 --plan      needs, progress and estimated time
   tinyllava reproduce figure-4 --data /data --benchmarks /data/benchmarks
   tinyllava reproduce figure-7 --only '*TL*' --data /data --benchmarks DIR \\
       --scale 0.02 --limit 200
@@ -29,9 +29,9 @@ write its report.
   tinyllava reproduce starter              four ablations on two CPU cores
 
 Names: figure-1, figure-4 to figure-9, table-1, table-2, table-3, table-A1 (or
-A1), starter. Stages and evaluations that several cells need are done once; all
-is kept below --runs, which grids share. The same command again goes on where a
-stopped one was, tries again what failed, and draws the report anew.
+A1), starter. Cells share stages and evaluations, which run once and stay in
+--runs, also for other grids. Run the same command again to resume, retry
+failures and redraw the report.
 """
 
 
@@ -83,11 +83,11 @@ def _plan_or_run(grid: "Grid", graph: "Graph", known: argparse.Namespace) -> int
         print("\n".join(["", *explain_costs(needs, machine)]))
     print("\n".join(summarise(needs, graph)))
     if fetched_first:
-        print(f"first it fetches what is not here yet of {grid.fetches}; that time is not counted.")
+        print(f"Missing {grid.fetches} are downloaded first (time not included).")
     if known.plan:
         return 0
     if all(need.status == "missing" for need in needs):
-        raise DataError("nothing of it can be run here: see what is missing above.")
+        raise DataError("nothing can run: add the files listed as missing above, then run the command again.")
     return _run(grid, graph, needs, known)
 
 
@@ -130,13 +130,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser("reproduce", _HELP)
     add = parser.add_argument
     add("name", help="figure, table, starter, FILE.py or FILE.py:NAME")
-    add("--plan", action="store_true", help="print the graph with its cost and what is missing, and stop")
+    add("--plan", action="store_true", help="print the graph with its cost and missing files, and exit")
     add("--data", default="", help="folder of Table 2's mixtures")
-    add("--benchmarks", default="", help="folder with a folder for each benchmark")
-    add("--runs", default="runs", help="folder of all run folders (default runs)")
-    add("--output", default="", help="folder of the study and its report (default studies/NAME)")
-    add("--only", action="append", default=[], help="cells by id, subplot or label, with * (repeatable)")
-    add("--seeds", default="", help="seeds with commas between, instead of the grid's")
+    add("--benchmarks", default="", help="folder with one subfolder per benchmark")
+    add("--runs", default="runs", help="parent folder of all runs (default: runs)")
+    add("--output", default="", help="folder of the study and its report (default: studies/NAME)")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        help="run only these cells: id, subplot or label, with * (repeatable)",
+    )
+    add("--seeds", default="", help="seeds separated by commas (default: the grid's)")
     add("--limit", type=int, default=0, help="ask only the first questions of each benchmark")
     add("--scale", type=float, default=1.0, help="train on this share of the records of every source")
     add(
@@ -144,18 +149,28 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=OTHER",
-        help="put another encoder or LLM (name or folder) in the place of one (repeatable)",
+        help="replace encoder or LLM NAME with OTHER (name or folder; repeatable)",
     )
-    add("--retry", type=int, default=0, help="how often what fails is tried again in this call")
-    add("--jobs", choices=["slurm", "local"], help="hand the work to Slurm, or to processes here (submitit)")
-    add("--job", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters (repeatable)")
-    add("--at-once", type=int, default=0, help="most jobs at a time (default: slurm 100, local 1)")
-    add("--devices", type=int, default=1, help="devices of a job: one process each, through torchrun")
-    add("--judge-url", default="", help="endpoint of the judge of MM-Vet and LLaVA-W, up to /v1")
-    add("--judge-model", default="", help="the judge's model name")
-    add("--judge-key", default="OPENAI_API_KEY", help="environment variable that holds the key")
-    add("--gpu", default="", help="kind of GPU that --plan reckons with (default A100-80G)")
-    add("--gpus", type=int, default=0, help="number of them (default 8)")
+    add("--retry", type=int, default=0, help="number of retries after a failure")
+    add(
+        "--jobs",
+        choices=["slurm", "local"],
+        help="submit jobs to Slurm, or run them as local processes (submitit)",
+    )
+    add("--job", action="append", default=[], metavar="KEY=VALUE", help="submitit parameter (repeatable)")
+    add("--at-once", type=int, default=0, help="max number of concurrent jobs (default: slurm 100, local 1)")
+    add("--devices", type=int, default=1, help="devices per job, with one torchrun process each")
+    add("--judge-url", default="", help="endpoint of the judge for MM-Vet and LLaVA-W, up to /v1")
+    add("--judge-model", default="", help="model name of the judge")
+    add("--judge-key", default="OPENAI_API_KEY", help="environment variable with the API key")
+    add("--gpu", default="", help="GPU type to estimate for (default: A100-80G)")
+    add(
+        "--gpus",
+        type=int,
+        default=0,
+        help="GPUs to estimate for (default: 8). Without --gpu and --gpus, times of finished nodes are "
+        "used where available",
+    )
     return parser.parse_args(arguments)
 
 
@@ -168,7 +183,9 @@ def _adjusted(grid: "Grid", known: argparse.Namespace) -> "Grid":
         try:
             seeds = tuple(int(seed) for seed in known.seeds.split(","))
         except ValueError:
-            raise ConfigError(f"--seeds {known.seeds}: give whole numbers, such as 1,2,3.") from None
+            raise ConfigError(
+                f"--seeds {known.seeds}: give integers separated by commas, such as 1,2,3."
+            ) from None
         grid = replace(grid, seeds=tuple(dict.fromkeys(seeds)))
     if known.limit:
         note = f"Only the first {known.limit:,} questions of each benchmark were asked."
@@ -204,12 +221,12 @@ def _places(grid: "Grid", known: argparse.Namespace) -> "Places":
             try:
                 found = find_folders({name: look_up(BENCHMARKS, name, "benchmark")}, Path(known.benchmarks))
             except DataError:
-                continue  # told by the plan
+                continue  # the plan lists it as missing
             folders[name] = str(found[name])
     judge = {"url": known.judge_url, "model": known.judge_model, "key": known.judge_key}
     if bool(known.judge_url) != bool(known.judge_model):
         raise ConfigError(
-            "--judge-url and --judge-model go together: the judge's name stands in every result."
+            "--judge-url and --judge-model go together: every result records the name of its judge."
         )
     return Places(
         runs=Path(known.runs),
@@ -220,7 +237,7 @@ def _places(grid: "Grid", known: argparse.Namespace) -> "Places":
 
 
 def _scaled(grid: "Grid", places: "Places", known: argparse.Namespace) -> "Grid":
-    """Apply --scale; record files that are not here are told by the plan."""
+    """Apply --scale; the plan lists record files that are missing."""
     from tinyllava.studies.scale import scale_grid, scale_run
 
     scaled = scale_grid(grid, known.scale)
@@ -242,7 +259,7 @@ def _launcher(known: argparse.Namespace) -> "Launcher":
     }
     if known.jobs is None:
         if options or known.devices > 1:
-            raise ConfigError("--job and --devices go with --jobs slurm or --jobs local.")
+            raise ConfigError("--job and --devices need --jobs slurm or --jobs local; add one of them.")
         return InProcess()
     num_at_once = known.at_once or (100 if known.jobs == "slurm" else 1)
     return Jobs(known.jobs, num_at_once=num_at_once, num_devices=known.devices, options=options)

@@ -1,29 +1,29 @@
-"""``tinyllava runs``: the runs of a folder, filtered, and what two of them differ in."""
+"""``tinyllava runs``: list and filter the runs of a folder, or compare two of them."""
 
 from pathlib import Path
 
 from tinyllava.cli.parser import CommandParser
 
 _HELP = """
-List the runs of a folder: parts, seed, stages, last losses, scores.
+List the runs of a folder with parts, seed, stages, final losses and scores.
 
-  tinyllava runs                        those in runs/
+  tinyllava runs                        list the runs in runs/
   tinyllava runs FOLDER --where connector=mlp --where seed=1 --where 'pope>80'
-  tinyllava runs --diff runs/A runs/B   what differs: settings, versions, scores
+  tinyllava runs --diff runs/A runs/B   compare settings, versions, scores
 """
 
 
 def main(arguments: list[str]) -> int:
     """Print the table, or the differences of two runs."""
     parser = CommandParser("runs", _HELP)
-    parser.add_argument("folder", nargs="?", default="runs", help="folder with run folders (default runs)")
+    parser.add_argument("folder", nargs="?", default="runs", help="parent folder of the runs (default: runs)")
     parser.add_argument(
         "--where",
         action="append",
         default=[],
         metavar="CONDITION",
-        help="keep runs with this setting, part (its folder's name will do), score or last loss: PATH=VALUE, "
-        "with * and ?, or PATH with <, >, <=, >= or != (repeatable)",
+        help="filter by setting, part (a folder name works), score or final loss: PATH=VALUE with * and ? "
+        "as wildcards, or PATH with <, >, <=, >= or != (repeatable)",
     )
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="two run folders to compare")
     known = parser.parse_args(arguments)

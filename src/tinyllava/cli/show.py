@@ -1,4 +1,4 @@
-"""``tinyllava show``: the tables of parts, recipes and data, and what a variant would take."""
+"""``tinyllava show``: print the tables of parts, recipes and data, or estimate the cost of a variant."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from tinyllava.recipes.published import PUBLISHED
 from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
 
 _HELP = """
-Print a table, or what training a variant takes; nothing is downloaded.
+Print a table, or estimate what training a variant takes. Downloads nothing.
 
   tinyllava show encoders | language-models | connectors | templates
   tinyllava show recipes | variants | data | gpus
@@ -33,11 +33,11 @@ Rows = list[Sequence[object]]
 def main(arguments: list[str]) -> int:
     """Print; return 0."""
     parser = CommandParser("show", _HELP)
-    parser.add_argument("what", nargs="?", default="", help="a table, a variant, or FILE.py:NAME")
-    parser.add_argument("--gpu", default="A100-80G", help=f"kind of GPU: {', '.join(GPUS)}")
-    parser.add_argument("--gpus", type=int, default=8, help="how many of them")
+    parser.add_argument("what", nargs="?", default="", help="table, variant, or FILE.py:NAME")
+    parser.add_argument("--gpu", default="A100-80G", help=f"GPU type: {', '.join(GPUS)}")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
     parser.add_argument("--code", default="", help=f"settings of published code: {', '.join(PUBLISHED)}")
-    parser.add_argument("--json", action="store_true", help="print the resolved config and nothing else")
+    parser.add_argument("--json", action="store_true", help="print only the resolved config")
     known = parser.parse_args(arguments)
     if not known.what:
         print(_HELP.strip())
@@ -101,7 +101,7 @@ def _connectors() -> Rows:
         (name, ", ".join(f"{key}={value}" for key, value in c.options.items()), c.summary)
         for name, c in CONNECTORS.items()
     ]
-    return [("name", "options", "what it is"), *rows]
+    return [("name", "options", "description"), *rows]
 
 
 def _templates() -> Rows:
@@ -112,12 +112,12 @@ def _templates() -> Rows:
     for name in template_names():
         comment = read_template(name).partition("{#-")[2].partition("-#}")[0]
         rows.append((name, ", ".join(used.get(name, [])), " ".join(comment.split())))
-    return [("name", "language models", "what it is"), *rows]
+    return [("name", "language models", "description"), *rows]
 
 
 def _recipes() -> Rows:
     rows = [(name, r.dataset, ", ".join(r.stages), r.summary) for name, r in RECIPES.items()]
-    return [("name", "dataset", "stages", "what it does"), *rows]
+    return [("name", "dataset", "stages", "description"), *rows]
 
 
 def _variants() -> Rows:
@@ -152,7 +152,7 @@ def _data() -> Rows:
         "record file under the data root",
         "images",
         "licence",
-        "from",
+        "source",
     )
     return [head, *rows]
 
@@ -169,7 +169,7 @@ def _gpus() -> Rows:
         )
         for name, gpu in GPUS.items()
     ]
-    return [("name", "memory", "half", "peak TFLOP/s in it", "in fp32", "precision 'auto'"), *rows]
+    return [("name", "memory", "half", "peak TFLOP/s in half", "in fp32", "precision 'auto'"), *rows]
 
 
 TABLES: dict[str, Callable[[], Rows]] = {

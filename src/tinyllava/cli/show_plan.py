@@ -32,7 +32,7 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
         format_table(_settings(run, plan.precision)),
         format_table(_parameters(plan)),
         format_table(_loads(plan)),
-        f"on {num_gpus} x {gpu}, {UTILISATION:.0%} of the peak; memory of each GPU at the longest sequence:"
+        f"on {num_gpus} x {gpu} at {UTILISATION:.0%} of the peak; memory per GPU at the max length:"
         + _without_bf16(run, gpu),
         format_table(_forms(plan)),
     ]
@@ -40,20 +40,22 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
     for stage_name, stage in run.stages.items():
         problems += [f"stages.{stage_name}.{p}" for p in batch_problems(stage, run.hardware, num_gpus)]
     if problems:
-        sections.append("this run would be refused:\n" + "\n".join(f"  {problem}" for problem in problems))
+        sections.append(
+            "`tinyllava train` would reject this run:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
     return "\n\n".join(sections)
 
 
 def _without_bf16(run: Run, gpu: str) -> str:
-    """Say what a GPU without bf16 makes of the run's precision."""
+    """Explain how a GPU without bf16 changes the precision of the run."""
     wanted = run.hardware.precision
     if GPUS[gpu].has_bf16 or wanted not in ("auto", "bf16"):
         return ""
     speed = GPUS[gpu].half_flops / GPUS[gpu].fp32_flops
-    does = "trains in fp32" if wanted == "auto" else "is emulated and slower than this says"
+    does = "trains in fp32" if wanted == "auto" else "is emulated and slower than estimated here"
     return (
         f"\n{gpu} has no bf16, so hardware.precision = {wanted!r} {does}; "
-        f"--hardware.precision fp16 multiplies {speed:.0f} times as fast as fp32."
+        f"--hardware.precision fp16 has {speed:.0f} times the peak of fp32."
     )
 
 
@@ -62,7 +64,7 @@ def _model(run: Run, plan: Plan) -> str:
     longest = max((stage.max_length_tokens for stage in run.stages.values()), default=context)
     return (
         f"image tokens   {image} of {plan.parts.num_patches} patches ({run.model.image_aspect})\n"
-        f"sequence       at most {longest} of {context} positions: {longest - image} are left for text\n"
+        f"sequence       max length {longest} of {context} positions, {longest - image} left for text\n"
         f"model folder   {_gigabytes(plan.model_bytes)} in fp32"
     )
 
@@ -97,9 +99,9 @@ def _settings(run: Run, precision: str) -> Rows:
             "warm-up",
             "decay",
             "clipped at",
-            "at most",
-            "grouped by",
-            "mean of the loss",
+            "max length",
+            "grouping",
+            "loss normalisation",
             "precision",
         )
     ]
@@ -122,7 +124,7 @@ def _settings(run: Run, precision: str) -> Rows:
 
 
 def _describe(stage: Stage, component: Component) -> str:
-    """Say what a stage trains of a component, and at which rate."""
+    """Describe how a stage trains a component, and at which rate."""
     tune = stage.tune(component)
     details = {
         "from_layer": f"from layer {tune.first_layer}",
@@ -147,7 +149,7 @@ def _parameters(plan: Plan) -> Rows:
 
 
 def _loads(plan: Plan) -> Rows:
-    rows: Rows = [("stage", "samples", "steps", "tokens", "a sample", "FLOPs", "hours", "checkpoint")]
+    rows: Rows = [("stage", "samples", "steps", "tokens", "per sample", "FLOPs", "hours", "checkpoint")]
     for stage in plan.stages:
         checkpoint, load = _gigabytes(stage.checkpoint_bytes), stage.load
         if load is None:
@@ -186,7 +188,7 @@ def _loads(plan: Plan) -> Rows:
 
 def _forms(plan: Plan) -> Rows:
     rows: Rows = [
-        ("stage", "form", "peak memory", "device batch", "accumulation", "weights", "AdamW", "kept")
+        ("stage", "form", "peak memory", "device batch", "accumulation", "weights", "AdamW", "activations")
     ]
     for stage in plan.stages:
         for label, form in stage.forms.items():

@@ -14,27 +14,26 @@ from tinyllava.recipes.published import PUBLISHED, as_published
 from tinyllava.recipes.user import find_run
 
 _HELP = """
-Train a variant of the paper, or your own model, and write a self-contained
+Train a variant of the paper or your own model. The result is a self-contained
 checkpoint.
 
   tinyllava train base-Sig-Phi --data /data
-      on Table 2's files, in their published layout under /data
+      on the files of Table 2, in their published layout in /data
   tinyllava train base --from CKPT --data my.json
-      fine-tune a checkpoint on LLaVA-format records of your own
+      fine-tune a checkpoint on your own LLaVA-format records
   tinyllava train my_recipes.py:MINE --data /data
-      a run of your own: a Python file and the name in it
+      your own run: a Python file and a name in it
   tinyllava train my_recipes.py:MINE-Sig-Phi --data /data
-      a recipe of your own on these parts
+      your own recipe with these parts
   tinyllava train base-C-TL --data /data --code llava
       with the settings of published code
 
 VARIANT is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], e.g. share-Sig-Phi (see
-`tinyllava show variants`). With --from the model is the checkpoint's, and the
-recipe's name alone will do. Every setting of the run is an option, e.g.
+`tinyllava show variants`). With --from, the checkpoint defines the model, so a
+recipe name is enough. Every setting is an option, e.g.
 --finetune.learning-rate 1e-5 --model.connector resampler
---hardware.device-batch-size 4; `tinyllava train VARIANT --options` lists them
-all with their values. Running the same command again goes on where a stopped
-run was.
+--hardware.device-batch-size 4. `tinyllava train VARIANT --options` lists all
+options with their values. Run the same command again to resume.
 """
 
 
@@ -45,9 +44,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--data", action="append", default=[], help="data folder, or LLaVA-format .json/.jsonl (repeatable)"
     )
-    parser.add_argument("--images", default="", help="folder that image paths start from (with --data FILE)")
+    parser.add_argument("--images", default="", help="base folder of image paths (with --data FILE)")
     parser.add_argument(
-        "--skip", action="append", default=[], help="named defect whose records are left out and counted"
+        "--skip",
+        action="append",
+        default=[],
+        help="defect whose records are skipped and counted (repeatable)",
     )
     parser.add_argument(
         "--from",
@@ -55,14 +57,14 @@ def main(arguments: list[str]) -> int:
         dest="start_from",
         default="",
         metavar="CHECKPOINT",
-        help="checkpoint folder to start from: the last stage only, on the checkpoint's model",
+        help="checkpoint folder to start from; runs only the last stage, on its model",
     )
     parser.add_argument("--code", default="", help=f"settings of published code: {', '.join(PUBLISHED)}")
     parser.add_argument("--only", default="", help="run only this stage")
     parser.add_argument(
-        "--output", default="", help="run folder (default: runs/NAME, with --from runs/NAME-tuned-RECIPE)"
+        "--output", default="", help="run folder (default: runs/NAME; with --from: runs/NAME-tuned-RECIPE)"
     )
-    parser.add_argument("--options", action="store_true", help="list every option of the run and stop")
+    parser.add_argument("--options", action="store_true", help="list all options of the run and exit")
     known, rest = parser.parse_known_args(arguments)
     model = recorded_model(Path(known.start_from)) if known.start_from else None
     run = find_run(known.variant, model)
@@ -80,7 +82,7 @@ def main(arguments: list[str]) -> int:
 
     if num_records and os.environ.get("RANK", "0") == "0":
         for name, stage in run.stages.items():
-            print(f"{name}: {describe(stage, num_records)}; every one of them is an option (--{name}.*)")
+            print(f"{name}: {describe(stage, num_records)} (change them with --{name}.*)")
 
     from tinyllava.training.run import train
 
@@ -96,11 +98,15 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
     folders = [path for path in known.data if path not in files]
     for folder in folders:
         if not Path(folder).is_dir():
-            raise DataError(f"--data {folder}: neither a folder nor a .json or .jsonl file.")
+            raise DataError(
+                f"--data {folder}: not a folder and not a .json or .jsonl file. Give one of these."
+            )
     if len(folders) > 1:
-        raise ConfigError(f"--data {' --data '.join(folders)}: one folder holds the mixtures; give one.")
+        raise ConfigError(
+            f"--data {' --data '.join(folders)}: give only one folder, with all mixtures in it."
+        )
     if known.images and not files:
-        raise ConfigError(f"--images {known.images}: it goes with --data FILE.json, which is not given.")
+        raise ConfigError(f"--images {known.images}: needs --data FILE.json. Add it, or leave out --images.")
     stages = dict(run.stages)
     if known.start_from:
         stages = dict([list(stages.items())[-1]])
@@ -144,11 +150,11 @@ def _count_few(known: argparse.Namespace) -> int:
 
 
 _LARGE_BYTES = 200_000_000
-"""Record files above this are not few records, and would take seconds to count."""
+"""Record files above this size hold many records and take seconds to count."""
 
 
 def _on_checkpoint(run: Run, model: ModelConfig, known: argparse.Namespace) -> Run:
-    """Put the checkpoint's model into a run, and its name, unless a file of the user's has the name."""
+    """Give a run the model and name of the checkpoint; a run from a user's file keeps its name."""
     if ":" in known.variant:
         return dataclasses.replace(run, model=model)
     name = f"{recorded_name(Path(known.start_from))}-tuned-{run.recipe or known.variant}"
@@ -156,13 +162,13 @@ def _on_checkpoint(run: Run, model: ModelConfig, known: argparse.Namespace) -> R
 
 
 def _describe_change(model: ModelConfig, wanted: ModelConfig) -> str:
-    """Name the first setting of a checkpoint's model that was to be another."""
+    """Name the first setting that differs from the checkpoint's model."""
     fields = (field.name for field in dataclasses.fields(model))
     name = next(name for name in fields if getattr(model, name) != getattr(wanted, name))
     option = f"--model.{name.replace('_', '-')}"
     return (
         f"the checkpoint has {name} {getattr(model, name)!r}, not {getattr(wanted, name)!r}; leave "
-        f"{option} out, or train from the parts, without --from."
+        f"out {option}, or train from the parts without --from."
     )
 
 

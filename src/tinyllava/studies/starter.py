@@ -125,7 +125,7 @@ def starter_grid(cache: Path | None = None) -> Grid:
         notes=NOTES,
         keep_models=False,
         costs=replace(COSTS, num_records=_num_records(cache or cache_folder())),
-        fetches="the starter's parts and images",
+        fetches="starter models and images",
     )
 
 
