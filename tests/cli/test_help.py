@@ -30,14 +30,18 @@ def test_a_help_page_fits_80_columns_and_has_an_example(
 
 
 DEFAULTS = {
-    "reproduce": ("(default: 1.0)", "(default: OPENAI_API_KEY)", "(default studies/NAME)"),
-    "record": ("from 0 (default: 0)", "number of records (default: 1)", "with --language-model 576"),
+    "reproduce": ("(default: 1.0)", "(default: OPENAI_API_KEY)", "(default: studies/NAME)"),
+    "record": (
+        "counted from 0 (default: 0)",
+        "number of records to show (default: 1)",
+        "with --language-model 576",
+    ),
     "compare": ("(default: flips.html)", "(default: 200)"),
     "evaluate": (
         "(default: all)",
         "(default: evaluations/MODEL-HASH)",
         "(default: auto)",
-        "(default: all of them)",
+        "first LIMIT questions (default: all)",
         "(default: OPENAI_API_KEY)",
     ),
     "export": ("(default: tinyllava)", "(default: 5GB)"),

@@ -259,7 +259,7 @@ def test_an_answer_that_is_cut_off_is_marked(
     image = str(questions.parent / "red.png")
     asked = ["chat", image, "What?", "--model", str(checkpoint), "--max-tokens", "2"]
     assert main(asked) == 0
-    assert "[cut off at 2 tokens or the context's end" in capsys.readouterr().err
+    assert "[cut off at 2 tokens or at the end of the context" in capsys.readouterr().err
 
 
 def test_several_images_in_the_terminal(
