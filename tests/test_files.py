@@ -11,7 +11,7 @@ from tinyllava.evaluation.results import load_results
 from tinyllava.files import parse_json
 
 ODD = {
-    "digits": ('{"a":\n ' + "7" * 5000 + "}", "an integer of 5,000 digits", (2, 2)),
+    "digits": ('{"a":\n ' + "7" * 5000 + "}", "an integer with 5,000 digits", (2, 2)),
     "lists": ("[[\n" + "[" * 100_000, "nested too deeply", (2, 100_000)),
     "objects": ('{"a":' * 100_000, "nested too deeply", (1, 499_996)),
     "cut": ('{"a": [1, 2', "Expecting ',' delimiter", (1, 12)),

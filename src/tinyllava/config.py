@@ -32,9 +32,9 @@ class Tune:
     alpha: int = 0
     """Scale of the adapters, applied as alpha / rank (lora)."""
     dropout: float = 0.0
-    """Dropout in front of the adapters (lora)."""
+    """Dropout before the adapters (lora)."""
     bits: Literal[4, 8, 16] = 16
-    """Bits of the frozen weights below the adapters; 4 is QLoRA. Below 16 it needs bitsandbytes."""
+    """Bits of the frozen weights below the adapters; 4 is QLoRA. Fewer than 16 need bitsandbytes."""
 
     @property
     def trains(self) -> bool:
@@ -70,9 +70,9 @@ class ModelConfig:
     connector: str = "mlp"
     """A name of the table of connectors."""
     connector_options: dict[str, int] = field(default_factory=dict)
-    """Sizes that the connector takes, e.g. num_queries of the resampler."""
+    """Options of the connector, such as num_queries of the resampler."""
     image_aspect: Aspect = "pad"
-    """pad: centre the image on a square of the mean colour; square: what the image processor does alone."""
+    """pad: centre the image on a square of the mean colour; square: the default of the image processor."""
     transparency: Transparency = "blend"
     """blend: transparent parts show the mean colour; drop: the colours stored below them, as the published
     code does."""
@@ -81,8 +81,8 @@ class ModelConfig:
     template: str = ""
     """Prompt template; empty means the language model's own."""
     code: Code = ""
-    """Published code (`tinyllava train --code`) whose turns, token ids, image tokens and head are reproduced;
-    empty means none."""
+    """Published code (`tinyllava train --code`) to match in turns, token ids, image tokens and head; empty
+    means none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,9 @@ class DataConfig:
     records: tuple[str, ...] = ()
     """Mixtures of Table 2 by name, or LLaVA-format JSON or JSONL files."""
     images: str = ""
-    """Folder that the records' image paths start from; empty means the mixture's own, or the file's
-    folder."""
+    """Base folder of image paths; empty means the mixture's own, or the file's folder."""
     skip: tuple[str, ...] = ()
-    """Named defects whose records are left out and counted instead of stopping the run (see the data
-    guide)."""
+    """Defects whose records are skipped and counted instead of stopping the run (see the data guide)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,7 @@ class Stage:
     connector: Tune = FULL
     language_model: Tune = FROZEN
     learning_rate: float
-    """Peak learning rate of every trained component without one of its own."""
+    """Peak learning rate of every trained component without its own rate."""
     vision_encoder_learning_rate: float | None = None
     connector_learning_rate: float | None = None
     language_model_learning_rate: float | None = None
@@ -118,17 +116,17 @@ class Stage:
     """Samples per optimizer step over all ranks."""
     num_epochs: float = 1.0
     max_steps: int = 0
-    """Optimizer steps after which the stage ends; 0 means by epochs."""
+    """Number of optimizer steps; 0 means num_epochs."""
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_length_tokens: int = 2048
-    """Longest sequence, image tokens included; a longer record is an error or the skip 'too_long'."""
+    """Max length in tokens, with image tokens; a longer record is an error, or skipped with 'too_long'."""
     group_by: Literal["none", "length", "modality_length"] = "none"
-    """Batches of similar length (and of one modality) waste less padding."""
+    """Batches of similar length (and of one modality) need less padding."""
     separate_questions: bool = False
-    """Train each question of a conversation as if it were asked alone: they share the image in one row, but
-    none sees another. For questions that do not refer to each other."""
+    """Train each question of a conversation as if it were asked alone: questions share the image in one row
+    but do not see each other. For questions that do not refer to each other."""
     loss_norm: Literal["global", "micro"] = "global"
     """global: mean over the supervised tokens of the whole optimizer step; micro: mean of the micro-batches'
     means, as the published code of 2023 did."""
@@ -152,13 +150,13 @@ class Hardware:
     """Samples per forward pass and rank; 0 means the largest divisor of the rank's share of a batch up to
     16."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the hardware has it, otherwise fp32."""
+    """auto: bf16 if the hardware supports it, otherwise fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     num_workers: int = 2
-    """Background processes that read and prepare images."""
+    """Background processes that load images."""
     cache_features: bool = False
-    """Compute the features of a frozen encoder once per image and keep them on disk."""
+    """Compute the features of a frozen encoder once per image and cache them on disk."""
     save_steps: int = 0
     """Optimizer steps between checkpoints; 0 means ten per stage."""
 
@@ -170,15 +168,15 @@ class Run:
     name: str
     model: ModelConfig
     stages: dict[str, Stage]
-    """Stages by name, in the order in which they run."""
+    """Stages by name, in order of execution."""
     recipe: str = ""
-    """Name of the recipe that the stages came from."""
+    """Name of the recipe of the stages."""
     data_root: str = ""
-    """Folder that holds the mixtures of Table 2 in their published layout."""
+    """Folder with the mixtures of Table 2 in their published layout."""
     output: str = ""
     """Run folder; empty means runs/<name>."""
     start_from: str = ""
-    """Checkpoint folder whose weights and processor start the run; empty means the parts' own weights."""
+    """Checkpoint folder to start from (weights and processor); empty means the parts' own weights."""
     seed: int = 42
     report_to: tuple[str, ...] = ()
     """Trackers of the transformers Trainer: tensorboard, wandb, mlflow, ..."""

@@ -113,7 +113,7 @@ def to_ref(image: ImageLike) -> ImageRef:
             return ImageRef(data=b64decode(body, validate=True))
         except ValueError as error:
             raise ImageError(
-                f"data URL {image[:40]!r}...: cannot be read ({error}); it has to look like "
+                f"data URL {image[:40]!r}...: cannot be read ({error}); it must start like "
                 "data:image/png;base64,iVBORw0..."
             ) from error
     if isinstance(image, str | PathLike):

@@ -150,13 +150,13 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, An
 def find_damage(folder: Path, files: Any) -> str:
     """Say which file in a folder is not as ``describe_files`` found it; empty if all are."""
     if not isinstance(files, dict) or not files:
-        return "it is not listed what belongs to it"
+        return "its list of files is missing"
     for name, known in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if not isinstance(known, dict) or path.stat().st_size != known.get("bytes"):
-            return f"{name} is cut short or has grown"
+            return f"{name} has a wrong size"
         if sha256_of(path) != known.get("sha256"):
             return f"{name} is damaged"
     return ""
@@ -186,11 +186,11 @@ def held(place: Path, *, is_folder: bool = True, wait: bool = False) -> Iterator
         holder.acquire()
     except Timeout as error:
         raise OutputError(
-            f"{place}: another process is writing there. Wait until it has ended, or choose another output."
+            f"{place}: another process is writing there. Wait until it ends, or choose another output."
         ) from error
     except OSError as error:
         raise OutputError(
-            f"{place}: cannot be written ({error.strerror or error}); choose another output."
+            f"{place}: cannot be written ({error.strerror or error}). Choose another output."
         ) from error
     try:
         yield
@@ -230,7 +230,7 @@ def parse_json(text: str, *, whole_characters: bool = False) -> Any:
         raise json.JSONDecodeError("nested too deeply", text, _deepest(text)) from None
     except ValueError:  # Python's limit on the digits of an integer
         found = _LONG_NUMBER.search(text)
-        digits = f"an integer of {len(found[0]):,} digits" if found else "an integer of too many digits"
+        digits = f"an integer with {len(found[0]):,} digits" if found else "an integer with too many digits"
         raise json.JSONDecodeError(digits, text, found.start() if found else 0) from None
     if whole_characters and (escaped := _ESCAPED_SURROGATE.search(text)) and not is_text(_write(value)):
         raise json.JSONDecodeError("an unpaired surrogate", text, escaped.start())

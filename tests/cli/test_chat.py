@@ -55,13 +55,13 @@ def test_a_question_that_cannot_be_asked_does_not_end_the_conversation(
 
 
 REFUSED = {
-    "two questions": (("a.jpg", "What?", "Why?"), "'What?': no image file; write the question last"),
+    "two questions": (("a.jpg", "What?", "Why?"), "'What?' is not an image file; write the question last"),
     "no number": (("a.jpg", "Q", "--temperature", "nan"), "--temperature at least 0"),
     "no bound": (("a.jpg", "Q", "--temperature", "inf"), "--temperature at least 0"),
     "no token": (("a.jpg", "Q", "--max-tokens", "0"), "--max-tokens must be at least 1"),
     "address": (
         ("https://example.org/a.jpg", "Q"),
-        "https://example.org/a.jpg: an address; give an image file",
+        "https://example.org/a.jpg: URLs are not supported; download the image",
     ),
 }
 

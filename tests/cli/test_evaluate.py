@@ -181,8 +181,8 @@ def test_a_broken_image_is_named_counted_and_told_by_the_exit_status(model, data
         assert main([*asked, *more]) == 1
         printed = capsys.readouterr().out
         assert "  6 questions have no answer and count as wrong" in printed
-        assert re.search(r"    2: 1\.jpg: not an image that can be read", printed)
-        assert re.search(r"  answers not understood \(neither yes nor no; counted as yes\): \d+", printed)
+        assert re.search(r"    2: 1\.jpg: not a known image format", printed)
+        assert re.search(r"  unclear answers \(neither yes nor no; counted as yes\): \d+", printed)
     (result,) = load_results(output / "results.json")
     assert (result.num_missing, result.num_questions) == (6, 24)
     predictions = [
@@ -252,7 +252,7 @@ def test_damaged_files_of_an_evaluation_have_a_way_out(model, data, tmp_path, ca
         (output / "results.json").write_text(text)
         capsys.readouterr()
         assert main([*asked, str(output), "--score-only"]) == 0
-        assert f"{output / 'results.json'}: damaged, kept as {output / 'results.json.damaged'}" in (
+        assert f"{output / 'results.json'}: damaged, moved to {output / 'results.json.damaged'}" in (
             capsys.readouterr().out
         )
         assert [one.metrics for one in load_results(output / "results.json")] == [expected[0].metrics]
@@ -281,7 +281,7 @@ def test_two_processes_never_answer_into_one_folder(model, data, tmp_path, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--limit", "-1"], "--limit is -1; it has to be 0 or more"),
+        (["--limit", "-1"], "--limit is -1; it must be 0 or more"),
         (["--judge-url", "http://x/v1", "--reviews", "r"], "exclude each other"),
         (["--judge-timeout", "0"], "--judge-timeout must be above 0"),
         (["--judge-concurrent", "0"], "--judge-concurrent at least 1"),

@@ -72,7 +72,7 @@ def test_an_output_that_is_full_is_one_line():
 
 @pytest.mark.parametrize("place", ["/dev/full", "/dev/stdout", "/proc/nowhere"])
 def test_a_folder_that_cannot_be_made_is_one_line(place, capsys):
-    with pytest.raises(OSError, match=rf"^{place}: cannot be written \([^\n]*\); choose another output\.$"):  # noqa: SIM117
+    with pytest.raises(OSError, match=rf"^{place}: cannot be written \([^\n]*\)\. Choose another output\.$"):  # noqa: SIM117
         with held(Path(place)):
             pytest.fail("held")
 

@@ -99,7 +99,7 @@ def test_the_same_command_again_scores_again_and_other_answers_are_refused(
     path.write_text(path.read_text().replace("none of it", "no"))
     capsys.readouterr()
     assert main(first) == 2
-    assert "holds answers of a run with sha256 = " in capsys.readouterr().err
+    assert "has answers of a run with sha256 = " in capsys.readouterr().err
 
 
 def test_what_cannot_be_found_or_done_is_told(

@@ -115,7 +115,7 @@ def test_the_plan_says_what_is_shared_and_what_is_missing(places, capsys):
     assert "`tinyllava data benchmarks pope DIR`" in shown
     assert not (places / "runs").exists()  # a plan leaves nothing behind
     assert main(["reproduce", "figure-4"]) == 2
-    assert "nothing of it can be run here" in capsys.readouterr().err
+    assert "nothing can run: add the files listed as missing above" in capsys.readouterr().err
 
 
 def test_the_starters_plan_knows_its_time_before_anything_is_fetched(places, monkeypatch, capsys):
@@ -136,7 +136,7 @@ def test_the_starters_plan_knows_its_time_before_anything_is_fetched(places, mon
     [
         (["figure-44"], "Did you mean 'figure-4'"),
         (["figure-4", "--only", "x"], "names no cell of figure-4"),
-        (["figure-4", "--seeds", "a"], "whole numbers"),
+        (["figure-4", "--seeds", "a"], "give integers separated by commas"),
         (["figure-4", "--scale", "2"], "--scale 2"),
         (["figure-4", "--part", "TinyLlama"], "give NAME=VALUE"),
         (["figure-4", "--judge-url", "http://x/v1"], "--judge-url and --judge-model go together"),

@@ -44,7 +44,7 @@ def test_a_variant_is_shown_with_what_it_takes(capsys: pytest.CaptureFixture[str
     for said in (
         "SigLIP + mlp + Phi-2",
         "729 of 729 patches",
-        "1319 are left for text",
+        "1319 left for text",
         "from layer 12 at 2e-05",
         "4,868",
         "3,186,939,424",
@@ -97,7 +97,7 @@ def test_two_encoders_are_shown_as_one(capsys: pytest.CaptureFixture[str]) -> No
     total, *single = (int(line.split()[1].replace(",", "")) for line in (row, *alone))
     assert total == sum(single) - 2 * (1152 + 1024)  # without the norms behind the features
     assert main(["show", "share-Dino+Sig-Phi"]) == 0
-    assert "there are no layers to count in it" in capsys.readouterr().out
+    assert "this component has no numbered layers" in capsys.readouterr().out
 
 
 def test_another_machine_changes_batch_and_hours(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,7 @@ def test_a_number_of_gpus_that_cannot_keep_the_global_batch_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     main(["show", "base-C-TL", "--gpus", "3"])
-    assert "stages.pretrain.global_batch_size = 256: does not divide by 3 ranks" in capsys.readouterr().out
+    assert "stages.pretrain.global_batch_size = 256: not divisible by 3 ranks" in capsys.readouterr().out
     main(["show", "base-C-TL", "--gpus", "4"])
     assert "refused" not in capsys.readouterr().out
 
@@ -130,7 +130,7 @@ def test_a_number_of_gpus_that_cannot_keep_the_global_batch_is_said(
 def test_published_settings_that_cannot_work_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "base-Sig-Phi", "--code", "bench"]) == 0
     text = capsys.readouterr().out
-    assert "this run would be refused" in text
+    assert "`tinyllava train` would reject this run" in text
     assert text.count("Phi-2 has 2048 positions") == 2
 
 

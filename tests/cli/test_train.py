@@ -105,7 +105,7 @@ def test_one_stage_alone(recipe, tmp_path):
 ERRORS = {
     "variant": (("base-C-TinyLama",), "'TinyLama'; in a variant's name TinyLlama is written 'TL'."),
     "encoder": (("base-siglip-TL",), "'siglip'; in a variant's name SigLIP is written 'Sig'."),
-    "recipe alone": (("base",), "A recipe alone goes with --from CHECKPOINT."),
+    "recipe alone": (("base",), "A recipe alone needs --from CHECKPOINT."),
     "records of two stages": (
         ("base-C-TL", "--data", "records.json"),
         "a file of yours with --pretrain.data.records FILE, or --from CHECKPOINT to fine-tune only.",
@@ -124,8 +124,8 @@ ERRORS = {
     ),
     "output is a file": (("RECIPE", "--output", "FILE"), "cannot be made (File exists); choose another"),
     "output below a file": (("RECIPE", "--output", "FILE/x"), "cannot be made (Not a directory)"),
-    "images alone": (("RECIPE", "--images", "x"), "--images x: it goes with --data FILE.json"),
-    "file": (("none.py:TOY",), "none.py: no such recipe file."),
+    "images alone": (("RECIPE", "--images", "x"), "--images x: needs --data FILE.json"),
+    "file": (("none.py:TOY",), "none.py: no such recipe file. Check the path."),
     "no run": (("OTHER",), "unknown run or recipe in"),
     "code": (("RECIPE", "--code", "lava"), "Did you mean 'llava'"),
     "skip": (("RECIPE", "--skip", "unanswerd"), "skip 'unanswerd': unknown; known: malformed,"),

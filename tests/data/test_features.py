@@ -136,7 +136,7 @@ def test_a_full_disk_is_said_and_what_was_finished_stays(
 
     monkeypatch.setattr(FeatureCache, "_append", full)
     with pytest.raises(
-        DataError, match=r"features cannot be written \(No space left on device\); free some space"
+        DataError, match=r"features cannot be written \(No space left on device\)\. Free some space"
     ):
         cache.fill(conversations)
     monkeypatch.undo()
@@ -171,7 +171,7 @@ def test_rows_that_are_not_the_written_ones_are_never_read(
     damage(cache.folder, 4 * 4 * 32)
     again = FeatureCache(tmp_path / "kept", *model_and_processor)
     again.fill(conversations)
-    with pytest.raises(DataError, match=r"features\.f32: row \d is damaged; delete .*, it is computed again"):
+    with pytest.raises(DataError, match=r"features\.f32: row \d is damaged\. Delete .* to recompute it"):
         [again.read(conversation.images[0]) for conversation in conversations]
 
 

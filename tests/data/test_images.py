@@ -187,26 +187,26 @@ def strip(path: Path) -> None:
 
 
 BROKEN = {
-    "missing": (lambda path: None, "no such image; check the path"),
+    "missing": (lambda path: None, "no such image. Check the path"),
     "folder": (lambda path: path.mkdir(), r"cannot be read \(Is a directory\)"),
     "empty": (lambda path: path.touch(), "an empty file; replace it"),
     "text": (
         lambda path: path.write_text("not an image"),
-        r"not an image that can be read \(begins with b'not an i'\)",
+        r"not a known image format \(starts with b'not an i'\)",
     ),
-    "json": (lambda path: path.write_text(json.dumps({"a": 1})), "not an image that can be read"),
+    "json": (lambda path: path.write_text(json.dumps({"a": 1})), "not a known image format"),
     "truncated": (truncated, r"damaged \(.*truncated.*; replace it"),
     "bomb": (bomb, "12,000 x 12,000 pixels; at most 89,478,485 in all"),
-    "monstrous": (monstrous, "more than 89,478,485 pixels; scale it down"),
+    "monstrous": (monstrous, "more than 89,478,485 pixels, which is too large. Scale it down"),
     "web page": (lambda path: path.write_text("<html>404</html>"), "a web page, .*; download it again"),
     "SVG": (lambda path: path.write_text("<svg xmlns='x'/>"), "an SVG drawing; convert it to PNG"),
     "HEIC": (
         lambda path: path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
-        r"a HEIC image, as phones write; convert it to JPEG, e.g. with `heif-convert IN OUT.jpg`",
+        r"a HEIC image from a phone; convert it to JPEG, for example with `heif-convert IN OUT.jpg`",
     ),
     "video": (lambda path: path.write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isom"), "a video; extract a frame"),
     "PDF": (lambda path: path.write_bytes(b"%PDF-1.7\n"), "a PDF file; replace it by one of: JPEG, PNG"),
-    "pipe": (os.mkfifo, "a pipe or a device, not an image file"),
+    "pipe": (os.mkfifo, "a pipe or device, not an image file"),
     "strip": (strip, "60,000 x 1 pixels; at most .* 16,384 on a side"),
     "float": (
         lambda path: Image.new("F", (4, 4), 0.5).save(path, format="TIFF"),

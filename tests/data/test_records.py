@@ -117,7 +117,7 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
     "gpt first": (
         "leading_answer",
         {"id": "r1", "conversations": turns("A", "Q", "A", first="gpt")},
-        "begins with an answer",
+        "starts with an answer",
     ),
     "two questions": (
         "roles",
@@ -138,7 +138,7 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
     "mark in an answer": (
         "image_count",
         record("Q", "<image> A", image="a.png"),
-        "stands in a turn of the assistant",
+        "is in a turn of the assistant",
     ),
     "half a character": (
         "malformed",
@@ -210,7 +210,7 @@ def test_of_a_leading_answer_only_that_turn_is_dropped(tmp_path, images):
 
 
 def test_the_same_record_twice(tmp_path, images):
-    with pytest.raises(Defect, match=r"record 3 \(id good0\): the record 'good0' stands in the file twice"):
+    with pytest.raises(Defect, match=r"record 3 \(id good0\): the record 'good0' is in the file twice"):
         read(tmp_path, [*GOOD, GOOD[0]])
     assert read(tmp_path, [*GOOD, GOOD[0]], ("duplicate_id",)).skipped == {"duplicate_id": 1}
     other = {**GOOD[0], "conversations": turns("Q0", "another answer")}
@@ -258,11 +258,11 @@ def test_malformed_jsonl_names_the_line(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.json").write_bytes('[{"id": "é"}]'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.json: not UTF-8 \(.* at byte 9\); save it as UTF-8"):
+    with pytest.raises(DataError, match=r"latin\.json: not UTF-8 \(.* at byte 9\)\. Save it as UTF-8"):
         read_records(tmp_path / "latin.json", tmp_path)
-    with pytest.raises(DataError, match=r"none\.json: no such file of records"):
+    with pytest.raises(DataError, match=r"none\.json: no such record file"):
         read_records(tmp_path / "none.json", tmp_path)
-    with pytest.raises(DataError, match="cannot be read as a file of records"):
+    with pytest.raises(DataError, match="cannot be read as a record file"):
         read_records(tmp_path, tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_an_unknown_skip_lists_the_known_ones(tmp_path, images):
 
 OTHER_FORMS = {
     "lines named .json": ("a.json", '{"id": 1}\n{"id": 2}\n', r"line 2 column 1\. One record a line"),
-    "an array named .jsonl": ("a.jsonl", "[]", r"a\.jsonl:1: a JSON array; one array of records is named"),
+    "an array named .jsonl": ("a.jsonl", "[]", r"a\.jsonl:1: a JSON array\. Rename a file with one array"),
     "lists without end": (
         "a.json",
         "[" * 100_000,
@@ -289,7 +289,7 @@ OTHER_FORMS = {
     "a number without end": (
         "a.jsonl",
         f'\n{{"id": {"9" * 5000}}}',
-        "not JSON: an integer of 5,000 digits at line 2 column 8",
+        "not JSON: an integer with 5,000 digits at line 2 column 8",
     ),
 }
 

@@ -228,7 +228,7 @@ def test_logits_that_are_not_numbers_stop_it_before_an_answer_is_written(data, t
 
 def test_answers_of_two_runs_are_never_mixed(chat, data, tmp_path):
     run(chat, data, tmp_path, Settings(limit=3, num_workers=0))
-    with pytest.raises(ConfigError, match="model = 'toy-model', this one has 'other'"):
+    with pytest.raises(ConfigError, match="model = 'toy-model', but this run has 'other'"):
         evaluate(chat, BENCHMARK, data, tmp_path, model="other")
     path = tmp_path / "toy" / "answers-000.jsonl"
     text = path.read_text()
@@ -287,8 +287,8 @@ def test_what_cannot_be_asked_is_named_and_the_rest_is_answered(
     share = sum("a" in answer for answer in answers.values()) / 43
     assert result.value == pytest.approx(100 * share), "a missing answer counts as wrong"
     told = sorted(read_refusals(tmp_path / "toy"))
-    assert re.match(r"b: .*broken\.png: not an image that can be read", told[0])
-    assert re.match(r"l: conversation .* has [\d,]+ tokens; the model's context is 512", told[1])
+    assert re.match(r"b: .*broken\.png: not a known image format", told[0])
+    assert re.match(r"l: conversation .* has [\d,]+ tokens, but the context of the model is 512", told[1])
     assert re.match(r"m: .*missing\.png: no such image", told[2])
     # Once the image is mended, only what has no answer is asked.
     Image.new("RGB", (30, 40)).save(tmp_path / "broken.png")

@@ -125,7 +125,7 @@ def test_an_overflow_of_half_precision_is_named(tmp_path):
     with torch.no_grad():
         chat.model.lm_head.weight.mul_(60_000 / chat.model.lm_head.weight.abs().max())
     chat.model.half()
-    with pytest.raises(CheckpointError, match=r"float16 overflows\. Open it in bfloat16 or float32"):
+    with pytest.raises(CheckpointError, match=r"float16 overflows\. Load it in bfloat16 or float32"):
         chat.answer([ask("Is there a dog?")], 4)
 
 
@@ -157,7 +157,7 @@ def test_what_follows_a_finished_answer_may_overflow(tmp_path):
     [
         ({"num_return_sequences": 2}, r"num_return_sequences = 2 is not supported \(one answer a question"),
         ({"max_length": 9}, "option max_length = 9 is not supported; supported: do_sample"),
-        ({"temperature": 0.5}, "temperature = 0.5 needs do_sample=True"),
+        ({"temperature": 0.5}, "temperature = 0.5 has no effect without do_sample=True"),
         ({"stream": True}, "stream = True is not supported"),
     ],
 )

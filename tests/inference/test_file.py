@@ -140,7 +140,7 @@ def test_answers_to_other_questions_are_left_alone(
     for text in ('{"question": "Another?", "answer": "yes"}\n', "no JSON\n", "3\n", "my notes", f"{first}x"):
         output.write_text(text)
         assert run(questions, output, checkpoint) == 2
-        assert "choose another file" in capsys.readouterr().err
+        assert "Choose another file" in capsys.readouterr().err
         assert output.read_text() == text
 
 
@@ -158,22 +158,22 @@ def test_answers_of_another_run_are_not_continued(
     chat.model.save_pretrained(other)
     chat.processor.save_pretrained(other)
     refused = [
-        ((questions, output, other), f"model = '{checkpoint}', this one has '{other}'"),
-        ((questions, output, checkpoint, "--temperature", "0.5"), "temperature = 0.0, this one has 0.5"),
-        ((questions, output, checkpoint, "--max-tokens", "9"), "max_tokens = 8, this one has 9"),
+        ((questions, output, other), f"model = '{checkpoint}', but this run has '{other}'"),
+        ((questions, output, checkpoint, "--temperature", "0.5"), "temperature = 0.0, but this run has 0.5"),
+        ((questions, output, checkpoint, "--max-tokens", "9"), "max_tokens = 8, but this run has 9"),
     ]
     for arguments, message in refused:
         capsys.readouterr()
         assert run(*arguments) == 2
         told = capsys.readouterr().err
-        assert f"{output}: holds answers of a run with {message}. Choose another --output, or delete" in told
+        assert f"{output}: has answers of a run with {message}. Choose another --output, or delete" in told
         assert output.read_text() == first
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
     copied = shutil.copytree(questions.parent, tmp_path / "elsewhere") / questions.name
     assert run(copied, output, moved) == 0  # the same weights and images
     chat_file.run_file(output).unlink()
     assert run(questions, output, checkpoint) == 2
-    assert "does not say of which model" in capsys.readouterr().err
+    assert "does not name their model" in capsys.readouterr().err
     output.unlink()
     assert run(questions, output, other) == 0
 
@@ -191,10 +191,10 @@ def test_special_tokens_in_a_question_are_text_and_bad_weights_an_error(
     capsys.readouterr()
     assert run(questions, tmp_path / "none.jsonl", tmp_path / "bad") == 2
     told = capsys.readouterr().err
-    assert f"error: {tmp_path / 'bad'}: its logits are not numbers" in told
+    assert f"error: {tmp_path / 'bad'}: the logits are NaN or infinite" in told
     assert "1 of 1,024 values of model.multi_modal_projector" in told
     assert main(["chat", str(questions.parent / "red.png"), "Q", "--model", str(tmp_path / "bad")]) == 2
-    assert "its logits are not numbers" in capsys.readouterr().err
+    assert "the logits are NaN or infinite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("field", ["image", "images"])
@@ -292,7 +292,7 @@ def test_a_conversation_longer_than_the_context_goes_on(
     told = capsys.readouterr()
     assert "[the context of 512 tokens is full: the oldest 1 questions were dropped]" in told.err
     assert told.err.count("error: conversation") == 1
-    assert "the model's context is 512" in told.err
+    assert "the context of the model is 512" in told.err
 
 
 def test_an_image_that_changed_since_it_was_answered_is_told(
@@ -343,13 +343,13 @@ def test_of_two_real_processes_one_writes_every_answer_once(
 def test_what_is_no_file_is_refused_in_one_line(tmp_path: Path, place: str) -> None:
     (tmp_path / "in.jsonl").write_text('{"question": "Q?"}\n')
     lines = chat_file.read_questions(tmp_path / "in.jsonl")
-    with pytest.raises(DataError, match=rf"^{place}: answers are kept in a file.*Name a file\.$"):
+    with pytest.raises(DataError, match=rf"^{place}: not a regular file.*Give another path\.$"):
         list(chat_file.answer_file(lambda asked: pytest.fail("asked"), lines, Path(place), {}))
 
 
 WRONG = {
     "json": ("{", r"questions.jsonl:1: not JSON"),
-    "array": ('["a"]', "questions.jsonl:1: no text in 'question'; a line is an object such as"),
+    "array": ('["a"]', "questions.jsonl:1: no text in 'question'. Write an object such as"),
     "question": ('{"image": "red.png"}', "questions.jsonl:1: no text in 'question'"),
     "image": (
         '{"image": 3, "question": "Q"}',
@@ -376,9 +376,12 @@ WRONG = {
         "questions.jsonl:1: not JSON (an unpaired surrogate: line 1 column 16",
     ),
     "unused half": ('{"question": "Q", "x": "\\udead"}', "not JSON (an unpaired surrogate: line 1 col"),
-    "digits": (f'{{"question": "Q", "x": {"9" * 5000}}}', "not JSON (an integer of 5,000 digits: line 1 col"),
+    "digits": (
+        f'{{"question": "Q", "x": {"9" * 5000}}}',
+        "not JSON (an integer with 5,000 digits: line 1 col",
+    ),
     "nested": ('{"question": ' + "[" * 100_000, "questions.jsonl:1: not JSON (nested too deeply: line 1"),
-    "empty": ("\n", "questions.jsonl: no line in it"),
+    "empty": ("\n", "questions.jsonl: empty"),
 }
 
 

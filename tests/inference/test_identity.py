@@ -20,24 +20,24 @@ def test_the_same_run_goes_on_and_another_is_named(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text()) == RUN
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     claim(tmp_path, RUN)
-    with pytest.raises(ConfigError, match=r"blind = False, this one has True\. Choose another\."):
+    with pytest.raises(ConfigError, match=r"blind = False, but this run has True\. Choose another\."):
         claim(tmp_path, RUN | {"blind": True})
-    with pytest.raises(ConfigError, match="limit = None, this one has 3"):
+    with pytest.raises(ConfigError, match="limit = None, but this run has 3"):
         claim(tmp_path, RUN | {"limit": 3})
 
 
 def test_a_folder_may_move_only_where_its_weights_are_the_same(tmp_path: Path) -> None:
     claim(tmp_path, RUN)
-    with pytest.raises(ConfigError, match="model = 'a', this one has 'b'"):
+    with pytest.raises(ConfigError, match="model = 'a', but this run has 'b'"):
         claim(tmp_path, RUN | {"model": "b"})
     claim(tmp_path, RUN | {"model": "b"}, told_by={"model": "weights"})
-    with pytest.raises(ConfigError, match="model = 'a', this one has 'b'"):
+    with pytest.raises(ConfigError, match="model = 'a', but this run has 'b'"):
         claim(tmp_path, RUN | {"model": "b", "weights": "2"}, told_by={"model": "weights"})
 
 
 def test_without_weights_it_is_the_name_that_tells(tmp_path: Path) -> None:
     claim(tmp_path, {"model": "a", "weights": ""}, told_by={"model": "weights"})
-    with pytest.raises(ConfigError, match="model = 'a', this one has 'b'"):
+    with pytest.raises(ConfigError, match="model = 'a', but this run has 'b'"):
         claim(tmp_path, {"model": "b", "weights": ""}, told_by={"model": "weights"})
 
 
@@ -50,7 +50,7 @@ def test_what_is_noted_is_replaced_and_not_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damaged", ['{"model"', "[]", ""])
 def test_a_damaged_identity_is_told(tmp_path: Path, damaged: str) -> None:
     (tmp_path / "run.json").write_text(damaged)
-    with pytest.raises(ConfigError, match=r"holds answers, but .*run\.json does not say of which run"):
+    with pytest.raises(ConfigError, match=r"has answers, but .*run\.json does not name their run"):
         claim(tmp_path, RUN)
 
 

@@ -87,9 +87,13 @@ WRONG: dict[str, tuple[Run, str, str]] = {
         "share_pretrain.connector: pre-training",
         "'pretrain' in front",
     ),
-    "cache": (hardware(cache_features=True), "share_pretrain.vision_encoder: trained", "cache_features off"),
+    "cache": (
+        hardware(cache_features=True),
+        "share_pretrain.vision_encoder: trained",
+        "cache_features False",
+    ),
     "workers": (hardware(num_workers=-1), "hardware.num_workers = -1", "not be negative"),
-    "stages": (replace(RUN, stages={}), "stages: there is none", "BASE.stages"),
+    "stages": (replace(RUN, stages={}), "stages: empty", "BASE.stages"),
     "name": (replace(RUN, name=""), "name: empty", "names the run folder"),
     "tracker": (replace(RUN, report_to=("tensorbord",)), "report_to = 'tensorbord'", "known: tensorboard"),
     "output": (
@@ -101,7 +105,11 @@ WRONG: dict[str, tuple[Run, str, str]] = {
     "device batch": (hardware(device_batch_size=200), "128: smaller than hardware.device", "lower that one"),
     "seed": (replace(RUN, seed=-1), "seed = -1", "not be negative"),
     "epochs": (finetune(num_epochs=0.0), "num_epochs = 0.0: must be above 0", "at most"),
-    "negative side": (model(image_size_px=-14), "model.image_size_px = -14", "0 takes the encoder's own"),
+    "negative side": (
+        model(image_size_px=-14),
+        "model.image_size_px = -14",
+        "0 means the size of the encoder",
+    ),
     "convolutions": (
         alone("base-EN2-Phi", vision_encoder=lora(8)),
         "kind = 'lora': it has no linear",
@@ -249,7 +257,7 @@ def test_what_the_machine_lacks_is_said(toy_run: Run, case: str, monkeypatch: py
 
 def test_ranks_that_do_not_divide_the_batch(toy_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="global_batch_size = 6: does not divide by 4 ranks"):
+    with pytest.raises(ConfigError, match="global_batch_size = 6: not divisible by 4 ranks"):
         check(toy_run)
 
 

@@ -183,7 +183,7 @@ def test_dinov2_trained_in_two_processes_gives_the_weights_of_one(parts, tmp_pat
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(parts, records, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match=r"global_batch_size = 4: does not divide by 3 ranks"):
+    with pytest.raises(ConfigError, match=r"global_batch_size = 4: not divisible by 3 ranks"):
         train(toy_run(parts, records, tmp_path / "run"))
 
 

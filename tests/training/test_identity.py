@@ -434,7 +434,7 @@ def test_two_processes_never_train_in_one_folder(parts, data, tmp_path):
     (tmp_path / "run").mkdir()
     with (
         FileLock(tmp_path / "run/.lock"),
-        pytest.raises(OutputError, match=r"run: another process is writing there\. Wait until it has ended"),
+        pytest.raises(OutputError, match=r"run: another process is writing there\. Wait until it ends"),
     ):
         train(run)
     train(run)  # a lock that was left behind is no lock

@@ -26,8 +26,8 @@ def split_questions(conversation: Conversation) -> list[Conversation]:
     starts = [i for i, message in enumerate(turns) if message.role == "user"]
     if any(turns[i].images for i in starts[1:]):
         raise DataError(
-            f"{conversation.place}: a later question has images of its own and "
-            "cannot be separated; put all images into the first, or set separate_questions to false."
+            f"{conversation.place}: a later question has its own images and "
+            "cannot be separated. Put all images into the first question, or set separate_questions to false."
         )
     parts = []
     for start, end in zip(starts, [*starts[1:], len(turns)], strict=True):
@@ -55,8 +55,8 @@ def encode_branches(
     shared, image = parts[0].input_ids[:num_shared], processor.image_token_id
     if shared.count(image) != parts[0].input_ids.count(image):
         raise DataError(
-            f"{conversation.place}: the template puts the answer straight behind "
-            "the image, so the questions cannot be separated; set separate_questions to false."
+            f"{conversation.place}: the template puts the answer directly after "
+            "the image, so the questions cannot be separated. Set separate_questions to false."
         )
     input_ids, supervised, branches = list(shared), [False] * num_shared, [0] * num_shared
     for number, part in enumerate(parts, start=1):

@@ -151,10 +151,12 @@ def _drops_questions(examples: Examples) -> bool:
 def _refuse_no_caption(conversation: Conversation) -> None:
     num_questions = sum(message.role == "user" for message in conversation.messages)
     if num_questions > 1:
-        detail = f"{num_questions} questions, which this stage's template drops: it trains on captions"
+        detail = (
+            f"{num_questions} questions, but the template of this stage drops them and trains on captions"
+        )
         raise Defect("dialogue", conversation.place, detail)
     if not conversation.images:
-        raise Defect("text_only", conversation.place, "no image, and this stage trains on captions of images")
+        raise Defect("text_only", conversation.place, "no image, but this stage trains on image captions")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class FeatureCache:
                     progress(len(batch))
         except OSError as error:
             raise DataError(
-                f"{self.folder}: features cannot be written ({error.strerror}); free some space."
+                f"{self.folder}: features cannot be written ({error.strerror}). Free some space."
             ) from error
 
     def _read_index(self) -> None:
@@ -114,7 +114,7 @@ class FeatureCache:
         size, path = self.shape[0] * self.shape[1], self.folder / "features.f32"
         values = np.fromfile(path, dtype=np.float32, count=size, offset=4 * size * row)
         if zlib.crc32(values.tobytes()) != self.checksums[row]:
-            raise DataError(f"{path}: row {row} is damaged; delete {self.folder}, it is computed again.")
+            raise DataError(f"{path}: row {row} is damaged. Delete {self.folder} to recompute it.")
         return torch.from_numpy(values.reshape(self.shape))
 
     def _append(self, batch: list[_Missing]) -> None:

@@ -42,7 +42,7 @@ _OTHER_KINDS: tuple[tuple[bytes, str], ...] = (
     (b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
     (b"\x1aE\xdf\xa3", "a video"),
     (b"PK\x03\x04", "a ZIP archive"),
-    (b"version https://git-lfs", "a pointer of Git LFS (run `git lfs pull` in its folder)"),
+    (b"version https://git-lfs", "a Git LFS pointer (run `git lfs pull` in its folder)"),
 )
 """What is often found in place of an image, by its first bytes."""
 
@@ -58,14 +58,14 @@ def read_image_bytes(ref: ImageRef) -> bytes:
     path = ref.path or Path(ref.name)
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise ImageError(f"{path}: a pipe or a device, not an image file; give the path of a file.")
+            raise ImageError(f"{path}: a pipe or device, not an image file. Give the path of a file.")
         return path.read_bytes()
     except ImageError:
         raise
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such image; check the path.") from error
+        raise ImageError(f"{path}: no such image. Check the path.") from error
     except ValueError as error:  # a NUL character, an unpaired surrogate
-        raise ImageError(f"{_shorten(path)!a}: not the path of a file ({error}).") from error
+        raise ImageError(f"{_shorten(path)!a}: not a valid path ({error}).") from error
     except OSError as error:
         raise ImageError(f"{_shorten(path)}: cannot be read ({error.strerror}).") from error
 
@@ -109,11 +109,13 @@ def open_image(ref: ImageRef, background: tuple[int, ...] | None = None) -> Imag
     except UnidentifiedImageError as error:
         raise ImageError(f"{ref}: {_name_kind(data)}") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{ref}: more than {MAX_PIXELS:,} pixels; scale it down.") from error
+        raise ImageError(
+            f"{ref}: more than {MAX_PIXELS:,} pixels, which is too large. Scale it down."
+        ) from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow documents none: its decoders raise whatever the bytes lead to
-        raise ImageError(f"{ref}: damaged ({str(error) or type(error).__name__}); replace it.") from error
+        raise ImageError(f"{ref}: damaged ({str(error) or type(error).__name__}). Replace it.") from error
 
 
 def _decode(data: bytes, ref: ImageRef, background: tuple[int, ...] | None) -> Image.Image:
@@ -163,20 +165,22 @@ def _name_kind(data: bytes) -> str:
     """Say what bytes are that are no image of a known format, with the fix."""
     head = data[:512]
     if not head:
-        return "an empty file; replace it."
+        return "an empty file. Replace it."
     if head[4:8] == b"ftyp":
         if head[8:12] in _HEIC_BRANDS:
-            return "a HEIC image, as phones write; convert it to JPEG, e.g. with `heif-convert IN OUT.jpg`."
-        return "a video; extract a frame as JPEG or PNG, e.g. with `ffmpeg -i IN -frames:v 1 OUT.jpg`."
+            return (
+                "a HEIC image from a phone; convert it to JPEG, for example with `heif-convert IN OUT.jpg`."
+            )
+        return "a video; extract a frame as JPEG or PNG, for example with `ffmpeg -i IN -frames:v 1 OUT.jpg`."
     if head.lstrip().lower().startswith(b"<"):
         return (
             "an SVG drawing; convert it to PNG."
             if b"<svg" in head.lower()
-            else ("a web page, perhaps an error message of the server; download it again.")
+            else ("a web page, possibly an error message of the server; download it again.")
         )
     kind = next((kind for start, kind in _OTHER_KINDS if head.startswith(start)), "")
-    kind = kind or f"not an image that can be read (begins with {head[:8]!r})"
-    return f"{kind}; replace it by one of: {', '.join(FORMATS)}."
+    kind = kind or f"not a known image format (starts with {head[:8]!r})"
+    return f"{kind}; replace it with one of: {', '.join(FORMATS)}."
 
 
 def _refuse_huge(image: Image.Image, ref: ImageRef) -> None:
@@ -193,7 +197,7 @@ def _to_rgb(
 ) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and file_format != "PPM"):  # Pillow scales PGM to 16 bits
         kind = "floating-point" if image.mode == "F" else "32-bit"
-        raise ImageError(f"{ref}: {kind} pixels have no fixed range; save it with 8 or 16 bits.")
+        raise ImageError(f"{ref}: {kind} pixels have no fixed range. Save it with 8 or 16 bits.")
     if image.mode.startswith("I"):
         # 16-bit greyscale: Pillow's own conversion would clip everything above 255 to white.
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")

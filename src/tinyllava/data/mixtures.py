@@ -128,7 +128,7 @@ def missing_files(mixture: Mixture, data_root: Path) -> list[tuple[Path, str]]:
     missing = (
         []
         if any(place.is_file() for place in places)
-        else [(places[0], f"its records; fetch them from {mixture.source}")]
+        else [(places[0], f"its records; download them from {mixture.source}")]
     )
     folders = [data_root / mixture.images / folder for folder in mixture.folders]
     return missing + [(folder, "images that it names") for folder in folders if not folder.is_dir()]
@@ -160,17 +160,21 @@ def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path,
         path = Path(record)
         root = Path(images) if images else path.parent
         lines = (
-            [] if path.is_file() else [f"{path}: no such record file; give the path of a LLaVA-format file."]
+            [] if path.is_file() else [f"{path}: no such record file. Give the path of a LLaVA-format file."]
         )
         return path, root, lines + _missing_folder(root)
     if not str(data_root):
         raise ConfigError(
-            f"data.records = {record!r} is a mixture of Table 2 and needs data_root, the folder that holds "
+            f"data.records = {record!r} is a mixture of Table 2 and needs data_root, the folder with "
             f"{mixture.records}; see `tinyllava show data`."
         )
     candidates = [Path(data_root) / mixture.records, Path(data_root) / Path(mixture.records).name]
     path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
-    lines = [] if path.is_file() else [f"{path}: record file of {record}; fetch it from {mixture.source}."]
+    lines = (
+        []
+        if path.is_file()
+        else [f"{path}: missing record file of {record}. Download it from {mixture.source}."]
+    )
     root = Path(images) if images else Path(data_root) / mixture.images
     return path, root, lines + _missing_folder(root)
 
@@ -178,4 +182,4 @@ def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path,
 def _missing_folder(root: Path) -> list[str]:
     if root.is_dir():
         return []
-    return [f"{root}: no such folder of images; set data.images (--images), or put them there."]
+    return [f"{root}: no such image folder. Set data.images (--images), or put the images there."]

@@ -25,18 +25,18 @@ _ROLES: dict[str, Role] = {
 }
 
 DEFECTS: dict[str, str] = {
-    "malformed": "a record that is no object, or lacks its conversations, or holds a value of a wrong type",
-    "leading_answer": "a conversation that begins with an answer (asked for: only that turn is dropped)",
+    "malformed": "a record that is not an object, has no conversations, or has a value of a wrong type",
+    "leading_answer": "a conversation that starts with an answer (a skip drops only that turn)",
     "roles": "turns that do not alternate between user and assistant",
     "unanswered": "a conversation that ends with a question",
     "empty_answer": "an answer without text",
     "empty_question": "a question without text and without an image",
-    "image_count": "as many <image> as images is the rule; here they differ, or an answer contains one",
-    "missing_image": "an image file that is not there",
-    "broken_image": "an image that cannot be decoded (asked for: every image is decoded before training)",
-    "dialogue": "several questions in a stage whose template drops them (caption): captions have one",
-    "text_only": "no image in a stage whose template drops the question (caption): nothing to describe",
-    "too_long": "more tokens than max_length_tokens, image tokens included",
+    "image_count": "the numbers of <image> and images differ, or an answer contains <image>",
+    "missing_image": "an image file that does not exist",
+    "broken_image": "an image that cannot be decoded (a skip decodes every image before training)",
+    "dialogue": "several questions in a stage whose template drops them (caption)",
+    "text_only": "no image in a stage whose template drops the question (caption)",
+    "too_long": "more tokens than max_length_tokens, including image tokens",
     "duplicate_id": "two records of one file with the same id and the same image and turns",
 }
 """Names of what may be skipped, and what each means."""
@@ -86,9 +86,7 @@ def read_records(path: Path, images: Path, skip: tuple[str, ...] = ()) -> Record
             conversation = replace(conversation, source=str(path), at=at)
             key = hash((conversation.id, conversation.messages))
             if conversation.id and key in seen:
-                raise Defect(
-                    "duplicate_id", where, f"the record {conversation.id!r} stands in the file twice"
-                )
+                raise Defect("duplicate_id", where, f"the record {conversation.id!r} is in the file twice")
             seen.add(key)
             conversations.append(conversation)
         except Defect as defect:
@@ -112,25 +110,27 @@ def read_raw(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file of records.") from error
+        raise DataError(f"{path}: no such record file. Check the path.") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read as a file of records ({error.strerror}).") from error
+        raise DataError(f"{path}: cannot be read as a record file ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
         ) from error
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings
             if line.strip():
                 raw = _parse(line, str(path), number)
                 if isinstance(raw, list):
-                    raise DataError(f"{path}:{number}: a JSON array; one array of records is named .json.")
+                    raise DataError(
+                        f"{path}:{number}: a JSON array. Rename a file with one array of records to .json."
+                    )
                 yield f"line {number}", raw
         return
     records = _parse(text, str(path))
     if not isinstance(records, list):
         raise DataError(
-            f"{path}: expected one JSON array of records, found {type(records).__name__}; or name it .jsonl."
+            f"{path}: expected a JSON array, found {type(records).__name__}. Or rename it to .jsonl."
         )
     for index, raw in enumerate(records):
         yield f"record {index}", raw
@@ -147,7 +147,7 @@ def _parse(text: str, where: str, first_line: int = 1) -> Any:
         return parse_json(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        hint = " One record a line? Name it .jsonl." if error.msg == "Extra data" else ""
+        hint = " If it has one record per line, rename it to .jsonl." if error.msg == "Extra data" else ""
         fix = " This is not a record file." if error.msg == "nested too deeply" else " Fix the file."
         raise DataError(
             f"{where}: not JSON: {error.msg} at line {line} column {error.colno}.{hint or fix}"
@@ -203,7 +203,7 @@ def _check_order(turns: list[tuple[Role, str]], where: str) -> None:
     if roles[:1] == ["system"]:
         roles = roles[1:]
     if roles[:1] == ["assistant"]:
-        raise Defect("leading_answer", where, "the conversation begins with an answer")
+        raise Defect("leading_answer", where, "the conversation starts with an answer")
     if roles and roles[-1] == "user":
         raise Defect("unanswered", where, "the conversation ends with a question")
     if not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
@@ -227,7 +227,9 @@ def _image_ref(name: str, images: Path, where: str) -> ImageRef:
     try:
         there = is_text(name) and path.is_file()
     except OSError as error:  # a name that is too long: a caption in the wrong field
-        raise Defect("malformed", where, f"'image' is no path ({error.strerror}): {name[:80]}") from error
+        raise Defect(
+            "malformed", where, f"'image' is not a valid path ({error.strerror}): {name[:80]}"
+        ) from error
     if not is_text(name):
         raise Defect("malformed", where, f"'image' contains an unpaired surrogate: {name[:80]!a}")
     if not there:
@@ -243,12 +245,12 @@ def _messages(turns: list[tuple[Role, str]], refs: list[ImageRef], where: str) -
     """
     counts = [text.count(IMAGE_MARK) for _, text in turns]
     if sum(counts) != len(refs):
-        raise Defect("image_count", where, f"{sum(counts)} {IMAGE_MARK} for {len(refs)} images")
+        raise Defect("image_count", where, f"{sum(counts)} {IMAGE_MARK} marks for {len(refs)} images")
     messages, rest = [], iter(refs)
     for (role, text), count in zip(turns, counts, strict=True):
         text = text.replace(IMAGE_MARK, "").strip() if count else text
         if role != "user" and count:
-            raise Defect("image_count", where, f"{IMAGE_MARK} stands in a turn of the {role}")
+            raise Defect("image_count", where, f"{IMAGE_MARK} is in a turn of the {role}")
         if role == "assistant" and not text.strip():
             raise Defect("empty_answer", where, "an answer has no text")
         if role == "user" and not text.strip() and not count:

@@ -36,7 +36,7 @@ def usable_workers(
     needed = (wanted * PREFETCHED + num_held) * batch_bytes * num_processes
     return usable, (
         f"{SHARED_MEMORY} has {free * num_processes / 1e6:,.0f} MB of shared memory free, {wanted} workers "
-        f"need {needed / 1e6:,.0f} MB: images are opened by {usable or 'no'} workers. Start a container with "
+        f"need {needed / 1e6:,.0f} MB: {usable or 'no'} workers are used. Start the container with "
         f"--shm-size={max(1, -(-needed // 10**9))}g for more speed."
     )
 
@@ -55,6 +55,6 @@ def naming_dead_workers(option: str) -> Iterator[None]:
             raise
         first = str(error).partition("\n")[0]
         raise DataError(
-            f"a process that opens images died, perhaps for want of memory ({first}). Run the same command "
-            f"again to resume; {option} 0 opens images without such processes."
+            f"a process that loads images died, possibly because memory ran out ({first}). Run the same "
+            f"command again to resume. {option} 0 loads images without such processes."
         ) from error

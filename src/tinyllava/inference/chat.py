@@ -279,13 +279,13 @@ def encode_prompt(processor: TinyLlavaProcessor, conversation: Conversation) -> 
     num_marks = input_ids.count(processor.image_token_id) / processor.num_image_tokens
     if num_marks != len(conversation.images):
         raise DataError(
-            f"conversation {name} has {len(conversation.images)} images, its chat template writes "
-            f"{num_marks:g} times {processor.image_token}; correct chat_template.jinja of the checkpoint."
+            f"conversation {name} has {len(conversation.images)} images, but its chat template writes "
+            f"{num_marks:g} times {processor.image_token}. Fix chat_template.jinja in the checkpoint."
         )
     if len(input_ids) >= processor.tokenizer.model_max_length:
         raise DataError(
             f"conversation {name} has {len(input_ids):,} "
-            f"tokens; the model's context is {processor.tokenizer.model_max_length:,}. Shorten it."
+            f"tokens, but the context of the model is {processor.tokenizer.model_max_length:,}. Shorten it."
         )
     return input_ids
 
@@ -314,13 +314,17 @@ def check_options(options: Mapping[str, Any], *, is_streamed: bool = False) -> N
     """
     for name, value in options.items():
         if name not in OPTIONS:
-            why = "one answer a question: ask it again for another" if name == "num_return_sequences" else ""
+            why = (
+                "there is one answer per question; ask again for another"
+                if name == "num_return_sequences"
+                else ""
+            )
             raise ConfigError(
                 f"option {name} = {value!r} is not supported{f' ({why})' if why else ''}; "
                 f"supported: {', '.join(OPTIONS)}."
             )
         if name in _SAMPLING and not options.get("do_sample"):
-            raise ConfigError(f"option {name} = {value!r} needs do_sample=True; without it it has no effect.")
+            raise ConfigError(f"option {name} = {value!r} has no effect without do_sample=True. Add it.")
     if is_streamed and options.get("num_beams", 1) != 1:
         raise ConfigError(f"num_beams = {options['num_beams']!r} cannot be streamed; use Chat.answer.")
 

@@ -39,14 +39,14 @@ def read_questions(path: Path) -> list[Line]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give a file of questions in JSONL.") from error
+        raise DataError(f"{path}: cannot be read ({error}). Give a JSONL file of questions.") from error
     lines = [
         _read_line(line, f"{path}:{number}", path.parent)
         for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
     if not lines:
-        raise DataError(f"{path}: no line in it; write one object a line: image and question.")
+        raise DataError(f"{path}: empty. Write one object per line, with image and question.")
     _check_images(lines)
     return lines
 
@@ -59,7 +59,7 @@ def _check_images(lines: Sequence[Line]) -> None:
         line, image = missing[0]
         raise DataError(
             f"{line.conversation.id}: image = {str(image)!r}: no such file; {len(missing):,} of "
-            f"{len(asked):,} images are missing. Check the paths; they start from the file's folder."
+            f"{len(asked):,} images are missing. Check the paths, which are relative to the file's folder."
         )
 
 
@@ -67,10 +67,10 @@ def _read_line(line: str, where: str, folder: Path) -> Line:
     try:
         fields = parse_json(line, whole_characters=True)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error}); write one object a line.") from error
+        raise DataError(f"{where}: not JSON ({error}). Write one object per line.") from error
     question = fields.get("question") if isinstance(fields, dict) else None
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: no text in 'question'; a line is an object such as {_EXAMPLE}.")
+        raise DataError(f"{where}: no text in 'question'. Write an object such as {_EXAMPLE}.")
     images = [folder / image for image in _image_names(fields, where)]
     return Line(fields=fields, conversation=ask(question, *images, id=where))
 
@@ -79,21 +79,21 @@ def _image_names(fields: dict[str, Any], where: str) -> list[str]:
     """Return the paths under ``image`` or ``images``; another field that may name an image is refused."""
     given = [name for name in ("image", "images") if fields.get(name) not in (None, "", [])]
     if len(given) > 1:
-        raise DataError(f"{where}: both image and images; write all paths as one list, images.")
+        raise DataError(f"{where}: has both image and images. Put all paths into one list, images.")
     for name, value in fields.items():
         looks_like_one = _IMAGE_FIELD.search(name) is not None and name not in ("image", "images")
         if looks_like_one and (not given or _IMAGE_PATH.search(str(value))):
             raise DataError(
-                f"{where}: field {name!r} looks like an image and would not be seen; call it 'image', a path "
-                "or a list of paths, or rename what is no image."
+                f"{where}: field {name!r} looks like an image but would be ignored. Rename it to 'image' (a "
+                "path or a list of paths), or choose another name if it is not an image."
             )
     value = fields[given[0]] if given else []
     names = value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str) or not name:
             raise DataError(
-                f"{where}: {given[0]} = {value!r}: must be a path or a list of paths; leave it out for text "
-                "alone."
+                f"{where}: {given[0]} = {value!r}: must be a path or a list of paths. Leave it out for a "
+                "text-only question."
             )
     return names
 
@@ -128,7 +128,9 @@ def answer_file(
     """
     is_device = Path("/dev") in output.absolute().parents  # also where the shell has a file in its place
     if is_device or (output.exists() and not output.is_file()):
-        raise DataError(f"{output}: answers are kept in a file, to be resumed; this is none. Name a file.")
+        raise DataError(
+            f"{output}: not a regular file. Answers need one, to resume later. Give another path."
+        )
     with held(output, is_folder=False):
         yield from _answer(answer, lines, output, run)
 
@@ -157,7 +159,7 @@ def _answer(
             )
         except OSError as error:
             raise DataError(
-                f"{output}: cannot be written ({error.strerror}); choose another file."
+                f"{output}: cannot be written ({error.strerror}). Choose another file."
             ) from error
         yield start + len(chunk)
 
@@ -184,11 +186,11 @@ def run_file(output: Path) -> Path:
 def _claim(output: Path, run: Mapping[str, object], lines: Sequence[Line], done: int) -> None:
     """Write down whose answers these are; what was written beside an output without answers is replaced."""
     identity = run_file(output)
-    fix = f"Choose another --output, or delete {output} to have all questions asked again."
+    fix = f"Choose another --output, or delete {output} to start over."
     if not output.exists() or not output.stat().st_size:
         identity.unlink(missing_ok=True)
     elif not identity.exists():
-        raise DataError(f"{output}: holds answers, but {identity} does not say of which model. {fix}")
+        raise DataError(f"{output}: has answers, but {identity} does not name their model. {fix}")
     images = _hash_images(lines)
     known = (read_object(identity) or {}).get("images")
     for line, before, now in zip(
@@ -220,12 +222,12 @@ def _count_answered(output: Path, lines: Sequence[Line]) -> tuple[int, int]:
         written = whole.decode().split("\n")[:-1]
         rest = getincrementaldecoder("utf-8")().decode(data[len(whole) :])  # it may end within a character
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{output}: cannot be used ({error}); choose another file.") from error
+        raise DataError(f"{output}: cannot be used ({error}). Choose another file.") from error
     begins = [_without_answer(line.fields) for line in lines]
     cut = begins[len(written)] if len(written) < len(lines) else ""
     same = len(written) <= len(lines) and all(map(str.startswith, written, begins))
     if not same or not (rest.startswith(cut) or cut.startswith(rest)) or (rest and not cut):
-        raise DataError(f"{output}: holds something else than these answers; choose another file.")
+        raise DataError(f"{output}: contains something other than these answers. Choose another file.")
     return len(written), len(whole)
 
 

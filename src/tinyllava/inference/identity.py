@@ -44,7 +44,7 @@ def claim_answers(
     for name in {**known, **run}:
         if name in different - moved:
             raise ConfigError(
-                f"{answers}: holds answers of a run with {name} = {known.get(name)!r}, this one has "
+                f"{answers}: has answers of a run with {name} = {known.get(name)!r}, but this run has "
                 f"{run.get(name)!r}. {fix}"
             )
     if is_noted_anew:
@@ -57,12 +57,12 @@ def _write(identity: Path, values: Mapping[str, Any]) -> None:
             partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{identity}: cannot be written ({error.strerror}); make room, or choose another output."
+            f"{identity}: cannot be written ({error.strerror}). Free some space, or choose another output."
         ) from error
 
 
 def _read(identity: Path, answers: Path, fix: str) -> dict[str, Any]:
     known = read_object(identity)
     if known is None:
-        raise ConfigError(f"{answers}: holds answers, but {identity} does not say of which run. {fix}")
+        raise ConfigError(f"{answers}: has answers, but {identity} does not name their run. {fix}")
     return known

@@ -56,16 +56,16 @@ def check_logits(
     usable = logits.isfinite() | (logits.isneginf() & logits.isfinite().any(-1, keepdim=True) & can_forbid)
     if bool(usable.all()):
         return
-    what = f"{model.name_or_path or 'the model'}: its logits are not numbers (NaN or infinite)"
+    what = f"{model.name_or_path or 'the model'}: the logits are NaN or infinite"
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
         if weight.is_floating_point() and (num := int((~weight.isfinite()).sum())):
             raise CheckpointError(
-                f"{what}: {num:,} of {weight.numel():,} values of {name} are not. Copy the checkpoint again, "
-                "or train it again."
+                f"{what}: {num:,} of {weight.numel():,} values of {name} are not finite. Copy the checkpoint "
+                "again, or train it again."
             )
     dtype = str(model.dtype).removeprefix("torch.")
-    fix = "Open it in bfloat16 or float32." if model.dtype == torch.float16 else "Train the model again."
-    raise CheckpointError(f"{what}, though all its weights are: {dtype} overflows. {fix}")
+    fix = "Load it in bfloat16 or float32." if model.dtype == torch.float16 else "Train the model again."
+    raise CheckpointError(f"{what}, but all weights are finite: {dtype} overflows. {fix}")
 
 
 def stop_ids(model: TinyLlavaForConditionalGeneration) -> torch.Tensor:

@@ -81,7 +81,7 @@ def _limits_of_checkpoint(run: Run, problems: list[str]) -> Limits | None:
     if run.model.connector != recorded.connector:
         problems.append(
             f"model.connector = {run.model.connector!r}: the checkpoint {folder} has {recorded.connector!r}; "
-            "leave it at that, or train from the parts."
+            "keep it, or train from the parts."
         )
     text, vision = config.get("text_config", {}), config.get("vision_config", {})
     is_cnn = config.get("encoder_kind") == "cnn"
@@ -132,14 +132,14 @@ def _model_problems(model: ModelConfig, found: Found) -> Iterator[str]:
     if found.encoder:
         yield from _size_problems(model.image_size_px, found.encoder)
     if model.template == "caption":
-        yield "model.template = 'caption': it drops every question; it is a stage's template, not a model's."
+        yield "model.template = 'caption': drops every question. Use it for a stage, not for a model."
     elif found.language and found.template:
         yield from _template_problems(found.template, found.language)
 
 
 def _size_problems(image_size_px: int, encoder: VisionEncoder) -> Iterator[str]:
     if image_size_px < 0:
-        yield f"model.image_size_px = {image_size_px}: must not be negative; 0 takes the encoder's own."
+        yield f"model.image_size_px = {image_size_px}: must not be negative. 0 means the size of the encoder."
     elif image_size_px and not encoder.any_size and image_size_px != encoder.image_size_px:
         yield (
             f"model.image_size_px = {image_size_px}: the positions of {encoder.name} are for "
@@ -152,7 +152,7 @@ def _template_problems(template: Template, language: LanguageModel) -> Iterator[
     literals = literal_tokens(template.text)
     if literals and language.eos_token not in literals:
         yield (
-            f"model.template = {template.name!r}: it writes {' or '.join(sorted(literals))}, but the "
+            f"model.template = {template.name!r}: writes {' or '.join(sorted(literals))}, but the "
             f"tokenizer of {language.name} ends with {language.eos_token!r}; leave it empty "
             f"({language.template!r})."
         )
@@ -160,23 +160,23 @@ def _template_problems(template: Template, language: LanguageModel) -> Iterator[
 
 def _run_problems(run: Run) -> Iterator[str]:
     if not run.stages:
-        yield "stages: there is none; take those of a recipe, such as tinyllava.recipes.paper.BASE.stages."
+        yield "stages: empty; use those of a recipe, such as tinyllava.recipes.paper.BASE.stages."
     if not run.name and not run.output:
-        yield "name: empty; it names the run folder."
+        yield "name: empty; give a name, which also names the run folder."
     if run.seed < 0:
         yield f"seed = {run.seed}: must not be negative."
     if run.start_from and run.folder.resolve() in (
         Path(run.start_from).resolve(),
         *Path(run.start_from).resolve().parents,
     ):
-        yield f"output = {run.folder}: it holds start_from = {run.start_from}; choose another folder."
+        yield f"output = {run.folder}: contains start_from = {run.start_from}; choose another folder."
     for field in ("device_batch_size", "num_workers", "save_steps"):
         value = getattr(run.hardware, field)
         if value < 0:
             yield f"hardware.{field} = {value}: must not be negative."
     for tracker in run.report_to:
         if tracker not in TRACKERS:
-            yield f"report_to = {tracker!r}: no such tracker; known: {', '.join(TRACKERS)}."
+            yield f"report_to = {tracker!r}: unknown tracker; known: {', '.join(TRACKERS)}."
 
 
 def _image_processor_problems(model: ModelConfig, encoder: VisionEncoder | None) -> Iterator[str]:
@@ -207,7 +207,7 @@ def _machine_problems(run: Run) -> Iterator[str]:
     for tracker in run.report_to:
         if tracker in TRACKERS and find_spec(tracker) is None:
             source = "'tinyllava[trackers]'" if tracker == "tensorboard" else tracker
-            yield f"report_to = {tracker!r}: not installed; pip install {source}, or leave it out."
+            yield f"report_to = {tracker!r}: not installed; run pip install {source}, or leave it out."
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     for name, stage in run.stages.items():
         yield from (f"stages.{name}.{p}" for p in rules.batch_problems(stage, run.hardware, num_ranks))
@@ -234,7 +234,7 @@ def _data_problems(run: Run, on_this_machine: bool) -> Iterator[str]:
             if stage.template == "caption" and mixture.num_text_only:
                 yield (
                     f"stages.{name}.template = 'caption': {mixture.name} has {mixture.num_text_only:,} "
-                    "records without an image; only answers would be left; leave the template empty."
+                    "records without an image; which would keep only the answer. Leave the template empty."
                 )
 
 
@@ -246,8 +246,8 @@ def _wanted_root(run: Run, name: str) -> str:
         return ""
     may_start_later = not run.start_from and name != list(run.stages)[-1]
     return (
-        f"data.records = {mixture.name!r}: a mixture of Table 2, which needs data_root. Give --data FOLDER, "
-        f"which holds {mixture.records} (see `tinyllava show data`), or a file of yours with "
+        f"data.records = {mixture.name!r}: a mixture of Table 2, which needs data_root. Give --data FOLDER "
+        f"with {mixture.records} in it (see `tinyllava show data`), or your own file with "
         f"--{name}.data.records FILE"
         + (", or --from CHECKPOINT to fine-tune only." if may_start_later else ".")
     )

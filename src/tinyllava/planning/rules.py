@@ -79,12 +79,12 @@ def length_problems(stage: Stage, limits: Limits) -> Iterator[str]:
 def tuning_problems(stage: Stage, limits: Limits) -> Iterator[str]:
     """A plan of what is trained that does not fit its component."""
     if not any(stage.tune(component).trains for component in COMPONENTS):
-        yield "connector: frozen like everything else; train one component at least."
+        yield "connector: frozen like all other components; train at least one component."
     for component in COMPONENTS:
         tune, rate = stage.tune(component), getattr(stage, f"{component}_learning_rate")
         yield from (f"{component}.{problem}" for problem in _tune_problems(tune, component, limits))
         if rate is not None and not tune.trains:
-            yield f"{component}_learning_rate = {rate}: the component is frozen; train it, or drop the rate."
+            yield f"{component}_learning_rate = {rate}: the component is frozen; train it or remove the rate."
         if rate is not None and not 0 < rate <= 1:
             yield f"{component}_learning_rate = {rate}: must be above 0 and at most 1."
 
@@ -93,24 +93,24 @@ def _tune_problems(tune: Tune, component: Component, limits: Limits) -> Iterator
     num_layers = limits.num_layers.get(component)
     if tune.kind == "lora":
         if component in limits.without_linears:
-            yield "kind = 'lora': it has no linear layer to put adapters on; choose full or frozen."
+            yield "kind = 'lora': this component has no linear layers for adapters; choose full or frozen."
         if tune.rank < 1:
             yield f"rank = {tune.rank}: lora needs a rank of at least 1, such as 128 (LLaVA-1.5's)."
         if tune.alpha < 1:
-            yield f"alpha = {tune.alpha}: lora needs an alpha of at least 1; twice the rank is usual."
+            yield f"alpha = {tune.alpha}: lora needs an alpha of at least 1; use for example twice the rank."
         if not 0 <= tune.dropout < 1:
             yield f"dropout = {tune.dropout}: must be at least 0 and below 1."
         if tune.bits != 16 and component == "connector":
-            yield f"bits = {tune.bits}: a connector is too small to be held in fewer bits; set bits to 16."
+            yield f"bits = {tune.bits}: a connector cannot be quantised; set bits to 16."
     elif tune.rank or tune.bits != 16:
-        yield f"rank = {tune.rank}, bits = {tune.bits}: they belong to lora; set kind to 'lora'."
+        yield f"rank = {tune.rank}, bits = {tune.bits}: only valid for lora; set kind to 'lora'."
     if tune.kind == "from_layer":
         if num_layers == 0:
-            yield "kind = 'from_layer': there are no layers to count in it; choose full or frozen."
+            yield "kind = 'from_layer': this component has no numbered layers; choose full or frozen."
         elif num_layers and not 0 <= tune.first_layer < num_layers:
-            yield f"first_layer = {tune.first_layer}: its layers are 0 to {num_layers - 1}; share takes 12."
+            yield f"first_layer = {tune.first_layer}: its layers are 0 to {num_layers - 1}; share uses 12."
     elif tune.first_layer:
-        yield f"first_layer = {tune.first_layer}: it belongs to from_layer; set kind to 'from_layer'."
+        yield f"first_layer = {tune.first_layer}: only valid for from_layer; set kind to 'from_layer'."
 
 
 RULES: tuple[Callable[[Stage, Limits], Iterator[str]], ...] = (
@@ -128,12 +128,12 @@ def source_problems(stage: Stage, connector_is_trained: bool) -> Iterator[str]:
     if stage.template == "caption" and opened:
         yield (
             "connector: pre-training of encoder or language model needs a trained connector to start from; "
-            "put the base recipe's 'pretrain' in front, as share does, or name a checkpoint with start_from."
+            "add the base recipe's 'pretrain' stage before it, like share, or set start_from to a checkpoint."
         )
     if not stage.connector.trains:
-        yield "connector: it is new and frozen; train it here or in an earlier stage, or name start_from."
+        yield "connector: new and frozen; train it here or in an earlier stage, or set start_from."
     if stage.connector.kind == "lora":
-        yield "connector.kind = 'lora': a new connector has nothing to adapt; choose full."
+        yield "connector.kind = 'lora': a new connector has no trained weights to adapt; choose full."
 
 
 def hardware_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
@@ -144,7 +144,7 @@ def hardware_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
             f"{hardware.device_batch_size}; lower that one."
         )
     if hardware.cache_features and stage.vision_encoder.trains:
-        yield "vision_encoder: trained, so no feature can be kept; switch hardware.cache_features off."
+        yield "vision_encoder: trained, so its features cannot be cached; set hardware.cache_features False."
 
 
 def batch_problems(stage: Stage, hardware: Hardware, num_ranks: int) -> Iterator[str]:
@@ -153,12 +153,12 @@ def batch_problems(stage: Stage, hardware: Hardware, num_ranks: int) -> Iterator
     if size < 1 or per_pass > size:
         return
     if size % num_ranks:
-        yield f"global_batch_size = {size}: does not divide by {num_ranks} ranks; start a divisor of it."
+        yield f"global_batch_size = {size}: not divisible by {num_ranks} ranks; start a divisor of it."
     elif per_pass > 0 and size % (per_pass * num_ranks):
         fits = [d for d in range(1, size // num_ranks + 1) if size // num_ranks % d == 0]
         yield (
-            f"global_batch_size = {size}: does not divide by {num_ranks} rank(s) x "
-            f"hardware.device_batch_size = {per_pass}; device batches that do: {', '.join(map(str, fits))}."
+            f"global_batch_size = {size}: not divisible by {num_ranks} rank(s) x "
+            f"hardware.device_batch_size = {per_pass}; device batches that fit: {', '.join(map(str, fits))}."
         )
 
 
@@ -168,6 +168,6 @@ def bits_problems(stage: Stage) -> Iterator[str]:
         bits = stage.tune(component).bits
         if bits != 16 and find_spec("bitsandbytes") is None:
             yield (
-                f"{component}.bits = {bits}: needs bitsandbytes, which is not installed; "
+                f"{component}.bits = {bits}: needs bitsandbytes, which is not installed; run "
                 "pip install 'tinyllava[quantized]', or set bits to 16 (recipe 'lora')."
             )

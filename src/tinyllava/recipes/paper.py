@@ -67,7 +67,7 @@ SHARE = Recipe(
 SHARE_FROZEN = replace(
     SHARE,
     name="share_frozen",
-    summary="share with the whole vision encoder frozen, as TinyLLaVA Factory's scripts have it",
+    summary="share with the whole vision encoder frozen, as in TinyLLaVA Factory's scripts",
     stages=SHARE.stages | {"share_pretrain": replace(SHARE.stages["share_pretrain"], vision_encoder=FROZEN)},
 )
 
@@ -87,8 +87,8 @@ def _with_adapters(name: str, recipe: Recipe, adapters: Tune, summary: str) -> R
 
 
 LORA = _with_adapters("lora", BASE, ADAPTERS, "base, with LoRA on the language model in fine-tuning")
-QLORA = _with_adapters("qlora", BASE, ADAPTERS_ON_4_BITS, "lora over a language model held in 4 bits (NF4)")
+QLORA = _with_adapters("qlora", BASE, ADAPTERS_ON_4_BITS, "lora over a language model in 4 bits (NF4)")
 QLORA_8_BITS = _with_adapters(
-    "qlora8", BASE, ADAPTERS_ON_8_BITS, "lora over 8 bits, as Factory's of that name"
+    "qlora8", BASE, ADAPTERS_ON_8_BITS, "lora over a language model in 8 bits, like Factory's qlora"
 )
 SHARE_LORA = _with_adapters("share_lora", SHARE, ADAPTERS, "share, with LoRA in fine-tuning")

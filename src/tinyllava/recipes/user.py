@@ -43,11 +43,11 @@ def find_run(name: str, checkpoint: ModelConfig | None = None) -> Run:
             return tuned_run(value, checkpoint)
         return run_of(f"{value.name}-{parts}", RECIPES | {value.name: value})
     if parts:
-        raise ConfigError(f"{name}: {key} is a whole run, it takes no parts; write {path}:{key}.")
+        raise ConfigError(f"{name}: {key} is a complete run without parts in its name; write {path}:{key}.")
     made = value() if callable(value) else value
     if not isinstance(made, Run):
         raise ConfigError(
-            f"{name}: {key}() returned {type(made).__name__}; a tinyllava.config.Run is needed."
+            f"{name}: {key}() returned {type(made).__name__}; it must return a tinyllava.config.Run."
         )
     return made
 

@@ -44,7 +44,7 @@ def run_of(name: str, recipes: Mapping[str, Recipe]) -> Run:
     """Return the run of a variant's name whose recipe stands in a table; raises as ``variant``."""
     parts = name.removeprefix(PREFIX).split("-", 3)
     if len(parts) < 3:
-        alone = " A recipe alone goes with --from CHECKPOINT." if parts == [name] and name in recipes else ""
+        alone = " A recipe alone needs --from CHECKPOINT." if parts == [name] and name in recipes else ""
         raise UnknownNameError(
             f"unknown variant {name!r}; a name is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], "
             f"such as {VARIANTS[-1]!r}; see `tinyllava show variants`.{alone}"
@@ -100,7 +100,7 @@ def _say_abbreviation(names: Mapping[str, str], parts: Sequence[str], noun: str)
         if part not in names and close:
             short = by_name[close[0]]
             raise UnknownNameError(
-                f"unknown {noun} {part!r}; in a variant's name {names[short]} is written {short!r}."
+                f"unknown {noun} {part!r}; in a variant name, write {short!r} for {names[short]}."
             )
 
 

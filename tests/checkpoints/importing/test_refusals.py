@@ -287,7 +287,7 @@ def test_command(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["import", str(bench), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "TinyLLaVABench, whole model" in printed
-    assert "4 image tokens an image" in printed
+    assert "4 tokens per image" in printed
     assert "dropped: 16 tensors" in printed
     assert main(["import", str(bench), str(tmp_path / "out")]) == 2
     assert "is not empty" in capsys.readouterr().err
