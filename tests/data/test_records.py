@@ -236,7 +236,7 @@ FILES = {
         r"data\.json: not JSON: Expecting value at line 2 column 9\.",
     ),
     "cut short": ('[{"id": "1", "conv', r"not JSON: Unterminated string starting at at line 1 column 14"),
-    "an object": ({"data": GOOD}, r"expected one JSON array of records, found dict; or name it \.jsonl"),
+    "an object": ({"data": GOOD}, r"expected a JSON array, found dict. Or rename it to \.jsonl"),
     "empty file": ("", "not JSON: Expecting value at line 1 column 1"),
     "empty array": ("[]", "no record left"),
 }
