@@ -126,7 +126,7 @@ def test_two_real_processes_give_the_same_predictions(model, data, tmp_path):
         (["--benchmarks", "popee"], "unknown benchmark 'popee'.*Did you mean 'pope'"),
         (["--benchmarks", "pope,gqa"], "no folder for gqa.*tinyllava data benchmarks gqa"),
         (["--benchmarks", "pope", "--judge-url", "http://localhost/v1"], "--judge-model"),
-        (["--benchmarks", "pope", "--score-only"], "no answers there"),
+        (["--benchmarks", "pope", "--score-only"], "no answers found"),
         (
             ["--benchmarks", "mmvet", "--judge-url", "localhost/v1", "--judge-model", "m"],
             "begin with http:// or https://",
@@ -261,11 +261,13 @@ def test_damaged_files_of_an_evaluation_have_a_way_out(model, data, tmp_path, ca
         capsys.readouterr()
         assert main([*asked, str(output), "--score-only"]) == 2
         error = capsys.readouterr().err
-        assert f"run.json: damaged; whose answers these are is not known. Delete {output / 'pope'}" in error
+        assert (
+            f"run.json: damaged, so the model of these answers is unknown. Delete {output / 'pope'}" in error
+        )
         assert "Traceback" not in error
     (output / "pope/run.json").unlink()
     assert main([*asked, str(output)]) == 2
-    assert f"{output / 'pope'}: holds answers, but no run.json says of which model" in capsys.readouterr().err
+    assert f"{output / 'pope'}: has answers, but no run.json names their model" in capsys.readouterr().err
     shutil.rmtree(output / "pope")
     assert main([*asked, str(output)]) == 0
 

@@ -86,7 +86,7 @@ def test_the_guides_commands_score_llavas_answers(scored: dict[str, Result]) -> 
     )
     for result in scored.values():
         assert (result.model, result.dtype, result.decoding, result.num_missing) == (MODEL, "", {}, 0)
-        assert f"answers taken from {MODEL}.jsonl" in result.notes
+        assert f"answers from {MODEL}.jsonl" in result.notes
     assert (scored["mmvet"].judge, scored["llava-w"].judge) == ("gpt-4-0613", "gpt-4-0314")
 
 

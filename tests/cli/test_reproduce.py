@@ -123,7 +123,7 @@ def test_the_starters_plan_knows_its_time_before_anything_is_fetched(places, mon
     assert main(["reproduce", "starter", "--plan"]) == 0
     shown = capsys.readouterr().out
     assert "missing" not in shown
-    assert "nodes not known" not in shown
+    assert "unknown duration" not in shown
     lines = [line.split() for line in shown.splitlines() if "vision_encoder: Lite2, 224 px, seed 0" in line]
     # 1,000 captions in batches of 16 and 224 conversations in batches of 8
     assert [line[line.index("do") + 1] for line in lines[:2]] == ["63", "28"]
@@ -135,7 +135,7 @@ def test_the_starters_plan_knows_its_time_before_anything_is_fetched(places, mon
     ("arguments", "says"),
     [
         (["figure-44"], "Did you mean 'figure-4'"),
-        (["figure-4", "--only", "x"], "names no cell of figure-4"),
+        (["figure-4", "--only", "x"], "matches no cell of figure-4"),
         (["figure-4", "--seeds", "a"], "give integers separated by commas"),
         (["figure-4", "--scale", "2"], "--scale 2"),
         (["figure-4", "--part", "TinyLlama"], "give NAME=VALUE"),

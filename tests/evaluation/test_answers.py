@@ -13,7 +13,7 @@ from tinyllava.evaluation.benchmarks import BENCHMARKS
 
 @pytest.mark.parametrize(
     ("damage", "gist"),
-    [(b"\0" * 20 + b"\n", "not JSON"), (b"7\n", "it has to be a record"), (b'{"text": ""}\n', "no field")],
+    [(b"\0" * 20 + b"\n", "not JSON"), (b"7\n", "it must be a record"), (b'{"text": ""}\n', "no field")],
 )
 def test_a_damaged_line_is_named(damage: bytes, gist: str, tmp_path: Path) -> None:
     questions = BENCHMARKS["pope"].load(files.pope(tmp_path))

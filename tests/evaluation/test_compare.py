@@ -126,7 +126,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no question in common"):
         compare_predictions(a[:1], a[1:], gqa)
     values = {name: getattr(a[0], name) for name in Prediction.__dataclass_fields__}
-    with pytest.raises(DataError, match="was another one for B"):
+    with pytest.raises(DataError, match="differs for B"):
         compare_predictions(a[:1], [Prediction(**{**values, "prompt": "Another?"})], gqa)
     with pytest.raises(
         DataError, match=r"answers of B have no scores.*Judge them|answers of B have no scores"

@@ -168,7 +168,7 @@ def test_an_endpoint_that_never_answers(tmp_path: Path) -> None:
         lost.review(benchmark, questions, answers, tmp_path)
     with (
         serve(lambda body, _: (200, {}, b"<html>")) as (url, _),
-        pytest.raises(JudgeError, match="does not speak chat completions; it sent '<html>'"),
+        pytest.raises(JudgeError, match="is not a chat completions endpoint; it sent '<html>'"),
     ):
         judge(url, tmp_path).review(benchmark, questions, answers, tmp_path)
 
@@ -247,7 +247,7 @@ def test_our_own_wording_needs_no_file_and_is_another_protocol(name: str, tmp_pa
 
 
 def test_a_benchmark_without_a_judge_says_so(tmp_path: Path) -> None:
-    with pytest.raises(JudgeError, match="gqa needs no judge"):
+    with pytest.raises(JudgeError, match="gqa does not use a judge"):
         judge("", tmp_path).review(BENCHMARKS["gqa"], [], {}, tmp_path)
 
 
@@ -285,7 +285,7 @@ def test_reviews_of_two_judges_or_of_nobody_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="recorded or given: none"):
         read_reviews(tmp_path / "none.jsonl")
     files.write_lines(tmp_path / "twice.jsonl", [lines[0], lines[0]])
-    with pytest.raises(DataError, match=r"twice.jsonl:2: question '0' is reviewed a second time"):
+    with pytest.raises(DataError, match=r"twice.jsonl:2: question '0' has a second review"):
         read_reviews(tmp_path / "twice.jsonl")
 
 
@@ -299,5 +299,5 @@ def test_runs_that_are_not_whole_or_that_no_official_tool_has_are_refused(tmp_pa
         read_reviews(tmp_path / "grades.json")
     benchmark = BENCHMARKS["llava-w"]
     questions = benchmark.load(files.llava_w(tmp_path))
-    with pytest.raises(DataError, match="llava-w: the reviews are of several runs; keep those of one"):
+    with pytest.raises(DataError, match="llava-w: the reviews are from several runs; keep those of one run"):
         benchmark.score(questions, {}, {question.id: ("8 7", "7 8") for question in questions})

@@ -61,7 +61,7 @@ def test_requests_are_answered_as_chat_does(model, tmp_path):
 
 def test_what_it_cannot_do_is_refused_by_name(model):
     model.task_dict = {"toy": {"test": [{"images": ["clip.mp4"]}]}}
-    with pytest.raises(ConfigError, match="task toy: str is no image"):
+    with pytest.raises(ConfigError, match="task toy: str is not an image"):
         model.generate_until([request("What?", {}, 0)])
     with pytest.raises(ConfigError, match="likelihoods"):
         model.loglikelihood([])

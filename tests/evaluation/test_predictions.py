@@ -52,7 +52,7 @@ def test_scoring_again_needs_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "line", "gist"),
     [
-        ('"score": 0.0', '"score": "0"', 1, "field 'score' is '0'; it has to be a number or null"),
+        ('"score": 0.0', '"score": "0"', 1, "field 'score' is '0'; it must be a number or null"),
         ('"score": 0.0', '"score": true', 1, "field 'score' is True"),
         ('"parsed"', '"parse"', 1, "unknown field 'parse'"),
         ('"image": "n161313.jpg", ', "", 1, "no field 'image'"),

@@ -97,9 +97,7 @@ def test_scores_lie_in_their_range_and_the_headline_is_there(
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_answers_of_other_data_are_refused(name: str, loaded: dict[str, list[Question]]) -> None:
-    with pytest.raises(
-        DataError, match="1 of 1 answers belong to no question, the first with id 'no such id'"
-    ):
+    with pytest.raises(DataError, match="1 of 1 answers match no question, the first with id 'no such id'"):
         BENCHMARKS[name].score(loaded[name], {"no such id": "yes"})
 
 

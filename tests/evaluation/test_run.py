@@ -233,7 +233,7 @@ def test_answers_of_two_runs_are_never_mixed(chat, data, tmp_path):
     path = tmp_path / "toy" / "answers-000.jsonl"
     text = path.read_text()
     path.write_text(text.replace("Is there a dog 1?", "Is there a cat 1?"))
-    with pytest.raises(DataError, match="other data files"):
+    with pytest.raises(DataError, match="the data files differ"):
         run(chat, data, tmp_path)
     path.write_text(text + text)
     with pytest.raises(DataError, match="two answers"):

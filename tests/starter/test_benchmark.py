@@ -78,7 +78,7 @@ def test_a_record_of_another_form_names_the_file(tmp_path, change):
     (record,) = json.loads((tmp_path / "held_out.json").read_text())
     record = {key: value for key, value in {**record, **change}.items() if value is not None}
     (tmp_path / "held_out.json").write_text(json.dumps([record]))
-    with pytest.raises(DataError, match=r"held_out.json: a record has another form"):
+    with pytest.raises(DataError, match=r"held_out.json: unexpected record format"):
         BENCHMARK.load(tmp_path)
 
 

@@ -30,7 +30,7 @@ def test_stages_are_reckoned_as_their_run_is_planned(figure):
     cell = figure.cells[1]  # share-C-TL
     plan = plan_run(cell.cell.run, gpu="H100-80G", num_gpus=4)
     assert [needs[id_].seconds for id_ in cell.stages] == [stage.hours * 3600 for stage in plan.stages]
-    assert {need.basis for need in needs.values()} == {"reckoned"}
+    assert {need.basis for need in needs.values()} == {"computed"}
 
 
 def test_an_evaluation_is_reckoned_as_a_pass_over_image_and_text(figure):
@@ -55,9 +55,9 @@ def test_a_model_and_the_whole_are_summed_and_shared_stages_count_once(toy):
     assert models[3] == ("Linear, high", "60 s", "30 s", "10 s", "2 min")  # alike
     assert total == ("all, each node once", "2 min", "2 min", "40 s", "5 min")  # 120, 120, 40: two pretrain
     bases = [need.basis for need in needs if need.status != "done"]
-    assert set(bases) == {"alike"}
-    assert "still to do: 3 min, one node after the other" in summarise(needs, toy)  # 60 + 3 x 30 + 3 x 10
-    assert [line.split(":")[0] for line in explain_costs(needs, Machine())] == ["measured", "alike"]
+    assert set(bases) == {"extrapolated"}
+    assert "remaining: 3 min, one node at a time" in summarise(needs, toy)  # 60 + 3 x 30 + 3 x 10
+    assert [line.split(":")[0] for line in explain_costs(needs, Machine())] == ["measured", "extrapolated"]
 
 
 def test_gpus_that_are_asked_for_go_before_what_was_measured(figure):
@@ -66,8 +66,8 @@ def test_gpus_that_are_asked_for_go_before_what_was_measured(figure):
     asked = {need.node.id: need for need in plan_graph(figure, machine=Machine(num_gpus=4))}
     alike = {need.node.id: need for need in plan_graph(figure)}
     other = figure.cells[2].stages[0]  # the same stage with a larger language model
-    assert asked[other].basis == "reckoned"
-    assert alike[other].basis == "alike"
+    assert asked[other].basis == "computed"
+    assert alike[other].basis == "extrapolated"
     ratio = alike[other].seconds / 5.0
     reckoned = asked[other].seconds / plan_graph(figure, machine=Machine(num_gpus=4))[0].cost.seconds
     assert ratio == pytest.approx(reckoned)  # larger by as much as it computes more
@@ -87,5 +87,5 @@ def test_the_plan_has_a_row_for_a_models_evaluations_and_says_when_nothing_is_kn
     assert sum("9 benchmarks" in str(row[0]) for row in rows) == 6
     assert len(rows) == 1 + 15 + 6
     assert explain_costs(plan_graph(toy), Machine()) == [
-        "no times are known before the first nodes have finished here."
+        "Times are unknown until the first nodes have finished."
     ]

@@ -100,7 +100,7 @@ def test_a_user_writes_a_grid_in_the_same_form(tmp_path, parts, records):
     with pytest.raises(ConfigError, match="holds 2 values"):
         find_grid(str(path))
     path.write_text("def make():\n    return 3\n")
-    with pytest.raises(ConfigError, match="returned int; a Grid is needed"):
+    with pytest.raises(ConfigError, match="returned int; it must return a Grid"):
         find_grid(f"{path}:make")
 
 
@@ -109,7 +109,7 @@ def test_a_user_writes_a_grid_in_the_same_form(tmp_path, parts, records):
     [
         ({"model.projector": "mlp"}, "no field 'projector'; known: vision_encoder"),
         ({"stages.fintune.learning_rate": 1}, "no 'fintune'; known: pretrain, finetune"),
-        ({"seed.x": 1}, "'x' is looked for in 42"),
+        ({"seed.x": 1}, "cannot find 'x' in 42"),
     ],
 )
 def test_a_path_that_is_not_there_is_refused(changes, says):
@@ -137,7 +137,7 @@ def test_cells_are_chosen_by_id_subplot_or_label():
         "base-Sig-SLM",
         "base-Sig-Phi",
     ]
-    with pytest.raises(UnknownNameError, match="names no cell of figure-4; known: base-C-TL"):
+    with pytest.raises(UnknownNameError, match="matches no cell of figure-4; known: base-C-TL"):
         select_cells(grid, ["base-C-Qwen"])
 
 

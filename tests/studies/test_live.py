@@ -44,7 +44,7 @@ def test_a_stage_under_way_shows_its_steps_and_the_time_left(graph):
     text = view(graph)
     assert "pretrain step 1 of 3, 40 s left" in text
     # The other connector takes as long: 40 s and 60 s of work. Eight nodes have no fellow yet.
-    assert "0 of 10 nodes done, about 2 min of work left, 8 of unknown length" in text
+    assert "0 of 10 nodes done, about 2 min left, 8 of unknown duration" in text
 
 
 def test_what_finished_nodes_took_is_expected_of_the_rest(graph):
@@ -52,7 +52,7 @@ def test_what_finished_nodes_took_is_expected_of_the_rest(graph):
         for id_ in cell.nodes:
             save_state(graph.nodes[id_], State(status="done", seconds=30.0))
     text = view(graph)
-    assert "5 of 10 nodes done, about 2 min of work left" in text  # five nodes of 30 s
+    assert "5 of 10 nodes done, about 2 min left" in text  # five nodes of 30 s
     assert text.count("done") == 3  # two models, and the sum
 
 

@@ -108,7 +108,7 @@ def test_the_command_prints_them(runs, capsys):
     assert main(["runs", "--diff", str(runs / "a"), str(runs / "b")]) == 0
     assert "environment.torch" in capsys.readouterr().out
     assert main(["runs", str(runs / "a" / "pretrain")]) == 2
-    assert "no run folder there" in capsys.readouterr().err
+    assert "no run folder (with a run.json) found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "{", '{"results": [3]}', '{"stages": 3}', ""])

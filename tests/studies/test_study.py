@@ -27,7 +27,7 @@ def test_a_study_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_folder_without_scores_and_examples_has_none(tmp_path: Path) -> None:
     assert load_scores(tmp_path) == {}
     assert load_examples(tmp_path) == []
-    with pytest.raises(DataError, match=r"study.json: no such file; `tinyllava reproduce` writes it"):
+    with pytest.raises(DataError, match=r"study.json: no such file. Run `tinyllava reproduce` to write it"):
         load_study(tmp_path)
 
 
@@ -41,11 +41,11 @@ def test_the_committed_study_is_the_one_of_the_tests(tmp_path: Path) -> None:
     ("change", "gist"),
     [
         ({"status": "done?"}, "field 'status' is 'done\\?'; known: done, failed, missing"),
-        ({"panel": "Gemma"}, "panel 'Gemma' is not among"),
-        ({"labels": {"recipe": "base"}}, "give one label for each axis"),
+        ({"panel": "Gemma"}, "panel 'Gemma' is not in"),
+        ({"labels": {"recipe": "base"}}, "give one label per axis"),
         ({"labels": {"recipe": "lora", "language_model": "Phi-2"}}, "label 'lora' is not on axis 'recipe'"),
-        ({"id": "base-C-TinyLlama-seed1"}, "holds a result of 'base-C-TinyLlama-seed0'"),
-        ({"id": "base-C-TinyLlama-seed1", "results": ()}, "two cells are called 'base-C-TinyLlama-seed1'"),
+        ({"id": "base-C-TinyLlama-seed1"}, "has a result of 'base-C-TinyLlama-seed0'"),
+        ({"id": "base-C-TinyLlama-seed1", "results": ()}, "two cells have the id 'base-C-TinyLlama-seed1'"),
     ],
 )
 def test_cells_that_cannot_be_right_are_refused(change: dict[str, object], gist: str) -> None:

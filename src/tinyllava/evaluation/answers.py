@@ -66,8 +66,8 @@ def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, Answe
                 continue  # of a run with a higher limit
             if prompt != prompts[question_id]:
                 record.fail(
-                    f"question {question_id!r} was asked as {prompt!r}, now it is {prompts[question_id]!r}: "
-                    "other data files.",
+                    f"question {question_id!r} was asked as {prompt!r}, but is now {prompts[question_id]!r}: "
+                    "the data files differ.",
                     f"Choose another output folder, or delete {folder}.",
                 )
             if question_id in answers:
@@ -143,10 +143,10 @@ def read_llava_answers(path: Path, questions: Sequence[Question]) -> dict[str, s
         key = (record.text("question_id"), _words(record.text("prompt").removeprefix("<image>\n")))
         if key not in by_key:
             record.fail(
-                f"no question with id {key[0]!r} and this prompt; the answers are of other data.", _FIX
+                f"no question with id {key[0]!r} and this prompt. The answers are for other data.", _FIX
             )
         if by_key[key] in answers:
-            record.fail(f"question {key[0]!r} is answered a second time.", _FIX)
+            record.fail(f"question {key[0]!r} has a second answer.", _FIX)
         answers[by_key[key]] = record.text("text")
     return answers
 
@@ -207,7 +207,7 @@ def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
     fix = "Choose another output folder, or delete this one."
     identity = folder / "run.json"
     if not identity.exists() and any(path.stat().st_size for path in folder.glob("answers-*.jsonl")):
-        raise ConfigError(f"{folder}: holds answers, but no {identity.name} says of which model. {fix}")
+        raise ConfigError(f"{folder}: has answers, but no {identity.name} names their model. {fix}")
     claim_answers(folder, identity, run, fix=fix, told_by={"model": "weights"})
 
 

@@ -211,7 +211,7 @@ class Benchmark:
         _check_ids(self.name, questions, answers, reviews or {})
         has_runs = any(not isinstance(reply, str) for reply in (reviews or {}).values())
         if has_runs and not (self.judging and self.judging.has_runs):
-            raise DataError(f"{self.name}: the reviews are of several runs; keep those of one.")
+            raise DataError(f"{self.name}: the reviews are from several runs; keep those of one run.")
         predictions = tuple(
             self.predict(q, answers.get(q.id), (reviews or {}).get(q.id), judge) for q in questions
         )
@@ -275,8 +275,8 @@ def _check_ids(
         extra = [given_id for given_id in given if given_id not in ids]
         if extra:
             raise DataError(
-                f"{name}: {len(extra):,} of {len(given):,} {noun} belong to no question, the first with id "
-                f"{extra[0]!r}. They were made for other data files; score them with those."
+                f"{name}: {len(extra):,} of {len(given):,} {noun} match no question, the first with id "
+                f"{extra[0]!r}. They belong to other data files; score them with those."
             )
 
 

@@ -106,7 +106,7 @@ def find_folders(benchmarks: Mapping[str, Benchmark], data: Path) -> dict[str, P
     if missing:
         raise DataError(
             f"--data {data}: no folder for {', '.join(missing)}. `tinyllava data benchmarks {missing[0]} "
-            f"{data / missing[0]}` says what belongs there; or name the benchmarks with --benchmarks."
+            f"{data / missing[0]}` lists its files. Or choose benchmarks with --benchmarks."
         )
     return folders
 

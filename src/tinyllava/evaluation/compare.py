@@ -121,20 +121,20 @@ def _check_pairs(pairs: Sequence[Pair], benchmark: Benchmark) -> None:
     judges = {one.judge for pair in pairs for one in pair} - {""}
     if len(judges) > 1:
         raise DataError(
-            f"{benchmark.name}: the answers have several judges: {', '.join(sorted(judges))}. Have A and B "
-            "judged by one: `tinyllava evaluate --score-only` with one --judge-model or one file of reviews."
+            f"{benchmark.name}: the answers have several judges: {', '.join(sorted(judges))}. Use one judge "
+            "for A and B: `tinyllava evaluate --score-only` with one --judge-model or one file of reviews."
         )
     for left, right in pairs:
         if left.prompt != right.prompt or left.groups != right.groups:
             raise DataError(
-                f"{benchmark.name}: question {left.question_id!r} was another one for B: {left.prompt!r} and "
-                f"{right.prompt!r}. Evaluate both on the same data under the same protocol."
+                f"{benchmark.name}: question {left.question_id!r} differs for B: {left.prompt!r} and "
+                f"{right.prompt!r}. Evaluate both on the same data with the same protocol."
             )
         if left.score is None or right.score is None:
             side = "A" if left.score is None else "B"
             raise DataError(
                 f"{benchmark.name}: the answers of {side} have no scores (question {left.question_id!r}). "
-                + ("Judge them first." if benchmark.judging else "They are scored by the server alone.")
+                + ("Judge them first." if benchmark.judging else "Only the server can score them.")
             )
 
 
@@ -152,13 +152,11 @@ def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tu
     for left, right in files:
         of_a, of_b = read_predictions(left), read_predictions(right)
         if not of_a or not of_b:
-            raise DataError(
-                f"{left if not of_a else right}:1: holds no predictions. Evaluate the model first."
-            )
+            raise DataError(f"{left if not of_a else right}:1: no predictions. Evaluate the model first.")
         if of_a[0].benchmark != of_b[0].benchmark:
             raise DataError(
                 f"{left} is of {of_a[0].benchmark!r}, {right} of {of_b[0].benchmark!r}; "
-                "name two files of one benchmark."
+                "give two files of one benchmark."
             )
         benchmark = find_benchmark(of_a[0].benchmark)
         if a.is_dir() and any(one.score is None for one in (*of_a, *of_b)):

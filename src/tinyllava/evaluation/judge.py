@@ -58,7 +58,7 @@ class Cost:
 
     def __str__(self) -> str:
         if not self.num_requests:
-            return f"nothing to ask, {self.num_cached:,} replies are cached"
+            return f"no requests, {self.num_cached:,} replies are cached"
         price = "price not known" if self.price is None else f"at most about {self.price:.2f}"
         return (
             f"{self.num_requests:,} requests ({self.num_cached:,} more are cached), about "
@@ -191,7 +191,7 @@ def _prepare(
     benchmark: Benchmark, questions: Sequence[Question], answers: Mapping[str, str], folder: Path
 ) -> tuple[Judging, Wording, list[Question]]:
     if benchmark.judging is None:
-        raise JudgeError(f"{benchmark.name} needs no judge; score its answers without one.")
+        raise JudgeError(f"{benchmark.name} does not use a judge; score its answers without one.")
     needed = [q for q in questions if benchmark.judging.is_needed(q, answers.get(q.id, ""))]
     return benchmark.judging, benchmark.judging.wording(folder), needed
 
@@ -218,7 +218,7 @@ def _call(client: httpx.Client, endpoint: Endpoint, request: JudgeRequest) -> st
             problem = f"status {response.status_code}: {response.text[:200]}"
             if response.status_code not in _RETRIED:
                 raise JudgeError(
-                    f"{url} refused judge {endpoint.model!r}: {problem}. Mend the address, the judge's "
+                    f"{url} refused judge {endpoint.model!r}: {problem}. Fix the URL, the judge's "
                     "name or the key."
                 )
             told = response.headers.get("retry-after", "")
@@ -226,8 +226,8 @@ def _call(client: httpx.Client, endpoint: Endpoint, request: JudgeRequest) -> st
         if attempt + 1 < endpoint.num_attempts:
             time.sleep(wait)
     raise JudgeError(
-        f"{url} gave no reply of judge {endpoint.model!r} in {endpoint.num_attempts} attempts; "
-        f"last: {problem}. Run the same command later: the replies so far are kept."
+        f"{url} did not reply for judge {endpoint.model!r} in {endpoint.num_attempts} attempts; "
+        f"last: {problem}. Run the same command later to resume; earlier replies are kept."
     )
 
 
@@ -237,7 +237,7 @@ def _read_reply(url: str, response: httpx.Response) -> str:
         reply = document["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):
         sent = response.text[:200]
-        raise JudgeError(f"{url} does not speak chat completions; it sent {sent!r}.") from None
+        raise JudgeError(f"{url} is not a chat completions endpoint; it sent {sent!r}.") from None
     return reply if isinstance(reply, str) else ""
 
 
@@ -248,14 +248,14 @@ def find_reviews(path: Path, benchmark: str) -> Path | None:
         DataError: no such path, or the folder has several files for the benchmark.
     """
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder; name recorded reviews.")
+        raise DataError(f"{path}: no such file or folder. Give recorded reviews.")
     if not path.is_dir():
         return path
     patterns = (f"{benchmark}.jsonl", f"{benchmark}.json", f"{benchmark}/reviews-*.jsonl")
     found = sorted(one for pattern in patterns for one in path.glob(pattern))
     if len(found) > 1:
         names = ", ".join(str(one.relative_to(path)) for one in found)
-        raise DataError(f"{path}: several reviews of {benchmark}: {names}. Name the file of one judge.")
+        raise DataError(f"{path}: several reviews of {benchmark}: {names}. Give the file of one judge.")
     return found[0] if found else None
 
 
@@ -272,15 +272,15 @@ def read_reviews(path: Path, *, judge: str = "") -> Reviews:
     judges = {judge} - {""}
     for key, record in _read_reviewed(path):
         if key in found:
-            record.fail(f"question {key!r} is reviewed a second time.", "Keep one of the two lines.")
+            record.fail(f"question {key!r} has a second review.", "Keep one of the two lines.")
         has_runs = isinstance(record.field("content"), list)
         runs = record.texts("content") if has_runs else [record.text("content")]
         first = next(iter(found.values()), None)
         expected = len(runs) if first is None else 1 if isinstance(first, str) else len(first)
         if not runs or len(runs) != expected:
             record.fail(
-                f"question {key!r} has {len(runs)} runs, the first question has {expected}.",
-                "Grade it again, or keep the same number of runs of every question.",
+                f"question {key!r} has {len(runs)} runs, but the first question has {expected}.",
+                "Grade it again, or keep the same number of runs for every question.",
             )
         found[key] = runs[0] if len(runs) == 1 else tuple(runs)
         judges |= set(record.texts("model")) if "model" in record.values else set()
@@ -288,8 +288,8 @@ def read_reviews(path: Path, *, judge: str = "") -> Reviews:
     if len(judges) != 1:
         named = ", ".join(sorted(judges)) or "none"
         raise DataError(
-            f"{path}:1: the reviews have to be of one judge; recorded or given: {named}. Name the judge, or "
-            "keep the reviews of each judge in a file and a column of its own."
+            f"{path}:1: the reviews must be from one judge; recorded or given: {named}. Name the judge, or "
+            "keep the reviews of each judge in a separate file."
         )
     return Reviews(judge=judges.pop(), replies=found)
 

@@ -98,7 +98,7 @@ class Answering:
         for image in images:
             if not isinstance(image, Image.Image):
                 kind = type(image).__name__
-                raise ConfigError(f"task {task}: {kind} is no image; choose a task about images.")
+                raise ConfigError(f"task {task}: {kind} is not an image; choose a task about images.")
         text = context.replace("<image>", "").strip()
         return ask(text, *map(self._keep, images), id=f"{task} {doc_id}")
 
@@ -113,11 +113,11 @@ class Answering:
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Refuse: the paper's protocols generate."""
-        raise ConfigError("tasks that compare likelihoods are not supported; choose one that generates.")
+        raise ConfigError("likelihood tasks are not supported; choose a generation task.")
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Refuse: no protocol of the paper asks in rounds."""
-        raise ConfigError("tasks of several rounds are not supported; choose one that asks once.")
+        raise ConfigError("multi-round tasks are not supported; choose a single-round task.")
 
 
 @cache

@@ -43,7 +43,7 @@ def read_predictions(path: Path) -> list[Prediction]:
             record.fail(f"question {prediction.question_id!r} was already answered on line {first}.", _FIX)
         if predictions and prediction.benchmark != predictions[0].benchmark:
             record.fail(
-                f"field 'benchmark' is {prediction.benchmark!r}, but the lines before are of "
+                f"field 'benchmark' is {prediction.benchmark!r}, but the previous lines are of "
                 f"{predictions[0].benchmark!r}.",
                 _FIX,
             )
@@ -55,11 +55,11 @@ def read_predictions(path: Path) -> list[Prediction]:
 def _parse(record: Record) -> Prediction:
     score = record.field("score")
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
-        record.fail(f"field 'score' is {score!r}; it has to be a number or null.", _FIX)
+        record.fail(f"field 'score' is {score!r}; it must be a number or null.", _FIX)
     marks: dict[str, Any] = {name: record.values[name] for name in _MARKS if name in record.values}
     for name, value in marks.items():
         if not isinstance(value, bool):
-            record.fail(f"field {name!r} is {value!r}; it has to be true or false.", _FIX)
+            record.fail(f"field {name!r} is {value!r}; it must be true or false.", _FIX)
     unknown = set(record.values) - {*_TEXTS, *_MARKS, "score", "groups", "judge"}
     if unknown:
         record.fail(f"unknown field {min(unknown)!r}.", _FIX)

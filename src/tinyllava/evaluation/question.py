@@ -69,7 +69,7 @@ class QuestionList:
         if id in self._places:
             path, line = self._places[id]
             other = f"{path}:{line}" if line else str(path)
-            record.fail(f"question id {id!r} occurs a second time (the first is in {other}).")
+            record.fail(f"question id {id!r} is used twice (first in {other}).")
         self._places[id] = (record.path, record.line)
         self._questions.append(
             Question(
@@ -86,7 +86,7 @@ class QuestionList:
     def finish(self, source: Path) -> list[Question]:
         """Return the questions; there has to be at least one."""
         if not self._questions:
-            raise DataError(f"{source}:1: holds no question of this benchmark. {FIX}")
+            raise DataError(f"{source}:1: no question of this benchmark. {FIX}")
         return self._questions
 
 
@@ -111,8 +111,7 @@ def read_llava_prompts(path: Path) -> Iterator[tuple[Record, str]]:
         text = record.text("text")
         if not text.endswith("\n" + SHORT):
             record.fail(
-                f"field 'text' does not end with a new line and {SHORT!r}: another prompt is another "
-                "protocol."
+                f"field 'text' does not end with a newline and {SHORT!r}. Another prompt is another protocol."
             )
         yield record, text
 
@@ -126,5 +125,5 @@ def no_source(folder: Path, benchmark: str, *names: str) -> DataError:
     """Return the error for a folder in which none of the files is that the questions could come from."""
     return DataError(
         f"{folder}: no questions of {benchmark}; looked for {', '.join(names)}. "
-        f"`tinyllava data benchmarks {benchmark} {folder}` says where to get them."
+        f"`tinyllava data benchmarks {benchmark} {folder}` lists their source."
     )

@@ -20,7 +20,7 @@ from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
 from tinyllava.files import parse_json
 
-FIX = "Fetch the file again; `tinyllava data benchmarks` says where each comes from."
+FIX = "Download the file again; `tinyllava data benchmarks` lists the sources."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,47 +43,47 @@ class Record:
         raise DataError(f"{self.place}: {problem} {fix}")
 
     def field(self, name: str) -> Any:
-        """Return a field of any type; it has to be there."""
+        """Return a field of any type; it must be there."""
         if name not in self.values:
             fields = ", ".join(map(str, self.values)) or "none"
             self.fail(f"no field {name!r}; the record has: {fields}.")
         return self.values[name]
 
     def text(self, name: str) -> str:
-        """Return a field that is text, or a whole number that serves as an id, as text."""
+        """Return a field that is text, or an integer that serves as an id, as text."""
         value = self.field(name)
         if isinstance(value, bool) or not isinstance(value, str | int):
-            self.fail(f"field {name!r} is {_show(value)}; it has to be text.")
+            self.fail(f"field {name!r} is {_show(value)}; it must be text.")
         return str(value)
 
     def texts(self, name: str, *, num: int | None = None) -> list[str]:
         """Return a field that is a list of texts, ``num`` of them if given."""
         value = self.field(name)
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            self.fail(f"field {name!r} is {_show(value)}; it has to be a list of texts.")
+            self.fail(f"field {name!r} is {_show(value)}; it must be a list of texts.")
         if num is not None and len(value) != num:
-            self.fail(f"field {name!r} has {len(value)} entries; it has to have {num}.")
+            self.fail(f"field {name!r} has {len(value)} entries; it must have {num}.")
         return value
 
     def integer(self, name: str) -> int:
-        """Return a field that is a whole number, or text that spells one."""
+        """Return a field that is an integer, or text that spells one."""
         value = self.field(name)
         if isinstance(value, bool) or not re.fullmatch(r"\s*-?\d+(\.0)?\s*", str(value)):
-            self.fail(f"field {name!r} is {_show(value)}; it has to be a whole number.")
+            self.fail(f"field {name!r} is {_show(value)}; it must be an integer.")
         return int(float(value))
 
     def one_of(self, name: str, *allowed: str) -> str:
         """Return a field that is one of a few words, whatever its case."""
         value = self.text(name).strip().lower()
         if value not in allowed:
-            self.fail(f"field {name!r} is {_show(self.values[name])}; it has to be {' or '.join(allowed)}.")
+            self.fail(f"field {name!r} is {_show(self.values[name])}; it must be {' or '.join(allowed)}.")
         return value
 
     def part(self, name: str) -> "Record":
         """Return a field that is a record itself."""
         value = self.field(name)
         if not isinstance(value, dict):
-            self.fail(f"field {name!r} is {_show(value)}; it has to be a record.")
+            self.fail(f"field {name!r} is {_show(value)}; it must be a record.")
         return Record(values=value, path=self.path, line=self.line, entry=self.entry)
 
 
@@ -135,7 +135,7 @@ def read_json(path: Path) -> Record:
     """Read a JSON document that is a record."""
     values = _parse(read_text(path), path)
     if not isinstance(values, dict):
-        raise DataError(f"{path}:1: the document is {_show(values)}; it has to be a record. {FIX}")
+        raise DataError(f"{path}:1: the document is {_show(values)}; it must be a record. {FIX}")
     return Record(values=values, path=path, line=1)
 
 
@@ -151,10 +151,10 @@ def read_list(record: Record, name: str, id_field: str) -> Iterator[Record]:
     """Yield the records of a list that stands in a field of a document."""
     entries = record.field(name)
     if not isinstance(entries, list):
-        record.fail(f"field {name!r} is {_show(entries)}; it has to be a list of records.")
+        record.fail(f"field {name!r} is {_show(entries)}; it must be a list of records.")
     for number, values in enumerate(entries):
         if not isinstance(values, dict):
-            record.fail(f"entry {number} of {name!r} is {_show(values)}; it has to be a record.")
+            record.fail(f"entry {number} of {name!r} is {_show(values)}; it must be a record.")
         yield Record(values=values, path=record.path, entry=str(values.get(id_field, number)))
 
 
@@ -172,7 +172,7 @@ def parse_line(line: str, path: Path, number: int, fix: str = FIX) -> Record:
     """Return the record that a line of a file is, the first line being number 1."""
     values = _parse(line, path, number, fix)
     if not isinstance(values, dict):
-        raise DataError(f"{path}:{number}: the line is {_show(values)}; it has to be a record. {fix}")
+        raise DataError(f"{path}:{number}: the line is {_show(values)}; it must be a record. {fix}")
     return Record(values=values, path=path, line=number)
 
 
@@ -219,7 +219,7 @@ def read_table(path: Path, *columns: str) -> Iterator[Record]:
                 return
             record = Record(values=row, path=path, line=line)
             if None in row or None in row.values():
-                record.fail(f"the row has not the {len(header)} cells of the header.")
+                record.fail(f"the row does not have the {len(header)} cells of the header.")
             yield record
 
 
@@ -245,7 +245,7 @@ def read_parquet(paths: list[Path], columns: list[str] | None = None) -> Iterato
                     number += 1
                     yield Record(values=values, path=path, line=number)
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: not a whole parquet file ({error}). {FIX}") from None
+            raise DataError(f"{path}: not a complete parquet file ({error}). {FIX}") from None
 
 
 def unpack_image(record: Record, field: str, folder: Path, name: str) -> ImageRef:
@@ -261,9 +261,9 @@ def unpack_image(record: Record, field: str, folder: Path, name: str) -> ImageRe
             try:
                 data = base64.b64decode(data, validate=True)
             except (binascii.Error, ValueError):
-                record.fail(f"field {field!r} is {_show(cell)}; it has to be an image in base64.")
+                record.fail(f"field {field!r} is {_show(cell)}; it must be an image in base64.")
         if not isinstance(data, bytes) or not data:
-            record.fail(f"field {field!r} holds no image.")
+            record.fail(f"field {field!r} has no image.")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(data)

@@ -19,7 +19,7 @@ from tinyllava.evaluation.results import Result, ResultTable, load_results
 from tinyllava.files import held, read_object
 
 _BLANK = " (blank images)"
-BLIND = "blind: every image replaced by one of the mean colour"
+BLIND = "blind: every image replaced with its mean colour"
 
 
 def _name_releases(benchmark: Benchmark, data: Path) -> list[str]:
@@ -31,7 +31,7 @@ def _name_releases(benchmark: Benchmark, data: Path) -> list[str]:
 def _notes(benchmark: Benchmark, data: Path, run: Mapping[str, Any], *, blind: bool) -> tuple[str, ...]:
     notes = _name_releases(benchmark, data)
     if "source" in run:
-        notes.append(f"answers taken from {run['source']}")
+        notes.append(f"answers from {run['source']}")
     return (*notes, BLIND) if blind else tuple(notes)
 
 
@@ -44,8 +44,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
     run = read_object(folder / "run.json") or {}
     if not all(isinstance(run.get(name), str) for name in ("model", "dtype")):
         raise DataError(
-            f"{folder / 'run.json'}: damaged; whose answers these are is not known. Delete {folder}, and "
-            "ask again with `tinyllava evaluate`."
+            f"{folder / 'run.json'}: damaged, so the model of these answers is unknown. Delete {folder} and "
+            "run `tinyllava evaluate` again."
         )
     return run
 
@@ -122,7 +122,7 @@ def score(
     """
     folder = answers_folder(output, benchmark, blind=blind)
     if not (folder / "run.json").is_file():
-        raise DataError(f"{folder}: no answers there; ask a model first with `tinyllava evaluate`.")
+        raise DataError(f"{folder}: no answers found. Run `tinyllava evaluate` without --score-only first.")
     with held(folder):
         return _score(benchmark, data, output, folder, blind=blind, limit=limit, judge=judge)
 

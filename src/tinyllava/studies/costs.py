@@ -1,4 +1,4 @@
-"""What the nodes of a graph take: steps, seconds and memory, measured where it can be, reckoned elsewhere.
+"""What the nodes of a graph take: steps, seconds and memory, measured where it can be, computed elsewhere.
 
 Paper: sections 4.1.2 and 4.1.3. Reckoned seconds follow from the plan of a run on GPUs; what nodes of the
 same graph took on this machine corrects them.
@@ -20,12 +20,12 @@ from tinyllava.studies.grid import Costs
 Kind = tuple[str, str]
 """Stage or benchmark, and the unit that its work is weighed in."""
 PROMPT_TOKENS = 64
-"""Text of a question and its answer, for which an evaluation is reckoned."""
+"""Text of a question and its answer, for which an evaluation is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The GPUs that a graph is reckoned for."""
+    """The GPUs that a graph is computed for."""
 
     gpu: str = "A100-80G"
     num_gpus: int = 8
@@ -39,12 +39,12 @@ class Cost:
     seconds: float | None = None
     memory_bytes: int | None = None
     """Peak of one GPU."""
-    is_reckoned: bool = False
+    is_computed: bool = False
     """Whether the seconds are those of GPUs on paper."""
 
 
 def expect(node: Node, costs: Costs, machine: Machine) -> Cost:
-    """Return what a node takes by measured costs where they are given, and as reckoned for GPUs elsewhere."""
+    """Return what a node takes by measured costs where they are given, and as computed for GPUs elsewhere."""
     return (
         _of_evaluation(node, costs, machine) if node.kind == "evaluation" else _of_stage(node, costs, machine)
     )
@@ -72,7 +72,7 @@ def _of_stage(node: Node, costs: Costs, machine: Machine) -> Cost:
     return Cost(
         num_steps=found.load.num_steps if found.load else num_steps,
         seconds=found.hours * 3600 or None,
-        is_reckoned=True,
+        is_computed=True,
         memory_bytes=min(form.memory.peak for name, form in found.forms.items() if "LoRA" not in name),
     )
 
@@ -94,7 +94,7 @@ def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
     flops = count * count_flops(parts, _without_training(stage), tokens, PROMPT_TOKENS)
     gpu = GPUS[machine.gpu]
     speed = machine.num_gpus * gpu.flops(gpu.precision("auto")) * UTILISATION
-    return Cost(seconds=flops / speed, is_reckoned=True)
+    return Cost(seconds=flops / speed, is_computed=True)
 
 
 def _without_training(stage: Stage) -> Stage:
@@ -138,9 +138,9 @@ def correct(node: Node, cost: Cost, learned: Mapping[Kind, float]) -> float | No
 
 
 def _weigh(node: Node, cost: Cost) -> tuple[Kind, float]:
-    """Return the kind of work, and how much of it a node is: reckoned seconds, or samples, or one piece."""
+    """Return the kind of work, and how much of it a node is: computed seconds, or samples, or one piece."""
     if cost.seconds:
-        return (node.name, "reckoned"), cost.seconds
+        return (node.name, "computed"), cost.seconds
     if node.kind == "evaluation" or not (num_samples := count_samples(node)):
         return (node.name, "piece"), 1.0
     stage = node.run.stages[node.name]

@@ -75,7 +75,7 @@ class Grid:
         ids = [cell.id for cell in self.cells]
         for cell in self.cells:
             if ids.count(cell.id) > 1:
-                raise ConfigError(f"grid {self.name!r}: two cells are called {cell.id!r}; rename one.")
+                raise ConfigError(f"grid {self.name!r}: two cells have the id {cell.id!r}; rename one.")
             for axis in self.axes:
                 if cell.labels.get(axis) not in self.axes[axis]:
                     raise ConfigError(
@@ -114,7 +114,7 @@ def cross(
         ConfigError: a path that a run does not have, or a panel that is no axis.
     """
     if panel and panel not in axes:
-        raise ConfigError(f"grid {name!r}: panel {panel!r} is no axis; known: {', '.join(axes)}.")
+        raise ConfigError(f"grid {name!r}: panel {panel!r} is not an axis; known: {', '.join(axes)}.")
     cells = []
     for labels in product(*axes.values()):
         place = dict(zip(axes, labels, strict=True))
@@ -166,13 +166,13 @@ def _changed(node: Any, keys: list[str], value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         known = [one.name for one in dataclasses.fields(node)]
         if key not in known:
-            raise ConfigError(f"{path}: there is no field {key!r}; known: {', '.join(known)}.")
+            raise ConfigError(f"{path}: unknown field {key!r}; known: {', '.join(known)}.")
         return replace(node, **{key: _changed(getattr(node, key), rest, value, path) if rest else value})
     if isinstance(node, dict):
         if rest and key not in node:
-            raise ConfigError(f"{path}: there is no {key!r}; known: {', '.join(node)}.")
+            raise ConfigError(f"{path}: unknown key {key!r}; known: {', '.join(node)}.")
         return {**node, key: _changed(node[key], rest, value, path) if rest else value}
-    raise ConfigError(f"{path}: {key!r} is looked for in {node!r}, which has no fields.")
+    raise ConfigError(f"{path}: cannot find {key!r} in {node!r}, which has no fields.")
 
 
 def select_cells(grid: Grid, patterns: Sequence[str]) -> Grid:
@@ -192,7 +192,7 @@ def select_cells(grid: Grid, patterns: Sequence[str]) -> Grid:
         }
         if not found:
             raise UnknownNameError(
-                f"--only {pattern!r} names no cell of {grid.name}; "
+                f"--only {pattern!r} matches no cell of {grid.name}; "
                 f"known: {', '.join(cell.id for cell in grid.cells)}."
             )
         kept |= found
@@ -212,12 +212,12 @@ def exchange_parts(grid: Grid, parts: Mapping[str, str]) -> Grid:
         models = [cell.run.model for cell in grid.cells]
         known = sorted({m.vision_encoder for m in models} | {m.language_model for m in models})
         if name not in known:
-            raise UnknownNameError(f"--part {name}={other}: no run has it; known: {', '.join(known)}.")
+            raise UnknownNameError(f"--part {name}={other}: not used by any run; known: {', '.join(known)}.")
         marked = f"{name} (here {other.rstrip('/').rpartition('/')[2]})"
         axes = {a: tuple(marked if one == name else one for one in labels) for a, labels in grid.axes.items()}
         cells = tuple(_exchange(cell, name, other, marked) for cell in grid.cells)
         claims = tuple(_exchange_in_claim(claim, name, marked) for claim in grid.claims)
-        note = f"{name} is replaced by {other}."
+        note = f"{name} is replaced with {other}."
         grid = replace(grid, axes=axes, cells=cells, claims=claims, notes=(*grid.notes, note))
     return grid
 

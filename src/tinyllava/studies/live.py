@@ -80,7 +80,7 @@ class LiveView:
                 cell.id, stages, self._evaluations(cell.evaluations), self._now(cell.nodes, seconds)
             )
         hidden = len(self.graph.cells) - len(shown)
-        more = [Text(f"and {hidden} more, the table is longer than the terminal", "dim")] if hidden else []
+        more = [Text(f"and {hidden} more (the terminal is too small for the table)", "dim")] if hidden else []
         foot = Table.grid(padding=(0, 1))
         foot.add_row(self._bar(), Text(self._remaining(seconds)))
         return Group(table, *more, foot)
@@ -149,7 +149,7 @@ class LiveView:
             if self._status_of(id_) in ("done", "failed", "missing"):
                 continue
             need = self.needs[id_]
-            planned = None if need.basis == "reckoned" else need.seconds
+            planned = None if need.basis == "computed" else need.seconds
             seconds = whole[id_] or correct(need.node, need.cost, learned) or planned
             if seconds is not None:
                 elapsed = now() - state.started if state.status == "running" else 0.0
@@ -175,9 +175,9 @@ class LiveView:
         for status, words in (("failed", "failed"), ("missing", "cannot be run here")):
             parts += [f"{statuses.count(status)} {words}"] if status in statuses else []
         if total := sum(seconds.values()):
-            parts.append(f"about {duration(total)} of work left")
+            parts.append(f"about {duration(total)} left")
         unknown = sum(status in ("waiting", "submitted", "running") for status in statuses) - len(seconds)
-        parts += [f"{unknown} of unknown length"] if unknown else []
+        parts += [f"{unknown} of unknown duration"] if unknown else []
         return ", ".join(parts)
 
 

@@ -31,12 +31,12 @@ class Need:
     """done, running, failed, to do, or missing: something that it needs is not here."""
     missing: tuple[str, ...] = ()
     cost: Cost = field(default_factory=Cost)
-    """By the costs of the grid, or reckoned for GPUs."""
+    """By the costs of the grid, or computed for GPUs."""
     seconds: float | None = None
     """Measured where the node is done, otherwise expected; None if nothing is known."""
     basis: str = ""
-    """What ``seconds`` rest on: measured, alike (what others of this graph took), estimated (costs of the
-    grid), or reckoned (for GPUs)."""
+    """What ``seconds`` rest on: measured, extrapolated (from other nodes), estimated (costs of the
+    grid), or computed (for GPUs)."""
 
 
 def plan_graph(graph: Graph, costs: Costs | None = None, *, machine: Machine | None = None) -> list[Need]:
@@ -44,13 +44,13 @@ def plan_graph(graph: Graph, costs: Costs | None = None, *, machine: Machine | N
 
     Args:
         costs: what was measured on the machine that the grid is meant for.
-        machine: GPUs to reckon for; without it what finished nodes of the graph took goes before.
+        machine: GPUs to estimate for. If omitted, times of finished nodes are used where available.
 
     Raises:
         UnknownNameError: no such GPU.
     """
-    reckoned_for = machine or Machine()
-    look_up(GPUS, reckoned_for.gpu, "GPU")
+    computed_for = machine or Machine()
+    look_up(GPUS, computed_for.gpu, "GPU")
     needs: dict[str, Need] = {}
     for id_, node in graph.nodes.items():
         state = load_state(node)
@@ -59,7 +59,7 @@ def plan_graph(graph: Graph, costs: Costs | None = None, *, machine: Machine | N
         if not missing and state.status != "done" and before is not None and before.status == "missing":
             missing = (f"what {node.after} needs",)
         status = {"waiting": "to do", "submitted": "running"}.get(state.status, state.status)
-        cost = expect(node, costs or Costs(), reckoned_for)
+        cost = expect(node, costs or Costs(), computed_for)
         is_done = state.status == "done"
         needs[id_] = Need(
             node=node,
@@ -74,16 +74,16 @@ def plan_graph(graph: Graph, costs: Costs | None = None, *, machine: Machine | N
 
 
 def _basis_of(cost: Cost) -> str:
-    return "" if cost.seconds is None else "reckoned" if cost.is_reckoned else "estimated"
+    return "" if cost.seconds is None else "computed" if cost.is_computed else "estimated"
 
 
 def _corrected(needs: list[Need]) -> list[Need]:
-    """Put what finished nodes of the same kind took in the place of what was reckoned."""
+    """Put what finished nodes of the same kind took in the place of what was computed."""
     learned = learn((n.node, n.cost, n.seconds) for n in needs if n.status == "done" and n.seconds)
     changed = []
     for need in needs:
         seconds = None if need.status == "done" else correct(need.node, need.cost, learned)
-        changed.append(need if seconds is None else replace(need, seconds=seconds, basis="alike"))
+        changed.append(need if seconds is None else replace(need, seconds=seconds, basis="extrapolated"))
     return changed
 
 
@@ -128,7 +128,7 @@ def missing_weights(vision_encoder: str, language_model: str) -> list[str]:
         if part is None or Path(part.path).is_dir():
             continue  # what is not found is said among the problems of the run
         if not isinstance(try_to_load_from_cache(part.path, "config.json"), str):
-            missing.append(f"{name}: the weights {part.path} are not in the cache, and HF_HUB_OFFLINE is set")
+            missing.append(f"{name}: the weights {part.path} are not cached, and HF_HUB_OFFLINE is set")
     return missing
 
 
@@ -186,12 +186,12 @@ def explain_costs(needs: list[Need], machine: Machine) -> list[str]:
     gpus = f"{machine.num_gpus} x {machine.gpu} at {UTILISATION:.0%} of the peak"
     seen = {need.basis for need in needs}
     meanings = {
-        "measured": "measured: what it took.",
-        "alike": "alike: by what finished nodes of this grid took, wherever they ran.",
-        "estimated": "estimated: by the seconds that the grid gives for each sample and question.",
-        "reckoned": f"reckoned: for {gpus}; evaluations without the judge and without long answers.",
+        "measured": "measured: actual times.",
+        "extrapolated": "extrapolated: from finished nodes of this grid.",
+        "estimated": "estimated: from the grid's seconds per sample and question.",
+        "computed": f"computed: for {gpus}, without judges and long answers in evaluations.",
     }
-    nothing = ["no times are known before the first nodes have finished here."]
+    nothing = ["Times are unknown until the first nodes have finished."]
     return [text for basis, text in meanings.items() if basis in seen] or nothing
 
 
@@ -202,13 +202,15 @@ def summarise(needs: list[Need], graph: Graph) -> list[str]:
     once = sum(len(cell.nodes) for cell in graph.cells)
     known = [need.seconds for need in open_ if need.seconds is not None]
     first = (
-        f"{len(graph.cells)} models: {stages} stages and {len(needs) - stages} evaluations, "
-        f"{once - len(needs)} fewer than one by one; {len(needs) - len(open_)} are done."
+        f"{len(graph.cells)} models: {stages} stages and {len(needs) - stages} evaluations "
+        f"({once - len(needs)} saved by sharing), {len(needs) - len(open_)} done."
     )
     lines = [first]
     if known:
-        unknown = f", and {len(open_) - len(known)} nodes not known" if len(known) < len(open_) else ""
-        lines.append(f"still to do: {duration(sum(known))}, one node after the other{unknown}")
+        unknown = (
+            f", plus {len(open_) - len(known)} nodes of unknown duration" if len(known) < len(open_) else ""
+        )
+        lines.append(f"remaining: {duration(sum(known))}, one node at a time{unknown}")
     missing = dict.fromkeys(line for need in open_ for line in need.missing if not line.startswith("what "))
     if missing:
         lines += ["missing:", *(f"  {line}" for line in missing)]

@@ -168,7 +168,7 @@ def find_grid(name: str) -> Grid:
     known = dict.fromkeys(sorted([*GRIDS, *LISTED, STARTER], key=_order))
     look_up(known, name, "grid")
     if name in LISTED:
-        raise ConfigError(f"{name} lists what exists and is not run: `tinyllava reproduce {name}` prints it.")
+        raise ConfigError(f"{name} is a list, not a grid of runs. `tinyllava reproduce {name}` prints it.")
     return GRIDS[name]
 
 
@@ -183,12 +183,12 @@ def _from_file(path: str, key: str) -> Grid:
         named = [name for name, value in grids.items() if isinstance(value, Grid)]
         if len(named) != 1:
             raise ConfigError(
-                f"{path}: it holds {len(named)} values of tinyllava.studies.grid.Grid "
-                f"({', '.join(named) or 'none'}); name one: {path}:NAME."
+                f"{path}: has {len(named)} values of tinyllava.studies.grid.Grid "
+                f"({', '.join(named) or 'none'}). Choose one with {path}:NAME."
             )
         key = named[0]
     value = look_up(grids, key, f"grid in {path}")
     made = value() if callable(value) else value
     if not isinstance(made, Grid):
-        raise ConfigError(f"{path}:{key}() returned {type(made).__name__}; a Grid is needed.")
+        raise ConfigError(f"{path}:{key}() returned {type(made).__name__}; it must return a Grid.")
     return made

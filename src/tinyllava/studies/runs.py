@@ -42,9 +42,7 @@ def find_runs(folder: Path) -> list[FoundRun]:
     files = sorted(path for path in folder.rglob("run.json") if _is_run(_read(path)))
     files = [path for path in files if path.parent.name != "model"]  # a checkpoint holds a copy
     if not files:
-        raise DataError(
-            f"{folder}: no run folder there (one holds a run.json); `tinyllava train` makes them."
-        )
+        raise DataError(f"{folder}: no run folder (with a run.json) found. `tinyllava train` creates one.")
     return [_read_run(path.parent) for path in files]
 
 
@@ -135,7 +133,7 @@ def _holds(values: Sequence[Any], sign: str, wanted: str, condition: str) -> boo
         return any(_COMPARED[sign](float(value), float(wanted)) for value in values)
     except (TypeError, ValueError):
         raise DataError(
-            f"--where {condition}: {sign} compares numbers, and {wanted!r} or {values[0]!r} is none; "
+            f"--where {condition}: {sign} compares numbers, but {wanted!r} or {values[0]!r} is not a number; "
             "use = or !=."
         ) from None
 

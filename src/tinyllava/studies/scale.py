@@ -51,7 +51,9 @@ def scale_grid(grid: Grid, scale: float) -> Grid:
         ConfigError: not a share above 0 and at most 1.
     """
     if not 0 < scale <= 1:
-        raise ConfigError(f"--scale {scale:g}: give a share of the records above 0 and at most 1, e.g. 0.02.")
+        raise ConfigError(
+            f"--scale {scale:g}: give a share of the records above 0 and at most 1, such as 0.02."
+        )
     if scale == 1:
         return grid
     note = f"Trained on a fixed {scale:.2%} of the records of every source: not the paper's experiment."
@@ -92,7 +94,7 @@ def _scale_data(data: DataConfig, data_root: str, scale: float, folder: Path) ->
         roots.add(str(images))
     if len(roots) > 1:
         raise ConfigError(
-            f"data.records = {list(data.records)}: their images lie below different folders "
-            f"({', '.join(sorted(roots))}); scale them one by one."
+            f"data.records = {list(data.records)}: their images are in different folders "
+            f"({', '.join(sorted(roots))}); scale them separately."
         )
     return replace(data, records=tuple(files), images=roots.pop())

@@ -113,7 +113,7 @@ class Study:
         for cell in self.cells:
             self._check_cell(cell)
             if ids.count(cell.id) > 1:
-                raise DataError(f"study {self.name!r}: two cells are called {cell.id!r}; rename one.")
+                raise DataError(f"study {self.name!r}: two cells have the id {cell.id!r}; rename one.")
         self.table  # noqa: B018 - refuses columns that mix protocols, data sets or judges
 
     def _check_cell(self, cell: StudyCell) -> None:
@@ -121,18 +121,20 @@ class Study:
         if cell.status not in STATUSES:
             raise DataError(f"{where}: field 'status' is {cell.status!r}; known: {', '.join(STATUSES)}.")
         if cell.panel not in self.panels:
-            raise DataError(f"{where}: panel {cell.panel!r} is not among {list(self.panels)}; add it there.")
+            raise DataError(f"{where}: panel {cell.panel!r} is not in {list(self.panels)}; add it.")
         if set(cell.labels) != set(self.axes):
             raise DataError(
                 f"{where}: labels for {sorted(cell.labels)}, but the axes are {sorted(self.axes)}; "
-                "give one label for each axis."
+                "give one label per axis."
             )
         for axis, label in cell.labels.items():
             if label not in self.axes[axis]:
                 raise DataError(f"{where}: label {label!r} is not on axis {axis!r}: {list(self.axes[axis])}.")
         for result in cell.results:
             if result.model != cell.id:
-                raise DataError(f"{where}: holds a result of {result.model!r}; a cell holds its own only.")
+                raise DataError(
+                    f"{where}: has a result of {result.model!r}, but a cell may only have its own."
+                )
 
     @property
     def table(self) -> ResultTable:
@@ -335,9 +337,9 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; `tinyllava reproduce` writes it.") from None
+        raise DataError(f"{path}: no such file. Run `tinyllava reproduce` to write it.") from None
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); write it again with `tinyllava reproduce`.") from None
+        raise DataError(f"{path}: not JSON ({error}). Write it again with `tinyllava reproduce`.") from None
     version = values.pop("version", None) if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(

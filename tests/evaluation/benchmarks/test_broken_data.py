@@ -77,7 +77,7 @@ CASES = {
         files.vqav2_test,
         edit(TESTDEV, '"Question 0?\\nAnswer the question using a single word or phrase."', "7.5"),
         f"{TESTDEV}:1",
-        "field 'text' is 7.5; it has to be text",
+        "field 'text' is 7.5; it must be text",
     ),
     "vqav2-val: nine answers": (
         "vqav2-val",
@@ -88,7 +88,7 @@ CASES = {
             "",
         ),
         f"{VAL_A}:56, entry '262148000'",
-        "has 9 entries; it has to have 10",
+        "has 9 entries; it must have 10",
     ),
     "vqav2-val: no annotation": (
         "vqav2-val",
@@ -124,7 +124,7 @@ CASES = {
         files.scienceqa,
         edit("problems.json", '   "frog",\n', ""),
         "problems.json:2, entry '11'",
-        "has 1 entries; it has to have 2 to 5",
+        "has 1 entries; it must have 2 to 5",
     ),
     "scienceqa: unknown id": (
         "scienceqa",
@@ -138,7 +138,7 @@ CASES = {
         files.scienceqa,
         edit("problems.json", '"grade": "grade7"', '"grade": "grade13"'),
         "problems.json:15, entry '12'",
-        "field 'grade' is 'grade13'; it has to be one of grade1 to grade12",
+        "field 'grade' is 'grade13'; it must be one of grade1 to grade12",
     ),
     "textvqa: nine answers": (
         "textvqa",
@@ -166,14 +166,14 @@ CASES = {
         files.pope,
         edit(POPE, '"label": "no"', '"label": "maybe"'),
         f"{POPE}:2",
-        "field 'label' is 'maybe'; it has to be yes or no",
+        "field 'label' is 'maybe'; it must be yes or no",
     ),
     "pope: id": (
         "pope",
         files.pope,
         edit(POPE, '"question_id": 3', '"question_id": "x3"'),
         f"{POPE}:3",
-        "field 'question_id' is 'x3'; it has to be a whole number",
+        "field 'question_id' is 'x3'; it must be an integer",
     ),
     "mme: a tab too many": ("mme", files.mme, edit(MME, "cat?", "cat?\t"), f"{MME}:1", "the line has 2 tabs"),
     "mme: no tab": ("mme", files.mme, edit(MME, "\tNo", " No"), f"{MME}:2", "the line has 0 tabs"),
@@ -197,7 +197,7 @@ CASES = {
         files.mmbench,
         edit(TSV, "\tA\tcolor", "\tD\tcolor"),
         f"{TSV}:14",
-        "field 'answer' is 'D'; it has to be one of A, B",
+        "field 'answer' is 'D'; it must be one of A, B",
     ),
     "mmbench: cells": ("mmbench", files.mmbench, append(TSV, "7\tx\n"), f"{TSV}:16", "not the 14 cells"),
     "mmbench: image": ("mmbench", files.mmbench, edit(TSV, "iVBOR", "%%%%%"), f"{TSV}:2", "image in base64"),
@@ -241,7 +241,7 @@ CASES = {
         files.llava_w,
         append("questions.jsonl", "[1]\n"),
         "questions.jsonl:5",
-        "the line is [1]; it has to be a record",
+        "the line is [1]; it must be a record",
     ),
 }
 
@@ -265,7 +265,7 @@ def test_there_are_at_least_twenty_kinds() -> None:
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if not name.startswith("starter")])
 def test_an_empty_folder_is_told_what_was_looked_for(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"looked for .* says where to get them"):
+    with pytest.raises(DataError, match=r"looked for .* lists their source"):
         BENCHMARKS[name].load(tmp_path)
 
 
@@ -282,7 +282,7 @@ def test_a_cut_parquet_file(tmp_path: Path) -> None:
     files.pope_parquet(tmp_path)
     (path,) = tmp_path.rglob("*.parquet")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"not a whole parquet file"):
+    with pytest.raises(DataError, match=r"not a complete parquet file"):
         BENCHMARKS["pope"].load(tmp_path)
 
 

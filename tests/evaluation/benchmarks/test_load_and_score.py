@@ -79,7 +79,7 @@ def test_vqav2_upload_without_all_the_ids_says_so_in_its_name(tmp_path: Path) ->
     assert [entry["question_id"] for entry in json.loads(path.read_text())] == list(range(1000, 1006))
     lines = [{"question_id": 1000, "image": "a.jpg", "text": "?"}]
     files.write_lines(tmp_path / "llava_vqav2_mscoco_test2015.jsonl", lines)
-    with pytest.raises(DataError, match="3 questions are not in it, as 1001"):
+    with pytest.raises(DataError, match="3 questions are missing, such as 1001"):
         export(list(questions.values()), {}, tmp_path, tmp_path / "out")
 
 

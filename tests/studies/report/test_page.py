@@ -56,7 +56,7 @@ def test_the_time_counts_a_shared_stage_once(tmp_path: Path) -> None:
     cells = [replace(c, stages=(shared,) if c.stages else ()) for c in study.cells]
     save_study(replace(study, cells=tuple(cells)), tmp_path)
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "<dt>training time behind it</dt><dd>1 min 40 s</dd>" in page
+    assert "<dt>total training time</dt><dd>1 min 40 s</dd>" in page
 
 
 def test_a_study_of_which_nothing_was_run_has_a_report(tmp_path: Path) -> None:

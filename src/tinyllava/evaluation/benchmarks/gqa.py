@@ -147,7 +147,7 @@ BENCHMARK = Benchmark(
     prompt=PROMPT,
     load=load,
     grade=grade,
-    unclear="empty, or neither yes nor no where one of them is right",
+    unclear="empty, or neither yes nor no to a yes/no question",
     details=measure_distribution,
     export=export_predictions,
     files=(
@@ -166,7 +166,7 @@ BENCHMARK = Benchmark(
         ),
         NeededFile(
             names=(LLAVA,),
-            purpose="LLaVA's prompts (else made by the same rule)",
+            purpose="LLaVA's prompts (otherwise made by the same rule)",
             source="LLaVA's eval.zip (docs/Evaluation.md of the LLaVA repository)",
             licence="not stated",
             is_optional=True,

@@ -85,8 +85,8 @@ def read_official_wording(folder: Path) -> Wording:
     for name in (RULES, SCRIPT):
         if not (folder / name).exists():
             raise DataError(
-                f"{folder / name}: no such file; the official judge prompt is read from it. Take it from "
-                f"{LLAVA}, or evaluate llava-w-own-prompt, whose numbers stand in a column of their own."
+                f"{folder / name}: no such file, but it has the official judge prompt. Download it from "
+                f"{LLAVA}, or evaluate llava-w-own-prompt, whose scores have their own column."
             )
     rules = read_json(folder / RULES)
     wording: dict[str, str] = {}
@@ -99,7 +99,7 @@ def read_official_wording(folder: Path) -> Wording:
         if isinstance(node, ast.Dict) and _constants(node).get("role") == "system"
     ]
     if not system:
-        raise DataError(f"{folder / SCRIPT}:1: holds no system message. Take the file from {LLAVA}.")
+        raise DataError(f"{folder / SCRIPT}:1: no system message. Download the file from {LLAVA}.")
     return {**wording, "system": system[0]}
 
 
@@ -252,5 +252,5 @@ OWN_PROMPT = replace(
     protocol="llava-w/own-prompt",
     judging=replace(BENCHMARK.judging, wording=lambda _: _OWN_WORDING) if BENCHMARK.judging else None,
     files=_FILES,
-    notes=("judged with a prompt of our own; not a number for the column LLaVA-W",),
+    notes=("judged with our own prompt; not comparable with LLaVA-W",),
 )

@@ -64,7 +64,7 @@ def load(folder: Path) -> list[Question]:
         options = _read_options(record)
         answer = record.text("answer").strip()
         if answer not in options:
-            record.fail(f"field 'answer' is {answer!r}; it has to be one of {', '.join(options)}.")
+            record.fail(f"field 'answer' is {answer!r}; it must be one of {', '.join(options)}.")
         hint = "" if _is_empty(record.values.get("hint")) else f"{record.text('hint')}\n"
         text = BODY.format(
             hint=hint,
@@ -88,7 +88,7 @@ def load(folder: Path) -> list[Question]:
     if 2 * num_chinese > rows.total():
         raise DataError(
             f"{folder}: {num_chinese:,} of {rows.total():,} questions are in Chinese; this benchmark is "
-            f"{SPLIT}. Replace the file by the English one, {TABLES[-2]}."
+            f"{SPLIT}. Replace the file with the English one, {TABLES[-2]}."
         )
     return questions.finish(folder)
 
@@ -103,7 +103,7 @@ def find_table(folder: Path) -> Path | None:
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
         raise DataError(
-            f"{folder}: several tables of the {SPLIT} set: {names}. Their questions differ: keep one in the "
+            f"{folder}: several tables of the {SPLIT} set: {names}. Their questions differ. Keep one in the "
             "folder."
         )
     return tables[0] if tables else None
@@ -132,7 +132,7 @@ def _read_options(record: Record) -> dict[str, str]:
             break
         options[letter] = record.text(letter)
     if len(options) < 2:
-        record.fail(f"there are {len(options)} options before the first empty one; there have to be 2 to 4.")
+        record.fail(f"there are {len(options)} options before the first empty one; there must be 2 to 4.")
     return options
 
 
@@ -298,5 +298,5 @@ WITH_JUDGE = replace(
             bool(answer) and not extract_option(answer, question.target["options"])
         ),
     ),
-    notes=("a judge, asked in our own words, reads what the rules cannot; not a number for the column MMB",),
+    notes=("a judge with our own prompt reads answers that the rules cannot; not comparable with MMB",),
 )

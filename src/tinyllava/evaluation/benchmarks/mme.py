@@ -63,7 +63,7 @@ def load(folder: Path) -> list[Question]:
             record.fail(f"image {name!r} has more than two questions.")
     odd = [name for name, num in seen.items() if num != 2]
     if odd and last is not None:
-        last.fail(f"{len(odd)} images have not two questions, as {odd[0]!r}.")
+        last.fail(f"{len(odd)} images do not have two questions, such as {odd[0]!r}.")
     return questions.finish(folder)
 
 
@@ -84,7 +84,7 @@ def _read_records(folder: Path) -> Iterator[tuple[str, str, Record, ImageRef]]:
     for record in read_parquet(shards) if not tasks else ():
         name, task = record.text("question_id"), record.text("category")
         if task not in (*PERCEPTION, *COGNITION):
-            record.fail(f"field 'category' is {task!r}; it has to be one of the fourteen tasks.")
+            record.fail(f"field 'category' is {task!r}; it must be one of the fourteen tasks.")
         yield task, name, record, unpack_image(record, "image", folder, name.replace("/", "_"))
 
 
@@ -100,7 +100,7 @@ def _read_pair(path: Path) -> Iterator[Record]:
         cells = line.split("\t")
         record = Record(values=dict(zip(("question", "answer"), cells, strict=False)), path=path, line=number)
         if len(cells) != 2:
-            record.fail(f"the line has {len(cells) - 1} tabs; it has to be question, tab, Yes or No.")
+            record.fail(f"the line has {len(cells) - 1} tabs; it must be question, tab, Yes or No.")
         yield record
 
 
@@ -179,5 +179,5 @@ BENCHMARK = Benchmark(
             licence="not stated",
         ),
     ),
-    notes=("perception is the sum over ten tasks, at most 2,000; cognition and total stand beside it",),
+    notes=("perception is the sum over ten tasks, at most 2,000; cognition and total are extra",),
 )

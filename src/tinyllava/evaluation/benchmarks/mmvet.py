@@ -42,7 +42,7 @@ def load(folder: Path) -> list[Question]:
         has = record.field("capability")
         names = has.split(",") if isinstance(has, str) else record.texts("capability")
         if not names or not set(names) <= set(CAPABILITIES):
-            record.fail(f"field 'capability' is {names}; it has to list some of {', '.join(CAPABILITIES)}.")
+            record.fail(f"field 'capability' is {names}; it must list some of {', '.join(CAPABILITIES)}.")
         in_order = [name for name in CAPABILITIES if name in names]
         groups = (*(f"capability={name}" for name in in_order), f"set={'+'.join(in_order)}")
         text, target = record.text("question"), record.text("answer")
@@ -71,8 +71,8 @@ def read_official_wording(folder: Path) -> Wording:
     path = folder / EVALUATOR
     if not path.exists():
         raise DataError(
-            f"{path}: no such file; the official judge prompt is read from it. Take it from {SITE}, or "
-            "evaluate mmvet-own-prompt, whose numbers stand in a column of their own."
+            f"{path}: no such file, but it has the official judge prompt. Download it from {SITE}, or "
+            "evaluate mmvet-own-prompt, whose scores have their own column."
         )
     tree = read_python(path, SITE)
     prompts = [
@@ -89,7 +89,7 @@ def read_official_wording(folder: Path) -> Wording:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "(digit)" in node.value
     ]
     if not prompts or not again:
-        raise DataError(f"{path}:1: holds no judge prompt of MM-Vet. Take the file from {SITE}.")
+        raise DataError(f"{path}:1: no judge prompt of MM-Vet. Download the file from {SITE}.")
     return {"prompt": prompts[0], "again": again[0]}
 
 
@@ -213,5 +213,5 @@ OWN_PROMPT = replace(
     protocol="mmvet/own-prompt",
     judging=replace(BENCHMARK.judging, wording=lambda _: _OWN_WORDING) if BENCHMARK.judging else None,
     files=_FILES,
-    notes=("judged with a prompt of our own; not a number for the column MM-Vet",),
+    notes=("judged with our own prompt; not comparable with MM-Vet",),
 )

@@ -34,13 +34,13 @@ def load(folder: Path, *, is_pinned: bool) -> list[Question]:
     num_random = 0
     for split, record, image in _read_records(folder):
         if split not in FIRST_ID:
-            record.fail(f"field 'category' is {split!r}; it has to be one of {', '.join(FIRST_ID)}.")
+            record.fail(f"field 'category' is {split!r}; it must be one of {', '.join(FIRST_ID)}.")
         num_random += split == "random"
         if is_pinned and num_random > NUM_PINNED_RANDOM:
             record.fail(
                 f"the random split has more than the {NUM_PINNED_RANDOM:,} questions of the release that "
                 "published numbers use.",
-                f"Take the files of {PINNED}, or evaluate pope-pooled.",
+                f"Use the files of {PINNED}, or evaluate pope-pooled.",
             )
         label = record.one_of("label" if "label" in record.values else "answer", YES, NO)
         text = record.text("text" if "text" in record.values else "question")
@@ -228,7 +228,7 @@ POOLED = replace(
         ),
     ),
     notes=(
-        "exact match of yes or no over one pool; not a number for the column POPE",
+        "exact match of yes or no over one pool; not comparable with POPE",
         "yes_ratio is the share of yes among the answers; lmms-eval prints that of the labels",
     ),
 )

@@ -45,7 +45,7 @@ def load(folder: Path) -> list[Question]:
     for question_id, record, image in _read_records(folder):
         choices = record.texts("choices")
         if not 2 <= len(choices) <= len(LETTERS):
-            record.fail(f"field 'choices' has {len(choices)} entries; it has to have 2 to 5.")
+            record.fail(f"field 'choices' has {len(choices)} entries; it must have 2 to 5.")
         if record.integer("answer") not in range(len(choices)):
             record.fail(
                 f"field 'answer' is {record.integer('answer')}; there are choices 0 to {len(choices) - 1}."
@@ -76,7 +76,7 @@ def _groups(record: Record, hint: str, image: ImageRef | None) -> tuple[str, ...
     """Return the official groups: a question with a hint and an image counts in both contexts."""
     grade = record.text("grade").removeprefix("grade")
     if grade not in _GRADES:
-        record.fail(f"field 'grade' is {record.text('grade')!r}; it has to be one of grade1 to grade12.")
+        record.fail(f"field 'grade' is {record.text('grade')!r}; it must be one of grade1 to grade12.")
     contexts = [name for name, has in (("image", image), ("text", hint)) if has] or ["none"]
     return (
         *(f"context={name}" for name in contexts),

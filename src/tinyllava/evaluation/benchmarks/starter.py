@@ -44,7 +44,7 @@ def load(folder: Path) -> list[Question]:
         return [_question(record, folder) for record in json.loads(read_text(path))]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path}: a record has another form ({error!r}); run `tinyllava starter` again."
+            f"{path}: unexpected record format ({error!r}). Run `tinyllava starter` again."
         ) from error
 
 
@@ -105,7 +105,7 @@ BENCHMARK = Benchmark(
     prompt="{question}",
     load=load_sample,
     grade=grade,
-    unclear="empty, or neither yes nor no where one of them was asked for",
+    unclear="empty, or neither yes nor no to a yes/no question",
     max_new_tokens=16,
 )
 WHOLE = replace(BENCHMARK, name="starter-whole", split="held-out", load=load, num_questions=0)

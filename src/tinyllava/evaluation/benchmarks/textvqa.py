@@ -65,7 +65,7 @@ def _read_llava(path: Path) -> Prompts:
     for record, text in read_llava_prompts(path):
         lines = text.split("\n")
         if len(lines) != 3 or not lines[1].startswith("Reference OCR token:"):
-            record.fail("field 'text' has to have three lines: question, 'Reference OCR token: ...', suffix.")
+            record.fail("field 'text' must have three lines: question, 'Reference OCR token: ...', suffix.")
         prompts[record.text("question_id"), lines[0].lower()] = text
     return prompts
 
@@ -125,7 +125,7 @@ BENCHMARK = Benchmark(
             licence="CC BY 4.0 (data set); images are of Open Images",
         ),
     ),
-    notes=("asked with the line of OCR tokens",),
+    notes=("prompts include the OCR tokens",),
 )
 
 WITHOUT_OCR = replace(
@@ -136,5 +136,5 @@ WITHOUT_OCR = replace(
     prompt=PROMPT_WITHOUT_OCR,
     load=partial(load, with_ocr=False),
     files=(BENCHMARK.files[0], BENCHMARK.files[2]),
-    notes=("asked without OCR tokens; not a number for the column TextVQA",),
+    notes=("prompts without OCR tokens; not comparable with TextVQA",),
 )

@@ -100,7 +100,7 @@ def _add(questions: QuestionList, record: Record, image: ImageRef, annotation: R
     if annotation is not None:
         entries = list(read_list(annotation, "answers", "answer_id"))
         if len(entries) != NUM_ANNOTATORS:
-            annotation.fail(f"field 'answers' has {len(entries)} entries; it has to have {NUM_ANNOTATORS}.")
+            annotation.fail(f"field 'answers' has {len(entries)} entries; it must have {NUM_ANNOTATORS}.")
         answers = [entry.text("answer") for entry in entries]
         groups = tuple(f"{kind}={annotation.text(kind)}" for kind in ("answer_type", "question_type"))
     text = PROMPT.format(question=record.text("question"))
@@ -136,9 +136,7 @@ def export_upload(
     ids = _read_ids(source, folder) if source else [int(question.id) for question in questions]
     unknown = {question.id for question in questions} - {str(one) for one in ids}
     if unknown:
-        raise DataError(
-            f"{source}:1: {len(unknown)} questions are not in it, as {min(unknown)}; it is not whole."
-        )
+        raise DataError(f"{source}:1: {len(unknown)} questions are missing, such as {min(unknown)}.")
     upload = [{"question_id": one, "answer": normalise_evalai(answers.get(str(one), ""))} for one in ids]
     name = "vqav2_upload.json" if source else "vqav2_upload_incomplete.json"
     return write_export(out / name, json.dumps(upload))
@@ -174,7 +172,7 @@ BENCHMARK = Benchmark(
     has_number_ids=True,
     load=partial(load_test, split="test-dev"),
     grade=grade,
-    unclear="empty, or no yes, no or number where the answer is one",
+    unclear="empty, or not a yes, no or number if the answer is one",
     export=export_upload,
     files=(
         NeededFile(
@@ -247,5 +245,5 @@ VAL = replace(
             num_files=40_504,
         ),
     ),
-    notes=("val reads about 2 points lower than test-dev; not a number for the column VQAv2",),
+    notes=("val reads about 2 points lower than test-dev; not comparable with VQAv2",),
 )

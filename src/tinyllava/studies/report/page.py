@@ -150,7 +150,7 @@ def _facts(
         "cost": True,
     }
     titles = {
-        "run": "What was run",
+        "run": "Models",
         "results": "Results",
         "claims": "Claims",
         "anatomy": "Hallucination",
@@ -194,7 +194,7 @@ def _draw_all(
     if study.paper == "Figure 1" and radar:
         figures["radar"] = (
             draw_radar(table, radar),
-            "Models over the benchmarks that all have; the numbers stand in the table",
+            "Models over their common benchmarks; the numbers are in the table",
         )
     if any(stage.losses for cell in study.cells for stage in cell.stages):
         figures["losses"] = (draw_losses(study), "Loss of each model over the steps of its stages")
@@ -215,7 +215,7 @@ def _describe_bars(table: Table, panel: str) -> str:
     """Return what a person who does not see the bars of a panel has to know of them."""
     models = [row.model for row in table.rows if row.panel == panel and not row.source]
     titles = [column.title for column in table.columns]
-    return f"{panel}: bars of {', '.join(models)} on {', '.join(titles)}; the numbers stand in the table"
+    return f"{panel}: bars of {', '.join(models)} on {', '.join(titles)}; the numbers are in the table"
 
 
 def _radar_rows(table: Table) -> list[Row]:
