@@ -192,7 +192,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "`tinyllava COMMAND --help` explains one; start with `tinyllava starter`.",
-            "`--with FILE.py` runs your code first, where a checkpoint or a saved run names some.",
+            "Run `tinyllava COMMAND --help` for details. Start with `tinyllava starter`.",
+            "`--with FILE.py` first runs your code, if a checkpoint or a saved run needs it.",
         ]
     )

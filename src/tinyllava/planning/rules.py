@@ -42,7 +42,7 @@ def value_problems(stage: Stage, limits: Limits) -> Iterator[str]:
     if not stage.data.records:
         yield "data.records: empty; name a mixture of Table 2, or LLaVA-format files."
     if stage.template and stage.template not in template_names() and not is_reference(stage.template):
-        yield f"template = {stage.template!r}: no such template; known: {', '.join(template_names())}."
+        yield f"template = {stage.template!r}: unknown template; known: {', '.join(template_names())}."
     for field, low, high in (
         ("learning_rate", 0.0, 1.0),
         ("num_epochs", 0.0, 1e6),
