@@ -189,13 +189,13 @@ def strip(path: Path) -> None:
 BROKEN = {
     "missing": (lambda path: None, "no such image. Check the path"),
     "folder": (lambda path: path.mkdir(), r"cannot be read \(Is a directory\)"),
-    "empty": (lambda path: path.touch(), "an empty file; replace it"),
+    "empty": (lambda path: path.touch(), "an empty file. Replace it"),
     "text": (
         lambda path: path.write_text("not an image"),
         r"not a known image format \(starts with b'not an i'\)",
     ),
     "json": (lambda path: path.write_text(json.dumps({"a": 1})), "not a known image format"),
-    "truncated": (truncated, r"damaged \(.*truncated.*; replace it"),
+    "truncated": (truncated, r"damaged \(.*truncated.*\. Replace it"),
     "bomb": (bomb, "12,000 x 12,000 pixels; at most 89,478,485 in all"),
     "monstrous": (monstrous, "more than 89,478,485 pixels, which is too large. Scale it down"),
     "web page": (lambda path: path.write_text("<html>404</html>"), "a web page, .*; download it again"),
@@ -205,7 +205,7 @@ BROKEN = {
         r"a HEIC image from a phone; convert it to JPEG, for example with `heif-convert IN OUT.jpg`",
     ),
     "video": (lambda path: path.write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isom"), "a video; extract a frame"),
-    "PDF": (lambda path: path.write_bytes(b"%PDF-1.7\n"), "a PDF file; replace it by one of: JPEG, PNG"),
+    "PDF": (lambda path: path.write_bytes(b"%PDF-1.7\n"), "a PDF file; replace it with one of: JPEG, PNG"),
     "pipe": (os.mkfifo, "a pipe or device, not an image file"),
     "strip": (strip, "60,000 x 1 pixels; at most .* 16,384 on a side"),
     "float": (
@@ -262,7 +262,7 @@ def test_damage_anywhere_gives_an_image_or_the_named_error(kind, cut, changes):
 
 
 def test_a_nul_in_a_path_is_no_path() -> None:
-    with pytest.raises(ImageError, match=r"'a\\x00\.png': not the path of a file"):
+    with pytest.raises(ImageError, match=r"'a\\x00\.png': not a valid path"):
         open_image(ImageRef(path=Path("a\0.png")))
 
 

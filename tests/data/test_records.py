@@ -113,7 +113,7 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
         "must be a path or a list of paths, found 5",
     ),
     "zero as image": ("malformed", record("Q", "A", image=0), "must be a path or a list of paths, found 0"),
-    "caption as image": ("malformed", record("<image>Q", "A", image=LONG), "is no path"),
+    "caption as image": ("malformed", record("<image>Q", "A", image=LONG), "is not a valid path"),
     "gpt first": (
         "leading_answer",
         {"id": "r1", "conversations": turns("A", "Q", "A", first="gpt")},
@@ -132,9 +132,9 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
     "no answer": ("unanswered", record("Q", "A", "Q"), "ends with a question"),
     "empty answer": ("empty_answer", record("Q", " \n"), "an answer has no text"),
     "empty question": ("empty_question", record(" ", "A"), "neither text nor image"),
-    "mark without image": ("image_count", record("<image>\nQ", "A"), "1 <image> for 0 images"),
-    "image without mark": ("image_count", record("Q", "A", image="a.png"), "0 <image> for 1 images"),
-    "two marks": ("image_count", record("<image><image>Q", "A", image="a.png"), "2 <image> for 1 images"),
+    "mark without image": ("image_count", record("<image>\nQ", "A"), "1 <image> marks for 0 images"),
+    "image without mark": ("image_count", record("Q", "A", image="a.png"), "0 <image> marks for 1 images"),
+    "two marks": ("image_count", record("<image><image>Q", "A", image="a.png"), "2 <image> marks for 1 images"),
     "mark in an answer": (
         "image_count",
         record("Q", "<image> A", image="a.png"),
@@ -153,7 +153,7 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
     "path of 5,000 characters": (
         "malformed",
         record("Q<image>", "A", image="a" * 5000),
-        "'image' is no path",
+        "'image' is not a valid path",
     ),
     "missing image": (
         "missing_image",
@@ -279,7 +279,7 @@ def test_an_unknown_skip_lists_the_known_ones(tmp_path, images):
 
 
 OTHER_FORMS = {
-    "lines named .json": ("a.json", '{"id": 1}\n{"id": 2}\n', r"line 2 column 1\. One record a line"),
+    "lines named .json": ("a.json", '{"id": 1}\n{"id": 2}\n', r"line 2 column 1\. If it has one record per line"),
     "an array named .jsonl": ("a.jsonl", "[]", r"a\.jsonl:1: a JSON array\. Rename a file with one array"),
     "lists without end": (
         "a.json",
