@@ -103,12 +103,12 @@ def test_one_stage_alone(recipe, tmp_path):
 
 
 ERRORS = {
-    "variant": (("base-C-TinyLama",), "'TinyLama'; in a variant's name TinyLlama is written 'TL'."),
-    "encoder": (("base-siglip-TL",), "'siglip'; in a variant's name SigLIP is written 'Sig'."),
+    "variant": (("base-C-TinyLama",), "'TinyLama'; in a variant name, write 'TL' for TinyLlama."),
+    "encoder": (("base-siglip-TL",), "'siglip'; in a variant name, write 'Sig' for SigLIP."),
     "recipe alone": (("base",), "A recipe alone needs --from CHECKPOINT."),
     "records of two stages": (
         ("base-C-TL", "--data", "records.json"),
-        "a file of yours with --pretrain.data.records FILE, or --from CHECKPOINT to fine-tune only.",
+        "your own file with --pretrain.data.records FILE, or --from CHECKPOINT to fine-tune only.",
     ),
     "stage": (
         ("RECIPE", "--only", "midtune"),
@@ -125,7 +125,7 @@ ERRORS = {
     "output is a file": (("RECIPE", "--output", "FILE"), "cannot be made (File exists); choose another"),
     "output below a file": (("RECIPE", "--output", "FILE/x"), "cannot be made (Not a directory)"),
     "images alone": (("RECIPE", "--images", "x"), "--images x: needs --data FILE.json"),
-    "file": (("none.py:TOY",), "none.py: no such recipe file. Check the path."),
+    "file": (("none.py:TOY",), "none.py: no such file."),
     "no run": (("OTHER",), "unknown run or recipe in"),
     "code": (("RECIPE", "--code", "lava"), "Did you mean 'llava'"),
     "skip": (("RECIPE", "--skip", "unanswerd"), "skip 'unanswerd': unknown; known: malformed,"),
