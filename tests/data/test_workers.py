@@ -90,7 +90,7 @@ def test_a_dead_worker_ends_in_one_line(parts, records, tmp_path, monkeypatch):
     monkeypatch.setattr(Examples, "__getitem__", dying)
     hardware = Hardware(num_workers=2, precision="fp32", device_batch_size=2)
     with pytest.raises(
-        DataError, match=r"images died.*--hardware\.num-workers 0 opens images without"
+        DataError, match=r"images died.*--hardware\.num-workers 0 loads images without"
     ) as caught:
         train(toy_run(parts, records, tmp_path / "run", hardware=hardware))
     assert "\n" not in str(caught.value)

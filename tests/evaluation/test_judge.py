@@ -164,7 +164,7 @@ def test_broken_files_of_the_official_prompt_are_named(tmp_path: Path) -> None:
 def test_an_endpoint_that_never_answers(tmp_path: Path) -> None:
     benchmark, questions, answers = mmvet(tmp_path)
     lost = judge("http://127.0.0.1:9", tmp_path, num_attempts=2)
-    with pytest.raises(JudgeError, match=r"in 2 attempts.*ConnectError.*replies so far are kept"):
+    with pytest.raises(JudgeError, match=r"in 2 attempts.*ConnectError.*earlier replies are kept"):
         lost.review(benchmark, questions, answers, tmp_path)
     with (
         serve(lambda body, _: (200, {}, b"<html>")) as (url, _),
@@ -241,7 +241,7 @@ def test_our_own_wording_needs_no_file_and_is_another_protocol(name: str, tmp_pa
     with serve(lambda body, _: says("1 1" if "llava" in name else "1")) as (url, _):
         called = judge(url, tmp_path)
         assert called.review(benchmark, questions, {}, tmp_path / "empty").judge == "stand-in"
-        with pytest.raises(DataError, match=rf"no such file; the official .* {name}"):
+        with pytest.raises(DataError, match=rf"no such file; .*the official .* {name}"):
             called.review(official, questions, {}, tmp_path / "empty")
     assert benchmark.protocol != official.protocol
 
@@ -276,7 +276,7 @@ def test_recorded_reviews_are_replayed(tmp_path: Path) -> None:
 def test_reviews_of_two_judges_or_of_nobody_are_refused(tmp_path: Path) -> None:
     lines = [{"question_id": n, "judge": f"judge {n}", "content": "1"} for n in range(2)]
     files.write_lines(tmp_path / "two.jsonl", lines)
-    with pytest.raises(DataError, match="of one judge; recorded or given: judge 0, judge 1"):
+    with pytest.raises(DataError, match="from one judge; recorded or given: judge 0, judge 1"):
         read_reviews(tmp_path / "two.jsonl")
     files.write_lines(tmp_path / "one.jsonl", lines[:1])
     with pytest.raises(DataError, match="recorded or given: another, judge 0"):

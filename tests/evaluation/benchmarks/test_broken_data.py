@@ -69,7 +69,7 @@ CASES = {
         files.vqav2_test,
         edit(TESTDEV, "1003", "1001"),
         f"{TESTDEV}:4",
-        "second time",
+        "is used twice",
     ),
     "vqav2: empty file": ("vqav2", files.vqav2_test, cut(TESTDEV, 0), f"{TESTDEV}:1", "the file is empty"),
     "vqav2: not text": (
@@ -145,7 +145,7 @@ CASES = {
         files.textvqa,
         edit("TextVQA_0.5.1_val.json", '    "unanswerable"', "    7"),
         "TextVQA_0.5.1_val.json:5, entry '34602'",
-        "has to be a list of texts",
+        "must be a list of texts",
     ),
     "textvqa: no tokens": (
         "textvqa",
@@ -199,7 +199,7 @@ CASES = {
         f"{TSV}:14",
         "field 'answer' is 'D'; it must be one of A, B",
     ),
-    "mmbench: cells": ("mmbench", files.mmbench, append(TSV, "7\tx\n"), f"{TSV}:16", "not the 14 cells"),
+    "mmbench: cells": ("mmbench", files.mmbench, append(TSV, "7\tx\n"), f"{TSV}:16", "does not have the 14 cells"),
     "mmbench: image": ("mmbench", files.mmbench, edit(TSV, "iVBOR", "%%%%%"), f"{TSV}:2", "image in base64"),
     "mmbench: index": (
         "mmbench",
@@ -213,14 +213,14 @@ CASES = {
         files.mmvet,
         edit("mm-vet/mm-vet.json", '"rec"', '"smell"'),
         "mm-vet.json:12, entry 'v1_1'",
-        "has to list some of rec, ocr, know, gen, spat, math",
+        "must list some of rec, ocr, know, gen, spat, math",
     ),
     "llava-w: category": (
         "llava-w",
         files.llava_w,
         edit("questions.jsonl", '"detail"', '"chat"'),
         "questions.jsonl:2",
-        "has to be conv or detail or complex",
+        "must be conv or detail or complex",
     ),
     "llava-w: no caption": (
         "llava-w",

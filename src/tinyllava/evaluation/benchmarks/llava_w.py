@@ -85,7 +85,7 @@ def read_official_wording(folder: Path) -> Wording:
     for name in (RULES, SCRIPT):
         if not (folder / name).exists():
             raise DataError(
-                f"{folder / name}: no such file, but it has the official judge prompt. Download it from "
+                f"{folder / name}: no such file; it contains the official judge prompt. Download it from "
                 f"{LLAVA}, or evaluate llava-w-own-prompt, whose scores have their own column."
             )
     rules = read_json(folder / RULES)

@@ -71,7 +71,7 @@ def read_official_wording(folder: Path) -> Wording:
     path = folder / EVALUATOR
     if not path.exists():
         raise DataError(
-            f"{path}: no such file, but it has the official judge prompt. Download it from {SITE}, or "
+            f"{path}: no such file; it contains the official judge prompt. Download it from {SITE}, or "
             "evaluate mmvet-own-prompt, whose scores have their own column."
         )
     tree = read_python(path, SITE)
