@@ -134,7 +134,11 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
     "empty question": ("empty_question", record(" ", "A"), "neither text nor image"),
     "mark without image": ("image_count", record("<image>\nQ", "A"), "1 <image> marks for 0 images"),
     "image without mark": ("image_count", record("Q", "A", image="a.png"), "0 <image> marks for 1 images"),
-    "two marks": ("image_count", record("<image><image>Q", "A", image="a.png"), "2 <image> marks for 1 images"),
+    "two marks": (
+        "image_count",
+        record("<image><image>Q", "A", image="a.png"),
+        "2 <image> marks for 1 images",
+    ),
     "mark in an answer": (
         "image_count",
         record("Q", "<image> A", image="a.png"),
@@ -279,7 +283,11 @@ def test_an_unknown_skip_lists_the_known_ones(tmp_path, images):
 
 
 OTHER_FORMS = {
-    "lines named .json": ("a.json", '{"id": 1}\n{"id": 2}\n', r"line 2 column 1\. If it has one record per line"),
+    "lines named .json": (
+        "a.json",
+        '{"id": 1}\n{"id": 2}\n',
+        r"line 2 column 1\. If it has one record per line",
+    ),
     "an array named .jsonl": ("a.jsonl", "[]", r"a\.jsonl:1: a JSON array\. Rename a file with one array"),
     "lists without end": (
         "a.json",

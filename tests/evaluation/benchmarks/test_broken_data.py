@@ -199,7 +199,13 @@ CASES = {
         f"{TSV}:14",
         "field 'answer' is 'D'; it must be one of A, B",
     ),
-    "mmbench: cells": ("mmbench", files.mmbench, append(TSV, "7\tx\n"), f"{TSV}:16", "does not have the 14 cells"),
+    "mmbench: cells": (
+        "mmbench",
+        files.mmbench,
+        append(TSV, "7\tx\n"),
+        f"{TSV}:16",
+        "does not have the 14 cells",
+    ),
     "mmbench: image": ("mmbench", files.mmbench, edit(TSV, "iVBOR", "%%%%%"), f"{TSV}:2", "image in base64"),
     "mmbench: index": (
         "mmbench",
