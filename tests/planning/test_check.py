@@ -51,9 +51,9 @@ WRONG: dict[str, tuple[Run, str, str]] = {
     ),
     "side": (model(image_size_px=336), "model.image_size_px = 336", "leave it at 0"),
     "template": (model(template="ph"), "model.template: unknown template 'ph'", "known: caption, chatml"),
-    "caption": (model(template="caption"), "model.template = 'caption'", "a stage's template"),
-    "tokenizer": (model(template="chatml"), "= 'chatml': it writes <|im_end|>", "empty ('phi')"),
-    "llama3": (model(template="llama3"), "it writes <|eot_id|>", "empty ('phi')"),
+    "caption": (model(template="caption"), "model.template = 'caption'", "Use it for a stage"),
+    "tokenizer": (model(template="chatml"), "= 'chatml': writes <|im_end|>", "empty ('phi')"),
+    "llama3": (model(template="llama3"), "writes <|eot_id|>", "empty ('phi')"),
     "positions": (finetune(max_length_tokens=3072), "= 3072: Phi-2 has 2048", "at most 2048"),
     "no room": (finetune(max_length_tokens=768), "one image takes 729 tokens", "raise it to 793"),
     "no data": (finetune(data=DataConfig()), "finetune.data.records: empty", "Table 2"),
@@ -71,13 +71,17 @@ WRONG: dict[str, tuple[Run, str, str]] = {
     "text only": (finetune(template="caption"), "40,688 records without an image", "template empty"),
     "rank": (finetune(language_model=Tune(kind="lora", alpha=8)), "model.rank = 0", "at least 1"),
     "dropout": (finetune(language_model=lora(8, dropout=1.5)), "language_model.dropout = 1.5", "below 1"),
-    "no lora": (finetune(language_model=Tune(kind="full", bits=4)), "bits = 4: they", "kind to 'lora'"),
+    "no lora": (finetune(language_model=Tune(kind="full", bits=4)), "bits = 4: only valid", "kind to 'lora'"),
     "connector bits": (finetune(connector=lora(8, bits=4)), "connector.bits = 4: a", "set bits to 16"),
     "layer": (finetune(vision_encoder=from_layer(26)), "vision_encoder.first_layer = 26", "0 to 25"),
     "llm layer": (finetune(language_model=from_layer(32)), "language_model.first_layer = 32", "0 to 31"),
-    "connector layer": (finetune(connector=from_layer(1)), "no layers to count", "full or frozen"),
-    "nothing": (finetune(connector=FROZEN, language_model=FROZEN), "connector: frozen", "train one"),
-    "useless rate": (finetune(vision_encoder_learning_rate=1e-6), "the component is frozen", "drop the rate"),
+    "connector layer": (finetune(connector=from_layer(1)), "no numbered layers", "full or frozen"),
+    "nothing": (finetune(connector=FROZEN, language_model=FROZEN), "connector: frozen", "train at least one"),
+    "useless rate": (
+        finetune(vision_encoder_learning_rate=1e-6),
+        "the component is frozen",
+        "remove the rate",
+    ),
     "rate": (finetune(learning_rate=20), "learning_rate = 20: must be above 0", "at most 1"),
     "batch": (finetune(global_batch_size=0), "global_batch_size = 0", "above 0"),
     "warm-up": (finetune(warmup_ratio=1.0), "warmup_ratio = 1.0", "below 1"),
@@ -85,7 +89,7 @@ WRONG: dict[str, tuple[Run, str, str]] = {
     "no source": (
         replace(RUN, stages={name: RUN.stages[name] for name in ("share_pretrain", "finetune")}),
         "share_pretrain.connector: pre-training",
-        "'pretrain' in front",
+        "'pretrain' stage before it",
     ),
     "cache": (
         hardware(cache_features=True),
@@ -112,11 +116,19 @@ WRONG: dict[str, tuple[Run, str, str]] = {
     ),
     "convolutions": (
         alone("base-EN2-Phi", vision_encoder=lora(8)),
-        "kind = 'lora': it has no linear",
+        "kind = 'lora': this component has no linear",
         "full or frozen",
     ),
-    "new connector frozen": (alone("base-C-TL", connector=FROZEN), "connector: it is new", "train it here"),
-    "new connector adapted": (alone("base-C-TL", connector=lora(8)), "connector has nothing", "choose full"),
+    "new connector frozen": (
+        alone("base-C-TL", connector=FROZEN),
+        "connector: new and frozen",
+        "train it here",
+    ),
+    "new connector adapted": (
+        alone("base-C-TL", connector=lora(8)),
+        "connector has no trained weights",
+        "choose full",
+    ),
 }
 
 
@@ -179,7 +191,7 @@ def test_further_parts_go_with_each_other(encoder: str, language: str) -> None:
 
 
 def test_share_needs_layers_that_a_cnn_does_not_have() -> None:
-    with pytest.raises(ConfigError, match="no layers to count"):
+    with pytest.raises(ConfigError, match="no numbered layers"):
         check(variant("share-CNX-TL"), on_this_machine=False)
 
 
@@ -231,7 +243,7 @@ MACHINE: dict[str, tuple[Callable[[Run], Run], str]] = {
     "root": (lambda run: change(run, data=DataConfig(records=("LLaVA-1.5-558k",))), "needs data_root"),
     "divide": (
         lambda run: replace(run, hardware=replace(run.hardware, device_batch_size=4)),
-        "by 1 rank(s) x hardware.device_batch_size = 4; device batches that do: 1, 2, 3, 6",
+        "by 1 rank(s) x hardware.device_batch_size = 4; device batches that fit: 1, 2, 3, 6",
     ),
     "start": (lambda run: replace(run, start_from="gone"), "start_from: gone: no such folder"),
     "fp16": (

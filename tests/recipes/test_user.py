@@ -57,7 +57,7 @@ def test_a_variant_needs_no_file() -> None:
         ("OPN-C-TL", UnknownNameError, "Did you mean 'OPEN'"),
         ("make_run", UnknownNameError, "known: BASE, OPEN, RUN, long_run, no_run"),
         ("OPEN", UnknownNameError, "RECIPE-ENCODER-LLM"),
-        ("RUN-C-TL", ConfigError, "whole run"),
+        ("RUN-C-TL", ConfigError, "complete run"),
         ("no_run", ConfigError, "returned int"),
     ],
 )
