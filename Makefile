@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: starter test test-newest test-lowest lint docs dist
+.PHONY: starter test test-older test-newest test-lowest lint docs dist
 starter: .venv/installed  ## train, measure and show a small model; ARGS=--short takes two minutes, ARGS=--full longer
 	$(BIN)/tinyllava starter $(ARGS)
 
@@ -19,6 +19,9 @@ CORE := tests/model/test_compat.py tests/model/test_modeling.py tests/training/t
 
 test-newest test-lowest: test-%: .venv-%/installed  ## the core of the tests, on the newest or the lowest dependencies
 	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n auto --maxprocesses 8 $(or $(ARGS),$(CORE))
+
+test-older: .venv/installed-dev .venv/older/installed  ## exports opened with transformers 4.57
+	TINYLLAVA_OLDER_PYTHON=.venv/older/bin/python $(BIN)/pytest -q -m older tests/checkpoints/exporting
 
 lint: .venv/installed-dev  ## style, types, layers, spelling
 	$(BIN)/ruff check
@@ -62,3 +65,8 @@ TEST_TOOLS := hypothesis pytest pytest-timeout pytest-xdist
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
 	$(PYTHON) -m pip --python .venv/bin/python install --constraint constraints.txt --editable '.[dev]'
 	touch $@ .venv/installed
+
+.venv/older/installed: .venv/bin/python
+	$(PYTHON) -m venv --without-pip .venv/older
+	$(PYTHON) -m pip --python .venv/older/bin/python install torch==2.13.0 transformers==4.57.6 pillow
+	touch $@

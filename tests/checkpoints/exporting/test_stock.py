@@ -112,8 +112,8 @@ def test_names_and_configs_are_what_vllm_reads(parts: dict[str, Path], tmp_path:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlavaForConditionalGeneration"]
     assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
-    assert config["vision_config"]["num_hidden_layers"] == 3
-    assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (-1, "full")
+    assert config["vision_config"]["num_hidden_layers"] == 4  # one more, of zeros, which -2 leaves out
+    assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (-2, "full")
     present = {path.name for path in (tmp_path / "out").iterdir()}
     assert present >= {
         "generation_config.json",

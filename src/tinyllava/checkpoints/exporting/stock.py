@@ -3,12 +3,17 @@
 The tensors bear the names of the files on the hub (``vision_tower.vision_model.*``,
 ``language_model.model.*``): every version of transformers knows them, and vLLM's encoders know no others.
 The encoder is stored cut, so ``vision_feature_layer`` is -1: transformers takes the last layer's output
-before the norm behind it, and vLLM builds that many layers and leaves the norm out.
+before the norm behind it, and vLLM builds that many layers and leaves the norm out. transformers 4 gives
+SigLIP's last layer behind the norm. So SigLIP gets one layer more, of zeros, and -2 takes its input.
+The files are written so that transformers 4.57 reads them as 5 does; see ``_suit_older_versions``.
 """
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
@@ -19,6 +24,7 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.parts.families import VISION_FAMILIES
 
+_SIGLIP = "siglip_vision_model"
 _VLLM_ENCODERS = [name for name, family in VISION_FAMILIES.items() if family.in_vllm]
 _HUB_NAMES = {"language_model": "language_model.model", "lm_head": "language_model.lm_head"}
 
@@ -62,6 +68,47 @@ def write_stock(
     stock = make_stock_processor(model.config, processor)
     stock.save_pretrained(folder)
     stock.image_processor.save_pretrained(folder)  # a file of its own, where older versions look for it
+    _suit_older_versions(folder)
+
+
+def _suit_older_versions(folder: Path) -> None:
+    """Write what transformers 4 reads beside what 5 reads, and let the template alone write BOS.
+
+    Without it 4.57 takes 10000 for every rotary base and a default for the rotary part, knows no class for
+    the tokenizer, and pads on the right.
+    """
+
+    def change(name: str, make: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        path = folder / name
+        values = make(json.loads(path.read_text(encoding="utf-8")))
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    change("config.json", lambda values: values | {"text_config": _with_older_rotary(values["text_config"])})
+    change("tokenizer_config.json", _with_older_names)
+    change("tokenizer.json", _without_bos)
+
+
+def _with_older_rotary(text: dict[str, Any]) -> dict[str, Any]:
+    rotary = text.get("rope_parameters") or {}
+    known = {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
+    if rotary.get("rope_type", "default") != "default":
+        known["rope_scaling"] = {key: value for key, value in rotary.items() if key not in known}
+    return text | known
+
+
+def _with_older_names(settings: dict[str, Any]) -> dict[str, Any]:
+    changed = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
+    if changed.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(changed.get("extra_special_tokens"), list):
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    return changed | {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
+
+
+def _without_bos(pipeline: dict[str, Any]) -> dict[str, Any]:
+    if (pipeline.get("post_processor") or {}).get("type") == "ByteLevel":  # which adds no token
+        return pipeline
+    return pipeline | {"post_processor": None}
 
 
 def make_stock_config(model: TinyLlavaForConditionalGeneration) -> LlavaConfig:
@@ -70,14 +117,17 @@ def make_stock_config(model: TinyLlavaForConditionalGeneration) -> LlavaConfig:
     text: dict[str, Any] = config.text_config.to_dict() | {"_name_or_path": ""}
     # vLLM chooses the language model by it.
     text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)].__name__]
+    vision: dict[str, Any] = config.vision_config.to_dict() | {"_name_or_path": ""}
+    has_idle_layer = vision["model_type"] == _SIGLIP
+    vision["num_hidden_layers"] = config.vision_config.num_hidden_layers + has_idle_layer
     stock = LlavaConfig(
-        vision_config=config.vision_config.to_dict() | {"_name_or_path": ""},
+        vision_config=vision,
         text_config=text,
         image_token_index=config.image_token_id,
         image_seq_length=config.num_image_tokens,
         projector_hidden_act="gelu",
         multimodal_projector_bias=True,
-        vision_feature_layer=-1,
+        vision_feature_layer=-2 if has_idle_layer else -1,
         vision_feature_select_strategy=_strategy(config),
         tie_word_embeddings=config.tie_word_embeddings,
     )
@@ -98,6 +148,13 @@ def stock_tensors(model: TinyLlavaForConditionalGeneration) -> dict[str, Tensor]
         if part == "vision_tower" and has_prefix and not inner.startswith("vision_model."):
             inner = f"vision_model.{inner}"
         tensors[f"{_HUB_NAMES.get(part, part)}.{inner}"] = tensor
+    vision: Any = model.config.vision_config
+    if vision.model_type == _SIGLIP:  # zeros pass their input on
+        last, idle = (f".layers.{vision.num_hidden_layers - 1 + more}." for more in (0, 1))
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_tower.")}
+        tensors |= {
+            name.replace(last, idle): torch.zeros_like(tensor) for name, tensor in own.items() if last in name
+        }
     return tensors
 
 
