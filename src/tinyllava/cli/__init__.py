@@ -39,7 +39,9 @@ COMMANDS: dict[str, Command] = {
     "runs": Command(module="runs", help="list and filter runs, or compare two of them"),
     "data": Command(module="data", help="check the files that benchmarks and mixtures need"),
     "import": Command(module="import_", help="convert a checkpoint from another layout"),
-    "export": Command(module="export", help="write a checkpoint for stock transformers, vLLM or the Hub"),
+    "export": Command(
+        module="export", help="write a checkpoint for transformers, vLLM, llama.cpp or the Hub"
+    ),
 }
 RESUMED = ("starter", "train", "evaluate", "reproduce")
 """Commands that resume after a stop. The others are short and start over."""

@@ -1,23 +1,27 @@
-"""``tinyllava export``: write a checkpoint for stock transformers, vLLM or the Hub."""
+"""``tinyllava export``: write a checkpoint for stock transformers, vLLM, llama.cpp or the Hub."""
 
 import argparse
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyllava.cli.parser import CommandParser
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import check_checkpoint, check_new_folder
 
+if TYPE_CHECKING:
+    from tinyllava.checkpoints.exporting import Exported
+
 _HELP = """
 Write a checkpoint for others, with a model card: as transformers' LLaVA
 (--format llava), for vLLM (--format vllm), as ONNX graphs for transformers.js
-and other runtimes (--format onnx), or in the layout of tinyllava;
-adapters of peft are merged. The folder is opened again as its reader would,
-and its logits compared, before it is there.
+and other runtimes (--format onnx), for llama.cpp and Ollama (--format gguf), or
+in the layout of tinyllava; adapters of peft are merged. The folder is opened
+again as its reader would, and its logits compared, before it is there.
 
   tinyllava export runs/mine/model out --format llava
+  tinyllava export runs/mine/model out --format gguf --quantize q8_0
   tinyllava export ADAPTER out --base runs/mine/model
   tinyllava export runs/mine/model --push OWNER/NAME --private
 
@@ -35,10 +39,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="folder to write")
     parser.add_argument(
         "--format",
-        choices=("tinyllava", "llava", "vllm", "onnx"),
+        choices=("tinyllava", "llava", "vllm", "onnx", "gguf"),
         default="tinyllava",
         dest="layout",
         help="layout to write",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("f16", "q8_0", "q4_0"),
+        help="with --format gguf: type of the language model's matrices (default: 32 bits)",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", default="", help="upload to this repository")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -63,6 +72,10 @@ def main(arguments: list[str]) -> int:
         parser.error("give OUT, or --push OWNER/NAME")
     if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", options.max_shard_size.upper()):
         parser.error(f"--max-shard-size {options.max_shard_size}: give a number and KB, MB, GB or TB: 5GB")
+    if options.quantize and options.layout != "gguf":
+        parser.error("--quantize is for --format gguf")
+    if options.dtype != "auto" and options.layout == "gguf":
+        parser.error("--dtype is not for --format gguf: leave it out, or use --quantize f16, q8_0 or q4_0")
     if options.dtype != "auto" and (options.dtype in _PRECISIONS) != (options.layout == "onnx"):
         types = ", ".join(_PRECISIONS) if options.layout == "onnx" else "float32, bfloat16, float16"
         parser.error(f"--dtype {options.dtype}: with --format {options.layout} give {types}")
@@ -99,10 +112,11 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
         dtype=dtype,
         precision=precision,
         max_shard_size=options.max_shard_size,
+        quantized=options.quantize or "f32",
     )
     if exported.run_difference is not None:
         print(f"compared with the model of its run: largest logit difference {exported.run_difference:.2g}")
-    print(f"reloaded and compared: largest logit difference {exported.largest_difference:.2g}")
+    print(_describe_comparison(exported))
     if options.folder is not None:
         print(f"written: {folder}")
     if not options.push:
@@ -116,3 +130,16 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
             else "Give OUT as well to keep the exported folder."
         )
         raise CheckpointError(f"{error} {again}") from error
+
+
+def _describe_comparison(exported: "Exported") -> str:
+    agreement = exported.agreement
+    if agreement:
+        return (
+            f"opened in llama.cpp (xllamacpp {agreement.version}) and compared: largest difference of a "
+            f"log-probability {agreement.text:.2g} after text, {agreement.image:.2g} after an image; against "
+            f"the weights before rounding {agreement.text_rounding:.2g} and {agreement.image_rounding:.2g}"
+        )
+    if exported.largest_difference is None:
+        return "not compared: xllamacpp is not installed; `pip install tinyllava[gguf]` and export again"
+    return f"reloaded and compared: largest logit difference {exported.largest_difference:.2g}"

@@ -1,4 +1,4 @@
-"""Write checkpoints for others: transformers' own LLaVA, vLLM, a repository on a hub, with a model card."""
+"""Write checkpoints for others: transformers' LLaVA, vLLM, llama.cpp, a hub; with a model card."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +8,20 @@ import torch
 
 from tinyllava.checkpoints.exporting.card import read_provenance, write_card
 from tinyllava.checkpoints.exporting.compare import compare_with_ours, compare_with_run, compare_with_stock
+from tinyllava.checkpoints.exporting.gguf import Quantized, refuse_what_gguf_cannot_hold
+from tinyllava.checkpoints.exporting.llama_cpp import Agreement, describe_gguf, write_and_compare
 from tinyllava.checkpoints.exporting.merge import open_merged
 from tinyllava.checkpoints.exporting.onnx import refuse_what_onnx_cannot_hold, write_onnx
 from tinyllava.checkpoints.exporting.stock import refuse_what_stock_cannot_hold, write_stock
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
-from tinyllava.parts.folders import check_new_folder, written_whole
+from tinyllava.parts.folders import check_checkpoint, check_new_folder, written_whole
 
 __all__ = ["Exported", "export_checkpoint"]
 
-Layout = Literal["tinyllava", "llava", "vllm", "onnx"]
+Layout = Literal["tinyllava", "llava", "vllm", "onnx", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +29,12 @@ class Exported:
     """What was written and how exactly it computes what the checkpoint does."""
 
     folder: Path
-    largest_difference: float
-    """Of a logit, over a prompt with an image, between the checkpoint and the folder opened anew."""
+    largest_difference: float | None
+    """Of a logit, over a prompt with an image, between the checkpoint and the folder opened anew.
+
+    For GGUF of a log-probability, with the weights as written; None where xllamacpp is not installed."""
+    agreement: Agreement | None = None
+    """For GGUF: every difference that was measured in llama.cpp."""
     measured: str = ""
     """Agreement in more words, for a format whose arithmetic is not the checkpoint's."""
     run_difference: float | None = None
@@ -46,6 +55,7 @@ def export_checkpoint(
     dtype: torch.dtype | str = "auto",
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     max_shard_size: str = "5GB",
+    quantized: Quantized = "f32",
 ) -> Exported:
     """Write a checkpoint in a layout, open it again as its reader would, and compare.
 
@@ -53,42 +63,77 @@ def export_checkpoint(
         checkpoint: a folder of ours, or a peft adapter over one.
         folder: where to write; it must not exist, or be empty. It appears whole or not at all.
         layout: ours; transformers' LlavaForConditionalGeneration; the same for vLLM, with vLLM's limits; ONNX
-            graphs.
+            graphs; a pair of GGUF files for llama.cpp.
         base: the checkpoint below an adapter; None takes the one that the adapter names.
         name: what the model card calls the model; empty means the folder's name.
         results: results.json with scores for the card; None takes one beside the weights (or the adapter).
-        dtype: type of the weights; auto keeps theirs.
-        precision: of ONNX graphs, in place of ``dtype``.
+        dtype: type of the weights; auto keeps theirs. Not for ONNX and GGUF.
+        precision: of ONNX graphs.
+        quantized: type of the language model's matrices in GGUF.
 
     Raises:
         CheckpointError: no checkpoint, a model that the layout cannot hold, or one that answers otherwise.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     check_new_folder(folder)
-    model, processor, source = open_merged(checkpoint, base, torch.float32 if layout == "onnx" else dtype)
-    if layout == "onnx":
-        refuse_what_onnx_cannot_hold(model.config)
-    elif layout != "tinyllava":
-        refuse_what_stock_cannot_hold(model.config, layout)
+    _refuse_before_loading(checkpoint, layout)
+    is_exact = layout in ("onnx", "gguf")
+    model, processor, source = open_merged(checkpoint, base, torch.float32 if is_exact else dtype)
+    _refuse_what_does_not_fit(model.config, layout)
     adapter = checkpoint if source != checkpoint else None
     run_difference = compare_with_run(adapter, model, processor) if adapter else None
     provenance = read_provenance(source, results, adapter)
-    measured = ""
     with written_whole(folder) as partial:
-        if layout == "tinyllava":
-            for config in (model.config.text_config, model.config.vision_config):
-                config.name_or_path = ""  # the folder of somebody's machine
-            model.save_pretrained(partial, max_shard_size=max_shard_size)
-            processor.save_pretrained(partial)
-            difference = compare_with_ours(partial, model, processor)
-        elif layout == "onnx":
-            agreement = write_onnx(partial, model, processor, precision)
-            difference, measured = agreement.largest_difference, str(agreement)
+        if layout == "gguf":
+            agreement = write_and_compare(partial, model, processor, name or folder.name, quantized)
+            told = describe_gguf(processor, quantized, agreement)
+            found = (max(agreement.text, agreement.image) if agreement else None), ""
         else:
-            write_stock(partial, model, processor, max_shard_size)
-            difference = compare_with_stock(partial, model, processor)
-        card = write_card(name or folder.name, layout, model, provenance, measured)
+            agreement, told = None, ""
+            found = _write(partial, layout, model, processor, precision, max_shard_size)
+        card = write_card(name or folder.name, layout, model, provenance, found[1], told)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Exported(
-        folder=folder, largest_difference=difference, run_difference=run_difference, measured=measured
+        folder=folder,
+        largest_difference=found[0],
+        run_difference=run_difference,
+        measured=found[1],
+        agreement=agreement,
     )
+
+
+def _write(
+    folder: Path,
+    layout: Layout,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    precision: Literal["fp32", "fp16", "int8"],
+    max_shard_size: str,
+) -> tuple[float | None, str]:
+    """Write and compare; return the largest difference of a logit, and more words on it."""
+    if layout == "onnx":
+        graphs = write_onnx(folder, model, processor, precision)
+        return graphs.largest_difference, str(graphs)
+    if layout == "tinyllava":
+        for config in (model.config.text_config, model.config.vision_config):
+            config.name_or_path = ""  # the folder of somebody's machine
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+        return compare_with_ours(folder, model, processor), ""
+    write_stock(folder, model, processor, max_shard_size)
+    return compare_with_stock(folder, model, processor), ""
+
+
+def _refuse_before_loading(checkpoint: Path, layout: Layout) -> None:
+    if layout == "gguf" and not (checkpoint / "adapter_config.json").is_file():
+        check_checkpoint(checkpoint)  # the base of an adapter is known once it is opened
+        _refuse_what_does_not_fit(TinyLlavaConfig.from_pretrained(checkpoint), layout)
+
+
+def _refuse_what_does_not_fit(config: TinyLlavaConfig, layout: Layout) -> None:
+    if layout == "gguf":
+        refuse_what_gguf_cannot_hold(config)
+    elif layout == "onnx":
+        refuse_what_onnx_cannot_hold(config)
+    elif layout != "tinyllava":
+        refuse_what_stock_cannot_hold(config, layout)

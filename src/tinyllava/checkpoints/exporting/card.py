@@ -60,6 +60,9 @@ console.log(processor.batch_decode(answer, {{ skip_special_tokens: true }})[0]);
 `onnx/vision_encoder` takes the pixels of an image of any size as they are (`[1, 3, height, width]`, RGB,
 0 to 255): padding, resizing and normalising are in the graph. Scale images longer than 4096 pixels to that
 side first, and put transparent images on a background. Give images of different sizes one by one.""",
+    "gguf": """```console
+{fetch}$ llama-server -m {folder}/model.gguf --mmproj {folder}/mmproj.gguf --jinja
+```""",
     "tinyllava": """```console
 {fetch}$ tinyllava chat image.jpg "What is in the picture?" --model {folder}
 ```""",
@@ -119,13 +122,15 @@ def write_card(
     model: TinyLlavaForConditionalGeneration,
     provenance: Provenance,
     measured: str = "",
+    told: str = "",
 ) -> str:
     """Return the text of README.md.
 
     Args:
         name: what the card calls the model, and what its examples open.
-        layout: tinyllava, llava, vllm or onnx.
+        layout: tinyllava, llava, vllm, onnx or gguf.
         measured: how closely the folder agrees with the checkpoint, where that is not exactly.
+        told: sections on how this layout is used, if any.
     """
     parts = _parts(provenance, model)
     folder = name.rpartition("/")[2]
@@ -135,6 +140,7 @@ def write_card(
         _SUMMARY,
         "## Use\n\n" + _USE[layout].format(name=name, folder=folder, fetch=fetch),
         *([f"## Agreement\n\nCompared with the checkpoint when written: {measured}."] if measured else []),
+        *([told] if told else []),
         "## Parts\n\n" + _parts_table(model, parts, _given_names(provenance)),
         "## Training\n\n" + _training(provenance),
         "## Scores\n\n" + _scores(provenance.results),
@@ -307,7 +313,9 @@ def _metadata(
     mixtures = [MIXTURES[r] for r in dict.fromkeys(records) if r in MIXTURES]
     data = ModelCardData(
         model_name=name.rpartition("/")[2] if provenance.results else None,
-        library_name={"tinyllava": "tinyllava", "onnx": "transformers.js"}.get(layout, "transformers"),
+        library_name={"tinyllava": "tinyllava", "onnx": "transformers.js", "gguf": "gguf"}.get(
+            layout, "transformers"
+        ),
         pipeline_tag="image-text-to-text",
         tags=["tinyllava", "multimodal"],
         base_model=[path for part in known for path in _paths(part)] or None,

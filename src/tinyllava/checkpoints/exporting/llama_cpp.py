@@ -1,0 +1,220 @@
+"""Hold a pair of GGUF files against the model: the same prompts in llama.cpp, the same log-probabilities.
+
+Two prompts: a text as llama.cpp's server would take it from anybody, rendered by the template in the file and
+split by the tokens in the file; and a question about an image of the encoder's own size, which nothing
+resizes.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from base64 import b64encode
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tinyllava.checkpoints.exporting import llama_cpp_process
+from tinyllava.checkpoints.exporting.gguf import MMPROJ, MODEL, Quantized, write_gguf
+from tinyllava.checkpoints.exporting.gguf_text import write_modelfile
+from tinyllava.conversation import ImageRef, ask
+from tinyllava.errors import CheckpointError
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+
+_QUESTION = "What is in the picture? Answer in 12 words, or say: it's a dog."
+LARGEST_DIFFERENCE: dict[Quantized, float] = {"f32": 0.01, "f16": 0.03, "q8_0": 0.5, "q4_0": 0.5}
+"""Of a log-probability, between the weights as written here and there, that rounding explains.
+
+llama.cpp rounds what a matrix is multiplied with too: to 16 bits for a matrix of 16, to 8 for one of 8 or 4.
+Measured on toys: 2e-3, 8e-3 and 0.2; a wrong template, layer or order of rows gives 1 and more."""
+_CLIP_FAULTS = (
+    " CLIP in llama.cpp: the class token is put behind the patches (ggml-org/llama.cpp #25814, fix #25844) "
+    "and one layer fewer is run (#25817, fix #25845). Once the installed llama.cpp (`pip install -U "
+    "xllamacpp`) has both fixes, this export goes through; until then use a SigLIP encoder, or "
+    "`--format llava`."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Largest differences of a log-probability, over the whole vocabulary after a prompt."""
+
+    text: float
+    """llama.cpp with the files, and ours with the same rounded weights."""
+    image: float
+    text_rounding: float
+    """llama.cpp with the files, and the checkpoint as it was."""
+    image_rounding: float
+    version: str
+    """Of xllamacpp, which has llama.cpp inside."""
+
+
+def write_and_compare(
+    folder: Path,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    name: str,
+    quantized: Quantized,
+) -> Agreement | None:
+    """Write model.gguf, mmproj.gguf and an Ollama Modelfile, and compare them in llama.cpp.
+
+    The model's weights are rounded to those that were written.
+
+    Returns:
+        How exactly llama.cpp computes the same; None if xllamacpp is not installed.
+
+    Raises:
+        CheckpointError: llama.cpp does not open the files, or computes something else.
+    """
+    is_clip = model.config.vision_config.model_type == "clip_vision_model"
+    can_compare = find_spec("xllamacpp") is not None
+    if is_clip and not can_compare:
+        raise CheckpointError(
+            "CLIP is written for llama.cpp only when it can be compared there: `pip install tinyllava[gguf]`."
+            + _CLIP_FAULTS
+        )
+    image = _noise(processor.image_size_px)
+    original = _our_logprobs(model, processor, image) if can_compare else []
+    write_gguf(folder, model, processor, name, quantized)
+    (folder / "Modelfile").write_text(write_modelfile(processor, MODEL, MMPROJ), encoding="utf-8")
+    if not can_compare:
+        return None
+    rounded = _our_logprobs(model, processor, image)
+    found = _their_logprobs(folder, model, processor, image)
+    exact, rounding = (
+        [float(np.abs(ours - theirs).max()) for ours, theirs in zip(expected, found, strict=True)]
+        for expected in (rounded, original)
+    )
+    limit = LARGEST_DIFFERENCE[quantized]
+    for what, difference in zip(("text", "text in a chat", "image"), exact, strict=True):
+        if not difference <= limit:
+            raise CheckpointError(
+                f"{folder}: not exported: after a prompt with {what}, llama.cpp's log-probabilities differ "
+                f"by up to {difference:.3g} (allowed: {limit:g})." + (_CLIP_FAULTS if is_clip else "")
+            )
+    return Agreement(
+        text=max(exact[:2]),
+        image=exact[2],
+        text_rounding=max(rounding[:2]),
+        image_rounding=rounding[2],
+        version=version("xllamacpp"),
+    )
+
+
+def _noise(side_px: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _prompt(processor: TinyLlavaProcessor, *images: ImageRef) -> str:
+    return processor.render(ask(_QUESTION, *images), open_answer=True)[0]
+
+
+@torch.no_grad()
+def _our_logprobs(
+    model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor, image: Image.Image
+) -> list[np.ndarray[Any, Any]]:
+    """Return log-probabilities of the next token after text, text again, and image with text."""
+    text = processor(text=_prompt(processor))
+    both = processor(images=image, text=_prompt(processor, ImageRef(name="noise")))
+    names = ("input_ids", "attention_mask", "pixel_values")
+    logits = [
+        model(**{name: inputs[name].to(model.device) for name in names if name in inputs}).logits[0, -1]
+        for inputs in (text, both)
+    ]
+    after_text, after_image = (row.double().log_softmax(-1).cpu().numpy() for row in logits)
+    return [after_text, after_text, after_image]
+
+
+def _their_logprobs(
+    folder: Path, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor, image: Image.Image
+) -> list[np.ndarray[Any, Any]]:
+    """Return what llama.cpp says to the same: a rendered text, a chat of text, a chat with the image.
+
+    Raises:
+        CheckpointError: it ends with an error.
+    """
+    data = BytesIO()
+    image.save(data, "PNG")
+    url = "data:image/png;base64," + b64encode(data.getvalue()).decode("ascii")
+    words = {"type": "text", "text": _QUESTION}
+    content = [{"type": "image_url", "image_url": {"url": url}}, words]
+    prompt = _prompt(processor)
+    num_tokens = len(processor.tokenizer(prompt)["input_ids"]) + processor.num_image_tokens
+    with tempfile.TemporaryDirectory() as scratch:
+        request = {
+            "model": str(folder / MODEL),
+            "mmproj": str(folder / MMPROJ),
+            "output": str(Path(scratch) / "answers.json"),
+            "num_threads": torch.get_num_threads(),
+            "context": num_tokens + 64,
+            "num_rows": model.config.text_config.vocab_size,
+            "next_token": processor.tokenizer("A", add_special_tokens=False)["input_ids"][-1],
+            "questions": [
+                prompt,
+                [{"role": "user", "content": _QUESTION}],
+                [{"role": "user", "content": content}],
+            ],
+        }
+        done = subprocess.run(
+            [sys.executable, "-P", str(Path(llama_cpp_process.__file__))],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            telling = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+            reason = " / ".join(telling[:3] or lines[-3:]) or "no message"
+            raise CheckpointError(
+                f"{folder}: not exported: llama.cpp {version('xllamacpp')} ended with exit status "
+                f"{done.returncode}: {reason}"
+            )
+        answers = json.loads(Path(request["output"]).read_text(encoding="utf-8"))
+    return [np.asarray(answer) for answer in answers]
+
+
+def describe_gguf(processor: TinyLlavaProcessor, quantized: Quantized, agreement: Agreement | None) -> str:
+    """Return the card's sections on agreement, images and Ollama."""
+    side = processor.image_size_px
+    colour = "rgb({}, {}, {})".format(*processor.mean_colour)
+    if agreement is None:
+        measured = (
+            "Not measured: `xllamacpp` was not installed. `pip install tinyllava[gguf]` and export again to "
+            "compare the files with the model in llama.cpp."
+        )
+    else:
+        measured = (
+            f"Weights: {quantized}. Largest difference of a log-probability, over the whole vocabulary after "
+            f"one prompt, measured in llama.cpp (xllamacpp {agreement.version}) with a 32-bit cache:\n\n"
+            "| llama.cpp against | text | text and an image |\n| --- | --- | --- |\n"
+            f"| tinyllava with the same rounded weights | {agreement.text:.2g} | {agreement.image:.2g} |\n"
+            f"| the model before rounding | {agreement.text_rounding:.2g} | "
+            f"{agreement.image_rounding:.2g} |\n\n"
+            "llama.cpp's default cache has 16 bits and adds to these."
+        )
+    shaped = (
+        f"The model was trained on images padded to a square with {colour} first and resized then."
+        if processor.image_aspect == "pad"
+        else "The model was trained on images resized or cropped to a square without padding."
+    )
+    images = (
+        f"{shaped} llama.cpp resizes first and pads then, which changes answers about images that are not "
+        f"square. For exact answers send square images that were prepared so, best at {side} x {side} pixels."
+    )
+    ollama = (
+        "`ollama create NAME -f Modelfile` reads both files. The Modelfile was made from the chat template "
+        "and was not run in Ollama. Ollama puts the image straight in front of the question; the model "
+        "was trained with a line break between them, so begin a question about an image with one."
+    )
+    return f"## Agreement\n\n{measured}\n\n## Images\n\n{images}\n\n## Ollama\n\n{ollama}"

@@ -1,0 +1,170 @@
+"""GGUF files of toys in llama.cpp: every family, every type of weights, text and image."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
+import toys
+from tinyllava.checkpoints import exporting
+from tinyllava.checkpoints.exporting import export_checkpoint, gguf, llama_cpp
+from tinyllava.cli import main
+from tinyllava.config import ModelConfig
+from tinyllava.errors import CheckpointError
+from tinyllava.model.assemble import assemble
+
+TEMPLATES = {"llama": "llama", "phi": "phi", "stablelm": "phi", "gemma": "gemma"}
+# What was measured (F32: text 1e-3, image 2e-3), with room for another CPU's order of sums.
+LIMITS = {"f32": 5e-3, "f16": 0.02, "q8_0": 0.3, "q4_0": 0.3}
+
+
+def make_qwen(folder: Path, kind: str) -> Path:
+    tokenizer = toys.chatml_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    classes: dict[str, Any] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    config = classes[kind](vocab_size=448, num_key_value_heads=2, head_dim=8, **toys._COMMON, **ids)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make(folder: Path, language: str, vision: str = "siglip", **settings: Any) -> Path:
+    """A checkpoint whose logits have a standard deviation above 1, and whose vectors are not 0 or 1."""
+    torch.manual_seed(0)
+    is_qwen = language.startswith("qwen")
+    make_language = make_qwen if is_qwen else toys.make_language_model
+    config = ModelConfig(
+        vision_encoder=str(toys.make_vision_encoder(folder / "vision", vision)),
+        language_model=str(make_language(folder / "language", language)),
+        template=TEMPLATES.get(language, "chatml"),
+        **settings,
+    )
+    model, processor = assemble(config)
+    for name, weight in model.named_parameters():
+        if "norm" not in name and weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.25)
+        else:
+            weight.data += torch.randn_like(weight) / 10
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("quantized", ["f32", "f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("language", ["llama", "phi", "stablelm", "chatml", "qwen2", "qwen3", "gemma"])
+def test_llama_cpp_computes_the_same(tmp_path: Path, language: str, quantized: Any) -> None:
+    checkpoint = make(tmp_path, language)
+    exported = export_checkpoint(checkpoint, tmp_path / "out", layout="gguf", quantized=quantized)
+    found = exported.agreement
+    assert found is not None
+    assert max(found.text, found.image) == exported.largest_difference <= LIMITS[quantized]
+    if quantized in ("f32", "f16"):  # as good as exact, and nothing that one type would hide
+        assert max(found.text_rounding, found.image_rounding) <= 0.05
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"model.gguf", "mmproj.gguf", "Modelfile", "README.md"}
+
+
+def test_the_command_says_what_it_measured_and_the_card_how_to_send_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = make(tmp_path, "phi")
+    out = tmp_path / "out"
+    assert main(["export", str(checkpoint), str(out), "--format", "gguf", "--quantize", "q4_0"]) == 0
+    printed = capsys.readouterr().out
+    assert "opened in llama.cpp (xllamacpp " in printed
+    assert "against the weights before rounding" in printed
+    card = (out / "README.md").read_text()
+    assert "Weights: q4_0." in card
+    assert "llama.cpp resizes first and pads then" in card
+    assert "best at 28 x 28 pixels" in card
+    assert "llama-server -m out/model.gguf --mmproj out/mmproj.gguf" in card
+    assert str(tmp_path) not in card
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(out / "model.gguf").tensors}
+    assert {types["blk.0.attn_q.weight"], types["blk.1.ffn_down.weight"]} == {"Q4_0"}
+    assert {types["token_embd.weight"], types["output.weight"]} == {"Q8_0"}
+    assert {types["output.bias"], types["blk.0.attn_norm.weight"]} == {"F32"}
+    modelfile = (out / "Modelfile").read_text()
+    assert modelfile.startswith("FROM ./model.gguf\nFROM ./mmproj.gguf\n")
+    assert 'PARAMETER stop "<|endoftext|>"' in modelfile
+    assert '{{ if eq .Role "user" }}USER: {{ .Content }} ASSISTANT:' in modelfile
+
+
+def test_clip_is_right_or_refused_with_the_faults_of_llama_cpp(tmp_path: Path) -> None:
+    """Decided by the comparison: once llama.cpp is right, the export goes through by itself."""
+    checkpoint = make(tmp_path, "llama", "clip")
+    refused = ""
+    try:
+        exported = export_checkpoint(checkpoint, tmp_path / "out", layout="gguf")
+    except CheckpointError as error:
+        refused = str(error)
+    if not refused:
+        assert exported.largest_difference is not None
+        assert exported.largest_difference <= LIMITS["f32"]
+        return
+    for part in ("after a prompt with image", "#25814", "#25844", "#25817", "#25845"):
+        assert part in refused
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_xllamacpp_nothing_is_said_to_be_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
+    checkpoint = make(tmp_path, "chatml")
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), "--format", "gguf"]) == 0
+    assert "not compared: xllamacpp is not installed" in capsys.readouterr().out
+    assert "Not measured: `xllamacpp` was not installed." in (tmp_path / "out" / "README.md").read_text()
+    clip = make(tmp_path / "second", "llama", "clip")
+    with pytest.raises(CheckpointError, match=r"(?s)pip install tinyllava\[gguf\].*#25814"):
+        export_checkpoint(clip, tmp_path / "clip", layout="gguf")
+
+
+@pytest.mark.parametrize("quantized", ["f32", "q4_0"])
+def test_a_wrong_order_of_rows_is_found_in_every_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized: Any
+) -> None:
+    monkeypatch.setattr(gguf, "_rotated_heads", lambda there, text: 0)
+    checkpoint = make(tmp_path, "llama")
+    with pytest.raises(CheckpointError, match=r"not exported: after a prompt with text.*differ by up to"):
+        export_checkpoint(checkpoint, tmp_path / "out", layout="gguf", quantized=quantized)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_llama_cpp_does_not_open_are_refused_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gguf._TEXT_NAMES, "norm", "output_norm_of_nobody")
+    checkpoint = make(tmp_path, "llama")
+    with pytest.raises(CheckpointError, match=r"ended with exit status .*output_norm"):
+        export_checkpoint(checkpoint, tmp_path / "out", layout="gguf")
+
+
+def test_what_does_not_fit_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make(tmp_path, "llama", connector="resampler")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(exporting, "open_merged", None)  # which would load the weights
+    with pytest.raises(CheckpointError, match=r"(?s)rotary embedding of type 'yarn'.*connector 'resampler'"):
+        export_checkpoint(checkpoint, tmp_path / "out", layout="gguf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--quantize", "f16"], "--quantize is for --format gguf"),
+        (["--format", "gguf", "--dtype", "float16"], "--dtype is not for --format gguf"),
+    ],
+)
+def test_options_of_other_formats_are_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "nowhere", "out", *arguments])
+    assert said in capsys.readouterr().err
