@@ -28,6 +28,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "starter": Command(module="starter", help="train and evaluate a small real model end to end"),
     "chat": Command(module="chat", help="ask a model about an image"),
+    "serve": Command(module="serve", help="serve a model: a web page and an API like OpenAI's"),
     "train": Command(module="train", help="train a variant of the paper or your own model"),
     "record": Command(module="record", help="show records as training sees them, supervised text in colour"),
     "show": Command(module="show", help="list parts, recipes and variants, or estimate the cost of a run"),

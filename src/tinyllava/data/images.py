@@ -100,10 +100,36 @@ def open_image(ref: ImageRef, background: tuple[int, ...] | None = None) -> Imag
         ImageError: missing, empty, not an image, truncated, too large, or without a meaning as RGB.
     """
     data = read_image_bytes(ref)
+    with _naming_damage(ref, data):
+        return _decode(data, ref, background)
+
+
+def read_size(ref: ImageRef) -> tuple[int, int]:
+    """Return width and height that an image's header claims, in pixels; its pixels are not decoded.
+
+    Raises:
+        ImageError: missing, empty, not an image, or too large.
+    """
+    data = read_image_bytes(ref)
+    with _naming_damage(ref, data):
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except (Image.DecompressionBombError, MemoryError):
+            raise
+        except Exception:  # noqa: BLE001 (an odd tag of a good JPEG, see _decode)
+            image = Image.open(io.BytesIO(_without_metadata(data)), formats=FORMATS)
+        with image:
+            _refuse_huge(image, ref)
+            return image.size
+
+
+@contextmanager
+def _naming_damage(ref: ImageRef, data: bytes) -> Iterator[None]:
+    """Say in one line what is wrong with an image that Pillow cannot open."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on tags; what is an error is raised below
-            return _decode(data, ref, background)
+            yield
     except ImageError:
         raise
     except UnidentifiedImageError as error:

@@ -1,0 +1,129 @@
+"""``tinyllava serve MODEL``: answer over HTTP, to programs and in a web page."""
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+from tinyllava.cli.chat import find_model
+from tinyllava.cli.parser import CommandParser
+from tinyllava.errors import ConfigError, require
+
+_HELP = """
+Serve a model on this machine: a web page, and an API like OpenAI's.
+
+  tinyllava serve runs/share-Sig-Phi/model
+  tinyllava serve runs/share-Sig-Phi/model --port 9000 --name my-model
+
+Open the printed address in a browser, or use it as base_url of an OpenAI
+client. Images come inside the requests, as data URLs; the server opens no
+address and no file that a client names. One request is answered at a time,
+the others wait. Ctrl-C or SIGTERM finishes the running requests and exits.
+"""
+KEY_VARIABLE = "TINYLLAVA_API_KEY"
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = CommandParser("serve", _HELP)
+    parser.add_argument("model", nargs="?", default="", help="checkpoint folder (default: the starter's)")
+    parser.add_argument("--name", default="", help="name of the model in the API (default: of its folder)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        help=f"key that clients have to send; may be given several times (default: {KEY_VARIABLE}, "
+        "which other users of the machine cannot see; several with commas)",
+    )
+    parser.add_argument(
+        "--no-api-key", action="store_true", help="let everyone ask who can reach --host, without a key"
+    )
+    parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-tokens", type=int, default=2_048, help="longest answer")
+    limits.add_argument("--max-images", type=int, default=16, help="images in a request")
+    limits.add_argument("--max-pixels", type=int, default=50_000_000, help="pixels of an image")
+    limits.add_argument("--max-body-mib", type=int, default=32, help="size of a request")
+    limits.add_argument("--max-waiting", type=int, default=64, help="requests, the running one included")
+    limits.add_argument("--timeout", type=float, default=300, help="seconds for a request, waiting included")
+    limits.add_argument("--drain", type=int, default=60, help="seconds that running requests get at the end")
+    known = parser.parse_args(arguments)
+    for name in ("max_tokens", "max_images", "max_pixels", "max_body_mib", "max_waiting", "timeout", "drain"):
+        if not 0 < getattr(known, name) < 10**12:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if not 0 <= known.port < 2**16:
+        parser.error("--port must be from 0 to 65535")
+    environment = os.environ.get(KEY_VARIABLE, "").split(",")
+    known.api_keys = tuple(key.strip() for key in known.api_key or environment if key.strip())
+    if not all(key.isascii() and key.isprintable() and " " not in key for key in known.api_keys):
+        parser.error("an API key may have printable ASCII characters only, and no blank")
+    if known.api_key and not known.api_keys:
+        parser.error("--api-key is empty; give a key, or leave it out")
+    return known
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until Ctrl-C or SIGTERM; the first line printed is the address."""
+    known = _parse(arguments)
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, "serve", "serves a model over HTTP")
+    folder = find_model(known.model)
+
+    from tinyllava.inference.chat import Chat
+    from tinyllava.serving.schema import Limits
+    from tinyllava.serving.server import Settings, is_loopback, run
+
+    if not (is_loopback(known.host) or known.api_keys or known.no_api_key):
+        raise ConfigError(
+            f"--host {known.host}: everyone who can reach it could use the model; set {KEY_VARIABLE} to a "
+            "key, or add --no-api-key if that is meant."
+        )
+    limits = Limits(
+        max_body_bytes=known.max_body_mib * 2**20,
+        max_pixels=known.max_pixels,
+        max_images=known.max_images,
+        max_tokens=known.max_tokens,
+        max_waiting=known.max_waiting,
+        timeout_seconds=known.timeout,
+    )
+    name = known.name or _name_of(folder)
+    settings = Settings(model=name, host=known.host, api_keys=known.api_keys, limits=limits)
+    with _listen(
+        known.host, known.port
+    ) as listening:  # a port that is taken is told before a model is opened
+        chat = Chat.open(folder, device=known.device)
+        host = f"[{known.host}]" if ":" in known.host else known.host
+        print(f"http://{host}:{listening.getsockname()[1]}", flush=True)
+        print(
+            f"serves {name}: a page at the address, the API below /v1, metrics at /metrics; Ctrl-C ends it.",
+            file=sys.stderr,
+        )
+        try:
+            run(chat, settings, listening, known.drain)
+        except KeyboardInterrupt:  # when everything is finished
+            print("stopped.", file=sys.stderr)
+    return 0
+
+
+def _name_of(folder: Path) -> str:
+    """Return a name for the model: its folder's, or that of the run if the folder is just ``model``."""
+    path = folder.resolve()
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        ConfigError: the address does not exist here, or is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2_048)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"cannot listen on {host}, port {port}: {error}. Choose another one with --host and --port "
+            "(--port 0 takes a free one)."
+        ) from error

@@ -1,0 +1,360 @@
+"""The HTTP server: chat completions and models as OpenAI's, health, metrics, and the web page.
+
+Paper: none. It opens no file and no address that a client names.
+"""
+
+import asyncio
+import hmac
+import json
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from importlib.resources import files
+from ipaddress import ip_address
+from socket import socket
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+
+from tinyllava import __version__
+from tinyllava.errors import DataError, ImageError, TinyLlavaError
+from tinyllava.inference.chat import Chat
+from tinyllava.serving.metrics import Metrics
+from tinyllava.serving.queue import End, ModelQueue
+from tinyllava.serving.schema import ChatRequest, Limits, Question, RequestError, read_request
+from tinyllava.serving.wire import EventStream, GoneError, before, read_body, while_connected
+
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+_PAGE_HEADERS = {
+    # Nothing from another host, no inline script; images are those that the user has chosen.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is served.
+
+    Args:
+        model: name under which clients ask for it.
+        host: address that the server listens on; on loopback, requests that name another host are refused
+            (a web site could reach the server through the user's browser otherwise).
+        api_keys: one of them has to come with each request; without any, none is asked for.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    limits: Limits = field(default_factory=Limits)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine only."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+class _Service:
+    """What the routes share."""
+
+    def __init__(self, chat: Chat, settings: Settings) -> None:
+        self.settings, self.limits = settings, settings.limits
+        self.queue = ModelQueue(chat, settings.limits.max_waiting)
+        self.metrics = Metrics(lambda: self.queue.num_places)
+        self.context_tokens = chat.context_tokens
+        self.created = int(time.time())
+
+    def check(self, request: Request) -> None:
+        """Refuse who has no key, and browsers that were led here under another host's name.
+
+        Raises:
+            RequestError: see above.
+        """
+        host = re.sub(r":\d*$", "", request.headers.get("host", ""))
+        if is_loopback(self.settings.host) and not is_loopback(host):
+            raise RequestError(
+                403,
+                f"host {host[:60]!r}: this server answers to localhost and 127.0.0.1 only; use one of "
+                "them, or start it with --host.",
+                code="host_not_allowed",
+            )
+        if not self.settings.api_keys or not request.url.path.startswith(("/v1/", "/metrics")):
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        matches = [
+            hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.settings.api_keys
+        ]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise RequestError(
+                401,
+                "no API key, or a wrong one; send the header 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def complete(self, request: Request) -> Response:
+        """Answer a chat request, whole or as a stream.
+
+        Raises:
+            RequestError: the request is refused, or takes too long.
+            GoneError: its client went away.
+        """
+        deadline = asyncio.get_running_loop().time() + self.limits.timeout_seconds
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self.queue.place())
+            body = await before(deadline, self.limits, read_body(request, self.limits.max_body_bytes))
+            question = await run_in_threadpool(read_request, body, self.settings.model, self.limits)
+            del body
+            pieces = await stack.enter_async_context(aclosing(self._answer(question, deadline)))
+            if not question.is_streamed:
+                return JSONResponse(await while_connected(request, self._whole(pieces)))
+            # What is refused is known with the first piece: the status can still say it.
+            first = await while_connected(request, anext(pieces))
+            return EventStream(self._events(question, first, pieces), stack.pop_all())
+
+    async def _answer(self, question: Question, deadline: float) -> AsyncGenerator[str | End, None]:
+        """Yield the pieces of an answer, with what the model refuses as an error of the request."""
+        started, is_first = time.monotonic(), True
+        async with aclosing(self.queue.answer(question)) as events:
+            while True:
+                try:
+                    event = await before(deadline, self.limits, anext(events))
+                except ImageError as error:
+                    raise RequestError(400, str(error), code="invalid_image", param="messages") from error
+                except DataError as error:
+                    raise RequestError(
+                        400, str(error), code="context_length_exceeded", param="messages"
+                    ) from error
+                except TinyLlavaError as error:
+                    raise RequestError(500, str(error), code="model_error") from error
+                if is_first:
+                    self.metrics.first_piece.observe(time.monotonic() - started)
+                    is_first = False
+                if isinstance(event, End):
+                    self.metrics.count_tokens(event)
+                yield event
+                if isinstance(event, End):
+                    return
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.settings.model,
+        }
+
+    async def _whole(self, pieces: AsyncIterator[str | End]) -> dict[str, Any]:
+        text: list[str] = []
+        async for piece in pieces:
+            if isinstance(piece, End):
+                message = {"role": "assistant", "content": "".join(text), "refusal": None}
+                choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": piece.reason}
+                return {**self._envelope("chat.completion"), "choices": [choice], "usage": _usage(piece)}
+            text.append(piece)
+        raise RuntimeError("an answer without an end")
+
+    async def _events(
+        self, question: Question, first: str | End, pieces: AsyncIterator[str | End]
+    ) -> AsyncIterator[bytes]:
+        """Yield server-sent events; an error on the way is the last of them."""
+        head = self._envelope("chat.completion.chunk")
+
+        def chunk(delta: dict[str, str], reason: str | None = None) -> bytes:
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+            usage = {"usage": None} if question.has_usage else {}
+            return _event({**head, "choices": [choice], **usage})
+
+        yield chunk({"role": "assistant", "content": ""})
+        piece = first
+        try:
+            while not isinstance(piece, End):
+                yield chunk({"content": piece})
+                piece = await anext(pieces)
+        except RequestError as error:
+            yield _event(error.body)
+            return
+        except Exception:
+            yield _event(_internal().body)
+            raise
+        yield chunk({}, piece.reason)
+        if question.has_usage:
+            yield _event({**head, "choices": [], "usage": _usage(piece)})
+        yield b"data: [DONE]\n\n"
+
+
+def _internal() -> RequestError:
+    return RequestError(500, "the server failed; its log says how. Try again.", code="internal_error")
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def _usage(end: End) -> dict[str, int]:
+    return {
+        "prompt_tokens": end.num_prompt_tokens,
+        "completion_tokens": end.num_answer_tokens,
+        "total_tokens": end.num_prompt_tokens + end.num_answer_tokens,
+    }
+
+
+def run(chat: Chat, settings: Settings, listening: socket, drain_seconds: int) -> None:
+    """Serve until Ctrl-C or SIGTERM, finish what is running, and raise it again.
+
+    Args:
+        listening: the socket that clients connect to.
+        drain_seconds: what running requests get at the end.
+
+    Raises:
+        KeyboardInterrupt: the signal that ended it.
+    """
+    config = uvicorn.Config(
+        make_app(chat, settings),
+        log_level="warning",
+        timeout_graceful_shutdown=drain_seconds,
+        server_header=False,
+    )
+    uvicorn.Server(config).run([listening])
+
+
+def make_app(chat: Chat, settings: Settings) -> FastAPI:
+    """Return the server's application (ASGI).
+
+    Args:
+        chat: the model; nothing else may use it meanwhile.
+    """
+    service = _Service(chat, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(service.queue.close)
+
+    app = FastAPI(title="tinyllava", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    _add_errors(app, service)
+    _add_routes(app, service)
+    return app
+
+
+def _refuse(error: RequestError) -> Response:
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+def _add_errors(app: FastAPI, service: _Service) -> None:
+    """Check each request, count it, and give every error the form of OpenAI's."""
+
+    async def refuse_path(request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 404)
+        phrase = HTTPStatus(status).phrase.lower()
+        message = (
+            f"{request.method} {request.url.path[:100]}: {phrase}; POST /v1/chat/completions asks the model."
+        )
+        return _refuse(RequestError(status, message, code=phrase.replace(" ", "_")))
+
+    async def hide(request: Request, error: Exception) -> Response:
+        return _refuse(_internal())  # the traceback goes to the log
+
+    app.add_exception_handler(404, refuse_path)
+    app.add_exception_handler(405, refuse_path)
+    app.add_exception_handler(Exception, hide)
+    app.add_middleware(_Guard, service=service)
+
+
+class _Guard:
+    """Checks each request before anything of it is read, and counts the answers."""
+
+    def __init__(self, app: Any, service: _Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+
+        async def counting(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.service.metrics.count_request(request, message["status"])
+            await send(message)
+
+        try:
+            self.service.check(request)
+        except RequestError as error:
+            await _refuse(error)(scope, receive, counting)
+            return
+        await self.app(scope, receive, counting)
+
+
+def _add_routes(app: FastAPI, service: _Service) -> None:
+    body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
+
+    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
+    async def complete(request: Request) -> Response:
+        """Answer the last message of a conversation."""
+        try:
+            return await service.complete(request)
+        except RequestError as error:
+            return _refuse(error)
+        except GoneError:
+            return Response(status_code=499)  # nobody reads it; the metrics count it
+
+    model = {
+        "id": service.settings.model,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "tinyllava",
+        "context_tokens": service.context_tokens,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """List the one model that is served."""
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        """Describe a model."""
+        if name == service.settings.model:
+            return JSONResponse(model)
+        message = f"model {name[:100]!r} is not served here; this server has {service.settings.model!r}."
+        return _refuse(RequestError(404, message, code="model_not_found", param="model"))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Say that the server takes requests."""
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Count requests and tokens, for Prometheus."""
+        content, kind = service.metrics.page()
+        return Response(content, media_type=kind)
+
+    for path, (name, kind) in _PAGE.items():
+        _add_page(app, path, (files("tinyllava.serving") / "page" / name).read_bytes(), kind)
+
+
+def _add_page(app: FastAPI, path: str, content: bytes, kind: str) -> None:
+    async def page() -> Response:
+        return Response(content, media_type=kind, headers=_PAGE_HEADERS)
+
+    app.get(path, include_in_schema=False)(page)

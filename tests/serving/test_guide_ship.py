@@ -1,0 +1,82 @@
+"""The guide to shipping a model, followed literally: served, asked with its requests and its Python."""
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import httpx2 as httpx
+from PIL import Image
+
+from documents import ROOT, blocks, commands
+
+GUIDE = (ROOT / "docs" / "guides" / "ship.md").read_text(encoding="utf-8")
+
+
+def curl(command: str) -> httpx.Response:
+    """Do what a curl command of the guide does; not every machine has curl."""
+    _, address, *options = shlex.split(command)
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert set(given) <= {"-H", "-d"}
+    headers = dict([given["-H"].split(": ")]) if "-H" in given else {}
+    return httpx.request(
+        "POST" if "-d" in given else "GET", address, content=given.get("-d"), headers=headers
+    )
+
+
+def wait_until_up(address: str, process: "subprocess.Popen[str]") -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            httpx.get(address, timeout=60)
+            return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise AssertionError("the server does not answer")
+
+
+def test_its_commands_run(toy: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    install, serve, models, ask, open_to_all = (line.replace("8000", port) for line in commands(GUIDE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert install == "pip install 'tinyllava[serve]'"
+    assert "serve" in project["optional-dependencies"]
+    shutil.copytree(toy, tmp_path / "my-model")
+    Image.new("RGB", (40, 30), (200, 20, 20)).save(tmp_path / "image.jpg")
+    key, program, *arguments = shlex.split(open_to_all)
+    assert (program, *arguments[:2]) == tuple(shlex.split(serve)[:3])
+    for line, environment in ((serve, {}), (open_to_all, dict([key.split("=")]))):
+        words = shlex.split(line)
+        options = [*words[words.index("tinyllava") + 1 :]]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tinyllava", *options],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            wait_until_up(f"http://127.0.0.1:{port}/health", process)
+            if environment:
+                assert curl(models).status_code == 401
+                continue
+            assert [model["id"] for model in curl(models).json()["data"]] == ["my-model"]
+            assert curl(ask).json()["choices"][0]["message"]["content"]
+            (example,) = blocks(GUIDE, "python")
+            code = example.replace("8000", port)
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stdout
+        finally:
+            process.terminate()
+            process.communicate(timeout=120)
