@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import RandomSampler
 
-from tinyllava.config import FROZEN, FULL, DataConfig, Hardware, ModelConfig, Run, Stage
+from tinyllava.config import FROZEN, FULL, DataConfig, Hardware, ModelConfig, Run, Stage, to_json
 from tinyllava.data.dataset import Collator, Examples
 from tinyllava.data.records import read_records
 
@@ -50,6 +50,16 @@ def toy_run(
         "hardware": Hardware(num_workers=0, device_batch_size=2, precision="fp32"),
     }
     return Run(**settings | changes)
+
+
+def write_run(run: Run, folder: Path) -> str:
+    """Write a run as a user would, and return what ``tinyllava train`` calls it."""
+    (folder / "run.json").write_text(to_json(run))
+    (folder / "mine.py").write_text(
+        "from pathlib import Path\nfrom tinyllava.config import run_from_json\n"
+        "RUN = run_from_json(Path(__file__).with_name('run.json').read_text())\n"
+    )
+    return f"{folder / 'mine.py'}:RUN"
 
 
 def make_captions(records: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -110,11 +111,19 @@ def test_evaluate_then_score_again_then_compare(model, data, tmp_path, capsys):
     assert load_results(tmp_path / "results.json")[-1].metrics == result.metrics
 
 
-def test_two_real_processes_give_the_same_predictions(model, data, tmp_path):
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_two_real_processes_give_the_same_predictions(model, data, tmp_path, by_torchrun):
     arguments = ["evaluate", str(model), "--benchmarks", "pope", "--data", str(data), "--output"]
     assert main([*arguments, str(tmp_path / "one")]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, "-m", "tinyllava", *arguments, str(tmp_path / "two")], check=True, timeout=200)
+    launch = launch if by_torchrun else [sys.executable]
+    gpus = [] if by_torchrun else ["--gpus", "2"]
+    subprocess.run(
+        [*launch, "-m", "tinyllava", *arguments, str(tmp_path / "two"), *gpus],
+        check=True,
+        timeout=200,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
     one, two = ((tmp_path / name / "pope/predictions.jsonl").read_text() for name in ("one", "two"))
     assert one == two
     assert len(list((tmp_path / "two" / "pope").glob("answers-*.jsonl"))) == 2

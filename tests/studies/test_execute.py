@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from grid_toys import write_grid
-from tinyllava.studies import work
+from tinyllava.config import DataConfig
+from tinyllava.studies import jobs, work
 from tinyllava.studies.execute import InProcess, execute
 from tinyllava.studies.graph import Graph, Node, Places, expand
 from tinyllava.studies.paper import find_grid
 from tinyllava.studies.work import State, claim, is_claimed, load_state, save_state
+from training_toys import make_captions
 
 
 @pytest.fixture
@@ -140,3 +142,27 @@ def test_a_state_is_read_back_and_an_unknown_node_waits(graph, tmp_path):
     save_state(node, state)
     assert load_state(node) == state
     assert [path.name for path in Path(node.folder).iterdir()] == ["node.json"]
+
+
+@pytest.mark.timeout(600)
+def test_a_node_is_done_by_as_many_processes_as_its_batches_divide_by(graph, records, monkeypatch):
+    """The batch is 4: of three processes two are taken. They are real, and train."""
+    started = []
+    popen = jobs.subprocess.Popen
+
+    def noting(command, **options):
+        started.append(command)
+        return popen(command, **options)
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", noting)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    node = next(node for node in graph.nodes.values() if not node.after)
+    (name,) = node.run.stages
+    data = DataConfig(records=(str(make_captions(records)),), images=str(records.parent / "images"))
+    stages = {name: replace(node.run.stages[name], data=data)}
+    node = replace(node, run=replace(node.run, stages=stages))
+    InProcess(3).start(node)
+    log = (node.folder / "log.txt").read_text()
+    assert load_state(node).status == "done", log[-3000:]
+    assert [word for word in started[0] if "nproc" in word] == ["--nproc-per-node=2"]
+    assert (node.folder / node.name / "trained.safetensors").is_file()

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ from safetensors.torch import load_file
 import toys
 from tinyllava.config import FULL, Run, lora, to_json
 from tinyllava.errors import ConfigError
+from tinyllava.files import held
 from tinyllava.training.run import train
-from training_toys import sampled_order, toy_run
+from training_toys import sampled_order, toy_run, write_run
 
 PROGRAM = """
 import json, os, sys, torch
@@ -179,6 +182,86 @@ def test_dinov2_trained_in_two_processes_gives_the_weights_of_one(parts, tmp_pat
     ledger = json.loads((tmp_path / "one/run/finetune/ledger.json").read_text())
     (mask,) = [row for row in ledger if row["name"].endswith("mask_token")]
     assert (mask["trained"], mask["moved"]) == (False, False)
+
+
+def start_command(*arguments: str) -> subprocess.Popen[str]:
+    """Start ``tinyllava`` without a launcher, on CPUs."""
+    launchers = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+    environment = {name: value for name, value in os.environ.items() if name not in launchers}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tinyllava", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+@pytest.mark.timeout(1100)
+def test_train_starts_its_processes_itself_and_gives_the_weights_of_one(parts, tmp_path):
+    records = make_records(tmp_path, {2, 5})
+    printed = {}
+    for name, gpus in (("one", "1"), ("two", "2")):
+        (tmp_path / name).mkdir()
+        run = toy_run(parts, records, tmp_path / name / "run")
+        command = start_command("train", write_run(run, tmp_path / name), "--gpus", gpus)
+        printed[name], errors = command.communicate(timeout=500)
+        assert command.returncode == 0, errors[-3000:]
+    compare_models(tmp_path)
+    assert printed["two"].splitlines()[0] == "2 processes share each batch of 4 samples"
+    assert printed["two"].count("model: ") == 1  # said once
+    for stage in run.stages:
+        files = [tmp_path / f"{name}/run/{stage}/metrics.jsonl" for name in ("one", "two")]
+        steps = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        assert len(steps[0]) == len(steps[1]) == 2  # eight samples, four a step, however many share them
+        for one, two in zip(*steps, strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_what_a_process_is_refused_for_is_said_once(parts, tmp_path):
+    records = make_records(tmp_path, set())
+    run = write_run(toy_run(parts, records, tmp_path / "run"), tmp_path)
+    command = start_command("train", run, "--gpus", "3")
+    printed, errors = command.communicate(timeout=300)
+    assert command.returncode == 2
+    assert errors.count("does not divide by 3 ranks") == 2  # in two stages
+    assert (printed, errors.count("error: ")) == ("", 1)
+    held_by = tmp_path / "run"
+    held_by.mkdir()
+    with held(held_by):  # known to the first process only
+        command = start_command("train", run, "--gpus", "2")
+        _, errors = command.communicate(timeout=300)
+    assert command.returncode == 2
+    assert errors.count("error: ") == 1
+    assert "Traceback" not in errors
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_command_saves_in_all_processes_and_the_run_resumes(parts, tmp_path, number):
+    records = make_records(tmp_path, set())
+    toy = toy_run(parts, records, tmp_path / "two/run")
+    long = dataclasses.replace(toy.stages["finetune"], max_steps=40)
+    toy = dataclasses.replace(toy, stages={"finetune": long})
+    (tmp_path / "two").mkdir()
+    run = write_run(toy, tmp_path / "two")
+    command = start_command("train", run, "--gpus", "2")
+    metrics = tmp_path / "two/run/finetune/metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text().count("\n"):
+        assert command.poll() is None, command.communicate()[1][-3000:]
+        time.sleep(0.05)
+    command.send_signal(number)
+    _, errors = command.communicate(timeout=300)
+    assert command.returncode == 128 + number
+    assert "stopping: saving after this step" in errors
+    assert "Traceback" not in errors
+    again = start_command("train", run, "--gpus", "2")
+    printed, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors[-3000:]
+    assert "finetune: resuming from" in printed
+    train(dataclasses.replace(toy, output=str(tmp_path / "one/run")))
+    compare_models(tmp_path)
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(parts, records, tmp_path, monkeypatch):

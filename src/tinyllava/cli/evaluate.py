@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser
 from tinyllava.parts.folders import default_name
+from tinyllava.planning.launch import choose_processes, launch
 
 if TYPE_CHECKING:
     from tinyllava.evaluation.benchmark import Benchmark
@@ -31,8 +32,8 @@ prompts, parsing and metrics. Run the same command again to resume.
   tinyllava evaluate MODEL --data /data/bench --score-only
   tinyllava evaluate NAME --data /data/bench --score-only --answers FOLDER
       scores answers written by LLaVA's scripts
-  torchrun --nproc-per-node 8 -m tinyllava evaluate MODEL --data /data/bench
-      8 processes share the work
+  tinyllava evaluate MODEL --data /data/bench --gpus 4
+      one process for each of four GPUs (default: all of this machine)
 
 MM-Vet and LLaVA-W need a judge model, or a folder with its recorded reviews:
   tinyllava evaluate MODEL --data /data/bench --benchmarks mmvet,llava-w \\
@@ -53,6 +54,9 @@ def main(arguments: list[str]) -> int:
     folders = find_folders(benchmarks, Path(known.data))
     output = Path(known.output or f"evaluations/{default_name(Path(known.model))}")
     judges = _make_judges(known, output, benchmarks)
+    num_processes = 1 if known.score_only or known.device else choose_processes(known.gpus)
+    if num_processes > 1:
+        return launch(["evaluate", *arguments], num_processes)
     ask = _take_answers(known, output) if known.score_only else _open_model(known, output)
     is_whole = True
     for name, benchmark in benchmarks.items():
@@ -186,6 +190,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="with --score-only: answers written by LLaVA's scripts; a file, or a folder with NAME.jsonl or "
         "NAME/answers/MODEL.jsonl per benchmark",
     )
+    add("--gpus", type=int, default=0, help="GPUs, one process each (default: all of this machine)")
     add("--device", default="", help="torch device (default: a GPU if available)")
     add(
         "--dtype",
@@ -217,6 +222,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if getattr(known, name) < least:
             option = name.replace("_", "-")
             parser.error(f"--{option} is {getattr(known, name)}; it must be {least} or more")
+    if known.device and known.gpus:
+        parser.error("--device and --gpus exclude each other: --device is for one process")
     if known.judge_timeout <= 0 or known.judge_concurrent < 1:
         parser.error("--judge-timeout must be above 0, and --judge-concurrent at least 1")
     if known.answers and (not known.score_only or known.blind):

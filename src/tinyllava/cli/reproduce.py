@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser
 from tinyllava.errors import ConfigError, DataError, require
+from tinyllava.planning.launch import choose_processes
 
 if TYPE_CHECKING:
     from tinyllava.studies.execute import Launcher
@@ -24,7 +25,7 @@ evaluations, reuse the finished ones, and write a report.
   tinyllava reproduce figure-7 --only '*TL*' --data /data --benchmarks DIR \\
       --scale 0.02 --limit 200
   tinyllava reproduce table-a1 --data /data --benchmarks DIR --jobs slurm \\
-      --devices 8 --job slurm_partition=gpu --job gpus_per_node=8
+      --gpus 8 --job slurm_partition=gpu --job gpus_per_node=8
   tinyllava reproduce my_grid.py           a grid of your own
   tinyllava reproduce starter              four ablations on two CPU cores
 
@@ -69,7 +70,7 @@ def _plan_or_run(grid: "Grid", graph: "Graph", known: argparse.Namespace) -> int
 
     default = Machine()
     machine = Machine(gpu=known.gpu or default.gpu, num_gpus=known.gpus or default.num_gpus)
-    is_asked = bool(known.gpu or known.gpus)
+    is_asked = bool(known.gpu or (known.plan and known.gpus))
     costs = Costs() if is_asked else grid.costs
     needs = plan_graph(graph, costs, machine=machine if is_asked else None)
     fetched_first = known.plan and grid.fetches and any(need.status == "missing" for need in needs)
@@ -159,7 +160,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--job", action="append", default=[], metavar="KEY=VALUE", help="submitit parameter (repeatable)")
     add("--at-once", type=int, default=0, help="max number of concurrent jobs (default: slurm 100, local 1)")
-    add("--devices", type=int, default=1, help="devices per job, with one torchrun process each")
     add("--judge-url", default="", help="endpoint of the judge for MM-Vet and LLaVA-W, up to /v1")
     add("--judge-model", default="", help="model name of the judge")
     add("--judge-key", default="OPENAI_API_KEY", help="environment variable with the API key")
@@ -168,8 +168,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--gpus",
         type=int,
         default=0,
-        help="GPUs to estimate for (default: 8). Without --gpu and --gpus, times of finished nodes are "
-        "used where available",
+        help="GPUs for one stage or evaluation, one process each (default: all of this machine, 1 in a job); "
+        "with --plan, GPUs to estimate for (default: 8). Without --gpu and --gpus, times of finished "
+        "nodes are used where available",
     )
     return parser.parse_args(arguments)
 
@@ -258,8 +259,8 @@ def _launcher(known: argparse.Namespace) -> "Launcher":
         key: int(value) if value.isdigit() else value for key, value in _pairs(known.job, "--job").items()
     }
     if known.jobs is None:
-        if options or known.devices > 1:
-            raise ConfigError("--job and --devices need --jobs slurm or --jobs local; add one of them.")
-        return InProcess()
+        if options:
+            raise ConfigError("--job needs --jobs slurm or --jobs local; add one of them.")
+        return InProcess(choose_processes(known.gpus))
     num_at_once = known.at_once or (100 if known.jobs == "slurm" else 1)
-    return Jobs(known.jobs, num_at_once=num_at_once, num_devices=known.devices, options=options)
+    return Jobs(known.jobs, num_at_once=num_at_once, num_devices=known.gpus or 1, options=options)

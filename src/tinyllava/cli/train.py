@@ -9,6 +9,8 @@ from tinyllava.cli.parser import CommandParser
 from tinyllava.config import DataConfig, ModelConfig, Run
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.parts.folders import recorded_model, recorded_name
+from tinyllava.planning.check import check
+from tinyllava.planning.launch import choose_processes, launch
 from tinyllava.recipes.few_records import describe, fit_to
 from tinyllava.recipes.published import PUBLISHED, as_published
 from tinyllava.recipes.user import find_run
@@ -27,6 +29,8 @@ checkpoint.
       your own recipe with these parts
   tinyllava train base-C-TL --data /data --code llava
       with the settings of published code
+  tinyllava train base-Sig-Phi --data /data --gpus 4
+      on four GPUs of this machine (default: all of them)
 
 VARIANT is RECIPE-ENCODER-LLM[-DATASET][-CONNECTOR], e.g. share-Sig-Phi (see
 `tinyllava show variants`). With --from, the checkpoint defines the model, so a
@@ -64,6 +68,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", default="", help="run folder (default: runs/NAME; with --from: runs/NAME-tuned-RECIPE)"
     )
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs, one process each (default: all that the batch divides by)"
+    )
     parser.add_argument("--options", action="store_true", help="list all options of the run and exit")
     known, rest = parser.parse_known_args(arguments)
     model = recorded_model(Path(known.start_from)) if known.start_from else None
@@ -80,6 +87,11 @@ def main(arguments: list[str]) -> int:
     if model and run.model != model:
         raise ConfigError(f"--model.* with --from {known.start_from}: {_describe_change(model, run.model)}")
 
+    num_processes = choose_processes(known.gpus, run)
+    if num_processes > 1:
+        check(run, num_ranks=num_processes)
+        print(f"{num_processes} processes share each batch of {_batch_sizes(run)} samples")
+        return launch(["train", *arguments], num_processes)
     if num_records and os.environ.get("RANK", "0") == "0":
         for name, stage in run.stages.items():
             print(f"{name}: {describe(stage, num_records)} (change them with --{name}.*)")
@@ -90,6 +102,10 @@ def main(arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
         print(f"\nmodel: {folder}\nnext: tinyllava chat IMAGE --model {folder}")
     return 0
+
+
+def _batch_sizes(run: Run) -> str:
+    return " and ".join(dict.fromkeys(str(stage.global_batch_size) for stage in run.stages.values()))
 
 
 def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:

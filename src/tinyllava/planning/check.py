@@ -35,22 +35,23 @@ TRACKERS = (
 """Trackers of the transformers Trainer, by the package that each needs."""
 
 
-def check(run: Run, *, on_this_machine: bool = True) -> None:
+def check(run: Run, *, on_this_machine: bool = True, num_ranks: int = 0) -> None:
     """Refuse a run that cannot work.
 
     Args:
         on_this_machine: also look at what is here: record files, ranks, trackers, CUDA.
+        num_ranks: processes that are to train; 0 means those that a launcher has started, otherwise one.
 
     Raises:
         ConfigError: every problem found, one a line, each with the field, the value and the fix.
     """
-    problems = find_problems(run, on_this_machine=on_this_machine)
+    problems = find_problems(run, on_this_machine=on_this_machine, num_ranks=num_ranks)
     if problems:
         listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
         raise ConfigError(f"{run.name or 'run'}: {len(problems)} problem(s):\n{listed}")
 
 
-def find_problems(run: Run, *, on_this_machine: bool = True) -> list[str]:
+def find_problems(run: Run, *, on_this_machine: bool = True, num_ranks: int = 0) -> list[str]:
     """Return what is wrong with a run, in words; see ``check``."""
     problems: list[str] = []
     limits = _limits_of_checkpoint(run, problems) or _limits_of_parts(run, problems)
@@ -64,7 +65,7 @@ def find_problems(run: Run, *, on_this_machine: bool = True) -> list[str]:
         trained_before = trained_before or stage.connector.trains
     problems += _data_problems(run, on_this_machine)
     if on_this_machine:
-        problems += _machine_problems(run)
+        problems += _machine_problems(run, num_ranks)
     return problems
 
 
@@ -198,7 +199,7 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _machine_problems(run: Run) -> Iterator[str]:
+def _machine_problems(run: Run, num_ranks: int) -> Iterator[str]:
     if run.start_from and not (Path(run.start_from) / "config.json").is_file():
         try:
             check_checkpoint(Path(run.start_from))
@@ -208,7 +209,7 @@ def _machine_problems(run: Run) -> Iterator[str]:
         if tracker in TRACKERS and find_spec(tracker) is None:
             source = "'tinyllava[trackers]'" if tracker == "tensorboard" else tracker
             yield f"report_to = {tracker!r}: not installed; run pip install {source}, or leave it out."
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    num_ranks = num_ranks or int(os.environ.get("WORLD_SIZE", "1"))
     for name, stage in run.stages.items():
         yield from (f"stages.{name}.{p}" for p in rules.batch_problems(stage, run.hardware, num_ranks))
         yield from (f"stages.{name}.{p}" for p in rules.bits_problems(stage))

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from tinyllava.planning.launch import fitting_processes
 from tinyllava.studies.graph import Graph, Node
-from tinyllava.studies.jobs import is_alive
-from tinyllava.studies.work import State, do_node, load_state, save_state
+from tinyllava.studies.jobs import do_in_processes, is_alive
+from tinyllava.studies.work import State, load_state, save_state
 
 States = dict[str, State]
 
@@ -24,13 +25,20 @@ class Launcher(Protocol):
 
 
 class InProcess:
-    """Does nodes one after the other in this process; their output goes to ``log.txt`` in their folder."""
+    """Does nodes one after the other on this machine; their output goes to ``log.txt`` in their folder.
+
+    Args:
+        num_processes: of a node, at most: as many as its batches divide by, see ``fitting_processes``.
+    """
 
     num_at_once = 1
 
+    def __init__(self, num_processes: int = 1) -> None:
+        self.num_processes = num_processes
+
     def start(self, node: Node) -> None:
         """Do the node; its state says how it ended."""
-        do_node(node, log=node.folder / "log.txt")
+        do_in_processes(node, fitting_processes(node.run, self.num_processes))
 
 
 def execute(

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyllava.errors import ConfigError, require
+from tinyllava.planning.launch import GRACE_SECONDS
 from tinyllava.studies.graph import Node, load_node, save_node
 from tinyllava.studies.work import State, do_node, is_claimed, load_state, now, save_state
 
 Cluster = Literal["slurm", "local"]
 _GONE = ("CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "COMPLETED")
-GRACE_SECONDS = 30.0
+QUEUE_SECONDS = 30.0
 """After a submission: accounting and queue may not know of it yet."""
 
 
@@ -80,23 +81,32 @@ def run_task(path: str, cluster: str, num_devices: int) -> None:
     """Do the node of a task file: what a job runs."""
     variable = "SLURM_JOB_ID" if cluster == "slurm" else "SUBMITIT_LOCAL_JOB_ID"
     job = f"{cluster}:{os.environ.get(variable, '')}"
-    node = load_node(Path(path))
-    if num_devices == 1:
+    do_in_processes(load_node(Path(path)), num_devices, job=job)
+
+
+def do_in_processes(node: Node, num_processes: int, *, job: str = "") -> None:
+    """Do a node in this process, or in several that torchrun starts; its state says how it ended."""
+    if num_processes == 1:
         do_node(node, job=job, log=node.folder / "log.txt")
         return
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={num_devices}",
-        "-m",
-        "tinyllava.studies.work",
-        path,
-        job,
-    ]
+    path = node.folder / "task.json"
+    save_node(node, path)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     with (node.folder / "log.txt").open("a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+        # In a session of its own: a Ctrl-C reaches it once, through us, and it ends its processes.
+        running = subprocess.Popen(
+            [sys.executable, *torchrun, "-m", "tinyllava.studies.work", str(path), job],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS)},
+        )
+        try:
+            code = running.wait()
+        except BaseException:
+            running.terminate()
+            running.wait()
+            raise
     if code and load_state(node).status != "failed":
         save_state(node, State(status="failed", error=f"torchrun ended with status {code}", job=job))
 
@@ -107,7 +117,7 @@ def is_alive(node: Node, state: State) -> bool:
         return True
     job = _job_file(node).read_text(encoding="utf-8") if _job_file(node).exists() else ""
     if state.job.startswith("slurm"):
-        if state.status == "submitted" and now() - state.started < GRACE_SECONDS:
+        if state.status == "submitted" and now() - state.started < QUEUE_SECONDS:
             return True
         if not job:
             return bool(_find_in_queue(_name_of(node)))

@@ -5,13 +5,13 @@ A learning rate for each component, lean checkpoints, grouped batches, and a sto
 Paper: section 4.1.2.
 """
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from math import ceil, cos, pi
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,6 +29,15 @@ RESUMED_TENSORS = "model.safetensors"
 """File of a checkpoint with the trained tensors; the Trainer loads it under this name."""
 
 
+class StageArguments(TrainingArguments):
+    """The Trainer's settings, for one device in each process."""
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: the Trainer would wrap the model in ``nn.DataParallel`` and multiply the batch by it."""
+        return min(1, int(super().n_gpu))
+
+
 class StageTrainer(Trainer):
     """Trains one stage.
 
@@ -38,6 +47,9 @@ class StageTrainer(Trainer):
 
     def __init__(self, *args: Any, stage: Stage, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        assert self.args.n_gpu <= 1, "see StageArguments"
+        if self.accelerator.ddp_handler is not None:  # otherwise DDP holds every gradient twice
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.optimizer: Any
         self.lr_scheduler: Any
         self.stage = stage
@@ -160,9 +172,9 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def make_arguments(
     stage: Stage, hardware: Hardware, folder: Path, *, seed: int, num_samples: int, report_to: tuple[str, ...]
-) -> TrainingArguments:
+) -> StageArguments:
     """Translate a stage into the Trainer's words."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = PartialState().num_processes
     per_device = micro_batch(stage, hardware)
     num_steps = stage.max_steps or max(
         1, round(-(-num_samples // stage.global_batch_size) * stage.num_epochs)
@@ -172,7 +184,7 @@ def make_arguments(
         "a rule of tinyllava.planning.check"
     )
     precision = choose_precision(hardware.precision)
-    return TrainingArguments(
+    return StageArguments(
         output_dir=str(folder),
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=num_passes,
@@ -204,7 +216,7 @@ def make_arguments(
 
 def micro_batch(stage: Stage, hardware: Hardware) -> int:
     """Return the number of samples of one forward pass of one process."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = PartialState().num_processes
     return hardware.device_batch_size or default_device_batch(stage.global_batch_size // world_size)
 
 
