@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    DynamicCache,
     LlavaForConditionalGeneration,
 )
 
@@ -110,6 +111,22 @@ def test_loss_is_cross_entropy_over_supervised_positions(parts):
         input_ids=ids, labels=labels, num_items_in_batch=2 * int((labels[:, 1:] != -100).sum())
     ).loss
     torch.testing.assert_close(halved, expected / 2)
+
+
+@pytest.mark.parametrize("llm", LLMS)
+def test_a_loss_fills_no_cache_and_leaves_the_configs_as_they_were(parts, llm, monkeypatch):
+    model, processor = make(parts, llm, "siglip")
+    before = model.config.to_json_string()
+    fills, fill = [], DynamicCache.update
+    monkeypatch.setattr(DynamicCache, "update", lambda *args, **kw: fills.append(1) or fill(*args, **kw))
+    ids = processor.tokenizer("A red circle.", return_tensors="pt").input_ids
+    for mode in (True, False):
+        model.train(mode)
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert fills == []
+    assert model.config.to_json_string() == before
+    model(input_ids=ids)
+    assert fills  # logits without labels still come with a cache
 
 
 def test_training_does_not_run_the_last_position_also_where_it_is_an_image(parts):

@@ -260,6 +260,8 @@ class TinyLlavaForConditionalGeneration(
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is the sum divided by
                 it. Without it the mean over this batch.
         """
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)  # a loss needs no keys and values of the past
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
