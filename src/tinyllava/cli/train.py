@@ -49,12 +49,7 @@ def main(arguments: list[str]) -> int:
         "--data", action="append", default=[], help="data folder, or LLaVA-format .json/.jsonl (repeatable)"
     )
     parser.add_argument("--images", default="", help="base folder of image paths (with --data FILE)")
-    parser.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        help="defect whose records are skipped and counted (repeatable)",
-    )
+    parser.add_argument("--skip", action="append", default=[], help="defect to skip and count (repeatable)")
     parser.add_argument(
         "--from",
         "--start-from",

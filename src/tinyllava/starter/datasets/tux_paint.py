@@ -1,8 +1,7 @@
 """Tux Paint's stamps for the starter: cut-out photographs and drawings of things, with captions.
 
-Paper: none; the public collection has no split of its own, so that the hash of the pixels decides.
-Differs: only stamps whose caption is a name ("A blackbird.") and whose folder is a group of things are taken;
-letters, signs and coins are left out, because the starter's model cannot read.
+The public collection has no split of its own, so the hash of the pixels decides. Letters, signs and coins are
+left out, because the starter's model cannot read.
 """
 
 from __future__ import annotations
