@@ -28,6 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+from tinyllava.conversation import Answer
+
 QUESTIONS_A_IMAGE = 447_793 / 81_434
 NUM_FILES = 16
 TEXT = """
@@ -35,6 +37,7 @@ what is the color of man woman dog cat table sky left right on in near how many 
 does this look like an image which animal sport sign number time day wearing holding standing
 behind bus train food
 """
+
 WORDS = TEXT.split()
 
 
@@ -107,10 +110,10 @@ def make_model(folder: Path) -> None:
 
 def make_up_answers(
     chat: object, conversations: object, groups: Sequence[tuple[int, ...]], *_: object
-) -> Iterator[list[tuple[int, str]]]:
+) -> Iterator[list[tuple[int, Answer]]]:
     """Take the place of ``tinyllava.evaluation.run.ask_groups``: an answer in the form of a benchmark's."""
     for group in groups:
-        yield [(index, WORDS[index % len(WORDS)].capitalize() + ".") for index in group]
+        yield [(index, Answer(WORDS[index % len(WORDS)].capitalize() + ".")) for index in group]
 
 
 def measure(folder: Path, answerer: str) -> dict[str, float]:

@@ -140,7 +140,7 @@ def test_the_starters_plan_knows_its_time_before_anything_is_fetched(places, mon
         (["figure-4", "--scale", "2"], "--scale 2"),
         (["figure-4", "--part", "TinyLlama"], "give NAME=VALUE"),
         (["figure-4", "--judge-url", "http://x/v1"], "--judge-url and --judge-model go together"),
-        (["none.py"], "no such recipe file"),
+        (["none.py"], "no such file"),
     ],
 )
 def test_what_is_wrong_is_said(arguments, says, capsys):

@@ -45,7 +45,7 @@ def _convert_once(name: str, cache: Path | None, save: Callable[[Path], None]) -
     folder = (cache or cache_folder()) / "models" / name
     if not folder.is_dir():
         with written_whole(folder) as partial:
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=True)
             save(partial)
     return folder
 
