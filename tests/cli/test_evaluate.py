@@ -138,7 +138,7 @@ def test_two_real_processes_give_the_same_predictions(model, data, tmp_path, by_
         (["--benchmarks", "pope", "--score-only"], "no answers found"),
         (
             ["--benchmarks", "mmvet", "--judge-url", "localhost/v1", "--judge-model", "m"],
-            "begin with http:// or https://",
+            "must start with http:// or https://",
         ),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_raised_limit_takes_the_place_of_results_of_other_data(model, data, tm
     capsys.readouterr()
     assert main([*asked, "--limit", "6"]) == 0
     assert re.search(
-        r"dropped from .*results.json: .* \(blank images\), of other data", capsys.readouterr().out
+        r"dropped from .*results.json: .* \(blank images\), from other data", capsys.readouterr().out
     )
     assert [one.num_questions for one in load_results(tmp_path / "results.json")] == [6]
     assert main([*asked, "--limit", "6", "--blind"]) == 0

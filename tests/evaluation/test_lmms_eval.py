@@ -63,9 +63,9 @@ def test_what_it_cannot_do_is_refused_by_name(model):
     model.task_dict = {"toy": {"test": [{"images": ["clip.mp4"]}]}}
     with pytest.raises(ConfigError, match="task toy: str is not an image"):
         model.generate_until([request("What?", {}, 0)])
-    with pytest.raises(ConfigError, match="likelihoods"):
+    with pytest.raises(ConfigError, match="likelihood"):
         model.loglikelihood([])
-    with pytest.raises(ConfigError, match="several rounds"):
+    with pytest.raises(ConfigError, match="multi-round"):
         model.generate_until_multi_round([])
 
 

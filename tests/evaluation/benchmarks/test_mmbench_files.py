@@ -105,7 +105,7 @@ def test_two_releases_in_a_folder_are_refused(tmp_path: Path) -> None:
     for name in ("MMBench_DEV_EN.tsv", "MMBench_DEV_EN_V11.tsv"):
         files.write_table(tmp_path / name, files.mmbench_rows())
     with pytest.raises(
-        DataError, match=r"several tables .*: MMBench_DEV_EN.tsv, MMBench_DEV_EN_V11.tsv.*keep one"
+        DataError, match=r"several tables .*: MMBench_DEV_EN.tsv, MMBench_DEV_EN_V11.tsv.*Keep one"
     ):
         MMBENCH.load(tmp_path)
 
