@@ -36,7 +36,7 @@ def test_its_commands_run(
         assert main(arguments) == 0, capsys.readouterr().err
         printed[arguments[0], arguments[2]] = capsys.readouterr().out
     assert "TinyLLaVABench, whole model" in printed["import", "./mine"]
-    assert "largest difference of a logit 0" in printed["export", "./for-transformers"]
+    assert "largest logit difference 0" in printed["export", "./for-transformers"]
     assert "opened in llama.cpp" in printed["export", "./for-llama-cpp"]
     assert {"for-transformers", "for-vllm", "for-llama-cpp", "merged"} <= {
         path.name for path in tmp_path.iterdir()

@@ -219,7 +219,7 @@ def test_command(parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
     checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
     arguments = ["export", str(checkpoint), str(tmp_path / "out"), "--format", "llava", "--dtype", "bfloat16"]
     assert main(arguments) == 0
-    assert "largest difference of a logit 0" in capsys.readouterr().out
+    assert "largest logit difference 0" in capsys.readouterr().out
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
     assert dtypes == {torch.bfloat16}
     with pytest.raises(SystemExit):

@@ -30,11 +30,13 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 
 _QUESTION = "What is in the picture? Answer in 12 words, or say: it's a dog."
-LARGEST_DIFFERENCE: dict[Quantized, float] = {"f32": 0.01, "f16": 0.03, "q8_0": 0.5, "q4_0": 0.5}
+LARGEST_DIFFERENCE: dict[Quantized, float] = {"f32": 0.01, "f16": 0.03, "q8_0": 0.3, "q4_0": 0.3}
 """Of a log-probability, between the weights as written here and there, that rounding explains.
 
 llama.cpp rounds what a matrix is multiplied with too: to 16 bits for a matrix of 16, to 8 for one of 8 or 4.
-Measured on toys: 2e-3, 8e-3 and 0.2; a wrong template, layer or order of rows gives 1 and more."""
+Largest measured on toys: 3e-3, 8e-3 and 0.18. Mistakes measured on toys, in 32 bits: a line break missing
+behind the image 0.57 to 2.5, CLIP's class token in the wrong place 0.75, rows in the wrong order 3.7 to
+7.2."""
 _CLIP_FAULTS = (
     " CLIP in llama.cpp: the class token is put behind the patches (ggml-org/llama.cpp #25814, fix #25844) "
     "and one layer fewer is run (#25817, fix #25845). Once the installed llama.cpp (`pip install -U "
