@@ -105,7 +105,7 @@ def test_what_cannot_be_separated_is_an_error_with_the_record(processor, images)
     red = talk(images[0], *TURNS)
     later = replace(red.messages[2], images=red.messages[0].images)
     two = replace(red, messages=(*red.messages[:2], later, *red.messages[3:]))
-    with pytest.raises(DataError, match=r"data\.json: record r: a later question has images of its own"):
+    with pytest.raises(DataError, match=r"data\.json: record r: a later question has its own images"):
         split_questions(two)
     with pytest.raises(DataError, match="record r: the template puts the answer directly after the image"):
         encode_branches(processor, red, read_template("caption"))

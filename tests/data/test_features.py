@@ -121,7 +121,7 @@ def test_another_encoder_or_another_preprocessing_has_rows_of_its_own(parts, mod
 def test_a_broken_image_is_named_with_its_record(model_and_processor, tmp_path, conversations):
     (tmp_path / "bad.png").write_text("no image")
     bad = shown(ImageRef(path=tmp_path / "bad.png", name="bad.png"), id="r7")
-    with pytest.raises(ImageError, match=r"data\.json: record r7: bad\.png: not an image"):
+    with pytest.raises(ImageError, match=r"data\.json: record r7: bad\.png: not a known image format"):
         FeatureCache(tmp_path / "kept", *model_and_processor).fill([*conversations, bad])
 
 

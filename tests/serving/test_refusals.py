@@ -68,17 +68,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no image": (
         ask_about("data:image/png;base64,AAAA"),
         "messages.0.content.0.image_url.url",
-        "not an image",
+        "not a known image format",
     ),
     "HEIC": (ask_about(HEIC), "messages.0.content.0.image_url.url", "a HEIC image"),
-    "truncated": (ask_about(data_url(1, 2, 3, size=(300, 300))[:-200]), "messages", "replace it"),
+    "truncated": (
+        ask_about(data_url(1, 2, 3, size=(300, 300))[:-200]),
+        "messages",
+        "image file is truncated",
+    ),
     "detail": (ask_about(data_url(1, 2, 3), detail="huge"), "messages.0.content.0.image_url.detail", "huge"),
     "pixels": (
         ask_about(data_url(1, 2, 3, size=(8_000, 8_000))),
         "messages.0.content.0.image_url.url",
         "8,000 x 8,000 pixels; at most 50,000,000",
     ),
-    "too long": ({"messages": [{"role": "user", "content": "word " * 900}]}, "messages", "context is 512"),
+    "too long": (
+        {"messages": [{"role": "user", "content": "word " * 900}]},
+        "messages",
+        "the context of the model is 512",
+    ),
     "far too long": ({"messages": [{"role": "user", "content": "x" * 500_000}]}, "messages", "characters"),
     "images": (
         {
