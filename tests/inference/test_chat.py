@@ -74,7 +74,7 @@ def test_wrong_requests_are_named(tmp_path, images):
     with pytest.raises(ImageError, match="no such image"):
         chat.answer([ask("Is there a dog?", tmp_path / "none.png")])
     chat.processor.tokenizer.model_max_length = 20
-    with pytest.raises(DataError, match="context is 20"):
+    with pytest.raises(DataError, match="the context of the model is 20"):
         list(chat.stream(ask("Is there a dog? " * 20, id="q7")))
     chat.processor.chat_template = "{% for m in messages %}{% generation %}x{% endgeneration %}{% endfor %}"
     with pytest.raises(
@@ -109,7 +109,7 @@ def test_logits_that_are_not_numbers_are_an_error_that_names_the_weight(tmp_path
     chat = make_chat(tmp_path, "llama")
     name = break_connector(chat, value)
     asked = ask("Is there a dog?", images[0])
-    message = rf"logits are not numbers .*: 1 of [\d,]+ values of {re.escape(name)} are not\. Copy"
+    message = rf"logits are NaN or infinite: 1 of [\d,]+ values of {re.escape(name)} are not finite\. Copy"
     with pytest.raises(CheckpointError, match=message):
         chat.answer([asked], 4)
     with pytest.raises(CheckpointError, match=message):
@@ -155,7 +155,10 @@ def test_what_follows_a_finished_answer_may_overflow(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_return_sequences": 2}, r"num_return_sequences = 2 is not supported \(one answer a question"),
+        (
+            {"num_return_sequences": 2},
+            r"num_return_sequences = 2 is not supported \(there is one answer per question",
+        ),
         ({"max_length": 9}, "option max_length = 9 is not supported; supported: do_sample"),
         ({"temperature": 0.5}, "temperature = 0.5 has no effect without do_sample=True"),
         ({"stream": True}, "stream = True is not supported"),

@@ -146,7 +146,7 @@ def test_adapters_on_convolutions_are_refused_before_and_in_training(
 ) -> None:
     config = ModelConfig(vision_encoder=save(kind, tmp_path / kind), language_model=str(llm))
     run = Run(name="run", model=config, stages={"finetune": stage(lora(3))})
-    says = "no linear layer to put adapters on; choose full or frozen"
+    says = "no linear layers for adapters; choose full or frozen"
     (problem,) = find_problems(run, on_this_machine=False)
     assert problem.startswith("stages.finetune.vision_encoder.kind = 'lora'")
     assert says in problem

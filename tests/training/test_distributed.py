@@ -225,7 +225,7 @@ def test_what_a_process_is_refused_for_is_said_once(parts, tmp_path):
     command = start_command("train", run, "--gpus", "3")
     printed, errors = command.communicate(timeout=300)
     assert command.returncode == 2
-    assert errors.count("does not divide by 3 ranks") == 2  # in two stages
+    assert errors.count("not divisible by 3 ranks") == 2  # in two stages
     assert (printed, errors.count("error: ")) == ("", 1)
     held_by = tmp_path / "run"
     held_by.mkdir()

@@ -114,7 +114,7 @@ def test_graphs_answer_as_the_checkpoint(
     checkpoint = make_checkpoint(parts, tmp_path / "own", language, vision, **settings)
     out = tmp_path / "out"
     assert main(["export", str(checkpoint), str(out), "--format", "onnx", "--dtype", precision]) == 0
-    assert "opened again and compared" in capsys.readouterr().out
+    assert "reloaded and compared" in capsys.readouterr().out
     assert "most likely token equal at" in (out / "README.md").read_text()
     suffix = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}[precision]
     noise(70, 45).save(tmp_path / "image.png")

@@ -218,7 +218,7 @@ def test_an_upload_that_breaks_off_is_taken_up_again_or_told_with_its_fix(
     told = capsys.readouterr()
     assert f"written: {tmp_path / 'out'}" in told.out
     assert "alice/toy: could not be pushed" in told.err
-    assert f"`hf upload alice/toy {tmp_path / 'out'} .` sends it" in told.err
+    assert f"`hf upload alice/toy {tmp_path / 'out'} .`." in told.err
     assert hub.repositories == {"alice/toy": {}}
 
 
