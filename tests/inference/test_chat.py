@@ -78,7 +78,7 @@ def test_wrong_requests_are_named(tmp_path, images):
         list(chat.stream(ask("Is there a dog? " * 20, id="q7")))
     chat.processor.chat_template = "{% for m in messages %}{% generation %}x{% endgeneration %}{% endfor %}"
     with pytest.raises(
-        DataError, match="'Q' has 1 images, its chat template writes 0 times <image>; correct"
+        DataError, match="'Q' has 1 images, but its chat template writes 0 times <image>\\. Fix"
     ):
         chat.answer([ask("Q", images[0])])
 

@@ -143,7 +143,7 @@ def test_without_the_package_a_variant_is_refused_before_anything_is_loaded(monk
     problems = [p for p in find_problems(variant(f"{recipe}-Sig-Phi")) if "bits" in p]
     assert "\n".join(problems) == (
         f"stages.finetune.language_model.bits = {bits}: needs bitsandbytes, which is not installed; "
-        "pip install 'tinyllava[quantized]', or set bits to 16 (recipe 'lora')."
+        "run pip install 'tinyllava[quantized]', or set bits to 16 (recipe 'lora')."
     )
     monkeypatch.undo()
     assert not any("bits" in p for p in find_problems(variant(f"{recipe}-Sig-Phi")))
