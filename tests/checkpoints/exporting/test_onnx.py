@@ -98,7 +98,7 @@ def answer_with_graphs(folder: Path, checkpoint: Path, image: Path, suffix: str,
     [
         ("llama", "siglip", "fp32", {}),
         ("phi", "clip", "fp32", {"connector": "resampler"}),
-        ("stablelm", "siglip", "fp16", {"connector": "pixel_shuffle", "image_aspect": "square"}),
+        ("stablelm", "siglip", "fp16", {"connector": "pixel_shuffle", "connector_options": {"block": 2}}),
         ("chatml", "clip", "int8", {"image_aspect": "square"}),
     ],
 )

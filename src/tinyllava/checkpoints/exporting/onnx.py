@@ -140,7 +140,7 @@ def _trace(name: str, described: Any) -> Any:
             verbose=False,
         )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise CheckpointError(f"not exported: torch cannot write {name} as ONNX: {reason}") from error
     return program.model
 

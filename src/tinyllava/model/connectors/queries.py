@@ -40,7 +40,7 @@ class Resampler(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map patch features [I, M, X] to image tokens [I, num_queries, D]."""
         media = self.input(features)
-        queries = self.queries.expand(len(features), -1, -1)
+        queries = self.queries.expand(features.shape[0], -1, -1)
         for layer in self.layers:
             queries = layer(queries, media)
         tokens: Tensor = self.output(self.norm(queries))
@@ -110,7 +110,7 @@ class BenchResampler(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map patch features [I, M, X] to image tokens [I, num_queries, D]."""
-        queries = self.queries.expand(len(features), -1, -1)
+        queries = self.queries.expand(features.shape[0], -1, -1)
         for layer in self.layers:
             queries = layer(queries, features)
         tokens: Tensor = self.output(self.norm(queries))
@@ -182,9 +182,9 @@ class QFormer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map patch features [I, M, X] to image tokens [I, num_queries, D]."""
-        if not len(features):  # a batch of text only: transformers' class cannot reshape nothing
+        if not features.shape[0]:  # a batch of text only: transformers' class cannot reshape nothing
             return self.forward(features.new_zeros(1, self.num_patches, self.vision_width))[:0]
-        queries = self.queries.expand(len(features), -1, -1)
+        queries = self.queries.expand(features.shape[0], -1, -1)
         attended = self.former(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
         tokens: Tensor = self.output(attended)
         return tokens
