@@ -238,7 +238,10 @@ def test_a_checkpoint_brings_its_own_model_whatever_the_recipe_names(recipe, rec
 
     wrong = (
         (("--finetune.max-length-tokens", 9000), "finetune.max_length_tokens = 9000: the language model of"),
-        (("--model.connector", "mlp"), "the checkpoint has connector 'pool', not 'mlp'; leave --model.conn"),
+        (
+            ("--model.connector", "mlp"),
+            "the checkpoint has connector 'pool', not 'mlp'; leave out --model.conn",
+        ),
     )
     for options, message in wrong:
         assert train("base", "--from", checkpoint, *settings, *options, "--output", tmp_path / "no") == 2

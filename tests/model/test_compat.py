@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jinja2 import TemplateError
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
@@ -92,6 +93,7 @@ def test_a_forgotten_model_is_prepared_again():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))  # what comes out of the whole is converted back
 
     def computes_in() -> torch.dtype:
+        AcceleratorState._reset_state()  # another test of this process may have chosen another precision
         seen: list[torch.dtype] = []
         handle = model[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
