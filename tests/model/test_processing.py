@@ -236,7 +236,7 @@ def test_a_stage_may_bring_its_own_template(processors):
 def test_a_token_over_the_edge_of_an_answer_is_refused_with_the_record(processors):
     template = "{% for m in messages %}{{ 'r' }}{% generation %}{{ 'ed' }}{% endgeneration %}{% endfor %}"
     one = Conversation(messages=(Message(role="assistant", text="x"),), id="r7", source="a.json")
-    with pytest.raises(DataError, match=r"a\.json r7: the token 're' joins prompt and answer"):
+    with pytest.raises(DataError, match=r"a\.json: record r7: the token 're' joins prompt and answer"):
         processors["phi"].encode(one, template=template)
 
 

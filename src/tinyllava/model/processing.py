@@ -22,7 +22,7 @@ from tinyllava.model.tokenizer import gap_of
 IMAGE_TOKEN = "<image>"
 MAX_PADDED_PX = 4096
 """Longest side that is padded as it is: a strip of 16,000 x 12 would become a square of 768 MB."""
-MAX_CROPPED_RATIO = 16
+MAX_CROPPED_RATIO = 64
 """Longest shape that is resized as it is before a square is cropped from its centre."""
 
 
