@@ -142,7 +142,10 @@ def _try_template(processor: TinyLlavaProcessor) -> None:
     system, answer = Message(role="system", text="Be short."), Message(role="assistant", text="A dog.")
     for question in (ask(""), ask("What is it?"), ask("What is it?", image), ask("What?", image, image)):
         processor.encode(question, open_answer=True)
-        processor.encode(Conversation(messages=(system, *question.messages, answer)))
+        answered = (system, *question.messages, answer)
+        processor.render(Conversation(messages=answered))
+        # As an earlier turn: a mask that is not exact stops training, not answering.
+        processor.encode(Conversation(messages=(*answered, *ask("Why?").messages)), open_answer=True)
 
 
 def _try_image(processor: TinyLlavaProcessor) -> None:
