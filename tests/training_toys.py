@@ -64,8 +64,9 @@ def write_run(run: Run, folder: Path) -> str:
 
 def make_captions(records: Path) -> Path:
     """Write as many captions as there are records: the first answer, and this or the last image."""
-    captions, image = [], ""
-    for record in json.loads(records.read_text()):
+    captions, listed = [], json.loads(records.read_text())
+    image = next(record["image"] for record in listed if "image" in record)
+    for record in listed:
         image = record.get("image", image)
         answer = next(turn["value"] for turn in record["conversations"] if turn["from"] == "gpt")
         turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": answer}]
