@@ -324,10 +324,19 @@ def test_chat_refuses_values_that_cannot_be(option, capsys):
     assert "--max-tokens must be at least 1, and --temperature at least 0" in capsys.readouterr().err
 
 
-def test_chat_without_a_model_says_what_to_do(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["chat", "cat.jpg"], "name a checkpoint folder with --model DIR."),
+        (["serve"], "name a checkpoint folder with `tinyllava serve DIR`."),
+    ],
+)
+def test_without_a_model_a_command_says_what_to_do(arguments, fix, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path))
-    assert main(["chat", "cat.jpg"]) == 2
-    assert "tinyllava starter" in capsys.readouterr().err
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "`tinyllava starter`" in told
+    assert fix in told
 
 
 @pytest.mark.parametrize("command", ["evaluate", "compare", "data", "chat"])

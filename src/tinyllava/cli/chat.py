@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.cli.parser import CommandParser
-from tinyllava.errors import CheckpointError, DataError, Stopped
+from tinyllava.cli.parser import CommandParser, find_model
+from tinyllava.errors import DataError, Stopped
 from tinyllava.inference.file import answer_file, describe_unanswered, read_questions
-from tinyllava.parts.folders import check_checkpoint, fingerprint
+from tinyllava.parts.folders import fingerprint
 
 if TYPE_CHECKING:
     from tinyllava.conversation import Conversation
@@ -83,7 +83,7 @@ def _is_image(word: str) -> bool:
 def main(arguments: list[str]) -> int:
     """Answer one question or a file of them, or converse; the status is 1 if one was not answered."""
     known = _parse(arguments)
-    model = find_model(known.model)
+    model = find_model(known.model, "--model DIR")
     lines = read_questions(Path(known.file)) if known.file else []
     if known.images:
         from tinyllava.conversation import ImageRef
@@ -162,26 +162,6 @@ class _Shortening:
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def find_model(name: str) -> Path:
-    """Return the checkpoint folder: the given one, or the starter's.
-
-    Raises:
-        CheckpointError: the folder is no checkpoint, or there is no model yet.
-    """
-    from tinyllava.starter.packages import cache_folder
-
-    if name:
-        check_checkpoint(Path(name))
-        return Path(name)
-    starter = cache_folder() / "starter" / "model"
-    if not (starter / "config.json").is_file():
-        raise CheckpointError(
-            "there is no model yet. Make a small real one with `tinyllava starter` (minutes on a laptop), "
-            "or name a checkpoint folder with --model."
-        )
-    return starter
 
 
 def converse(

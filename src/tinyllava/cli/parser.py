@@ -1,9 +1,13 @@
-"""The argument parser that the commands share: defaults in the help, a suggestion for a misspelt option."""
+"""What the commands share: their argument parser, and the model of those that name none."""
 
 import argparse
 import re
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
+
+from tinyllava.errors import CheckpointError
+from tinyllava.parts.folders import check_checkpoint
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -16,7 +20,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of ``tinyllava NAME``.
+    """The parser of ``tinyllava NAME``: defaults in the help, a suggestion for a misspelt option.
 
     Args:
         description: what the command does, with examples; its lines stay as they are, so at most 80 columns.
@@ -36,3 +40,26 @@ class CommandParser(argparse.ArgumentParser):
                 if option.startswith("--") and close:
                     message += f". Did you mean {close[0]}?"
         super().error(message)
+
+
+def find_model(name: str, option: str) -> Path:
+    """Return the checkpoint folder: the given one, or the starter's.
+
+    Args:
+        option: how the command takes a folder, for the message.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or there is no model yet.
+    """
+    from tinyllava.starter.packages import default_model
+
+    if name:
+        check_checkpoint(Path(name))
+        return Path(name)
+    starter = default_model()
+    if not (starter / "config.json").is_file():
+        raise CheckpointError(
+            "there is no model yet. Make a small real one with `tinyllava starter` (minutes on a laptop), "
+            f"or name a checkpoint folder with {option}."
+        )
+    return starter

@@ -6,8 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from tinyllava.cli.chat import find_model
-from tinyllava.cli.parser import CommandParser
+from tinyllava.cli.parser import CommandParser, find_model
 from tinyllava.errors import ConfigError, require
 
 _HELP = """
@@ -69,7 +68,7 @@ def main(arguments: list[str]) -> int:
     known = _parse(arguments)
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve", "serves a model over HTTP")
-    folder = find_model(known.model)
+    folder = find_model(known.model, "`tinyllava serve DIR`")
 
     from tinyllava.inference.chat import Chat
     from tinyllava.serving.schema import Limits

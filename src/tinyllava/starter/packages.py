@@ -126,6 +126,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tinyllava").expanduser()
 
 
+def default_model() -> Path:
+    """Return where the starter leaves its model; `tinyllava chat` and `serve` open it by default."""
+    return cache_folder() / "starter" / "model"
+
+
 def fetch_packages(packages: Sequence[Package], cache: Path | None = None) -> dict[str, Path]:
     """Fetch what is not there yet and return, for each package name, the folder with its files.
 

@@ -49,6 +49,7 @@ from tinyllava.starter.packages import (
     GROCERY_STORE,
     SMOLLM2,
     cache_folder,
+    default_model,
     fetch_packages,
 )
 from tinyllava.starter.page import RunFacts, write_page
@@ -224,7 +225,7 @@ def _measure_amounts(parts: StarterParts, work: Work, base: Mapping[str, Amount]
 
 def offer_model(model: Path, *, replace: bool) -> None:
     """Make this the model that ``tinyllava chat`` opens by default."""
-    default = cache_folder() / "starter" / "model"
+    default = default_model()
     if default.exists() and not replace:
         return
     default.parent.mkdir(parents=True, exist_ok=True)
