@@ -4,10 +4,10 @@ import argparse
 import os
 import socket
 import sys
-from pathlib import Path
 
 from tinyllava.cli.parser import CommandParser, find_model
 from tinyllava.errors import ConfigError, require
+from tinyllava.parts.folders import short_name
 
 _HELP = """
 Serve a model on this machine: a web page, and an API like OpenAI's.
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         max_waiting=known.max_waiting,
         timeout_seconds=known.timeout,
     )
-    name = known.name or _name_of(folder)
+    name = known.name or short_name(folder)
     settings = Settings(model=name, host=known.host, api_keys=known.api_keys, limits=limits)
     with _listen(
         known.host, known.port
@@ -104,12 +104,6 @@ def main(arguments: list[str]) -> int:
         except KeyboardInterrupt:  # when everything is finished
             print("stopped.", file=sys.stderr)
     return 0
-
-
-def _name_of(folder: Path) -> str:
-    """Return a name for the model: its folder's, or that of the run if the folder is just ``model``."""
-    path = folder.resolve()
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -314,8 +314,13 @@ def recorded_name(folder: Path) -> str:
     path = folder / "run.json"
     if path.is_file():
         return run_from_json(path.read_text(encoding="utf-8"), str(path)).name
-    folder = folder.resolve()
-    return folder.parent.name if folder.name == "model" else folder.name
+    return short_name(folder)
+
+
+def short_name(folder: Path) -> str:
+    """Return the name of a checkpoint's folder, or that of the run around it if it is just ``model``."""
+    place = folder.resolve()
+    return place.parent.name if place.name == "model" and place.parent.name else place.name
 
 
 _ANSWERING = (
@@ -350,7 +355,5 @@ def _hash_files(stamps: tuple[tuple[str, int, int, int], ...]) -> str:
 
 def default_name(folder: Path) -> str:
     """Return a name for what is made of a checkpoint: of its run or folder, and of its content."""
-    place = folder.resolve()
-    name = place.parent.name if place.name == "model" else place.name
-    content = fingerprint(folder)
+    name, content = short_name(folder), fingerprint(folder)
     return f"{name}-{content[:8]}" if content else name
