@@ -277,7 +277,8 @@ def measure(
 def answering_dtype() -> str:
     """Return the type of the weights to answer with: bf16 on a CPU that multiplies it, else Chat's choice.
 
-    Half the time, and the same accuracy (docs/log.md); training computed in it as well.
+    Training computed in it as well. Single answers can differ from those in fp32
+    (docs/decisions/0016-answers-in-half-precision.md).
     """
     return "bfloat16" if best_device() == "cpu" and multiplies_bf16("cpu") else "auto"
 
