@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from studies.report.chromium import open_page
+from tinyllava.cli import COMMANDS
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.starter.page import OTHER, RunFacts, confusion, write_page
 from tinyllava.starter.report import ReportTable, draw_losses
+from tinyllava.starter.run import next_commands
 
 PHONE, DESKTOP = 390, 1280
 ANSWERS = {  # truth and answer of each question, by kind
@@ -96,3 +98,15 @@ def test_the_page_in_a_browser(width_px: int, answered, tmp_path: Path) -> None:
     assert min(seen.images) > 0
     assert (seen.width, seen.overflow) == (width_px, 0)
     assert seen.fetched == []
+
+
+def test_the_next_commands_are_commands_and_the_first_two_use_the_model(tmp_path: Path) -> None:
+    records = [{"image": f"{source}/1.png", "source": source} for source in ("easy_vqa", "grocery_store")]
+    (tmp_path / "held_out.json").write_text(json.dumps(records))
+    commands = next_commands(tmp_path / "model", tmp_path)
+    assert all(command.split()[1] in COMMANDS for command in commands.values())
+    photograph = tmp_path / "images/grocery_store/1.png"
+    assert list(commands.values())[:2] == [
+        f"tinyllava chat {photograph} --model {tmp_path / 'model'}",
+        f"tinyllava serve {tmp_path / 'model'}",
+    ]

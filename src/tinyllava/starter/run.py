@@ -139,9 +139,10 @@ def run_starter(output: Path, work: Work) -> Path:
     report = write_report(output, benchmark, results, records, facts)
     console.print(
         f"\nprepared in {train_start - start:.0f} s, trained in {trained - train_start:.0f} s, "
-        f"evaluated in {time.monotonic() - trained:.0f} s\n"
-        f"ask it: tinyllava chat {_first_image(records)} --model {model}"
+        f"evaluated in {time.monotonic() - trained:.0f} s"
     )
+    for what, command in list(next_commands(model, records).items())[:2]:
+        console.print(f"{what.lower()}: {command}")
     return report
 
 
@@ -317,7 +318,7 @@ def write_report(
     run = RunFacts(
         title="A small multimodal model, trained and evaluated on this machine",
         facts={f"of {overall['count']:,} held-out questions": f"{overall['accuracy']:.1%}", **facts},
-        commands=_commands(output / "model", records),
+        commands=next_commands(output / "model", records),
     )
     write_page(
         folder / "report.html", run, table, predictions, truths, images=images, losses=folder / "losses.png"
@@ -326,10 +327,12 @@ def write_report(
     return folder
 
 
-def _commands(model: Path, records: Path) -> dict[str, str]:
+def next_commands(model: Path, records: Path) -> dict[str, str]:
+    """Return what to type next, by what it does; the first two use the model."""
     file = records / "finetune.json"
     return {
         "Ask it": f"tinyllava chat {_first_image(records)} --model {model}",
+        "Open it in a browser": f"tinyllava serve {model}",
         "Train longer": "tinyllava starter --full",
         "Train on more kinds of images": "tinyllava starter --with cifar10,tux_paint",
         "Look at the training records": f"tinyllava record {file} --images {records / 'images'}",
