@@ -2,14 +2,18 @@
 
 import functools
 import json
+import logging
+import os
+import signal
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from tinyllava.cli import main
 from tinyllava.config import FULL, DataConfig, Hardware, ModelConfig, Run, Stage
 from tinyllava.errors import ConfigError
-from tinyllava.planning.launch import choose_processes
+from tinyllava.planning.launch import choose_processes, launch
 from tinyllava.training import trainer
 from tinyllava.training.run import train
 from training_toys import toy_run, write_run
@@ -106,6 +110,26 @@ def test_commands_start_a_process_for_each_gpu(monkeypatch, parts, records, tmp_
     assert main(["evaluate", *ask]) == 0
     expected = 4 if gpus else 8
     assert started == [(["train", *train_it], 4), (["evaluate", *ask], expected)]  # a batch of 4 samples
+
+
+def test_after_a_launch_the_process_is_as_it_was_before(monkeypatch):
+    """Signals, environment and the messages that the caller has switched off; the agent raises at once."""
+
+    def stopped(*program):
+        assert logging.root.manager.disable == logging.CRITICAL
+        os.environ["LEFT_BEHIND"] = "1"
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SignalException("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda config, program: stopped)
+    before = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    logging.disable(logging.INFO)
+    try:
+        assert launch(["show"], 2) == 128 + signal.SIGTERM
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)
+    assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_python_call_with_several_gpus_uses_one_and_keeps_the_batch(monkeypatch, parts, records, tmp_path):

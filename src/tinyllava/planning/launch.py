@@ -147,13 +147,13 @@ def _as_an_agent(num_processes: int) -> Iterator[None]:
     """Share the cores among the processes and keep the agent quiet; afterwards all is as it was before."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = {number: signal.getsignal(number) for number in numbers}  # the agent takes these
-    environment = dict(os.environ)
+    environment, disabled = dict(os.environ), logging.root.manager.disable
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         os.environ.clear()
