@@ -131,6 +131,13 @@ class Stage:
     """global: mean over the supervised tokens of the whole optimizer step; micro: mean of the micro-batches'
     means, as the published code of 2023 did."""
 
+    @property
+    def length(self) -> str:
+        """How long it trains, in words."""
+        if self.max_steps:
+            return f"{self.max_steps:,} steps"
+        return "1 epoch" if self.num_epochs == 1 else f"{self.num_epochs:g} epochs"
+
     def tune(self, component: Component) -> Tune:
         """What the stage trains of one component."""
         value: Tune = getattr(self, component)

@@ -77,18 +77,12 @@ def _stages(run: Run, plan: Plan) -> Rows:
             ", ".join(stage.data.records),
             *(_describe(stage, c) for c in COMPONENTS),
             stage.global_batch_size,
-            _length(stage),
+            stage.length,
             stage.template or plan.parts.template,
         )
         for name, stage in run.stages.items()
     ]
     return rows
-
-
-def _length(stage: Stage) -> str:
-    if stage.max_steps:
-        return f"{stage.max_steps:,} steps"
-    return "1 epoch" if stage.num_epochs == 1 else f"{stage.num_epochs:g} epochs"
 
 
 def _settings(run: Run, precision: str) -> Rows:

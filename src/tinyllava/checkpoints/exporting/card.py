@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from tinyllava.config import COMPONENTS, DataConfig, Run, Stage, Tune, run_from_json
+from tinyllava.config import COMPONENTS, DataConfig, Run, Tune, run_from_json
 from tinyllava.data.mixtures import MIXTURES
 from tinyllava.errors import CheckpointError
 from tinyllava.evaluation.results import Metric, Result, ResultTable
@@ -245,7 +245,7 @@ def _trained(provenance: Provenance) -> str:
             "; ".join(f"{c.replace('_', ' ')} {_tuning(stage.tune(c))}" for c in COMPONENTS),
             f"{stage.learning_rate:g}",
             str(stage.global_batch_size),
-            _length(stage),
+            stage.length,
         ]
         for name, stage in run.stages.items()
     ]
@@ -256,12 +256,6 @@ def _trained(provenance: Provenance) -> str:
 def _data_names(data: DataConfig) -> list[str]:
     """Return names of mixtures, or of files without the folders of somebody's machine."""
     return [record if record in MIXTURES else Path(record).name for record in data.records]
-
-
-def _length(stage: Stage) -> str:
-    if stage.max_steps:
-        return f"{stage.max_steps} steps"
-    return "1 epoch" if stage.num_epochs == 1 else f"{stage.num_epochs:g} epochs"
 
 
 def _tuning(tune: Tune) -> str:
