@@ -130,11 +130,8 @@ def _describe(stage: Stage, component: Component) -> str:
 
 def _parameters(plan: Plan) -> Rows:
     parts = plan.parts
-    sizes = dict(
-        zip(COMPONENTS, (parts.encoder_size, parts.connector_size, parts.language_size), strict=True)
-    )
     rows: Rows = [("parameters", "total", *(f"trained in {stage.name}" for stage in plan.stages))]
-    for component, size in sizes.items():
+    for component, size in parts.sizes.items():
         rows.append(
             (component, f"{size.total:,}", *(f"{stage.trained[component]:,}" for stage in plan.stages))
         )

@@ -8,7 +8,7 @@ docs/memory.md compares the estimate with measured peaks.
 
 from dataclasses import dataclass, replace
 
-from tinyllava.config import Stage, Tune
+from tinyllava.config import Component, Stage, Tune
 from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES, LanguageFamily, VisionFamily
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
@@ -35,9 +35,18 @@ class PlannedParts:
     num_image_tokens: int
 
     @property
+    def sizes(self) -> dict[Component, PartSize]:
+        """The size of each component."""
+        return {
+            "vision_encoder": self.encoder_size,
+            "connector": self.connector_size,
+            "language_model": self.language_size,
+        }
+
+    @property
     def total(self) -> int:
         """Parameters of the whole model."""
-        return self.encoder_size.total + self.connector_size.total + self.language_size.total
+        return sum(size.total for size in self.sizes.values())
 
 
 def count_trained(size: PartSize, tune: Tune) -> int:
@@ -111,11 +120,7 @@ def estimate_memory(
 
 
 def _tuned(parts: PlannedParts, stage: Stage) -> list[tuple[PartSize, Tune]]:
-    return [
-        (parts.encoder_size, stage.vision_encoder),
-        (parts.connector_size, stage.connector),
-        (parts.language_size, stage.language_model),
-    ]
+    return [(size, stage.tune(component)) for component, size in parts.sizes.items()]
 
 
 def _weight_bytes(size: PartSize, tune: Tune) -> int:

@@ -10,7 +10,7 @@ from tinyllava.data.mixtures import find_mixture
 from tinyllava.errors import look_up
 from tinyllava.parts.resolve import resolve
 from tinyllava.planning.memory import Memory, PlannedParts, count_trained, estimate_memory
-from tinyllava.planning.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
+from tinyllava.planning.sizes import connector_size, language_model_size, vision_encoder_size
 from tinyllava.recipes.paper import ADAPTERS, ADAPTERS_ON_4_BITS
 
 
@@ -161,7 +161,7 @@ def _plan_stage(run: Run, name: str, stage: Stage, parts: PlannedParts, gpu: Gpu
         forms[f"sharded over {num_gpus} (not in train yet)"] = _plan_form(
             run, stage, stage, parts, load, gpu, num_gpus, num_gpus
         )
-    trained = {c: count_trained(size, stage.tune(c)) for c, size in _sizes(parts).items()}
+    trained = {c: count_trained(size, stage.tune(c)) for c, size in parts.sizes.items()}
     speed = num_gpus * gpu.flops(gpu.precision(run.hardware.precision)) * UTILISATION
     return StagePlan(
         name=name,
@@ -209,10 +209,6 @@ def _plan_form(
     return Form(
         device_batch_size=batch, accumulation=per_rank // batch, memory=memory(batch), fits=bool(fitting)
     )
-
-
-def _sizes(parts: PlannedParts) -> dict[Component, PartSize]:
-    return dict(zip(COMPONENTS, (parts.encoder_size, parts.connector_size, parts.language_size), strict=True))
 
 
 def measure_load(stage: Stage, parts: PlannedParts) -> Load | None:
