@@ -101,9 +101,9 @@ def compare_with_run(
         ) from error
 
 
-def example_image() -> Image.Image:
-    """Return an image of noise, wider than high, so that padding and cropping show."""
-    noise = np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8)
+def example_image(width: int = 90, height: int = 61) -> Image.Image:
+    """Return an image of noise, by default wider than high, so that padding and cropping show."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from tinyllava.checkpoints.exporting import llama_cpp_process
+from tinyllava.checkpoints.exporting.compare import example_image
 from tinyllava.checkpoints.exporting.gguf import MMPROJ, MODEL, Quantized, write_gguf
 from tinyllava.checkpoints.exporting.gguf_text import write_modelfile
 from tinyllava.conversation import ImageRef, ask
@@ -83,7 +84,7 @@ def write_and_compare(
             "CLIP is written for llama.cpp only when it can be compared there: `pip install tinyllava[gguf]`."
             + _CLIP_FAULTS
         )
-    image = _noise(processor.image_size_px)
+    image = example_image(processor.image_size_px, processor.image_size_px)
     original = _our_logprobs(model, processor, image) if can_compare else []
     write_gguf(folder, model, processor, name, quantized)
     (folder / "Modelfile").write_text(write_modelfile(processor, MODEL, MMPROJ), encoding="utf-8")
@@ -109,11 +110,6 @@ def write_and_compare(
         image_rounding=rounding[2],
         version=version("xllamacpp"),
     )
-
-
-def _noise(side_px: int) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def _prompt(processor: TinyLlavaProcessor, *images: ImageRef) -> str:
