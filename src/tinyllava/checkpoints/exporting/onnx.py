@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tinyllava.checkpoints.exporting.compare import encode_example, example_image
 from tinyllava.checkpoints.exporting.graphs import DecoderGraph, ImageGraph, Pixels, TokenGraph
+from tinyllava.checkpoints.exporting.stock import without_bos
 from tinyllava.errors import CheckpointError, require
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -255,19 +256,12 @@ def _write_configs(
     tokenizer = processor.tokenizer
     tokenizer.chat_template = processor.chat_template
     tokenizer.save_pretrained(folder, save_jinja_files=False)
-    _forget_bos(folder)
+    pipeline = folder / "tokenizer.json"  # transformers.js would add BOS to the template's
+    steps = without_bos(json.loads(pipeline.read_text(encoding="utf-8")))
+    pipeline.write_text(json.dumps(steps, ensure_ascii=False), encoding="utf-8")
     model.generation_config.save_pretrained(folder)
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _forget_bos(folder: Path) -> None:
-    """Let the tokenizer add nothing: the chat template writes BOS, and transformers.js asks for both."""
-    path = folder / "tokenizer.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if (values.get("post_processor") or {}).get("type") != "ByteLevel":
-        values["post_processor"] = None
-    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
 def _compare_pixels(folder: Path, processor: TinyLlavaProcessor) -> None:

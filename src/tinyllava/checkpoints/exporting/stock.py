@@ -85,7 +85,7 @@ def _suit_older_versions(folder: Path) -> None:
 
     change("config.json", lambda values: values | {"text_config": _with_older_rotary(values["text_config"])})
     change("tokenizer_config.json", _with_older_names)
-    change("tokenizer.json", _without_bos)
+    change("tokenizer.json", without_bos)
 
 
 def _with_older_rotary(text: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,8 @@ def _with_older_names(settings: dict[str, Any]) -> dict[str, Any]:
     return changed | {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
 
 
-def _without_bos(pipeline: dict[str, Any]) -> dict[str, Any]:
+def without_bos(pipeline: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a tokenizer.json that adds no token: the chat template writes BOS."""
     if (pipeline.get("post_processor") or {}).get("type") == "ByteLevel":  # which adds no token
         return pipeline
     return pipeline | {"post_processor": None}
