@@ -347,7 +347,7 @@ def _run(paths: dict[str, Path], reference: _Reference, config: TinyLlavaConfig)
             onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             for path in paths.values()
         )
-    except Exception as error:
+    except Exception as error:  # onnxruntime's errors have no base of their own
         raise CheckpointError(f"onnxruntime does not open what was written: {error}") from error
     ids = reference.sequence[:, :-1].numpy()
     embeds = embed.run(None, {"input_ids": ids})[0]
