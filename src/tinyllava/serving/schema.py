@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from tinyllava.conversation import Conversation, ImageRef, Message, to_ref
+from tinyllava.conversation import Conversation, ImageRef, Message, Role, to_ref
 from tinyllava.data.images import read_size
 from tinyllava.errors import ImageError
 
@@ -267,13 +267,7 @@ def _read_conversation(request: ChatRequest, limits: Limits) -> Conversation:
 
 
 def _read_message(message: ChatMessage, number: int) -> Message:
-    role: Literal["system", "user", "assistant"] = (
-        "system"
-        if message.role in ("system", "developer")
-        else "user"
-        if message.role == "user"
-        else "assistant"
-    )
+    role: Role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return Message(role=role, text=message.content)
     texts = [part.text for part in message.content if isinstance(part, TextPart)]
