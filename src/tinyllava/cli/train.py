@@ -103,9 +103,14 @@ def _batch_sizes(run: Run) -> str:
     return " and ".join(dict.fromkeys(str(stage.global_batch_size) for stage in run.stages.values()))
 
 
+def _record_files(known: argparse.Namespace) -> tuple[str, ...]:
+    """Return what --data names of record files; the rest are folders."""
+    return tuple(path for path in known.data if Path(path).suffix in (".json", ".jsonl"))
+
+
 def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
     """Apply --data, --images, --from, --only and --output."""
-    files = tuple(path for path in known.data if Path(path).suffix in (".json", ".jsonl"))
+    files = _record_files(known)
     folders = [path for path in known.data if path not in files]
     for folder in folders:
         if not Path(folder).is_dir():
@@ -144,12 +149,16 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
     )
 
 
+_LARGE_BYTES = 200_000_000
+"""Record files above this size hold many records and take seconds to count."""
+
+
 def _count_few(known: argparse.Namespace) -> int:
     """Return the number of records of the user's own that a checkpoint is fine-tuned on; 0 if it is large.
 
     It is also 0 where the settings are somebody's own: of a user's file, or of published code.
     """
-    files = [Path(path) for path in known.data if Path(path).suffix in (".json", ".jsonl")]
+    files = [Path(path) for path in _record_files(known)]
     if not known.start_from or known.code or ":" in known.variant or not files:
         return 0
     if not all(file.is_file() for file in files) or sum(f.stat().st_size for f in files) > _LARGE_BYTES:
@@ -158,10 +167,6 @@ def _count_few(known: argparse.Namespace) -> int:
     from tinyllava.data.records import read_raw
 
     return sum(1 for file in files for _ in read_raw(file))
-
-
-_LARGE_BYTES = 200_000_000
-"""Record files above this size hold many records and take seconds to count."""
 
 
 def _on_checkpoint(run: Run, model: ModelConfig, known: argparse.Namespace) -> Run:
