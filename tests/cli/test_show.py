@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import MixtralConfig
 
 from tinyllava.cli import main
 from tinyllava.cli.show import TABLES
@@ -116,6 +117,24 @@ def test_a_gpu_without_bf16_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "auto: bf16" in text
     assert "has no bf16" not in text
+
+
+def test_an_architecture_without_a_record_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "The architecture 'mixtral' is not known here: its activations are estimated"
+    assert main(["show", "base-Sig-Phi"]) == 0
+    assert "is not known here" not in capsys.readouterr().out
+    MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    ).save_pretrained(tmp_path / "language")  # fmt: skip
+    (tmp_path / "language/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\nfrom tinyllava.recipes.variants import variant\nSIG = variant('base-Sig-Phi')\n"
+        f"MODEL = dataclasses.replace(SIG.model, language_model={str(tmp_path / 'language')!r})\n"
+        "MINE = dataclasses.replace(SIG, model=MODEL)\n"
+    )
+    assert main(["show", f"{tmp_path / 'mine.py'}:MINE"]) == 0
+    assert said in capsys.readouterr().out
 
 
 def test_a_number_of_gpus_that_cannot_keep_the_global_batch_is_said(

@@ -3,6 +3,7 @@
 from tinyllava.cli.show import TABLES, Rows, format_table
 from tinyllava.config import COMPONENTS, Component, Run, Stage, to_json
 from tinyllava.errors import UnknownNameError
+from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from tinyllava.planning.check import find_problems
 from tinyllava.planning.plan import GPUS, UTILISATION, Plan, plan_run
 from tinyllava.planning.rules import batch_problems
@@ -33,7 +34,8 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
         format_table(_parameters(plan)),
         format_table(_loads(plan)),
         f"on {num_gpus} x {gpu} at {UTILISATION:.0%} of the peak; memory per GPU at the max length:"
-        + _without_bf16(run, gpu),
+        + _without_bf16(run, gpu)
+        + _without_record(run, plan),
         format_table(_forms(plan)),
     ]
     problems = find_problems(run, on_this_machine=False)
@@ -56,6 +58,21 @@ def _without_bf16(run: Run, gpu: str) -> str:
     return (
         f"\n{gpu} has no bf16, so hardware.precision = {wanted!r} {does}; "
         f"--hardware.precision fp16 has {speed:.0f} times the peak of fp32."
+    )
+
+
+def _without_record(run: Run, plan: Plan) -> str:
+    """Name the trained parts whose family has no record: what their layers keep is only estimated."""
+    encoder, language = plan.parts.encoder, plan.parts.language
+    encoders = [member.family for member in encoder.members or (encoder,)]
+    is_trained = any(stage.vision_encoder.trains for stage in run.stages.values())
+    unknown = [family for family in encoders if is_trained and family not in VISION_FAMILIES]
+    # The gradient of a connector passes the language model's layers, trained or not.
+    unknown += [language.family] if language.family not in LANGUAGE_FAMILIES else []
+    return "".join(
+        f"\nThe architecture {family!r} is not known here: its activations are estimated as those of a usual "
+        "one of its widths."
+        for family in dict.fromkeys(unknown)
     )
 
 

@@ -193,7 +193,7 @@ def _family(language: LanguageModel) -> LanguageFamily:
     """Return the record of a language model; what a layer of an unknown family keeps is only an estimate.
 
     Its parameters are counted (``language_model_size``). Its activations are taken for those of a gated
-    block of its widths, which keeps the most; ``tinyllava show`` says so.
+    block of its widths; ``tinyllava show`` says so.
     """
     return LANGUAGE_FAMILIES.get(language.family, LanguageFamily())
 
