@@ -79,6 +79,11 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def first_line(message: object) -> str:
+    """Return the first line of a library's error, for a message of ours."""
+    return str(message).strip().partition("\n")[0]
+
+
 def look_up(table: Mapping[str, T], name: str, noun: str) -> T:
     """Return ``table[name]``.
 

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from tinyllava.errors import CheckpointError
+from tinyllava.errors import CheckpointError, first_line
 from tinyllava.parts.folders import read_config
 
 PIECES = "tokenizer.model"
@@ -101,7 +101,7 @@ def _fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[_PIPELINE, PIECES, *_MERGES, *_SETTINGS]))
     except (OSError, ValueError, HTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{name}: no folder here, and its tokenizer could not be downloaded ({reason}). Check the name, "
             "the network, and for a private model the token (`hf auth login`)."

@@ -12,7 +12,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 from tinyllava.config import ModelConfig, run_from_json
-from tinyllava.errors import CheckpointError
+from tinyllava.errors import CheckpointError, first_line
 from tinyllava.files import held, parse_json, sha256_of, whole_folder
 from tinyllava.parts.untrusted import SETTINGS, check_settings, check_weight_map
 from tinyllava.parts.user_code import is_reference, recall_value
@@ -99,7 +99,7 @@ def local_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
     except (OSError, ValueError, HTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{name!r}: no such folder here, and it could not be downloaded from the hub ({reason}). Check "
             "the name and the network; a private model needs `hf auth login`."

@@ -22,7 +22,7 @@ from torch import Tensor
 from tinyllava.checkpoints.exporting.compare import encode_example, example_image
 from tinyllava.checkpoints.exporting.graphs import DecoderGraph, ImageGraph, Pixels, TokenGraph
 from tinyllava.checkpoints.exporting.stock import without_bos
-from tinyllava.errors import CheckpointError, require
+from tinyllava.errors import CheckpointError, first_line, require
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
@@ -141,7 +141,7 @@ def _trace(name: str, described: Any) -> Any:
             verbose=False,
         )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        reason = first_line(error.__cause__ or error)
         raise CheckpointError(f"not exported: torch cannot write {name} as ONNX: {reason}") from error
     return program.model
 

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from tinyllava.errors import CheckpointError
+from tinyllava.errors import CheckpointError, first_line
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
@@ -41,17 +41,13 @@ def push(folder: Path, repository: str, *, private: bool = False, message: str =
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         fix = _LOG_IN if status in (401, 403) else "try again later"
-        raise CheckpointError(
-            f"{repository}: the hub answered {status}: {_first_line(error.server_message or error)}; {fix}."
-        ) from error
+        said = first_line(error.server_message or error).rstrip(".")
+        raise CheckpointError(f"{repository}: the hub answered {status}: {said}; {fix}.") from error
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
         cause = error.__cause__ or error  # of an upload that broke off: what broke it
+        said = first_line(cause).rstrip(".")
         raise CheckpointError(
-            f"{repository}: could not be pushed ({type(cause).__name__}: {_first_line(cause)}); see that the "
+            f"{repository}: could not be pushed ({type(cause).__name__}: {said}); see that the "
             "network is there and try again."
         ) from error
     return str(commit.commit_url)
-
-
-def _first_line(message: object) -> str:
-    return str(message).strip().partition("\n")[0].rstrip(".")

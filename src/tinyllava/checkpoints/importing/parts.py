@@ -8,7 +8,7 @@ from typing import Any
 from tinyllava.checkpoints.importing.connectors import Found
 from tinyllava.checkpoints.importing.tensors import Tensors, has_weights
 from tinyllava.config import Aspect
-from tinyllava.errors import CheckpointError
+from tinyllava.errors import CheckpointError, first_line
 from tinyllava.parts.families import LANGUAGE_FAMILIES
 from tinyllava.parts.folders import read_config
 from tinyllava.parts.templates import template_names
@@ -195,7 +195,7 @@ def fetch(name: str) -> Path:
             snapshot_download(name, ignore_patterns=["*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.py"])
         )
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{name!r} is no folder here and could not be fetched from the hub "
             f"({type(error).__name__}: {reason}). Check the name, the network, and for a private model the "

@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageP
 
 from tinyllava.checkpoints.importing.parts import SourceParts, recognise_template
 from tinyllava.conversation import ask
-from tinyllava.errors import CheckpointError
+from tinyllava.errors import CheckpointError, first_line
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
 from tinyllava.parts.families import VISION_FAMILIES
@@ -70,7 +70,7 @@ def _load_tokenizer(parts: SourceParts, text_config: Any) -> Any:
         for path in files:
             if why := describe_damage(path):
                 raise CheckpointError(f"{path}: {why}.") from error
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{parts.tokenizer}: its tokenizer cannot be opened ({type(error).__name__}: {reason}). Give a "
             "folder of the same language model with a tokenizer.json: --language-model DIR."
