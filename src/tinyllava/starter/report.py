@@ -4,6 +4,7 @@ Paper: none; the form of Figure 9 (answered images) for the starter's own model.
 """
 
 import random
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,4 @@ def choose_strip(
 
 
 def _wrap(text: str) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, 34))
