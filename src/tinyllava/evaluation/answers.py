@@ -4,7 +4,6 @@ Paper: section 4.1.3. A line is complete or not there, whenever a run is killed.
 files and needs no model.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tinyllava.conversation import Answer
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import parse_line, read_lines
-from tinyllava.files import held, whole_lines
+from tinyllava.files import held, sha256_of, whole_file, whole_lines, write_text
 from tinyllava.inference.identity import claim_answers
 
 _FIX = "Delete the line, or the file, and evaluate again."
@@ -80,12 +79,9 @@ def write_refusals(folder: Path, refused: Sequence[tuple[Question, Exception]], 
     """Write down which questions this process could not ask, and why; nothing if there are none."""
     if not refused:
         return
-    path = folder / f"refused-{process:03}.jsonl"
-    partial = path.with_name(path.name + ".partial")
     lines = [{"question_id": question.id, "error": str(error)} for question, error in refused]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(folder / f"refused-{process:03}.jsonl", text)
 
 
 def forget_refusals(folder: Path) -> None:
@@ -111,7 +107,7 @@ def write_llava_answers(
     These look ids up as they stand in the question files: numbers in some benchmarks, texts in others.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         for question in questions:
             if question.id not in answers:
                 continue
@@ -188,8 +184,13 @@ def take_llava_answers(
         ConfigError: the folder holds other answers.
     """
     answers = read_llava_answers(source, questions)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    run = {"model": model, "source": source.name, "sha256": digest, "protocol": protocol, "dtype": ""}
+    run = {
+        "model": model,
+        "source": source.name,
+        "sha256": sha256_of(source),
+        "protocol": protocol,
+        "dtype": "",
+    }
     with held(folder):
         claim_folder(folder, run)
         done = read_answers(folder, questions)

@@ -24,6 +24,7 @@ from tinyllava.evaluation.judging import Judging, Reply
 from tinyllava.evaluation.metrics.statistics import Ratio, estimate
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.results import Metric, Result
+from tinyllava.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,8 +114,7 @@ Exporter = Callable[[Sequence[Question], Mapping[str, str], Path, Path], Sequenc
 
 def write_export(path: Path, text: str) -> tuple[Path]:
     """Write one file of an export, its folder too if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return (path,)
 
 

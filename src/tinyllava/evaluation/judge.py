@@ -23,6 +23,7 @@ from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.judging import JudgeRequest, Judging, Reply, Wording
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import Record, read_entries, read_lines
+from tinyllava.files import write_text
 
 CHARACTERS_PER_TOKEN = 4
 """English text in the judges' vocabularies; the cost shown beforehand is an estimate."""
@@ -308,5 +309,4 @@ def save_reviews(reviews: Reviews, path: Path) -> None:
         json.dumps({"question_id": key, "judge": reviews.judge, "content": reply}, ensure_ascii=False)
         for key, reply in reviews.replies.items()
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in lines))

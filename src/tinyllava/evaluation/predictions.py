@@ -11,6 +11,7 @@ from typing import Any
 
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.read import Record, read_lines
+from tinyllava.files import write_text
 
 _TEXTS = ("benchmark", "question_id", "image", "prompt", "answer", "parsed", "category")
 _MARKS = ("is_clear", "is_cut")
@@ -19,11 +20,7 @@ _FIX = "Delete the line, or the file, and evaluate again."
 
 def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
     """Write a file anew, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions)
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions))
 
 
 def read_predictions(path: Path) -> list[Prediction]:

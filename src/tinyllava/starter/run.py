@@ -24,7 +24,7 @@ from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_a
 from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.run import Settings, evaluate
-from tinyllava.files import held
+from tinyllava.files import held, write_json
 from tinyllava.inference.chat import Chat
 from tinyllava.model.devices import best_device, multiplies_bf16
 from tinyllava.model.quiet import without_loading_bars
@@ -305,7 +305,7 @@ def write_report(
     folder = output / "report"
     folder.mkdir(parents=True, exist_ok=True)
     table = results_table(results)
-    (folder / "results.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", table)
     draw_losses(
         {stage: output / stage / "metrics.jsonl" for stage in ("pretrain", "finetune")}, folder / "losses.png"
     )

@@ -14,6 +14,7 @@ from tinyllava.config import Run, run_from_json, to_json
 from tinyllava.data.mixtures import resolve
 from tinyllava.errors import TinyLlavaError, look_up
 from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.files import sha256_of, write_json
 from tinyllava.studies.grid import Grid, GridCell
 
 _Content = TypeVar("_Content")
@@ -194,10 +195,7 @@ def read_once(read: Callable[[Path], _Content]) -> Callable[[Path], _Content]:
     return read_or_recall
 
 
-@read_once
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_file_digest = read_once(sha256_of)
 
 
 def _part_digest(part: str) -> str:
@@ -217,8 +215,7 @@ def _digest(text: str) -> str:
 def save_node(node: Node, path: Path) -> None:
     """Write a node as JSON, for the job that does it."""
     values = {**asdict(node), "run": json.loads(to_json(node.run))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_json(path, values)
 
 
 def load_node(path: Path) -> Node:

@@ -14,6 +14,7 @@ from tinyllava.config import DataConfig, Run
 from tinyllava.data.mixtures import resolve
 from tinyllava.data.records import read_raw
 from tinyllava.errors import ConfigError
+from tinyllava.files import sha256_of, write_text
 from tinyllava.studies.grid import Grid
 
 
@@ -81,15 +82,10 @@ def scale_run(run: Run, scale: float, folder: Path) -> Run:
 def _scale_data(data: DataConfig, data_root: str, scale: float, folder: Path) -> DataConfig:
     files, roots = [], set()
     for source, images in resolve(data, data_root):
-        with source.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        path = folder / f"{source.stem}-{digest[:10]}-{scale:g}.json"
+        path = folder / f"{source.stem}-{sha256_of(source)[:10]}-{scale:g}.json"
         if not path.exists():
             chosen = choose_records([record for _, record in read_raw(source)], scale)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(chosen, ensure_ascii=False), encoding="utf-8")
-            partial.replace(path)
+            write_text(path, json.dumps(chosen, ensure_ascii=False))
         files.append(str(path))
         roots.add(str(images))
     if len(roots) > 1:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.results import Result, ResultTable, parse_result
+from tinyllava.files import write_text
 
 FORMAT_VERSION = 1
 STATUSES = ("done", "failed", "missing")
@@ -321,16 +322,13 @@ def _parse_examples(values: dict[str, Any]) -> list[Example]:
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON with a line for each field, and for each entry of a list."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     dump = partial(json.dumps, ensure_ascii=False, allow_nan=False)
     fields = []
     for name, value in {"version": FORMAT_VERSION, **values}.items():
         is_list = isinstance(value, list | tuple) and value
         text = "[\n" + ",\n".join(map(dump, value)) + "\n]" if is_list else dump(value)
         fields.append(f"{dump(name)}: {text}")
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "{\n" + ",\n".join(fields) + "\n}\n")
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
