@@ -92,6 +92,20 @@ def test_chat_ask_and_a_dialogue_equal_the_conversations_they_stand_for(tmp_path
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("name", ["ask", "stream"])
+def test_a_question_that_cannot_be_asked_leaves_a_dialogue_as_it_was(tmp_path, name: str) -> None:
+    chat, image = make_chat(tmp_path, "llama"), make_image()
+    talk = chat.start(image)
+    with pytest.raises(tinyllava.ImageError, match="no such image"):
+        getattr(talk, name)("What is it?", tmp_path / "none.png", max_new_tokens=6)
+    assert talk.messages == ()
+    answer = chat.ask("What is it?", image, max_new_tokens=6)
+    assert "".join(getattr(talk, name)("What is it?", max_new_tokens=6)) == answer
+    assert talk.is_cut == answer.is_cut
+    assert [message.role for message in talk.messages] == ["user", "assistant"]
+    assert talk.messages[0].images == tinyllava.ask("", image).images
+
+
 def test_training_is_silent_and_tells_its_callback(parts, records, tmp_path, capfd) -> None:
     steps: list[Step] = []
     run = toy_run(parts, records, tmp_path)

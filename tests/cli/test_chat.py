@@ -1,7 +1,8 @@
 """``tinyllava chat``: turns, and what Ctrl-C breaks off; the model is played by a function."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -9,11 +10,42 @@ from tinyllava.cli import main
 from tinyllava.cli.chat import converse
 from tinyllava.conversation import Conversation
 from tinyllava.errors import DataError
+from tinyllava.inference.dialogue import Dialogue
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+class Played:
+    """A stream of ``Chat`` out of a function; what cannot be asked is told when it is asked."""
+
+    is_cut = False
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self.first, self.pieces = next(pieces), pieces
+
+    def __iter__(self) -> Iterator[str]:
+        yield self.first
+        yield from self.pieces
+
+    def close(self) -> None:
+        """Nothing is computed."""
+
+
+def play(answer: Callable[[Conversation], Iterator[str]]) -> Callable[[str], Iterator[str]]:
+    """Return the stream of a dialogue with a model that a function plays."""
+
+    class Chat:
+        def stream(self, conversation: Conversation, max_new_tokens: int) -> Played:
+            return Played(answer(conversation))
+
+        def shorten(self, conversation: Conversation, num_answer_tokens: int) -> tuple[Conversation, int]:
+            return conversation, 0
+
+    chat: Any = Chat()
+    return Dialogue(chat).stream
 
 
 def broken_off(conversation: Conversation) -> Iterator[str]:
@@ -28,14 +60,14 @@ def test_ctrl_c_in_a_terminal_breaks_off_one_answer_and_the_next_turn_knows_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", Terminal())
-    converse(broken_off, [], ["first", "long", "last"])
+    converse(play(broken_off), ["first", "long", "last"])
     assert capsys.readouterr().out == "1:first\n3: [interrupted]\n5:last\n"
 
 
 def test_ctrl_c_ends_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(KeyboardInterrupt):
-        converse(broken_off, [], ["long", "last"])
+        converse(play(broken_off), ["long", "last"])
 
 
 def too_long(conversation: Conversation) -> Iterator[str]:
@@ -47,11 +79,11 @@ def too_long(conversation: Conversation) -> Iterator[str]:
 def test_a_question_that_cannot_be_asked_does_not_end_the_conversation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert converse(too_long, [], iter(["first", "long", "last"])) == 1
+    assert converse(play(too_long), iter(["first", "long", "last"])) == 1
     told = capsys.readouterr()
     assert (told.out, told.err) == ("1\n3\n", "error: too long\n")
     with pytest.raises(DataError):  # nothing else was asked
-        converse(too_long, [], ["long"])
+        converse(play(too_long), ["long"])
 
 
 REFUSED = {

@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,7 @@ from tinyllava.inference.file import answer_file, describe_unanswered, read_ques
 from tinyllava.parts.folders import fingerprint
 
 if TYPE_CHECKING:
-    from tinyllava.conversation import Conversation
-    from tinyllava.inference.chat import Chat
+    from tinyllava.inference.dialogue import Dialogue
 
 _HELP = """
 Ask about one image or several. Without a question, the chat has several turns,
@@ -116,8 +115,12 @@ def main(arguments: list[str]) -> int:
         print(known.output)
         return _report(Path(known.output), known.max_tokens)
 
-    stream = _Shortening(chat, known.max_tokens, sampling)
-    return converse(stream, known.images, [known.question] if known.question else _read_questions())
+    dialogue = chat.start(*known.images)
+
+    def answer(question: str) -> Iterator[str]:
+        return _stream(dialogue, question, known.max_tokens, chat.context_tokens, sampling)
+
+    return converse(answer, [known.question] if known.question else _read_questions())
 
 
 def _report(output: Path, max_tokens: int) -> int:
@@ -136,40 +139,37 @@ def _report(output: Path, max_tokens: int) -> int:
     return int(bool(errors))
 
 
-class _Shortening:
-    """Streams answers. Drops the oldest questions when the context is full, and says so."""
-
-    def __init__(self, chat: "Chat", max_tokens: int, sampling: dict[str, object]) -> None:
-        self.chat, self.max_tokens, self.sampling = chat, max_tokens, sampling
-        self._num_dropped = 0
-
-    def __call__(self, conversation: "Conversation") -> Iterator[str]:
-        conversation, num_dropped = self.chat.shorten(conversation, self.max_tokens)
-        if num_dropped > self._num_dropped:
-            self._num_dropped = num_dropped
-            print(
-                f"[the context of {self.chat.context_tokens:,} tokens is full: the oldest {num_dropped} "
-                "questions were dropped]",
-                file=sys.stderr,
-            )
-        pieces = self.chat.stream(conversation, self.max_tokens, **self.sampling)
-        yield from pieces
-        if pieces.is_cut:
-            sys.stdout.flush()
-            print(
-                f" [cut off at {self.max_tokens} tokens or at the end of the context; see --max-tokens]",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+def _stream(
+    dialogue: "Dialogue", question: str, max_tokens: int, context_tokens: int, sampling: Mapping[str, object]
+) -> Iterator[str]:
+    """Stream the next answer; say so if the oldest questions are dropped for it, and if it is cut off."""
+    num_dropped = dialogue.num_dropped
+    pieces = dialogue.stream(question, max_new_tokens=max_tokens, **sampling)
+    if dialogue.num_dropped > num_dropped:
+        print(
+            f"[the context of {context_tokens:,} tokens is full: the oldest {dialogue.num_dropped} "
+            "questions were dropped]",
+            file=sys.stderr,
+        )
+    yield from pieces
+    if dialogue.is_cut:
+        sys.stdout.flush()
+        print(
+            f" [cut off at {max_tokens} tokens or at the end of the context; see --max-tokens]",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
-def converse(
-    stream: Callable[["Conversation"], Iterator[str]], images: Sequence[Path], questions: Iterable[str]
-) -> int:
-    """Print the answer to each question as it comes; every turn sees those before it.
+def converse(stream: Callable[[str], Iterator[str]], questions: Iterable[str]) -> int:
+    """Print the answer to each question as it comes.
 
     A question that is too long does not end the chat if others may follow.
+
+    Args:
+        stream: gives the answer to a question in pieces and remembers both; see ``Dialogue.stream``.
+        questions: a list, or an iterator of questions that are still to be typed.
 
     Returns:
         The exit status: 1 if a question was not answered.
@@ -177,17 +177,11 @@ def converse(
     Raises:
         DataError: the only question cannot be asked.
     """
-    from tinyllava.conversation import Conversation, Message, ask
-
-    messages: tuple[Message, ...] = ()
     status = 0
     for question in questions:
-        turn = ask(question, *([] if messages else images)).messages
-        pieces = []
         try:
-            for piece in stream(Conversation(messages=messages + turn)):
+            for piece in stream(question):
                 print(piece, end="", flush=True)
-                pieces.append(piece)
         except DataError as error:
             if isinstance(questions, list):
                 raise
@@ -199,7 +193,6 @@ def converse(
                 raise
             print(" [interrupted]", end="")
         print()
-        messages += (*turn, Message(role="assistant", text="".join(pieces)))
     return status
 
 

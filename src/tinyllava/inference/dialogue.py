@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tinyllava.conversation import Answer, Conversation, ImageLike, Message, ask
 
 if TYPE_CHECKING:
-    from tinyllava.inference.chat import Chat
+    from tinyllava.inference.chat import Chat, Stream
 
 
 class Dialogue:
@@ -26,31 +26,51 @@ class Dialogue:
         """All turns so far, answers included."""
         self.num_dropped = 0
         """Oldest questions that the last answer did not know, because the context is full."""
+        self.is_cut = False
+        """Whether the last answer ran into its limit of tokens."""
 
     def ask(self, text: str, *images: ImageLike, max_new_tokens: int = 512, **options: Any) -> Answer:
-        """Ask, remember the answer and return it; see ``Chat.answer`` for options and errors."""
-        conversation = self._add(text, images, max_new_tokens)
+        """Ask, remember the answer and return it; see ``Chat.answer`` for options and errors.
+
+        A question that cannot be asked is not remembered.
+        """
+        question, conversation, num_dropped = self._add(text, images, max_new_tokens)
         answer = self._chat.answer([conversation], max_new_tokens, **options)[0]
-        self.messages += (Message(role="assistant", text=answer),)
+        self.num_dropped, self.is_cut = num_dropped, answer.is_cut
+        self._remember(question, answer)
         return answer
 
     def stream(
         self, text: str, *images: ImageLike, max_new_tokens: int = 512, **options: Any
     ) -> Iterator[str]:
-        """Ask and yield the answer in pieces; what was yielded is remembered, also if the reader stops."""
+        """Ask and return the answer in pieces; what was read is remembered, also if the reader stops.
+
+        Raises what ``Chat.stream`` does; a question that cannot be asked is not remembered.
+        """
+        question, conversation, num_dropped = self._add(text, images, max_new_tokens)
+        stream = self._chat.stream(conversation, max_new_tokens, **options)
+        self.num_dropped, self.is_cut = num_dropped, False
+        return self._read(question, stream)
+
+    def _read(self, question: tuple[Message, ...], stream: "Stream") -> Iterator[str]:
         pieces: list[str] = []
-        stream = self._chat.stream(self._add(text, images, max_new_tokens), max_new_tokens, **options)
         try:
             for piece in stream:
                 pieces.append(piece)
                 yield piece
+            self.is_cut = stream.is_cut
         finally:
             stream.close()
-            self.messages += (Message(role="assistant", text="".join(pieces)),)
+            self._remember(question, "".join(pieces))
 
-    def _add(self, text: str, images: tuple[ImageLike, ...], max_new_tokens: int) -> Conversation:
-        """Add a question; return the conversation as far as the context holds it."""
-        self.messages += ask(text, *self._images, *images).messages
+    def _add(
+        self, text: str, images: tuple[ImageLike, ...], max_new_tokens: int
+    ) -> tuple[tuple[Message, ...], Conversation, int]:
+        """Return a question, what the context holds of the conversation with it, and how much was dropped."""
+        question = ask(text, *self._images, *images).messages
+        whole = Conversation(messages=self.messages + question)
+        return (question, *self._chat.shorten(whole, max_new_tokens))
+
+    def _remember(self, question: tuple[Message, ...], answer: str) -> None:
         self._images = ()
-        shorter, self.num_dropped = self._chat.shorten(Conversation(messages=self.messages), max_new_tokens)
-        return shorter
+        self.messages += (*question, Message(role="assistant", text=answer))
