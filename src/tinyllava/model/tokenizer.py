@@ -14,19 +14,18 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from httpx2 import HTTPError  # what the hub's client is built on
-from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from tinyllava.errors import CheckpointError, first_line
-from tinyllava.parts.folders import read_config
+from tinyllava.errors import CheckpointError
+from tinyllava.parts.folders import download, read_config
 
 PIECES = "tokenizer.model"
 """SentencePiece's file."""
 _PIPELINE = "tokenizer.json"
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MERGES = ("vocab.json", "merges.txt")
+_FILES = (_PIPELINE, PIECES, *_MERGES, *_SETTINGS)
 _BLANK = "▁"  # SentencePiece's sign for a blank
 # Kinds of a SentencePiece model's pieces, as its protocol numbers them.
 _NORMAL, _USER_DEFINED = 1, 4
@@ -52,7 +51,7 @@ def open_tokenizer(source: str | Path, *, older_first: bool = False) -> Any:
         CheckpointError: no tokenizer, no network, or a form that cannot be converted exactly.
         OSError, ValueError: a file is damaged.
     """
-    folder = Path(source) if Path(source).is_dir() else _fetch(str(source))
+    folder = Path(source) if Path(source).is_dir() else download(str(source), only=_FILES)
     has_pipeline, has_pieces = ((folder / name).is_file() for name in (_PIPELINE, PIECES))
     has_merges = all((folder / name).is_file() for name in _MERGES)
     if has_pipeline and not (older_first and (has_pieces or has_merges)):
@@ -94,18 +93,6 @@ def fit_template(template: str, tokenizer: Any) -> str:
 def gap_of(template: str) -> str:
     """Return what a template puts between an image and the text behind it, if that is a blank."""
     return " " if _GAP in template else ""
-
-
-def _fetch(name: str) -> Path:
-    """Return a folder with the tokenizer's files of a hub repository."""
-    try:
-        return Path(snapshot_download(name, allow_patterns=[_PIPELINE, PIECES, *_MERGES, *_SETTINGS]))
-    except (OSError, ValueError, HTTPError) as error:
-        reason = first_line(error)
-        raise CheckpointError(
-            f"{name}: no folder here, and its tokenizer could not be downloaded ({reason}). Check the name, "
-            "the network, and for a private model the token (`hf auth login`)."
-        ) from error
 
 
 def _open_pipeline(folder: Path, where: Path) -> Any:

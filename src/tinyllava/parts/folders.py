@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -93,16 +93,33 @@ def local_folder(name: str | Path) -> Path:
     """
     if isinstance(name, Path) or Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return Path(name)
+    return download(name, only=("*.json", "*.safetensors", "*.jinja", "*.model"))
+
+
+def download(name: str, *, only: Sequence[str] = (), without: Sequence[str] = ()) -> Path:
+    """Return the folder of a hub repository, downloaded unless it is in the cache.
+
+    Args:
+        name: ``owner/name``.
+        only: patterns of the files that are needed; empty means all.
+        without: patterns of files that are not needed.
+
+    Raises:
+        CheckpointError: the hub has no such repository for this user, or cannot be reached.
+    """
     from httpx2 import HTTPError  # what the hub's client is built on
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
-    except (OSError, ValueError, HTTPError) as error:
+        return Path(
+            snapshot_download(name, allow_patterns=list(only) or None, ignore_patterns=list(without) or None)
+        )
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
         reason = first_line(error)
         raise CheckpointError(
-            f"{name!r}: no such folder here, and it could not be downloaded from the hub ({reason}). Check "
-            "the name and the network; a private model needs `hf auth login`."
+            f"{name!r}: no such folder here, and it could not be downloaded from the hub "
+            f"({type(error).__name__}: {reason}). Check the name and the network; a private model needs "
+            "`hf auth login`."
         ) from error
 
 

@@ -157,11 +157,13 @@ def test_a_language_model_that_transformers_does_not_have(factory: Path) -> None
 
 def test_parts_that_are_neither_here_nor_on_a_network(tmp_path: Path) -> None:
     source = write_bench(make_toy(tmp_path), tmp_path / "source", with_encoder=False)
-    refused(source, r"needs its vision encoder: 'owner/not-there' is no folder here.*--vision-encoder DIR")
+    refused(source, r"needs its vision encoder: 'owner/not-there': no such folder here.*--vision-encoder DIR")
     refused(source, "--vision-encoder nowhere: no such folder", vision_encoder=Path("nowhere"))
     edit(source, mm_vision_tower=None)
     refused(source, r"does not say which vision encoder.*--vision-encoder DIR")
-    with pytest.raises(CheckpointError, match="'owner/model' is no folder here and could not be fetched"):
+    with pytest.raises(
+        CheckpointError, match="'owner/model': no such folder here, and it could not be downloaded"
+    ):
         import_checkpoint("owner/model", tmp_path / "out")
 
 

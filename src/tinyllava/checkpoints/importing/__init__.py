@@ -8,7 +8,7 @@ import torch
 
 from tinyllava.checkpoints.importing import factory, flat, stock
 from tinyllava.checkpoints.importing.build import ImportReport, build
-from tinyllava.checkpoints.importing.parts import Given, SourceParts, fetch
+from tinyllava.checkpoints.importing.parts import Given, SourceParts, download_source
 from tinyllava.errors import CheckpointError
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
 from tinyllava.parts.folders import check_new_folder, read_config, written_whole
@@ -55,7 +55,7 @@ def read_parts(source: str | Path, given: Given) -> SourceParts:
     Raises:
         CheckpointError: no checkpoint, or of an unknown kind.
     """
-    path = Path(source) if Path(source).exists() else fetch(str(source))
+    path = Path(source) if Path(source).exists() else download_source(str(source))
     config = read_config(_config_folder(path))
     for kind in (flat, factory, stock):
         if kind.recognises(config):

@@ -8,9 +8,9 @@ from typing import Any
 from tinyllava.checkpoints.importing.connectors import Found
 from tinyllava.checkpoints.importing.tensors import Tensors, has_weights
 from tinyllava.config import Aspect
-from tinyllava.errors import CheckpointError, first_line
+from tinyllava.errors import CheckpointError
 from tinyllava.parts.families import LANGUAGE_FAMILIES
-from tinyllava.parts.folders import read_config
+from tinyllava.parts.folders import download, read_config
 from tinyllava.parts.templates import template_names
 
 # What ends a turn in one layout only.
@@ -174,30 +174,17 @@ def find_part(given: Path | None, reference: str, *, option: str, noun: str) -> 
             f"the source does not say which {noun} it was made with; give its folder: {option} DIR."
         )
     try:
-        return fetch(reference)
+        return download_source(reference)
     except CheckpointError as error:
         raise CheckpointError(
             f"the source needs its {noun}: {error} Give a local folder: {option} DIR."
         ) from error
 
 
-def fetch(name: str) -> Path:
-    """Return the folder of a hub repository, fetched unless it is in the cache.
+def download_source(name: str) -> Path:
+    """Return the folder of a hub repository, less the weights in other programs' forms.
 
     Raises:
-        CheckpointError: no such repository, or no network.
+        CheckpointError: see ``download``.
     """
-    from httpx2 import HTTPError  # what the hub's client is built on
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(name, ignore_patterns=["*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.py"])
-        )
-    except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        reason = first_line(error)
-        raise CheckpointError(
-            f"{name!r} is no folder here and could not be fetched from the hub "
-            f"({type(error).__name__}: {reason}). Check the name, the network, and for a private model the "
-            "token (`hf auth login`)."
-        ) from error
+    return download(name, without=("*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.py"))
