@@ -251,9 +251,9 @@ def test_the_model_folder_tells_where_it_came_from(parts, records, tmp_path):
         "provenance.json",
     } <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
-    papers = json.loads((folder / "provenance.json").read_text())
-    assert papers["stages"]["pretrain"]["data"]["num_samples"] == 12
-    assert papers["environment"]["torch"] == torch.__version__
+    metadata = json.loads((folder / "provenance.json").read_text())
+    assert metadata["stages"]["pretrain"]["data"]["num_samples"] == 12
+    assert metadata["environment"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16])

@@ -108,13 +108,13 @@ def stage_folder(node: Node, state: State) -> Path:
 
 def _stage_record(node: Node, state: State, *, reused: bool) -> StageRecord:
     folder = stage_folder(node, state)
-    papers = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    metadata = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
     trained = [row for row in _ledger(node, state) if row["trained"]]
     return StageRecord(
         name=node.name,
-        key=papers["key"],
-        seconds=papers["seconds"],
-        num_steps=papers["num_steps"],
+        key=metadata["key"],
+        seconds=metadata["seconds"],
+        num_steps=metadata["num_steps"],
         reused=reused,
         losses=read_losses(folder / "metrics.jsonl"),
         num_trained_parameters={name: count for name, count in _count(trained).items() if count},

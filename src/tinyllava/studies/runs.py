@@ -28,7 +28,7 @@ class FoundRun:
     """Dotted path -> value, of run.json."""
     environment: Mapping[str, Any]
     stages: Mapping[str, Mapping[str, Any]]
-    """Finished stages: their papers."""
+    """Finished stages: their metadata."""
     scores: Mapping[str, float]
     """Benchmark -> headline number."""
 
@@ -71,7 +71,9 @@ def _read_run(folder: Path) -> FoundRun:
         config=dict(flatten(config)),
         scores=scores,
         environment=dict(flatten(_read(folder / "environment.json"))),
-        stages={n: papers for n, papers in stages.items() if isinstance(papers.get("last_loss"), float)},
+        stages={
+            n: metadata for n, metadata in stages.items() if isinstance(metadata.get("last_loss"), float)
+        },
     )
 
 
@@ -144,7 +146,7 @@ def _values(run: FoundRun, path: str) -> list[Any]:
 
 def _facts(run: FoundRun) -> dict[str, Any]:
     """Return all that runs are chosen by: settings, scores, last losses."""
-    losses = {f"loss.{name}": papers["last_loss"] for name, papers in run.stages.items()}
+    losses = {f"loss.{name}": metadata["last_loss"] for name, metadata in run.stages.items()}
     return {**run.config, **{f"score.{name}": value for name, value in run.scores.items()}, **losses}
 
 

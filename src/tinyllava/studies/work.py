@@ -151,8 +151,8 @@ def _train(node: Node) -> str:
     from tinyllava.training.run import train
 
     model = train(node.run, wait=True)
-    papers = json.loads((model / "provenance.json").read_text(encoding="utf-8"))["stages"][node.name]
-    folder = _stage_folder(node, papers["key"])
+    metadata = json.loads((model / "provenance.json").read_text(encoding="utf-8"))["stages"][node.name]
+    folder = _stage_folder(node, metadata["key"])
     if not node.keep_model and os.environ.get("RANK", "0") == "0":
         shutil.rmtree(model)
     return os.path.relpath(folder, node.folder)

@@ -38,7 +38,7 @@ from tinyllava.model.quantised import quantised_layers
 from tinyllava.training.identity import StageIdentity
 from tinyllava.training.trainer import RESUMED_TENSORS, trained_tensors
 
-PAPERS = "stage.json"
+METADATA = "stage.json"
 TENSORS = "trained.safetensors"
 MANIFEST = "manifest.json"
 ADAPTERS = "adapters"
@@ -129,8 +129,8 @@ def find_checkpoint(folder: Path, key: str, say: Callable[[str], None]) -> Path 
 
 def recorded_identity(folder: Path) -> StageIdentity | None:
     """Return what decided the result of the work in a stage's folder, finished or not; None for no work."""
-    papers = [path / MANIFEST for _, path in _checkpoints(folder)] + [folder / PAPERS]
-    found = (StageIdentity.read((read_object(path) or {}).get("identity")) for path in papers)
+    files = [path / MANIFEST for _, path in _checkpoints(folder)] + [folder / METADATA]
+    found = (StageIdentity.read((read_object(path) or {}).get("identity")) for path in files)
     return next((identity for identity in found if identity is not None), None)
 
 
@@ -142,33 +142,36 @@ def find_stage(folder: Path, key: str, say: Callable[[str], None] = lambda text:
         key: of what decides the stage's result.
         say: prints a line.
     """
-    for papers in (folder / PAPERS, *sorted(folder.parent.parent.glob(f"*/*/{PAPERS}"))):
-        values = read_object(papers)
+    for file in (folder / METADATA, *sorted(folder.parent.parent.glob(f"*/*/{METADATA}"))):
+        values = read_object(file)
         if values is None or values.get("key") != key:
             continue
-        damage = find_damage(papers.parent, values.get("files"))
+        damage = find_damage(file.parent, values.get("files"))
         if not damage:
-            return papers.parent
-        say(f"{papers.parent}: {damage}; not reused")
+            return file.parent
+        say(f"{file.parent}: {damage}; not reused")
     return None
 
 
 def save_stage(
-    folder: Path, model: TinyLlavaForConditionalGeneration, papers: Mapping[str, Any], identity: StageIdentity
+    folder: Path,
+    model: TinyLlavaForConditionalGeneration,
+    metadata: Mapping[str, Any],
+    identity: StageIdentity,
 ) -> None:
-    """Write trained tensors, adapters for PEFT, and papers; these last: they say that the stage is done."""
+    """Write trained tensors, adapters for PEFT, and metadata; these last: they say that the stage is done."""
     keep_newest(folder, 1)
     save_adapters(folder / ADAPTERS, model)
     with whole_file(folder / TENSORS) as partial:
         save_file(trained_tensors(model), partial, metadata={"format": "pt"})
     files = describe_files(folder, [TENSORS])
-    write_json(folder / PAPERS, {**papers, "files": files, "identity": dataclasses.asdict(identity)})
+    write_json(folder / METADATA, {**metadata, "files": files, "identity": dataclasses.asdict(identity)})
 
 
-def read_papers(folder: Path) -> dict[str, Any]:
-    """Return the papers of a finished stage, less what only finding it again needs."""
-    papers = read_object(folder / PAPERS) or {}
-    return {name: value for name, value in papers.items() if name not in ("files", "identity")}
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a finished stage, less what only finding it again needs."""
+    metadata = read_object(folder / METADATA) or {}
+    return {name: value for name, value in metadata.items() if name not in ("files", "identity")}
 
 
 def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
@@ -263,7 +266,7 @@ def require_space(folder: Path, model: TinyLlavaForConditionalGeneration) -> Non
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions and hardware, for the run's papers."""
+    """Return versions and hardware, for the run's metadata."""
     return {
         "tinyllava": tinyllava.__version__,
         "python": platform.python_version(),

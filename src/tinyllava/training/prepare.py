@@ -38,7 +38,7 @@ class Prepared:
     """Of the content of their images; empty in processes other than the first, which need not know."""
 
     def summary(self) -> dict[str, object]:
-        """Return counts for the run's papers."""
+        """Return counts for the run's metadata."""
         return {
             "num_samples": len(self.examples),
             "num_with_image": sum(bool(c.images) for c in self.examples.conversations),

@@ -87,11 +87,11 @@ def _train(run: Run, processes: PartialState) -> Path:
     model, processor = (
         open_checkpoint(run.start_from, dtype="float32") if run.start_from else assemble(run.model)
     )
-    papers: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for name, stage in run.stages.items():
-        papers[name] = _run_stage(run, name, stage, model, processor)
+        metadata[name] = _run_stage(run, name, stage, model, processor)
     folder = run.folder / "model"
-    provenance = {"environment": checkpoints.describe_environment(), "stages": papers}
+    provenance = {"environment": checkpoints.describe_environment(), "stages": metadata}
     if processes.is_main_process:
         _save_settings(run)
         checkpoints.save_model(folder, model, processor, run, provenance)
@@ -156,7 +156,7 @@ def _save_settings(run: Run) -> None:
 def _run_stage(
     run: Run, name: str, stage: Stage, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor
 ) -> dict[str, Any]:
-    """Bring the model through one stage and return the stage's papers."""
+    """Bring the model through one stage and return the stage's metadata."""
     folder = run.folder / name
     set_seed(run.seed)  # adapters begin alike, whether the stage before was trained just now or reused
     apply_tuning(model, stage)
@@ -167,25 +167,25 @@ def _run_stage(
     if done is not None:
         _say(f"{name}: already trained, reusing {done}")
         checkpoints.load_stage(done, model)
-        papers = checkpoints.read_papers(done)
+        metadata = checkpoints.read_metadata(done)
     else:
         _announce(name, stage, ledger, prepared)
         keeper = checkpoints.CheckpointKeeper(folder, identity)
         last = checkpoints.load_last(resumed, model) if resumed else None
-        papers = last or _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
+        metadata = last or _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
         ledger = close_ledger(ledger, model)
         ledger.require_movement()
         for component in ledger.unmoved():
             _say(f"  {component} was to be trained and did not move: nothing in these records reaches it.")
-        papers = {"key": identity.key, "stage": name, **papers, "data": prepared.summary()}
+        metadata = {"key": identity.key, "stage": name, **metadata, "data": prepared.summary()}
         if PartialState().is_main_process:
             ledger.save(folder / "ledger.json")
-            checkpoints.save_stage(folder, model, papers, identity)
+            checkpoints.save_stage(folder, model, metadata, identity)
     if PartialState().is_main_process and done in (None, folder):
         checkpoints.keep_newest(folder, 0)  # the stage is done: nothing resumes from them
     merge_adapters(model)
     model.requires_grad_(False)
-    return papers
+    return metadata
 
 
 def _find_work(run: Run, name: str, identity: StageIdentity) -> tuple[Path | None, Path | None]:

@@ -157,9 +157,9 @@ def test_a_template_that_leaves_bos_to_the_tokenizer_and_marks_answers_without_t
     import_checkpoint(tmp_path / "source", tmp_path / "out")
     _, processor = open_checkpoint(tmp_path / "out")
     source = AutoTokenizer.from_pretrained(tmp_path / "source")
-    picture = (ImageRef(name="a.png"),)
+    image = (ImageRef(name="a.png"),)
     turns = (
-        Message(role="user", text="What is it?", images=picture), Message(role="assistant", text="A dog."),
+        Message(role="user", text="What is it?", images=image), Message(role="assistant", text="A dog."),
         Message(role="user", text="Yes?"),
     )  # fmt: skip
     for number, text in (

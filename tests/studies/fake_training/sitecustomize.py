@@ -24,10 +24,10 @@ def note(name: str) -> None:
 def train(run, *, wait=False):
     stage = list(run.stages)[-1]
     note(run.name)
-    papers = {"key": run.name, "seconds": 1.0, "num_steps": 1, "last_loss": 1.0}
+    metadata = {"key": run.name, "seconds": 1.0, "num_steps": 1, "last_loss": 1.0}
     for folder, name, text in (
-        (run.folder / "model", "provenance.json", json.dumps({"stages": {stage: papers}})),
-        (run.folder / stage, "stage.json", json.dumps(papers)),
+        (run.folder / "model", "provenance.json", json.dumps({"stages": {stage: metadata}})),
+        (run.folder / stage, "stage.json", json.dumps(metadata)),
         (run.folder / stage, "ledger.json", "[]"),
     ):
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def stand_in(name: str, **values: object) -> None:
 if "FAKE_LOG" in os.environ:
     stand_in("tinyllava.training")
     stand_in("tinyllava.training.run", train=train)
-    stand_in("tinyllava.training.checkpoints", PAPERS="stage.json", find_stage=lambda runs, key: None)
+    stand_in("tinyllava.training.checkpoints", METADATA="stage.json", find_stage=lambda runs, key: None)
     stand_in(
         "tinyllava.evaluation.run",
         Settings=dict,
