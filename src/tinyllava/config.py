@@ -5,7 +5,7 @@ Paper: section 4.1. A value here is data only; nothing in this file builds or tr
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -198,6 +198,15 @@ class Run:
 def to_json(value: Any) -> str:
     """Return a config dataclass as indented JSON."""
     return json.dumps(dataclasses.asdict(value), indent=2) + "\n"
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested dicts with its dotted name."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from flatten(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
 
 
 def run_from_json(text: str, source: str = "config") -> Run:

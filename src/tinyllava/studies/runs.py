@@ -5,7 +5,7 @@ Paper: none. Reads what runs leave (run.json, environment.json, stage.json, resu
 
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from tinyllava.config import flatten
 from tinyllava.errors import DataError
-from tinyllava.files import parse_json
+from tinyllava.files import read_object
 
 Rows = list[Sequence[object]]
 
@@ -79,20 +80,7 @@ def _read_run(folder: Path) -> FoundRun:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file; of one that is missing or damaged, nothing."""
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of nested dicts with its dotted path."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from flatten(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
+    return read_object(path) or {}
 
 
 _CONDITION = re.compile(r"([^=<>!]+?)\s*(<=|>=|!=|=|<|>)\s*(.*)", re.DOTALL)

@@ -7,12 +7,12 @@ paths, and how the machine is used, do not.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tinyllava.config import Run, Stage
+from tinyllava.config import Run, Stage, flatten
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import Ledger, tensors_digest
@@ -95,15 +95,6 @@ def decisive_settings(run: Run, stage: Stage) -> dict[str, Any]:
     if stage.loss_norm == "micro":  # the mean of the micro-batches' means depends on their size
         values["micro_batch_size"] = micro_batch(stage, run.hardware)
     return dict(flatten(json.loads(json.dumps(values))))
-
-
-def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of nested dicts with its dotted name."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from flatten(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 def identify(

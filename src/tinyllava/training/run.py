@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from tinyllava.config import COMPONENTS, Hardware, Run, Stage, to_json
+from tinyllava.config import COMPONENTS, Hardware, Run, Stage, flatten, to_json
 from tinyllava.data.dataset import Collator
 from tinyllava.data.reporting import Callback, reporting, say
 from tinyllava.data.workers import naming_dead_workers, usable_workers
@@ -34,7 +34,7 @@ from tinyllava.model.quiet import keeping_random_state, transformers_errors_only
 from tinyllava.model.tuning import Ledger, apply_tuning, close_ledger, merge_adapters, open_ledger
 from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
-from tinyllava.training.identity import StageIdentity, decisive_settings, differences, flatten, identify
+from tinyllava.training.identity import StageIdentity, decisive_settings, differences, identify
 from tinyllava.training.prepare import Prepared, prepare
 from tinyllava.training.progress import StageProgress
 from tinyllava.training.stopping import StopRequests
