@@ -21,6 +21,7 @@ from tinyllava.evaluation.answers import AnswerFile, read_answers, read_refusals
 from tinyllava.evaluation.benchmark import Benchmark, Grade
 from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.read import Record, unpack_image
 from tinyllava.evaluation.results import ResultTable
 from tinyllava.evaluation.run import Settings, evaluate, suitable_batch_tokens
 from tinyllava.inference.chat import Chat, encode_prompt
@@ -176,6 +177,25 @@ def test_two_processes_share_the_images(chat, data, tmp_path, expected):
     assert one == two
     first, second = (ResultTable.load(tmp_path / name / "results.json").results[0] for name in ("one", "two"))
     assert (first.metrics, first.data_sha256) == (second.metrics, second.data_sha256)
+
+
+def unpack(folder: Path, images: list[bytes], begin) -> None:
+    begin.wait()
+    for number, data in enumerate(images):
+        record = Record(values={"image": {"bytes": data}}, path=folder / "0.parquet", line=number)
+        unpack_image(record, "image", folder, f"{number}.jpg")
+
+
+def test_processes_unpack_the_same_images_side_by_side(tmp_path):
+    images, begin = [bytes([number]) * 20_000 for number in range(200)], FORK.Barrier(4)
+    processes = [FORK.Process(target=unpack, args=(tmp_path, images, begin)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    written = {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    assert written == {f"{number}.jpg": data for number, data in enumerate(images)}
 
 
 def test_blind_answers_do_not_hang_on_the_image(chat, data, tmp_path, expected):

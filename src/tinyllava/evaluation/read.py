@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from uuid import uuid4
 
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
@@ -265,7 +266,7 @@ def unpack_image(record: Record, field: str, folder: Path, name: str) -> ImageRe
         if not isinstance(data, bytes) or not data:
             record.fail(f"field {field!r} has no image.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f".{path.name}.{uuid4().hex}")  # processes of a run unpack side by side
         partial.write_bytes(data)
         partial.replace(path)
     return ImageRef(path=path, name=name)
