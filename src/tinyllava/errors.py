@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class TinyLlavaError(Exception):
-    """Base of every error that a user can cause and mend; the command line prints it without a traceback."""
+    """Base of every error that a user can cause and fix; the command line prints it without a traceback."""
 
 
 class UnknownNameError(TinyLlavaError, KeyError):

@@ -39,7 +39,7 @@ def pointer(name: str) -> Callable[[Path], None]:
 
 
 PARTS = {
-    "llm config": ("phi", cut("config.json"), r"config\.json: not JSON .*; fetch the folder again"),
+    "llm config": ("phi", cut("config.json"), r"config\.json: not JSON .*; download the folder again"),
     "llm tokenizer": ("phi", cut("tokenizer_config.json"), r"tokenizer_config\.json: not JSON"),
     "llm value": ("phi", without("num_attention_heads"), r"config\.json: lacks 'num_attention_heads'"),
     "llm weights": ("phi", cut("model.safetensors"), r"model\.safetensors: is cut short"),
@@ -68,7 +68,7 @@ def test_a_checkpoints_settings_cut_short(parts: dict[str, Path], tmp_path: Path
     assemble(config)[0].save_pretrained(tmp_path, max_shard_size="60KB")
     check_checkpoint(tmp_path)
     cut(name)(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"{name}: not JSON .*; fetch the folder again"):
+    with pytest.raises(CheckpointError, match=rf"{name}: not JSON .*; download the folder again"):
         check_checkpoint(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""``tinyllava starter``: the main job on real parts and images that anybody can fetch."""
+"""``tinyllava starter``: the main job on real parts and images that anybody can download."""
 
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
 Paper: section 4.1.2, Table 2.
 The layout is the published one: the record files in ``text_files/``, the images of every source in its own
-folder beside it. ``tinyllava show data`` prints what to fetch and where to put it.
+folder beside it. ``tinyllava show data`` prints what to download and where to put it.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """A judge model behind any OpenAI-compatible endpoint, or its recorded reviews.
 
 Paper: appendix A; GPT-4 grades MM-Vet and LLaVA-W. A local model behind a server that speaks OpenAI's
-protocol comes through the same door. Replies are kept on disk as they arrive: a killed run goes on where it
-stopped, and nothing is paid twice.
+protocol comes through the same door. Replies are kept on disk as they arrive: a killed run resumes,
+and nothing is paid twice.
 """
 
 import hashlib

@@ -19,7 +19,7 @@ _FIX = "Delete the line, or the file, and evaluate again."
 
 
 def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
-    """Write a file anew, whole or not at all."""
+    """Write a file of predictions, whole or not at all."""
     write_text(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions))
 
 

@@ -2,7 +2,7 @@
 
 Paper: section 4.1.3. Folder of a benchmark: ``answers-*.jsonl`` (as they come), ``predictions.jsonl``
 (scored), ``run.json`` (whose answers these are) and ``upload/`` (what official servers and tools read).
-Differs: a run that was stopped goes on where it was; several processes share the images among them.
+Differs: a run that was stopped resumes; several processes share the images among them.
 """
 
 import datetime

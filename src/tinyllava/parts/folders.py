@@ -32,13 +32,13 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{folder}: no {name} there; give a Hugging Face model folder.") from error
     except ValueError as error:
-        why = describe_damage(path) or f"not JSON ({error}); fetch the folder again"
+        why = describe_damage(path) or f"not JSON ({error}); download the folder again"
         raise CheckpointError(f"{path}: {why}.") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
     if not isinstance(config, dict):
         raise CheckpointError(
-            f"{path}: expected an object, found {type(config).__name__}; fetch the folder again."
+            f"{path}: expected an object, found {type(config).__name__}; download the folder again."
         )
     return config
 
@@ -49,17 +49,19 @@ def describe_damage(path: Path) -> str:
     Told are: a pointer of Git LFS, a web page, an empty file, weights that are cut short.
     """
     if not path.is_file():
-        return "is missing; fetch it again"
+        return "is missing; download it again"
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if not head:
-        return "is empty; fetch it again"
+        return "is empty; download it again"
     if head.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, perhaps an error message of the server; fetch it again, logged in if need be"
+        return (
+            "is a web page, perhaps an error message of the server; download it again, logged in if need be"
+        )
     if path.suffix == ".bin" and head.startswith(b"PK") and not is_zipfile(path):
-        return f"is cut short: its end is not among its {path.stat().st_size:,} bytes; fetch it again"
+        return f"is cut short: its end is not among its {path.stat().st_size:,} bytes; download it again"
     return _cut_short(path) if path.suffix == ".safetensors" else ""
 
 
@@ -82,7 +84,7 @@ def _cut_short(path: Path) -> str:
             expected = 8 + head_bytes + max(ends, default=0)
     if size >= expected:
         return ""
-    return f"is cut short: {size:,} of at least {expected:,} bytes; fetch it again"
+    return f"is cut short: {size:,} of at least {expected:,} bytes; download it again"
 
 
 def local_folder(name: str | Path) -> Path:

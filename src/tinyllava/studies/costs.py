@@ -1,6 +1,6 @@
 """What the nodes of a graph take: steps, seconds and memory, measured where it can be, computed elsewhere.
 
-Paper: sections 4.1.2 and 4.1.3. Reckoned seconds follow from the plan of a run on GPUs; what nodes of the
+Paper: sections 4.1.2 and 4.1.3. Estimated seconds follow from the plan of a run on GPUs; what nodes of the
 same graph took on this machine corrects them.
 """
 
@@ -78,7 +78,7 @@ def _of_stage(node: Node, costs: Costs, machine: Machine) -> Cost:
 
 
 def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
-    """Reckon a pass over image and text for each question, without the judge and without long answers."""
+    """Estimate a pass over image and text for each question, without the judge and without long answers."""
     count = node.limit or BENCHMARKS[node.name].num_questions
     seconds = count * costs.seconds_per_question + costs.seconds_per_node
     if seconds or not count:

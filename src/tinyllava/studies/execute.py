@@ -1,6 +1,6 @@
 """Run what is missing of a graph, each node after the one it needs; a failure stops only what rests on it.
 
-Paper: none. All knowledge is in the nodes' state files: killed and started again, a grid goes on.
+Paper: none. All knowledge is in the nodes' state files: killed and started again, a grid resumes.
 """
 
 import time

@@ -51,10 +51,10 @@ def refused(
 
 BENCH = {
     "pointer": (put(WEIGHTS, LFS), WEIGHTS, "is a pointer of Git LFS", "`git lfs pull`"),
-    "page as weights": (put(WEIGHTS, PAGE), WEIGHTS, "is a web page", "fetch it again"),
-    "cut weights": (halve(WEIGHTS), WEIGHTS, "is cut short: ", " of at least ", "fetch it again"),
-    "no weights": (put(WEIGHTS, b""), WEIGHTS, "is empty", "fetch it again"),
-    "page as config": (put("config.json", PAGE), "config.json: is a web page", "fetch it again"),
+    "page as weights": (put(WEIGHTS, PAGE), WEIGHTS, "is a web page", "download it again"),
+    "cut weights": (halve(WEIGHTS), WEIGHTS, "is cut short: ", " of at least ", "download it again"),
+    "no weights": (put(WEIGHTS, b""), WEIGHTS, "is empty", "download it again"),
+    "page as config": (put("config.json", PAGE), "config.json: is a web page", "download it again"),
     "pointer as tokenizer": (put("tokenizer.json", LFS), "tokenizer.json: is a pointer of Git LFS"),
     "page as index": (put(INDEX, PAGE), f"{INDEX}: is a web page"),
     "empty index": (put(INDEX, b"{}"), f"{INDEX}: weight_map, the file of each tensor, is missing"),

@@ -199,7 +199,7 @@ def test_weight_files_that_are_incomplete(bench: Path) -> None:
     layouts.write_json(index, {"weight_map": weight_map | {"lm_head.weight": "second.safetensors"}})
     refused(bench, "tensors that another shard has too: lm_head.weight")
     (bench / WEIGHTS).write_bytes(b"not safetensors at all")
-    refused(bench, "cannot be read.*fetch the file again")
+    refused(bench, "cannot be read.*download the file again")
     (bench / WEIGHTS).unlink()
     refused(bench, f"weight files are missing: {WEIGHTS}")
     index.unlink()

@@ -147,7 +147,7 @@ def _refuse_infinities(model: nn.Module, where: str) -> None:
     if broken:
         raise CheckpointError(
             f"{where}: {count(broken)} with values that are no finite numbers: {', '.join(broken)}. Without "
-            "--dtype they are as stored; if they are there so, fetch the folder again."
+            "--dtype they are as stored; if they are there so, download the folder again."
         )
 
 

@@ -48,14 +48,14 @@ def _read_shards(folder: Path, index: str) -> Tensors:
     weight_map = read_config(folder, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(
-            f"{folder / index}: weight_map, the file of each tensor, is missing or of another form; fetch "
+            f"{folder / index}: weight_map, the file of each tensor, is missing or of another form; download "
             "the file again."
         )
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder}: weight files are missing: {', '.join(missing)}; fetch the folder again."
+            f"{folder}: weight files are missing: {', '.join(missing)}; download the folder again."
         )
     tensors: Tensors = {}
     for file in files:
@@ -89,7 +89,7 @@ def read_file(path: Path) -> Tensors:
         ) from error
     except (OSError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
         why = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({why}); fetch the file again.") from error
+        raise CheckpointError(f"{path}: cannot be read ({why}); download the file again.") from error
     return _only_tensors(path, values)
 
 
@@ -161,7 +161,7 @@ def objects(config: dict[str, Any], *names: str, where: str) -> list[dict[str, A
     absent = [name for name, value in zip(names, values, strict=True) if not isinstance(value, dict)]
     if absent:
         raise CheckpointError(
-            f"{where}: config.json has no {' and no '.join(absent)}, the settings of a part; fetch the "
+            f"{where}: config.json has no {' and no '.join(absent)}, the settings of a part; download the "
             "folder again."
         )
     return [value for value in values if isinstance(value, dict)]

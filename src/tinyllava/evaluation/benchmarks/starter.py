@@ -1,4 +1,4 @@
-"""The starter's held-out questions: benchmark number ten, about images that everybody can fetch.
+"""The starter's held-out questions: benchmark number ten, about images that everybody can download.
 
 Paper: none; the starter's own images (easy-VQA and the Grocery Store photographs, official test splits).
 ``starter`` is a fixed sample of 1,500 questions, ``starter-small`` 360 of it, ``starter-whole`` all of them.
