@@ -10,7 +10,7 @@ from transformers import SiglipImageProcessorPil, ViTConfig, ViTModel
 from tinyllava.config import FULL, ModelConfig, Stage, Tune, lora
 from tinyllava.model.assemble import assemble
 from tinyllava.model.tuning import apply_tuning, component_of
-from tinyllava.parts import vision
+from tinyllava.parts.families import VISION_FAMILIES, VisionFamily
 
 
 @pytest.mark.parametrize("tune", [FULL, lora(2)], ids=["full", "lora"])
@@ -18,7 +18,7 @@ def test_the_pooler_of_an_unfamiliar_encoder_is_not_trained(
     parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: Tune
 ) -> None:
     """A ViT has a linear pooler behind its features, under a name that no list here has for it."""
-    monkeypatch.setitem(vision._FAMILIES, "vit", {"kind": "transformer", "num_prefix_tokens": 1})
+    monkeypatch.setitem(VISION_FAMILIES, "vit", VisionFamily(num_prefix_tokens=1, layers="layers"))
     config = ViTConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28,
         patch_size=14,
@@ -35,7 +35,9 @@ def test_the_pooler_of_an_unfamiliar_encoder_is_not_trained(
     }
     assert len(trained) >= 16
     inputs = processor(images=[Image.new("RGB", (40, 30), (200, 30, 90))], text="<image>\nWhat is it? A dog.")
-    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    ids = inputs["input_ids"]
+    labels = ids.masked_fill(ids == model.config.image_token_id, -100)
+    model(**inputs, labels=labels).loss.backward()
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
     idle = [n for n, p in model.named_parameters() if ".pooler." in n or ".vision_tower.layernorm." in n]
     assert len(idle) == 4
