@@ -196,7 +196,17 @@ def _loads(plan: Plan) -> Rows:
 
 def _forms(plan: Plan) -> Rows:
     rows: Rows = [
-        ("stage", "form", "peak memory", "device batch", "accumulation", "weights", "AdamW", "activations")
+        (
+            "stage",
+            "form",
+            "peak memory",
+            "device batch",
+            "accumulation",
+            "weights",
+            "AdamW",
+            "activations",
+            "recomputed",
+        )
     ]
     for stage in plan.stages:
         for label, form in stage.forms.items():
@@ -212,6 +222,7 @@ def _forms(plan: Plan) -> Rows:
                     _gigabytes(memory.weights),
                     _gigabytes(memory.optimizer),
                     _gigabytes(memory.activations),
+                    "yes" if form.checkpointing else "no",
                 )
             )
     return rows

@@ -71,7 +71,7 @@ class Memory:
     activations: int
     """What the forward pass keeps, the casts of weights and the logits included."""
     accumulates: bool
-    """Whether gradients of an earlier micro-batch lie there during the forward pass."""
+    """Whether gradients, or the buckets that they will lie in, are there during the forward pass."""
 
     @property
     def peak(self) -> int:
@@ -100,22 +100,22 @@ def estimate_memory(
         num_tokens: length of a sequence, image tokens included.
         num_supervised: supervised tokens of a sequence.
         num_shards: devices over which weights, gradients and moments are divided (FSDP); 1 means none.
-        num_ranks: with more than one and no shards, the gradients' buckets are held too (DDP).
+        num_ranks: with more than one and no shards, gradients lie in buckets all the time (DDP).
     """
     trained = sum(count_trained(size, tune) for size, tune in _tuned(parts, stage))
     weights = sum(_weight_bytes(size, tune) for size, tune in _tuned(parts, stage))
     gathered = _largest_unit(parts) * FLOAT_BYTES if num_shards > 1 else 0
-    buckets = trained * FLOAT_BYTES if num_ranks > 1 and num_shards == 1 else 0
+    in_buckets = num_ranks > 1 and num_shards == 1  # of DDP, which hold the gradients all the time
     activations = batch * _sample_bytes(parts, stage, num_tokens, bf16, checkpointing)
     activations += batch * num_supervised * _logit_bytes(parts.language, bf16)
     if bf16 and not checkpointing:
         activations += HALF_BYTES * _cast_weights(parts, stage) // num_shards
     return Memory(
-        weights=weights // num_shards + gathered + buckets,
+        weights=weights // num_shards + gathered,
         optimizer=2 * FLOAT_BYTES * trained // num_shards,
         gradients=FLOAT_BYTES * trained // num_shards,
         activations=activations,
-        accumulates=accumulates,
+        accumulates=accumulates or in_buckets,
     )
 
 

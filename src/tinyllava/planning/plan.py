@@ -5,7 +5,7 @@ Paper: sections 4.1.2 (batches, epochs, data) and Table A1 (sizes). Everything i
 
 from dataclasses import dataclass, replace
 
-from tinyllava.config import COMPONENTS, FULL, Component, Run, Stage
+from tinyllava.config import COMPONENTS, FULL, Component, Hardware, Run, Stage
 from tinyllava.data.mixtures import find_mixture
 from tinyllava.errors import look_up
 from tinyllava.parts.resolve import resolve
@@ -79,6 +79,8 @@ class Form:
     """Largest that fits and divides the global batch, or the one asked for."""
     accumulation: int
     """Micro-batches for each optimizer step, so that the global batch is kept."""
+    checkpointing: bool
+    """Whether activations are recomputed in the backward pass."""
     memory: Memory
     fits: bool
 
@@ -183,32 +185,85 @@ def _plan_form(
     num_gpus: int,
     num_shards: int = 1,
 ) -> Form:
-    """Find the largest device batch that fits and keeps the global batch."""
+    """Choose how a stage runs on so many GPUs, in the longest sequence that is known of its data."""
     longest = load.longest_tokens if load else stage.max_length_tokens
-    per_rank = max(1, stage.global_batch_size // num_gpus)
-    is_half = gpu.precision(run.hardware.precision) != "fp32"
-
-    def memory(batch: int) -> Memory:
-        return estimate_memory(
-            parts,
-            form,
-            batch=batch,
-            num_tokens=longest,
-            num_supervised=max(1, longest - parts.num_image_tokens),
-            bf16=is_half,
-            checkpointing=run.hardware.gradient_checkpointing,
-            num_shards=num_shards,
+    return choose_forms(
+        parts,
+        form,
+        run.hardware,
+        Machine(
+            memory_bytes=gpu.memory_bytes,
+            is_half=gpu.precision(run.hardware.precision) != "fp32",
             num_ranks=num_gpus,
-            accumulates=batch < per_rank,
+            num_shards=num_shards,
+        ),
+        longest,
+        max(1, longest - parts.num_image_tokens),
+    )[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the choice of a form needs to know of the devices."""
+
+    memory_bytes: int
+    """Of one device."""
+    is_half: bool
+    """Whether a step computes in bf16 or fp16."""
+    num_ranks: int
+    num_shards: int = 1
+    most_samples: int = 0
+    """Bound of the device batch beside memory; 0 means none."""
+
+
+def choose_forms(
+    parts: PlannedParts,
+    stage: Stage,
+    hardware: Hardware,
+    machine: Machine,
+    longest_tokens: int,
+    longest_supervised: int,
+) -> list[Form]:
+    """Return the forms in which a stage can run, the best first, each smaller than the one before.
+
+    The best is the largest device batch that fits. Activations are recomputed only where fewer than two
+    samples fit otherwise: with one the host can hardly keep a GPU busy, and the third of time is paid for.
+    The rest is for a device on which the estimate turns out too low. If nothing fits, the smallest is first.
+    """
+    per_rank = max(1, stage.global_batch_size // machine.num_ranks)
+    most = machine.most_samples or per_rank
+    sizes = [size for size in range(min(per_rank, most), 0, -1) if per_rank % size == 0]
+    if hardware.device_batch_size:
+        sizes = [hardware.device_batch_size]
+
+    def form(size: int, checkpointing: bool) -> Form:
+        memory = estimate_memory(
+            parts,
+            stage,
+            batch=size,
+            num_tokens=longest_tokens,
+            num_supervised=longest_supervised,
+            bf16=machine.is_half,
+            checkpointing=checkpointing,
+            num_shards=machine.num_shards,
+            num_ranks=machine.num_ranks,
+            accumulates=size < per_rank,
+        )
+        return Form(
+            device_batch_size=size,
+            accumulation=per_rank // size,
+            checkpointing=checkpointing,
+            memory=memory,
+            fits=memory.peak <= USABLE_MEMORY * machine.memory_bytes,
         )
 
-    divisors = [batch for batch in range(1, per_rank + 1) if per_rank % batch == 0]
-    wanted = [run.hardware.device_batch_size] if run.hardware.device_batch_size else divisors
-    fitting = [batch for batch in wanted if memory(batch).peak <= USABLE_MEMORY * gpu.memory_bytes]
-    batch = max(fitting, default=wanted[0])
-    return Form(
-        device_batch_size=batch, accumulation=per_rank // batch, memory=memory(batch), fits=bool(fitting)
-    )
+    wanted = hardware.gradient_checkpointing
+    kept = [] if wanted is True else [form(size, False) for size in sizes]
+    if wanted is None:  # one sample at a time only where there are no two
+        kept = [f for f in kept if f.device_batch_size > 1 or len(sizes) == 1]
+    recomputed = [] if wanted is False else [form(size, True) for size in sizes]
+    ordered = [f for f in kept if f.fits] + [f for f in recomputed if f.fits]
+    return ordered or [(kept + recomputed)[-1]]
 
 
 def measure_load(stage: Stage, parts: PlannedParts) -> Load | None:

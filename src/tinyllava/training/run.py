@@ -3,9 +3,7 @@
 Paper: section 3.2, pre-training for feature alignment, then supervised fine-tuning.
 """
 
-import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,10 +18,10 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from tinyllava.config import COMPONENTS, Hardware, Run, Stage, flatten, to_json
+from tinyllava.config import COMPONENTS, Run, Stage, flatten, to_json
 from tinyllava.data.dataset import Collator
 from tinyllava.data.reporting import Callback, reporting, say
-from tinyllava.data.workers import naming_dead_workers, usable_workers
+from tinyllava.data.workers import naming_dead_workers
 from tinyllava.errors import DataError, TinyLlavaError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
 from tinyllava.model.assemble import assemble, open_checkpoint
@@ -34,11 +32,13 @@ from tinyllava.model.quiet import keeping_random_state, transformers_errors_only
 from tinyllava.model.tuning import Ledger, apply_tuning, close_ledger, merge_adapters, open_ledger
 from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
+from tinyllava.training.devices import fit_hardware
 from tinyllava.training.identity import StageIdentity, decisive_settings, differences, identify
 from tinyllava.training.prepare import Prepared, prepare
 from tinyllava.training.progress import StageProgress
 from tinyllava.training.stopping import StopRequests
-from tinyllava.training.trainer import StageTrainer, make_arguments, micro_batch
+from tinyllava.training.trainer import StageTrainer, make_arguments
+from tinyllava.training.trial import out_of_memory
 
 
 @keeping_random_state()
@@ -269,6 +269,11 @@ def _train_stage(
     except DataError as error:  # a worker process hands over its whole traceback as the message
         kind = type(error)
         raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
+    except torch.OutOfMemoryError as error:
+        size, checkpointing = trainer.args.train_batch_size, model.is_gradient_checkpointing
+        raise TrainingError(
+            f"{out_of_memory(size, checkpointing)} The same command with it resumes."
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_full_disk(error):
             raise TrainingError(
@@ -287,27 +292,6 @@ def _train_stage(
     }
 
 
-def _limit_workers(
-    stage: Stage, hardware: Hardware, processor: TinyLlavaProcessor, prepared: Prepared
-) -> Hardware:
-    """Take fewer workers where the shared memory cannot hold what they prepare, and say so."""
-    examples = prepared.examples
-    num_images = max(len(conversation.images) for conversation in examples.conversations)
-    image_bytes = 4 * 3 * processor.image_size_px**2
-    if examples.features is not None:
-        image_bytes = 4 * examples.features.shape[0] * examples.features.shape[1]
-    size = micro_batch(stage, hardware)
-    tokens_bytes = 3 * 8 * max(examples.lengths)
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    num_held = -(-stage.global_batch_size // (size * PartialState().num_processes))
-    num_workers, why = usable_workers(
-        hardware.num_workers, size * (num_images * image_bytes + tokens_bytes), num_held, num_processes
-    )
-    if why:
-        _say(why)
-    return dataclasses.replace(hardware, num_workers=num_workers)
-
-
 def make_trainer(
     run: Run,
     stage: Stage,
@@ -318,9 +302,7 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> StageTrainer:
     """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
-    if run.hardware.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    hardware = _limit_workers(stage, run.hardware, processor, prepared)
+    hardware = fit_hardware(run, stage, model, processor, prepared)
     arguments = make_arguments(
         stage, hardware, folder, seed=run.seed, num_samples=len(prepared.examples), report_to=run.report_to
     )

@@ -25,6 +25,8 @@ from tinyllava.errors import TrainingError
 from tinyllava.model.devices import multiplies_bf16
 from tinyllava.model.tuning import component_of
 
+MOST_SAMPLES = 16
+"""Samples of a forward pass where memory does not set the bound: more make nothing faster on a CPU."""
 RESUMED_TENSORS = "model.safetensors"
 """File of a checkpoint with the trained tensors; the Trainer loads it under this name."""
 
@@ -215,14 +217,12 @@ def make_arguments(
 
 
 def micro_batch(stage: Stage, hardware: Hardware) -> int:
-    """Return the number of samples of one forward pass of one process."""
-    world_size = PartialState().num_processes
-    return hardware.device_batch_size or default_device_batch(stage.global_batch_size // world_size)
+    """Return the number of samples of one forward pass of one process, whatever the memory of the device.
 
-
-def default_device_batch(per_rank: int) -> int:
-    """Return the largest divisor of the rank's share of a batch that a modest machine holds."""
-    return max(d for d in range(1, 16 + 1) if per_rank % d == 0)
+    ``training.devices.fit_hardware`` chooses by memory; this is the choice where it may not or cannot.
+    """
+    per_rank = stage.global_batch_size // PartialState().num_processes
+    return hardware.device_batch_size or max(d for d in range(1, MOST_SAMPLES + 1) if per_rank % d == 0)
 
 
 def choose_precision(wanted: str) -> str:

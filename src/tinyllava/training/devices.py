@@ -1,0 +1,131 @@
+"""How a stage uses the devices of this run: device batch, recomputed activations, workers.
+
+Paper: section 4.1.2 gives the samples of an optimizer step, which stay the same whatever is chosen here.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from tinyllava.config import Hardware, Run, Stage
+from tinyllava.data.reporting import say
+from tinyllava.data.workers import usable_workers
+from tinyllava.errors import TinyLlavaError, TrainingError
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.planning.memory import Memory
+from tinyllava.planning.plan import Form, Machine, choose_forms, plan_parts
+from tinyllava.training.prepare import Prepared
+from tinyllava.training.trainer import MOST_SAMPLES, choose_precision, micro_batch
+from tinyllava.training.trial import can_run_out, out_of_memory, set_checkpointing, survives
+
+
+def fit_hardware(
+    run: Run,
+    stage: Stage,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    prepared: Prepared,
+) -> Hardware:
+    """Return the run's hardware settings with device batch, checkpointing and workers settled.
+
+    The choice is that of the plan which `tinyllava show` prints, for the longest sample that is here. On a
+    GPU the largest micro-batch is run before the first step. If it does not fit, the next smaller form is
+    tried, in all processes alike.
+
+    Raises:
+        TrainingError: not even the smallest form fits, or the one that was asked for.
+    """
+    forms = _possible_forms(run, stage, prepared)
+    chosen = next((form for form in forms if survives(form, run, model, processor, prepared)), None)
+    if chosen is None:
+        raise TrainingError(out_of_memory(forms[-1].device_batch_size, forms[-1].checkpointing))
+    size, checkpointing = chosen.device_batch_size, chosen.checkpointing
+    if chosen is not forms[0]:
+        _say(
+            f"out of memory with {_describe(forms[0])}: trains with {_describe(chosen)} instead, "
+            f"{stage.global_batch_size} samples a step as before"
+        )
+    set_checkpointing(model, checkpointing)
+    hardware = dataclasses.replace(run.hardware, device_batch_size=size, gradient_checkpointing=checkpointing)
+    return _limit_workers(stage, hardware, processor, prepared)
+
+
+def _describe(form: Form) -> str:
+    kept = "recomputed" if form.checkpointing else "kept"
+    return f"a device batch of {form.device_batch_size} and activations {kept}"
+
+
+def _possible_forms(run: Run, stage: Stage, prepared: Prepared) -> Sequence[Form]:
+    """Return the forms of the plan, the best first; for parts that nothing can be planned of, usual ones."""
+    hardware, examples = run.hardware, prepared.examples
+    usual = micro_batch(stage, hardware)
+    if stage.loss_norm == "micro":  # the size decides the result, so it does not depend on the machine
+        hardware = dataclasses.replace(hardware, device_batch_size=usual)
+    machine = Machine(
+        memory_bytes=min(gather_object([_memory_bytes()])),
+        is_half=choose_precision(hardware.precision) != "fp32",
+        num_ranks=PartialState().num_processes,
+        most_samples=0 if can_run_out() else MOST_SAMPLES,
+    )
+    try:
+        parts = plan_parts(run)
+    except TinyLlavaError:  # a checkpoint need not say what its parts are
+        sizes = [n for n in range(usual, 0, -1) if usual % n == 0 and hardware.device_batch_size in (0, n)]
+        wanted = hardware.gradient_checkpointing
+        each = itertools.product([False, True] if wanted is None else [wanted], sizes)
+        per_rank = stage.global_batch_size // machine.num_ranks
+        return [_unplanned(size, per_rank // size, checkpointing) for checkpointing, size in each]
+    return choose_forms(
+        parts, stage, hardware, machine, max(examples.lengths), max(examples.supervised_lengths)
+    )
+
+
+def _unplanned(size: int, accumulation: int, checkpointing: bool) -> Form:
+    nothing = Memory(weights=0, optimizer=0, gradients=0, activations=0, accumulates=False)
+    return Form(
+        device_batch_size=size,
+        accumulation=accumulation,
+        checkpointing=checkpointing,
+        memory=nothing,
+        fits=True,
+    )
+
+
+def _memory_bytes() -> int:
+    """Memory of this process's device; on a CPU its share of the machine's."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(PartialState().device).total_memory)
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _limit_workers(
+    stage: Stage, hardware: Hardware, processor: TinyLlavaProcessor, prepared: Prepared
+) -> Hardware:
+    """Take fewer workers where the shared memory cannot hold what they prepare, and say so."""
+    examples = prepared.examples
+    num_images = max(len(conversation.images) for conversation in examples.conversations)
+    image_bytes = 4 * 3 * processor.image_size_px**2
+    if examples.features is not None:
+        image_bytes = 4 * examples.features.shape[0] * examples.features.shape[1]
+    size = hardware.device_batch_size
+    tokens_bytes = 3 * 8 * max(examples.lengths)
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_held = -(-stage.global_batch_size // (size * PartialState().num_processes))
+    num_workers, why = usable_workers(
+        hardware.num_workers, size * (num_images * image_bytes + tokens_bytes), num_held, num_processes
+    )
+    if why:
+        _say(why)
+    return dataclasses.replace(hardware, num_workers=num_workers)
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        say(text)

@@ -1,0 +1,157 @@
+"""Device batch and recomputed activations: the plan's, smaller where memory runs out, the same result."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tinyllava.config import FULL, Hardware
+from tinyllava.data.reporting import reporting
+from tinyllava.errors import TrainingError
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, TinyLlavaModel
+from tinyllava.planning.plan import Machine, choose_forms, plan_parts, plan_run
+from tinyllava.recipes.variants import VARIANTS, variant
+from tinyllava.training import trial
+from tinyllava.training.run import train
+from training_toys import toy_run
+
+AUTO = Hardware(num_workers=0, precision="fp32")
+
+
+@pytest.fixture
+def small_device(monkeypatch):
+    """A device on which a forward pass of more than one sample that keeps its activations runs out."""
+    passes: list[tuple[int, bool]] = []
+    original = TinyLlavaModel.forward
+
+    def forward(self, input_ids=None, **kwargs):
+        recomputes = self.language_model.is_gradient_checkpointing
+        passes.append((len(input_ids), recomputes))
+        if len(input_ids) > 1 and not recomputes:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return original(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(TinyLlavaModel, "forward", forward)
+    monkeypatch.setattr(trial, "can_run_out", lambda: True)
+    return passes
+
+
+def finetuning(parts, records, folder, hardware, **changes):
+    run = toy_run(parts, records, folder, hardware=hardware)
+    stage = dataclasses.replace(run.stages["finetune"], vision_encoder=FULL, **changes)
+    return dataclasses.replace(run, stages={"finetune": stage})
+
+
+def steps(folder):
+    return [json.loads(line) for line in (folder / "finetune/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("keep", "tried", "chosen"), [(None, (4, False), (4, True)), (False, (4, False), (1, False))]
+)
+def test_where_memory_runs_out_a_smaller_form_trains_the_same(
+    parts, records, tmp_path, small_device, monkeypatch, capsys, keep, tried, chosen
+):
+    hardware = dataclasses.replace(AUTO, gradient_checkpointing=keep)
+    with reporting(is_shown=True):
+        train(finetuning(parts, records, tmp_path / "small/run", hardware))
+    printed = capsys.readouterr().out
+    assert "out of memory with a device batch of 4 and activations kept: trains with a device" in printed
+    assert "4 samples a step as before" in printed
+    assert small_device[0] == tried
+    assert small_device[-1] == chosen
+    monkeypatch.undo()
+    train(finetuning(parts, records, tmp_path / "large/run", dataclasses.replace(AUTO, device_batch_size=4)))
+    found, expected = (
+        load_file(tmp_path / name / "run/model/model.safetensors") for name in ("small", "large")
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+    assert (
+        len(steps(tmp_path / "small/run")) == len(steps(tmp_path / "large/run")) == 3
+    )  # 12 samples, 4 a step
+
+
+def test_trying_leaves_everything_as_it_was(parts, records, tmp_path, monkeypatch):
+    """With dropout, random numbers that a trial took would change the run."""
+    weights = []
+    for tries in (False, True):
+        monkeypatch.setattr(trial, "can_run_out", lambda tries=tries: tries)
+        run = finetuning(
+            parts, records, tmp_path / f"{tries}/run", dataclasses.replace(AUTO, device_batch_size=2)
+        )
+        weights.append(load_file(train(run) / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_was_asked_for_and_does_not_fit_is_refused_with_what_helps(
+    parts, records, tmp_path, small_device
+):
+    hardware = dataclasses.replace(AUTO, device_batch_size=2, gradient_checkpointing=False)
+    with pytest.raises(
+        TrainingError, match=r"out of memory with a device batch of 2\. Try .*device-batch-size 1, "
+    ) as caught:
+        train(finetuning(parts, records, tmp_path / "run", hardware))
+    assert "--hardware.gradient-checkpointing True" in str(caught.value)
+    assert "CUDA" not in str(caught.value)
+
+
+def test_the_mean_of_means_keeps_its_device_batch(parts, records, tmp_path, small_device):
+    """With loss_norm micro the device batch decides the result, so memory must not."""
+    hardware = dataclasses.replace(AUTO, gradient_checkpointing=False)
+    with pytest.raises(TrainingError, match="out of memory with a device batch of 4"):
+        train(finetuning(parts, records, tmp_path / "run", hardware, loss_norm="micro"))
+
+
+def test_memory_that_runs_out_later_ends_in_advice_and_resumes(parts, records, tmp_path, monkeypatch):
+    original, passes = TinyLlavaForConditionalGeneration.forward, []
+
+    def forward(self, *args, **kwargs):
+        passes.append(1)
+        if len(passes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TinyLlavaForConditionalGeneration, "forward", forward)
+    hardware = dataclasses.replace(AUTO, save_steps=1)
+    with pytest.raises(
+        TrainingError, match=r"device batch of 4\. Try --hardware.device-batch-size 2.*resumes"
+    ):
+        train(finetuning(parts, records, tmp_path / "run", hardware))
+    assert (tmp_path / "run/finetune/checkpoint-2").is_dir()
+    train(finetuning(parts, records, tmp_path / "run", dataclasses.replace(hardware, device_batch_size=2)))
+    assert [step["step"] for step in steps(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_checkpoint_whose_parts_are_not_here_is_trained_all_the_same(parts, records, tmp_path, monkeypatch):
+    first = train(finetuning(parts, records, tmp_path / "first", AUTO))
+    run = finetuning(parts, records, tmp_path / "second", AUTO)
+    gone = dataclasses.replace(run.model, vision_encoder="", language_model="")
+    train(dataclasses.replace(run, start_from=str(first), model=gone))
+    assert len(steps(tmp_path / "second")) == 3
+
+
+@pytest.mark.parametrize("gpu", ["RTX-4090", "A100-80G"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_train_chooses_what_show_prints(name, gpu):
+    run, plan = variant(name), plan_run(variant(name), gpu=gpu)
+    parts = plan_parts(run)
+    memory = {"RTX-4090": 24 * 2**30, "A100-80G": 80 * 2**30}[gpu]
+    for stage in plan.stages:
+        longest = stage.load.longest_tokens
+        forms = choose_forms(
+            parts,
+            run.stages[stage.name],
+            run.hardware,
+            Machine(memory_bytes=memory, is_half=True, num_ranks=8),
+            longest,
+            longest - parts.num_image_tokens,
+        )
+        shown = stage.forms["as the recipe"]
+        assert forms[0] == shown
+        for form in forms:
+            assert form.fits == (form.memory.peak <= 0.92 * memory)
+            assert form.fits or len(forms) == 1
+            assert form.checkpointing or form.device_batch_size > 1
