@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tinyllava.config import FROZEN, Stage
+from tinyllava.config import FROZEN
 from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.errors import TinyLlavaError
 from tinyllava.evaluation.benchmarks import BENCHMARKS
@@ -63,11 +63,7 @@ def _of_stage(node: Node, costs: Costs, machine: Machine) -> Cost:
     try:
         plan = plan_run(node.run, gpu=machine.gpu, num_gpus=machine.num_gpus)
         found = next(p for p in plan.stages if p.name == node.name)
-    except (
-        TinyLlavaError,
-        AttributeError,
-        ZeroDivisionError,
-    ):  # parts that cannot be planned: told elsewhere
+    except (TinyLlavaError, AttributeError, ZeroDivisionError):  # no plan of these parts: told elsewhere
         return Cost(num_steps=num_steps)
     return Cost(
         num_steps=found.load.num_steps if found.load else num_steps,
@@ -91,14 +87,11 @@ def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
         return Cost()
     stage = list(node.run.stages.values())[-1]
     tokens = parts.num_image_tokens + PROMPT_TOKENS
-    flops = count * count_flops(parts, _without_training(stage), tokens, PROMPT_TOKENS)
+    untrained = replace(stage, vision_encoder=FROZEN, connector=FROZEN, language_model=FROZEN)
+    flops = count * count_flops(parts, untrained, tokens, PROMPT_TOKENS)
     gpu = GPUS[machine.gpu]
     speed = machine.num_gpus * gpu.flops(gpu.precision("auto")) * UTILISATION
     return Cost(seconds=flops / speed, is_computed=True)
-
-
-def _without_training(stage: Stage) -> Stage:
-    return replace(stage, vision_encoder=FROZEN, connector=FROZEN, language_model=FROZEN)
 
 
 def count_samples(node: Node) -> int | None:

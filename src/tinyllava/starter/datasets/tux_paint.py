@@ -147,5 +147,4 @@ def _questions(stamp: Stamp, is_learnt: bool, generator: random.Random) -> Itera
     wordings = generator.sample(YES_NO_QUESTIONS, 4)  # no question comes twice
     for answer, wording in zip(("yes", "no") * 2, wordings, strict=True):
         named = stamp.group if answer == "yes" else generator.choice(others)
-        text = wording.format(a_group=with_article(named))
-        yield Question(kind="yes_no", text=text, answer=answer)
+        yield Question(kind="yes_no", text=wording.format(a_group=with_article(named)), answer=answer)
