@@ -8,12 +8,12 @@ from scipy import stats
 
 from evaluation import benchmark_files as files
 from tinyllava.errors import DataError
+from tinyllava.evaluation.answers import write_predictions
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.benchmarks.mmbench import ROTATION
 from tinyllava.evaluation.benchmarks.mme import PERCEPTION
 from tinyllava.evaluation.compare import compare, compare_predictions
-from tinyllava.evaluation.predictions import write_predictions
 
 
 def predict(name: str, folder: Path, answer: str, **special: str) -> list[Prediction]:

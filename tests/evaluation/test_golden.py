@@ -15,7 +15,7 @@ import pytest
 
 from evaluation import benchmark_files as files
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.evaluation.metrics.vqa_normaliser import normalise_evalai, normalise_vqa
+from tinyllava.evaluation.metrics.vqa import normalise_evalai, normalise_vqa
 from tinyllava.evaluation.question import Question
 
 WORDS = ["yes", "no", "Red", "red.", "two", "2", "a cat", "cat", "café", ""]

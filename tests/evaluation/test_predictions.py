@@ -7,8 +7,8 @@ import pytest
 
 from evaluation import benchmark_files as files
 from tinyllava.errors import DataError
+from tinyllava.evaluation.answers import read_predictions, write_predictions
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.evaluation.predictions import read_predictions, write_predictions
 
 
 def predicted(folder: Path, name: str = "gqa") -> Path:

@@ -17,9 +17,8 @@ from PIL import Image
 from chats import make_chat
 from tinyllava.conversation import Answer, ImageRef, ask
 from tinyllava.errors import CheckpointError, ConfigError, DataError
-from tinyllava.evaluation.answers import AnswerFile, read_answers, read_refusals
+from tinyllava.evaluation.answers import AnswerFile, read_answers, read_predictions, read_refusals
 from tinyllava.evaluation.benchmark import Benchmark, Grade
-from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import Record, unpack_image
 from tinyllava.evaluation.results import ResultTable

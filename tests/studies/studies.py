@@ -14,7 +14,7 @@ from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.metrics.statistics import estimate
 from tinyllava.evaluation.results import Metric, Result
-from tinyllava.studies.claims import CLAIMS
+from tinyllava.studies.paper import CLAIMS
 from tinyllava.studies.study import (
     Example,
     StageRecord,

@@ -8,9 +8,8 @@ from grid_toys import write_grid
 from tinyllava.cli import reproduce
 from tinyllava.errors import ConfigError, UnknownNameError
 from tinyllava.recipes.variants import ABLATIONS, VARIANTS, variant
-from tinyllava.studies.claims import CLAIMS
 from tinyllava.studies.grid import change_run, cross, exchange_parts, select_cells
-from tinyllava.studies.paper import GRIDS, find_grid, list_table_1, list_table_2
+from tinyllava.studies.paper import CLAIMS, GRIDS, find_grid, list_table_1, list_table_2
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

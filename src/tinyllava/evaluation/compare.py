@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllava.errors import DataError
+from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks import find_benchmark
 from tinyllava.evaluation.metrics.statistics import PairedDifference, mcnemar, paired_bootstrap
-from tinyllava.evaluation.predictions import read_predictions
 
 RIGHT = 0.5
 """From this score on, an answer counts as right in McNemar's test and in the list of flips."""

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import ConfigError, DataError
-from tinyllava.evaluation.answers import read_answers, write_llava_answers
+from tinyllava.evaluation.answers import read_answers, write_llava_answers, write_predictions
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.files import check_files
 from tinyllava.evaluation.judge import Judge, Reviews, save_reviews
-from tinyllava.evaluation.predictions import write_predictions
 from tinyllava.evaluation.results import Result, ResultTable, load_results
 from tinyllava.files import held, read_object
 

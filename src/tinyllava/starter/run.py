@@ -19,9 +19,9 @@ from safetensors import safe_open
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message, ask
 from tinyllava.errors import ConfigError, look_up, require
+from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_answers
-from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.run import Settings, evaluate
 from tinyllava.files import held, write_json

@@ -15,9 +15,9 @@ from PIL import Image
 from tinyllava.config import COMPONENTS
 from tinyllava.data.images import open_image
 from tinyllava.errors import ImageError
+from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.evaluation.predictions import read_predictions
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.results import Result, load_results
 from tinyllava.studies.graph import Graph, Node, SeededCell, read_once

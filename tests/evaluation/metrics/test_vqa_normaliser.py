@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllava.evaluation.metrics.vqa_normaliser import CONTRACTIONS, normalise_evalai, normalise_vqa
+from tinyllava.evaluation.metrics.vqa import CONTRACTIONS, normalise_evalai, normalise_vqa
 
 # What both normalisers make of a text.
 BOTH = [

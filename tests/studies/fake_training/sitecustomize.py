@@ -36,7 +36,7 @@ def train(run, *, wait=False):
 
 
 def evaluate(chat, benchmark, data, output, *, model, **_):
-    from tinyllava.evaluation.predictions import write_predictions
+    from tinyllava.evaluation.answers import write_predictions
     from tinyllava.evaluation.results import save_results
 
     note(f"{Path(model).parent.name}/{benchmark.name}")

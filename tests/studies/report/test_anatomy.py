@@ -5,7 +5,7 @@ import pytest
 from studies.studies import make_study, pope_predictions
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.studies.report.anatomy import ObjectErrors, dissect, dissect_study
+from tinyllava.studies.report.analysis import ObjectErrors, dissect, dissect_study
 from tinyllava.studies.study import pack_predictions
 
 

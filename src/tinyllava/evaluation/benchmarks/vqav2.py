@@ -15,8 +15,7 @@ from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, write_export
 from tinyllava.evaluation.files import NeededFile
-from tinyllava.evaluation.metrics.vqa_accuracy import NUM_ANNOTATORS, grade_vqa
-from tinyllava.evaluation.metrics.vqa_normaliser import normalise_evalai, normalise_vqa
+from tinyllava.evaluation.metrics.vqa import NUM_ANNOTATORS, grade_vqa, normalise_evalai, normalise_vqa
 from tinyllava.evaluation.metrics.yes_no import says_yes_or_no
 from tinyllava.evaluation.question import (
     SHORT,

@@ -15,7 +15,7 @@ import jinja2
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.compare import RIGHT
-from tinyllava.studies.report.anatomy import CellAnatomy, dissect_study, draw_anatomy
+from tinyllava.studies.report.analysis import CellAnatomy, Verdict, dissect_study, draw_anatomy, judge_claims
 from tinyllava.studies.report.figures import (
     draw_answers,
     draw_bars,
@@ -35,7 +35,6 @@ from tinyllava.studies.report.tables import (
     to_latex,
     to_markdown,
 )
-from tinyllava.studies.significance import Verdict, judge_claims
 from tinyllava.studies.study import Claim, Example, Study, load_examples, load_scores, load_study
 
 WORDS = {

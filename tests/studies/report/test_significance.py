@@ -9,9 +9,9 @@ import pytest
 from studies.studies import make_study
 from tinyllava.errors import UnknownNameError
 from tinyllava.evaluation.benchmark import Prediction
-from tinyllava.studies.claims import CLAIMS
+from tinyllava.studies.paper import CLAIMS
 from tinyllava.studies.published import other_scores, published_scores
-from tinyllava.studies.significance import judge_claims
+from tinyllava.studies.report.analysis import judge_claims
 from tinyllava.studies.study import BenchmarkScores, Claim, Study, StudyCell, pack_predictions
 
 

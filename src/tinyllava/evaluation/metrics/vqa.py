@@ -1,12 +1,45 @@
-"""The two normalisers of VQA answers: the official one of VQAv2, and that of EvalAI and M4C.
+"""VQA accuracy: how many of ten annotators gave the same answer, once both are normalised.
 
-Paper: appendix A, VQAv2 and TextVQA. Both tools share constants and rules; they differ in what comes before
-and in the comma pattern. The oddities are part of the published numbers and are kept: the period rule looks
-only at the following character and removes at most 32; an apostrophe is no punctuation mark; contractions
-with a capital I never match, because text is lower-cased first.
+Paper: appendix A, VQAv2 and TextVQA. Each has its own normaliser: the official tool's, and that of EvalAI and
+M4C. They share constants and rules, and differ in what comes before and in the comma pattern. The oddities
+are part of the published numbers and are kept: the period rule looks only at the following character and
+removes at most 32; an apostrophe is no punctuation mark; contractions with a capital I never match, because
+text is lower-cased first.
 """
 
 import re
+from collections.abc import Sequence
+
+NUM_ANNOTATORS = 10
+
+
+def accuracy_of_matches(num_matches: int, num_answers: int = NUM_ANNOTATORS) -> float:
+    """Return the mean over annotators i of min(1, matches among the others / 3), in closed form.
+
+    With ten answers: 0 -> 0, 1 -> 0.3, 2 -> 0.6, 3 -> 0.9, 4 and more -> 1.
+    """
+    m, n = num_matches, num_answers
+    return (m * min(1.0, max(0, m - 1) / 3) + (n - m) * min(1.0, m / 3)) / n
+
+
+def grade_vqa(answer: str, human_answers: Sequence[str]) -> tuple[str, float]:
+    """Return the answer as compared, and its accuracy, by the official tool of VQAv2.
+
+    Both sides are normalised only where the human answers differ; where all agree, the answer has to match
+    them to the letter.
+    """
+    answer, humans = clean(answer), [clean(human) for human in human_answers]
+    if len(set(humans)) > 1:
+        answer, humans = normalise_vqa(answer), [normalise_vqa(human) for human in humans]
+    return answer, accuracy_of_matches(humans.count(answer), len(humans))
+
+
+def grade_textvqa(answer: str, human_answers: Sequence[str]) -> tuple[str, float]:
+    """Return the answer as compared, and its accuracy, by the M4C evaluator: always normalised."""
+    answer = normalise_evalai(answer)
+    humans = [normalise_evalai(human) for human in human_answers]
+    return answer, accuracy_of_matches(humans.count(answer), len(humans))
+
 
 _NUMBERS = {
     "none": "0",
