@@ -90,9 +90,15 @@ class DataConfig:
     """The records of one stage and where their images are."""
 
     records: tuple[str, ...] = ()
-    """Mixtures of Table 2 by name, or LLaVA-format JSON or JSONL files."""
+    """Mixtures of Table 2 by name, or your own files or folders (see the data guide)."""
     images: str = ""
     """Base folder of image paths; empty means the mixture's own, or the file's folder."""
+    columns: tuple[str, ...] = ()
+    """Of a table: its columns by kind, such as question=Frage (image, question, answer, caption, label)."""
+    reader: str = ""
+    """FILE.py:NAME of your own function (path, images) that yields records."""
+    allow_urls: bool = False
+    """Download images at http(s) addresses, once, into a cache."""
     skip: tuple[str, ...] = ()
     """Defects whose records are skipped and counted instead of stopping the run (see the data guide)."""
 

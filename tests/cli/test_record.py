@@ -8,7 +8,7 @@ import pytest
 from tinyllava.cli import main
 from tinyllava.config import DataConfig, ModelConfig
 from tinyllava.data.dataset import Examples, measure
-from tinyllava.data.records import Defect
+from tinyllava.data.defects import Defect
 from tinyllava.model.assemble import assemble
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.training.prepare import read_data

@@ -116,7 +116,7 @@ ERRORS = {
     ),
     "data": (
         ("RECIPE", "--data", "none"),
-        "--data none: not a folder and not a .json or .jsonl file. Give one of these.",
+        "--data none: not a folder and not a record file (.json, .jsonl, .ndjson, .csv, .tsv",
     ),
     "two folders": (
         ("RECIPE", "--data", "FOLDER", "--data", "FOLDER"),

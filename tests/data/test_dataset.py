@@ -10,7 +10,8 @@ import torch
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.data.dataset import Collator, Example, Examples, measure
-from tinyllava.data.records import Defect, read_records
+from tinyllava.data.defects import Defect
+from tinyllava.data.records import read_records
 from tinyllava.errors import ImageError
 from tinyllava.model.assemble import assemble
 from tinyllava.model.processing import TinyLlavaProcessor

@@ -3,8 +3,9 @@
 import json
 
 from documents import ROOT, blocks
+from tinyllava.data.defects import DEFECTS
 from tinyllava.data.images import MAX_PIXELS, MAX_SIDE_PX
-from tinyllava.data.records import DEFECTS, read_records
+from tinyllava.data.records import read_records
 
 GUIDE = (ROOT / "docs/guides/data.md").read_text(encoding="utf-8")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tinyllava.data.records import DEFECTS, Defect, drop_broken_images, read_records
+from tinyllava.data.defects import DEFECTS, Defect, Defects
+from tinyllava.data.records import drop_broken_images, read_records
 from tinyllava.errors import ConfigError, DataError
 
 
@@ -213,6 +214,20 @@ def test_of_a_leading_answer_only_that_turn_is_dropped(tmp_path, images):
         assert len(conversation.messages) == 2 + len(before)
 
 
+def test_all_defects_of_a_file_are_in_one_report(tmp_path, images):
+    gone = [record("<image>Q", f"A{n}", image=f"gone{n}.png") for n in range(5)]
+    with pytest.raises(Defects) as caught:
+        read(tmp_path, [*GOOD, *gone, record("Q"), record("Q", " ")], ("empty_answer",))
+    assert [defect.name for defect in caught.value.defects] == ["missing_image"] * 5 + ["unanswered"]
+    lines = str(caught.value).split("\n")
+    file = tmp_path / "data.json"
+    assert lines[0] == f"{file}: 6 records have defects:"
+    assert lines[1] == "  missing_image (an image file that does not exist): 5"
+    assert lines[2] == f"    {file}: record 3 (id r1): no image {images / 'gone0.png'}"
+    assert lines[5] == "    and 2 more"
+    assert lines[-1].endswith("or skip such records with --skip missing_image --skip unanswered.")
+
+
 def test_the_same_record_twice(tmp_path, images):
     with pytest.raises(Defect, match=r"record 3 \(id good0\): the record 'good0' is in the file twice"):
         read(tmp_path, [*GOOD, GOOD[0]])
@@ -230,7 +245,7 @@ def test_images_that_cannot_be_decoded_are_left_out_on_demand(tmp_path, images):
 
 
 def test_every_defect_of_a_record_has_a_case():
-    elsewhere = {"broken_image", "dialogue", "duplicate_id", "text_only", "too_long"}
+    elsewhere = {"unsupported", "broken_image", "dialogue", "duplicate_id", "text_only", "too_long"}
     assert {name for name, _, _ in DEFECTIVE.values()} | elsewhere == set(DEFECTS)
 
 
@@ -266,7 +281,7 @@ def test_files_that_cannot_be_read(tmp_path):
         read_records(tmp_path / "latin.json", tmp_path)
     with pytest.raises(DataError, match=r"none\.json: no such record file"):
         read_records(tmp_path / "none.json", tmp_path)
-    with pytest.raises(DataError, match="cannot be read as a record file"):
+    with pytest.raises(DataError, match="no image in this folder"):
         read_records(tmp_path, tmp_path)
 
 

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
+from tinyllava.config import DataConfig
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import check_checkpoint
 
@@ -40,6 +41,29 @@ class CommandParser(argparse.ArgumentParser):
                 if option.startswith("--") and close:
                     message += f". Did you mean {close[0]}?"
         super().error(message)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how record files are read."""
+    parser.add_argument("--images", default="", help="base folder of image paths (default: that of the file)")
+    parser.add_argument(
+        "--column", action="append", default=[], help="column of a table, as question=NAME (repeatable)"
+    )
+    parser.add_argument("--reader", default="", help="your own reader of the file, as FILE.py:NAME")
+    parser.add_argument("--allow-urls", action="store_true", help="download images at http(s) addresses")
+    parser.add_argument("--skip", action="append", default=[], help="defect to skip and count (repeatable)")
+
+
+def own_data(known: argparse.Namespace, *files: str, skip: tuple[str, ...] = ()) -> DataConfig:
+    """Return record files as those options say to read them."""
+    return DataConfig(
+        records=files,
+        images=known.images,
+        columns=tuple(known.column),
+        reader=known.reader,
+        allow_urls=known.allow_urls,
+        skip=skip,
+    )
 
 
 def find_model(name: str, option: str) -> Path:

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.cli.parser import CommandParser
+from tinyllava.cli.parser import CommandParser, add_data_options, own_data
 from tinyllava.config import Stage
 
 if TYPE_CHECKING:
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from tinyllava.model import TinyLlavaProcessor
 
 _HELP = """
-Show records of a LLaVA-format file as the model will see them, with token
-counts. Supervised text is green (between >> and << without colour). If training
-would reject a record, the reason is shown and the exit status is 1.
+Show records of a file as the model will see them, with token counts.
+Supervised text is green (between >> and << without colour). If training would
+reject a record, the reason is shown and the exit status is 1.
 
   tinyllava record my.json --model runs/mine/model --count 3
   tinyllava record my.json --language-model TinyLlama --template caption
@@ -27,10 +27,8 @@ would reject a record, the reason is shown and the exit status is 1.
 def main(arguments: list[str]) -> int:
     """Print the rendered text with supervised spans coloured, and the token counts."""
     parser = CommandParser("record", _HELP)
-    parser.add_argument("file", help="LLaVA-format .json or .jsonl")
-    parser.add_argument(
-        "--images", default="", help="base folder of image paths (default: the file's folder)"
-    )
+    parser.add_argument("file", help="record file, or folder of images")
+    add_data_options(parser)
     parser.add_argument("--model", default="", help="checkpoint folder that provides tokenizer and template")
     parser.add_argument(
         "--language-model", default="", help="language model name or folder, instead of --model"
@@ -43,9 +41,6 @@ def main(arguments: list[str]) -> int:
         type=int,
         default=0,
         help="tokens per image (default: the checkpoint's; with --language-model 576, as for CLIP with mlp)",
-    )
-    parser.add_argument(
-        "--skip", action="append", default=[], help="defect whose records are skipped (repeatable)"
     )
     parser.add_argument(
         "--index", type=int, default=0, help="first record to show, counted from 0 (default: 0)"
@@ -63,16 +58,15 @@ def main(arguments: list[str]) -> int:
     if known.count < 1 or known.image_tokens < 0 or known.max_length < 1:
         parser.error("--count and --max-length must be at least 1, and --image-tokens at least 0")
 
-    from tinyllava.data.records import read_records
+    from tinyllava.data.records import read_configured
     from tinyllava.errors import DataError
     from tinyllava.parts.folders import check_checkpoint
     from tinyllava.parts.templates import read_template
 
     if known.model:
         check_checkpoint(Path(known.model))
-    file = Path(known.file)
-    images = Path(known.images) if known.images else file.parent
-    conversations = read_records(file, images, tuple(known.skip)).conversations
+    file = known.file
+    conversations = read_configured(own_data(known, file, skip=tuple(known.skip))).conversations
     if not 0 <= known.index < len(conversations):
         raise DataError(f"--index {known.index}: {file} has records 0 to {len(conversations) - 1}.")
     processor = _load_processor(known)
@@ -120,7 +114,7 @@ def _print_refusal(
     from rich.console import Console
 
     from tinyllava.data.dataset import Examples, measure
-    from tinyllava.data.records import Defect
+    from tinyllava.data.defects import Defect
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     examples = Examples(conversations=[conversation], processor=processor, template=template)

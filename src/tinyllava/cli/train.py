@@ -5,8 +5,10 @@ import dataclasses
 import os
 from pathlib import Path
 
-from tinyllava.cli.parser import CommandParser
-from tinyllava.config import DataConfig, ModelConfig, Run
+from tinyllava.cli.parser import CommandParser, add_data_options, own_data
+from tinyllava.config import ModelConfig, Run
+from tinyllava.data.readers.containers import SUFFIXES, is_record_file
+from tinyllava.data.readers.folder import is_image_folder
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.parts.folders import recorded_model, recorded_name
 from tinyllava.planning.check import check
@@ -46,10 +48,12 @@ def main(arguments: list[str]) -> int:
     parser = CommandParser("train", _HELP)
     parser.add_argument("variant", help="variant, FILE.py:NAME, or a recipe with --from")
     parser.add_argument(
-        "--data", action="append", default=[], help="data folder, or LLaVA-format .json/.jsonl (repeatable)"
+        "--data",
+        action="append",
+        default=[],
+        help="data folder of Table 2, or your own record file or folder of images (repeatable)",
     )
-    parser.add_argument("--images", default="", help="base folder of image paths (with --data FILE)")
-    parser.add_argument("--skip", action="append", default=[], help="defect to skip and count (repeatable)")
+    add_data_options(parser)
     parser.add_argument(
         "--from",
         "--start-from",
@@ -104,8 +108,12 @@ def _batch_sizes(run: Run) -> str:
 
 
 def _record_files(known: argparse.Namespace) -> tuple[str, ...]:
-    """Return what --data names of record files; the rest are folders."""
-    return tuple(path for path in known.data if Path(path).suffix in (".json", ".jsonl"))
+    """Return what --data names of record files and folders of images; the rest are roots of mixtures."""
+    return tuple(
+        path
+        for path in known.data
+        if is_record_file(path) or is_image_folder(Path(path)) or (known.reader and Path(path).exists())
+    )
 
 
 def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
@@ -114,15 +122,15 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
     folders = [path for path in known.data if path not in files]
     for folder in folders:
         if not Path(folder).is_dir():
-            raise DataError(
-                f"--data {folder}: not a folder and not a .json or .jsonl file. Give one of these."
-            )
+            raise DataError(f"--data {folder}: not a folder and not a record file ({', '.join(SUFFIXES)}).")
     if len(folders) > 1:
         raise ConfigError(
             f"--data {' --data '.join(folders)}: give only one folder, with all mixtures in it."
         )
-    if known.images and not files:
-        raise ConfigError(f"--images {known.images}: needs --data FILE.json. Add it, or leave out --images.")
+    own = {"--images": known.images, "--column": " ".join(known.column), "--reader": known.reader}
+    given = next((option for option, value in own.items() if value), "")
+    if given and not files:
+        raise ConfigError(f"{given} {own[given]}: needs --data FILE.json. Add it, or leave out {given}.")
     stages = dict(run.stages)
     if known.start_from:
         stages = dict([list(stages.items())[-1]])
@@ -132,7 +140,7 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
         stages = {known.only: stages[known.only]}
     if files:
         name = list(stages)[-1]
-        stages[name] = dataclasses.replace(stages[name], data=DataConfig(records=files, images=known.images))
+        stages[name] = dataclasses.replace(stages[name], data=own_data(known, *files))
     if known.skip:
         stages = {
             name: dataclasses.replace(
@@ -161,12 +169,12 @@ def _count_few(known: argparse.Namespace) -> int:
     files = [Path(path) for path in _record_files(known)]
     if not known.start_from or known.code or ":" in known.variant or not files:
         return 0
-    if not all(file.is_file() for file in files) or sum(f.stat().st_size for f in files) > _LARGE_BYTES:
+    if not all(file.exists() for file in files) or sum(f.stat().st_size for f in files) > _LARGE_BYTES:
         return 0
 
     from tinyllava.data.records import read_raw
 
-    return sum(1 for file in files for _ in read_raw(file))
+    return sum(1 for file in files for _ in read_raw(file, reader=known.reader))
 
 
 def _on_checkpoint(run: Run, model: ModelConfig, known: argparse.Namespace) -> Run:

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from tinyllava.conversation import Conversation, Message
 from tinyllava.data.branches import PADDING, encode_branches
+from tinyllava.data.defects import Defect
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
-from tinyllava.data.records import Defect
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.processing import Encoded, TinyLlavaProcessor
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from tinyllava.config import DataConfig
+from tinyllava.data.readers.containers import is_record_file
 from tinyllava.errors import ConfigError, DataError, look_up
 
 
@@ -115,11 +116,11 @@ def find_mixture(record: str) -> Mixture | None:
     """Return the mixture of that name, or None for a file of the user's.
 
     Raises:
-        UnknownNameError: neither a mixture nor the name of a LLaVA-format file.
+        UnknownNameError: neither a mixture nor a record file or folder.
     """
-    if record not in MIXTURES and record.endswith((".json", ".jsonl")):
+    if record not in MIXTURES and (is_record_file(record) or Path(record).exists()):
         return None
-    return look_up(MIXTURES, record, "mixture (or .json / .jsonl file)")
+    return look_up(MIXTURES, record, "mixture (or record file or folder)")
 
 
 def missing_files(mixture: Mixture, data_root: Path) -> list[tuple[Path, str]]:
@@ -138,7 +139,7 @@ def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Path, Pa
     """Return the record files of a stage, each with the folder that its image paths start from.
 
     Args:
-        data: mixtures by name, or LLaVA-format files of the user.
+        data: mixtures by name, or record files and folders of the user.
         data_root: folder of the mixtures; not needed for the user's own files.
 
     Raises:
@@ -158,10 +159,8 @@ def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path,
     mixture = find_mixture(record)
     if mixture is None:
         path = Path(record)
-        root = Path(images) if images else path.parent
-        lines = (
-            [] if path.is_file() else [f"{path}: no such record file. Give the path of a LLaVA-format file."]
-        )
+        root = Path(images) if images else (path if path.is_dir() else path.parent)
+        lines = [] if path.exists() else [f"{path}: no such record file. Check the path."]
         return path, root, lines + _missing_folder(root)
     if not str(data_root):
         raise ConfigError(

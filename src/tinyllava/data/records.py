@@ -1,56 +1,27 @@
-"""LLaVA's JSON and JSONL: records to conversations, with a name for everything that can be wrong.
+"""Record files to conversations: the form of each record is found, and all that is wrong is told at once.
 
-Paper: section 4.1.2 (the four data sets of Table 2 come in this form).
-Nothing behind this file repairs text: what a record says is settled here.
+Paper: section 4.1.2 (the four data sets of Table 2 are LLaVA's JSON; see ``tinyllava.data.readers``).
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tinyllava.conversation import Conversation, ImageRef, Message, Role
+from tinyllava.config import DataConfig
+from tinyllava.conversation import Conversation
+from tinyllava.data.defects import Defect, Defects, check_skip
+from tinyllava.data.mixtures import resolve
+from tinyllava.data.readers import columns as table
+from tinyllava.data.readers import llava, messages
+from tinyllava.data.readers.containers import is_table
+from tinyllava.data.readers.containers import read_raw as read_container
+from tinyllava.data.readers.folder import METADATA
+from tinyllava.data.readers.form import ImageValue, Reading, Turn, make_conversation
 from tinyllava.errors import ConfigError, DataError, ImageError
-from tinyllava.files import is_text, parse_json
-
-IMAGE_MARK = "<image>"
-_ROLES: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-DEFECTS: dict[str, str] = {
-    "malformed": "a record that is not an object, has no conversations, or has a value of a wrong type",
-    "leading_answer": "a conversation that starts with an answer (a skip drops only that turn)",
-    "roles": "turns that do not alternate between user and assistant",
-    "unanswered": "a conversation that ends with a question",
-    "empty_answer": "an answer without text",
-    "empty_question": "a question without text and without an image",
-    "image_count": "the numbers of <image> and images differ, or an answer contains <image>",
-    "missing_image": "an image file that does not exist",
-    "broken_image": "an image that cannot be decoded (a skip decodes every image before training)",
-    "dialogue": "several questions in a stage whose template drops them (caption)",
-    "text_only": "no image in a stage whose template drops the question (caption)",
-    "too_long": "more tokens than max_length_tokens, including image tokens",
-    "duplicate_id": "two records of one file with the same id and the same image and turns",
-}
-"""Names of what may be skipped, and what each means."""
-
-
-class Defect(DataError):  # noqa: N818 (the word that users meet in skips and docs)
-    """A defect of one record, by its name in ``DEFECTS``."""
-
-    def __init__(self, name: str, where: str, detail: str) -> None:
-        assert name in DEFECTS
-        self.name = name
-        super().__init__(
-            f"{where}: {detail} [{name}]. Fix the record, or skip such records with --skip {name}."
-        )
+from tinyllava.parts.user_code import locate, run_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,203 +31,183 @@ class Records:
     conversations: tuple[Conversation, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Number of records left out (or, for leading_answer, turns dropped), by the name of the defect."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Fields that mean nothing here, with the number of records that have them."""
 
 
-def read_records(path: Path, images: Path, skip: tuple[str, ...] = ()) -> Records:
-    """Read a LLaVA-format file.
+def read_records(
+    path: Path,
+    images: Path,
+    skip: tuple[str, ...] = (),
+    *,
+    columns: Mapping[str, str] | None = None,
+    reader: str = "",
+    allow_urls: bool = False,
+) -> Records:
+    """Read a file of records of any known form.
 
     Args:
-        path: ``.json`` (one array) or ``.jsonl`` (one object a line).
+        path: a file or a folder of images; see ``tinyllava.data.readers``.
         images: folder that image paths start from.
         skip: names out of ``DEFECTS`` whose records are left out and counted.
+        columns: of a table: ``image``, ``question`` or ``answer`` -> the name of that column.
+        reader: ``FILE.py:NAME`` of a function of the user's, in place of the known forms.
+        allow_urls: whether images at http(s) addresses are downloaded.
 
     Raises:
         ConfigError: an unknown name in ``skip``.
-        DataError: the file is missing or not JSON; or ``Defect`` for the first record with a defect not
-        skipped.
+        DataError: the file is missing or cannot be read; ``Defect`` for one record with a defect that is not
+            skipped, ``Defects`` for several.
     """
     check_skip(skip)
+    reading = Reading(path=path, images=images, skip=skip, columns=columns or {}, allow_urls=allow_urls)
+    defects: list[Defect] = []
+    conversations = []
+    for found in iter_conversations(reading, reader):
+        if isinstance(found, Conversation):
+            conversations.append(found)
+        elif found.name in skip:
+            reading.skipped[found.name] += 1
+        else:
+            defects.append(found)
+    if len(defects) == 1:
+        raise defects[0]
+    if defects:
+        raise Defects(path, defects)
+    skipped = dict(reading.skipped)
+    if not conversations:
+        raise DataError(f"{path}: no record left" + (f" after skips {skipped}." if skipped else "."))
+    return Records(conversations=tuple(conversations), skipped=skipped, ignored=dict(reading.ignored))
+
+
+def read_configured(data: DataConfig, data_root: str = "") -> Records:
+    """Read all records of a stage.
+
+    Raises:
+        ConfigError, DataError: see ``resolve`` and ``read_records``.
+    """
+    check_skip(data.skip)
+    columns = parse_columns(data.columns)
+    parts = [
+        read_records(path, images, data.skip, columns=columns, reader=data.reader, allow_urls=data.allow_urls)
+        for path, images in resolve(data, data_root)
+    ]
     skipped: Counter[str] = Counter()
-    conversations: list[Conversation] = []
+    ignored: Counter[str] = Counter()
+    for part in parts:
+        skipped.update(part.skipped)
+        ignored.update(part.ignored)
+    conversations = tuple(chain.from_iterable(part.conversations for part in parts))
+    return Records(conversations=conversations, skipped=dict(skipped), ignored=dict(ignored))
+
+
+def parse_columns(columns: tuple[str, ...]) -> dict[str, str]:
+    """Return the columns of a table by kind.
+
+    Raises:
+        ConfigError: one is not KIND=NAME.
+    """
+    wrong = next((column for column in columns if "=" not in column), None)
+    if wrong is not None:
+        raise ConfigError(f"--column {wrong}: write KIND=NAME, such as question=Frage.")
+    return {kind: name for kind, _, name in (column.partition("=") for column in columns)}
+
+
+def iter_conversations(reading: Reading, reader: str = "") -> Iterator[Conversation | Defect]:
+    """Yield the conversation of each record, or what is wrong with it, in the order of the file.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    path = reading.path
     seen: set[int] = set()
-    for at, raw in read_raw(path):
-        where = _place(path, at, raw)
+    fallback = _fallback(reading)
+    for at, raw in read_raw(path, reading.images, reader):
         try:
-            conversation = _to_conversation(raw, where, images, skip, skipped)
-            conversation = replace(conversation, source=str(path), at=at)
+            conversation = _convert(raw, at, reading, fallback)
             key = hash((conversation.id, conversation.messages))
             if conversation.id and key in seen:
-                raise Defect("duplicate_id", where, f"the record {conversation.id!r} is in the file twice")
+                detail = f"the record {conversation.id!r} is in the file twice"
+                raise Defect("duplicate_id", reading.place(at, {"id": conversation.id}), detail)
             seen.add(key)
-            conversations.append(conversation)
+            yield conversation
         except Defect as defect:
-            if defect.name not in skip:
-                raise
-            skipped[defect.name] += 1
-    if not conversations:
-        raise DataError(f"{path}: no record left" + (f" after skips {dict(skipped)}." if skipped else "."))
-    return Records(conversations=tuple(conversations), skipped=dict(skipped))
+            yield defect
 
 
-def check_skip(skip: tuple[str, ...]) -> None:
-    """Raise ConfigError for a name that is no defect."""
-    for name in skip:
-        if name not in DEFECTS:
-            raise ConfigError(f"skip {name!r}: unknown; known: {', '.join(DEFECTS)}.")
+def read_raw(path: Path, images: Path | None = None, reader: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (place in the file, record as it stands there).
 
-
-def read_raw(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place in the file, value) for each record."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such record file. Check the path.") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read as a record file ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from error
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings
-            if line.strip():
-                raw = _parse(line, str(path), number)
-                if isinstance(raw, list):
-                    raise DataError(
-                        f"{path}:{number}: a JSON array. Rename a file with one array of records to .json."
-                    )
-                yield f"line {number}", raw
-        return
-    records = _parse(text, str(path))
-    if not isinstance(records, list):
-        raise DataError(
-            f"{path}: expected a JSON array, found {type(records).__name__}. Or rename it to .jsonl."
-        )
-    for index, raw in enumerate(records):
-        yield f"record {index}", raw
-
-
-def _place(path: Path, at: str, raw: Any) -> str:
-    """Return how errors name a record that is no conversation yet."""
-    id_ = raw.get("id") if isinstance(raw, dict) else None
-    return Conversation(messages=(), id="" if id_ is None else str(id_)[:80], source=str(path), at=at).place
-
-
-def _parse(text: str, where: str, first_line: int = 1) -> Any:
-    try:
-        return parse_json(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        hint = " If it has one record per line, rename it to .jsonl." if error.msg == "Extra data" else ""
-        fix = " This is not a record file." if error.msg == "nested too deeply" else " Fix the file."
-        raise DataError(
-            f"{where}: not JSON: {error.msg} at line {line} column {error.colno}.{hint or fix}"
-        ) from error
-
-
-def _to_conversation(
-    raw: Any, where: str, images: Path, skip: tuple[str, ...], skipped: Counter[str]
-) -> Conversation:
-    turns = _turns(raw, where)
-    first = 1 if turns[0][0] == "system" else 0
-    if "leading_answer" in skip and turns[first:] and turns[first][0] == "assistant":
-        skipped["leading_answer"] += 1
-        del turns[first]
-    _check_order(turns, where)
-    refs = [_image_ref(name, images, where) for name in _image_names(raw, where)]
-    return Conversation(messages=_messages(turns, refs, where), id=_id(raw, where))
-
-
-def _turns(raw: Any, where: str) -> list[tuple[Role, str]]:
-    """Return (role, text) of each turn."""
-    if (
-        not isinstance(raw, dict)
-        or not isinstance(raw.get("conversations"), list)
-        or not raw["conversations"]
-    ):
-        raise Defect("malformed", where, "expected an object with a non-empty list 'conversations'")
-    turns: list[tuple[Role, str]] = []
-    for number, turn in enumerate(raw["conversations"]):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise Defect("malformed", where, f"turn {number} has no text 'value': {str(turn)[:80]}")
-        if not isinstance(turn.get("from"), str) or turn["from"] not in _ROLES:
-            raise Defect(
-                "malformed", where, f"turn {number} is from {turn.get('from')!r}; allowed: human, gpt, system"
-            )
-        if not is_text(turn["value"]):
-            raise Defect(
-                "malformed", where, f"turn {number} contains an unpaired surrogate: {turn['value'][:80]!a}"
-            )
-        turns.append((_ROLES[turn["from"]], turn["value"]))
-    return turns
-
-
-def _id(raw: dict[str, Any], where: str) -> str:
-    id_ = raw.get("id")
-    if not (id_ is None or isinstance(id_, str | int | float)) or not is_text(str(id_)):
-        raise Defect("malformed", where, f"'id' must be text or a number, found {str(id_)[:80]!a}")
-    return "" if id_ is None else str(id_)
-
-
-def _check_order(turns: list[tuple[Role, str]], where: str) -> None:
-    roles = [role for role, _ in turns]
-    if roles[:1] == ["system"]:
-        roles = roles[1:]
-    if roles[:1] == ["assistant"]:
-        raise Defect("leading_answer", where, "the conversation starts with an answer")
-    if roles and roles[-1] == "user":
-        raise Defect("unanswered", where, "the conversation ends with a question")
-    if not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
-        raise Defect("roles", where, f"turns do not alternate: {', '.join(roles) or 'none'}")
-
-
-def _image_names(raw: dict[str, Any], where: str) -> list[str]:
-    names = raw.get("image")
-    if names in (None, "", []):
-        return []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise Defect(
-            "malformed", where, f"'image' must be a path or a list of paths, found {str(names)[:80]}"
-        )
-    return names
-
-
-def _image_ref(name: str, images: Path, where: str) -> ImageRef:
-    path = images / name
-    try:
-        there = is_text(name) and path.is_file()
-    except OSError as error:  # a name that is too long: a caption in the wrong field
-        raise Defect(
-            "malformed", where, f"'image' is not a valid path ({error.strerror}): {name[:80]}"
-        ) from error
-    if not is_text(name):
-        raise Defect("malformed", where, f"'image' contains an unpaired surrogate: {name[:80]!a}")
-    if not there:
-        what = "a folder, not an image:" if path.is_dir() else "no image"
-        raise Defect("missing_image", where, f"{what} {path}")
-    return ImageRef(path=path, name=name)
-
-
-def _messages(turns: list[tuple[Role, str]], refs: list[ImageRef], where: str) -> tuple[Message, ...]:
-    """Move each turn's ``<image>`` in front of its text, as LLaVA's loader does, and hand it its images.
-
-    What is left of such a turn loses its outer blanks, there as here; other turns keep them for the template.
+    Raises:
+        DataError: the file is missing or cannot be read.
     """
-    counts = [text.count(IMAGE_MARK) for _, text in turns]
-    if sum(counts) != len(refs):
-        raise Defect("image_count", where, f"{sum(counts)} {IMAGE_MARK} marks for {len(refs)} images")
-    messages, rest = [], iter(refs)
-    for (role, text), count in zip(turns, counts, strict=True):
-        text = text.replace(IMAGE_MARK, "").strip() if count else text
-        if role != "user" and count:
-            raise Defect("image_count", where, f"{IMAGE_MARK} is in a turn of the {role}")
-        if role == "assistant" and not text.strip():
-            raise Defect("empty_answer", where, "an answer has no text")
-        if role == "user" and not text.strip() and not count:
-            raise Defect("empty_question", where, "a question has neither text nor image")
-        messages.append(Message(role=role, text=text, images=tuple(next(rest) for _ in range(count))))
-    return tuple(messages)
+    if reader:
+        return _read_by_user(path, images or path.parent, reader)
+    if path.is_dir():
+        path = next((path / name for name in METADATA if (path / name).is_file()), path)
+    return read_container(path)
+
+
+Form = Callable[[Any, str, Reading], Conversation]
+
+
+def _fallback(reading: Reading) -> Form:
+    """Return the form of a record that looks like none.
+
+    Raises:
+        DataError: a table without the columns that are needed.
+    """
+    if not is_table(reading.path):
+        return llava.read_record
+    _, first = next(read_container(reading.path), ("", {}))
+    if first and _form_of(first, reading) is None:
+        raise DataError(
+            f"{reading.path}: no columns for question and answer among: {', '.join(map(str, first))}. Name "
+            "them: --column question=NAME --column answer=NAME --column image=NAME."
+        )
+    return table.read_record
+
+
+def _form_of(raw: Any, reading: Reading) -> Form | None:
+    if not isinstance(raw, dict):
+        return None
+    turns = raw.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" not in turns[0]:
+        return messages.read_record if "role" in turns[0] else llava.read_record
+    if "conversations" in raw:
+        return llava.read_record
+    if "messages" in raw or any(isinstance(raw.get(key), list) for key in ("texts", "prompt")):
+        return messages.read_record
+    return table.read_record if table.find_columns(raw, reading.columns) else None
+
+
+def _convert(raw: Any, at: str, reading: Reading, fallback: Form) -> Conversation:
+    if isinstance(raw, Conversation):  # of a user's reader: checked like any other
+        turns = [Turn(m.role, [*map(ImageValue, m.images), m.text]) for m in raw.messages]
+        return make_conversation({"id": raw.id}, turns, at, reading, listed=[])
+    form = _form_of(raw, reading) or fallback
+    return form(raw, at, reading)
+
+
+def _read_by_user(path: Path, images: Path, reader: str) -> Iterator[tuple[str, Any]]:
+    """Yield what a user's function makes of a file: records of a known form, or conversations.
+
+    Raises:
+        ConfigError: it is no function, or it fails; its file and line are named.
+    """
+    function = run_value(reader)
+    if not callable(function):
+        raise ConfigError(
+            f"{reader}: a {type(function).__name__}; give a function (path, images) of records."
+        )
+    try:
+        yield from ((f"record {index}", raw) for index, raw in enumerate(function(path, images)))
+    except (DataError, ConfigError):
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"{locate(error, reader.rpartition(':')[0])}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def drop_broken_images(records: Records, progress: Callable[[int], None] = lambda n: None) -> Records:
@@ -272,4 +223,5 @@ def drop_broken_images(records: Records, progress: Callable[[int], None] = lambd
         except ImageError:
             num_broken += 1
         progress(1)
-    return Records(conversations=tuple(good), skipped={**records.skipped, "broken_image": num_broken})
+    skipped = {**records.skipped, "broken_image": num_broken}
+    return replace(records, conversations=tuple(good), skipped=skipped)

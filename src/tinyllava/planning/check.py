@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tinyllava.config import Component, ModelConfig, Run
+from tinyllava.data.defects import check_skip
 from tinyllava.data.mixtures import find_mixture, resolve
-from tinyllava.data.records import check_skip
 from tinyllava.errors import ConfigError, TinyLlavaError
 from tinyllava.parts.families import VISION_FAMILIES
 from tinyllava.parts.folders import check_checkpoint, read_config, recorded_model

@@ -5,7 +5,6 @@ Paper: section 4.1.2, Table 2.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate import PartialState
 from rich.progress import Progress
@@ -15,8 +14,8 @@ from tinyllava.conversation import Conversation
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
-from tinyllava.data.mixtures import resolve
-from tinyllava.data.records import Records, check_skip, drop_broken_images, read_records
+from tinyllava.data.records import Records, drop_broken_images, read_configured
+from tinyllava.data.reporting import say
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -55,17 +54,13 @@ def read_data(data: DataConfig, data_root: str) -> Records:
     """Read the records of a stage.
 
     Raises:
-        ConfigError, DataError: see ``resolve`` and ``read_records``.
+        ConfigError, DataError: see ``read_configured``.
     """
-    check_skip(data.skip)
-    conversations: list[Conversation] = []
-    skipped: dict[str, int] = {}
-    for path, images in resolve(data, data_root):
-        records = read_records(Path(path), Path(images), data.skip)
-        conversations += records.conversations
-        for name, count in records.skipped.items():
-            skipped[name] = skipped.get(name, 0) + count
-    records = Records(conversations=tuple(conversations), skipped=skipped)
+    records = read_configured(data, data_root)
+    conversations = records.conversations
+    if records.ignored and PartialState().is_main_process:
+        named = ", ".join(f"{name} ({count:,})" for name, count in records.ignored.items())
+        say(f"fields of the records that are not used: {named}")
     if "broken_image" in data.skip:
         with make_progress() as bar:
             task = bar.add_task("decoding images", total=len(conversations), note="")

@@ -1,0 +1,83 @@
+"""A folder of images: each is named by its folder or by its file name, or described in a ``.txt`` beside it.
+
+A ``metadata.csv``, ``.jsonl`` or ``.parquet`` in the folder, as the hub has it, counts before all of these.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tinyllava.errors import DataError
+
+IMAGES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".gif",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".jp2",
+    ".avif",
+    ".heic",
+    ".heif",
+)
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_NUMBER = re.compile(r"[ _.\-]*\(?\d+\)?$")
+_CAMERA = ("", "img", "dsc", "dscn", "dscf", "pxl", "image", "photo", "picture", "screenshot", "frame")
+
+
+def is_image_folder(folder: Path) -> bool:
+    """Whether a folder has images in it or in its folders; deeper ones may be those of a root of mixtures."""
+    if not folder.is_dir():
+        return False
+    if any((folder / name).is_file() for name in METADATA):
+        return True
+    return any(_is_shown(path) for path in folder.glob("*")) or any(
+        _is_shown(path) for path in folder.glob("*/*")
+    )
+
+
+def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) for each image, in the order of their names.
+
+    Raises:
+        DataError: no image in it, or a description that is not UTF-8.
+    """
+    paths = sorted(path for path in folder.rglob("*") if _is_shown(path))
+    if not paths:
+        raise DataError(f"{folder}: no image in this folder. Give a folder of images, or a record file.")
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        row: dict[str, Any] = {"video" if path.suffix.lower() in VIDEOS else "image": name}
+        beside = path.with_suffix(".txt")
+        if beside.is_file():
+            row["caption"] = _read(beside)
+        elif path.parent != folder:
+            row["label"] = path.relative_to(folder).parts[0]
+        else:
+            row["label"] = _label_of(path.stem)
+        yield f"file {name}", row
+
+
+def _is_shown(path: Path) -> bool:
+    return path.suffix.lower() in (*IMAGES, *VIDEOS) and not path.name.startswith(".")
+
+
+def _label_of(stem: str) -> str:
+    """Return what the name of an image says without its number; empty for what a camera calls it."""
+    label = _NUMBER.sub("", stem)
+    return "" if label.lower().strip("_- ") in _CAMERA else label
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error

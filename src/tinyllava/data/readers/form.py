@@ -1,0 +1,215 @@
+"""What every reader hands over, turns and images, and the one place where they are checked.
+
+Paper: section 3.2; a record is Y = (Y_q^1, Y_a^1, ..., Y_q^T, Y_a^T) with its image X.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyllava.conversation import Conversation, ImageRef, Message, Role
+from tinyllava.data.defects import Defect
+from tinyllava.data.readers.image_values import find_image
+from tinyllava.files import is_text
+
+IMAGE_MARK = "<image>"
+IMAGE_KEYS = ("image", "images", "image_path", "image_paths")
+"""Where records of any form name their images; one of them a record."""
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_UNSUPPORTED = ("video", "videos", "audio", "audios", "tools", "functions")
+_KNOWN = {"id", "system", "model", "conversations", *IMAGE_KEYS, *_UNSUPPORTED}
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """One pass over a file: where its images are, what is skipped, and what was met on the way."""
+
+    path: Path
+    images: Path
+    """Folder that image paths start from."""
+    skip: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Of a table: ``image``, ``question`` or ``answer`` -> the name of that column."""
+    allow_urls: bool = False
+    """Whether images at http(s) addresses are downloaded."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Records left out (or, for leading_answer, turns dropped), by the name of the defect."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Fields that mean nothing here, with the number of records that have them."""
+
+    def place(self, at: str, raw: Any) -> str:
+        """Return how errors name a record that is no conversation yet."""
+        id_ = raw.get("id") if isinstance(raw, dict) else None
+        id_ = "" if id_ is None else str(id_)[:80]
+        return Conversation(messages=(), id=id_, source=str(self.path), at=at).place
+
+
+@dataclass(slots=True)
+class ImageValue:
+    """An image in a turn, in whatever form its file has it; without a value, the next one of the record."""
+
+    value: Any = None
+
+
+@dataclass(slots=True)
+class Turn:
+    """One turn as a reader found it."""
+
+    role: Role
+    parts: list[str | ImageValue]
+    """Text and images in the order of the file."""
+
+    @property
+    def num_images(self) -> int:
+        """Images of this turn."""
+        return sum(not isinstance(part, str) for part in self.parts)
+
+    @property
+    def text(self) -> str:
+        """Its text without its images."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+def split_marks(text: str) -> list[str | ImageValue]:
+    """Return a text with an image in place of each ``<image>``."""
+    if IMAGE_MARK not in text:
+        return [text]
+    first, *rest = text.split(IMAGE_MARK)
+    parts: list[str | ImageValue] = [first]
+    for piece in rest:
+        parts += [ImageValue(), piece]
+    return parts
+
+
+def make_conversation(
+    raw: Mapping[str, Any], turns: list[Turn], at: str, reading: Reading, *, listed: list[Any] | None = None
+) -> Conversation:
+    """Check a record and return it as a conversation.
+
+    Args:
+        raw: the record; its id and the fields that are not of its form are looked at here.
+        turns: in the order of the file.
+        listed: images for the marks in order, where they are not in a field of ``IMAGE_KEYS``.
+
+    Raises:
+        Defect: the first thing that is wrong with it.
+    """
+    where = reading.place(at, raw)
+    _refuse_unsupported(raw, turns, where)
+    _add_system(raw, turns, where)
+    first = 1 if turns and turns[0].role == "system" else 0
+    if "leading_answer" in reading.skip and turns[first:] and turns[first].role == "assistant":
+        reading.skipped["leading_answer"] += 1
+        del turns[first]
+    _check_order([turn.role for turn in turns], where)
+    values = listed_images(raw, where) if listed is None else listed
+    refs = [find_image(value, reading.images, where, reading.allow_urls) for value in values]
+    return Conversation(
+        messages=_messages(turns, refs, where, reading), id=_id(raw, where), source=str(reading.path), at=at
+    )
+
+
+def note_unknown(raw: Mapping[str, Any], known: Iterable[str], reading: Reading) -> None:
+    """Count the fields of a record that nothing here uses."""
+    for key in raw.keys() - _KNOWN - set(known):
+        reading.ignored[str(key)] += 1
+
+
+def listed_images(raw: Mapping[str, Any], where: str) -> list[Any]:
+    """Return the images that a record names in a field of its own.
+
+    Raises:
+        Defect: the field has another type, or two fields name different images.
+    """
+    given = [key for key in IMAGE_KEYS if not _is_empty(raw.get(key))]
+    if not given:
+        return []
+    if any(raw[key] != raw[given[0]] for key in given[1:]):
+        raise Defect("malformed", where, f"{' and '.join(map(repr, given))} name different images; keep one")
+    values = raw[given[0]]
+    values = values if isinstance(values, list) else [values]
+    if any(_is_empty(value) or not isinstance(value, str | bytes | dict) for value in values):
+        found = str(raw[given[0]])[:80]
+        raise Defect("malformed", where, f"{given[0]!r} must be a path or a list of paths, found {found}")
+    return values
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | bytes | list | dict) and not value)
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], turns: list[Turn], where: str) -> None:
+    for key in _UNSUPPORTED:
+        if key in raw and not _is_empty(raw[key]):
+            raise Defect("unsupported", where, f"{key!r}: only images and text are taken")
+    question = next((turn.text.strip() for turn in turns if turn.role == "user"), "")
+    for mark in ("<video>", "<audio>"):
+        if question.startswith(f"{mark}\n") or question.endswith(f"\n{mark}") or question == mark:
+            raise Defect("unsupported", where, f"{mark} in a question: only images and text are taken")
+
+
+def _add_system(raw: Mapping[str, Any], turns: list[Turn], where: str) -> None:
+    """Use the field ``system``, which some forms have beside the turns."""
+    text = raw.get("system")
+    if _is_empty(text):
+        return
+    if not isinstance(text, str) or not is_text(text):
+        raise Defect("malformed", where, f"'system' must be text, found {str(text)[:80]!a}")
+    if turns and turns[0].role == "system":
+        raise Defect("malformed", where, "a system turn and a field 'system'; keep one")
+    turns.insert(0, Turn("system", [text]))
+
+
+def _check_order(roles: list[Role], where: str) -> None:
+    if roles[:1] == ["system"]:
+        roles = roles[1:]
+    if roles[:1] == ["assistant"]:
+        raise Defect("leading_answer", where, "the conversation starts with an answer")
+    if roles and roles[-1] == "user":
+        raise Defect("unanswered", where, "the conversation ends with a question")
+    if not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
+        raise Defect("roles", where, f"turns do not alternate: {', '.join(roles) or 'none'}")
+
+
+def _id(raw: Mapping[str, Any], where: str) -> str:
+    id_ = raw.get("id")
+    if not (id_ is None or isinstance(id_, str | int | float)) or not is_text(str(id_)):
+        raise Defect("malformed", where, f"'id' must be text or a number, found {str(id_)[:80]!a}")
+    return "" if id_ is None else str(id_)
+
+
+def _messages(turns: list[Turn], refs: list[ImageRef], where: str, reading: Reading) -> tuple[Message, ...]:
+    """Move each turn's images in front of its text, as LLaVA's loader does.
+
+    What is left of such a turn loses its outer blanks, there as here; other turns keep them for the template.
+    """
+    num_marks = sum(1 for t in turns for part in t.parts if not isinstance(part, str) and part.value is None)
+    if num_marks != len(refs):
+        raise Defect("image_count", where, f"{num_marks} {IMAGE_MARK} marks for {len(refs)} images")
+    messages, rest = [], iter(refs)
+    for turn in turns:
+        text, count = turn.text, turn.num_images
+        text = text.strip() if count else text
+        if turn.role != "user" and count:
+            raise Defect("image_count", where, f"{IMAGE_MARK} is in a turn of the {turn.role}")
+        if turn.role == "assistant" and not text.strip():
+            raise Defect("empty_answer", where, "an answer has no text")
+        if turn.role == "user" and not text.strip() and not count:
+            raise Defect("empty_question", where, "a question has neither text nor image")
+        images = tuple(
+            next(rest)
+            if part.value is None
+            else find_image(part.value, reading.images, where, reading.allow_urls)
+            for part in turn.parts
+            if not isinstance(part, str)
+        )
+        messages.append(Message(role=turn.role, text=text, images=images))
+    return tuple(messages)
