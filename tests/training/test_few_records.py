@@ -151,11 +151,11 @@ def test_a_stage_in_which_nothing_moves_is_an_error(parts, records, tmp_path, mo
     assert not (tmp_path / "run/pretrain/stage.json").exists()
 
 
-def test_text_alone_does_not_train_a_connector(parts, tmp_path, capsys):
+def test_text_alone_does_not_train_a_connector(parts, records, tmp_path, capsys):
     (tmp_path / "text").mkdir()
-    records = make_records(tmp_path / "text", 4, text_only_every=1)
+    texts = make_records(tmp_path / "text", 4, text_only_every=1)
     run = toy_run(parts, records, tmp_path / "run")
-    data = DataConfig(records=(str(records),), images=str(tmp_path))
+    data = DataConfig(records=(str(texts),), images=str(tmp_path))
     both = dataclasses.replace(run.stages["finetune"], data=data)
     connector = dataclasses.replace(both, language_model=FROZEN)
     with pytest.raises(TrainingError, match="nothing moved"):

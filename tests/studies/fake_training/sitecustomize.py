@@ -55,7 +55,7 @@ def stand_in(name: str, **values: object) -> None:
 if "FAKE_LOG" in os.environ:
     stand_in("tinyllava.training")
     stand_in("tinyllava.training.run", train=train)
-    stand_in("tinyllava.training.checkpoints", METADATA="stage.json", find_stage=lambda runs, key: None)
+    stand_in("tinyllava.training.checkpoints", METADATA="stage.json", find_stage=lambda folder, key: folder)
     stand_in(
         "tinyllava.evaluation.run",
         Settings=dict,
