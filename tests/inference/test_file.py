@@ -228,7 +228,7 @@ def test_what_cannot_be_answered_is_told_by_line_and_the_rest_is_answered(
     ]
     questions.write_text("\n".join([*good, *map(json.dumps, bad), good[0]]))
     output = tmp_path / "answers.jsonl"
-    for _ in range(2):  # a second run asks nothing again and says the same
+    for _ in range(2):  # a second run asks the three again and says the same
         assert run(questions, output, checkpoint) == 1
         told = capsys.readouterr().err
         assert f"not answered: {questions.parent / 'broken.png'}: " in told
@@ -243,6 +243,28 @@ def test_what_cannot_be_answered_is_told_by_line_and_the_rest_is_answered(
         output.write_bytes(whole[:length])
         assert run(questions, output, checkpoint) == 1
         assert output.read_bytes() == whole
+    for colour, name in (("red", "broken"), ("blue", "missing")):  # mended, they are answered in their places
+        shutil.copy(questions.parent / f"{colour}.png", questions.parent / f"{name}.png")
+    assert run(questions, output, checkpoint) == 1
+    mended = [json.loads(line) for line in output.read_text().splitlines()]
+    chat = Chat.open(checkpoint, device="cpu")
+    for place, colour in ((3, "red"), (4, "blue")):
+        expected = chat.answer([ask("What is this?", questions.parent / f"{colour}.png")], 8)[0]
+        assert mended[place]["answer"] == expected
+        assert "error" not in mended[place]
+        written[place] = mended[place]
+    assert mended == written
+
+
+def test_answers_that_are_no_json_are_not_taken_for_answers(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert run(questions, output, checkpoint) == 0
+    first, rest = output.read_text().split("\n", 1)
+    output.write_text(f'{first[: first.index("answer") + 9]}""x\n{rest}')
+    assert run(questions, output, checkpoint) == 2
+    assert "contains something other than these answers" in capsys.readouterr().err
 
 
 def test_an_answer_that_is_cut_off_is_marked(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
 import toys
 from tinyllava.config import FULL, Run, lora, to_json
-from tinyllava.errors import ConfigError
+from tinyllava.errors import ConfigError, Stopped
 from tinyllava.files import held
 from tinyllava.training.run import train
+from tinyllava.training.trainer import StageTrainer
 from training_toys import sampled_order, toy_run, write_run
 
 PROGRAM = """
@@ -244,15 +247,13 @@ def test_what_a_process_is_refused_for_is_said_once(parts, tmp_path):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_command_saves_in_all_processes_and_the_run_resumes(parts, tmp_path, number):
+def test_a_signal_to_the_command_saves_in_all_processes(parts, tmp_path, number):
     records = make_records(tmp_path, set())
-    toy = toy_run(parts, records, tmp_path / "two/run")
-    long = dataclasses.replace(toy.stages["finetune"], max_steps=40)
-    toy = dataclasses.replace(toy, stages={"finetune": long})
-    (tmp_path / "two").mkdir()
-    run = write_run(toy, tmp_path / "two")
+    toy = toy_run(parts, records, tmp_path / "run")
+    long = dataclasses.replace(toy.stages["finetune"], max_steps=2000)
+    run = write_run(dataclasses.replace(toy, stages={"finetune": long}), tmp_path)
     command = start_command("train", run, "--gpus", "2")
-    metrics = tmp_path / "two/run/finetune/metrics.jsonl"
+    metrics = tmp_path / "run/finetune/metrics.jsonl"
     while not metrics.exists() or not metrics.read_text().count("\n"):
         assert command.poll() is None, command.communicate()[1][-3000:]
         time.sleep(0.05)
@@ -261,11 +262,75 @@ def test_a_signal_to_the_command_saves_in_all_processes_and_the_run_resumes(part
     assert command.returncode == 128 + number
     assert "stopping: saving after this step" in errors
     assert "Traceback" not in errors
-    again = start_command("train", run, "--gpus", "2")
-    printed, errors = again.communicate(timeout=300)
-    assert again.returncode == 0, errors[-3000:]
-    assert "finetune: resuming from" in printed
-    train(dataclasses.replace(toy, output=str(tmp_path / "one/run")))
+    num_steps = metrics.read_text().count("\n")
+    assert num_steps < 2000
+    assert (tmp_path / f"run/finetune/checkpoint-{num_steps}/manifest.json").is_file()
+
+
+def fork_two(run: Run, signalled: dict[int, int], *, number: int = 0, step: int = -1) -> list[int]:
+    """Train in two processes forked from this one and return their exit statuses; a hang is a failure.
+
+    Args:
+        run: what they train.
+        signalled: how often each rank gets the signal, while it computes that step.
+    """
+
+    def rank(index: int, port: int) -> None:
+        PartialState._reset_state()  # of this process, which may have trained alone
+        os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        compute = StageTrainer.training_step
+
+        def computing(self, *args, **kwargs):
+            if self.state.global_step == step:
+                for _ in range(signalled.get(index, 0)):
+                    os.kill(os.getpid(), number)
+            return compute(self, *args, **kwargs)
+
+        StageTrainer.training_step = computing
+        try:
+            train(run)
+        except Stopped as stop:
+            os._exit(128 + stop.number)
+        os._exit(0)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=rank, args=(index, port)) for index in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_signal_to_one_process_or_to_all_stops_them_at_one_step_and_the_run_resumes(parts, tmp_path):
+    """Launchers also signal twice: their own, and the one that is passed on."""
+    records = make_records(tmp_path, set())
+    toy = toy_run(parts, records, tmp_path / "two/run")
+    long = dataclasses.replace(toy.stages["finetune"], max_steps=8)
+    run = dataclasses.replace(toy, stages={"finetune": long})
+    cases = (
+        (2, signal.SIGTERM, {1: 1}, [143, 143]),
+        (4, signal.SIGINT, {0: 1}, [130, 143]),
+        (6, signal.SIGTERM, {0: 2, 1: 2}, [143, 143]),
+        (7, signal.SIGINT, {0: 2, 1: 1}, [130, 130]),
+    )
+    for step, number, signalled, ends in cases:
+        assert fork_two(run, signalled, number=number, step=step) == ends
+        checkpoints = sorted(path.name for path in (tmp_path / "two/run/finetune").glob("checkpoint-*"))
+        assert checkpoints[-1] == f"checkpoint-{step + 1}"
+        assert (tmp_path / "two/run/finetune" / checkpoints[-1] / "manifest.json").is_file()
+    assert fork_two(run, {}) == [0, 0]
+    steps = (tmp_path / "two/run/finetune/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == list(range(1, 9))  # none lost, none twice
+    train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
     compare_models(tmp_path)
 
 

@@ -28,7 +28,8 @@ and each answer takes the earlier turns into account.
       Reads lines such as {"image": "cat.jpg", "question": "What is this?"}
       ("image" may be a list) and writes them with "answer" added. A line that
       cannot be answered gets "error", a truncated answer gets "is_cut". Run the
-      same command again to resume (answers.jsonl.run.json records the model).
+      same command again to resume (answers.jsonl.run.json records the model);
+      lines with an error are asked again.
 
 Ctrl-C interrupts an answer, or exits at the prompt. The exit status is 1 if a
 question has no answer.

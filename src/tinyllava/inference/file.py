@@ -4,14 +4,15 @@ import json
 import os
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinyllava.conversation import Answer, Conversation, ask
 from tinyllava.errors import DataError
-from tinyllava.files import append_lines, held, parse_json, read_object, sha256_of
+from tinyllava.files import append_lines, held, parse_json, read_object, sha256_of, write_text
 from tinyllava.inference.identity import claim_answers
 
 _AT_ONCE = 64  # lines answered before they are written: a batch is cut out of them by its tokens
@@ -111,8 +112,9 @@ def answer_file(
 ) -> Iterator[int]:
     """Write each line with its answer, in order; yield the number of lines done, also before the first batch.
 
-    Lines that the output holds already are not asked again. A line that cannot be answered gets ``"answer":
-    null`` and its ``error``; an answer that ran into its limit of tokens gets ``"is_cut": true``.
+    Lines that the output answers already are not asked again. A line that cannot be answered gets
+    ``"answer": null`` and its ``error``, and is asked again the next time: its image may be there by then.
+    An answer that ran into its limit of tokens gets ``"is_cut": true``.
 
     Args:
         answer: gives one text a conversation, or its error.
@@ -141,27 +143,37 @@ def _answer(
     output: Path,
     run: Mapping[str, object],
 ) -> Iterator[int]:
-    done, num_whole = _count_answered(output, lines)
-    _claim(output, run, lines, done)
+    written, num_whole = _read_answered(output, lines)
+    unanswered = [place for place, line in enumerate(written) if json.loads(line)["answer"] is None]
+    _claim(output, run, lines, set(range(len(written))).difference(unanswered))
     if output.exists() and num_whole < output.stat().st_size:
         os.truncate(output, num_whole)  # cut, not written anew: what is there outlives a kill and a full disk
-    yield done
-    for start in range(done, len(lines), _AT_ONCE):
+    yield len(written) - len(unanswered)
+    for start in range(0, len(unanswered), _AT_ONCE):
+        places = unanswered[start : start + _AT_ONCE]
+        again = _ask(answer, [lines[place] for place in places])
+        if again != [written[place] for place in places]:
+            for place, line in zip(places, again, strict=True):
+                written[place] = line
+            with _told_by_name(output):
+                write_text(output, "".join(f"{line}\n" for line in written))
+        yield len(written) - len(unanswered) + start + len(places)
+    for start in range(len(written), len(lines), _AT_ONCE):
         chunk = lines[start : start + _AT_ONCE]
-        answers = answer([line.conversation for line in chunk])
-        try:
-            append_lines(
-                output,
-                [
-                    json.dumps({**_asked(line.fields), **_answer_fields(text)}, ensure_ascii=False)
-                    for line, text in zip(chunk, answers, strict=True)
-                ],
-            )
-        except OSError as error:
-            raise DataError(
-                f"{output}: cannot be written ({error.strerror}). Choose another file."
-            ) from error
+        with _told_by_name(output):
+            append_lines(output, _ask(answer, chunk))
         yield start + len(chunk)
+
+
+def _ask(
+    answer: Callable[[Sequence[Conversation]], Sequence[str | DataError]], lines: Sequence[Line]
+) -> list[str]:
+    """Return the lines to write: each question with its answer."""
+    answers = answer([line.conversation for line in lines])
+    return [
+        json.dumps({**_asked(line.fields), **_answer_fields(text)}, ensure_ascii=False)
+        for line, text in zip(lines, answers, strict=True)
+    ]
 
 
 def _answer_fields(answer: str | DataError) -> dict[str, Any]:
@@ -169,6 +181,14 @@ def _answer_fields(answer: str | DataError) -> dict[str, Any]:
         return {"answer": None, "error": str(answer)}
     is_cut = isinstance(answer, Answer) and answer.is_cut
     return {"answer": answer, **({"is_cut": True} if is_cut else {})}
+
+
+@contextmanager
+def _told_by_name(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written ({error.strerror}). Choose another file.") from error
 
 
 def describe_unanswered(output: Path) -> tuple[list[str], int]:
@@ -183,7 +203,7 @@ def run_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.run.json")
 
 
-def _claim(output: Path, run: Mapping[str, object], lines: Sequence[Line], done: int) -> None:
+def _claim(output: Path, run: Mapping[str, object], lines: Sequence[Line], answered: Set[int]) -> None:
     """Write down whose answers these are; what was written beside an output without answers is replaced."""
     identity = run_file(output)
     fix = f"Choose another --output, or delete {output} to start over."
@@ -193,13 +213,11 @@ def _claim(output: Path, run: Mapping[str, object], lines: Sequence[Line], done:
         raise DataError(f"{output}: has answers, but {identity} does not name their model. {fix}")
     images = _hash_images(lines)
     known = (read_object(identity) or {}).get("images")
-    for line, before, now in zip(
-        lines[:done], known if isinstance(known, list) else [], images, strict=False
-    ):
-        if before != now:
-            raise DataError(
-                f"{output}: the image of {line.conversation.id} changed since it was answered. {fix}"
-            )
+    before = known if isinstance(known, list) else []
+    for place in sorted(answered):
+        if place < len(before) and before[place] != images[place]:
+            where = lines[place].conversation.id
+            raise DataError(f"{output}: the image of {where} changed since it was answered. {fix}")
     claim_answers(output, identity, run, fix=fix, told_by={"model": "weights"}, noted={"images": images})
 
 
@@ -210,8 +228,8 @@ def _hash_images(lines: Sequence[Line]) -> list[str]:
     return [" ".join(hashes[ref.path] for ref in line.conversation.images if ref.path) for line in lines]
 
 
-def _count_answered(output: Path, lines: Sequence[Line]) -> tuple[int, int]:
-    """Return how many lines the output answers, and their bytes; a line that a stop cut may follow."""
+def _read_answered(output: Path, lines: Sequence[Line]) -> tuple[list[str], int]:
+    """Return the whole lines of the output, and their bytes; a line that a stop cut may follow."""
     try:
         is_new = not output.exists()
         output.open("ab").close()  # a place that cannot be written is told before anything is asked
@@ -226,9 +244,21 @@ def _count_answered(output: Path, lines: Sequence[Line]) -> tuple[int, int]:
     begins = [_without_answer(line.fields) for line in lines]
     cut = begins[len(written)] if len(written) < len(lines) else ""
     same = len(written) <= len(lines) and all(map(str.startswith, written, begins))
-    if not same or not (rest.startswith(cut) or cut.startswith(rest)) or (rest and not cut):
+    if (
+        not same
+        or not all(map(_is_whole, written))
+        or not (rest.startswith(cut) or cut.startswith(rest))
+        or (rest and not cut)
+    ):
         raise DataError(f"{output}: contains something other than these answers. Choose another file.")
-    return len(written), len(whole)
+    return written, len(whole)
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return "answer" in json.loads(line)
+    except ValueError:
+        return False
 
 
 def _asked(fields: dict[str, Any]) -> dict[str, Any]:

@@ -68,11 +68,16 @@ class CheckpointKeeper(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Write the manifest once every process has written its share."""
+        """Write the manifest once every process has written its share, and have all of them wait for it.
+
+        A process that ends earlier takes the others with it: launchers give them half a minute.
+        """
         PartialState().wait_for_everyone()
-        if not state.is_world_process_zero:
-            return
-        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            self._write_manifest(self.folder / f"checkpoint-{state.global_step}")
+        PartialState().wait_for_everyone()
+
+    def _write_manifest(self, checkpoint: Path) -> None:
         files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
         for path in files:
             open_to_others(path)

@@ -45,11 +45,14 @@ class StopRequests(TrainerCallback):
         def take(number: int, frame: FrameType | None) -> None:
             if os.getpid() != owner:
                 return  # a process that opens images: it ends with this one
-            if self.received:
-                raise Stopped(number)
+            is_alone = PartialState().num_processes == 1
+            if self.received:  # launchers signal twice; the others wait for this process's share
+                if is_alone and number == signal.SIGINT:
+                    raise Stopped(number)
+                return
             self.received = number
             if PartialState().is_main_process:
-                again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+                again = "; Ctrl-C again stops at once" if is_alone and number == signal.SIGINT else ""
                 print(f"\nstopping: saving after this step{again}.", file=sys.stderr, flush=True)
 
         for number in _SIGNALS:
