@@ -15,7 +15,8 @@ from PIL import Image
 
 from documents import ROOT, blocks, commands
 
-GUIDE = (ROOT / "docs" / "guides" / "ship.md").read_text(encoding="utf-8")
+# Its second half, the exports, is followed in tests/checkpoints/exporting/test_formats.py.
+GUIDE = (ROOT / "docs" / "guides" / "ship.md").read_text(encoding="utf-8").partition("\n## Export")[0]
 
 
 def curl(command: str) -> httpx.Response:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllava.cli.parser import CommandParser
+from tinyllava.cli.show import format_table
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import check_checkpoint, check_new_folder
 
@@ -20,6 +21,7 @@ and other runtimes (--format onnx), for llama.cpp and Ollama (--format gguf), or
 in the layout of tinyllava; adapters of peft are merged. The folder is opened
 again as its reader would, and its logits compared, before it is there.
 
+  tinyllava export runs/mine/model --formats     which formats can hold it
   tinyllava export runs/mine/model out --format llava
   tinyllava export runs/mine/model out --format gguf --quantize q8_0
   tinyllava export ADAPTER out --base runs/mine/model
@@ -32,8 +34,7 @@ _PRECISIONS = ("fp32", "fp16", "int8")
 """What --dtype is with --format onnx."""
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
+def _make_parser() -> CommandParser:
     parser = CommandParser("export", _HELP)
     parser.add_argument("checkpoint", metavar="DIR", type=Path, help="checkpoint or peft adapter")
     parser.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="folder to write")
@@ -48,6 +49,12 @@ def main(arguments: list[str]) -> int:
         "--quantize",
         choices=("f16", "q8_0", "q4_0"),
         help="with --format gguf: type of the language model's matrices (default: 32 bits)",
+    )
+    parser.add_argument(
+        "--formats", action="store_true", help="list the formats: possible or why not, size, agreement"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="with --formats: export in each to measure size and agreement"
     )
     parser.add_argument("--push", metavar="OWNER/NAME", default="", help="upload to this repository")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -67,7 +74,19 @@ def main(arguments: list[str]) -> int:
         help="type of the weights (default: auto, the checkpoint's; with --format onnx fp32)",
     )
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="max size of one weight file")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    parser = _make_parser()
     options = parser.parse_args(arguments)
+    if options.measure and not options.formats:
+        parser.error("--measure is for --formats")
+    if options.formats:
+        if options.folder or options.push:
+            parser.error("--formats writes nothing: leave out OUT and --push")
+        return _list_formats(options)
     if options.folder is None and not options.push:
         parser.error("give OUT, or --push OWNER/NAME")
     if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", options.max_shard_size.upper()):
@@ -88,6 +107,23 @@ def main(arguments: list[str]) -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         _export(options, Path(temporary) / options.push.rpartition("/")[2])
+    return 0
+
+
+def _list_formats(options: argparse.Namespace) -> int:
+    """Print the table of formats; before any weight is loaded, or measured."""
+    from tinyllava.checkpoints.exporting import measure_format
+    from tinyllava.checkpoints.exporting.listing import list_formats
+    from tinyllava.checkpoints.exporting.merge import base_of
+
+    rows = list_formats(base_of(options.checkpoint, options.base))
+    if options.measure:
+        rows = [measure_format(options.checkpoint, row, options.base) for row in rows]
+    cells = [(row.name, row.possible, row.size, "" if row.reasons else row.agreement) for row in rows]
+    print(format_table([("format", "possible", "size", "agreement"), *cells]))
+    for row in rows:
+        for reason in row.reasons:
+            print(f"not {row.name}: {reason}")
     return 0
 
 

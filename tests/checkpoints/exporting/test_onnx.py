@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -12,8 +13,9 @@ from PIL import Image
 
 from layouts import make_checkpoint
 from tinyllava.checkpoints.exporting import export_checkpoint
+from tinyllava.checkpoints.exporting.formats import refuse_what_does_not_fit
 from tinyllava.checkpoints.exporting.graphs import Pixels
-from tinyllava.checkpoints.exporting.onnx import refuse_what_onnx_cannot_hold
+from tinyllava.checkpoints.exporting.listing import list_formats
 from tinyllava.cli import main
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError, MissingExtraError
@@ -117,6 +119,10 @@ def test_graphs_answer_as_the_checkpoint(
     assert "reloaded and compared" in capsys.readouterr().out
     assert "most likely token equal at" in (out / "README.md").read_text()
     suffix = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}[precision]
+    graphs = [onnx_ir.load(path).graph for path in (out / "onnx").iterdir()]
+    stored = [v.const_value.nbytes for g in graphs for v in g.initializers.values() if v.const_value]
+    (row,) = (row for row in list_formats(checkpoint) if row.name == f"onnx {precision}")
+    assert row.num_bytes == pytest.approx(sum(stored), rel=0.03)
     noise(70, 45).save(tmp_path / "image.png")
     found = answer_with_graphs(out, checkpoint, tmp_path / "image.png", suffix, 6)
     if precision == "fp32":
@@ -135,11 +141,11 @@ def test_what_the_graphs_do_not_compute_is_refused(parts: dict[str, Path], tmp_p
     model, _ = open_checkpoint(checkpoint)
     model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(CheckpointError, match="layers of kind sliding_attention"):
-        refuse_what_onnx_cannot_hold(model.config)
+        refuse_what_does_not_fit(model.config, "onnx")
     model.config.text_config.layer_types = None
     model.config.text_config.sliding_window = 100
     with pytest.raises(CheckpointError, match="a window of 100 tokens"):
-        refuse_what_onnx_cannot_hold(model.config)
+        refuse_what_does_not_fit(model.config, "onnx")
     settings = json.loads((checkpoint / "processor_config.json").read_text())
     settings["image_processor"]["resample"] = 1
     (checkpoint / "processor_config.json").write_text(json.dumps(settings))

@@ -1,27 +1,34 @@
 """Write checkpoints for others: transformers' LLaVA, vLLM, llama.cpp, a hub; with a model card."""
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from tinyllava.checkpoints.exporting.card import read_provenance, write_card
 from tinyllava.checkpoints.exporting.compare import compare_with_ours, compare_with_run, compare_with_stock
-from tinyllava.checkpoints.exporting.gguf import Quantized, refuse_what_gguf_cannot_hold
+from tinyllava.checkpoints.exporting.formats import (
+    NOT_MEASURED,
+    Layout,
+    format_rows,
+    refuse_what_does_not_fit,
+)
+from tinyllava.checkpoints.exporting.gguf import Quantized
+from tinyllava.checkpoints.exporting.listing import Format
 from tinyllava.checkpoints.exporting.llama_cpp import Agreement, describe_gguf, write_and_compare
 from tinyllava.checkpoints.exporting.merge import open_merged
-from tinyllava.checkpoints.exporting.onnx import refuse_what_onnx_cannot_hold, write_onnx
-from tinyllava.checkpoints.exporting.stock import refuse_what_stock_cannot_hold, write_stock
+from tinyllava.checkpoints.exporting.onnx import PACKAGES, write_onnx
+from tinyllava.checkpoints.exporting.stock import write_stock
+from tinyllava.errors import CheckpointError, MissingExtraError, require
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
 from tinyllava.parts.folders import check_checkpoint, check_new_folder, written_whole
 
-__all__ = ["Exported", "export_checkpoint"]
-
-Layout = Literal["tinyllava", "llava", "vllm", "onnx", "gguf"]
+__all__ = ["Exported", "export_checkpoint", "measure_format"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,16 @@ class Exported:
     """Agreement in more words, for a format whose arithmetic is not the checkpoint's."""
     run_difference: float | None = None
     """The same between adapters on their base and the finished model of their run; None without one."""
+
+    @property
+    def in_short(self) -> str:
+        """The agreement as a cell of a table."""
+        if self.agreement:
+            text, image = self.agreement.text_rounding, self.agreement.image_rounding
+            return f"log-probability within {text:.2g} after text, {image:.2g} after an image"
+        if self.largest_difference is None:
+            return NOT_MEASURED
+        return f"logit within {self.largest_difference:.2g}"
 
 
 @keeping_random_state()
@@ -79,27 +96,38 @@ def export_checkpoint(
     _refuse_before_loading(checkpoint, layout)
     is_exact = layout in ("onnx", "gguf")
     model, processor, source = open_merged(checkpoint, base, torch.float32 if is_exact else dtype)
-    _refuse_what_does_not_fit(model.config, layout)
+    refuse_what_does_not_fit(model.config, layout)
     adapter = checkpoint if source != checkpoint else None
     run_difference = compare_with_run(adapter, model, processor) if adapter else None
     provenance = read_provenance(source, results, adapter)
     with written_whole(folder) as partial:
         if layout == "gguf":
-            agreement = write_and_compare(partial, model, processor, name or folder.name, quantized)
-            told = describe_gguf(processor, quantized, agreement)
-            found = (max(agreement.text, agreement.image) if agreement else None), ""
+            written, told = _write_gguf(partial, model, processor, name or folder.name, quantized)
         else:
-            agreement, told = None, ""
-            found = _write(partial, layout, model, processor, precision, max_shard_size)
-        card = write_card(name or folder.name, layout, model, provenance, found[1], told)
+            written, told = _write(partial, layout, model, processor, precision, max_shard_size), ""
+        formats = format_rows(model.config, layout, written.in_short)
+        card = write_card(name or folder.name, layout, model, provenance, formats, written.measured, told)
         (partial / "README.md").write_text(card, encoding="utf-8")
-    return Exported(
-        folder=folder,
-        largest_difference=found[0],
-        run_difference=run_difference,
-        measured=found[1],
-        agreement=agreement,
-    )
+    return replace(written, folder=folder, run_difference=run_difference)
+
+
+def measure_format(checkpoint: Path, row: Format, base: Path | None = None) -> Format:
+    """Export in a format, into a folder that goes away, and return the row with its real size and agreement.
+
+    A model that the comparison refuses gets the reason.
+    """
+    if row.reasons:
+        return row
+    chosen = {"onnx": "precision", "gguf": "quantized"}.get(row.layout)
+    kind: Any = {chosen: row.kind} if chosen else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "exported"
+        try:
+            exported = export_checkpoint(checkpoint, folder, layout=row.layout, base=base, **kind)
+        except (CheckpointError, MissingExtraError) as error:
+            return replace(row, reasons=(str(error).replace(f"{folder}: not exported: ", ""),))
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return replace(row, num_bytes=num_bytes, agreement=exported.in_short)
 
 
 def _write(
@@ -109,31 +137,44 @@ def _write(
     processor: TinyLlavaProcessor,
     precision: Literal["fp32", "fp16", "int8"],
     max_shard_size: str,
-) -> tuple[float | None, str]:
-    """Write and compare; return the largest difference of a logit, and more words on it."""
+) -> Exported:
+    """Write and compare."""
     if layout == "onnx":
         graphs = write_onnx(folder, model, processor, precision)
-        return graphs.largest_difference, str(graphs)
+        return Exported(folder=folder, largest_difference=graphs.largest_difference, measured=str(graphs))
     if layout == "tinyllava":
         for config in (model.config.text_config, model.config.vision_config):
             config.name_or_path = ""  # the folder of somebody's machine
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
-        return compare_with_ours(folder, model, processor), ""
+        return Exported(folder=folder, largest_difference=compare_with_ours(folder, model, processor))
     write_stock(folder, model, processor, max_shard_size)
-    return compare_with_stock(folder, model, processor), ""
+    return Exported(folder=folder, largest_difference=compare_with_stock(folder, model, processor))
+
+
+def _write_gguf(
+    folder: Path,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    name: str,
+    quantized: Quantized,
+) -> tuple[Exported, str]:
+    """Write and compare; return the card's sections too."""
+    agreement = write_and_compare(folder, model, processor, name, quantized)
+    difference = max(agreement.text, agreement.image) if agreement else None
+    exported = Exported(folder=folder, largest_difference=difference, agreement=agreement)
+    return exported, describe_gguf(processor, quantized, agreement)
 
 
 def _refuse_before_loading(checkpoint: Path, layout: Layout) -> None:
-    if layout == "gguf" and not (checkpoint / "adapter_config.json").is_file():
-        check_checkpoint(checkpoint)  # the base of an adapter is known once it is opened
-        _refuse_what_does_not_fit(TinyLlavaConfig.from_pretrained(checkpoint), layout)
+    """Look at the config alone.
 
-
-def _refuse_what_does_not_fit(config: TinyLlavaConfig, layout: Layout) -> None:
-    if layout == "gguf":
-        refuse_what_gguf_cannot_hold(config)
-    elif layout == "onnx":
-        refuse_what_onnx_cannot_hold(config)
-    elif layout != "tinyllava":
-        refuse_what_stock_cannot_hold(config, layout)
+    Raises:
+        MissingExtraError: a package that writes the layout is not installed.
+        CheckpointError: no checkpoint, or a model that the layout cannot hold.
+    """
+    for package in PACKAGES if layout == "onnx" else ():
+        require(package, "onnx", "writes and opens ONNX graphs")
+    if not (checkpoint / "adapter_config.json").is_file():  # an adapter's base is not known yet
+        check_checkpoint(checkpoint)
+        refuse_what_does_not_fit(TinyLlavaConfig.from_pretrained(checkpoint), layout)

@@ -121,6 +121,7 @@ def write_card(
     layout: str,
     model: TinyLlavaForConditionalGeneration,
     provenance: Provenance,
+    formats: list[list[str]],
     measured: str = "",
     told: str = "",
 ) -> str:
@@ -129,6 +130,7 @@ def write_card(
     Args:
         name: what the card calls the model, and what its examples open.
         layout: tinyllava, llava, vllm, onnx or gguf.
+        formats: the table of formats, its head first.
         measured: how closely the folder agrees with the checkpoint, where that is not exactly.
         told: sections on how this layout is used, if any.
     """
@@ -144,6 +146,7 @@ def write_card(
         "## Parts\n\n" + _parts_table(model, parts, _given_names(provenance)),
         "## Training\n\n" + _training(provenance),
         "## Scores\n\n" + _scores(provenance.results),
+        "## Formats\n\n" + _table(formats[0], formats[1:]),
         "## Licences\n\n" + _licences(provenance, parts),
     ]
     return f"---\n{_metadata(name, layout, provenance, parts)}\n---\n\n" + "\n\n".join(sections) + "\n"

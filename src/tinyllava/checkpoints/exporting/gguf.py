@@ -7,7 +7,7 @@ Differs: llama.cpp's GELU in the connector is the tanh form, ours is exact.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +74,8 @@ _VISION_NAMES = {
 # The encoder's own end, which LLaVA's features are taken in front of.
 _UNUSED = ("post_layernorm.", "head.")
 _CONNECTOR_LAYERS = {"siglip_vision_model": (0, 1), "clip_vision_model": (0, 2)}
+EXTRA_CHECK = {"clip_vision_model": "if it passes the comparison in llama.cpp (#25814, #25817)"}
+"""What decides for an encoder whose operations llama.cpp has, but not always right; see llama_cpp.py."""
 _GELUS = {"gelu": True, "gelu_pytorch_tanh": True, "quick_gelu": False}
 _TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
@@ -89,12 +91,8 @@ _FILE_TYPES = {
 }
 
 
-def refuse_what_gguf_cannot_hold(config: TinyLlavaConfig) -> None:
-    """Stop before any work for a model that llama.cpp has no operations for.
-
-    Raises:
-        CheckpointError: lists every reason.
-    """
+def reasons_against_gguf(config: TinyLlavaConfig) -> list[str]:
+    """Return for what in a model llama.cpp has no operations; nothing if it has all."""
     text, vision = config.text_config, config.vision_config
     reasons = [*_text_reasons(config, text)]
     if config.connector != "mlp" or (config.connector_options or {}).get("depth", 2) != 2:
@@ -107,11 +105,24 @@ def refuse_what_gguf_cannot_hold(config: TinyLlavaConfig) -> None:
         )
     elif vision.hidden_act not in _GELUS:
         reasons.append(f"the encoder's activation {vision.hidden_act!r}: it has {', '.join(_GELUS)}")
-    if reasons:
-        lines = "\n".join(f"  - {reason}" for reason in reasons)
-        raise CheckpointError(
-            f"llama.cpp cannot hold this model:\n{lines}\n`--format tinyllava` writes the layout that can."
-        )
+    return reasons
+
+
+def bytes_in_gguf(shape: Sequence[int], kind: str, *, is_text: bool, is_table: bool) -> int:
+    """Return the bytes of a tensor in a file whose language model has matrices of that kind.
+
+    Args:
+        is_text: of the language model, or of encoder and connector.
+        is_table: embedding or head.
+    """
+    if len(shape) < 2:
+        kind = "f32"
+    elif not is_text:
+        kind = "f32" if kind == "f32" or len(shape) > 2 else "f16"
+    elif is_table and kind == "q4_0":
+        kind = "q8_0"
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[_stored_as(shape[-1], kind)]
+    return math.prod(shape) // per_block * block_bytes
 
 
 def _text_reasons(config: TinyLlavaConfig, text: Any) -> Iterator[str]:
@@ -306,9 +317,7 @@ def _add_tensor(
     if rotated_heads:  # [halves, pairs] of each head become [pairs, halves]
         values = values.unflatten(0, (rotated_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     array = values.contiguous().numpy()
-    stored_as = _TYPES[kind] if array.ndim > 1 else gguf.GGMLQuantizationType.F32
-    if array.shape[-1] % gguf.GGML_QUANT_SIZES[stored_as][0]:  # rows that are no whole number of blocks
-        stored_as = gguf.GGMLQuantizationType.F16
+    stored_as = _stored_as(array.shape[-1], kind if array.ndim > 1 else "f32")
     is_gemma_norm = writer.arch == "gemma" and there.endswith("norm.weight")
     stored = encode(array + 1 if is_gemma_norm else array, stored_as)  # its norms are stored as what they do
     writer.add_tensor(there, stored, raw_dtype=stored_as)
@@ -318,6 +327,13 @@ def _add_tensor(
     if rotated_heads:
         rounded = rounded.unflatten(0, (rotated_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     tensor.copy_(rounded)
+
+
+def _stored_as(row_length: int, kind: str) -> gguf.GGMLQuantizationType:
+    """Return the type of a matrix; 16 bits for rows that are no whole number of blocks."""
+    stored_as = _TYPES[kind]
+    is_whole = row_length % gguf.GGML_QUANT_SIZES[stored_as][0] == 0
+    return stored_as if is_whole else gguf.GGMLQuantizationType.F16
 
 
 def _close(writer: gguf.GGUFWriter) -> None:

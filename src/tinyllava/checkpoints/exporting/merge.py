@@ -10,7 +10,7 @@ from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import quiet_bitsandbytes_import
-from tinyllava.parts.folders import describe_damage, read_config
+from tinyllava.parts.folders import check_checkpoint, describe_damage, read_config
 
 
 def open_merged(
@@ -21,14 +21,9 @@ def open_merged(
     Raises:
         CheckpointError: neither a checkpoint nor an adapter, or an adapter that does not fit its base.
     """
-    if not (folder / "adapter_config.json").is_file():
-        if base is not None:
-            raise CheckpointError(
-                f"--base {base}: {folder} is no adapter (no adapter_config.json); leave it out."
-            )
+    base = base_of(folder, base)
+    if base == folder:
         return *open_checkpoint(folder, dtype=dtype), folder
-    base = Path(base or _named_base(folder))
-    _check_adapter(folder, base)
     with quiet_bitsandbytes_import():
         from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
@@ -50,6 +45,27 @@ def open_merged(
     merged: TinyLlavaForConditionalGeneration = adapted.merge_and_unload()
     merged.requires_grad_(False)
     return merged, processor, base
+
+
+def base_of(folder: Path, base: str | Path | None) -> Path:
+    """Return the checkpoint below an adapter, or the folder itself where it is a checkpoint.
+
+    Args:
+        base: as a user names it; None takes the one that the adapter names.
+
+    Raises:
+        CheckpointError: neither a checkpoint nor an adapter, or a base that cannot be below it.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        if base is not None:
+            raise CheckpointError(
+                f"--base {base}: {folder} is no adapter (no adapter_config.json); leave it out."
+            )
+        check_checkpoint(folder)
+        return folder
+    base = Path(base or _named_base(folder))
+    _check_adapter(folder, base)
+    return base
 
 
 def _named_base(folder: Path) -> str:

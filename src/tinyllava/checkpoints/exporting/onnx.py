@@ -22,13 +22,15 @@ from torch import Tensor
 from tinyllava.checkpoints.exporting.compare import encode_example, example_image
 from tinyllava.checkpoints.exporting.graphs import DecoderGraph, ImageGraph, Pixels, TokenGraph
 from tinyllava.checkpoints.exporting.stock import without_bos
-from tinyllava.errors import CheckpointError, first_line, require
+from tinyllava.errors import CheckpointError, first_line
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
 
 Precision = Literal["fp32", "fp16", "int8"]
 
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""Of the extra."""
 _OPSET = 18
 _SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # transformers.js finds the files by these
 # Largest difference of a logit that is accepted, in standard deviations of the logits.
@@ -60,25 +62,16 @@ class Agreement:
         )
 
 
-def refuse_what_onnx_cannot_hold(config: TinyLlavaConfig) -> None:
-    """Stop before any work.
-
-    Raises:
-        MissingExtraError: a package of the extra is not installed.
-        CheckpointError: a language model whose attention the decoder graph does not compute.
-    """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, "onnx", "writes and opens ONNX graphs")
+def reasons_against_onnx(config: TinyLlavaConfig) -> list[str]:
+    """Return why the graphs would not compute what a model does; nothing if they would."""
     text: Any = config.text_config
     other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     limit = getattr(text, "max_position_embeddings", 0)
-    if other or (window and window < limit):
-        what = f"layers of kind {', '.join(other)}" if other else f"a window of {window} tokens"
-        raise CheckpointError(
-            f"--format onnx: the language model {text.model_type!r} has {what}; the graph has full attention "
-            "only. `--format tinyllava` holds it."
-        )
+    if not other and not (window and window < limit):
+        return []
+    what = f"layers of kind {', '.join(other)}" if other else f"a window of {window} tokens"
+    return [f"language model {text.model_type!r} has {what}: the graph has full attention only"]
 
 
 @torch.no_grad()

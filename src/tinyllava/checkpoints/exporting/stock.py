@@ -18,7 +18,6 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
 
-from tinyllava.errors import CheckpointError
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -29,33 +28,26 @@ _VLLM_ENCODERS = [name for name, family in VISION_FAMILIES.items() if family.in_
 _HUB_NAMES = {"language_model": "language_model.model", "lm_head": "language_model.lm_head"}
 
 
-def refuse_what_stock_cannot_hold(config: TinyLlavaConfig, layout: str) -> None:
-    """Stop before a folder is written that would answer otherwise than the model does.
+def reasons_against_stock(config: TinyLlavaConfig, layout: str) -> list[str]:
+    """Return why the folder would answer otherwise than the model does; nothing if it would not.
 
-    Raises:
-        CheckpointError: lists every reason.
+    Args:
+        layout: llava, or vllm.
     """
     vision: Any = config.vision_config
     reasons = []
     if config.connector != "mlp":
-        reasons.append(f"connector {config.connector!r}: its class has the two-layer MLP only")
+        reasons.append(f"connector {config.connector!r}: the class has the two-layer MLP only")
     if config.lm_head_bias:
-        reasons.append("the head's bias (Phi-2): its class has none, and without it the logits are others")
+        reasons.append("the head's bias (Phi-2): the class has none, and the logits would differ")
     if config.encoder_kind == "cnn":
         what = "two fused encoders" if vision.model_type == "fused_vision" else "a CNN"
-        reasons.append(
-            f"encoder {vision.model_type!r} is {what}: its class takes hidden states of one transformer"
-        )
+        reasons.append(f"encoder {vision.model_type!r}: {what}, the class has one transformer")
     elif config.num_prefix_tokens not in (0, 1):
-        reasons.append(f"{config.num_prefix_tokens} prefix tokens are dropped: its class drops 1 or none")
+        reasons.append(f"{config.num_prefix_tokens} prefix tokens are dropped: the class drops 1 or none")
     if layout == "vllm" and vision.model_type not in _VLLM_ENCODERS:
         reasons.append(f"encoder {vision.model_type!r}: vLLM's LLaVA has {' and '.join(_VLLM_ENCODERS)}")
-    if reasons:
-        lines = "\n".join(f"  - {reason}" for reason in reasons)
-        raise CheckpointError(
-            f"transformers' LLaVA cannot hold this model:\n{lines}\n"
-            "`--format tinyllava` writes the layout that can."
-        )
+    return reasons
 
 
 def write_stock(
