@@ -153,8 +153,9 @@ class Contestant:
         if self.way == "stock":
             batch = self._stock_collation(rows)
         else:
-            batch = Collator(self.tokenizer.pad_token_id)([self.examples[i] for i in rows])
-            del batch["sample_ids"]
+            image_token = self.examples.processor.image_token_id
+            batch = Collator(self.tokenizer.pad_token_id, image_token)([self.examples[i] for i in rows])
+            del batch["sample_ids"], batch["num_tokens"]
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def _stock_collation(self, rows: list[int]) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def plain_loop(model, processor, stage: Stage, order: list[int], template: str |
     conversations = read_records(Path(stage.data.records[0]), Path(stage.data.images)).conversations
     examples, collate = (
         Examples(conversations=conversations, processor=processor, template=template),
-        Collator(0),
+        Collator(0, processor.image_token_id),
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate, weight_decay=0.0)
@@ -105,7 +105,8 @@ def plain_loop(model, processor, stage: Stage, order: list[int], template: str |
         batch = collate(
             [examples[i] for i in order[step * stage.global_batch_size :][: stage.global_batch_size]]
         )
-        batch.pop("sample_ids")
+        for name in ("sample_ids", "num_tokens", "supervised_positions"):
+            batch.pop(name)
         labels = batch.pop("labels")
         logits = model(**batch).logits[:, :-1]
         logits = logits[..., : model.config.num_language_rows or None]

@@ -42,8 +42,8 @@ def images(tmp_path: Path) -> list[Path]:
 def gradients(model, processor, conversations, *, separate: bool):
     """Return the summed loss, the number of supervised tokens and all gradients."""
     examples = Examples(conversations=conversations, processor=processor, separate_questions=separate)
-    batch = Collator(0)([examples[i] for i in range(len(examples))])
-    batch.pop("sample_ids")
+    batch = Collator(0, processor.image_token_id)([examples[i] for i in range(len(examples))])
+    del batch["sample_ids"], batch["num_tokens"]
     if "branches" in batch:
         batch.pop("attention_mask")
     model.zero_grad()

@@ -78,9 +78,10 @@ def test_special_tokens_in_a_text_are_trained_as_text(processor, mark, where):
     assert mark in processor.tokenizer.decode(ids[ids != mark_id])
 
 
-def test_a_batch_is_padded_on_the_right_and_holds_all_images(examples):
+def test_a_batch_is_padded_on_the_right_and_holds_all_images(examples, processor):
     chosen = [examples[0], examples[3], examples[2]]
-    batch = Collator(pad_token_id=7)(chosen)
+    collate = Collator(pad_token_id=7, image_token_id=processor.image_token_id)
+    batch = collate(chosen)
     longest = max(len(example.input_ids) for example in chosen)
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (3, longest)
     for row, example in enumerate(chosen):
@@ -89,13 +90,24 @@ def test_a_batch_is_padded_on_the_right_and_holds_all_images(examples):
         assert batch["labels"][row].tolist() == example.labels.tolist() + [-100] * (longest - size)
         assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (longest - size)
     assert torch.equal(batch["pixel_values"], torch.cat([chosen[0].pixel_values, chosen[2].pixel_values]))
-    assert "pixel_values" not in Collator(pad_token_id=7)([examples[3], examples[7]])
+    assert "pixel_values" not in collate([examples[3], examples[7]])
+    assert batch["num_tokens"] == int(batch["attention_mask"].sum())
+    flat = batch["input_ids"].flatten()
+    found = [place for place, token in enumerate(flat.tolist()) if token == processor.image_token_id]
+    assert batch["image_positions"].tolist() == found
+    rows = batch["labels"].tolist()
+    supervised = [
+        (row, place) for row in range(3) for place in range(longest - 1) if rows[row][place + 1] != -100
+    ]
+    assert batch["supervised_positions"].tolist() == [
+        row * (longest - 1) + place for row, place in supervised
+    ]
 
 
 def test_padding_with_a_token_of_the_text_leaves_labels_and_mask_alone():
     """Phi-2 pads with its EOS: what is padding is told by the attention mask."""
     rows = [torch.tensor([5, 9, 9]), torch.tensor([9])]
-    batch = Collator(pad_token_id=9)([Example(input_ids=row, labels=row) for row in rows])
+    batch = Collator(pad_token_id=9, image_token_id=3)([Example(input_ids=row, labels=row) for row in rows])
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[5, 9, 9], [9, -100, -100]]
 

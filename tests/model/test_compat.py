@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from jinja2 import TemplateError
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig
 
 from tinyllava.config import ModelConfig
 from tinyllava.model.assemble import assemble
@@ -13,6 +13,7 @@ from tinyllava.model.compat import (
     CACHE_NAME,
     ComposedModel,
     attention_of,
+    causal_without_looking,
     forget_preparation,
     render_template,
 )
@@ -62,6 +63,31 @@ def test_both_parts_of_a_model_follow_its_attention(parts, attention):
     model, _ = assemble(ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts["phi"])))
     model.set_attn_implementation(attention)
     assert {attention_of(part) for part in (model, model.vision_encoder, model.language_model)} == {attention}
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi", "stablelm", "chatml"])
+def test_attention_of_training_is_that_of_sdpa_and_ends_with_it(parts, kind):
+    model = AutoModel.from_pretrained(parts[kind])
+    ids = torch.randint(0, 200, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = model(ids, use_cache=False).last_hidden_state
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9).clone()
+    mask[..., 4:, 0] = False
+    masked = model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert not torch.allclose(masked, expected, atol=1e-3)
+    with causal_without_looking(model):
+        assert attention_of(model) == "tinyllava_causal"
+        torch.testing.assert_close(model(ids, use_cache=False).last_hidden_state, expected)
+        torch.testing.assert_close(model(ids, attention_mask=mask, use_cache=False).last_hidden_state, masked)
+    assert attention_of(model) == "sdpa"
+
+
+def test_a_model_with_windows_of_attention_keeps_its_masks():
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModel.from_config(
+        MistralConfig(vocab_size=20, num_key_value_heads=2, sliding_window=4, **sizes)
+    )
+    with causal_without_looking(model):
+        assert attention_of(model) == "sdpa"
 
 
 def test_a_tied_head_is_one_tensor_with_the_embedding(parts):

@@ -116,8 +116,9 @@ def test_one_step_of_each_stage(tmp_path: Path, code: Any, family: str) -> None:
         records = read_records(tmp_path / ("captions.json" if is_first else "records.json"), tmp_path)
         template = as_published(read_template("caption")) if is_first else None
         examples = Examples(conversations=records.conversations, processor=processor, template=template)
-        batch = Collator(processor.tokenizer.pad_token_id)([examples[i] for i in range(len(examples))])
-        del batch["sample_ids"]
+        collate = Collator(processor.tokenizer.pad_token_id, processor.image_token_id)
+        batch = collate([examples[i] for i in range(len(examples))])
+        del batch["sample_ids"], batch["num_tokens"]
         pixels = batch["pixel_values"][0].double()
         assert [float(pixels.sum()), float((pixels**2).sum())] == pytest.approx(expected["pixels"], rel=1e-6)
         fill(model, family)

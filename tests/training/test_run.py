@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
 from tinyllava.config import FROZEN, FULL, Hardware, from_layer, lora
@@ -16,7 +17,7 @@ from tinyllava.model.tuning import apply_tuning, component_of
 from tinyllava.parts.templates import read_template
 from tinyllava.training import checkpoints
 from tinyllava.training.run import train
-from tinyllava.training.trainer import fastest_attention
+from tinyllava.training.trainer import StageTrainer, fastest_attention
 from training_toys import plain_loop, toy_run
 
 
@@ -294,6 +295,62 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(parts, rec
         TrainingError, match=r"the loss is nan at step 1; samples: .*records\.json: record \d"
     ):
         train(damaged)
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result the host needs before it goes on, or whose shape it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if (
+            "index" in str(func) and len(args) > 1 and isinstance(args[1], list)
+        ):  # boolean masks are looked for
+            tags = any(place is not None and place.dtype == torch.bool for place in args[1])
+        if tags or "masked_scatter_backward" in str(func):  # which selects by a mask
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("llm", "encoder", "recomputed"),
+    [("llama", "clip", False), ("phi", "siglip", True), ("stablelm", "siglip", False)],
+)
+def test_the_host_waits_for_nothing_inside_a_micro_batch(
+    parts, records, tmp_path, monkeypatch, llm, encoder, recomputed
+):
+    original, counts = StageTrainer.training_step, []
+
+    def counting(self, *args, **kwargs):
+        with Waits() as waits:
+            loss = original(self, *args, **kwargs)
+        counts.append(waits.names)
+        return loss
+
+    monkeypatch.setattr(StageTrainer, "training_step", counting)
+    hardware = Hardware(num_workers=0, precision="bf16", gradient_checkpointing=recomputed)
+    run = toy_run(parts, records, tmp_path / "run", llm=llm, encoder=encoder, hardware=hardware)
+    share = dataclasses.replace(run.stages["finetune"], vision_encoder=from_layer(1))
+    train(dataclasses.replace(run, stages=run.stages | {"finetune": share}))
+    assert counts == [[]] * 6
+
+
+def test_what_the_host_waits_for_is_counted():
+    """The six of a micro-batch that counts and looks for its positions itself."""
+    values, mask = torch.randn(3, 4, requires_grad=True), torch.tensor([True, False, True])
+    with Waits() as waits:
+        int(mask.sum())
+        picked = values[mask]
+        mixed = values.masked_scatter(mask.unsqueeze(1), picked)
+        mixed.sum().backward()
+        mask.nonzero()
+        bool(torch.isfinite(values.sum()))
+    names = [name.removeprefix("aten.") for name in waits.names]
+    assert sum(name.startswith("_local_scalar_dense") for name in names) == 2
+    assert sum("index" in name or name.startswith(("masked_", "nonzero")) for name in names) == 4
 
 
 def test_stage_one_checkpoints_hold_the_connector_alone(parts, records, tmp_path, monkeypatch):

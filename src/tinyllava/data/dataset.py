@@ -164,11 +164,14 @@ class Collator:
     """Examples to one right-padded batch."""
 
     pad_token_id: int
+    image_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Return input_ids, attention_mask and labels [B, N], all images, and the samples' ids.
 
-        Where a sample has branches, ``branches`` [B, N] too.
+        Positions of image tokens and supervised tokens, and the number of tokens, are counted here: on a GPU
+        the host would have to wait for them (see ``TinyLlavaForConditionalGeneration.forward``). Where a
+        sample has branches, there are ``branches`` [B, N] too.
         """
         longest = max(len(example.input_ids) for example in examples)
         batch: dict[str, Any] = {
@@ -183,6 +186,10 @@ class Collator:
             parts = [value for e in examples if (value := getattr(e, name)) is not None]
             if parts:
                 batch[name] = torch.cat(parts)
+        at_image = batch["input_ids"] == self.image_token_id
+        batch["image_positions"] = at_image.flatten().nonzero().flatten()
+        batch["supervised_positions"] = (batch["labels"][:, 1:] != IGNORED).flatten().nonzero().flatten()
+        batch["num_tokens"] = sum(len(example.input_ids) for example in examples)
         batch["sample_ids"] = [example.place for example in examples]
         return batch
 

@@ -3,11 +3,13 @@
 Each has a test in ``tests/model/test_compat.py``, which runs with the lowest, pinned and newest releases.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -45,6 +47,42 @@ class ComposedModel(PreTrainedModel):
 def attention_of(model: Any) -> str:
     """Return the name of the attention that a model of transformers computes with, such as ``sdpa``."""
     return str(model.config._attn_implementation)
+
+
+CAUSAL = "tinyllava_causal"
+"""Attention of training: ``sdpa`` without looking at the batch for a mask, for which the host would wait."""
+
+
+def _causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attend causally, or as a mask [B, 1, N, N] says that was made beforehand."""
+    attend: Any = AttentionInterface()["sdpa"]
+    output: tuple[Tensor, None] = attend(module, query, key, value, attention_mask, **kwargs)
+    return output
+
+
+AttentionInterface.register(CAUSAL, _causal_attention)
+
+
+@contextmanager
+def causal_without_looking(language_model: PreTrainedModel) -> Iterator[None]:
+    """Let a language model attend causally whatever a batch holds; padding has to stand on the right.
+
+    transformers makes no mask for an attention that it has none for. Otherwise it looks whether the positions
+    are those of several sequences in a row. A model with windows of attention needs its masks and keeps them.
+    """
+    config: Any = language_model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    has_windows = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
+    if attention_of(language_model) != "sdpa" or has_windows:
+        yield
+        return
+    language_model.set_attn_implementation(CAUSAL)
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation("sdpa")
 
 
 def render_template(

@@ -91,6 +91,7 @@ class TinyLlavaModel(ComposedModel):
         image_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        image_positions: Tensor | None = None,
         branches: Tensor | None = None,
         without_last: bool = False,
         **kwargs: Any,
@@ -98,6 +99,8 @@ class TinyLlavaModel(ComposedModel):
         """Run the sequence [B, N] with images [I, 3, H, W], or with their patch features [I, M, X].
 
         Args:
+            image_positions: places of the image tokens in the flattened ``input_ids`` [I * T]; without them
+                they are looked for, for which the host has to wait for the device.
             branches: branch of each token [B, N], see ``branch_attention``; takes the place of a mask.
             without_last: run the first N - 1 positions only, as the loss needs them.
 
@@ -109,7 +112,9 @@ class TinyLlavaModel(ComposedModel):
             assert input_ids is not None
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if image_tokens is not None:
-                inputs_embeds = self._splice(input_ids, inputs_embeds, image_tokens)
+                if image_positions is None:
+                    image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().flatten()
+                inputs_embeds = _splice(inputs_embeds, image_tokens, image_positions)
         if without_last:
             inputs_embeds = inputs_embeds[:, :-1]
             attention_mask = None if attention_mask is None else attention_mask[:, :-1]
@@ -159,17 +164,17 @@ class TinyLlavaModel(ComposedModel):
             return self.encode_images(self.blank_image())[:0]
         return weight.new_zeros(0, self.config.num_patches, self.config.vision_width)
 
-    def _splice(self, input_ids: Tensor, embeds: Tensor, image_tokens: Tensor) -> Tensor:
-        """Put image tokens [I, T, D] where ``input_ids`` [B, N] holds the image token."""
-        at_image = input_ids == self.config.image_token_id
-        num_expected, num_found = image_tokens.shape[0] * image_tokens.shape[1], int(at_image.sum())
-        if num_expected != num_found:
-            raise ValueError(
-                f"{image_tokens.shape[0]} images of {image_tokens.shape[1]} tokens need {num_expected} "
-                f"image tokens in input_ids, found {num_found}; let the processor expand <image>, and do not "
-                "truncate."
-            )
-        return embeds.masked_scatter(at_image.unsqueeze(-1), image_tokens.to(embeds.dtype))
+
+def _splice(embeds: Tensor, image_tokens: Tensor, positions: Tensor) -> Tensor:
+    """Put image tokens [I, T, D] at their places in the flattened embeddings [B, N, D]."""
+    num_expected, num_found = image_tokens.shape[0] * image_tokens.shape[1], len(positions)
+    if num_expected != num_found:
+        raise ValueError(
+            f"{image_tokens.shape[0]} images of {image_tokens.shape[1]} tokens need {num_expected} image "
+            f"tokens in input_ids, found {num_found}; let the processor expand <image>, and do not truncate."
+        )
+    rows = image_tokens.flatten(0, 1).to(embeds.dtype)
+    return embeds.flatten(0, 1).index_copy(0, positions, rows).view_as(embeds)
 
 
 class TinyLlavaForConditionalGeneration(
@@ -247,6 +252,7 @@ class TinyLlavaForConditionalGeneration(
         image_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        supervised_positions: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -257,6 +263,8 @@ class TinyLlavaForConditionalGeneration(
             image_features: patch features [I, M, X] in place of ``pixel_values``, computed beforehand.
             labels: token ids [B, N] where supervised, -100 elsewhere; not shifted. With them hidden states
                 are those of the first N - 1 positions.
+            supervised_positions: places [S] in the flattened first N - 1 positions whose next token is
+                supervised. Without them they are looked for, for which the host has to wait for the device.
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is the sum divided by
                 it. Without it the mean over this batch.
         """
@@ -272,7 +280,10 @@ class TinyLlavaForConditionalGeneration(
         )
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
-            loss = self._loss(hidden, labels, num_items_in_batch)
+            targets = labels[:, 1:].flatten()
+            if supervised_positions is None:
+                supervised_positions = (targets != IGNORED).nonzero().flatten()
+            loss = self._loss(hidden.flatten(0, 1), targets, supervised_positions, num_items_in_batch)
             if outputs.image_tokens is not None and len(outputs.image_tokens) == 0:
                 loss = loss + 0.0 * outputs.image_tokens.sum()  # see TinyLlavaModel._no_features
         else:
@@ -287,13 +298,14 @@ class TinyLlavaForConditionalGeneration(
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, positions: Tensor, num_items: Tensor | int | None
+    ) -> Tensor:
         """Equation 3: cross-entropy at the positions whose next token is supervised."""
-        targets = labels[:, 1:]
-        supervised = targets != IGNORED
-        logits = self.lm_head(hidden[supervised])[:, : self.config.num_language_rows or None].float()
-        total = cross_entropy(logits, targets[supervised], reduction="sum")
-        return total / (supervised.sum() if num_items is None else num_items)
+        rows = self.config.num_language_rows or None
+        logits = self.lm_head(hidden.index_select(0, positions))[:, :rows].float()
+        total = cross_entropy(logits, targets.index_select(0, positions), reduction="sum")
+        return total / (len(positions) if num_items is None else num_items)
 
     def prepare_inputs_for_generation(
         self,

@@ -25,7 +25,7 @@ from tinyllava.data.workers import naming_dead_workers
 from tinyllava.errors import DataError, TinyLlavaError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
 from tinyllava.model.assemble import assemble, open_checkpoint
-from tinyllava.model.compat import forget_preparation
+from tinyllava.model.compat import causal_without_looking, forget_preparation
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
@@ -172,7 +172,8 @@ def _run_stage(
         _announce(name, stage, ledger, prepared)
         keeper = checkpoints.CheckpointKeeper(folder, identity)
         last = checkpoints.load_last(resumed, model) if resumed else None
-        metadata = last or _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
+        with causal_without_looking(model.language_model):
+            metadata = last or _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
         ledger = close_ledger(ledger, model)
         ledger.require_movement()
         for component in ledger.unmoved():
@@ -311,7 +312,7 @@ def make_trainer(
         args=arguments,
         train_dataset=prepared.examples,
         stage=stage,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
+        data_collator=Collator(processor.tokenizer.pad_token_id, processor.image_token_id),
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)

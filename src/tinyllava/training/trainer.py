@@ -6,12 +6,13 @@ Paper: section 4.1.2.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from math import ceil, cos, pi
+from math import ceil, cos, isfinite, pi
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -57,6 +58,7 @@ class StageTrainer(Trainer):
         self.stage = stage
         self.num_tokens = 0
         self.num_samples = 0
+        self._since_log: list[tuple[Tensor, list[str]]] = []
         if stage.loss_norm == "micro":
             self.model_accepts_loss_kwargs = False  # then the Trainer averages the micro-batches' means
 
@@ -116,25 +118,33 @@ class StageTrainer(Trainer):
         return prepared
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward pass.
+        """One forward and backward pass, in which the host never waits for the device."""
+        sample_ids = inputs.pop("sample_ids", [])
+        self.num_tokens += inputs.pop("num_tokens", 0)
+        self.num_samples += len(sample_ids)
+        # Padding stands on the right, where no supervised position looks: without a mask attention is plainly
+        # causal, for which PyTorch has its fastest kernels, and the loss is the same.
+        inputs.pop("attention_mask", None)
+        with fastest_attention(inputs["input_ids"], bf16=self.args.bf16):
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._since_log.append((loss, sample_ids))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step, which waits for the device anyway, and look at its loss before anything is saved.
 
         Raises:
             TrainingError: the loss is not a finite number; the samples are named.
         """
-        sample_ids = inputs.pop("sample_ids", [])
-        # Padding stands on the right, where no supervised position looks: without a mask attention is plainly
-        # causal, for which PyTorch has its fastest kernels, and the loss is the same.
-        self.num_tokens += int(inputs.pop("attention_mask").sum())
-        self.num_samples += len(sample_ids)
-        with fastest_attention(inputs["input_ids"], bf16=self.args.bf16):
-            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
+        losses, self._since_log = self._since_log, []
+        if not isfinite(logs.get("loss", 0.0)):
+            bad = [sample for loss, ids in losses if not isfinite(loss.item()) for sample in ids]
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; "
-                f"samples: {', '.join(sample_ids)}. "
+                f"the loss is {logs['loss']} at step {self.state.global_step}; "
+                f"samples: {', '.join(gather_object(bad))}. "
                 "Look at them with `tinyllava record`; lower the learning rate, or train with precision fp32."
             )
-        return loss
+        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, *_: Any, **__: Any) -> None:
         """Write the trained tensors only: the frozen ones are where they came from; no pickle."""
@@ -201,6 +211,7 @@ def make_arguments(
         dataloader_num_workers=hardware.num_workers,
         dataloader_persistent_workers=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # copies while the device computes
         seed=seed,
         data_seed=seed,
         logging_steps=1,

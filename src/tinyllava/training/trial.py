@@ -83,8 +83,9 @@ def _largest_batches(
     longest = max(places, key=lambda i: examples.lengths[i])
     fullest = max(places, key=lambda i: (len(examples.conversations[i].images), examples.lengths[i]))
     for place in (longest, fullest):
-        batch = Collator(processor.tokenizer.pad_token_id)([examples[place]] * size)
-        del batch["sample_ids"], batch["attention_mask"]  # see StageTrainer
+        collate = Collator(processor.tokenizer.pad_token_id, processor.image_token_id)
+        batch = collate([examples[place]] * size)
+        del batch["sample_ids"], batch["num_tokens"], batch["attention_mask"]  # see StageTrainer
         yield batch
 
 
