@@ -24,6 +24,7 @@ IMPORT_NAMES = {
     "pillow": "PIL",
     "prometheus-client": "prometheus_client",
     "protobuf": "google",
+    "rouge-score": "rouge_score",
 }
 
 

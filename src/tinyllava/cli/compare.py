@@ -10,6 +10,7 @@ headline number with its 95% interval (paired bootstrap over images) and
 McNemar's test, and writes a page with the questions that flipped.
 
   tinyllava compare evaluations/mine evaluations/other --data /data/bench
+  tinyllava compare evaluations/before evaluations/after --data my_test.json
   tinyllava compare evaluations/mine/pope evaluations/mine/pope-blind
 """
 
@@ -19,12 +20,17 @@ def main(arguments: list[str]) -> int:
     parser = CommandParser("compare", _HELP)
     parser.add_argument("a", type=_find, help="folder of an evaluation, or of one benchmark in it")
     parser.add_argument("b", type=_find, help="the same folder of the other model")
-    parser.add_argument("--data", default="", help="folder of the benchmarks, to show images and references")
+    parser.add_argument(
+        "--data",
+        default="",
+        help="folder of the benchmarks, or file of own questions: shows images and right answers",
+    )
+    parser.add_argument("--images", default="", help="with a file in --data: folder of its images")
     parser.add_argument("--output", default="flips.html", help="page to write")
     parser.add_argument("--limit", type=int, default=200, help="flipped questions to show per benchmark")
     known = parser.parse_args(arguments)
 
-    from tinyllava.evaluation.checkpoint import find_benchmarks, find_folders
+    from tinyllava.evaluation.checkpoint import find_questions
     from tinyllava.evaluation.compare import compare
     from tinyllava.studies.report.flips import write_flips
 
@@ -39,8 +45,9 @@ def main(arguments: list[str]) -> int:
             print(f"skipped, because B has no answers or a score is missing: {', '.join(left_out)}")
     questions = {}
     if known.data:
-        benchmarks = find_benchmarks(",".join(comparison.benchmark for comparison in comparisons))
-        folders = find_folders(benchmarks, Path(known.data))
+        listed = ",".join(comparison.benchmark for comparison in comparisons)
+        listed = "all" if Path(known.data).is_file() else listed
+        benchmarks, folders = find_questions(known.data, listed, images=known.images)
         questions = {name: benchmark.load(folders[name]) for name, benchmark in benchmarks.items()}
     output = Path(known.output)
     write_flips(comparisons, output, a=str(known.a), b=str(known.b), questions=questions, limit=known.limit)

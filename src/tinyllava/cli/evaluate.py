@@ -3,7 +3,8 @@
 import argparse
 import os
 import textwrap
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,18 @@ from tinyllava.parts.folders import default_name
 from tinyllava.planning.launch import choose_processes, launch
 
 if TYPE_CHECKING:
-    from tinyllava.evaluation.benchmark import Benchmark
+    from tinyllava.evaluation.benchmark import Benchmark, Prediction
     from tinyllava.evaluation.judge import Judge, Reviews
     from tinyllava.evaluation.results import Result
 
-_MOST_SHOWN = 10  # questions that could not be asked; a file has all
+_MOST_SHOWN = 10  # questions that could not be asked, and readings; files have all
+_MOST_QUOTED = 3  # answers that could not be read
 _GLUE = "\N{NO-BREAK SPACE}"  # keeps a name and its number on one line
 
 _HELP = """
 Evaluate a checkpoint on the benchmarks of the paper, with their published
-prompts, parsing and metrics. Run the same command again to resume.
+prompts, parsing and metrics, or on your own questions. Run the same command
+again to resume.
 
   tinyllava evaluate MODEL --data /data/bench
       all nine benchmarks, in /data/bench/vqav2, /data/bench/gqa and so on
@@ -34,6 +37,10 @@ prompts, parsing and metrics. Run the same command again to resume.
       scores answers written by LLaVA's scripts
   tinyllava evaluate MODEL --data /data/bench --gpus 4
       one process for each of four GPUs (default: all of this machine)
+
+  tinyllava evaluate MODEL --data my_test.json
+      your own questions; a metric is chosen by what the right answers look like
+  tinyllava evaluate MODEL --data my_test.json --metric exact --blind
 
 MM-Vet and LLaVA-W need a judge model, or a folder with its recorded reviews:
   tinyllava evaluate MODEL --data /data/bench --benchmarks mmvet,llava-w \\
@@ -48,10 +55,16 @@ MM-Vet and LLaVA-W need a judge model, or a folder with its recorded reviews:
 def main(arguments: list[str]) -> int:
     """Evaluate; print one line for each benchmark, and the results file as the last line."""
     known = _parse(arguments)
-    from tinyllava.evaluation.checkpoint import find_benchmarks, find_folders
+    from tinyllava.evaluation.checkpoint import find_questions
 
-    benchmarks = find_benchmarks(known.benchmarks)
-    folders = find_folders(benchmarks, Path(known.data))
+    own = {
+        "images": known.images,
+        "metric": known.metric,
+        "tolerance": known.tolerance,
+        "skip": tuple(known.skip),
+        "max_tokens": known.max_tokens,
+    }
+    benchmarks, folders = find_questions(known.data, known.benchmarks, **own)
     output = Path(known.output or f"evaluations/{default_name(Path(known.model))}")
     judges = _make_judges(known, output, benchmarks)
     num_processes = 1 if known.score_only or known.device else choose_processes(known.gpus)
@@ -113,6 +126,7 @@ def _score(
 ) -> bool:
     """Score a benchmark, print the result, and return whether every question has an answer."""
     from tinyllava.evaluation.answers import read_refusals
+    from tinyllava.evaluation.answers import read_predictions
     from tinyllava.evaluation.results import load_results
     from tinyllava.evaluation.score import answers_folder, score, set_aside_if_damaged
 
@@ -133,10 +147,13 @@ def _score(
     )
     for line in describe_metrics(result):
         print(f"  {line}")
+    folder = answers_folder(output, benchmark, blind=known.blind)
+    predictions = read_predictions(folder / "predictions.jsonl")
     print("  " + describe_answers(result, benchmark))
+    for line in describe_readings(predictions):
+        print(f"  {line}")
     if result.num_missing:
         print(f"  {result.num_missing:,} questions have no answer and count as wrong")
-        folder = answers_folder(output, benchmark, blind=known.blind)
         refusals = read_refusals(folder)
         for line in refusals[:_MOST_SHOWN]:
             print(f"    {line}")
@@ -144,11 +161,53 @@ def _score(
             print(f"    and {len(refusals) - _MOST_SHOWN:,} more in {folder / 'refused-*.jsonl'}")
     for note in result.notes:
         print(f"  {note}")
+    print(f"  {_write_page(benchmark, data, folder, path, result, predictions)}")
     kept = {(one.model, one.benchmark) for one in load_results(path)}
     for one in before:
         if (one.model, one.benchmark) not in kept:
             print(f"  dropped from {path}: {one.model}, from other data or another judge. Score it again.")
     return not result.num_missing
+
+
+def _write_page(
+    benchmark: "Benchmark",
+    data: Path,
+    folder: Path,
+    results: Path,
+    result: "Result",
+    predictions: Sequence["Prediction"],
+) -> Path:
+    """Write the page with right and wrong answers; it and a line have the score of blank images, if any."""
+    from tinyllava.evaluation.results import load_results
+    from tinyllava.evaluation.score import BLANK
+    from tinyllava.studies.report.answers import write_answers
+
+    name = f"{result.model}{BLANK}"
+    results_of = {(one.model, one.benchmark): one for one in load_results(results)}
+    blind = results_of.get((name, result.benchmark))
+    for metric in blind.metrics if blind else ():
+        if metric.name == result.metric:
+            print(f"  with blank images: {metric}")
+    asked = {prediction.question_id for prediction in predictions}
+    questions = [question for question in benchmark.load(data) if question.id in asked]
+    return write_answers(folder / "answers.html", benchmark, questions, predictions, result, blind)
+
+
+def describe_readings(predictions: Sequence["Prediction"]) -> list[str]:
+    """Return lines that say what was read out of the answers, and quote some that could not be read."""
+    answered = [one for one in predictions if one.answer.strip()]
+    counts = Counter(_shorten(one.parsed) for one in answered if one.is_clear and one.parsed)
+    listed = ", ".join(f"{text} {number:,}" for text, number in counts.most_common(_MOST_SHOWN))
+    more = f", and {len(counts) - _MOST_SHOWN:,} other readings" if len(counts) > _MOST_SHOWN else ""
+    unread = [one for one in answered if not one.is_clear][:_MOST_QUOTED]
+    quoted = "; ".join(f"{_shorten(one.answer)!r} (question {one.question_id})" for one in unread)
+    texts = [f"read as: {listed}{more}"] * bool(counts) + [f"not read: {quoted}"] * bool(unread)
+    return [line for text in texts for line in textwrap.wrap(text, 110, subsequent_indent="  ")]
+
+
+def _shorten(text: str) -> str:
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return textwrap.shorten(text, 40, placeholder="...") or text[:40]
 
 
 def describe_answers(result: "Result", benchmark: "Benchmark") -> str:
@@ -178,7 +237,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = CommandParser("evaluate", _HELP)
     add = parser.add_argument
     add("model", help="checkpoint folder")
-    add("--data", required=True, help="folder with one subfolder per benchmark")
+    add(
+        "--data",
+        required=True,
+        help="folder with one subfolder per benchmark, or a file with your own questions and right answers",
+    )
     add("--benchmarks", default="all", help="names separated by commas, or all: the nine of the paper")
     add("--output", default="", help="folder for answers and results (default: evaluations/MODEL-HASH)")
     add("--blind", action="store_true", help="replace every image with its mean colour")
@@ -190,6 +253,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="with --score-only: answers written by LLaVA's scripts; a file, or a folder with NAME.jsonl or "
         "NAME/answers/MODEL.jsonl per benchmark",
     )
+    add("--images", default="", help="own questions: folder of the images (default: the file's)")
+    add(
+        "--metric",
+        default="auto",
+        help="own questions: exact, yes_no, number, choice, contains, vqa, f1, rouge, judge, FILE.py:NAME "
+        "or auto (default: by what the right answers look like)",
+    )
+    add("--tolerance", default="0", help="own questions: how far a number may be off: 0.5, or 5%%")
+    add("--max-tokens", type=int, default=256, help="own questions: max length of an answer (default: 256)")
+    add("--skip", action="append", default=[], help="own questions: leave out records with this defect")
     add("--gpus", type=int, default=0, help="GPUs, one process each (default: all of this machine)")
     add("--device", default="", help="torch device (default: a GPU if available)")
     add(
@@ -205,6 +278,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default=max(1, min(4, (os.cpu_count() or 2) - 1)),
         help="processes that load images (default: number of cores minus one, at most 4)",
     )
+    _add_judge(parser)
+    known = parser.parse_args(arguments)
+    _check(parser, known)
+    return known
+
+
+def _add_judge(parser: CommandParser) -> None:
+    add = parser.add_argument
     add("--judge-url", default="", help="OpenAI-compatible endpoint of the judge, up to and including /v1")
     add("--judge-model", default="", help="model name of the judge; with --reviews, their author")
     add("--judge-key", default="OPENAI_API_KEY", help="environment variable with the API key")
@@ -217,8 +298,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="recorded reviews: a file (.jsonl, or MM-Vet's .json), or a folder with NAME.jsonl, NAME.json "
         "or NAME/reviews-JUDGE.jsonl per benchmark",
     )
-    known = parser.parse_args(arguments)
-    for name, least in (("limit", 0), ("batch_tokens", 0), ("workers", 0)):
+
+
+def _check(parser: CommandParser, known: argparse.Namespace) -> None:
+    """Refuse options that exclude each other or cannot be."""
+    for name, least in (("limit", 0), ("max_tokens", 1), ("batch_tokens", 0), ("workers", 0)):
         if getattr(known, name) < least:
             option = name.replace("_", "-")
             parser.error(f"--{option} is {getattr(known, name)}; it must be {least} or more")
@@ -230,7 +314,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--answers needs --score-only and excludes --blind, because no model runs")
     if known.judge_url and known.reviews:
         parser.error("--judge-url and --reviews exclude each other: a score has one judge")
-    return known
 
 
 def _make_judges(

@@ -4,6 +4,7 @@ Paper: section 4.1.3. A line is complete or missing, whenever a run is killed. S
 and needs no model; comparing starts from the scored ones (predictions.jsonl).
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from tinyllava.errors import ConfigError, DataError
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import Record, parse_line, read_lines
-from tinyllava.files import held, sha256_of, whole_file, whole_lines, write_text
+from tinyllava.files import held, read_object, sha256_of, whole_file, whole_lines, write_text
 from tinyllava.inference.identity import claim_answers
 
 _FIX = "Delete the line, or the file, and evaluate again."
@@ -200,18 +201,60 @@ def take_llava_answers(
             file.append((q, answers[q.id]) for q in questions if q.id in answers and q.id not in done)
 
 
-def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
+def claim_folder(folder: Path, run: Mapping[str, Any], edited: Sequence[Question] = ()) -> None:
     """Make the folder of a run, or make sure that it is the same run's.
+
+    Args:
+        folder: of the answers.
+        run: what they depend on, by name.
+        edited: questions that the user may edit; what was asked is kept as hashes.
 
     Raises:
         ConfigError: the folder holds answers of another model, protocol or setting.
+        DataError: see ``check_edited``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fix = "Choose another output folder, or delete this one."
     identity = folder / "run.json"
     if not identity.exists() and any(path.stat().st_size for path in folder.glob("answers-*.jsonl")):
         raise ConfigError(f"{folder}: has answers, but no {identity.name} names their model. {fix}")
-    claim_answers(folder, identity, run, fix=fix, told_by={"model": "weights"})
+    blind = run.get("blind") is True
+    check_edited(folder, edited, blind=blind)
+    known = (read_object(identity) or {}).get("asked") or {}
+    noted = {"asked": {**known, **{question.id: _hash_asked(question, blind) for question in edited}}}
+    told_by = {"model": "weights"}
+    claim_answers(folder, identity, run, fix=fix, told_by=told_by, noted=noted if edited else {})
+
+
+def check_edited(folder: Path, questions: Sequence[Question], *, blind: bool) -> None:
+    """Make sure that the questions with an answer in a folder are as they were when they were asked.
+
+    Raises:
+        DataError: the image or an earlier turn of one has changed (``read_answers`` compares the prompts).
+    """
+    asked = (read_object(folder / "run.json") or {}).get("asked") or {}
+    answered = read_answers(folder, questions) if asked else {}
+    for question in questions:
+        if question.id in answered and asked.get(question.id) != _hash_asked(question, blind):
+            raise DataError(
+                f"{question.conversation.place}: its image or an earlier turn changed since it was answered. "
+                f"Choose another output folder, or delete {folder}."
+            )
+
+
+def _hash_asked(question: Question, blind: bool) -> str:
+    """Return a hash of the turns and, unless they are blanked, of what the images' files hold."""
+    digest = hashlib.sha256()
+    for message in question.conversation.messages:
+        digest.update(json.dumps([message.role, message.text, len(message.images)]).encode())
+        for image in () if blind else message.images:
+            if image.data is not None:
+                digest.update(hashlib.sha256(image.data).digest())
+            elif image.path is not None and image.path.is_file():
+                digest.update(bytes.fromhex(sha256_of(image.path)))
+            else:
+                digest.update(b"missing")
+    return digest.hexdigest()[:16]
 
 
 def _words(prompt: str) -> str:

@@ -152,6 +152,10 @@ class Benchmark:
     """How a judge model grades the answers; None where none is needed."""
     details: Callable[[Sequence[Question], Sequence[Prediction]], Sequence[Metric]] | None = None
     """Sub-scores of the official tool that are not ratios of sums."""
+    prompting: str = ""
+    """Id of what is asked, where several protocols grade the same answers; empty: the protocol's."""
+    is_edited: bool = False
+    """Whether the user may edit the questions, so that answers are kept with a hash of what was asked."""
     has_number_ids: bool = False
     """Whether ids are numbers, not texts, in LLaVA's question and answer files."""
     export: Exporter | None = None

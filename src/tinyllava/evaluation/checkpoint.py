@@ -5,11 +5,13 @@ Paper: section 4.1.3.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from tinyllava.errors import DataError
+from tinyllava.errors import ConfigError, DataError
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS, find_benchmark
+from tinyllava.evaluation.own_data import MAX_TOKENS, OwnSettings, own_benchmark
+from tinyllava.evaluation.own_metrics import AUTO
 from tinyllava.parts.user_code import is_reference
 
 if TYPE_CHECKING:
@@ -30,15 +32,15 @@ def evaluate(
     dtype: str = "auto",
     judge: "Judge | Reviews | None" = None,
     progress: "Callback | None" = None,
+    **own: Unpack[OwnSettings],
 ) -> "dict[str, Result]":
-    """Ask a checkpoint the questions of benchmarks, score the answers and return the results by name.
+    """Ask a checkpoint the questions of benchmarks or of a user's own file; return the results by name.
 
-    What an earlier call has answered is not asked again. Under ``torchrun`` every process calls it; all
-    but the first return an empty dictionary.
+    Earlier answers are not asked again. Under ``torchrun`` every process calls it; the first has results.
 
     Args:
         model: checkpoint folder, or its name on the hub.
-        data: folder with a folder for each benchmark.
+        data: folder with a folder for each benchmark, or a file of records with questions and right answers.
         benchmarks: names, or ``all``: the nine of the paper.
         output: folder of answers and results; empty means ``evaluations/NAME-HASH``.
         limit: ask only the first questions; 0 means all.
@@ -47,13 +49,13 @@ def evaluate(
         dtype: of the weights; ``auto`` suits the device.
         judge: grades MM-Vet and LLaVA-W; without one their answers are saved and not scored.
         progress: told of every step; without it the call is silent.
+        own: of a file: images, metric, tolerance, skip, max_tokens; see ``own_data.own_benchmark``.
 
     Raises:
-        UnknownNameError: no such benchmark.
         CheckpointError: no checkpoint there, or logits that are not numbers.
-        DataError: a benchmark's files are missing or broken.
         ConfigError: the output folder holds answers of another model.
         JudgeError: the judge does not answer.
+        DataError, UnknownNameError: see ``find_questions``.
     """
     from tinyllava.data.reporting import reporting
     from tinyllava.evaluation.run import Settings, answer_benchmark, processes
@@ -61,8 +63,7 @@ def evaluate(
     from tinyllava.inference.chat import Chat
     from tinyllava.parts.folders import default_name, local_folder
 
-    chosen = find_benchmarks(benchmarks)
-    folders = find_folders(chosen, Path(data))
+    chosen, folders = find_questions(data, benchmarks, **own)
     folder = local_folder(model)
     output = Path(output or f"evaluations/{default_name(folder)}")
     on = device or (str(processes().device) if processes().num_processes > 1 else "")
@@ -71,12 +72,44 @@ def evaluate(
     results = {}
     with reporting(progress):
         for name, benchmark in chosen.items():
-            grader = judge if benchmark.judging is not None else None
-            if answer_benchmark(chat, benchmark, folders[name], output, model=str(folder), settings=settings):
-                results[name] = score(
-                    benchmark, folders[name], output, blind=blind, limit=limit, judge=grader
-                )
+            grader, place = judge if benchmark.judging is not None else None, folders[name]
+            if answer_benchmark(chat, benchmark, place, output, model=str(folder), settings=settings):
+                results[name] = score(benchmark, place, output, blind=blind, limit=limit, judge=grader)
     return results
+
+
+def find_questions(
+    data: str | Path, benchmarks: str | Sequence[str], **own: Unpack[OwnSettings]
+) -> tuple[dict[str, Benchmark], dict[str, Path]]:
+    """Return the benchmarks by name and where the data of each is: of a folder, or of a user's own file.
+
+    Args:
+        data: folder of the benchmarks, or the file.
+        benchmarks: see ``find_benchmarks``.
+        own: of a file, see ``own_data.own_benchmark``.
+
+    Raises:
+        UnknownNameError: no such benchmark, or no such metric.
+        ConfigError: a file, but benchmarks were named; or a folder with a setting of a file.
+        DataError: a folder is missing, or a record of the file has a defect.
+    """
+    if Path(data).is_file():
+        if benchmarks != "all":
+            raise ConfigError(
+                f"--data {data} is a file of your own questions, which excludes --benchmarks. Give the "
+                "folder of the benchmarks, or leave out --benchmarks."
+            )
+        benchmark = own_benchmark(data, **own)
+        return {benchmark.name: benchmark}, {benchmark.name: Path(data)}
+    chosen = find_benchmarks(benchmarks)
+    usual = {"images": "", "metric": AUTO, "tolerance": "0", "skip": (), "max_tokens": MAX_TOKENS}
+    if given := [name for name, value in own.items() if name not in usual or value != usual[name]]:
+        option = given[0].replace("_", "-")
+        raise ConfigError(
+            f"--{option} is for a file of your own questions, but --data {data} is not a file. Leave it "
+            "out, or give the file."
+        )
+    return chosen, find_folders(chosen, Path(data))
 
 
 def find_benchmarks(names: str | Sequence[str]) -> dict[str, Benchmark]:

@@ -13,6 +13,7 @@ from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks import find_benchmark
 from tinyllava.evaluation.metrics.statistics import PairedDifference, mcnemar, paired_bootstrap
+from tinyllava.evaluation.own_data import PREFIX, from_predictions
 
 RIGHT = 0.5
 """From this score on, an answer counts as right in McNemar's test and in the list of flips."""
@@ -125,10 +126,13 @@ def _check_pairs(pairs: Sequence[Pair], benchmark: Benchmark) -> None:
             "for A and B: `tinyllava evaluate --score-only` with one --judge-model or one file of reviews."
         )
     for left, right in pairs:
-        if left.prompt != right.prompt or left.groups != right.groups:
+        if (left.prompt, left.groups) != (right.prompt, right.groups):
+            ours, theirs = (
+                (left.prompt, right.prompt) if left.prompt != right.prompt else (left.groups, right.groups)
+            )
             raise DataError(
-                f"{benchmark.name}: question {left.question_id!r} differs for B: {left.prompt!r} and "
-                f"{right.prompt!r}. Evaluate both on the same data with the same protocol."
+                f"{benchmark.name}: question {left.question_id!r} differs for B: {ours!r} and {theirs!r}. "
+                "Evaluate both on the same data with the same protocol or metric."
             )
         if left.score is None or right.score is None:
             side = "A" if left.score is None else "B"
@@ -158,7 +162,9 @@ def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tu
                 f"{left} is of {of_a[0].benchmark!r}, {right} of {of_b[0].benchmark!r}; "
                 "give two files of one benchmark."
             )
-        benchmark = find_benchmark(of_a[0].benchmark)
+        name = of_a[0].benchmark
+        is_own = name.startswith(PREFIX)
+        benchmark = from_predictions(name, of_a) if is_own else find_benchmark(name)
         if a.is_dir() and any(one.score is None for one in (*of_a, *of_b)):
             continue
         comparisons.append(compare_predictions(of_a, of_b, benchmark, num_resamples=num_resamples, seed=seed))

@@ -115,13 +115,13 @@ def answer_benchmark(
             identity = {
                 "model": spell(model),
                 "weights": weights,
-                "protocol": benchmark.protocol,
+                "protocol": benchmark.prompting or benchmark.protocol,
                 "max_new_tokens": benchmark.max_new_tokens,
                 "blind": settings.blind,
                 "dtype": chat.dtype,
             }
             refuse_other_weights(output, spell(model), weights)
-            claim_folder(folder, identity)
+            claim_folder(folder, identity, questions if benchmark.is_edited else ())
             forget_refusals(folder)
         state.wait_for_everyone()
         answer_questions(chat, questions, folder, benchmark.name, benchmark.max_new_tokens, settings, state)

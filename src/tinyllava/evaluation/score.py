@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import ConfigError, DataError
-from tinyllava.evaluation.answers import read_answers, write_llava_answers, write_predictions
+from tinyllava.evaluation.answers import (
+    check_edited,
+    read_answers,
+    write_llava_answers,
+    write_predictions,
+)
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.files import check_files
 from tinyllava.evaluation.judge import Judge, Reviews, save_reviews
 from tinyllava.evaluation.results import Result, ResultTable, load_results
 from tinyllava.files import held, read_object
 
-_BLANK = " (blank images)"
+BLANK = " (blank images)"
+"""Behind a model's name in results without images."""
 BLIND = "blind: every image replaced with its mean colour"
 
 
@@ -69,7 +75,7 @@ def refuse_other_weights(output: Path, model: str, weights: str) -> None:
     path = output / "results.json"
     set_aside_if_damaged(output)
     for result in load_results(path) if path.exists() else ():
-        if result.model.removesuffix(_BLANK) == model and result.weights and result.weights != weights:
+        if result.model.removesuffix(BLANK) == model and result.weights and result.weights != weights:
             raise ConfigError(
                 f"{path}: the score of {model} on {result.benchmark} is of other weights ({result.weights}, "
                 f"now {weights}). Choose another --output, or delete {output}."
@@ -82,9 +88,9 @@ def _record(result: Result, output: Path) -> Result:
     with held(path, is_folder=False, wait=True):
         set_aside_if_damaged(output)
         table = ResultTable.load(path) if path.exists() else ResultTable()
-        blank = _BLANK if result.model.endswith(_BLANK) else ""
+        blank = BLANK if result.model.endswith(BLANK) else ""
         names = (one.model for one in table.results if one.weights and one.weights == result.weights)
-        name = next(names, result.model).removesuffix(_BLANK)
+        name = next(names, result.model).removesuffix(BLANK)
         result = replace(result, model=f"{name}{blank}")
         table.fitting(result).with_result(result).save(path)
     return result
@@ -138,6 +144,8 @@ def _score(
 ) -> Result:
     run = _read_run(folder)
     questions = benchmark.load(data)[: limit or None]
+    if benchmark.is_edited:
+        check_edited(folder, questions, blind=blind)
     answers = read_answers(folder, questions)
     reviews = judge if benchmark.judging is not None else None
     if isinstance(reviews, Judge):
@@ -157,7 +165,7 @@ def _score(
     result = benchmark.result(
         questions,
         scored,
-        model=f"{run['model']}{_BLANK}" if blind else run["model"],
+        model=f"{run['model']}{BLANK}" if blind else run["model"],
         dtype=run["dtype"],
         decoding={} if "source" in run else None,  # nobody knows how another program's answers were made
         judge=judge_name or None,

@@ -6,6 +6,10 @@ Paper: appendix A, ScienceQA-IMG and MMBench.
 import re
 from collections.abc import Mapping
 
+from tinyllava.evaluation.metrics.words import has_run, normalise, words_of
+
+_LEADING_LETTER = re.compile(r"^\W*([A-Za-z])(?:\W*$|\s*[.):]\s*\S)")
+_NAMED_LETTER = re.compile(r"(?i:answer|option|choice)(?:\s+is|:)?\s*\W{0,3}([A-Z])\b(?!\s+[a-z])")
 _SCIENCEQA_LETTERS = "ABCDE"
 _SCIENCEQA_SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
@@ -67,3 +71,26 @@ def _extract_text(answer: str, options: Mapping[str, str]) -> str:
         return ""
     found = [letter for letter, text in options.items() if text.lower() in answer]
     return found[0] if len(found) == 1 else ""
+
+
+def find_choice(answer: str, choices: Mapping[str, str]) -> str:
+    """Return the letter of the option that an answer means; empty where it means none or several.
+
+    A letter alone or in front (``B``, ``(b)``, ``B. a dog``), then ``the answer is B``, then the text of an
+    option: the whole answer, or the only one that the answer has.
+    """
+    for pattern in (_LEADING_LETTER, _NAMED_LETTER):
+        match = pattern.search(answer.strip())
+        if match and match[1].upper() in choices:
+            return match[1].upper()
+    same = [letter for letter, text in choices.items() if normalise(text) == normalise(answer)]
+    if len(same) == 1:
+        return same[0]
+    words = words_of(answer)
+    found = {letter: words_of(text) for letter, text in choices.items() if has_run(words, words_of(text))}
+    longest = [
+        letter
+        for letter, part in found.items()
+        if not any(other != letter and has_run(whole, part) for other, whole in found.items())
+    ]
+    return longest[0] if len(longest) == 1 else ""

@@ -7,6 +7,7 @@ import re
 
 YES, NO, OTHER = "yes", "no", "other"
 _NEGATIONS = frozenset({"No", "no", "not"})
+_YES, _NO = {"yes"}, {"no", "not", "none", "isn't", "aren't", "doesn't", "don't", "isnt", "cannot", "can't"}
 
 
 def parse_pope(answer: str) -> str:
@@ -31,3 +32,13 @@ def parse_mme(answer: str) -> str:
     if start in (YES, NO):
         return start
     return next((word for word in (YES, NO) if word in start[:4]), OTHER)
+
+
+def find_yes_or_no(answer: str) -> str:
+    """Return the first word if it is yes or no, else the only one of the two in the first sentence."""
+    sentence = re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0]
+    words = re.findall(r"[a-z']+", sentence.casefold().replace("\u2019", "'"))
+    said = ["yes" if word in _YES else "no" for word in words if word in _YES | _NO]
+    if not said or (words[0] not in _YES | _NO and len(set(said)) > 1):
+        return ""
+    return said[0]

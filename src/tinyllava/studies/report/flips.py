@@ -108,7 +108,7 @@ def write_flips(
         if question is None:
             return {"image": "", "target": ""}
         images = question.conversation.images
-        return {"image": _embed(images[0]) if images else "", "target": _spell(question.target)}
+        return {"image": _embed(images[0]) if images else "", "target": spell(question.target)}
 
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     page = environment.from_string(_PAGE).render(
@@ -129,7 +129,10 @@ def _embed(image: ImageRef) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _spell(target: object) -> str:
+def spell(target: object) -> str:
+    """Return the right answer of a question as text."""
+    if isinstance(target, dict) and "answers" in target:  # a user's own question
+        target = list(dict.fromkeys(target["answers"]))
     if isinstance(target, dict):
         return "\n".join(f"{name}: {value}" for name, value in target.items())
     return ", ".join(map(str, target)) if isinstance(target, list) else str(target or "")

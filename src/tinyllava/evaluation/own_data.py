@@ -1,0 +1,296 @@
+"""A user's own questions as a benchmark: graded by a metric that fits the answers, or that the user chose.
+
+Paper: none. The file is read as training reads it. Each answer of a record is asked for, after the turns
+before it. Further fields of a record: ``kind``, ``metric``, ``answers`` (all that are right), ``choices``,
+``tolerance``.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+from tinyllava.conversation import Conversation
+from tinyllava.data.records import read_raw, read_records
+from tinyllava.errors import ConfigError, DataError, UnknownNameError
+from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, means_by_group
+from tinyllava.evaluation.metrics.numbers import parse_tolerance
+from tinyllava.evaluation.metrics.references import Reference
+from tinyllava.evaluation.own_baselines import beside_the_score
+from tinyllava.evaluation.own_judge import JUDGE, JUDGING
+from tinyllava.evaluation.own_metrics import AUTO, LOOKS, MetricTable, UserMetric, choose_metrics
+from tinyllava.evaluation.question import Question
+
+PREFIX = "own-"
+"""What the name of every benchmark out of a user's file begins with."""
+MAX_TOKENS = 256
+"""Of an answer, where nothing else is asked for."""
+MAX_LABELS = 50
+"""Right answers with an accuracy of their own; where a file has more, the most frequent ones."""
+_OPTION_LINE = re.compile(r"^\s*\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
+
+
+class OwnSettings(TypedDict, total=False):
+    """Settings of a user's own file, as ``own_benchmark`` takes them."""
+
+    images: str | Path
+    metric: str | UserMetric
+    tolerance: str
+    skip: tuple[str, ...]
+    max_tokens: int
+
+
+def name_of(data: str | Path) -> str:
+    """Return the name under which the questions of a file are evaluated."""
+    return PREFIX + (re.sub(r"[^\w-]+", "_", Path(data).name.split(".")[0]) or "data")
+
+
+def own_benchmark(
+    data: str | Path,
+    *,
+    images: str | Path = "",
+    metric: str | UserMetric = AUTO,
+    tolerance: str = "0",
+    skip: tuple[str, ...] = (),
+    max_tokens: int = MAX_TOKENS,
+) -> Benchmark:
+    """Return a benchmark over a user's own file.
+
+    Args:
+        data: records with questions and right answers.
+        images: folder that image paths start from; empty means the file's.
+        metric: a name of ``references.METRICS``, ``judge``, ``auto`` (by what the answers look like), a
+            function, or one as ``FILE.py:NAME``. A record's own ``metric`` counts before it.
+        tolerance: of numbers: ``0.5``, or ``5%``. A record's own counts before it.
+        skip: defects whose records are left out.
+        max_tokens: max length of an answer.
+
+    Raises:
+        DataError: a record has a defect, or a right answer that its metric cannot read.
+        ConfigError: a wrong tolerance, or the user's function fails.
+        UnknownNameError: no such metric.
+        MissingExtraError: long answers need a package that is not installed.
+    """
+    path, table = Path(data), MetricTable()
+    asked = _read_asked(path, Path(images or path.parent), skip)
+    references = [_reference(one, tolerance) for one in asked]
+    default = table.add(metric)
+    kinds = [_kind_field(one.fields) for one in asked]
+    looks = choose_metrics(references, kinds)
+    kinds = [kind or LOOKS[look] for kind, look in zip(kinds, looks, strict=True)]
+    names = looks if default == AUTO else [default] * len(asked)
+    names = [_own_metric(one, table) or table.find(name) for one, name in zip(asked, names, strict=True)]
+    questions = _with_groups(
+        [_question(*one, table) for one in zip(asked, references, names, kinds, strict=True)], table
+    )
+    used = list(dict.fromkeys(names))
+    return replace(
+        from_predictions(name_of(path)),
+        protocol=table.protocol(used),
+        metric=_headline([table.metrics[name].title for name in used]),
+        num_questions=len(questions),
+        max_new_tokens=max_tokens,
+        load=lambda _: list(questions),
+        grade=partial(_grade, table),
+        details=partial(beside_the_score, partial(_grade, table)),
+        unclear="; ".join(dict.fromkeys(table.metrics[name].unclear for name in used)),
+        judging=JUDGING if JUDGE in used else None,
+        notes=_say_metrics(asked, names, table, default),
+    )
+
+
+def from_predictions(name: str, predictions: Sequence[Prediction] = ()) -> Benchmark:
+    """Return what compares two models on own questions; the file itself is not needed."""
+    return Benchmark(
+        name=name,
+        title=name.removeprefix(PREFIX),
+        protocol="own",
+        prompting="own",
+        split="",
+        metric=_headline(_titles(predictions)),
+        num_questions=0,
+        prompt="{question}",
+        load=lambda folder: [],
+        grade=lambda question, answer: Grade("", None),
+        summarise=_summarise,
+        is_edited=True,
+    )
+
+
+def _headline(titles: Sequence[str]) -> str:
+    return titles[0] if len(titles) == 1 else "mean score"
+
+
+def _titles(predictions: Sequence[Prediction]) -> list[str]:
+    groups = {group for prediction in predictions for group in prediction.groups}
+    return sorted(group.removeprefix("metric=") for group in groups if group.startswith("metric="))
+
+
+def _summarise(predictions: Sequence[Prediction]) -> Summary:
+    """Return the mean score over all and over each group; where kinds are metrics, they are named once."""
+    groups = means_by_group(predictions)
+    sizes = Counter(group.partition("=")[0] for group in groups)
+    if sizes["kind"] == sizes["metric"] == len({prediction.groups[:2] for prediction in predictions}):
+        sizes["metric"] = 1
+    several = {group: ratios for group, ratios in groups.items() if sizes[group.partition("=")[0]] > 1}
+    return {_headline(_titles(predictions)): [mean_of(predictions)], **several}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """One answer of a record, before its metric is known."""
+
+    conversation: Conversation
+    """Up to the question."""
+    id: str
+    answers: tuple[str, ...]
+    fields: Mapping[str, Any]
+    """The record as it is in the file."""
+
+
+def _read_asked(path: Path, images: Path, skip: tuple[str, ...]) -> list[_Asked]:
+    conversations = read_records(path, images, skip).conversations
+    fields = {at: raw if isinstance(raw, dict) else {} for at, raw in read_raw(path)}
+    times = Counter(conversation.id for conversation in conversations)
+    return [
+        one
+        for conversation in conversations
+        for one in _split_turns(conversation, fields[conversation.at], times[conversation.id] == 1)
+    ]
+
+
+def _split_turns(conversation: Conversation, fields: Mapping[str, Any], is_id: bool) -> list[_Asked]:
+    """Return a question for each answer of a conversation, with the turns before it."""
+    messages = conversation.messages
+    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    names = (conversation.id, "" if conversation.id and is_id else conversation.at)
+    base = " ".join(name for name in names if name)
+    given = _texts(fields, "answers", conversation) if len(turns) == 1 else ()
+    return [
+        _Asked(
+            conversation=replace(conversation, messages=messages[:i]),
+            id=base if len(turns) == 1 else f"{base}#{number}",
+            answers=given or (messages[i].text.strip(),),
+            fields=fields,
+        )
+        for number, i in enumerate(turns, start=1)
+    ]
+
+
+def _texts(fields: Mapping[str, Any], name: str, conversation: Conversation) -> tuple[str, ...]:
+    """Return a field that is a list of texts or numbers, or of VQA's objects with an answer each."""
+    value = fields.get(name)
+    if value in (None, "", []):
+        return ()
+    listed = value if isinstance(value, list) else [value]
+    texts = [one.get("answer") if isinstance(one, dict) else one for one in listed]
+    if not all(isinstance(one, str | int | float) and str(one).strip() for one in texts):
+        raise DataError(
+            f"{conversation.place}: {name!r} is {str(value)[:80]}. Write a list of texts, such as "
+            '["red", "dark red"].'
+        )
+    return tuple(str(one).strip() for one in texts)
+
+
+def _reference(one: _Asked, tolerance: str) -> Reference:
+    tolerance = str(one.fields.get("tolerance", tolerance))
+    try:
+        parse_tolerance(tolerance)
+    except ValueError:
+        raise ConfigError(
+            f"{one.conversation.place}: tolerance {tolerance!r} is not a number. Write 0.5, or 5% of the "
+            "right answer."
+        ) from None
+    return Reference(answers=one.answers, choices=_read_choices(one), tolerance=tolerance, record=one.fields)
+
+
+def _read_choices(one: _Asked) -> dict[str, str]:
+    """Return the options by letter: of the field ``choices``, or the lines ``A. ...`` of the question."""
+    value = one.fields.get("choices")
+    if isinstance(value, dict) and value:
+        return {str(letter).strip().upper(): str(text) for letter, text in value.items()}
+    if listed := _texts(one.fields, "choices", one.conversation):
+        return {chr(ord("A") + i): text for i, text in enumerate(listed)}
+    lines = dict(_OPTION_LINE.findall(one.conversation.messages[-1].text))
+    expected = [chr(ord("A") + i) for i in range(len(lines))]
+    return lines if len(lines) > 1 and list(lines) == expected else {}
+
+
+def _kind_field(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("kind") or fields.get("category") or "")
+
+
+def _own_metric(one: _Asked, table: MetricTable) -> str:
+    """Return the metric that a record names; code that only a data file names is not run."""
+    name = str(one.fields.get("metric") or AUTO)
+    if name == AUTO:
+        return ""
+    try:
+        return table.find(name)
+    except UnknownNameError as error:
+        raise DataError(f"{one.conversation.place}: {error}") from None
+
+
+def _question(one: _Asked, reference: Reference, name: str, kind: str, table: MetricTable) -> Question:
+    metric = table.metrics[name]
+    if problem := metric.check(reference):
+        raise DataError(f"{one.conversation.place}: metric {name}: {problem}")
+    target: dict[str, Any] = {"answers": list(one.answers), "metric": name}
+    if reference.choices and name == "choice":
+        target["choices"] = dict(reference.choices)
+    if name == "number":
+        target["tolerance"] = reference.tolerance
+    if metric.has_labels:
+        target["label"] = metric.read(one.answers[0], reference).parsed
+    return Question(
+        id=one.id,
+        conversation=one.conversation,
+        image=", ".join(str(image) for image in one.conversation.images),
+        target=target,
+        category=kind,
+        meta={"reference": reference},
+    )
+
+
+def _with_groups(questions: Sequence[Question], table: MetricTable) -> list[Question]:
+    """Add what each question is counted in: its kind, its metric, its right answer if that is frequent."""
+    labels = Counter(question.target.get("label", "") for question in questions)
+    frequent = {label for label, times in labels.most_common(MAX_LABELS) if times > 1 and label}
+    return [
+        replace(
+            question,
+            groups=(
+                f"kind={question.category}",
+                f"metric={table.metrics[question.target['metric']].title}",
+                *(f"answer={one.replace('=', ':')}" for one in frequent & {question.target.get("label")}),
+            ),
+        )
+        for question in questions
+    ]
+
+
+def _say_metrics(
+    asked: Sequence[_Asked], names: Sequence[str], table: MetricTable, default: str
+) -> tuple[str, ...]:
+    """Say which metric grades how many answers, and why."""
+    counts: Counter[str] = Counter()
+    for one, name in zip(asked, names, strict=True):
+        by_record = one.fields.get("metric") not in (None, "", AUTO)
+        why = "chosen by the record" if by_record else "chosen with --metric"
+        if default == AUTO and not by_record:
+            why = f"{LOOKS[name]}; --metric chooses another"
+        counts[f"{table.metrics[name].title}: {{}} answers ({why})"] += 1
+    return tuple(f"metric {text.format(f'{number:,}')}" for text, number in counts.items())
+
+
+def _grade(table: MetricTable, question: Question, answer: str) -> Grade:
+    name = question.target["metric"]
+    if name == JUDGE:
+        return Grade("", None)
+    parsed, score, is_clear = table.metrics[name].read(answer, question.meta["reference"])
+    if score == 1 and "label" in question.target:
+        parsed = question.target["label"]  # of several right answers, the first stands for all
+    return Grade(parsed, score, is_clear)

@@ -1,0 +1,139 @@
+"""The answers to one benchmark or to a user's own questions, as one HTML page with the images in it.
+
+Paper: none; what is behind a number of Table 3: its parts, what was taken for what, right and wrong answers.
+"""
+
+import base64
+import io
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from tinyllava.data.images import open_image
+from tinyllava.errors import ImageError
+from tinyllava.evaluation.benchmark import Benchmark, Prediction
+from tinyllava.evaluation.compare import RIGHT
+from tinyllava.evaluation.confusions import count_confusions
+from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.results import Metric, Result
+from tinyllava.files import write_text
+from tinyllava.studies.report.flips import spell
+
+THUMBNAIL_PX = 192
+NUM_SHOWN = 12
+"""Wrong answers, and as many right ones, of each kind of question."""
+
+
+def write_answers(
+    path: Path,
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    predictions: Sequence[Prediction],
+    result: Result,
+    blind: Result | None = None,
+) -> Path:
+    """Write the page; it needs no other file, and the same answers give the same bytes.
+
+    Args:
+        path: the page.
+        benchmark: what was asked.
+        questions: those with a prediction.
+        predictions: the scored answers.
+        result: their numbers.
+        blind: the numbers of the same model with blank images.
+    """
+    by_id = {question.id: question for question in questions}
+    kinds: dict[str, list[tuple[Question, Prediction]]] = defaultdict(list)
+    for prediction in predictions:
+        question = by_id[prediction.question_id]
+        kinds[prediction.category].append((question, prediction))
+    confusions = count_confusions(questions, predictions)
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        loader=jinja2.FileSystemLoader(here),
+    )
+    page = environment.get_template("answers.jinja").render(
+        style=(here / "page.css").read_text(encoding="utf-8").strip(),
+        benchmark=benchmark,
+        result=result,
+        facts=_facts(result, blind),
+        groups=_group_metrics(result),
+        confusions=confusions,
+        kinds={kind: _choose_cards(pairs) for kind, pairs in kinds.items()},
+    )
+    write_text(path, page + "\n")
+    return path
+
+
+def _facts(result: Result, blind: Result | None) -> dict[str, str]:
+    facts = {}
+    for name, one in (("", result), (" with blank images", blind)):
+        if one is not None and one.value is not None:
+            metric = one.metric_named(one.metric)
+            between = "" if metric.interval is None else f" ({_interval(metric)})"
+            facts[f"{one.metric}{name}"] = f"{metric.value:.1f}{between}"
+    for metric in result.metrics:
+        if metric.name.startswith("baseline="):
+            facts[f"{metric.name.removeprefix('baseline=')} alone"] = f"{metric.value:.1f}"
+    facts["questions"] = f"{result.num_questions:,}"
+    facts["images"] = f"{result.num_images:,}"
+    facts["not read"] = f"{result.num_unclear:,}"
+    facts |= {"cut off": f"{result.num_cut:,}"} if result.num_cut else {}
+    return facts | ({"without an answer": f"{result.num_missing:,}"} if result.num_missing else {})
+
+
+def _interval(metric: Metric) -> str:
+    return "" if metric.interval is None else f"{metric.interval[0]:.1f} to {metric.interval[1]:.1f}"
+
+
+def _group_metrics(result: Result) -> dict[str, list[dict[str, str]]]:
+    """Return the numbers beside the headline by kind of group: each with its name, value, interval, count."""
+    groups: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for metric in result.metrics:
+        kind, _, name = metric.name.rpartition("=")
+        if metric.name != result.metric and kind != "baseline":
+            row = {"name": name, "value": f"{metric.value:.1f}", "interval": _interval(metric)}
+            groups[kind or "score"].append({**row, "count": f"{metric.num_questions:,}"})
+    return dict(groups)
+
+
+def _choose_cards(pairs: Sequence[tuple[Question, Prediction]]) -> dict[str, Any]:
+    """Return the counts of a kind and a fixed random choice of its wrong and right answers."""
+    mixed = random.Random(0).sample(pairs, len(pairs))
+    scored = [pair for pair in mixed if pair[1].score is not None]
+    groups: dict[str, Any] = {}
+    for name, is_right in (("wrong", False), ("right", True), ("not scored", None)):
+        chosen = [p for p in scored if ((p[1].score or 0.0) >= RIGHT) == is_right]
+        chosen = [p for p in mixed if p[1].score is None] if is_right is None else chosen
+        cards = [
+            {
+                "images": [
+                    thumbnail for ref in question.conversation.images if (thumbnail := _thumbnail(ref))
+                ],
+                "prompt": question.prompt,
+                "prediction": prediction,
+                "truth": spell(question.target),
+            }
+            for question, prediction in chosen[:NUM_SHOWN]
+        ]
+        groups[name] = {"count": len(chosen), "cards": cards}
+    return groups
+
+
+def _thumbnail(ref: Any) -> str:
+    """Return an image as a small data URL; empty where it cannot be opened."""
+    try:
+        image = open_image(ref)
+    except ImageError:
+        return ""
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
