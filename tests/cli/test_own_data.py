@@ -14,6 +14,7 @@ from evaluation import benchmark_files as files
 from studies.report.chromium import open_page
 from tinyllava.cli import main
 from tinyllava.cli.evaluate import describe_readings
+from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.own_data import own_benchmark
 from tinyllava.evaluation.results import load_results
@@ -128,6 +129,17 @@ def test_in_python(model, data, tmp_path: Path) -> None:
     assert main(asked(model, data, "--metric", "exact")) == 0
     (printed,) = load_results(data.parent / "out/results.json")
     assert printed.metrics == result.metrics
+
+
+def test_a_folder_of_images_in_folders_by_label_asks_for_the_label(model, tmp_path: Path, capsys) -> None:
+    for label in ("cup", "jar"):
+        (tmp_path / "kitchen" / label).mkdir(parents=True)
+        Image.new("RGB", (30, 40), (len(label), 90, 90)).save(tmp_path / f"kitchen/{label}/1.png")
+    output = ["--output", str(tmp_path / "out"), "--max-tokens", "3"]
+    assert main(["evaluate", str(model), "--data", str(tmp_path / "kitchen"), *output]) == 0
+    predictions = read_predictions(tmp_path / "out/own-kitchen/predictions.jsonl")
+    assert [one.image for one in predictions] == ["cup/1.png", "jar/1.png"]
+    assert "exact match: 2 answers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,25 @@ def test_several_images_of_a_question_are_one_cluster(write) -> None:
     assert [image.path.name for image in question.conversation.images] == ["a.png", "b.png"]
 
 
+FORMS = {
+    "my.csv": "image,question,answer,kind\na.png,Which colour?,red,colour\nb.png,How many?,2,number\n",
+    "my.jsonl": (
+        '{"image": "a.png", "question": "Which colour?", "answer": "red", "kind": "colour"}\n'
+        '{"messages": [{"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", '
+        '"text": "How many?"}]}, {"role": "assistant", "content": "2"}], "kind": "number"}\n'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_that_training_reads_is_evaluated(write, tmp_path: Path, name: str) -> None:
+    write()
+    (tmp_path / name).write_text(FORMS[name])
+    colour, number = own_benchmark(tmp_path / name).load(Path())
+    assert (colour.prompt, colour.target["answers"], colour.category) == ("Which colour?", ["red"], "colour")
+    assert (number.target["metric"], number.category, number.image) == ("number", "number", "b.png")
+
+
 @pytest.mark.parametrize(
     ("fields", "metric", "tolerance", "error", "message"),
     [

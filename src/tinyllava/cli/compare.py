@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tinyllava.cli.parser import CommandParser
+from tinyllava.cli.parser import CommandParser, add_data_options, reading_settings
 
 _HELP = """
 Compare two evaluations of the same questions. Prints the difference of each
@@ -25,12 +25,12 @@ def main(arguments: list[str]) -> int:
         default="",
         help="folder of the benchmarks, or file of own questions: shows images and right answers",
     )
-    parser.add_argument("--images", default="", help="with a file in --data: folder of its images")
+    add_data_options(parser)
     parser.add_argument("--output", default="flips.html", help="page to write")
     parser.add_argument("--limit", type=int, default=200, help="flipped questions to show per benchmark")
     known = parser.parse_args(arguments)
 
-    from tinyllava.evaluation.checkpoint import find_questions
+    from tinyllava.evaluation.checkpoint import find_questions, is_own
     from tinyllava.evaluation.compare import compare
     from tinyllava.studies.report.flips import write_flips
 
@@ -46,8 +46,8 @@ def main(arguments: list[str]) -> int:
     questions = {}
     if known.data:
         listed = ",".join(comparison.benchmark for comparison in comparisons)
-        listed = "all" if Path(known.data).is_file() else listed
-        benchmarks, folders = find_questions(known.data, listed, images=known.images)
+        listed = "all" if is_own(Path(known.data), "all", known.reader) else listed
+        benchmarks, folders = find_questions(known.data, listed, **reading_settings(known))
         questions = {name: benchmark.load(folders[name]) for name, benchmark in benchmarks.items()}
     output = Path(known.output)
     write_flips(comparisons, output, a=str(known.a), b=str(known.b), questions=questions, limit=known.limit)

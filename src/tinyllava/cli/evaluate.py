@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.cli.parser import CommandParser
+from tinyllava.cli.parser import CommandParser, add_data_options, reading_settings
 from tinyllava.parts.folders import default_name
 from tinyllava.planning.launch import choose_processes, launch
 
 if TYPE_CHECKING:
     from tinyllava.evaluation.benchmark import Benchmark, Prediction
     from tinyllava.evaluation.judge import Judge, Reviews
+    from tinyllava.evaluation.own_data import OwnSettings
     from tinyllava.evaluation.results import Result
 
 _MOST_SHOWN = 10  # questions that could not be asked, and readings; files have all
@@ -57,11 +58,10 @@ def main(arguments: list[str]) -> int:
     known = _parse(arguments)
     from tinyllava.evaluation.checkpoint import find_questions
 
-    own = {
-        "images": known.images,
+    own: OwnSettings = {
+        **reading_settings(known),
         "metric": known.metric,
         "tolerance": known.tolerance,
-        "skip": tuple(known.skip),
         "max_tokens": known.max_tokens,
     }
     benchmarks, folders = find_questions(known.data, known.benchmarks, **own)
@@ -125,8 +125,7 @@ def _score(
     judge: "Judge | Reviews | None",
 ) -> bool:
     """Score a benchmark, print the result, and return whether every question has an answer."""
-    from tinyllava.evaluation.answers import read_refusals
-    from tinyllava.evaluation.answers import read_predictions
+    from tinyllava.evaluation.answers import read_predictions, read_refusals
     from tinyllava.evaluation.results import load_results
     from tinyllava.evaluation.score import answers_folder, score, set_aside_if_damaged
 
@@ -253,7 +252,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="with --score-only: answers written by LLaVA's scripts; a file, or a folder with NAME.jsonl or "
         "NAME/answers/MODEL.jsonl per benchmark",
     )
-    add("--images", default="", help="own questions: folder of the images (default: the file's)")
+    add_data_options(parser)
     add(
         "--metric",
         default="auto",
@@ -262,7 +261,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add("--tolerance", default="0", help="own questions: how far a number may be off: 0.5, or 5%%")
     add("--max-tokens", type=int, default=256, help="own questions: max length of an answer (default: 256)")
-    add("--skip", action="append", default=[], help="own questions: leave out records with this defect")
     add("--gpus", type=int, default=0, help="GPUs, one process each (default: all of this machine)")
     add("--device", default="", help="torch device (default: a GPU if available)")
     add(

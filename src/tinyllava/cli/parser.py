@@ -4,11 +4,14 @@ import argparse
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tinyllava.config import DataConfig
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import check_checkpoint
+
+if TYPE_CHECKING:
+    from tinyllava.evaluation.own_data import ReadingSettings
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -64,6 +67,17 @@ def own_data(known: argparse.Namespace, *files: str, skip: tuple[str, ...] = ())
         allow_urls=known.allow_urls,
         skip=skip,
     )
+
+
+def reading_settings(known: argparse.Namespace) -> "ReadingSettings":
+    """Return what those options say, as the evaluation of own questions takes it."""
+    return {
+        "images": known.images,
+        "columns": tuple(known.column),
+        "reader": known.reader,
+        "allow_urls": known.allow_urls,
+        "skip": tuple(known.skip),
+    }
 
 
 def find_model(name: str, option: str) -> Path:

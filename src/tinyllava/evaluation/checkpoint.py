@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from tinyllava.data.readers.folder import is_image_folder
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS, find_benchmark
@@ -49,7 +50,7 @@ def evaluate(
         dtype: of the weights; ``auto`` suits the device.
         judge: grades MM-Vet and LLaVA-W; without one their answers are saved and not scored.
         progress: told of every step; without it the call is silent.
-        own: of a file: images, metric, tolerance, skip, max_tokens; see ``own_data.own_benchmark``.
+        own: of a file: metric, tolerance, max_tokens, how it is read; see ``own_data.own_benchmark``.
 
     Raises:
         CheckpointError: no checkpoint there, or logits that are not numbers.
@@ -93,7 +94,7 @@ def find_questions(
         ConfigError: a file, but benchmarks were named; or a folder with a setting of a file.
         DataError: a folder is missing, or a record of the file has a defect.
     """
-    if Path(data).is_file():
+    if is_own(Path(data), benchmarks, own.get("reader", "")):
         if benchmarks != "all":
             raise ConfigError(
                 f"--data {data} is a file of your own questions, which excludes --benchmarks. Give the "
@@ -102,14 +103,22 @@ def find_questions(
         benchmark = own_benchmark(data, **own)
         return {benchmark.name: benchmark}, {benchmark.name: Path(data)}
     chosen = find_benchmarks(benchmarks)
-    usual = {"images": "", "metric": AUTO, "tolerance": "0", "skip": (), "max_tokens": MAX_TOKENS}
-    if given := [name for name, value in own.items() if name not in usual or value != usual[name]]:
+    usual = {"metric": AUTO, "tolerance": "0", "max_tokens": MAX_TOKENS}
+    if given := [name for name, value in own.items() if value != usual.get(name, type(value)())]:
         option = given[0].replace("_", "-")
         raise ConfigError(
             f"--{option} is for a file of your own questions, but --data {data} is not a file. Leave it "
             "out, or give the file."
         )
     return chosen, find_folders(chosen, Path(data))
+
+
+def is_own(data: Path, benchmarks: str | Sequence[str], reader: str) -> bool:
+    """Whether data is a user's own: a file, a folder of images, or what their own reader reads."""
+    if data.is_file() or (reader and data.exists()):
+        return True
+    names = (name for benchmark in PAPER_BENCHMARKS.values() for name in folder_names(benchmark))
+    return benchmarks == "all" and is_image_folder(data) and not any((data / name).is_dir() for name in names)
 
 
 def find_benchmarks(names: str | Sequence[str]) -> dict[str, Benchmark]:

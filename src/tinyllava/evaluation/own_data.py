@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from tinyllava.conversation import Conversation
-from tinyllava.data.records import read_raw, read_records
+from tinyllava.data.records import parse_columns, read_raw, read_records
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, means_by_group
 from tinyllava.evaluation.metrics.numbers import parse_tolerance
@@ -33,13 +33,21 @@ MAX_LABELS = 50
 _OPTION_LINE = re.compile(r"^\s*\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
 
 
-class OwnSettings(TypedDict, total=False):
-    """Settings of a user's own file, as ``own_benchmark`` takes them."""
+class ReadingSettings(TypedDict, total=False):
+    """How a user's own file is read, as for training (see ``tinyllava.config.DataConfig``)."""
 
     images: str | Path
+    columns: tuple[str, ...]
+    reader: str
+    allow_urls: bool
+    skip: tuple[str, ...]
+
+
+class OwnSettings(ReadingSettings, total=False):
+    """Settings of a user's own file, as ``own_benchmark`` takes them."""
+
     metric: str | UserMetric
     tolerance: str
-    skip: tuple[str, ...]
     max_tokens: int
 
 
@@ -51,22 +59,20 @@ def name_of(data: str | Path) -> str:
 def own_benchmark(
     data: str | Path,
     *,
-    images: str | Path = "",
     metric: str | UserMetric = AUTO,
     tolerance: str = "0",
-    skip: tuple[str, ...] = (),
     max_tokens: int = MAX_TOKENS,
+    **reading: Unpack[ReadingSettings],
 ) -> Benchmark:
     """Return a benchmark over a user's own file.
 
     Args:
         data: records with questions and right answers.
-        images: folder that image paths start from; empty means the file's.
         metric: a name of ``references.METRICS``, ``judge``, ``auto`` (by what the answers look like), a
             function, or one as ``FILE.py:NAME``. A record's own ``metric`` counts before it.
         tolerance: of numbers: ``0.5``, or ``5%``. A record's own counts before it.
-        skip: defects whose records are left out.
         max_tokens: max length of an answer.
+        reading: images, columns, reader, allow_urls, skip; as in training.
 
     Raises:
         DataError: a record has a defect, or a right answer that its metric cannot read.
@@ -75,7 +81,7 @@ def own_benchmark(
         MissingExtraError: long answers need a package that is not installed.
     """
     path, table = Path(data), MetricTable()
-    asked = _read_asked(path, Path(images or path.parent), skip)
+    asked = _read_asked(path, **reading)
     references = [_reference(one, tolerance) for one in asked]
     default = table.add(metric)
     kinds = [_kind_field(one.fields) for one in asked]
@@ -151,9 +157,19 @@ class _Asked:
     """The record as it is in the file."""
 
 
-def _read_asked(path: Path, images: Path, skip: tuple[str, ...]) -> list[_Asked]:
-    conversations = read_records(path, images, skip).conversations
-    fields = {at: raw if isinstance(raw, dict) else {} for at, raw in read_raw(path)}
+def _read_asked(
+    path: Path,
+    images: str | Path = "",
+    columns: tuple[str, ...] = (),
+    reader: str = "",
+    allow_urls: bool = False,
+    skip: tuple[str, ...] = (),
+) -> list[_Asked]:
+    folder = Path(images or (path if path.is_dir() else path.parent))
+    conversations = read_records(
+        path, folder, tuple(skip), columns=parse_columns(columns), reader=reader, allow_urls=allow_urls
+    ).conversations
+    fields = {at: raw if isinstance(raw, dict) else {} for at, raw in read_raw(path, folder, reader)}
     times = Counter(conversation.id for conversation in conversations)
     return [
         one

@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import ConfigError, DataError
-from tinyllava.evaluation.answers import (
-    check_edited,
-    read_answers,
-    write_llava_answers,
-    write_predictions,
-)
+from tinyllava.evaluation.answers import check_edited, read_answers, write_llava_answers, write_predictions
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.files import check_files
 from tinyllava.evaluation.judge import Judge, Reviews, save_reviews

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tinyllava.evaluation.metrics.choices import find_choice
 from tinyllava.evaluation.metrics.numbers import find_numbers, parse_tolerance
-from tinyllava.evaluation.metrics.vqa_accuracy import grade_vqa
+from tinyllava.evaluation.metrics.vqa import grade_vqa
 from tinyllava.evaluation.metrics.words import has_run, normalise, split_labels, words_of
 from tinyllava.evaluation.metrics.yes_no import find_yes_or_no
 
