@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from tinyllava.planning.plan import plan_run as plan_run
     from tinyllava.recipes.variants import make_run as make_run
     from tinyllava.recipes.variants import variant as variant
+    from tinyllava.studies.reproduce import Reproduced as Reproduced
+    from tinyllava.studies.reproduce import reproduce as reproduce
     from tinyllava.training.run import train as train
 
 __version__ = "0.1.0"
@@ -69,6 +71,7 @@ _HOMES = {
     "Message": "conversation",
     "Metric": "evaluation.results",
     "ModelConfig": "config",
+    "Reproduced": "studies.reproduce",
     "Result": "evaluation.results",
     "Run": "config",
     "Stage": "config",
@@ -86,6 +89,7 @@ _HOMES = {
     "lora": "config",
     "make_run": "recipes.variants",
     "plan_run": "planning.plan",
+    "reproduce": "studies.reproduce",
     "run_code": "parts.user_code",
     "run_from_json": "config",
     "train": "training.run",

@@ -11,6 +11,7 @@ licence.
 
   tinyllava data benchmarks            list the benchmarks
   tinyllava data benchmarks pope DIR   check the files of POPE in DIR
+  tinyllava data benchmarks my.py:MINE DIR   a benchmark of your own
   tinyllava data mixtures              list the mixtures of Table 2
   tinyllava data mixtures all DIR      list the files that are missing in DIR
 """
@@ -57,12 +58,12 @@ def _check_mixtures(names: str, folder: Path) -> int:
 
 
 def _check_benchmarks(names: str, folder: Path) -> int:
-    from tinyllava.evaluation.benchmarks import BENCHMARKS
+    from tinyllava.evaluation.benchmarks import known_benchmarks
     from tinyllava.evaluation.checkpoint import find_benchmarks
     from tinyllava.evaluation.files import check_files
 
     if not names:
-        for name, benchmark in BENCHMARKS.items():
+        for name, benchmark in known_benchmarks().items():
             print(f"{name:20} {benchmark.title}, {benchmark.split}: {benchmark.num_questions:,} questions")
         return 0
     is_complete = True

@@ -2,19 +2,16 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser
-from tinyllava.errors import ConfigError, DataError, require
+from tinyllava.errors import ConfigError
 from tinyllava.planning.launch import choose_processes
 
 if TYPE_CHECKING:
     from tinyllava.studies.execute import Launcher
-    from tinyllava.studies.graph import Graph, Places
-    from tinyllava.studies.grid import Grid
-    from tinyllava.studies.needs import Need
+    from tinyllava.studies.reproduce import GridPlan
 
 _HELP = """
 Reproduce a figure or table of the paper: run the missing stages and
@@ -39,92 +36,69 @@ failures and redraw the report.
 def main(arguments: list[str]) -> int:
     """Run a grid; the last line printed is the path of the report. The status is 1 if a cell was not run."""
     known = _parse(arguments)
-    from tinyllava.studies.paper import LISTINGS, STARTER, find_grid, spell_name
+    from tinyllava.studies.paper import LISTINGS, spell_name
 
-    known.name = spell_name(known.name)
-    if known.name in LISTINGS:
+    if spell_name(known.name) in LISTINGS:
         from tinyllava.cli.show import format_table
 
-        print(format_table(LISTINGS[known.name]()))
+        print(format_table(LISTINGS[spell_name(known.name)]()))
         return 0
 
-    if not known.plan:
-        require("matplotlib", "report", "draws the report")
-    grid = _adjusted(find_grid(known.name), known)
-    if known.name == STARTER and not known.plan:
-        from tinyllava.studies.starter import prepare_starter_grid
+    from tinyllava.studies.needs import summarise
+    from tinyllava.studies.reproduce import Choices, plan_grid
 
-        prepare_starter_grid()
-    places = _places(grid, known)
-    grid = _scaled(grid, places, known)
-    from tinyllava.studies.graph import expand
+    choices = Choices(
+        data=known.data,
+        benchmarks=known.benchmarks,
+        runs=Path(known.runs),
+        only=known.only,
+        seeds=_seeds(known.seeds),
+        limit=known.limit,
+        scale=known.scale,
+        parts=_pairs(known.part, "--part"),
+        judge={"url": known.judge_url, "model": known.judge_model, "key": known.judge_key},
+    )
+    num_gpus = known.gpus if known.plan or known.gpu else 0
+    plan = plan_grid(known.name, choices, gpu=known.gpu, num_gpus=num_gpus, will_run=not known.plan)
+    if known.plan:
+        _print_plan(plan)
+    print("\n".join(summarise(plan.needs, plan.graph)))
+    if plan.downloads:
+        print(f"Missing {plan.downloads} are downloaded first (time not included).")
+    return 0 if known.plan else _run(plan, known)
 
-    return _plan_or_run(grid, expand(grid, places), known)
 
-
-def _plan_or_run(grid: "Grid", graph: "Graph", known: argparse.Namespace) -> int:
+def _print_plan(plan: "GridPlan") -> None:
     from tinyllava.cli.show import format_table
-    from tinyllava.studies.costs import Machine
-    from tinyllava.studies.grid import Costs
-    from tinyllava.studies.needs import as_fetched, cell_rows, explain_costs, plan_graph, plan_rows, summarise
+    from tinyllava.studies.needs import cell_rows, explain_costs, plan_rows
 
-    default = Machine()
-    machine = Machine(gpu=known.gpu or default.gpu, num_gpus=known.gpus or default.num_gpus)
-    is_asked = bool(known.gpu or (known.plan and known.gpus))
-    costs = Costs() if is_asked else grid.costs
-    needs = plan_graph(graph, costs, machine=machine if is_asked else None)
-    fetched_first = known.plan and grid.fetches and any(need.status == "missing" for need in needs)
-    if fetched_first:
-        needs = as_fetched(needs)
-    if known.plan:
-        print(f"{grid.title}\n")
-        print(format_table(plan_rows(needs)))
-        if any(need.seconds is not None for need in needs):
-            print(f"\n{format_table(cell_rows(needs, graph))}")
-        print("\n".join(["", *explain_costs(needs, machine)]))
-    print("\n".join(summarise(needs, graph)))
-    if fetched_first:
-        print(f"Missing {grid.fetches} are downloaded first (time not included).")
-    if known.plan:
-        return 0
-    if all(need.status == "missing" for need in needs):
-        raise DataError("nothing can run: add the files listed as missing above, then run the command again.")
-    return _run(grid, graph, needs, known)
+    print(f"{plan.grid.title}\n")
+    print(format_table(plan_rows(plan.needs)))
+    if any(need.seconds is not None for need in plan.needs):
+        print(f"\n{format_table(cell_rows(plan.needs, plan.graph))}")
+    print("\n".join(["", *explain_costs(plan.needs, plan.machine)]))
 
 
-def _run(grid: "Grid", graph: "Graph", needs: "list[Need]", known: argparse.Namespace) -> int:
-    from tinyllava.studies.execute import execute
+def _run(plan: "GridPlan", known: argparse.Namespace) -> int:
     from tinyllava.studies.live import LiveView
+    from tinyllava.studies.reproduce import run_grid
 
-    output = Path(known.output or f"studies/{grid.name}")
-    skip = frozenset(need.node.id for need in needs if need.status == "missing")
-    with LiveView(graph, needs, grid.title) as view:
-        states = execute(graph, _launcher(known), retry=known.retry, skip=skip, report=view.update)
-    for id_, state in states.items():
-        if state.status == "failed":
-            print(f"failed: {id_}: {state.error}\n  log: {graph.nodes[id_].folder / 'log.txt'}")
-    if lacking := [cell.id for cell in graph.cells if skip.intersection(cell.nodes)]:
-        print(
-            f"incomplete: {len(lacking)} of {len(graph.cells)} models need the files listed as missing above "
-            f"({', '.join(lacking)})"
+    with LiveView(plan.graph, plan.needs, plan.grid.title) as view:
+        done = run_grid(
+            plan, output=known.output, launcher=_launcher(known), retry=known.retry, watch=view.update
         )
-    from tinyllava.files import held
-    from tinyllava.studies.collect import write_study
-    from tinyllava.studies.report.page import write_report
-
-    with held(output, wait=True):
-        study = write_study(grid, graph, output)
-        unanswered = [
-            f"{cell.id}: {result.num_missing:,} of {result.benchmark}"
-            for cell in study.cells
-            for result in cell.results
-            if result.num_missing
-        ]
-        if unanswered:
-            print(f"questions without an answer, counted as wrong: {'; '.join(unanswered)}")
-        print(write_report(output))
-    is_failed = any(state.status == "failed" for state in states.values())
-    return int(bool(lacking or unanswered) or is_failed)
+    for id_, state in done.failed.items():
+        print(f"failed: {id_}: {state.error}\n  log: {plan.graph.nodes[id_].folder / 'log.txt'}")
+    if done.incomplete:
+        print(
+            f"incomplete: {len(done.incomplete)} of {len(plan.graph.cells)} models need the files listed as "
+            f"missing above ({', '.join(done.incomplete)})"
+        )
+    if done.unanswered:
+        counts = [f"{cell}: {count:,} of {name}" for (cell, name), count in done.unanswered.items()]
+        print(f"questions without an answer, counted as wrong: {'; '.join(counts)}")
+    print(done.report)
+    return int(not done.is_complete)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -175,23 +149,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _adjusted(grid: "Grid", known: argparse.Namespace) -> "Grid":
-    """Apply --only, --seeds, --limit and --part."""
-    from tinyllava.studies.grid import exchange_parts, select_cells
-
-    grid = select_cells(grid, known.only)
-    if known.seeds:
-        try:
-            seeds = tuple(int(seed) for seed in known.seeds.split(","))
-        except ValueError:
-            raise ConfigError(
-                f"--seeds {known.seeds}: give integers separated by commas, such as 1,2,3."
-            ) from None
-        grid = replace(grid, seeds=tuple(dict.fromkeys(seeds)))
-    if known.limit:
-        note = f"Only the first {known.limit:,} questions of each benchmark were asked."
-        grid = replace(grid, limit=known.limit, notes=(*grid.notes, note))
-    return exchange_parts(grid, _pairs(known.part, "--part"))
+def _seeds(given: str) -> list[int]:
+    try:
+        return [int(seed) for seed in given.split(",")] if given else []
+    except ValueError:
+        raise ConfigError(f"--seeds {given}: give integers separated by commas, such as 1,2,3.") from None
 
 
 def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
@@ -202,53 +164,6 @@ def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
             raise ConfigError(f"{option} {text}: give NAME=VALUE.")
         pairs[name] = value
     return pairs
-
-
-def _places(grid: "Grid", known: argparse.Namespace) -> "Places":
-    from tinyllava.errors import look_up
-    from tinyllava.evaluation.benchmarks import BENCHMARKS
-    from tinyllava.evaluation.checkpoint import find_folders
-    from tinyllava.studies.graph import Places
-    from tinyllava.studies.paper import STARTER
-
-    folders: dict[str, str] = {}
-    if grid.name == STARTER:
-        from tinyllava.starter.packages import cache_folder
-        from tinyllava.studies.starter import CENTRE, records_folder
-
-        folders = {name: str(records_folder(CENTRE["data"], cache_folder())) for name in grid.benchmarks}
-    elif known.benchmarks:
-        for name in grid.benchmarks:
-            try:
-                found = find_folders({name: look_up(BENCHMARKS, name, "benchmark")}, Path(known.benchmarks))
-            except DataError:
-                continue  # the plan lists it as missing
-            folders[name] = str(found[name])
-    judge = {"url": known.judge_url, "model": known.judge_model, "key": known.judge_key}
-    if bool(known.judge_url) != bool(known.judge_model):
-        raise ConfigError(
-            "--judge-url and --judge-model go together: every result records the name of its judge."
-        )
-    return Places(
-        runs=Path(known.runs),
-        data_root=known.data,
-        benchmarks=folders,
-        judge=judge if known.judge_url else {},
-    )
-
-
-def _scaled(grid: "Grid", places: "Places", known: argparse.Namespace) -> "Grid":
-    """Apply --scale; the plan lists record files that are missing."""
-    from tinyllava.studies.scale import scale_grid, scale_run
-
-    scaled = scale_grid(grid, known.scale)
-    if scaled is grid:
-        return grid
-    cells = []
-    for cell in scaled.cells:
-        run = replace(cell.run, data_root=cell.run.data_root or places.data_root)
-        cells.append(replace(cell, run=scale_run(run, known.scale, places.runs / ".records")))
-    return replace(scaled, cells=tuple(cells))
 
 
 def _launcher(known: argparse.Namespace) -> "Launcher":

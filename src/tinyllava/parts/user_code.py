@@ -137,6 +137,15 @@ def loaded_values() -> list[object]:
     return [value for module in _MODULES.values() for value in vars(module).values()]
 
 
+def reference_of(value: object) -> str:
+    """Return what names a value of code that has run, a file by its whole path; empty for any other value."""
+    for place, module in _MODULES.items():
+        for name, own in vars(module).items():
+            if own is value and name[0] != "_":
+                return f"{module.__file__ if place.endswith('.py') else place}:{name}"
+    return ""
+
+
 def code_digest(reference: str) -> str:
     """Return a hash of the file that holds a value; empty for what is no reference."""
     module = _MODULES.get(_key(reference.rpartition(":")[0])) if is_reference(reference) else None

@@ -57,11 +57,16 @@ def _saved_run(path: Path) -> Run:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give the run.json of a run folder.")
     run = run_from_json(path.read_text(encoding="utf-8"), str(path))
-    templates = [stage.template for stage in run.stages.values()]
-    for reference in (*(str(getattr(run.model, name)) for name in CODE_FIELDS), *templates):
-        if is_reference(reference):
-            recall_value(reference, str(path))
+    for reference in code_of(run):
+        recall_value(reference, str(path))
     return run
+
+
+def code_of(run: Run) -> list[str]:
+    """Return the references of a run to a user's code: parts of its model, templates of its stages."""
+    named = [str(getattr(run.model, name)) for name in CODE_FIELDS]
+    named += [stage.template for stage in run.stages.values()]
+    return list(dict.fromkeys(filter(is_reference, named)))
 
 
 def is_own(value: object, values: Mapping[str, object], kinds: Any) -> bool:

@@ -14,10 +14,11 @@ from PIL import Image
 
 from tinyllava.config import COMPONENTS
 from tinyllava.data.images import open_image
+from tinyllava.data.reporting import say
 from tinyllava.errors import ImageError
 from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Prediction
-from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.benchmarks import find_benchmark
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.results import Result, load_results
 from tinyllava.studies.graph import Graph, Node, SeededCell, read_once
@@ -59,7 +60,7 @@ def write_study(grid: Grid, graph: Graph, folder: Path) -> Study:
         panels=grid.panels,
         cells=tuple(cells),
         axes=grid.axes,
-        benchmarks=grid.benchmarks,
+        benchmarks=tuple(find_benchmark(name).name for name in grid.benchmarks),
         claims=grid.claims,
         environment=_environment(graph, states),
         notes=grid.notes,
@@ -195,7 +196,10 @@ def _examples(
     examples: list[Example] = []
     for name, cells in predictions.items():
         node = next(node for node in graph.nodes.values() if node.kind == "evaluation" and node.name == name)
-        questions = {one.id: one for one in BENCHMARKS[name].load(Path(node.data))}
+        if not node.data or not Path(node.data).is_dir():
+            say(f"{name}: its folder is missing, so the report shows no examples. Name it with --benchmarks.")
+            continue
+        questions = {one.id: one for one in node.benchmark.load(Path(node.data))}
         by_cell = {cell: {one.question_id: one for one in answered} for cell, answered in cells.items()}
         for one in choose_examples(next(iter(cells.values())), share):
             question = questions[one.question_id]

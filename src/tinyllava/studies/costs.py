@@ -12,7 +12,6 @@ from pathlib import Path
 from tinyllava.config import FROZEN
 from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.errors import TinyLlavaError
-from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.planning.plan import GPUS, UTILISATION, count_flops, plan_parts, plan_run
 from tinyllava.studies.graph import Node, read_once
 from tinyllava.studies.grid import Costs
@@ -75,12 +74,13 @@ def _of_stage(node: Node, costs: Costs, machine: Machine) -> Cost:
 
 def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
     """Estimate a pass over image and text for each question, without the judge and without long answers."""
-    count = node.limit or BENCHMARKS[node.name].num_questions
+    num_questions = node.benchmark.num_questions
+    count = node.limit or num_questions
     seconds = count * costs.seconds_per_question + costs.seconds_per_node
     if seconds or not count:
         return Cost(seconds=seconds or None)
-    if node.limit and BENCHMARKS[node.name].num_questions:
-        count = min(node.limit, BENCHMARKS[node.name].num_questions)
+    if node.limit and num_questions:
+        count = min(node.limit, num_questions)
     try:
         parts = plan_parts(node.run)
     except (TinyLlavaError, AttributeError):

@@ -12,9 +12,11 @@ from typing import Any, Literal, TypeVar
 
 from tinyllava.config import Run, run_from_json, to_json
 from tinyllava.data.mixtures import resolve
-from tinyllava.errors import TinyLlavaError, look_up
-from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.errors import TinyLlavaError
+from tinyllava.evaluation.benchmark import Benchmark
+from tinyllava.evaluation.benchmarks import find_benchmark
 from tinyllava.files import sha256_of, write_json
+from tinyllava.parts.user_code import code_digest, reference_of
 from tinyllava.studies.grid import Grid, GridCell
 
 _Content = TypeVar("_Content")
@@ -38,6 +40,19 @@ class Node:
     judge: Mapping[str, str] = field(default_factory=dict)
     """url, model and key (an environment variable) of the judge; empty for none."""
     keep_model: bool = True
+    code: str = ""
+    """Of a user's benchmark: ``FILE.py:NAME`` with the whole path, for the process that does the node."""
+    code_digest: str = ""
+    """Of that code: when it changes, the evaluation is another one."""
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark of an evaluation; a user's code is run for it.
+
+        Raises:
+            UnknownNameError, ConfigError: see ``find_benchmark``.
+        """
+        return find_benchmark(self.code or self.name)
 
     @property
     def folder(self) -> Path:
@@ -46,6 +61,7 @@ class Node:
             return self.run.folder
         suffix = f"-first-{self.limit}" if self.limit else ""
         suffix += f"-judge-{_digest(self.judge['model'])[:6]}" if self.judge else ""
+        suffix += f"-code-{self.code_digest[:6]}" if self.code_digest else ""
         return self.run.folder / "evaluation" / f"{self.name}{suffix}"
 
 
@@ -135,17 +151,20 @@ def _stage_nodes(run: Run, places: Places) -> list[Node]:
 
 
 def _evaluation_node(trained: Node, name: str, grid: Grid, places: Places) -> Node:
-    benchmark = look_up(BENCHMARKS, name, "benchmark")
+    benchmark = find_benchmark(name)
+    code = reference_of(benchmark)
     node = Node(
         id="",
         kind="evaluation",
-        name=name,
+        name=benchmark.name if code else name,
         run=trained.run,
         after=trained.id,
         limit=grid.limit,
-        data=places.benchmarks.get(name, ""),
+        data=places.benchmarks.get(benchmark.name, ""),
         keep_model=grid.keep_models,
         judge=places.judge if benchmark.judging is not None else {},
+        code=code,
+        code_digest=code_digest(code),
     )
     return replace(node, id=f"{trained.id}/{node.folder.name}")
 

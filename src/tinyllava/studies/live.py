@@ -5,7 +5,7 @@ Paper: none. The table looks at the nodes' files itself, because a node may run 
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,7 +31,9 @@ class LiveView:
         needs: the plan, for the expected seconds and steps.
     """
 
-    def __init__(self, graph: Graph, needs: list[Need], title: str, console: Console | None = None) -> None:
+    def __init__(
+        self, graph: Graph, needs: Sequence[Need], title: str, console: Console | None = None
+    ) -> None:
         self.graph, self.title = graph, title
         self.needs = {need.node.id: need for need in needs}
         self.states: Mapping[str, State] = {id_: State() for id_ in graph.nodes}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tinyllava.config import ModelConfig
 from tinyllava.errors import look_up
-from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.files import check_files
 from tinyllava.parts.resolve import find_parts
 from tinyllava.planning.check import find_problems
@@ -103,9 +102,10 @@ def find_missing(node: Node) -> list[str]:
 
 
 def _missing_benchmark(node: Node) -> list[str]:
-    benchmark = BENCHMARKS[node.name]
+    benchmark = node.benchmark
     if not node.data or not Path(node.data).is_dir():
-        return [f"{node.name}: no folder of the benchmark; `tinyllava data benchmarks {node.name} DIR`"]
+        named = node.code or node.name
+        return [f"{node.name}: no folder of the benchmark; `tinyllava data benchmarks {named} DIR`"]
     files = check_files(Path(node.data), benchmark.files)
     lacking = [status for status in files if not status.is_present and not status.needed.is_optional]
     found = [f"{node.name}: {' or '.join(s.needed.names)}, from {s.needed.source}" for s in lacking]
@@ -132,7 +132,7 @@ def missing_weights(vision_encoder: str, language_model: str) -> list[str]:
     return missing
 
 
-def plan_rows(needs: list[Need]) -> list[Sequence[object]]:
+def plan_rows(needs: Sequence[Need]) -> list[Sequence[object]]:
     """Return the plan as rows, the first being the heads; a model's evaluations of one status are a row."""
     rows: list[Sequence[object]] = [("node", "for models", "status", "steps", "takes", "", "memory")]
     for _, group in groupby(needs, key=_row_key):
@@ -165,7 +165,7 @@ def _sum_up(needs: Iterable[Need]) -> str:
     return duration(sum(known)) + (" +" if len(known) < len(seconds) else "") if known else "-"
 
 
-def cell_rows(needs: list[Need], graph: Graph) -> list[Sequence[object]]:
+def cell_rows(needs: Sequence[Need], graph: Graph) -> list[Sequence[object]]:
     """Return what every model takes, by stage and in all, done or not; the last row counts each node once."""
     by_id = {need.node.id: need for need in needs}
     longest_first = sorted(graph.cells, key=lambda cell: -len(cell.stages))
@@ -181,7 +181,7 @@ def _by_stage(needs: Sequence[Need], stages: Sequence[str]) -> list[str]:
     return [*found, _sum_up(n for n in needs if n.node.kind == "evaluation"), _sum_up(needs)]
 
 
-def explain_costs(needs: list[Need], machine: Machine) -> list[str]:
+def explain_costs(needs: Sequence[Need], machine: Machine) -> list[str]:
     """Return what the words in the plan's column of times mean, those that occur."""
     gpus = f"{machine.num_gpus} x {machine.gpu} at {UTILISATION:.0%} of the peak"
     seen = {need.basis for need in needs}
@@ -195,7 +195,7 @@ def explain_costs(needs: list[Need], machine: Machine) -> list[str]:
     return [text for basis, text in meanings.items() if basis in seen] or nothing
 
 
-def summarise(needs: list[Need], graph: Graph) -> list[str]:
+def summarise(needs: Sequence[Need], graph: Graph) -> list[str]:
     """Return lines that say how much there is to do, what it takes and what is missing."""
     open_ = [need for need in needs if need.status != "done"]
     stages = sum(need.node.kind == "stage" for need in needs)

@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 
 from tinyllava.errors import TinyLlavaError
 from tinyllava.files import read_object
+from tinyllava.parts.user_code import run_value
+from tinyllava.recipes.user import code_of
 from tinyllava.studies.graph import Node, load_node
 
 FAILURES = (
@@ -140,7 +142,13 @@ def _logged(node: Node, log: Path | None) -> str:
 
 
 def work(node: Node) -> str:
-    """Train or measure, in every process of a job; return the folder of a finished stage."""
+    """Train or measure, in every process of a job; return the folder of a finished stage.
+
+    The user's own code that the run names is run first: this process may be another than the one that read
+    the grid.
+    """
+    for reference in code_of(node.run):
+        run_value(reference)
     if node.kind == "evaluation":
         _measure(node)
         return ""
@@ -168,7 +176,6 @@ def _stage_folder(node: Node, key: str) -> Path:
 
 
 def _measure(node: Node) -> None:
-    from tinyllava.evaluation.benchmarks import BENCHMARKS
     from tinyllava.evaluation.run import Settings, evaluate, processes
     from tinyllava.inference.chat import Chat
     from tinyllava.training.run import train
@@ -187,7 +194,7 @@ def _measure(node: Node) -> None:
     device = str(processes().device) if processes().num_processes > 1 else ""
     evaluate(
         Chat.open(model, device=device),
-        BENCHMARKS[node.name],
+        node.benchmark,
         Path(node.data),
         node.folder,
         model=str(model),

@@ -56,5 +56,10 @@ def find_benchmark(name: str) -> Benchmark:
     if is_reference(name):
         run_value(name)
         return recall_as(name, Benchmark)
+    return look_up(known_benchmarks(), name, "benchmark")
+
+
+def known_benchmarks() -> dict[str, Benchmark]:
+    """Return all benchmarks by name: the package's, and those of a user's code that has run."""
     own = {value.name: value for value in loaded_values() if isinstance(value, Benchmark)}
-    return look_up({**own, **BENCHMARKS}, name, "benchmark")
+    return {**own, **BENCHMARKS}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
-from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.benchmarks import known_benchmarks
 from tinyllava.evaluation.benchmarks.pope import FIRST_ID
 from tinyllava.evaluation.compare import Comparison, compare_predictions
 from tinyllava.evaluation.metrics.statistics import PairedDifference, Ratio, paired_bootstrap
@@ -128,12 +128,12 @@ def _judge(
         context=context,
         published=None if claim.metric else _published_difference(claim, pairs[0], benchmark_name),
     )
-    if scores is None or benchmark_name not in BENCHMARKS:
+    benchmark = known_benchmarks().get(benchmark_name)
+    if scores is None or benchmark is None:
         return empty
     measured = [pair for pair in pairs if all(_is_scored(scores, cell.id) for cell in pair)]
     if not measured:
         return empty
-    benchmark = BENCHMARKS[benchmark_name]
     metric = claim.metric or benchmark.metric
     benchmark = replace(benchmark, metric=metric)
     empty = replace(empty, metric=metric, seeds=tuple(better.seed for _, better in measured))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from tinyllava.errors import DataError
-from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.benchmarks import known_benchmarks
 from tinyllava.evaluation.compare import RIGHT
 from tinyllava.studies.report.analysis import CellAnatomy, Verdict, dissect_study, draw_anatomy, judge_claims
 from tinyllava.studies.report.figures import (
@@ -102,7 +102,7 @@ def _environment() -> jinja2.Environment:
         time=_time,
         words=WORDS,
         statuses={"done": "done", "failed": "failed", "missing": "not run yet"},
-        titles={name: benchmark.title for name, benchmark in BENCHMARKS.items()},
+        titles={name: benchmark.title for name, benchmark in known_benchmarks().items()},
     )
     return environment
 

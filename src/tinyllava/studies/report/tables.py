@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
-from tinyllava.evaluation.benchmarks import BENCHMARKS
+from tinyllava.evaluation.benchmarks import known_benchmarks
 from tinyllava.evaluation.results import Metric
 from tinyllava.studies.published import other_name, published_scores, published_table
 from tinyllava.studies.study import Study, StudyCell
@@ -148,14 +148,15 @@ def _columns(study: Study) -> tuple[Column, ...]:
     """Return a column for each benchmark, measured or to be measured; of a single one also its kinds."""
     first = {result.benchmark: result for cell in reversed(study.cells) for result in cell.results}
     wanted = study.benchmarks or [n for cell in study.cells for n in published_scores(cell.published)]
+    known = known_benchmarks()
     columns = [
         Column(
             benchmark=name,
             metric="",
-            title=BENCHMARKS[name].title if name in BENCHMARKS else name,
+            title=known[name].title if name in known else name,
             num_questions=first[name].num_questions if name in first else 0,
         )
-        for name in dict.fromkeys([*BENCHMARKS, *first])
+        for name in dict.fromkeys([*known, *first])
         if name in {*first, *wanted}
     ]
     if len(columns) == 1 and first:

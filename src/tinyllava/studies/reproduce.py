@@ -1,0 +1,262 @@
+"""Reproduce a comparison: what it needs, the run of what is missing, its study and report.
+
+Paper: section 4. ``tinyllava reproduce`` parses and prints; all that it does is here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tinyllava.errors import ConfigError, DataError, require
+from tinyllava.evaluation.benchmarks import find_benchmark
+from tinyllava.evaluation.checkpoint import find_folders
+from tinyllava.files import held
+from tinyllava.planning.launch import choose_processes
+from tinyllava.studies.collect import write_study
+from tinyllava.studies.costs import Machine
+from tinyllava.studies.execute import InProcess, Launcher, States, execute
+from tinyllava.studies.graph import Graph, Places, expand
+from tinyllava.studies.grid import Costs, Grid, exchange_parts, select_cells
+from tinyllava.studies.needs import Need, as_fetched, plan_graph
+from tinyllava.studies.paper import STARTER, find_grid, spell_name
+from tinyllava.studies.scale import scale_grid, scale_run
+from tinyllava.studies.study import Study
+from tinyllava.studies.work import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What of a grid is run, on which data, and where its work is kept."""
+
+    data: str = ""
+    """Folder of Table 2's mixtures."""
+    benchmarks: str = ""
+    """Folder with one subfolder per benchmark."""
+    runs: Path = Path("runs")
+    """Parent folder of all runs; finished stages and evaluations in it are reused."""
+    only: Sequence[str] = ()
+    """Cells to run, by id, subplot or label, with ``*``; empty for all."""
+    seeds: Sequence[int] = ()
+    """Seeds in place of the grid's."""
+    limit: int = 0
+    """Ask only the first questions of each benchmark; 0 for all."""
+    scale: float = 1.0
+    """Share of the records of every source to train on."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Encoder or language model of the grid -> the name or folder that replaces it."""
+    judge: Mapping[str, str] = field(default_factory=dict)
+    """``url``, ``model`` and ``key`` (an environment variable) of the judge of MM-Vet and LLaVA-W."""
+
+    def __post_init__(self) -> None:
+        if bool(self.judge.get("url")) != bool(self.judge.get("model")):
+            raise ConfigError(
+                "--judge-url and --judge-model go together: every result records the name of its judge."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridPlan:
+    """A grid with its work: which nodes are done, what the others need and take."""
+
+    grid: Grid
+    graph: Graph
+    needs: Sequence[Need]
+    machine: Machine
+    """The GPUs that estimates are for."""
+    downloads: str = ""
+    """What is missing here and is downloaded first when the grid runs; empty for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduced:
+    """A study and its report, and what is missing in them."""
+
+    study: Study
+    report: Path
+    failed: Mapping[str, State]
+    """Failed nodes by id; the error is in the state, the log in ``log.txt`` of the node's folder."""
+    incomplete: tuple[str, ...]
+    """Models that could not run, because files are missing."""
+    unanswered: Mapping[tuple[str, str], int]
+    """(Model, benchmark) -> number of questions without an answer, which count as wrong."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every model has run and has answered every question."""
+        return not (self.failed or self.incomplete or self.unanswered)
+
+
+def plan_grid(
+    grid: str | Grid, choices: Choices, *, gpu: str = "", num_gpus: int = 0, will_run: bool = False
+) -> GridPlan:
+    """Return what a grid still needs and takes; nothing is trained.
+
+    Args:
+        grid: figure, table, ``starter``, ``FILE.py``, ``FILE.py:NAME``, or a grid.
+        choices: what of it is run.
+        gpu: GPU type to estimate for.
+        num_gpus: GPUs to estimate for; with neither, times of finished nodes are used where available.
+        will_run: whether it is run next: the starter's records are then written, and reports can be drawn.
+
+    Raises:
+        UnknownNameError: no such grid, cell, part, GPU or benchmark.
+        ConfigError: a value is not allowed.
+        DataError: a record file to be scaled is missing or damaged.
+    """
+    if will_run:
+        require("matplotlib", "report", "draws the report")
+    found = _chosen(find_grid(spell_name(grid)) if isinstance(grid, str) else grid, choices)
+    if found.name == STARTER and will_run:
+        from tinyllava.studies.starter import prepare_starter_grid
+
+        prepare_starter_grid()
+    places = Places(
+        runs=choices.runs,
+        data_root=choices.data,
+        benchmarks=_find_folders(found, choices.benchmarks),
+        judge=choices.judge if choices.judge.get("url") else {},
+    )
+    found = _scaled(found, places, choices.scale)
+    graph = expand(found, places)
+    default, is_asked = Machine(), bool(gpu or num_gpus)
+    machine = Machine(gpu=gpu or default.gpu, num_gpus=num_gpus or default.num_gpus)
+    needs = plan_graph(graph, Costs() if is_asked else found.costs, machine=machine if is_asked else None)
+    downloads = found.fetches if any(need.status == "missing" for need in needs) and not will_run else ""
+    return GridPlan(
+        grid=found,
+        graph=graph,
+        needs=as_fetched(needs) if downloads else needs,
+        machine=machine,
+        downloads=downloads,
+    )
+
+
+def _chosen(grid: Grid, choices: Choices) -> Grid:
+    """Return the chosen cells of a grid, with the chosen seeds, questions and parts."""
+    grid = select_cells(grid, choices.only)
+    if choices.seeds:
+        grid = replace(grid, seeds=tuple(dict.fromkeys(choices.seeds)))
+    if choices.limit:
+        note = f"Only the first {choices.limit:,} questions of each benchmark were asked."
+        grid = replace(grid, limit=choices.limit, notes=(*grid.notes, note))
+    return exchange_parts(grid, choices.parts)
+
+
+def run_grid(
+    plan: GridPlan,
+    *,
+    output: str | Path = "",
+    launcher: Launcher | None = None,
+    retry: int = 0,
+    watch: Callable[[States], None] = lambda states: None,
+) -> Reproduced:
+    """Run what is missing of a planned grid, collect its study and draw the report.
+
+    Args:
+        plan: of ``plan_grid`` with ``will_run``.
+        output: folder of the study and its report (default: ``studies/NAME``).
+        launcher: what starts the nodes: processes on this machine by default, or ``studies.jobs.Jobs``.
+        retry: number of retries after a failure.
+        watch: called with the state of every node whenever one may have changed.
+
+    Raises:
+        DataError: nothing can run, because files are missing.
+    """
+    if all(need.status == "missing" for need in plan.needs):
+        first, *others = dict.fromkeys(line for need in plan.needs for line in need.missing)
+        more = f" (and {len(others)} more)" if others else ""
+        raise DataError(f"nothing can run: missing {first}{more}. Add the missing files, then run it again.")
+    graph, folder = plan.graph, Path(output or f"studies/{plan.grid.name}")
+    skip = frozenset(need.node.id for need in plan.needs if need.status == "missing")
+    launcher = launcher or InProcess(choose_processes(0))
+    states = execute(graph, launcher, retry=retry, skip=skip, report=watch)
+    from tinyllava.studies.report.page import write_report
+
+    with held(folder, wait=True):
+        study = write_study(plan.grid, graph, folder)
+        report = write_report(folder)
+    return Reproduced(
+        study=study,
+        report=report,
+        failed={id_: state for id_, state in states.items() if state.status == "failed"},
+        incomplete=tuple(cell.id for cell in graph.cells if skip.intersection(cell.nodes)),
+        unanswered={
+            (cell.id, result.benchmark): result.num_missing
+            for cell in study.cells
+            for result in cell.results
+            if result.num_missing
+        },
+    )
+
+
+def reproduce(
+    grid: str | Grid,
+    *,
+    data: str = "",
+    benchmarks: str | Path = "",
+    runs: str | Path = "runs",
+    output: str | Path = "",
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    limit: int = 0,
+    scale: float = 1.0,
+    parts: Mapping[str, str] | None = None,
+    judge: Mapping[str, str] | None = None,
+    launcher: Launcher | None = None,
+    retry: int = 0,
+) -> Reproduced:
+    """Reproduce a figure or table of the paper, or run a grid of your own: what ``tinyllava reproduce`` does.
+
+    Finished stages and evaluations in ``runs`` are reused. Call it again to resume after a stop.
+
+    Args:
+        grid: figure, table, ``starter``, ``FILE.py``, ``FILE.py:NAME``, or a grid.
+        data, benchmarks, runs, only, seeds, limit, scale, parts, judge: see ``Choices``.
+        output, launcher, retry: see ``run_grid``.
+
+    Raises:
+        UnknownNameError, ConfigError, DataError: see ``plan_grid`` and ``run_grid``.
+    """
+    choices = Choices(
+        data=data,
+        benchmarks=str(benchmarks),
+        runs=Path(runs),
+        only=only,
+        seeds=seeds,
+        limit=limit,
+        scale=scale,
+        parts=parts or {},
+        judge=judge or {},
+    )
+    plan = plan_grid(grid, choices, will_run=True)
+    return run_grid(plan, output=output, launcher=launcher, retry=retry)
+
+
+def _find_folders(grid: Grid, benchmarks: str) -> dict[str, str]:
+    """Return the folder of each benchmark that is here; the plan lists the others as missing."""
+    if grid.name == STARTER:
+        from tinyllava.starter.packages import cache_folder
+        from tinyllava.studies.starter import CENTRE, records_folder
+
+        return {name: str(records_folder(CENTRE["data"], cache_folder())) for name in grid.benchmarks}
+    folders: dict[str, str] = {}
+    for benchmark in map(find_benchmark, grid.benchmarks if benchmarks else ()):
+        try:
+            folders[benchmark.name] = str(
+                find_folders({benchmark.name: benchmark}, Path(benchmarks))[benchmark.name]
+            )
+        except DataError:
+            continue
+    return folders
+
+
+def _scaled(grid: Grid, places: Places, scale: float) -> Grid:
+    """Return the grid on a share of its records; the plan lists record files that are missing."""
+    scaled = scale_grid(grid, scale)
+    if scaled is grid:
+        return grid
+    cells = []
+    for cell in scaled.cells:
+        run = replace(cell.run, data_root=cell.run.data_root or places.data_root)
+        cells.append(replace(cell, run=scale_run(run, scale, places.runs / ".records")))
+    return replace(scaled, cells=tuple(cells))
