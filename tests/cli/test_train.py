@@ -1,11 +1,13 @@
 """``tinyllava train`` on toy parts: the user's records, fine-tuning of a checkpoint, options, errors."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tinyllava.cli import main
@@ -94,6 +96,33 @@ def test_a_run_then_its_checkpoint_tuned_on_records_of_ones_own(recipe, records,
     assert "left out: 1 unanswered" in capsys.readouterr().out
     before, after = (load_file(tmp_path / f"{n}/model/model.safetensors") for n in ("first", "second"))
     assert max((before[name] - after[name]).abs().max().item() for name in before) < 1e-4  # it began there
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / "model.safetensors")
+
+
+def test_the_saved_file_of_a_finished_run_trains_the_same_weights_again(recipe, tmp_path, capsys):
+    # In folders apart: finished stages beside a run are reused, and nothing would be trained.
+    first, again, other, tuned, retuned = (tmp_path / str(n) / "run" for n in range(5))
+    short = ("--pretrain.max-steps", 2, "--finetune.max-steps", 2)
+    assert train(recipe, "--output", first, "--finetune.learning-rate", "5e-4", *short) == 0
+    assert train(first / "run.json", "--output", again) == 0
+    assert "already trained" not in capsys.readouterr().out
+    assert dataclasses.replace(trained(again), output="") == dataclasses.replace(trained(first), output="")
+    assert len((again / "finetune" / "metrics.jsonl").read_text().splitlines()) == 2
+    torch.testing.assert_close(weights(again), weights(first), rtol=0, atol=0)
+
+    # Any setting can be changed on the way.
+    assert train(first / "run.json", "--output", other, "--seed", 43, "--only", "pretrain") == 0
+    assert trained(other).seed == 43
+    assert any(not torch.equal(value, weights(first)[name]) for name, value in weights(other).items())
+
+    mine = my_records(tmp_path)
+    assert train(recipe, "--from", first / "model", "--data", mine, "--output", tuned) == 0
+    assert train(tuned / "run.json", "--output", retuned) == 0  # it knows which checkpoint it began with
+    torch.testing.assert_close(weights(retuned), weights(tuned), rtol=0, atol=0)
+    assert any(not torch.equal(value, weights(first)[name]) for name, value in weights(tuned).items())
 
 
 def test_one_stage_alone(recipe, tmp_path):
