@@ -1,6 +1,7 @@
 """What is answered over HTTP is what ``Chat`` answers, whole or streamed, through the openai client."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,21 @@ def test_an_answer_is_that_of_chat_whole_and_streamed(client: Any, chat: Chat, n
     assert whole.usage.prompt_tokens == len(encode_prompt(chat.processor, conversation))
     assert whole.usage.completion_tokens == 24 or not expected.is_cut
     assert chunks[0].choices[0].delta.role == "assistant"
+
+
+def test_many_clients_at_once_get_the_answers_of_chat(client: Any, served: Served, chat: Chat) -> None:
+    expected = {name: chat.answer([conversation], 60)[0] for name, (_, conversation) in CASES.items()}
+    reused = served.metric("tinyllava_reused_tokens")
+
+    def one(name: str) -> tuple[str, str]:
+        asked = {"model": "toy", "messages": CASES[name][0], "max_completion_tokens": 60}
+        return name, client.chat.completions.create(**asked).choices[0].message.content
+
+    with ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(one, [*CASES] * 6))
+    assert answers == [(name, expected[name]) for name in [*CASES] * 6]
+    assert served.metric("tinyllava_reused_tokens") > reused
+    served.wait_for("tinyllava_running", 0)
 
 
 def test_images_and_turns_decide_the_answer(chat: Chat) -> None:

@@ -217,7 +217,7 @@ def test_a_request_has_its_time(toy: Path) -> None:
 def accepts(served: Served) -> bool:
     try:
         return httpx.get(f"{served.address}/health").status_code == 200
-    except httpx.ConnectError:
+    except httpx.TransportError:  # refused, or closed before it was read
         return False
 
 

@@ -17,8 +17,9 @@ Serve a model on this machine: a web page, and an API like OpenAI's.
 
 Open the printed address in a browser, or use it as base_url of an OpenAI
 client. Images come inside the requests, as data URLs; the server opens no
-address and no file that a client names. One request is answered at a time,
-the others wait. Ctrl-C or SIGTERM finishes the running requests and exits.
+address and no file that a client names. Requests are answered together as they come, and
+what they share is computed once. Ctrl-C or SIGTERM finishes the running
+requests and exits.
 """
 KEY_VARIABLE = "TINYLLAVA_API_KEY"
 
@@ -45,13 +46,23 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     limits.add_argument("--max-images", type=int, default=16, help="images in a request")
     limits.add_argument("--max-pixels", type=int, default=50_000_000, help="pixels of an image")
     limits.add_argument("--max-body-mib", type=int, default=32, help="size of a request")
-    limits.add_argument("--max-waiting", type=int, default=64, help="requests, the running one included")
+    limits.add_argument("--max-waiting", type=int, default=64, help="requests, running ones included")
+    limits.add_argument("--max-running", type=int, default=32, help="answers that are decoded together")
+    limits.add_argument(
+        "--cache-tokens",
+        type=int,
+        default=0,
+        help="tokens of running and remembered conversations (default: as many as 4 GiB hold)",
+    )
     limits.add_argument("--timeout", type=float, default=300, help="seconds for a request, waiting included")
     limits.add_argument("--drain", type=int, default=60, help="seconds that running requests get at the end")
     known = parser.parse_args(arguments)
-    for name in ("max_tokens", "max_images", "max_pixels", "max_body_mib", "max_waiting", "timeout", "drain"):
+    positive = [name for name in vars(known) if name.startswith("max_")]
+    for name in (*positive, "timeout", "drain"):
         if not 0 < getattr(known, name) < 10**12:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if known.cache_tokens < 0:
+        parser.error("--cache-tokens must be above 0")
     if not 0 <= known.port < 2**16:
         parser.error("--port must be from 0 to 65535")
     environment = os.environ.get(KEY_VARIABLE, "").split(",")
@@ -71,6 +82,7 @@ def main(arguments: list[str]) -> int:
     folder = find_model(known.model, "`tinyllava serve DIR`")
 
     from tinyllava.inference.chat import Chat
+    from tinyllava.serving.engine import OwnEngine
     from tinyllava.serving.schema import Limits
     from tinyllava.serving.server import Settings, is_loopback, run
 
@@ -93,6 +105,7 @@ def main(arguments: list[str]) -> int:
         known.host, known.port
     ) as listening:  # a port that is taken is told before a model is opened
         chat = Chat.open(folder, device=known.device)
+        engine = OwnEngine(chat, cache_tokens=known.cache_tokens, max_running=known.max_running)
         host = f"[{known.host}]" if ":" in known.host else known.host
         print(f"http://{host}:{listening.getsockname()[1]}", flush=True)
         print(
@@ -100,7 +113,7 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         try:
-            run(chat, settings, listening, known.drain)
+            run(engine, settings, listening, known.drain)
         except KeyboardInterrupt:  # when everything is finished
             print("stopped.", file=sys.stderr)
     return 0

@@ -360,19 +360,22 @@ class Stream(Iterator[str]):
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(run)
             try:
-                yield from _strip(streamer)
+                yield from filter(None, map(Strip().feed, streamer))
                 self.is_cut = running.result().is_cut
             finally:
                 stopped.set()
 
 
-def _strip(pieces: Iterator[str]) -> Iterator[str]:
-    """Drop empty pieces and the blanks at both ends of the whole."""
-    held, is_first = "", True
-    for piece in pieces:
-        text = held + (piece.lstrip() if is_first else piece)
+class Strip:
+    """Drops the blanks at both ends of a text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._held, self._is_first = "", True
+
+    def feed(self, piece: str) -> str:
+        """Return what can be given out, now that a piece has come."""
+        text = self._held + (piece.lstrip() if self._is_first else piece)
         kept = text.rstrip()
-        held = text[len(kept) :]  # blanks are given out once something follows them
-        if kept:
-            yield kept
-            is_first = False
+        self._held = text[len(kept) :]  # blanks are given out once something follows them
+        self._is_first &= not kept
+        return kept

@@ -85,6 +85,11 @@ def causal_without_looking(language_model: PreTrainedModel) -> Iterator[None]:
         language_model.set_attn_implementation("sdpa")
 
 
+def set_attention(model: Any, name: str) -> None:
+    """Let a model of transformers compute with another attention, such as ``sdpa``."""
+    model.set_attn_implementation(name)
+
+
 def render_template(
     messages: list[dict[str, object]], template: str, **variables: object
 ) -> tuple[str, list[tuple[int, int]]]:

@@ -1,30 +1,42 @@
 """Counts of requests, tokens and seconds, in the form that Prometheus reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from fastapi import Request
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from tinyllava.serving.queue import End
 
+_WORDS = {
+    "places": "Requests that are answered or wait.",
+    "running": "Answers that are being decoded.",
+    "kept_tokens": "Tokens of remembered conversations.",
+    "reused_tokens": "Tokens of prompts, so far, that were not computed again.",
+}
+
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class _Gauges(Collector):
+    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
+        self.read = read
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Read the numbers."""
+        for name, value in self.read().items():
+            yield GaugeMetricFamily(f"tinyllava_{name}", _WORDS[name], value)
 
 
 class Metrics:
     """The numbers of one server.
 
     Args:
-        num_places: tells how many requests are being answered or wait.
+        gauges: numbers of this moment, by name.
     """
 
-    def __init__(self, num_places: Callable[[], int]) -> None:
+    def __init__(self, gauges: Callable[[], Mapping[str, int]]) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "tinyllava_requests", "Requests by path and status.", ["path", "status"], registry=self._registry
@@ -36,8 +48,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        places = Gauge("tinyllava_places", "Requests that are answered or wait.", registry=self._registry)
-        places.set_function(num_places)
+        self._registry.register(_Gauges(gauges))
 
     def count_request(self, request: Request, status: int) -> None:
         """Count a request; the path is the route's, so that clients cannot make up labels."""

@@ -87,7 +87,7 @@ class Limits:
     max_tokens: int = 2_048
     """Of one answer."""
     max_waiting: int = 64
-    """Requests, the one that is being answered included."""
+    """Requests, those that are being answered included."""
     timeout_seconds: float = 300.0
     """From a request's first byte to its answer's last."""
 
@@ -159,8 +159,8 @@ class Question:
 
     conversation: Conversation
     max_new_tokens: int
-    options: Mapping[str, Any]
-    """Of ``Chat.stream``."""
+    options: Mapping[str, float]
+    """``temperature`` and ``top_p`` to sample with; without any the likeliest token is taken."""
     stops: tuple[str, ...]
     """Texts before which the answer ends."""
     seed: int | None
@@ -198,10 +198,7 @@ def read_request(body: bytes, model: str, limits: Limits) -> Question:
     return Question(
         conversation=_read_conversation(request, limits),
         max_new_tokens=_read_max_tokens(request, limits),
-        # top_k: OpenAI has none, transformers would take 50
-        options={"do_sample": True, "temperature": temperature, "top_p": request.top_p or 1.0, "top_k": 0}
-        if temperature > 0
-        else {},
+        options={"temperature": temperature, "top_p": request.top_p or 1.0} if temperature > 0 else {},
         stops=stops,
         seed=request.seed,
         is_streamed=bool(request.stream),

@@ -25,9 +25,8 @@ from fastapi.responses import JSONResponse
 
 from tinyllava import __version__
 from tinyllava.errors import DataError, ImageError, TinyLlavaError
-from tinyllava.inference.chat import Chat
 from tinyllava.serving.metrics import Metrics
-from tinyllava.serving.queue import End, ModelQueue
+from tinyllava.serving.queue import End, Engine, Places
 from tinyllava.serving.schema import ChatRequest, Limits, Question, RequestError, read_request
 from tinyllava.serving.wire import EventStream, GoneError, before, read_body, while_connected
 
@@ -74,11 +73,10 @@ def is_loopback(host: str) -> bool:
 class _Service:
     """What the routes share."""
 
-    def __init__(self, chat: Chat, settings: Settings) -> None:
-        self.settings, self.limits = settings, settings.limits
-        self.queue = ModelQueue(chat, settings.limits.max_waiting)
-        self.metrics = Metrics(lambda: self.queue.num_places)
-        self.context_tokens = chat.context_tokens
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine, self.settings, self.limits = engine, settings, settings.limits
+        self.places = Places(settings.limits.max_waiting)
+        self.metrics = Metrics(lambda: {"places": self.places.num_taken, **engine.counts()})
         self.created = int(time.time())
 
     def check(self, request: Request) -> None:
@@ -118,7 +116,7 @@ class _Service:
         """
         deadline = asyncio.get_running_loop().time() + self.limits.timeout_seconds
         async with AsyncExitStack() as stack:
-            stack.enter_context(self.queue.place())
+            stack.enter_context(self.places.take())
             body = await before(deadline, self.limits, read_body(request, self.limits.max_body_bytes))
             question = await run_in_threadpool(read_request, body, self.settings.model, self.limits)
             del body
@@ -132,7 +130,7 @@ class _Service:
     async def _answer(self, question: Question, deadline: float) -> AsyncGenerator[str | End, None]:
         """Yield the pieces of an answer, with what the model refuses as an error of the request."""
         started, is_first = time.monotonic(), True
-        async with aclosing(self.queue.answer(question)) as events:
+        async with aclosing(self.engine.answer(question)) as events:
             while True:
                 try:
                     event = await before(deadline, self.limits, anext(events))
@@ -216,7 +214,7 @@ def _usage(end: End) -> dict[str, int]:
     }
 
 
-def run(chat: Chat, settings: Settings, listening: socket, drain_seconds: int) -> None:
+def run(engine: Engine, settings: Settings, listening: socket, drain_seconds: int) -> None:
     """Serve until Ctrl-C or SIGTERM, finish what is running, and raise it again.
 
     Args:
@@ -227,7 +225,7 @@ def run(chat: Chat, settings: Settings, listening: socket, drain_seconds: int) -
         KeyboardInterrupt: the signal that ended it.
     """
     config = uvicorn.Config(
-        make_app(chat, settings),
+        make_app(engine, settings),
         log_level="warning",
         timeout_graceful_shutdown=drain_seconds,
         server_header=False,
@@ -235,18 +233,18 @@ def run(chat: Chat, settings: Settings, listening: socket, drain_seconds: int) -
     uvicorn.Server(config).run([listening])
 
 
-def make_app(chat: Chat, settings: Settings) -> FastAPI:
+def make_app(engine: Engine, settings: Settings) -> FastAPI:
     """Return the server's application (ASGI).
 
     Args:
-        chat: the model; nothing else may use it meanwhile.
+        engine: answers; it is closed at the end.
     """
-    service = _Service(chat, settings)
+    service = _Service(engine, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(service.queue.close)
+        await run_in_threadpool(service.engine.close)
 
     app = FastAPI(title="tinyllava", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     _add_errors(app, service)
@@ -322,7 +320,7 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
         "object": "model",
         "created": service.created,
         "owned_by": "tinyllava",
-        "context_tokens": service.context_tokens,
+        "context_tokens": service.engine.context_tokens,
     }
 
     @app.get("/v1/models")

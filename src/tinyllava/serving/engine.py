@@ -1,0 +1,163 @@
+"""Our own engine: one thread decodes all answers together and hands their text to the event loop.
+
+Paper: none. Differs: nothing; an answer is the one that ``Chat`` gives for the same question.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TextStreamer
+
+from tinyllava.inference.chat import Chat, Strip
+from tinyllava.inference.continuous import ContinuousDecoder, Sequence
+from tinyllava.serving.queue import End, UntilStop
+from tinyllava.serving.schema import Question
+
+_Event = str | End | BaseException
+
+
+class _Words(TextStreamer):
+    """Turns the tokens of an answer into text, in pieces that later tokens do not change."""
+
+    def __init__(self, chat: Chat, stops: tuple[str, ...]) -> None:
+        super().__init__(chat.processor.tokenizer, skip_special_tokens=True)
+        self.cut = UntilStop(stops)
+        self._strip, self._new = Strip(), ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take text that is final."""
+        self._new += text
+
+    def feed(self, token: int, is_last: bool) -> str:
+        """Return what can be given out, now that a token has come."""
+        self.put(torch.tensor([token]))
+        if is_last:
+            self.end()
+        text, self._new = self.cut.feed(self._strip.feed(self._new)), ""
+        return text + self.cut.rest() if is_last and not self.cut.is_found else text
+
+
+@dataclass(eq=False, kw_only=True)
+class _Reader:
+    """A request that waits for its answer."""
+
+    sequence: Sequence
+    words: _Words
+    events: "asyncio.Queue[_Event]" = field(default_factory=asyncio.Queue)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+
+
+class OwnEngine:
+    """Answers questions together, see ``ContinuousDecoder`` for its arguments and errors.
+
+    Nothing else may use the model meanwhile.
+    """
+
+    def __init__(self, chat: Chat, *, cache_tokens: int = 0, max_running: int = 32) -> None:
+        self.chat, self.context_tokens = chat, chat.context_tokens
+        self.decoder = ContinuousDecoder(chat, cache_tokens=cache_tokens, max_running=max_running)
+        self._readers: dict[Sequence, _Reader] = {}
+        self._commands: queue.SimpleQueue[tuple[Literal["add", "remove", "close"], _Reader | None]]
+        self._commands = queue.SimpleQueue()
+        self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def counts(self) -> dict[str, int]:
+        """Return numbers for the metrics."""
+        return {
+            "running": len(self.decoder.running),
+            "kept_tokens": self.decoder.num_kept_tokens,
+            "reused_tokens": self.decoder.num_reused,
+        }
+
+    async def answer(self, question: Question) -> AsyncGenerator[str | End, None]:
+        """Yield the pieces of an answer as they come, and its end; closing it stops the model.
+
+        Raises:
+            TinyLlavaError: what ``Chat.stream`` raises.
+        """
+        sequence = await asyncio.get_running_loop().run_in_executor(self._preparing, self._prepare, question)
+        reader = _Reader(sequence=sequence, words=_Words(self.chat, question.stops))
+        self._commands.put(("add", reader))
+        try:
+            while True:
+                event = await reader.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, End):
+                    return
+        finally:
+            self._commands.put(("remove", reader))
+
+    def _prepare(self, question: Question) -> Sequence:
+        return self.decoder.prepare(
+            question.conversation, question.max_new_tokens, options=question.options, seed=question.seed
+        )
+
+    def close(self) -> None:
+        """Stop all answers, which nobody reads any more."""
+        self._commands.put(("close", None))
+        self._thread.join()
+        self._preparing.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self) -> None:
+        """Decode until the engine is closed; the model's own thread."""
+        while self._obey():
+            try:
+                grown = self.decoder.step()
+            except Exception as error:  # noqa: BLE001 (each reader raises it)
+                for sequence in self.decoder.drop_running():
+                    self._tell(self._readers.pop(sequence), error)
+                continue
+            for sequence in grown:
+                self._pass_on(self._readers[sequence])
+        self.decoder.close()
+
+    def _obey(self) -> bool:
+        """Do what was asked for; wait for something to do; false at the end."""
+        while True:
+            is_idle = not (self.decoder.running or self.decoder.waiting)
+            try:
+                command, reader = self._commands.get(block=is_idle)
+            except queue.Empty:
+                return True
+            if command == "close" or reader is None:
+                return False
+            if command == "add":
+                self._readers[reader.sequence] = reader
+                self.decoder.add(reader.sequence)
+            elif self._readers.pop(reader.sequence, None):
+                self.decoder.remove(reader.sequence)
+
+    def _pass_on(self, reader: _Reader) -> None:
+        """Send the text of the newest token, and the end."""
+        sequence, cut = reader.sequence, reader.words.cut
+        if text := reader.words.feed(sequence.answer[-1], sequence.is_done):
+            self._tell(reader, text)
+        if not sequence.is_done and not cut.is_found:
+            return
+        del self._readers[sequence]
+        if not sequence.is_done:
+            self.decoder.remove(sequence)
+        self._tell(
+            reader,
+            End(
+                reason="stop" if sequence.is_ended or cut.is_found else "length",
+                num_prompt_tokens=len(sequence.prompt),
+                num_answer_tokens=len(sequence.answer),
+            ),
+        )
+
+    def _tell(self, reader: _Reader, event: _Event) -> None:
+        try:
+            reader.loop.call_soon_threadsafe(reader.events.put_nowait, event)
+        except RuntimeError:  # the event loop has ended, and its requests with it
+            self._readers.pop(reader.sequence, None)
