@@ -1,7 +1,9 @@
 """What is answered over HTTP is what ``Chat`` answers, whole or streamed, through the openai client."""
 
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 from served import Served, data_url
 from tinyllava.conversation import Conversation, Message, ask, to_ref
 from tinyllava.inference.chat import Chat, encode_prompt
+from tinyllava.serving.engine import Words
 from tinyllava.serving.queue import UntilStop
+from toys import byte_level_tokenizer, chatml_tokenizer, llama_tokenizer
 
 RED, BLUE = data_url(220, 20, 20), data_url(20, 40, 230, kind="JPEG")
 
@@ -135,6 +139,19 @@ def test_a_stop_text_is_found_however_the_text_is_cut_into_pieces(size: int) -> 
         pieces.append("" if until.is_found else until.rest())
         ends = [said.index(stop) for stop in stops if stop in said]
         assert "".join(pieces) == said[: min(ends, default=len(said))]
+
+
+@pytest.mark.parametrize("make", [llama_tokenizer, chatml_tokenizer, partial(byte_level_tokenizer, "<end>")])
+def test_pieces_of_text_make_the_whole_whatever_the_tokens_are(make: Any) -> None:
+    tokenizer = make()
+    words = tokenizer("Façade, 日本語 and 🙂🙂 with  blanks \n\n end .").input_ids
+    for seed in range(100):
+        generator = random.Random(seed)
+        ids = [generator.randrange(len(tokenizer)) for _ in range(20)] if seed else words
+        pieces = Words(tokenizer, ())
+        given = [pieces.feed(token, i == len(ids) - 1) for i, token in enumerate(ids)]
+        assert "".join(given) == tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert sum(map(bool, given)) > 5, "it comes in one piece"
 
 
 def test_sampling_follows_its_seed(client: Any) -> None:

@@ -8,6 +8,7 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
+from threading import Lock
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class ContinuousDecoder:
         """Tokens of prompts that were not computed, so far."""
         self._kept: OrderedDict[int, Sequence] = OrderedDict()
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._encoding = Lock()  # a tokenizer has settings that change while it encodes
         self._stops = set(stop_ids(chat.model).tolist())
 
     def close(self) -> None:
@@ -124,7 +126,8 @@ class ContinuousDecoder:
             DataError: the conversation does not fit the model's context.
         """
         processor, device = self.chat.processor, self.chat.model.device
-        prompt = encode_prompt(processor, conversation)
+        with self._encoding:
+            prompt = encode_prompt(processor, conversation)
         digests = [sha256(read_image_bytes(ref)).digest() for ref in conversation.images]
         found = ((i, self._features.get(digest)) for i, digest in enumerate(digests))
         known = {i: features for i, features in found if features is not None}

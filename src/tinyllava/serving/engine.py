@@ -5,42 +5,53 @@ Paper: none. Differs: nothing; an answer is the one that ``Chat`` gives for the 
 
 import asyncio
 import queue
+import re
 import threading
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-from transformers import TextStreamer
+from typing import Any, Literal
 
 from tinyllava.inference.chat import Chat, Strip
 from tinyllava.inference.continuous import ContinuousDecoder, Sequence
 from tinyllava.serving.queue import End, UntilStop
 from tinyllava.serving.schema import Question
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _Event = str | End | BaseException
 
 
-class _Words(TextStreamer):
+class Words:
     """Turns the tokens of an answer into text, in pieces that later tokens do not change."""
 
-    def __init__(self, chat: Chat, stops: tuple[str, ...]) -> None:
-        super().__init__(chat.processor.tokenizer, skip_special_tokens=True)
-        self.cut = UntilStop(stops)
-        self._strip, self._new = Strip(), ""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take text that is final."""
-        self._new += text
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...]) -> None:
+        self.tokenizer, self.cut = tokenizer, UntilStop(stops)
+        self._strip = Strip()
+        self._tokens: list[int] = []
+        self._told = 0  # of these tokens, those whose text is given out; they stay as context of the next
 
     def feed(self, token: int, is_last: bool) -> str:
         """Return what can be given out, now that a token has come."""
-        self.put(torch.tensor([token]))
-        if is_last:
-            self.end()
-        text, self._new = self.cut.feed(self._strip.feed(self._new)), ""
+        self._tokens.append(token)
+        told = self._decode(self._tokens[: self._told])
+        new = self._decode(self._tokens)
+        is_open = new.endswith("\N{REPLACEMENT CHARACTER}") or self._is_joined(token)
+        if is_open and not is_last:
+            return ""  # a piece of a character, or of bytes that are a character only together
+        text = self.cut.feed(self._strip.feed(new[len(told) :]))
+        self._tokens = self._tokens[self._told :]
+        self._told = len(self._tokens)
         return text + self.cut.rest() if is_last and not self.cut.is_found else text
+
+    def _is_joined(self, token: int) -> bool:
+        """Whether the next token decides its text: one byte, such as ``<0x0A>``, or nothing by itself."""
+        special = token in self.tokenizer.all_special_ids
+        return special or bool(_BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token))))
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,7 +59,7 @@ class _Reader:
     """A request that waits for its answer."""
 
     sequence: Sequence
-    words: _Words
+    words: Words
     events: "asyncio.Queue[_Event]" = field(default_factory=asyncio.Queue)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
@@ -60,8 +71,10 @@ class OwnEngine:
     """
 
     def __init__(self, chat: Chat, *, cache_tokens: int = 0, max_running: int = 32) -> None:
-        self.chat, self.context_tokens = chat, chat.context_tokens
+        self.context_tokens = chat.context_tokens
         self.decoder = ContinuousDecoder(chat, cache_tokens=cache_tokens, max_running=max_running)
+        # Its own: a tokenizer cannot be read while another thread encodes, which changes settings of it.
+        self._tokenizer = deepcopy(chat.processor.tokenizer)
         self._readers: dict[Sequence, _Reader] = {}
         self._commands: queue.SimpleQueue[tuple[Literal["add", "remove", "close"], _Reader | None]]
         self._commands = queue.SimpleQueue()
@@ -84,7 +97,7 @@ class OwnEngine:
             TinyLlavaError: what ``Chat.stream`` raises.
         """
         sequence = await asyncio.get_running_loop().run_in_executor(self._preparing, self._prepare, question)
-        reader = _Reader(sequence=sequence, words=_Words(self.chat, question.stops))
+        reader = _Reader(sequence=sequence, words=Words(self._tokenizer, question.stops))
         self._commands.put(("add", reader))
         try:
             while True:
