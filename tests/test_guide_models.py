@@ -1,7 +1,9 @@
 """The guide to one's own parts, followed literally in a folder of its own: files written, commands run."""
 
+import dataclasses
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from documents import ROOT, blocks, commands
 from tinyllava.cli import main
@@ -21,10 +24,16 @@ from tinyllava.parts.language import LANGUAGE_MODELS
 from tinyllava.parts.resolve import resolve
 from tinyllava.parts.user_code import run_code
 from tinyllava.parts.vision import VISION_ENCODERS
+from training_toys import toy_run, write_run
 
 GUIDE = (ROOT / "docs" / "guides" / "models.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in GUIDE.split("\n## ")[1:]}
-FILES = {"A connector": "my_connector.py", "A template": "my_template.py", "A benchmark": "my_benchmark.py"}
+FILES = {
+    "An encoder class": "my_encoder.py",
+    "A connector": "my_connector.py",
+    "A template": "my_template.py",
+    "A benchmark": "my_benchmark.py",
+}
 PIECES = [piece for name, text in SECTIONS.items() if name not in FILES for piece in blocks(text, "python")]
 COMMANDS = [line for section in SECTIONS.values() for line in commands(section)]
 
@@ -111,6 +120,38 @@ def test_a_model_of_its_parts_answers_and_its_checkpoint_says_what_code_it_needs
     assert "Traceback" not in refused.stderr
     answered = run_command(*chat, "--with", "my_connector.py")
     assert answered.returncode == 0, answered.stderr
+
+
+def test_a_model_with_its_encoder_class_is_trained_asked_and_exported_where_it_fits(
+    folder: Path, parts: dict[str, Path], records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelConfig(vision_encoder="my_encoder.py:STRIPES", language_model="my-llama")
+    run = toy_run(parts, records, folder / "run", model=model)
+    stages = {name: dataclasses.replace(stage, max_steps=1) for name, stage in run.stages.items()}
+    assert main(["train", write_run(dataclasses.replace(run, stages=stages), folder)]) == 0
+    trained = json.loads((folder / "run" / "model" / "config.json").read_text())
+    assert (trained["vision_config"]["model_type"], trained["num_patches"]) == ("stripes", 16)
+    untouched = load_file(folder / "my-stripes" / "model.safetensors")["convolution.weight"]
+    kept = load_file(folder / "run" / "model" / "model.safetensors")
+    assert torch.equal(kept["model.vision_tower.convolution.weight"], untouched)  # the base recipe freezes it
+
+    Image.new("RGB", (32, 32), "red").save(folder / "red.png")
+    chat = ["chat", "red.png", "What?", "--model", "run/model", "--max-tokens", "3"]
+    shutil.copytree("run/model", "bare", ignore=shutil.ignore_patterns("run.json"))  # nothing names the code
+    bare = ["bare" if one == "run/model" else one for one in chat]
+    both = f"from tinyllava.cli import main; assert [main({chat}), main({bare})] == [2, 2]"
+    refused = subprocess.run([sys.executable, "-c", both], capture_output=True, text=True, check=False)
+    assert refused.returncode == 0, refused.stderr
+    assert "run/model: needs your code 'my_encoder.py:STRIPES'" in refused.stderr
+    assert "add --with my_encoder.py" in refused.stderr
+    assert "bare: its vision encoder is of type 'stripes'" in refused.stderr
+    assert "--with FILE.py" in refused.stderr
+    assert main([*chat, "--with", "my_encoder.py"]) == 0
+    capsys.readouterr()
+    for name in ("llava", "vllm", "gguf"):
+        assert main(["export", "run/model", f"out-{name}", "--format", name]) == 2
+        assert "encoder 'stripes'" in capsys.readouterr().err
+        assert not (folder / f"out-{name}").exists()
 
 
 def run_command(*arguments: str) -> "subprocess.CompletedProcess[str]":

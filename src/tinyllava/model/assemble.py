@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from tinyllava.config import ModelConfig
@@ -22,11 +29,12 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, try_image_processor
 from tinyllava.model.quiet import transformers_errors_only, without_loading_bars
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
-from tinyllava.parts.folders import check_checkpoint, check_processor_files
+from tinyllava.parts.folders import check_checkpoint, check_processor_files, read_config, recorded_model
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.resolve import Parts, resolve
 from tinyllava.parts.templates import as_published
 from tinyllava.parts.untrusted import refusing, try_out
+from tinyllava.parts.user_code import is_reference, recall_value
 from tinyllava.parts.vision import VisionEncoder
 
 _STAGES = ("stage_names", "out_features", "out_indices")
@@ -91,6 +99,7 @@ def open_checkpoint(
     """
     folder = Path(folder)
     check_checkpoint(folder)
+    _refuse_unknown_classes(folder)
     processor = open_processor(folder)
     with refusing(folder, "cannot be opened"):
         model, report = TinyLlavaForConditionalGeneration.from_pretrained(
@@ -113,6 +122,27 @@ def open_checkpoint(
     longest = getattr(model.config.text_config, "max_position_embeddings", None) or sys.maxsize
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, longest)
     return model.eval(), processor
+
+
+def _refuse_unknown_classes(folder: Path) -> None:
+    """Raise for a part of a class that nobody has registered: the user's code that does has to run first.
+
+    Raises:
+        CheckpointError: it names the code, as far as the checkpoint records it.
+    """
+    config = read_config(folder)
+    for name, part in (("vision_encoder", "vision_config"), ("language_model", "text_config")):
+        kind = str(config.get(part, {}).get("model_type", ""))
+        if not kind or kind in CONFIG_MAPPING:
+            continue
+        reference = str(getattr(recorded_model(folder), name))
+        if is_reference(reference):
+            recall_value(reference, str(folder))
+        raise CheckpointError(
+            f"{folder}: its {name.replace('_', ' ')} is of type {kind!r}, which transformers does not have. "
+            "Name your code that registers its classes: --with FILE.py (in Python: "
+            "tinyllava.run_code('FILE.py'))."
+        )
 
 
 def open_processor(folder: Path) -> TinyLlavaProcessor:

@@ -98,6 +98,9 @@ def local_folder(name: str | Path) -> Path:
     return download(name, only=("*.json", "*.safetensors", "*.jinja", "*.model"))
 
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
 def download(name: str, *, only: Sequence[str] = (), without: Sequence[str] = ()) -> Path:
     """Return the folder of a hub repository, downloaded unless it is in the cache.
 
@@ -123,6 +126,11 @@ def download(name: str, *, only: Sequence[str] = (), without: Sequence[str] = ()
             f"({type(error).__name__}: {reason}). Check the name and the network; a private model needs "
             "`hf auth login`."
         ) from error
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name has the form of a repository on the hub: ``owner/name``."""
+    return _HUB_NAME.fullmatch(name) is not None
 
 
 def check_weight_files(folder: Path) -> None:

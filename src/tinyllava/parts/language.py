@@ -4,13 +4,13 @@ Paper: section 3.1, the small-scale LLM F_theta; section 4.1.1 for the choice.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import CheckpointError, ConfigError, look_up
 from tinyllava.parts.families import LANGUAGE_FAMILIES, has_usual_settings
-from tinyllava.parts.folders import check_weight_files, read_config
+from tinyllava.parts.folders import check_weight_files, download, is_hub_name, read_config
 from tinyllava.parts.templates import TEMPLATE_OF_END
 from tinyllava.parts.user_code import is_reference, recall_as
 
@@ -313,27 +313,23 @@ LANGUAGE_MODELS: dict[str, LanguageModel] = {
 
 
 def find_language_model(name: str, template: str = "") -> LanguageModel:
-    """Return the language model of that name or abbreviation, or the description of a local folder.
+    """Return the language model of that name, abbreviation or hub path, or the description of a local folder.
 
     Raises:
         UnknownNameError: neither a known name nor a folder.
-        CheckpointError: a folder without a readable config.json, or with a weight file that is none.
+        CheckpointError: a folder or hub repository that is missing, damaged, or holds no language model.
         ConfigError: a folder whose end-of-turn token has no known template, when none is given.
     """
     if Path(name).is_dir():
-        try:
-            return _describe_folder(Path(name), template)
-        except KeyError as error:
-            raise CheckpointError(
-                f"{Path(name) / 'config.json'}: lacks {error}; download it again, or describe the model as a "
-                "LanguageModel in a Python file of yours (docs/guides/models.md)."
-            ) from error
+        return _describe_folder(Path(name), template)
     if is_reference(name):
         return recall_as(name, LanguageModel)
-    for model in LANGUAGE_MODELS.values():
-        if name == model.abbreviation:
-            return model
-    return look_up(LANGUAGE_MODELS, name, "language model (or local folder, or FILE.py:NAME)")
+    if found := next((m for m in LANGUAGE_MODELS.values() if name in (m.abbreviation, m.path)), None):
+        return found
+    if is_hub_name(name):
+        described, short = _describe_folder(download(name, only=("*.json",)), template), Path(name).name
+        return replace(described, name=short, abbreviation=short, path=name)
+    return look_up(LANGUAGE_MODELS, name, "language model (or local folder, owner/name, or FILE.py:NAME)")
 
 
 def _describe_folder(folder: Path, template: str) -> LanguageModel:
@@ -346,7 +342,15 @@ def _describe_folder(folder: Path, template: str) -> LanguageModel:
             f"{folder}: no template is known for a tokenizer that ends a turn with {eos_token!r}; "
             "name one with model.template (see `tinyllava show templates`)."
         )
-    return describe_config(config, name=folder.name, path=str(folder), template=template, eos_token=eos_token)
+    try:
+        return describe_config(
+            config, name=folder.name, path=str(folder), template=template, eos_token=eos_token
+        )
+    except KeyError as error:
+        fix = (
+            "download it again, or describe it as a LanguageModel in a file of yours (docs/guides/models.md)"
+        )
+        raise CheckpointError(f"{folder / 'config.json'}: lacks {error}; {fix}.") from error
 
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -384,16 +388,12 @@ def _mlp_width(config: Mapping[str, Any]) -> int:
     width = int(config.get("intermediate_size") or 4 * config["hidden_size"])
     expert_width = int(config.get("moe_intermediate_size") or width)
     shared = int(config.get("shared_expert_intermediate_size") or 0)
-    return (
-        int(config["num_experts_per_tok"]) * expert_width + shared
-        if "num_experts_per_tok" in config
-        else width
-    )
+    if "num_experts_per_tok" not in config:
+        return width
+    return int(config["num_experts_per_tok"]) * expert_width + shared
 
 
 def _eos_token(folder: Path) -> str:
     name = "tokenizer_config.json"
-    if not (folder / name).exists():
-        return ""
-    eos = read_config(folder, name).get("eos_token") or ""
-    return str(eos["content"] if isinstance(eos, dict) else eos)
+    eos = read_config(folder, name).get("eos_token") if (folder / name).exists() else ""
+    return str(eos["content"] if isinstance(eos, dict) else eos or "")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tinyllava.errors import CheckpointError, ConfigError, look_up
 from tinyllava.parts.families import VISION_FAMILIES, has_usual_settings
-from tinyllava.parts.folders import check_weight_files, read_config
+from tinyllava.parts.folders import check_weight_files, download, is_hub_name, read_config
 from tinyllava.parts.user_code import is_reference, recall_as
 
 
@@ -172,7 +172,7 @@ VISION_ENCODERS: dict[str, VisionEncoder] = {
 
 
 def find_vision_encoder(name: str, code: str = "") -> VisionEncoder:
-    """Return the encoder of that name or abbreviation, or the description of a local folder.
+    """Return the encoder of that name, abbreviation or hub path, or the description of a local folder.
 
     Two of them with a plus between, ``DINOv2+SigLIP``, are the encoder that gives the features of both.
 
@@ -181,7 +181,7 @@ def find_vision_encoder(name: str, code: str = "") -> VisionEncoder:
 
     Raises:
         UnknownNameError: neither a known name nor a folder.
-        CheckpointError: a folder without a readable config.json.
+        CheckpointError: a folder without a readable config.json, or a hub path that cannot be downloaded.
         ConfigError: a folder of a family that is not known, or two encoders that cannot be fused.
     """
     if code == "factory":
@@ -198,9 +198,21 @@ def find_vision_encoder(name: str, code: str = "") -> VisionEncoder:
     if is_reference(name):
         return recall_as(name, VisionEncoder)
     by_abbreviation = {encoder.abbreviation: encoder for encoder in VISION_ENCODERS.values()}
-    if name in by_abbreviation:
-        return by_abbreviation[name]
-    return look_up(VISION_ENCODERS, name, "vision encoder (or local folder, or FILE.py:NAME)")
+    by_path = {encoder.path: encoder for encoder in VISION_ENCODERS.values()}
+    if found := by_abbreviation.get(name) or by_path.get(name):
+        return found
+    if is_hub_name(name):
+        return _describe_on_hub(name)
+    return look_up(VISION_ENCODERS, name, "vision encoder (or local folder, owner/name, or FILE.py:NAME)")
+
+
+def _describe_on_hub(name: str) -> VisionEncoder:
+    """Describe an encoder by its settings on the hub; its weights are downloaded when they are needed."""
+    described = _describe_folder(download(name, only=("*.json",)))
+    short = name.rpartition("/")[2]
+    # Without weights, those of a CNN cannot be read out of their file's head: it is built and counted.
+    is_usual = described.is_usual and described.kind == "transformer"
+    return replace(described, name=short, abbreviation=short, path=name, is_usual=is_usual)
 
 
 def join_encoders(first: VisionEncoder, second: VisionEncoder) -> VisionEncoder:
