@@ -143,6 +143,31 @@ def test_one_id_on_two_records_stays_two_questions(write) -> None:
     assert [question.id for question in questions] == ["1 record 0", "1 record 1"]
 
 
+def test_what_is_left_out_of_a_file_is_said(write) -> None:
+    lost = {**record("What?", "cup"), "image": "nowhere.png"}
+    data = write(record("What?", "cup", kind="x", colour="red"), record("What?", "jar", colour="blue"), lost)
+    benchmark = own_benchmark(data, skip=("missing_image",))
+    assert benchmark.notes[1:] == (
+        "skipped records (missing_image): 1",
+        "fields of the records that are not used: colour (2)",
+    )
+    (data.parent / "b.png").write_bytes(b"no image")
+    broken = {**record("What?", "jar"), "image": "b.png"}
+    benchmark = own_benchmark(write(record("What?", "cup"), broken), skip=("broken_image",))
+    assert benchmark.num_questions == 1
+    assert benchmark.notes[1:] == ("skipped records (broken_image): 1",)
+
+
+def test_options_in_columns_are_asked_as_lines_and_graded_by_letter_or_text(write, tmp_path: Path) -> None:
+    write()
+    (tmp_path / "my.csv").write_text("image,question,A,B,answer\na.png,Which?,red,blue,blue\n")
+    benchmark = own_benchmark(tmp_path / "my.csv")
+    (question,) = benchmark.load(Path())
+    assert "A. red\nB. blue" in question.prompt
+    for answer, score in (("B", 1), ("It is blue.", 1), ("A", 0)):
+        assert benchmark.grade(question, answer).score == score
+
+
 def test_several_images_of_a_question_are_one_cluster(write) -> None:
     two = record("<image>\nWhich is red?", "the first", id="t")
     two["image"] = ["a.png", "b.png"]

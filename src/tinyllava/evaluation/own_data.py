@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from tinyllava.conversation import Conversation
-from tinyllava.data.records import parse_columns, read_raw, read_records
+from tinyllava.data.records import drop_broken_images, parse_columns, read_raw, read_records
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, means_by_group
 from tinyllava.evaluation.metrics.numbers import parse_tolerance
@@ -30,6 +30,7 @@ MAX_TOKENS = 256
 """Of an answer, where nothing else is asked for."""
 MAX_LABELS = 50
 """Right answers with an accuracy of their own; where a file has more, the most frequent ones."""
+_FIELDS = ("kind", "category", "metric", "answers", "choices", "tolerance")
 _OPTION_LINE = re.compile(r"^\s*\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
 
 
@@ -81,7 +82,7 @@ def own_benchmark(
         MissingExtraError: long answers need a package that is not installed.
     """
     path, table = Path(data), MetricTable()
-    asked = _read_asked(path, **reading)
+    asked, said = _read_asked(path, **reading)
     references = [_reference(one, tolerance) for one in asked]
     default = table.add(metric)
     kinds = [_kind_field(one.fields) for one in asked]
@@ -104,7 +105,7 @@ def own_benchmark(
         details=partial(beside_the_score, partial(_grade, table)),
         unclear="; ".join(dict.fromkeys(table.metrics[name].unclear for name in used)),
         judging=JUDGING if JUDGE in used else None,
-        notes=_say_metrics(asked, names, table, default),
+        notes=(*_say_metrics(asked, names, table, default), *said),
     )
 
 
@@ -164,18 +165,25 @@ def _read_asked(
     reader: str = "",
     allow_urls: bool = False,
     skip: tuple[str, ...] = (),
-) -> list[_Asked]:
+) -> tuple[list[_Asked], list[str]]:
+    """Return a question for each answer of a file, and what was left out of it in words."""
     folder = Path(images or (path if path.is_dir() else path.parent))
-    conversations = read_records(
+    records = read_records(
         path, folder, tuple(skip), columns=parse_columns(columns), reader=reader, allow_urls=allow_urls
-    ).conversations
+    )
+    if "broken_image" in skip:
+        records = drop_broken_images(records)
+    conversations = records.conversations
     fields = {at: raw if isinstance(raw, dict) else {} for at, raw in read_raw(path, folder, reader)}
     times = Counter(conversation.id for conversation in conversations)
-    return [
+    asked = [
         one
         for conversation in conversations
         for one in _split_turns(conversation, fields[conversation.at], times[conversation.id] == 1)
     ]
+    said = [f"skipped records ({name}): {number:,}" for name, number in records.skipped.items() if number]
+    unused = ", ".join(f"{name} ({num:,})" for name, num in records.ignored.items() if name not in _FIELDS)
+    return asked, said + ([f"fields of the records that are not used: {unused}"] if unused else [])
 
 
 def _split_turns(conversation: Conversation, fields: Mapping[str, Any], is_id: bool) -> list[_Asked]:
@@ -224,15 +232,17 @@ def _reference(one: _Asked, tolerance: str) -> Reference:
 
 
 def _read_choices(one: _Asked) -> dict[str, str]:
-    """Return the options by letter: of the field ``choices``, or the lines ``A. ...`` of the question."""
+    """Return the options by letter: the lines ``A. ...`` of the question, or the field ``choices``."""
+    lines = dict(_OPTION_LINE.findall(one.conversation.messages[-1].text))
+    expected = [chr(ord("A") + i) for i in range(len(lines))]
+    if len(lines) > 1 and list(lines) == expected:
+        return lines
     value = one.fields.get("choices")
     if isinstance(value, dict) and value:
         return {str(letter).strip().upper(): str(text) for letter, text in value.items()}
     if listed := _texts(one.fields, "choices", one.conversation):
         return {chr(ord("A") + i): text for i, text in enumerate(listed)}
-    lines = dict(_OPTION_LINE.findall(one.conversation.messages[-1].text))
-    expected = [chr(ord("A") + i) for i in range(len(lines))]
-    return lines if len(lines) > 1 and list(lines) == expected else {}
+    return {}
 
 
 def _kind_field(fields: Mapping[str, Any]) -> str:

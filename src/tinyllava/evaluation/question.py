@@ -14,7 +14,6 @@ from tinyllava.errors import DataError
 from tinyllava.evaluation.read import FIX, Record, read_lines
 
 SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
 
 
 _NO_META: Mapping[str, Any] = {}

@@ -8,10 +8,11 @@ import openpyxl
 import pytest
 
 from evaluation import benchmark_files as files
+from tinyllava.data.readers.column_groups import LETTER
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Scored
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.evaluation.question import LETTER, SHORT, Question
+from tinyllava.evaluation.question import SHORT, Question
 
 
 def load(name: str, folder: Path) -> dict[str, Question]:

@@ -8,6 +8,13 @@ from typing import Any
 
 from tinyllava.conversation import Conversation
 from tinyllava.data.defects import Defect
+from tinyllava.data.readers.column_groups import (
+    find_options,
+    listed_texts,
+    numbered_images,
+    option_columns,
+    with_options,
+)
 from tinyllava.data.readers.form import (
     IMAGE_KEYS,
     ImageValue,
@@ -89,18 +96,25 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
     asked = {"caption": DESCRIBE, "label": NAME}.get(kind, "")
     question = _text(raw[columns["question"]], columns["question"], where) if "question" in columns else ""
     answer = _text(raw[columns[kind]], columns[kind], where)
+    if question and kind == "answer" and (options := find_options(raw, where)):
+        question, answer = with_options(question, raw[columns[kind]], options, where)
     turns = [*_history(raw, where), Turn("user", split_marks(question or asked)), Turn("assistant", [answer])]
+    numbered = numbered_images(raw)
     listed = _images(raw.get(columns.get("image", "")), where)
+    for name in numbered.values():
+        listed += _images(raw[name], where)
     if listed and not any(turn.num_images for turn in turns):
         turns[0].parts[:0] = [ImageValue() for _ in listed]
-    note_unknown(raw, (*columns.values(), "history"), reading)
+    known = (*columns.values(), *numbered.values(), *option_columns(raw), "history")
+    note_unknown(raw, known, reading)
     return make_conversation(raw, turns, at, reading, listed=listed)
 
 
 def _images(value: Any, where: str) -> list[Any]:
     if value is None or value in ("", b"", [], {}):
         return []
-    values = value if isinstance(value, list) else [value]
+    value = listed_texts(value)
+    values = list(value) if isinstance(value, list) else [value]
     if not all(isinstance(one, str | bytes | dict) and one for one in values):
         raise Defect(
             "malformed", where, f"an image must be a path or a list of paths, found {str(value)[:80]}"

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tinyllava.conversation import ImageRef
+from tinyllava.data.readers.column_groups import LETTER
 from tinyllava.evaluation.benchmark import (
     Benchmark,
     Grade,
@@ -20,7 +21,7 @@ from tinyllava.evaluation.benchmark import (
 )
 from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.metrics.choices import parse_scienceqa
-from tinyllava.evaluation.question import LETTER, Question, QuestionList, no_source
+from tinyllava.evaluation.question import Question, QuestionList, no_source
 from tinyllava.evaluation.read import (
     ImageFiles,
     Record,

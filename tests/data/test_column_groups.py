@@ -1,0 +1,99 @@
+"""What a row holds in several columns: several images, and the options of a question with choices."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tinyllava.data.defects import Defect
+from tinyllava.data.readers.column_groups import LETTER
+from tinyllava.data.records import read_records
+
+ASKED = f"Which is red?\nA. a cup\nB. a jar\n{LETTER}"
+
+
+@pytest.fixture
+def read(tmp_path: Path):
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+
+    def read(rows: str | list[dict]):
+        path = tmp_path / ("t.csv" if isinstance(rows, str) else "t.json")
+        path.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+        return read_records(path, tmp_path)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "image,question,A,B,answer\na.png,Which is red?,a cup,a jar,B\n",
+        "image,question,option_a,option_b,option_c,answer\na.png,Which is red?,a cup,a jar,,A JAR\n",
+        "image,question,choice 1,choice 2,answer\na.png,Which is red?,a cup,a jar,(b)\n",
+        'image;question;choices;answer\na.png;Which is red?;"[""a cup"", ""a jar""]";B\n',
+        [{"image": "a.png", "question": "Which is red?", "options": ["a cup", "a jar"], "answer": 1}],
+        [
+            {
+                "image": "a.png",
+                "question": "Which is red?",
+                "choices": {"A": "a cup", "B": "a jar"},
+                "answer": "B",
+            }
+        ],
+        [{"image": "a.png", "question": ASKED, "choices": ["a cup", "a jar"], "answer": "a jar"}],
+    ],
+)
+def test_options_become_lines_of_the_question_and_the_answer_its_letter(read, rows) -> None:
+    records = read(rows)
+    (conversation,) = records.conversations
+    assert [message.text for message in conversation.messages] == [ASKED, "B"]
+    assert records.ignored == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"choices": ["2", "3", "4"], "answer": 2},
+            "the answer '2' is none of the options A. 2.*or could be two",
+        ),
+        (
+            {"choices": ["red", "blue"], "answer": "C"},
+            "the answer 'C' is none of the options A. red, B. blue",
+        ),
+        ({"choices": ["red", "blue"], "answer": 2}, "the answer '2' is none of the options"),
+        ({"choices": ["red", ["blue"]], "answer": "A"}, r"the option \['blue'\] must be text or a number"),
+        ({"choices": "red or blue", "answer": "A"}, "'choices' must be a list of texts"),
+    ],
+)
+def test_an_answer_that_could_be_two_options_or_is_none_is_a_defect(read, row, message) -> None:
+    with pytest.raises(Defect, match=message):
+        read([{"image": "a.png", "question": "Which?", **row}])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "image_1,image_2,question,answer\na.png,b.png,What changed?,all\n",
+        "image,image2,question,answer\na.png,b.png,What changed?,all\n",
+        "image_2,question,answer,image_1\nb.png,What changed?,all,a.png\n",
+        'image;question;answer\n"[""a.png"", ""b.png""]";What changed?;all\n',
+        [{"images": ["a.png", "b.png"], "question": "What changed?", "answer": "all"}],
+    ],
+)
+def test_several_images_of_a_row_keep_their_order(read, rows) -> None:
+    (conversation,) = read(rows).conversations
+    assert [image.name for image in conversation.images] == ["a.png", "b.png"]
+
+
+def test_a_row_with_fewer_images_than_others_has_those(read) -> None:
+    rows = "image_1,image_2,question,answer\na.png,b.png,What?,x\nc.png,,What?,y\n"
+    assert [len(one.images) for one in read(rows).conversations] == [2, 1]
+
+
+def test_columns_that_are_no_options_stay_unused(read) -> None:
+    records = read("image,question,answer,B,C\na.png,What?,x,1,2\n")  # no column A
+    assert records.conversations[0].messages[0].text == "What?"
+    assert records.ignored == {"B": 1, "C": 1}
