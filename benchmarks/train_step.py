@@ -47,7 +47,7 @@ from tinyllava.model.modeling import IGNORED, TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.parts.templates import read_template
-from tinyllava.training.trainer import fastest_attention
+from tinyllava.training.trainer import WINDOW, fastest_attention
 from train_samples import SHAPES, Shape, make_samples, make_tokenizer
 
 Way = Literal["stock", "ours", "cached"]
@@ -146,7 +146,8 @@ class Contestant:
         size, order = self.shape.batch_size, list(range(len(self.examples)))
         if self.way == "cached":
             lengths = self.examples.lengths
-            order = list(GroupedSampler(lengths=lengths, with_image=None, batch_size=size, seed=0))
+            sampler = GroupedSampler(lengths=lengths, with_image=None, batch_size=size, seed=0, window=WINDOW)
+            order = list(sampler)
         return [order[i * size : (i + 1) * size] for i in range(num_batches)]
 
     def _make_batch(self, rows: list[int]) -> dict[str, Any]:

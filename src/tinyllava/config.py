@@ -128,8 +128,10 @@ class Stage:
     max_grad_norm: float = 1.0
     max_length_tokens: int = 2048
     """Max length in tokens, with image tokens; a longer record is an error, or skipped with 'too_long'."""
-    group_by: Literal["none", "length", "modality_length"] = "none"
-    """Batches of similar length (and of one modality) need less padding."""
+    group_by: Literal["none", "length", "modality_length", "length_windows"] = "none"
+    """none: steps are random, and so is the order inside a step; length: the same, sorted by length inside a
+    step for less padding; modality_length: steps have only images or only text too, as in LLaVA-1.5;
+    length_windows: 50 steps are sorted by length together: the least padding, steps of similar length."""
     separate_questions: bool = False
     """Train each question of a conversation as if it were asked alone: questions share the image in one row
     but do not see each other. For questions that do not refer to each other."""

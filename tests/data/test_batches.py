@@ -1,4 +1,6 @@
-"""Grouped order: every sample once, the same for a seed, one modality in a batch, little padding."""
+"""Order: every sample once, random steps of one modality, the same for a seed, equal work for the ranks."""
+
+import statistics
 
 import pytest
 from hypothesis import given, settings
@@ -9,9 +11,13 @@ from tinyllava.data.batches import GroupedSampler
 samples = st.lists(st.tuples(st.integers(1, 500), st.booleans()), min_size=1, max_size=300)
 
 
-def order(samples: list[tuple[int, bool]], batch_size: int, seed: int = 0, epoch: int = 0) -> list[int]:
+def order(
+    samples: list[tuple[int, bool]], batch_size: int, seed: int = 0, epoch: int = 0, **settings: int
+) -> list[int]:
     lengths, with_image = [length for length, _ in samples], [image for _, image in samples]
-    sampler = GroupedSampler(lengths=lengths, with_image=with_image, batch_size=batch_size, seed=seed)
+    sampler = GroupedSampler(
+        lengths=lengths, with_image=with_image, batch_size=batch_size, seed=seed, **settings
+    )
     sampler.set_epoch(epoch)
     assert len(sampler) == len(samples)
     return list(sampler)
@@ -36,17 +42,50 @@ def test_the_order_follows_from_seed_and_epoch():
     assert all(other != order(many, 8, seed=1) for other in others)
 
 
-def test_batches_hold_similar_lengths_in_mixed_order():
+@given(
+    samples=samples,
+    lengths=st.randoms(),
+    batch_size=st.integers(1, 4),
+    ranks=st.integers(1, 3),
+    micro=st.integers(1, 3),
+)
+@settings(max_examples=50, deadline=None)
+def test_which_samples_a_step_has_depends_on_no_length_rank_or_micro_batch(
+    samples, lengths, batch_size, ranks, micro
+):
+    """So they are a random part of the whole set, as published code draws them."""
+    size = batch_size * ranks * micro
+    plain = order(samples, size)
+    others = [(lengths.randint(1, 500), image) for _, image in samples]
+    split = order(others, size, micro_batch=micro, num_ranks=ranks)
+    for start in range(0, len(samples), size):
+        assert set(plain[start : start + size]) == set(split[start : start + size])
+
+
+def test_ranks_get_equal_work_and_micro_batches_similar_lengths():
+    ranks, micro, size = 4, 4, 64
     many = [((n * 7919) % 997 + 1, True) for n in range(640)]
-    found = order(many, 16)
-    batches = [[many[index][0] for index in found[start : start + 16]] for start in range(0, 640, 16)]
-    padding = sum(max(batch) * 16 - sum(batch) for batch in batches)
-    assert padding < 0.05 * sum(length for length, _ in many)  # at random it is about nine tenths
-    longest = [max(batch) for batch in batches]
-    assert longest != sorted(longest)
+    found = order(many, size, micro_batch=micro, num_ranks=ranks)
+    for start in range(0, 640, size):
+        step = [many[index][0] for index in found[start : start + size]]
+        parts = [step[i : i + micro] for i in range(0, size, micro)]
+        work = [sum(sum(part) for part in parts[rank::ranks]) for rank in range(ranks)]
+        assert max(work) - min(work) < 0.03 * sum(work)
+        padding = sum(max(part) * micro - sum(part) for part in parts)
+        assert padding < 0.08 * sum(step)  # unsorted it is more than half
+        assert step[0] == max(step)  # what runs out of memory does so at once
 
 
-@pytest.mark.parametrize("group_by", ["length", "modality_length"])
+@pytest.mark.parametrize(("window", "low", "high"), [(1, 0.8, 1.2), (50, 0.0, 0.1)])
+def test_a_step_has_the_spread_of_lengths_of_the_whole_set_or_hardly_any(window, low, high):
+    many = [((n * 7919) % 997 + 1, True) for n in range(6400)]
+    found = order(many, 64, window=window)
+    whole = statistics.pstdev(length for length, _ in many)
+    spread = [statistics.pstdev(many[i][0] for i in found[s : s + 64]) / whole for s in range(0, 6400, 64)]
+    assert low < statistics.mean(spread) < high
+
+
+@pytest.mark.parametrize("group_by", ["length", "modality_length", "length_windows"])
 def test_the_trainer_draws_in_this_order_anew_in_each_epoch(parts, records, tmp_path, monkeypatch, group_by):
     import dataclasses
 

@@ -34,7 +34,7 @@ def starter_run(model: ModelConfig, records: Path, output: Path, start_from: Pat
         data=_data(records, "pretrain"),
         learning_rate=2e-4,
         global_batch_size=16,
-        group_by="length",
+        group_by="length_windows",
     )
     finetune = replace(
         BASE.stages["finetune"],
@@ -42,7 +42,7 @@ def starter_run(model: ModelConfig, records: Path, output: Path, start_from: Pat
         language_model=from_layer(0),
         learning_rate=1e-4,
         global_batch_size=4,
-        group_by="length",
+        group_by="length_windows",
         separate_questions=True,
     )
     return Run(

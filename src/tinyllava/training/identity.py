@@ -20,7 +20,7 @@ from tinyllava.parts.user_code import code_digest
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.trainer import choose_precision, micro_batch
 
-FORMAT = 2
+FORMAT = 3
 """Of the key; a stage under an older one is trained again."""
 # What a config says of where it came from; the same model may have come by another way.
 _NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")

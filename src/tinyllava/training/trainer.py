@@ -26,6 +26,8 @@ from tinyllava.errors import TrainingError
 from tinyllava.model.devices import multiplies_bf16
 from tinyllava.model.tuning import component_of
 
+WINDOW = 50
+"""Steps that ``length_windows`` sorts by length together."""
 MOST_SAMPLES = 16
 """Samples of a forward pass where memory does not set the bound: more make nothing faster on a CPU."""
 RESUMED_TENSORS = "model.safetensors"
@@ -104,6 +106,9 @@ class StageTrainer(Trainer):
             with_image=[bool(c.images) for c in examples.conversations] if by_modality else None,
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed,
+            micro_batch=args.train_batch_size,
+            num_ranks=args.world_size,
+            window=WINDOW if self.stage.group_by == "length_windows" else 1,
         )
         loader = DataLoader(
             examples,
