@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
         module="reproduce", help="reproduce a figure or table of the paper, or run your own grid"
     ),
     "runs": Command(module="runs", help="list and filter runs, or compare two of them"),
-    "data": Command(module="data", help="check the files that benchmarks and mixtures need"),
+    "data": Command(module="data", help="check, convert or split your data; list what benchmarks need"),
     "import": Command(module="import_", help="convert a checkpoint from another layout"),
     "export": Command(
         module="export", help="write a checkpoint for transformers, vLLM, llama.cpp or the Hub"

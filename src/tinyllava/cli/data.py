@@ -1,4 +1,4 @@
-"""``tinyllava data``: which files a benchmark or a mixture needs, and which are missing."""
+"""``tinyllava data``: which files a benchmark or a mixture needs; your own data checked and converted."""
 
 from pathlib import Path
 
@@ -6,9 +6,12 @@ from tinyllava.cli.parser import CommandParser
 from tinyllava.errors import look_up
 
 _HELP = """
-List the files of a benchmark or mixture: present or missing, source, size and
-licence.
+Check, convert or split your own data, or list the files of a benchmark or
+mixture: present or missing, source, size and licence.
 
+  tinyllava data check FILE            counts, defects, answers, duplicates
+  tinyllava data convert A B           write A as B (.json, .jsonl, .parquet)
+  tinyllava data split FILE            hold records out, by their images
   tinyllava data benchmarks            list the benchmarks
   tinyllava data benchmarks pope DIR   check the files of POPE in DIR
   tinyllava data benchmarks my.py:MINE DIR   a benchmark of your own
@@ -19,8 +22,12 @@ licence.
 
 def main(arguments: list[str]) -> int:
     """List files; the exit status is 1 if one that is needed is missing or doubtful."""
+    if arguments and arguments[0] in ("check", "convert", "split"):
+        from tinyllava.cli import data_files
+
+        return data_files.COMMANDS[arguments[0]](arguments[1:])
     parser = CommandParser("data", _HELP)
-    parser.add_argument("kind", metavar="KIND", help="benchmarks, or mixtures")
+    parser.add_argument("kind", metavar="KIND", help="check, convert, split, benchmarks, or mixtures")
     parser.add_argument("name", nargs="?", default="", help="names separated by commas, or all")
     parser.add_argument(
         "folder",

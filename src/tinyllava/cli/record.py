@@ -69,16 +69,17 @@ def main(arguments: list[str]) -> int:
     conversations = read_configured(own_data(known, file, skip=tuple(known.skip))).conversations
     if not 0 <= known.index < len(conversations):
         raise DataError(f"--index {known.index}: {file} has records 0 to {len(conversations) - 1}.")
-    processor = _load_processor(known)
+    processor = load_processor(known)
     template = read_template(known.template) if known.template else None
     are_taken = True
     for conversation in conversations[known.index : known.index + known.count]:
-        _print_record(conversation, processor, template)
+        print_record(conversation, processor, template)
         are_taken &= _print_refusal(conversation, processor, template, known)
     return 0 if are_taken else 1
 
 
-def _load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
+def load_processor(known: argparse.Namespace) -> "TinyLlavaProcessor":
+    """Return the processor of ``--model``, or that of ``--language-model`` with CLIP."""
     from tinyllava.model.assemble import load_tokenizer, open_processor
     from tinyllava.model.processing import TinyLlavaProcessor
     from tinyllava.model.tokenizer import fit_template
@@ -128,9 +129,8 @@ def _print_refusal(
     return True
 
 
-def _print_record(
-    conversation: "Conversation", processor: "TinyLlavaProcessor", template: str | None
-) -> None:
+def print_record(conversation: "Conversation", processor: "TinyLlavaProcessor", template: str | None) -> None:
+    """Print the text that the model sees, with what is supervised marked, and its number of tokens."""
     from rich.console import Console
     from rich.text import Text
 

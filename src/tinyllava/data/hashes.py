@@ -74,9 +74,18 @@ def _stamp(ref: ImageRef) -> _Stamp | None:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def sha256_of_image(ref: ImageRef) -> str:
+    """Return the SHA-256 of the encoded bytes of an image.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    return hashlib.sha256(read_image_bytes(ref)).hexdigest()
+
+
 def _hash(ref: ImageRef) -> str | ImageError:
     try:
-        return hashlib.sha256(read_image_bytes(ref)).hexdigest()
+        return sha256_of_image(ref)
     except ImageError as error:
         return error  # raised by the caller, which knows the record
 

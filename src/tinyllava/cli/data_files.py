@@ -1,0 +1,232 @@
+"""``tinyllava data check|convert|split``: look at your own data, write it in another form, hold some out."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllava.cli.parser import CommandParser, add_data_options, own_data
+from tinyllava.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinyllava.data.checking import FileCheck
+    from tinyllava.model import TinyLlavaProcessor
+
+_CHECK = """
+Read every record of a file or folder and decode every image. Prints counts,
+all defects with their places, lengths, the most frequent answers and repeated
+questions. The exit status is 1 if there is a defect.
+
+  tinyllava data check my.csv
+  tinyllava data check my.json --language-model TinyLlama --page check.html
+  tinyllava data check train.json --against test.json
+"""
+_CONVERT = """
+Write a file of any form as LLaVA's JSON or JSON lines, or as Parquet with the
+bytes of its images. Fields that are not used are left out, and named.
+
+  tinyllava data convert my.csv my.json
+  tinyllava data convert my.json my.jsonl --form messages
+  tinyllava data convert FOLDER photos.parquet
+"""
+_SPLIT = """
+Hold records out for a test, by their images: no image is on both sides. The
+choice follows from the contents, so it is the same on every machine. Writes
+FILE-train.json and FILE-held-out.json in LLaVA's form beside the file.
+
+  tinyllava data split my.csv --held-out 10%
+"""
+_SHOWN = 20
+"""Places of each defect in the terminal; the page has all."""
+
+
+def check(arguments: list[str]) -> int:
+    """Print what a file holds and what is wrong with it."""
+    parser = CommandParser("data check", _CHECK)
+    parser.add_argument("file", nargs="+", help="record file, or folder of images")
+    add_data_options(parser)
+    parser.add_argument("--against", default="", help="another file: records that show the same images")
+    parser.add_argument("--no-images", action="store_true", help="do not decode images, which takes longest")
+    parser.add_argument("--page", default="", help="HTML file to write, with images and all defects")
+    parser.add_argument("--model", default="", help="checkpoint whose tokens are counted")
+    parser.add_argument("--language-model", default="", help="language model whose tokens are counted")
+    parser.add_argument("--template", default="", help="template name, such as caption")
+    known = parser.parse_args(arguments)
+    if known.model and known.language_model:
+        parser.error("give one of --model CHECKPOINT and --language-model NAME")
+
+    found = _read(known, *known.file)
+    counts = f"{found.num_records:,} records, {len(found.conversations):,} without a defect"
+    print(f"{', '.join(known.file)}: {counts}")
+    if found.conversations:
+        _print_contents(found)
+    if known.model or known.language_model:
+        _print_tokens(found, known)
+    _print_defects(found)
+    if known.against:
+        _print_shared(found, _read(known, known.against), known.against)
+    if known.page:
+        from tinyllava.data.checking import write_page
+
+        write_page(found, Path(known.page), Path(known.file[0]).name)
+        print(f"page: {known.page}")
+    return 1 if found.defects else 0
+
+
+def _read(known: argparse.Namespace, *files: str) -> "FileCheck":
+    from rich.progress import TextColumn
+
+    from tinyllava.data.bars import Bars
+    from tinyllava.data.checking import check_files
+
+    with Bars(TextColumn("{task.description}: {task.completed:,.0f}"), transient=True) as bar:
+        task = bar.add_task("reading records", total=None)
+        return check_files(
+            own_data(known, *files, skip=tuple(known.skip)),
+            decode=not getattr(known, "no_images", False),
+            progress=lambda n: bar.advance(task, n),
+        )
+
+
+def _print_contents(found: "FileCheck") -> None:
+    from tinyllava.data.checking import describe_answers, describe_lengths
+
+    talks = found.conversations
+    with_image = sum(bool(talk.images) for talk in talks)
+    images = {key for talk in talks for key in found.image_keys(talk)}
+    counts = f"{with_image:,} records with an image, {len(talks) - with_image:,} of text only"
+    print(f"  images     {len(images):,} different; {counts}")
+    questions = [m.text for talk in talks for m in talk.messages if m.role == "user"]
+    words = (len(text.split()) for text in questions)
+    print(f"  questions  {len(questions):,}; {describe_lengths(words, 'words')}")
+    answers = found.answers
+    words = (len(text.split()) for text in answers.elements())
+    print(f"  answers    {len(answers):,} different; {describe_lengths(words, 'words')}")
+    for line in describe_answers(answers):
+        print(f"    {line}")
+    repeated = found.find_repeated()
+    if repeated:
+        differing = sum(len(set(one.answers)) > 1 for one in repeated)
+        print(f"  asked again about the same image: {len(repeated):,} ({differing:,} answered differently)")
+        for one in repeated[:3]:
+            print(f"    {' | '.join(one.places)}")
+    if found.ignored:
+        print(f"  fields that are not used: {_counted(found.ignored)}")
+
+
+def _print_defects(found: "FileCheck") -> None:
+    from tinyllava.data.defects import DEFECTS, count_by_name
+
+    for name, count in count_by_name(found.defects).items():
+        print(f"{name}: {count:,} ({DEFECTS[name]})")
+        places = [f"  {defect.where}: {defect.detail}" for defect in found.defects if defect.name == name]
+        print("\n".join(places[:_SHOWN]))
+        if count > _SHOWN:
+            print(f"  and {count - _SHOWN:,} more; --page FILE.html lists all")
+    if found.defects:
+        skips = " ".join(f"--skip {name}" for name in count_by_name(found.defects))
+        print(f"Fix these records, or train with {skips}.")
+
+
+def _print_tokens(found: "FileCheck", known: argparse.Namespace) -> None:
+    from tinyllava.cli.record import load_processor, print_record
+    from tinyllava.config import Stage
+    from tinyllava.data.checking import describe_lengths
+    from tinyllava.parts.templates import read_template
+
+    known.image_tokens = 0
+    processor: TinyLlavaProcessor = load_processor(known)
+    template = read_template(known.template) if known.template else None
+    lengths = [len(processor.encode(talk, template=template).input_ids) for talk in found.conversations]
+    limit = Stage.max_length_tokens
+    num_long = sum(length > limit for length in lengths)
+    print(f"  tokens     {describe_lengths(lengths, 'tokens')}; {num_long:,} records above {limit:,}")
+    for talk in found.conversations[:3]:
+        print_record(talk, processor, template)
+
+
+def _print_shared(found: "FileCheck", other: "FileCheck", name: str) -> None:
+    from tinyllava.data.checking import shared_images
+
+    shared = shared_images(found, other)
+    print(f"records that show an image of {name}: {len({here for here, _ in shared}):,}")
+    for here, there in shared[:_SHOWN]:
+        print(f"  {here} | {there}")
+
+
+def convert(arguments: list[str]) -> int:
+    """Write records in another form."""
+    parser = CommandParser("data convert", _CONVERT)
+    parser.add_argument("file", help="record file, or folder of images")
+    parser.add_argument("output", help="file to write: .json, .jsonl or .parquet")
+    parser.add_argument("--form", default="", help="llava or messages (default: llava; .parquet: messages)")
+    add_data_options(parser)
+    known = parser.parse_args(arguments)
+
+    from tinyllava.data.records import read_configured
+    from tinyllava.data.writing import write_records
+
+    if Path(known.output).exists() and Path(known.output).samefile(known.file):
+        raise ConfigError(f"{known.output}: is the file that is read. Choose another name.")
+    records = read_configured(own_data(known, known.file, skip=tuple(known.skip)))
+    write_records(records.conversations, Path(known.output), known.form)
+    print(f"{known.output}: {len(records.conversations):,} records")
+    _print_left_out(records.skipped, records.ignored)
+    return 0
+
+
+def _print_left_out(skipped: Mapping[str, int], ignored: Mapping[str, int]) -> None:
+    if skipped:
+        print(f"skipped: {_counted(skipped)}")
+    if ignored:
+        print(f"fields left out: {_counted(ignored)}")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+
+
+def split(arguments: list[str]) -> int:
+    """Write the records of a file as two files."""
+    parser = CommandParser("data split", _SPLIT)
+    parser.add_argument("file", help="record file, or folder of images")
+    parser.add_argument("--held-out", default="10%", help="share of the records (default: 10%%)")
+    add_data_options(parser)
+    known = parser.parse_args(arguments)
+    share = _share(known.held_out)
+
+    from tinyllava.data.hashes import sha256_of_image
+    from tinyllava.data.held_out import hold_out
+    from tinyllava.data.records import read_configured
+    from tinyllava.data.writing import write_records
+
+    records = read_configured(own_data(known, known.file, skip=tuple(known.skip)))
+    talks = records.conversations
+    hashes = {ref: sha256_of_image(ref) for ref in dict.fromkeys(r for talk in talks for r in talk.images)}
+    held_out = set(hold_out(talks, hashes, share))
+    source = Path(known.file)
+    for side, is_held_out in (("train", False), ("held-out", True)):
+        path = source.with_name(f"{source.stem}-{side}.json")
+        chosen = [talk for index, talk in enumerate(talks) if (index in held_out) == is_held_out]
+        write_records(chosen, path)
+        print(f"{path}: {len(chosen):,} records")
+    _print_left_out(records.skipped, records.ignored)
+    return 0
+
+
+def _share(text: str) -> float:
+    """Return a share that is written as 10% or 0.1.
+
+    Raises:
+        ConfigError: it is none, or not between 0 and 1.
+    """
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0
+    if not 0 < share < 1:
+        raise ConfigError(f"--held-out {text}: give a share between 0 and 1, such as 10%.")
+    return share
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"check": check, "convert": convert, "split": split}

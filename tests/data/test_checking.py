@@ -1,0 +1,153 @@
+"""Own data checked, converted and split: what is counted, what comes back, what stays apart."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tinyllava.cli import main
+from tinyllava.config import DataConfig
+from tinyllava.data.checking import check_files, shared_images
+from tinyllava.data.records import read_records
+from tinyllava.data.writing import write_records
+from tinyllava.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Eight good rows about four images of different content, and four that are not."""
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(tmp_path / f"photos/moth{number}.png")
+    (tmp_path / "photos/copy.png").write_bytes((tmp_path / "photos/moth0.png").read_bytes())
+    (tmp_path / "photos/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing")
+    rows = [f"photos/moth{n}.png,What colour?,{'red' if n else 'black'},x" for n in range(4)]
+    rows += [f"photos/moth{n}.png,How many beetles?,{n},x" for n in range(3)]
+    rows += ["photos/copy.png,What colour?,red,x"]
+    rows += ["photos/none.png,Q,A,", "photos/broken.png,Q,A,", "photos/moth1.png,Q,,", "gone.png,Q,A,"]
+    path = tmp_path / "my.csv"
+    path.write_text("image,question,answer,note\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def test_a_check_counts_names_all_defects_and_finds_repeated_questions(table, capsys):
+    page = table.with_name("check.html")
+    assert main(["data", "check", str(table), "--page", str(page)]) == 1
+    shown = capsys.readouterr().out
+    assert f"{table}: 12 records, 8 without a defect" in shown
+    assert "4 different; 8 records with an image, 0 of text only" in shown
+    assert "      4   50%  red" in shown
+    assert "asked again about the same image: 1 (1 answered differently)" in shown
+    assert f"{table}: line 2 | {table}: line 9" in shown
+    assert "fields that are not used: note (12)" in shown
+    assert "missing_image: 2 (an image file that does not exist)" in shown
+    for line, detail in (
+        (10, "none.png"),
+        (11, "broken.png"),
+        (12, "an answer has no text"),
+        (13, "gone.png"),
+    ):
+        assert any(f"line {line}: " in row and detail in row for row in shown.splitlines())
+    assert "train with --skip missing_image --skip broken_image --skip empty_answer." in shown
+    html = page.read_text()
+    assert html.count("data:image/jpeg;base64,") == 8
+    assert "broken_image" in html
+    assert "<script" not in html
+
+
+def test_a_check_shows_what_the_template_makes_of_three_records(table, parts, capsys):
+    assert main(["data", "check", str(table), "--language-model", str(parts["llama"]), "--no-images"]) == 1
+    shown = capsys.readouterr().out
+    assert "0 records above 2,048" in shown
+    assert shown.count("supervised") == 3
+    assert ">> black" in shown
+
+
+def test_a_good_file_is_a_success_and_shared_images_are_found(table, capsys):
+    other = table.with_name("test.json")
+    write_records(read_records(table.parent / "photos", table.parent / "photos").conversations, other)
+    skips = [option for name in ("missing_image", "empty_answer") for option in ("--skip", name)]
+    table.write_text(table.read_text().replace("photos/broken.png,Q,A,\n", ""))
+    assert main(["data", "check", str(table), *skips, "--against", str(other)]) == 1
+    (table.parent / "photos/broken.png").unlink()
+    write_records(read_records(table.parent / "photos", table.parent / "photos").conversations, other)
+    capsys.readouterr()
+    assert main(["data", "check", str(other), "--against", str(other)]) == 0
+    assert f"records that show an image of {other}: 5" in capsys.readouterr().out
+    one = check_files(DataConfig(records=(str(table),)))
+    assert len(shared_images(one, one)) == 8
+
+
+CONVERSIONS = {
+    "llava": ("b.json", ""),
+    "lines": ("b.jsonl", ""),
+    "messages": ("b.json", "messages"),
+    "parquet": ("b.parquet", ""),
+    "llava parquet": ("b.parquet", "llava"),
+}
+
+
+@pytest.mark.parametrize("case", CONVERSIONS)
+def test_what_is_converted_comes_back_the_same(table, case):
+    name, form = CONVERSIONS[case]
+    turns = [
+        {"from": "system", "value": "Be short."},
+        {"from": "human", "value": "<image>\n<image>\nAlike?"},
+        {"from": "gpt", "value": ' Yes,\n"quoted" <|im_end|> '},
+        {"from": "human", "value": "And this?\n<image>"},
+        {"from": "gpt", "value": "No."},
+    ]
+    text = [{"from": "human", "value": " Q "}, {"from": "gpt", "value": "Ä"}]
+    images = [f"photos/moth{n}.png" for n in range(3)]
+    records = [{"id": 7, "image": images, "conversations": turns}, {"conversations": text}]
+    source = table.with_name("a.json")
+    source.write_text(json.dumps(records))
+    before = read_records(source, table.parent).conversations
+    (table.parent / "deeper").mkdir()
+    target = table.parent / "deeper" / name
+    arguments = ["data", "convert", str(source), str(target)]
+    assert main([*arguments, "--form", form] if form else arguments) == 0
+    after = read_records(target, target.parent).conversations
+
+    def content(conversation):
+        return [
+            (m.role, m.text, [ref.data or ref.path.read_bytes() for ref in m.images])
+            for m in conversation.messages
+        ]
+
+    assert [content(c) for c in after] == [content(c) for c in before]
+    assert [c.id for c in after] == ["7", ""]
+
+
+def test_bytes_become_files_and_what_cannot_be_written_is_refused(table):
+    folder = table.parent
+    write_records(read_records(folder / "photos", folder / "photos").conversations, folder / "all.parquet")
+    again = read_records(folder / "all.parquet", folder).conversations
+    write_records(again, folder / "again.json")
+    names = [record["image"] for record in json.loads((folder / "again.json").read_text())]
+    assert names[0] == "again-images/000000.png"
+    assert (folder / names[0]).read_bytes() == (folder / "photos/broken.png").read_bytes()
+    with pytest.raises(ConfigError, match=r"choose a name that ends with \.json, \.jsonl or \.parquet"):
+        write_records(again, folder / "a.csv")
+    chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is <image>?"}]}]}
+    chat["messages"].append({"role": "assistant", "content": "A tag."})
+    (folder / "chat.json").write_text(json.dumps([chat]))
+    with pytest.raises(DataError, match="a text spells <image>"):
+        write_records(read_records(folder / "chat.json", folder).conversations, folder / "b.json")
+
+
+def test_a_split_keeps_images_apart(table, capsys):
+    skips = [option for name in ("missing_image", "empty_answer") for option in ("--skip", name)]
+    table.write_text(table.read_text().replace("photos/broken.png,Q,A,x\n", ""))
+    assert main(["data", "split", str(table), "--held-out", "40%", *skips]) == 0
+    sides = [
+        check_files(DataConfig(records=(str(table.with_name(f"my-{side}.json")),)))
+        for side in ("train", "held-out")
+    ]
+    assert shared_images(*sides) == []
+    assert sum(side.num_records for side in sides) == 9
+    assert sides[1].num_records >= 1
+    for wrong in ("0%", "x", "1.5"):
+        assert main(["data", "split", str(table), "--held-out", wrong]) == 2
+    assert "give a share between 0 and 1, such as 10%" in capsys.readouterr().err
