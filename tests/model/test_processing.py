@@ -24,6 +24,7 @@ from tinyllava.model.processing import (
     MAX_CROPPED_RATIO,
     MAX_PADDED_PX,
     TinyLlavaProcessor,
+    locate_tokens,
     pad_to_square,
 )
 from tinyllava.parts.templates import read_template
@@ -322,6 +323,7 @@ import resource, sys
 from PIL import Image
 from tinyllava.conversation import ImageRef
 from tinyllava.data.images import open_image
+from tinyllava.model.processing import locate_tokens
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.assemble import open_processor
 from pathlib import Path
@@ -389,3 +391,22 @@ def test_of_a_strip_the_same_centre_is_cropped(parts, processors):
     image = Image.fromarray(noise)
     expected = stock([image], return_tensors="pt")["pixel_values"]
     assert torch.allclose(processor.to_pixels([image]), expected, atol=0.02)
+
+
+def test_tokens_are_located_in_spans_as_by_looking_at_each():
+    """Every token against every span, written as the definition reads."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        length = int(rng.integers(1, 30))
+        cuts = sorted(rng.integers(0, length + 1, size=2 * int(rng.integers(0, 4))).tolist())
+        spans = list(zip(cuts[::2], cuts[1::2], strict=True))
+        tokens = rng.integers(0, length + 1, size=(int(rng.integers(0, 12)), 2))
+        offsets = np.sort(tokens, axis=1)
+        inside = [any(a <= s and e <= b for a, b in spans) and e > s for s, e in offsets.tolist()]
+        joins = [
+            not within and any(s < edge < e for span in spans for edge in span)
+            for within, (s, e) in zip(inside, offsets.tolist(), strict=True)
+        ]
+        found, joining = locate_tokens(offsets, spans)
+        assert found.tolist() == inside
+        assert joining == (joins.index(True) if any(joins) else None)

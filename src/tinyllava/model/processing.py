@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
@@ -20,6 +22,8 @@ from tinyllava.model.special_tokens import Spans, find_special_tokens, substitut
 from tinyllava.model.tokenizer import gap_of
 
 IMAGE_TOKEN = "<image>"
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 MAX_PADDED_PX = 4096
 """Longest side that is padded as it is: a strip of 16,000 x 12 would become a square of 768 MB."""
 MAX_CROPPED_RATIO = 64
@@ -178,20 +182,41 @@ class TinyLlavaProcessor(ProcessorMixin):
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
             read, ids, offsets = text, tokens["input_ids"], tokens["offset_mapping"]
-        input_ids: list[int] = []
-        supervised: list[bool] = []
-        for token, (start, end) in zip(ids, offsets, strict=True):
-            inside = any(a <= start and end <= b for a, b in spans) and end > start
-            joins = not inside and any(start < a < end or start < b < end for a, b in spans)
-            if joins and not open_answer:  # what is trained needs an exact mask, an earlier turn does not
-                raise DataError(
-                    f"{conversation.place}: the token {read[start:end]!r} joins prompt and answer; give the "
-                    "template a separator that the tokenizer keeps apart."
-                )
-            repeat = self.num_image_tokens if token == self.image_token_id else 1
-            input_ids += [token] * repeat
-            supervised += [inside] * repeat
-        return Encoded(text=text, input_ids=input_ids, supervised=supervised)
+        supervised, joining = locate_tokens(np.array(offsets, dtype=np.int64).reshape(-1, 2), spans)
+        if joining is not None and not open_answer:  # training needs an exact mask, an earlier turn does not
+            start, end = offsets[joining]
+            raise DataError(
+                f"{conversation.place}: the token {read[start:end]!r} joins prompt and answer; give the "
+                "template a separator that the tokenizer keeps apart."
+            )
+        input_ids = np.array(ids, dtype=np.int64)
+        repeats = np.where(input_ids == self.image_token_id, self.num_image_tokens, 1)
+        return Encoded(
+            text=text,
+            input_ids=input_ids.repeat(repeats).tolist(),
+            supervised=supervised.repeat(repeats).tolist(),
+        )
+
+
+def locate_tokens(offsets: Ints, spans: Spans) -> tuple[Bools, int | None]:
+    """Find the tokens inside spans of a text.
+
+    Args:
+        offsets: [N, 2], start and end of each token in the text.
+        spans: disjoint parts [start, end) in ascending order.
+
+    Returns:
+        [N], whether each token is within a span, and the first token that reaches across an edge of one.
+    """
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    edges = np.array(spans, dtype=np.int64).reshape(-1, 2)
+    before = np.searchsorted(edges[:, 0], starts, side="right")  # spans that begin at or before each token
+    last_ends = np.concatenate(([-1], edges[:, 1]))[before]
+    inside = (ends <= last_ends) & (ends > starts)
+    flat = edges.ravel()
+    crosses = np.searchsorted(flat, starts, side="right") < np.searchsorted(flat, ends, side="left")
+    found = np.flatnonzero(crosses & ~inside)
+    return inside, int(found[0]) if len(found) else None
 
 
 @lru_cache(maxsize=16)
