@@ -61,8 +61,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "messages.0.tool_calls",
         "field 'tool_calls' is not supported",
     ),
-    "address": (ask_about("http://127.0.0.1/a.png"), "messages.0.content.0.image_url.url", "no address"),
-    "file": (ask_about("/etc/hostname"), "messages.0.content.0.image_url.url", "no address and no file"),
+    "address": (
+        ask_about("http://127.0.0.1/a.png"),
+        "messages.0.content.0.image_url.url",
+        "this server opens no file, and addresses only at the hosts that it was told",
+    ),
+    "file": (ask_about("/etc/hostname"), "messages.0.content.0.image_url.url", "this server opens no file"),
     "file address": (ask_about("file:///etc/hostname"), "messages.0.content.0.image_url.url", "data URL"),
     "no base64": (ask_about("data:image/png;base64,%%"), "messages.0.content.0.image_url.url", "data URL"),
     "no image": (

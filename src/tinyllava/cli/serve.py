@@ -17,9 +17,9 @@ Serve a model on this machine: a web page, and an API like OpenAI's.
 
 Open the printed address in a browser, or use it as base_url of an OpenAI
 client. Images come inside the requests, as data URLs; the server opens no
-address and no file that a client names. Requests are answered together as they come, and
-what they share is computed once. Ctrl-C or SIGTERM finishes the running
-requests and exits.
+file that a client names, and addresses only with --allow-image-hosts.
+Requests are answered together as they come, and what they share is computed
+once. Ctrl-C or SIGTERM finishes the running requests and exits.
 """
 KEY_VARIABLE = "TINYLLAVA_API_KEY"
 
@@ -39,6 +39,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--no-api-key", action="store_true", help="let everyone ask who can reach --host, without a key"
+    )
+    parser.add_argument(
+        "--allow-image-hosts",
+        default="",
+        metavar="HOSTS",
+        help="hosts, with commas, at which images may be given by their address (default: none)",
     )
     parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
     limits = parser.add_argument_group("limits")
@@ -83,6 +89,7 @@ def main(arguments: list[str]) -> int:
 
     from tinyllava.inference.chat import Chat
     from tinyllava.serving.engine import OwnEngine
+    from tinyllava.serving.fetch import ImageHosts
     from tinyllava.serving.schema import Limits
     from tinyllava.serving.server import Settings, is_loopback, run
 
@@ -100,7 +107,11 @@ def main(arguments: list[str]) -> int:
         timeout_seconds=known.timeout,
     )
     name = known.name or short_name(folder)
-    settings = Settings(model=name, host=known.host, api_keys=known.api_keys, limits=limits)
+    hosts = tuple(host.strip() for host in known.allow_image_hosts.split(",") if host.strip())
+    ImageHosts(hosts, limits.max_body_bytes)  # says what is wrong with them before a model is opened
+    settings = Settings(
+        model=name, host=known.host, image_hosts=hosts, api_keys=known.api_keys, limits=limits
+    )
     with _listen(
         known.host, known.port
     ) as listening:  # a port that is taken is told before a model is opened

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from tinyllava.conversation import Conversation, ImageRef, Message, Role, to_ref
 from tinyllava.data.images import read_size
 from tinyllava.errors import ImageError
+from tinyllava.serving.fetch import ImageHosts
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (None,),
@@ -169,12 +170,13 @@ class Question:
     """Whether a streamed answer ends with the count of its tokens."""
 
 
-def read_request(body: bytes, model: str, limits: Limits) -> Question:
+def read_request(body: bytes, model: str, limits: Limits, hosts: ImageHosts) -> Question:
     """Check a request and return what it asks.
 
     Args:
         body: JSON.
         model: the name that is served.
+        hosts: open images that are given by their address.
 
     Raises:
         RequestError: what cannot be answered, with the name of the field.
@@ -196,7 +198,7 @@ def read_request(body: bytes, model: str, limits: Limits) -> Question:
         temperature = 1.0 if (request.top_p or 1.0) < 1 else 0.0
     stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return Question(
-        conversation=_read_conversation(request, limits),
+        conversation=_read_conversation(request, limits, hosts),
         max_new_tokens=_read_max_tokens(request, limits),
         options={"temperature": temperature, "top_p": request.top_p or 1.0} if temperature > 0 else {},
         stops=stops,
@@ -229,9 +231,21 @@ def _read_max_tokens(request: ChatRequest, limits: Limits) -> int:
     return asked[0] if asked else limits.max_tokens
 
 
-def _read_conversation(request: ChatRequest, limits: Limits) -> Conversation:
-    messages = [_read_message(message, number) for number, message in enumerate(request.messages)]
-    roles = [message.role for message in messages]
+def _read_conversation(request: ChatRequest, limits: Limits, hosts: ImageHosts) -> Conversation:
+    _check_whole(request.messages, limits)
+    messages = [_read_message(message, number, hosts) for number, message in enumerate(request.messages)]
+    for number, message in enumerate(messages):
+        for image in message.images:
+            _check_size(image, number, limits)
+    return Conversation(messages=tuple(messages))
+
+
+def _check_whole(messages: list[ChatMessage], limits: Limits) -> None:
+    """Refuse what can be told from the messages together, before an image is opened for them."""
+    parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
+    texts = [message.content for message in messages if isinstance(message.content, str)]
+    texts += [part.text for part in parts if isinstance(part, TextPart)]
+    roles = ["system" if message.role == "developer" else message.role for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or len(turns) % 2 == 0:
         raise RequestError(
@@ -241,7 +255,7 @@ def _read_conversation(request: ChatRequest, limits: Limits) -> Conversation:
             code="invalid_value",
             param="messages",
         )
-    num_characters = sum(len(message.text) for message in messages)
+    num_characters = sum(map(len, texts))
     if num_characters > limits.max_characters:
         raise RequestError(
             400,
@@ -249,7 +263,7 @@ def _read_conversation(request: ChatRequest, limits: Limits) -> Conversation:
             code="context_length_exceeded",
             param="messages",
         )
-    num_images = sum(len(message.images) for message in messages)
+    num_images = sum(isinstance(part, ImagePart) for part in parts)
     if num_images > limits.max_images:
         raise RequestError(
             400,
@@ -257,41 +271,35 @@ def _read_conversation(request: ChatRequest, limits: Limits) -> Conversation:
             code="too_many_images",
             param="messages",
         )
-    for number, message in enumerate(messages):
-        for image in message.images:
-            _check_size(image, number, limits)
-    return Conversation(messages=tuple(messages))
 
 
-def _read_message(message: ChatMessage, number: int) -> Message:
+def _read_message(message: ChatMessage, number: int, hosts: ImageHosts) -> Message:
     role: Role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return Message(role=role, text=message.content)
     texts = [part.text for part in message.content if isinstance(part, TextPart)]
-    images = [
-        _read_image(part.image_url.url, f"messages.{number}.content.{i}.image_url.url")
+    urls = [
+        (part.image_url.url, f"messages.{number}.content.{i}.image_url.url")
         for i, part in enumerate(message.content)
         if isinstance(part, ImagePart)
     ]
-    if images and role != "user":
+    if urls and role != "user":
         raise RequestError(
             400,
             f"message {number} of the role {message.role!r} has an image; only a user's may have one.",
             code="invalid_value",
             param=f"messages.{number}.content",
         )
-    return Message(role=role, text="\n".join(texts), images=tuple(images))
+    images = tuple(_read_image(url, param, hosts) for url, param in urls)
+    return Message(role=role, text="\n".join(texts), images=images)
 
 
-def _read_image(url: str, param: str) -> ImageRef:
-    """Return the image in a data URL; anything else would let a client choose what the server reads."""
+def _read_image(url: str, param: str, hosts: ImageHosts) -> ImageRef:
+    """Return the image in a data URL, or at an address on a host of the list."""
     try:
-        if not url.startswith("data:"):
-            raise ImageError(
-                f"image_url {url[:60]!r}: this server opens no address and no file; send the image itself as "
-                "a data URL, data:image/png;base64,iVBORw0..."
-            )
-        return replace(to_ref(url), name=param)
+        if url.startswith("data:"):
+            return replace(to_ref(url), name=param)
+        return ImageRef(data=hosts.open(url), name=param)
     except ImageError as error:
         raise RequestError(400, str(error), code="invalid_image_url", param=param) from error
 

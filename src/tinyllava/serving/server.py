@@ -1,6 +1,6 @@
 """The HTTP server: chat completions and models as OpenAI's, health, metrics, and the web page.
 
-Paper: none. It opens no file and no address that a client names.
+Paper: none. It opens no file that a client names, and addresses only at hosts that it was told.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse
 
 from tinyllava import __version__
 from tinyllava.errors import DataError, ImageError, TinyLlavaError
+from tinyllava.serving.fetch import ImageHosts
 from tinyllava.serving.metrics import Metrics
 from tinyllava.serving.queue import End, Engine, Places
 from tinyllava.serving.schema import ChatRequest, Limits, Question, RequestError, read_request
@@ -53,11 +54,13 @@ class Settings:
         model: name under which clients ask for it.
         host: address that the server listens on; on loopback, requests that name another host are refused
             (a web site could reach the server through the user's browser otherwise).
+        image_hosts: hosts whose images may be given by their address; see ``ImageHosts``.
         api_keys: one of them has to come with each request; without any, none is asked for.
     """
 
     model: str
     host: str = "127.0.0.1"
+    image_hosts: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     limits: Limits = field(default_factory=Limits)
 
@@ -75,6 +78,7 @@ class _Service:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings, self.limits = engine, settings, settings.limits
+        self.hosts = ImageHosts(settings.image_hosts, settings.limits.max_body_bytes)
         self.places = Places(settings.limits.max_waiting)
         self.metrics = Metrics(lambda: {"places": self.places.num_taken, **engine.counts()})
         self.created = int(time.time())
@@ -118,7 +122,9 @@ class _Service:
         async with AsyncExitStack() as stack:
             stack.enter_context(self.places.take())
             body = await before(deadline, self.limits, read_body(request, self.limits.max_body_bytes))
-            question = await run_in_threadpool(read_request, body, self.settings.model, self.limits)
+            question = await run_in_threadpool(
+                read_request, body, self.settings.model, self.limits, self.hosts
+            )
             del body
             pieces = await stack.enter_async_context(aclosing(self._answer(question, deadline)))
             if not question.is_streamed:

@@ -1,0 +1,183 @@
+"""Images from the hosts of an allow-list: which address is opened, how large an image may be, where it leads.
+
+Paper: none. A client chooses the address; the rules keep it from reaching what only this machine can reach.
+"""
+
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+import httpcore2 as httpcore
+
+from tinyllava import __version__
+from tinyllava.errors import ConfigError, ImageError
+
+_PORTS = {"http": 80, "https": 443}
+_MAX_REDIRECTS = 3
+_SECONDS = 10.0  # for one image, redirects included
+_HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": f"tinyllava/{__version__}"}
+
+
+class ImageHosts:
+    """Opens images at http and https addresses of known hosts.
+
+    An address is refused if its host is not in the list, if it names another port, a user or a password, if
+    the host's name leads to an address that is not public (this machine, a private network), or if a redirect
+    leads to any of these. The answer has to be an image by its type, and not too large. Environment variables
+    for proxies are not read.
+
+    Args:
+        hosts: names, such as ``images.example.com`` (the ports 80 and 443) or ``images.example.com:8080``. A
+            number in place of a name may be private: who lists it means it.
+        max_bytes: of one image.
+
+    Raises:
+        ConfigError: an entry is not a host.
+    """
+
+    def __init__(self, hosts: Sequence[str], max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._allowed = {place for host in hosts for place in _read_entry(host)}
+        self._pool: Any = None
+        if self._allowed:
+            self._pool = httpcore.ConnectionPool(
+                ssl_context=ssl.create_default_context(),
+                network_backend=_PublicAddresses(),
+                max_connections=20,
+            )
+
+    def open(self, url: str) -> bytes:
+        """Return the bytes of an image.
+
+        Raises:
+            ImageError: the address is refused, or does not give an image.
+        """
+        until = time.monotonic() + _SECONDS
+        name, address = url[:100], url
+        for _ in range(_MAX_REDIRECTS + 1):
+            self._check(address, name)
+            try:
+                data, location = self._get(address, name, until)
+            except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+                why = str(error) or type(error).__name__
+                raise ImageError(
+                    f"image_url {name!r}: cannot be read ({why}). Send it as a data URL."
+                ) from error
+            if location is None:
+                return data
+            following = urljoin(address, location)
+            if address.startswith("https:") and not following.startswith("https:"):
+                raise ImageError(
+                    f"image_url {name!r}: leads from https to {following[:100]!r}. Give that address."
+                )
+            address = following
+        raise ImageError(f"image_url {name!r}: more than {_MAX_REDIRECTS} redirects. Give the last address.")
+
+    def _check(self, address: str, name: str) -> None:
+        try:
+            parts = urlsplit(address)
+            host, port, has_user = _normal(parts.hostname or ""), parts.port, "@" in parts.netloc
+        except ValueError as error:  # a port that is none, brackets without an address
+            raise ImageError(f"image_url {name!r}: not an address ({error}).") from error
+        place = (host, port or _PORTS.get(parts.scheme, 0))
+        if parts.scheme in _PORTS and not has_user and place in self._allowed:
+            return
+        where = f" (leads to {address[:100]!r})" if address[:100] != name else ""
+        allowed = ", ".join(sorted({host for host, _ in self._allowed})) or "none"
+        raise ImageError(
+            f"image_url {name!r}{where}: this server opens no file, and addresses only at the hosts that it "
+            f"was told (http or https, usual ports, no user name): {allowed}. Send the image itself as a "
+            "data URL, data:image/png;base64,iVBORw0..."
+        )
+
+    def _get(self, address: str, name: str, until: float) -> tuple[bytes, str | None]:
+        """Return a body, or where it is to be found."""
+        left = max(0.1, until - time.monotonic())
+        timeouts = dict.fromkeys(("connect", "read", "write", "pool"), left)
+        with self._pool.stream(
+            "GET", _ascii(urlsplit(address)), headers=_HEADERS, extensions={"timeout": timeouts}
+        ) as got:
+            headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in got.headers}
+            if got.status in (301, 302, 303, 307, 308) and "location" in headers:
+                return b"", headers["location"]
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            encoding = headers.get("content-encoding", "identity").strip().lower()
+            if got.status != 200 or not kind.startswith("image/") or encoding != "identity":
+                raise ImageError(
+                    f"image_url {name!r}: the host answered {got.status} with {kind or 'no type'!r} "
+                    f"({encoding}); an image is needed. Check the address."
+                )
+            data = bytearray()
+            for piece in got.iter_stream():
+                data += piece
+                if len(data) > self.max_bytes:
+                    raise ImageError(
+                        f"image_url {name!r}: larger than {self.max_bytes:,} bytes. Scale the image down."
+                    )
+                if time.monotonic() > until:
+                    raise ImageError(f"image_url {name!r}: took longer than {_SECONDS:g} s. Try again.")
+            return bytes(data), None
+
+
+class _PublicAddresses(httpcore.NetworkBackend):
+    """Connects to the address that was checked: a name that is looked up twice may change in between."""
+
+    def __init__(self) -> None:
+        self._backend = httpcore.SyncBackend()
+
+    def connect_tcp(self, host: str, port: int, *given: Any, **options: Any) -> httpcore.NetworkStream:
+        """Connect to a host, if its address is public, or given as a number."""
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise httpcore.ConnectError(f"{host}: no such host") from error
+        addresses = [str(entry[4][0]) for entry in found]
+        if not _is_number(host) and not all(map(_is_public, addresses)):
+            raise httpcore.ConnectError(f"{host} leads to an address that is not public")
+        return self._backend.connect_tcp(addresses[0], port, *given, **options)
+
+
+def _is_public(address: str) -> bool:
+    number: Any = ip_address(address.partition("%")[0])
+    number = getattr(number, "ipv4_mapped", None) or getattr(number, "sixtofour", None) or number
+    return bool(number.is_global and not number.is_multicast)
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _normal(host: str) -> str:
+    return host.lower().rstrip(".")
+
+
+def _ascii(parts: SplitResult) -> str:
+    """Return an address as it goes over the wire: without fragment, and escaped."""
+    host = (
+        (parts.hostname or "").encode("idna").decode() if "[" not in parts.netloc else f"[{parts.hostname}]"
+    )
+    port = f":{parts.port}" if parts.port else ""
+    query = f"?{quote(parts.query, safe='=&%+,:;/@!$~*()-._')}" if parts.query else ""
+    return f"{parts.scheme}://{host}{port}{quote(parts.path or '/', safe='/%:@!$&+,;=~*()-._')}{query}"
+
+
+def _read_entry(entry: str) -> list[tuple[str, int]]:
+    try:
+        parts = urlsplit(f"//{entry}")
+        host, port = _normal(parts.hostname or ""), parts.port
+    except ValueError:
+        host, port = "", None
+    if not host or parts.path or "@" in entry or "*" in host:
+        raise ConfigError(
+            f"--allow-image-hosts {entry!r}: a host is needed, such as images.example.com or "
+            "images.example.com:8080, without http:// and without a path."
+        )
+    return [(host, port)] if port else [(host, 80), (host, 443)]
