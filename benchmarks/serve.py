@@ -1,10 +1,10 @@
 """How a server answers many clients: speed against one client at a time, first tokens, and a long load.
 
-``speed`` compares within one run: N clients one after another and at once, each with an image and a question of
-its own (the model is a copy of MODEL with another end token: every answer has the asked length); the first text
-of a conversation's first and second turn; and a streamed answer over HTTP against ``Chat.stream`` in this
-process. With ``--language-model`` the turns are measured a second time, with that model behind a random ViT of
-576 image tokens. ``load`` lets clients ask for minutes, some of which leave early, and counts what was lost.
+``speed`` compares within one run: N clients one after another and at once, each with an image and a question
+of its own (the model is a copy of MODEL with another end token: every answer has the asked length); the first
+text of a conversation's first and second turn; and a streamed answer over HTTP against ``Chat.stream`` here.
+With ``--language-model`` the turns are measured again, with that model behind a random ViT of 576
+image tokens. ``load`` lets clients ask for minutes, some of which leave early, and counts what was lost.
 
     OMP_NUM_THREADS=1 python benchmarks/serve.py speed MODEL
     OMP_NUM_THREADS=2 python benchmarks/serve.py load MODEL --clients 200 --minutes 5
@@ -85,6 +85,7 @@ def question(generator: random.Random, url: str) -> dict[str, Any]:
 class Server:
     address: str
     process: "subprocess.Popen[str]"
+    client: httpx.Client
 
     @property
     def memory_mib(self) -> float:
@@ -98,9 +99,7 @@ class Server:
         """Stream an answer and time it."""
         usage = {"stream": True, "stream_options": {"include_usage": True}}
         body, timed = self.body(messages, max_tokens, **usage), Timed()
-        with httpx.stream(
-            "POST", f"{self.address}/v1/chat/completions", content=body, headers=JSON, timeout=600
-        ) as got:
+        with self.client.stream("POST", "/v1/chat/completions", content=body, headers=JSON) as got:
             assert got.status_code == 200, got.read()
             for line in got.iter_lines():
                 if not line.startswith("data: {"):
@@ -141,7 +140,9 @@ def serving(model: str, *options: str) -> Iterator[Server]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout
-        yield Server(process.stdout.readline().strip(), process)
+        address = process.stdout.readline().strip()
+        with httpx.Client(base_url=address, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+            yield Server(address, process, client)
     finally:
         process.terminate()
         process.wait()

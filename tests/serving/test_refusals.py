@@ -15,6 +15,7 @@ import httpx2 as httpx
 import pytest
 
 from served import Served, data_url, serve
+from tinyllava.cli.serve import _listen
 
 JSON = {"Content-Type": "application/json"}
 
@@ -255,6 +256,15 @@ def test_keys_are_asked_for(toy: Path) -> None:
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "tinyllava", "serve", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_what_is_sent_in_pieces_does_not_wait_for_the_client() -> None:
+    with (
+        _listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()[:2]),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_command_refuses_before_a_model_is_opened(toy: Path) -> None:

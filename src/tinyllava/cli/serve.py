@@ -138,7 +138,11 @@ def _listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2_048)
+        listening = socket.create_server((host, port), family=family, backlog=2_048)
+        # Connections take it over. asyncio sets it only on sockets of its own; without it, what is sent in
+        # two pieces waits 40 ms for the client to acknowledge the first.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"cannot listen on {host}, port {port}: {error}. Choose another one with --host and --port "
