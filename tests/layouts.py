@@ -26,11 +26,17 @@ from tinyllava.model.assemble import assemble, open_checkpoint
 Tensors = dict[str, Tensor]
 IMAGE_SIZE_PX = 28
 FINAL_NORM = {"phi": "final_layernorm"}
-BENCH_TYPES = {"llama": "tiny_llava", "phi": "tiny_llava_phi", "stablelm": "tiny_llava_stablelm"}
+BENCH_TYPES = {
+    "llama": "tiny_llava",
+    "phi": "tiny_llava_phi",
+    "stablelm": "tiny_llava_stablelm",
+    "qwen2": "tiny_llava_qwen",
+}
 ARCHITECTURES = {
     "llama": "TinyLlavaLlamaForCausalLM",
     "phi": "TinyLlavaPhiForCausalLM",
     "stablelm": "TinyLlavaStablelmForCausalLM",
+    "qwen2": "TinyLlavaQwen2ForCausalLM",
 }
 
 

@@ -22,6 +22,7 @@ from transformers import (
     LlamaConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -96,7 +97,7 @@ _COMMON = {
 
 
 def make_language_model(folder: Path, kind: str, num_rows: int = 0) -> Path:
-    """Save a toy language model: 'llama', 'phi', 'stablelm', 'gemma' or 'chatml' (a Llama with tied rows).
+    """Save a toy language model: 'llama', 'phi', 'stablelm', 'gemma', 'qwen2' or 'chatml' (a Llama, tied).
 
     Args:
         num_rows: of the embedding; 0 means as its toy tokenizer needs.
@@ -105,6 +106,7 @@ def make_language_model(folder: Path, kind: str, num_rows: int = 0) -> Path:
         "llama": llama_tokenizer,
         "gemma": llama_tokenizer,
         "chatml": chatml_tokenizer,
+        "qwen2": chatml_tokenizer,
         "phi": lambda: byte_level_tokenizer("<|endoftext|>"),
         "stablelm": lambda: byte_level_tokenizer("<|endoftext|>"),
     }[kind]()
@@ -116,6 +118,7 @@ def make_language_model(folder: Path, kind: str, num_rows: int = 0) -> Path:
     config = {
         "llama": lambda: LlamaConfig(**llama),
         "chatml": lambda: LlamaConfig(tie_word_embeddings=True, **llama),
+        "qwen2": lambda: Qwen2Config(tie_word_embeddings=True, **llama),
         "gemma": lambda: GemmaConfig(head_dim=8, tie_word_embeddings=True, **llama),
         "phi": lambda: PhiConfig(vocab_size=rows, partial_rotary_factor=0.5, **_COMMON, **ids),
         "stablelm": lambda: StableLmConfig(

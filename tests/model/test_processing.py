@@ -39,6 +39,7 @@ LAYOUTS = {
     "llama": ("llama", "</s>"),
     "gemma": ("llama", "</s>"),
     "chatml": ("chatml", "<|im_end|>"),
+    "qwen": ("chatml", "<|im_end|>"),
     "llama3": ("llama3", "<|eot_id|>"),
     "caption": ("llama", "\n"),
     "caption-phi": ("phi", "\n"),
@@ -176,6 +177,9 @@ WRITTEN = {
     "llama": f"<s>{SYSTEM}USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT: Yes.</s>",
     "gemma": f"<s>{SYSTEM}USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT: Yes.</s>",
     "chatml": "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA dog.<|im_end|>\n"
+    "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n",
+    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA dog.<|im_end|>\n"
     "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n",
     "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nA dog.<|eot_id|>"

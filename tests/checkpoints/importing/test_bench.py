@@ -13,6 +13,7 @@ from layouts import Toy, make_toy, model_logits, reference_logits, write_bench
 from parity.vocabularies import write_bpe
 from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.checkpoints.importing import Given, import_checkpoint
+from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import open_checkpoint
 
@@ -283,6 +284,33 @@ def test_llava_on_mistral_is_taken_and_tiles_are_refused_by_name(tmp_path: Path)
         layouts.write_json(source / "config.json", config | {key: value})
         with pytest.raises(CheckpointError, match=f"{key}.*{value}.*tiles"):
             import_checkpoint(source, tmp_path / "tiles", given=given)
+
+
+@pytest.mark.parametrize("model_type", ["llava_qwen", "llava_qwen2"])
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_llava_next_on_qwen2(tmp_path: Path, model_type: str, vision: str) -> None:
+    """The flat form of LLaVA-NeXT and LLaVA-OneVision where images are not cut into tiles."""
+    toy = make_toy(tmp_path, "qwen2", vision)
+    source = write_bench(toy, tmp_path / "source", model_type=model_type, mm_vision_select_layer=-2)
+    report = import_checkpoint(source, tmp_path / "out")
+    assert (report.kind, report.template) == ("LLaVA-NeXT, whole model", "qwen")
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=int(vision == "clip")))
+    _, processor = open_checkpoint(tmp_path / "out")
+    text, _ = processor.render(ask(" What? ", ImageRef(name="p")), open_answer=True)
+    # As its code writes a training sample: a system line in front, nothing trimmed.
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\n What? <|im_end|>\n<|im_start|>assistant\n"
+    )
+    config = json.loads((source / "config.json").read_text())
+    for key, value in (
+        ("image_aspect_ratio", "anyres_max_9"),
+        ("mm_patch_merge_type", "spatial_unpad"),
+        ("mm_resampler_type", "spatial_pool"),
+    ):
+        layouts.write_json(source / "config.json", config | {key: value})
+        with pytest.raises(CheckpointError, match=f"{key}.*{value}.*not supported"):
+            import_checkpoint(source, tmp_path / "tiles")
 
 
 def test_stablelm_2_as_vocabulary_and_merges(tmp_path: Path) -> None:

@@ -167,10 +167,15 @@ def test_parts_that_are_neither_here_nor_on_a_network(tmp_path: Path) -> None:
         import_checkpoint("owner/model", tmp_path / "out")
 
 
-def test_llava_1_5_knows_no_siglip(tmp_path: Path) -> None:
+def test_a_siglip_of_which_no_layer_was_removed_is_not_llava_nexts(tmp_path: Path) -> None:
     toy = make_toy(tmp_path, "llama", "siglip")
-    source = write_bench(toy, tmp_path / "source", model_type="llava_llama")
-    refused(source, "LLaVA-1.5 with a SigLIP encoder")
+    source = write_bench(toy, tmp_path / "source", model_type="llava_llama", num_shards=1)
+    last = {n: t for n, t in toy.vision.items() if ".layers.3." in n}
+    whole = {f"model.vision_tower.vision_tower.{n}": t for n, t in last.items()}
+    change_tensors(source / "model-00001-of-00001.safetensors", add=whole)
+    (source / "model.safetensors.index.json").unlink()
+    (source / "model-00001-of-00001.safetensors").rename(source / "model.safetensors")
+    refused(source, "has all 4 layers of its SigLIP encoder")
 
 
 def test_pickles_that_hold_more_than_tensors(factory: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bring in checkpoints of other layouts: TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, stock transformers."""
+"""Bring in checkpoints of other layouts: TinyLLaVABench, Factory, LLaVA-1.5 and NeXT, stock transformers."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from tinyllava.parts.templates import read_template
 
 __all__ = ["Given", "ImportReport", "import_checkpoint", "read_parts"]
 
-_KINDS = "TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, transformers' LLaVA"
+_KINDS = "TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, LLaVA-NeXT without tiles, transformers' LLaVA"
 
 
 @keeping_random_state()

@@ -290,7 +290,7 @@ def _scale_images(connector: Any, config: TinyLlavaConfig) -> None:
 def _template_name(parts: SourceParts, processor: TinyLlavaProcessor) -> str:
     if "{" in parts.template:
         return "the source's own"
-    return parts.template or recognise_template(processor.tokenizer, parts.where)
+    return parts.template or recognise_template(processor.tokenizer, parts)
 
 
 def _load_connector(parts: SourceParts, config: TinyLlavaConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""TinyLLaVABench and LLaVA-1.5: encoder and connector among the names of the language model.
+"""TinyLLaVABench, LLaVA-1.5 and LLaVA-NeXT: encoder and connector among the language model's names.
 
 Three forms: the whole model; the connector of stage 1 (``mm_projector.bin``), which needs the language model;
 LoRA adapters with ``non_lora_trainables.bin``, which need the model that they were trained on.
@@ -96,10 +96,15 @@ def read(source: Path, config: dict[str, Any], given: Given) -> SourceParts:
             notes.append(f"vision encoder: {num_tuned} tuned tensors of the source over {encoder}")
         vision = tower | vision
     is_siglip = "siglip" in vision_config.get("model_type", "siglip")
-    if is_siglip and not is_bench:
-        raise CheckpointError(f"{source}: LLaVA-1.5 with a SigLIP encoder; the original code has CLIP only.")
+    code = "TinyLLaVABench" if is_bench else _llava_code(config, is_siglip=is_siglip)
+    num_siglip = _num_siglip_layers(vision_config, vision if from_source else None) if is_siglip else 0
+    if code == "LLaVA-NeXT" and is_siglip and num_siglip == vision_config.get("num_hidden_layers", 12):
+        raise CheckpointError(
+            f"{source}: has all {num_siglip} layers of its SigLIP encoder. LLaVA-NeXT's code removes the "
+            "last one. Other code wrote this, and which layer it reads is not known."
+        )
     return SourceParts(
-        kind=f"{'TinyLLaVABench' if is_bench else 'LLaVA-1.5'}, {form}",
+        kind=f"{code}, {form}",
         where=str(source),
         text_config={_OLD_KEYS.get(key, key): value for key, value in config.items()}
         | {"model_type": family},
@@ -107,11 +112,9 @@ def read(source: Path, config: dict[str, Any], given: Given) -> SourceParts:
         has_head_bias=not is_bench,
         vision_config=vision_config,
         vision=vision,
-        # TinyLLaVABench's SigLIP is its layers without the last, whatever the config's feature layer says;
-        # a checkpoint that holds the encoder holds exactly the layers that were used.
-        num_vision_layers=_num_siglip_layers(vision_config, vision if from_source else None)
-        if is_siglip
-        else 0,
+        # SigLIP there is its layers without the last, whatever the config's feature layer says; a checkpoint
+        # that holds the encoder holds exactly the layers that were used.
+        num_vision_layers=num_siglip,
         feature_layer=whole(config, "mm_vision_select_layer", -2, str(source)),
         scales_images=scales_images({"model_type": family}, None),
         num_prefix_tokens=0 if is_siglip or config.get("mm_vision_select_feature") == "cls_patch" else 1,
@@ -120,10 +123,16 @@ def read(source: Path, config: dict[str, Any], given: Given) -> SourceParts:
         image_processor=encoder if (encoder / "preprocessor_config.json").is_file() else None,
         tokenizer=_tokenizer_folder(folder, base, given),
         template=choose_template(given.template, family if family != "qwen2" or is_bench else ""),
+        chatml="qwen" if family == "qwen2" else "chatml",
         vision_name=config.get("mm_vision_tower"),
         dropped=tuple(dropped),
         notes=(f"vision encoder: {'weights of the source' if from_source else encoder}", *notes),
     )
+
+
+def _llava_code(config: dict[str, Any], *, is_siglip: bool) -> str:
+    """Return which of LLaVA's two releases wrote a checkpoint: the first has Llama and CLIP alone."""
+    return "LLaVA-NeXT" if is_siglip or config["model_type"] not in ("llava", "llava_llama") else "LLaVA-1.5"
 
 
 def _connector(config: dict[str, Any], tensors: Tensors, where: str, is_bench: bool) -> Found:
@@ -137,6 +146,11 @@ def _refuse_options(config: dict[str, Any], where: str) -> None:
     if config.get("mm_use_im_start_end"):
         raise CheckpointError(
             f"{where}: mm_use_im_start_end = true (marks around an image) cannot be imported."
+        )
+    if config.get("mm_resampler_type"):
+        raise CheckpointError(
+            f"{where}: mm_resampler_type = {config['mm_resampler_type']!r} thins out the features of an "
+            "image, which is not supported; allowed: null."
         )
     if config.get("mm_patch_merge_type") not in (None, "flat"):
         raise CheckpointError(

@@ -61,6 +61,8 @@ class SourceParts:
     """Whether that code split text with transformers 4's classes in Python."""
     template: str
     """Name of a template, the text of one, or empty: recognised by the tokenizer's end of a turn."""
+    chatml: str = "chatml"
+    """The template of that name, or the form of it that the source's code writes."""
     image_token_id: int | None = None
     """The id that stands for an image in the source, if its tokenizer has one."""
     vision_name: object = ""
@@ -111,7 +113,7 @@ def choose_template(given: str, model_type: str) -> str:
     return given or (family.published_template if family else "")
 
 
-def recognise_template(tokenizer: Any, where: str) -> str:
+def recognise_template(tokenizer: Any, parts: SourceParts) -> str:
     """Return the template that a tokenizer's end of a turn belongs to, and to no other.
 
     Raises:
@@ -119,10 +121,11 @@ def recognise_template(tokenizer: Any, where: str) -> str:
     """
     end = str(tokenizer.eos_token or "")
     if end in _TEMPLATE_OF_END:
-        return _TEMPLATE_OF_END[end]
+        name = _TEMPLATE_OF_END[end]
+        return parts.chatml if name == "chatml" else name
     raise CheckpointError(
-        f"{where}: it does not name its prompt template, and {end!r}, the end of a turn, is that of several; "
-        f"give one with --template NAME (known: {', '.join(template_names())})."
+        f"{parts.where}: it does not name its prompt template, and {end!r}, the end of a turn, is that of "
+        f"several; give one with --template NAME (known: {', '.join(template_names())})."
     )
 
 

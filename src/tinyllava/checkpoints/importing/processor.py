@@ -43,7 +43,7 @@ def _make_template(parts: SourceParts, tokenizer: Any) -> str:
     """Return the text of the chat template: the source's own, or ours as its code and tokenizer need it."""
     if "{" in parts.template:
         return _with_bos(parts.template, tokenizer)
-    name = parts.template or recognise_template(tokenizer, parts.where)
+    name = parts.template or recognise_template(tokenizer, parts)
     template = fit_template(read_template(name), tokenizer)
     return as_published(template) if parts.is_published else template
 
