@@ -14,11 +14,12 @@ import pytest
 
 from tinyllava.cli import main
 from tinyllava.config import ModelConfig
-from tinyllava.conversation import ask
+from tinyllava.conversation import ImageRef, ask, to_chat
 from tinyllava.errors import CheckpointError, TinyLlavaError
 from tinyllava.inference.chat import Chat
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.parts import untrusted
+from tinyllava.parts.templates import read_template, template_names
 
 FILES = (
     "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
@@ -159,10 +160,24 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("case", TEMPLATES)
-def test_a_template_without_end_is_refused(copy: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("case", "system"),
+    [*((case, "linux") for case in TEMPLATES), *((case, "darwin") for case in ("loop", "growth", "product"))],
+)
+def test_a_template_without_end_is_refused(
+    copy: Path, case: str, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other systems than Linux a fresh interpreter renders it first."""
+    monkeypatch.setattr(untrusted.sys, "platform", system)
     monkeypatch.setattr(untrusted, "_TRIAL_SECONDS", 2.0)
     template, message = TEMPLATES[case]
     (copy / "chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointError, match=rf"chat_template\.jinja: no chat template .*({message})"):
         open_checkpoint(copy)
+
+
+def test_our_own_templates_end_in_a_fresh_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(untrusted.sys, "platform", "darwin")
+    texts = "".join(read_template(name) for name in template_names())
+    assert untrusted.try_out(lambda: None, texts, [to_chat(ask("What?", ImageRef(name="an image")))]) == ""
+    assert untrusted.try_out(lambda: 1 // 0, texts, []) == "integer division or modulo by zero"

@@ -4,6 +4,7 @@ Paper: section 3.1 and Table 1.
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from tinyllava.config import ModelConfig
-from tinyllava.conversation import Conversation, ImageRef, Message, ask
+from tinyllava.conversation import Conversation, ImageRef, Message, ask, to_chat
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.connectors import build_connector
@@ -156,7 +157,8 @@ def open_processor(folder: Path) -> TinyLlavaProcessor:
         processor: TinyLlavaProcessor = TinyLlavaProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    if why := try_out(lambda: _try_template(processor)):
+    chats = [to_chat(conversation) for conversation in _examples()]
+    if why := try_out(lambda: _try_template(processor), processor.chat_template, chats):
         raise CheckpointError(
             f"{folder / 'chat_template.jinja'}: no chat template with generation marks ({why}); copy the "
             "folder again."
@@ -166,16 +168,24 @@ def open_processor(folder: Path) -> TinyLlavaProcessor:
     return processor
 
 
-def _try_template(processor: TinyLlavaProcessor) -> None:
-    """Render and tokenise conversations of each kind."""
+def _examples() -> Iterator[Conversation]:
+    """Yield conversations of each kind: open, answered, and answered with a further question."""
     image = ImageRef(name="an image")
     system, answer = Message(role="system", text="Be short."), Message(role="assistant", text="A dog.")
     for question in (ask(""), ask("What is it?"), ask("What is it?", image), ask("What?", image, image)):
-        processor.encode(question, open_answer=True)
         answered = (system, *question.messages, answer)
-        processor.render(Conversation(messages=answered))
-        # As an earlier turn: a mask that is not exact stops training, not answering.
-        processor.encode(Conversation(messages=(*answered, *ask("Why?").messages)), open_answer=True)
+        yield question
+        yield Conversation(messages=answered)
+        yield Conversation(messages=(*answered, *ask("Why?").messages))
+
+
+def _try_template(processor: TinyLlavaProcessor) -> None:
+    """Render and tokenise the examples."""
+    for conversation in _examples():
+        if conversation.messages[-1].role == "assistant":
+            processor.render(conversation)
+        else:  # also with an earlier turn: a mask that is not exact stops training, not answering
+            processor.encode(conversation, open_answer=True)
 
 
 def _try_image(processor: TinyLlavaProcessor) -> None:

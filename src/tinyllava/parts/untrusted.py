@@ -4,13 +4,17 @@ Paper: none. What is refused: settings of a wrong type, more layers than the wei
 the folder, code of the folder's own, and templates that do not end. Nothing in a folder is ever executed.
 """
 
+import json
 import os
 import select
 import signal
+import subprocess
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -97,13 +101,19 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def try_out(trial: Callable[[], object]) -> str:
+def try_out(trial: Callable[[], object], template: str = "", chats: Sequence[Any] = ()) -> str:
     """Run something in a process of its own, bounded in time and memory; return what is wrong, or nothing.
 
-    A template can loop for ever or fill the memory. Without Linux it runs here, unbounded.
+    A template can loop for ever or fill the memory. Only Linux forks safely beside the threads of libraries:
+    elsewhere a fresh process renders the template first, and what ends there runs here.
+
+    Args:
+        trial: what is done; an exception says what is wrong.
+        template: a chat template that the trial renders.
+        chats: what it renders, in the form that templates read.
     """
     if sys.platform != "linux":
-        return _told(trial)
+        return (_try_elsewhere(template, chats) if template else "") or _told(trial)
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the child uses none
@@ -124,8 +134,77 @@ def try_out(trial: Callable[[], object]) -> str:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     if not is_ready:
-        return f"it does not end within {_TRIAL_SECONDS:.0f} seconds"
-    return said.strip() if said else "it needs too much memory"
+        return _endless()
+    return said.strip() if said else _TOO_LARGE
+
+
+_TOO_LARGE = "it needs too much memory"
+
+
+def _endless() -> str:
+    return f"it does not end within {_TRIAL_SECONDS:.0f} seconds"
+
+
+def _try_elsewhere(template: str, chats: Sequence[Any]) -> str:
+    """Render a template in a fresh interpreter, which needs jinja2 alone; return what has no bound there."""
+    import psutil
+
+    program = f"from {__name__} import render_alone; render_alone()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env=environment,
+    ) as child:  # fmt: skip
+        assert child.stdin is not None
+        end, watched = time.monotonic() + _TRIAL_SECONDS, psutil.Process(child.pid)
+        try:
+            with child.stdin:
+                child.stdin.write(json.dumps([_TRIAL_SECONDS, template, chats]).encode())
+            while child.poll() is None:
+                if time.monotonic() > end:
+                    return _endless()
+                if watched.memory_info().rss > _MEMORY_BYTES:
+                    return _TOO_LARGE
+                time.sleep(0.01)
+        except (BrokenPipeError, psutil.Error):
+            child.wait()  # it has just ended
+        finally:
+            child.kill()
+    return _TOO_LARGE if child.returncode else ""
+
+
+def render_alone() -> None:
+    """Render the template and the chats on standard input as transformers does; errors are for the caller.
+
+    An error of the template itself comes again where it is rendered in earnest.
+    """
+    from jinja2 import TemplateError, ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(ext.Extension):
+        tags = {"generation"}  # noqa: RUF012 - as its base class has it
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            next(parser.stream)
+            body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return body
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    seconds, text, chats = json.load(sys.stdin)
+    bell = threading.Timer(seconds, os._exit, [1])  # also if the parent is killed
+    bell.daemon = True
+    bell.start()
+    names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "leading_bos": "<s>", "gap": ""}
+    names |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    room = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    for chat in chats:
+        for is_open in (False, True):
+            with suppress(Exception):
+                room.from_string(text).render(messages=chat, add_generation_prompt=is_open, **names)
 
 
 def _limit() -> None:
