@@ -5,6 +5,7 @@ The layout is the published one: the record files in ``text_files/``, the images
 folder beside it. ``tinyllava show data`` prints what to download and where to put it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,11 @@ from typing import Literal
 from tinyllava.config import DataConfig
 from tinyllava.data.readers.containers import is_record_file
 from tinyllava.errors import ConfigError, DataError, look_up
+from tinyllava.files import read_object
+
+LICENCES = "licences.json"
+"""Beside record files of a user's own: ``{"name of the data": "licence"}``. A model's folder keeps those of
+its records by file, and those of the checkpoint that it started from under an empty name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,3 +188,19 @@ def _missing_folder(root: Path) -> list[str]:
     if root.is_dir():
         return []
     return [f"{root}: no such image folder. Set data.images (--images), or put the images there."]
+
+
+def read_licences(folder: Path) -> dict[str, str]:
+    """Return the licences that a folder of records or a checkpoint names, by the name of the data."""
+    found: dict[str, str] = {}
+    for name, value in (read_object(folder / LICENCES) or {}).items():
+        found |= {k: str(v) for k, v in value.items()} if isinstance(value, dict) else {name: str(value)}
+    return found
+
+
+def gather_licences(records: Iterable[str], start_from: str) -> dict[str, dict[str, str]]:
+    """Return what a model's folder keeps: licences by record file, those of its start under an empty name."""
+    files = [Path(record) for record in records if record not in MIXTURES]
+    found = {file.name: read_licences(file.parent) for file in files}
+    found[""] = read_licences(Path(start_from)) if start_from else {}
+    return {name: licences for name, licences in found.items() if licences}

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message, ask
+from tinyllava.data.mixtures import LICENCES
 from tinyllava.errors import ConfigError, look_up, require
 from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Benchmark
@@ -41,7 +42,7 @@ from tinyllava.starter.amounts import (
 )
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
 from tinyllava.starter.datasets.default import LabelledImage, read_easy_vqa, read_grocery_store
-from tinyllava.starter.datasets.options import OPTIONS
+from tinyllava.starter.datasets.options import OPTIONS, licence_of
 from tinyllava.starter.packages import (
     DEFAULT_PACKAGES,
     EASY_VQA,
@@ -119,9 +120,12 @@ def run_starter(output: Path, work: Work) -> Path:
     records = output / f"records-{records_key(amounts)}"
     if not (records / "held_out.json").exists():
         write_records(parts.images, records, amounts)
+    licences = {name: licence_of(name) for name in amounts}
+    write_json(records / LICENCES, licences)
     train_start = time.monotonic()
     num_images = 64 if work.length == "short" else NUM_START_IMAGES
     start_folder = start_from_words(parts, amounts, output, num_images)
+    write_json(start_folder / LICENCES, {"": licences})
     run = starter_run(parts.model, records, output, start_folder)
     model = train(run)
     trained = time.monotonic()

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 import tinyllava
 from tinyllava.config import Run, to_json
+from tinyllava.data.mixtures import LICENCES, gather_licences
 from tinyllava.errors import CheckpointError, TrainingError
 from tinyllava.files import (
     describe_files,
@@ -245,6 +246,9 @@ def save_model(
         model.save_pretrained(part)
         processor.save_pretrained(part)
         (part / "run.json").write_text(to_json(run), encoding="utf-8")
+        records = [record for stage in run.stages.values() for record in stage.data.records]
+        if licences := gather_licences(records, run.start_from):
+            write_json(part / LICENCES, licences)
         (part / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 

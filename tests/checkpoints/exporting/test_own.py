@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from conftest import make_records
 from layouts import chat_logits, make_adapter, make_checkpoint, make_toy, write_factory
 from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.checkpoints.exporting.card import Provenance, write_card
@@ -23,6 +24,9 @@ from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.evaluation.results import Metric, Result, save_results
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.recipes.variants import variant
+from tinyllava.starter.datasets.options import licence_of
+from tinyllava.training.run import train
+from training_toys import toy_run
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4983497056\n"
 
@@ -312,3 +316,29 @@ def test_the_card_knows_the_starters_parts_and_names_others_by_their_folders(
     assert "| vision encoder | EfficientNet-Lite2 |" in starter
     assert "| language model | SmolLM2-135M (HuggingFaceTB/SmolLM2-135M-Instruct) |" in starter
     assert starter.count("| Apache-2.0 |") == 2
+
+
+def test_the_card_has_the_licences_of_the_records_and_of_the_start(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The starter writes them beside its records; a model that starts from another inherits them."""
+    records = make_records(tmp_path / "first", num_records=4, text_only_every=99)
+    (tmp_path / "first/licences.json").write_text('{"easy_vqa": "MIT", "drawn by hand": "CC-BY-4.0"}')
+    run = toy_run(parts, records, tmp_path / "runs/one")
+    first = train(dataclasses.replace(run, stages={"finetune": run.stages["finetune"]}))
+    other = make_records(tmp_path / "second", num_records=4, text_only_every=99).rename(
+        tmp_path / "second/more.json"
+    )
+    run = toy_run(parts, other, tmp_path / "runs/two", start_from=str(first))
+    second = train(dataclasses.replace(run, stages={"finetune": run.stages["finetune"]}))
+    for model, name in ((first, "one"), (second, "two")):
+        export_checkpoint(model, tmp_path / name)
+    of_first, of_second = ((tmp_path / name / "README.md").read_text() for name in ("one", "two"))
+    inherited = ("| data: easy_vqa | MIT |", "| data: drawn by hand | CC-BY-4.0 |")
+    assert all(row in of_first and row in of_second for row in inherited)
+    assert "data: records.json" not in of_first
+    assert "| data: more.json | not recorded |" in of_second
+    assert "the checkpoint that it came from" not in of_first + of_second
+    assert {name: licence_of(name) for name in ("easy_vqa", "cifar10", "tux_paint")} == {
+        "easy_vqa": "MIT", "cifar10": "MIT", "tux_paint": "GPL-2.0",
+    }  # fmt: skip

@@ -3,16 +3,17 @@
 Everything in it comes from files beside the checkpoint: config.json, run.json, import.json and results.json.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from tinyllava.config import COMPONENTS, DataConfig, Run, Tune, run_from_json
-from tinyllava.data.mixtures import MIXTURES
+from tinyllava.data.mixtures import LICENCES, MIXTURES
 from tinyllava.errors import CheckpointError
 from tinyllava.evaluation.results import Metric, Result, ResultTable
+from tinyllava.files import read_object
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.parts.folders import read_config
 from tinyllava.parts.language import LANGUAGE_MODELS, LanguageModel
@@ -79,6 +80,8 @@ class Provenance:
     names: dict[str, str]
     """What the imported checkpoint calls its encoder and its language model; empty where it does not say."""
     results: tuple[Result, ...]
+    licences: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Of data that is in no table: by record file, those of the checkpoint below under an empty name."""
     adapter: str = ""
     """In words, the adapter that is merged into the weights."""
 
@@ -107,6 +110,7 @@ def read_provenance(folder: Path, results: Path | None, adapter: Path | None = N
         imported_from=str(imported["kind"]),
         names={part: str(imported.get(part) or "") for part in ("vision_encoder", "language_model")},
         results=ResultTable.load(results).results if results else (),
+        licences={k: v for k, v in (read_object(folder / LICENCES) or {}).items() if isinstance(v, dict)},
         adapter=_describe_adapter(adapter) if adapter else "",
     )
 
@@ -292,9 +296,11 @@ def _licences(provenance: Provenance, parts: dict[str, VisionEncoder | LanguageM
     rows = [[name.replace("_", " "), part.licence if part else _UNKNOWN] for name, part in parts.items()]
     for stage in run.stages.values() if run else ():
         for record in stage.data.records:
-            licence = MIXTURES[record].licence if record in MIXTURES else _UNKNOWN
-            rows.append([f"data: {record if record in MIXTURES else Path(record).name}", licence])
-    if provenance.imported_from or (run and run.start_from):
+            name = record if record in MIXTURES else Path(record).name
+            known = {name: MIXTURES[record].licence} if record in MIXTURES else provenance.licences.get(name)
+            rows += [[f"data: {data}", licence] for data, licence in (known or {name: _UNKNOWN}).items()]
+    rows += [[f"data: {data}", licence] for data, licence in provenance.licences.get("", {}).items()]
+    if "" not in provenance.licences and (provenance.imported_from or (run and run.start_from)):
         rows.append(["the checkpoint that it came from, and its data", _UNKNOWN])
     unique = list(dict.fromkeys(map(tuple, rows)))
     note = "The model is a work made from all of these; each licence binds whoever uses it."

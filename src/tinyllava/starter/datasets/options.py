@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava.starter.datasets.cifar10 import read_cifar10
 from tinyllava.starter.datasets.tux_paint import read_tux_paint
-from tinyllava.starter.packages import CIFAR10, TUX_PAINT_STAMPS
+from tinyllava.starter.packages import CIFAR10, EASY_VQA, GROCERY_STORE, TUX_PAINT_STAMPS
 from tinyllava.starter.records import Amount
 
 if TYPE_CHECKING:
@@ -52,3 +52,9 @@ OPTIONS: dict[str, Option] = {
     ),
 }
 """By the name that `tinyllava starter --with` takes; it is also the `source` of their questions."""
+
+
+def licence_of(source: str) -> str:
+    """Return the licence of a data set by its ``source``."""
+    packages = {"easy_vqa": EASY_VQA, "grocery_store": GROCERY_STORE}
+    return (packages[source] if source in packages else OPTIONS[source].package).licence
