@@ -1,13 +1,15 @@
 """LLaVA's JSON: what a good record becomes, what each bad one is called, and that a skip drops just that."""
 
+import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tinyllava.data.defects import DEFECTS, Defect, Defects
-from tinyllava.data.records import drop_broken_images, read_records
+from tinyllava.data.records import drop_broken_images, read_raw, read_records
 from tinyllava.errors import ConfigError, DataError
 
 
@@ -283,6 +285,17 @@ def test_files_that_cannot_be_read(tmp_path):
         read_records(tmp_path / "none.json", tmp_path)
     with pytest.raises(DataError, match="no image in this folder"):
         read_records(tmp_path, tmp_path)
+
+
+def test_a_pipe_is_not_waited_for_and_damaged_gzip_is_told(tmp_path):
+    os.mkfifo(tmp_path / "my.json")
+    with pytest.raises(DataError, match=r"my\.json: not a regular file"):
+        list(read_raw(tmp_path / "my.json"))
+    packed = bytearray(gzip.compress(b"[" + b"1, " * 500 + b"1]"))
+    for damaged in (packed[:15], packed[:10] + b"\xff" * 9 + packed[19:], packed[:-5] + b"00000"):
+        (tmp_path / "my.json.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"my\.json\.gz: cannot be read as a record file"):
+            list(read_raw(tmp_path / "my.json.gz"))
 
 
 def test_all_records_skipped_is_an_error_with_the_counts(tmp_path, images):

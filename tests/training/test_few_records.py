@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup
 
+import layouts
 from conftest import make_records
 from tinyllava.cli import main
 from tinyllava.config import FROZEN, DataConfig
@@ -162,3 +163,27 @@ def test_text_alone_does_not_train_a_connector(parts, records, tmp_path, capsys)
         train(dataclasses.replace(run, stages={"finetune": connector}))
     train(dataclasses.replace(run, stages={"finetune": both}, output=str(tmp_path / "both")))
     assert "connector was to be trained and did not move" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("num-epochs", "nan"), ("num-epochs", "inf"), ("global-batch-size", "0")]
+)
+def test_settings_without_sense_are_told_before_they_are_put_into_words(
+    parts, records, tmp_path, capsys, option, value
+):
+    start = layouts.make_checkpoint(parts, tmp_path / "start", "llama", "clip")
+    command = [
+        "train",
+        "base",
+        "--from",
+        str(start),
+        "--data",
+        str(records),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    command += ["--images", str(records.parent / "images"), "--finetune.max-length-tokens", "512"]
+    assert main([*command, f"--finetune.{option}", value]) == 2
+    told = capsys.readouterr().err
+    assert f"stages.finetune.{option.replace('-', '_')} = {value}" in told
+    assert not (tmp_path / "run").exists()

@@ -86,6 +86,8 @@ def main(arguments: list[str]) -> int:
     if model and run.model != model:
         raise ConfigError(f"--model.* with --from {known.start_from}: {_describe_change(model, run.model)}")
 
+    if num_records:
+        check(run)  # before the settings are put into words
     num_processes = choose_processes(known.gpus, run)
     if num_processes > 1:
         check(run, num_ranks=num_processes)

@@ -98,11 +98,8 @@ def read(source: Path, config: dict[str, Any], given: Given) -> SourceParts:
     is_siglip = "siglip" in vision_config.get("model_type", "siglip")
     code = "TinyLLaVABench" if is_bench else _llava_code(config, is_siglip=is_siglip)
     num_siglip = _num_siglip_layers(vision_config, vision if from_source else None) if is_siglip else 0
-    if code == "LLaVA-NeXT" and is_siglip and num_siglip == vision_config.get("num_hidden_layers", 12):
-        raise CheckpointError(
-            f"{source}: has all {num_siglip} layers of its SigLIP encoder. LLaVA-NeXT's code removes the "
-            "last one. Other code wrote this, and which layer it reads is not known."
-        )
+    if not is_bench:
+        _refuse_whole_siglip(vision_config, num_siglip, str(source))
     return SourceParts(
         kind=f"{code}, {form}",
         where=str(source),
@@ -133,6 +130,14 @@ def read(source: Path, config: dict[str, Any], given: Given) -> SourceParts:
 def _llava_code(config: dict[str, Any], *, is_siglip: bool) -> str:
     """Return which of LLaVA's two releases wrote a checkpoint: the first has Llama and CLIP alone."""
     return "LLaVA-NeXT" if is_siglip or config["model_type"] not in ("llava", "llava_llama") else "LLaVA-1.5"
+
+
+def _refuse_whole_siglip(vision_config: dict[str, Any], num_layers: int, where: str) -> None:
+    if num_layers == vision_config.get("num_hidden_layers", 12):
+        raise CheckpointError(
+            f"{where}: has all {num_layers} layers of its SigLIP encoder. LLaVA-NeXT's code removes the last "
+            "one. Other code wrote this, and which layer it reads is not known."
+        )
 
 
 def _connector(config: dict[str, Any], tensors: Tensors, where: str, is_bench: bool) -> Found:

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -66,6 +67,8 @@ def _name(path: Path) -> str:
 
 
 def _head(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path}: not a regular file. Save the records in one, and give its path.")
     try:
         with path.open("rb") as file:
             return file.read(512)
@@ -80,7 +83,7 @@ def _read_text(path: Path) -> str:
         data = path.read_bytes()
         if data.startswith(b"\x1f\x8b"):
             data = gzip.decompress(data)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as a record file ({error}).") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding, said = "utf-16", "UTF-16"
