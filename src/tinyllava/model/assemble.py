@@ -30,6 +30,7 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, try_image_processor
 from tinyllava.model.quiet import transformers_errors_only, without_loading_bars
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
+from tinyllava.parts.families import LANGUAGE_FAMILIES
 from tinyllava.parts.folders import check_checkpoint, check_processor_files, read_config, recorded_model
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.resolve import Parts, resolve
@@ -61,6 +62,8 @@ def assemble(
         llm.get_output_embeddings().register_parameter("bias", None)
     vision_tower = cut_encoder(load_encoder(parts.encoder, dtype), parts.encoder)
     config = make_config(parts, vision_tower.config, llm, tokenizer)
+    if model.code:
+        config.image_scale = published_image_scale(config.text_config)
 
     with torch.device("meta"):
         assembled = TinyLlavaForConditionalGeneration(config)
@@ -71,6 +74,12 @@ def assemble(
     make_room_for_image_token(assembled, config.image_token_id)
     assembled.generation_config = greedy_generation(llm.generation_config, tokenizer)
     return assembled.eval(), make_processor(parts, model, tokenizer)
+
+
+def published_image_scale(text_config: Any) -> float:
+    """Return the factor of image tokens in code on transformers 4: it put them in before Gemma's sqrt(D)."""
+    family = LANGUAGE_FAMILIES.get(text_config.model_type)
+    return float(text_config.hidden_size**0.5) if family and family.scales_embeddings else 1.0
 
 
 def greedy_generation(published: GenerationConfig, tokenizer: Any) -> GenerationConfig:

@@ -57,6 +57,9 @@ class TinyLlavaConfig(PreTrainedConfig):
     num_language_rows: int = 0
     """Rows of embedding and head that the language model came with; those behind make room for ``<image>``,
     and the loss leaves them out of the softmax. 0 means all."""
+    image_scale: float = 1.0
+    """Factor of image tokens in front of the language model: sqrt(D) for a Gemma of the published code, which
+    multiplied them as it does the embeddings of text."""
     lm_head_bias: bool = False
     """Whether the head has a bias (Phi-2's has)."""
 

@@ -81,8 +81,11 @@ class TinyLlavaModel(ComposedModel):
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Return image tokens h = P(V(X)) [I, T, D] of images [I, 3, H, W]."""
-        tokens: Tensor = self.multi_modal_projector(self.encode_images(pixel_values))
-        return tokens
+        return self._connect(self.encode_images(pixel_values))
+
+    def _connect(self, features: Tensor) -> Tensor:
+        tokens: Tensor = self.multi_modal_projector(features)
+        return tokens if self.config.image_scale == 1 else tokens * self.config.image_scale
 
     def forward(
         self,
@@ -141,8 +144,7 @@ class TinyLlavaModel(ComposedModel):
         if features is None:
             return None
         connector_dtype = next(self.multi_modal_projector.parameters()).dtype
-        tokens: Tensor = self.multi_modal_projector(features.to(connector_dtype))
-        return tokens
+        return self._connect(features.to(connector_dtype))
 
     def vision_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of encoder and connector."""

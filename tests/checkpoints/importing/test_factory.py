@@ -13,6 +13,7 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     LlamaConfig,
+    LlavaForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -20,6 +21,7 @@ from transformers import (
 import layouts
 import toys
 from layouts import make_toy, model_logits, reference_logits, write_factory
+from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.checkpoints.importing import Given, import_checkpoint
 from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import open_checkpoint
@@ -223,7 +225,10 @@ def test_a_head_that_shares_the_embedding(tmp_path: Path, with_copy: bool) -> No
 
 
 def test_gemma_scales_image_tokens_as_transformers_4_did(tmp_path: Path) -> None:
-    """There the embeddings of text and images alike were multiplied by sqrt(D); now text alone is."""
+    """There the embeddings of text and images alike were multiplied by sqrt(D); now text alone is.
+
+    Our config has a place for the factor. Other classes have none: an export puts it into the connector.
+    """
     toy = make_toy(tmp_path, "gemma", "siglip")
     with torch.no_grad():  # initial weights are so small that a norm hides the factor
         for parameter in toy.llm.parameters():
@@ -234,3 +239,10 @@ def test_gemma_scales_image_tokens_as_transformers_4_did(tmp_path: Path) -> None
     )
     assert_same(tmp_path / "out", expected)
     assert not torch.allclose(expected, reference_logits(toy, BEFORE, AFTER, num_dropped=1), atol=1e-3)
+    assert open_checkpoint(tmp_path / "out")[0].config.image_scale == pytest.approx(toys.WIDTH**0.5)
+    export_checkpoint(tmp_path / "out", tmp_path / "stock", layout="llava")  # which compares logits
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock").eval()
+    ids = [*BEFORE, *[stock.config.image_token_index] * 3, *AFTER]
+    with torch.no_grad():
+        found = stock(input_ids=torch.tensor([ids]), pixel_values=layouts.images()).logits
+    assert torch.allclose(found[..., : expected.shape[-1]], expected, atol=1e-4)

@@ -18,7 +18,7 @@ from tinyllava.checkpoints.exporting.formats import (
 from tinyllava.checkpoints.exporting.gguf import Quantized
 from tinyllava.checkpoints.exporting.listing import Format
 from tinyllava.checkpoints.exporting.llama_cpp import Agreement, describe_gguf, write_and_compare
-from tinyllava.checkpoints.exporting.merge import open_merged
+from tinyllava.checkpoints.exporting.merge import fold_image_scale, open_merged
 from tinyllava.checkpoints.exporting.onnx import PACKAGES, write_onnx
 from tinyllava.checkpoints.exporting.stock import write_stock
 from tinyllava.errors import CheckpointError, MissingExtraError, require
@@ -99,6 +99,8 @@ def export_checkpoint(
     refuse_what_does_not_fit(model.config, layout)
     adapter = checkpoint if source != checkpoint else None
     run_difference = compare_with_run(adapter, model, processor) if adapter else None
+    if layout in ("llava", "vllm", "gguf"):
+        fold_image_scale(model)
     provenance = read_provenance(source, results, adapter)
     with written_whole(folder) as partial:
         if layout == "gguf":

@@ -47,6 +47,17 @@ def open_merged(
     return merged, processor, base
 
 
+@torch.no_grad()
+def fold_image_scale(model: TinyLlavaForConditionalGeneration) -> None:
+    """Put the factor of image tokens into the MLP's last layer: other classes have no place for it."""
+    if model.config.image_scale == 1:
+        return
+    last: Any = model.connector.linear_2
+    for parameter in last.parameters():
+        parameter *= model.config.image_scale
+    model.config.image_scale = 1.0
+
+
 def base_of(folder: Path, base: str | Path | None) -> Path:
     """Return the checkpoint below an adapter, or the folder itself where it is a checkpoint.
 

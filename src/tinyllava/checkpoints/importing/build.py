@@ -18,7 +18,12 @@ from tinyllava.checkpoints.importing.parts import SourceParts, hub_name, recogni
 from tinyllava.checkpoints.importing.processor import load_processor
 from tinyllava.checkpoints.importing.tensors import Tensors, count, drop
 from tinyllava.errors import CheckpointError, ConfigError
-from tinyllava.model.assemble import greedy_generation, make_config, make_room_for_image_token
+from tinyllava.model.assemble import (
+    greedy_generation,
+    make_config,
+    make_room_for_image_token,
+    published_image_scale,
+)
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.connectors import build_connector
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -92,14 +97,14 @@ def build(
     except ConfigError as error:  # sizes of a connector that do not fit each other
         raise CheckpointError(f"{parts.where}: config.json: {error}") from error
     processor.num_image_tokens = config.num_image_tokens
+    if parts.scales_images:
+        config.image_scale = published_image_scale(config.text_config)
 
     with torch.device("meta"):
         model = TinyLlavaForConditionalGeneration(config)
     model.model.vision_tower, model.model.language_model = vision_tower, llm.base_model
     model.lm_head = llm.get_output_embeddings()
     model.model.multi_modal_projector = _load_connector(parts, config).to(dtype)
-    if parts.scales_images:
-        _scale_images(model.model.multi_modal_projector, config)
     num_rows = llm.get_input_embeddings().num_embeddings
     make_room_for_image_token(model, config.image_token_id)
     model.generation_config = greedy_generation(llm.generation_config, processor.tokenizer)
@@ -276,15 +281,6 @@ def _load_language_model(parts: SourceParts, config: Any, dtype: torch.dtype) ->
     llm = _load_part(AutoModelForCausalLM, config, tensors, dtype, where)
     llm.get_output_embeddings().register_parameter("bias", None)
     return llm
-
-
-@torch.no_grad()
-def _scale_images(connector: Any, config: TinyLlavaConfig) -> None:
-    """Multiply what the connector gives by sqrt(D): its last layer is linear."""
-    text_config: Any = config.text_config
-    last = next(name for name in ("output", "linear_2", "linear") if hasattr(connector, name))
-    for parameter in getattr(connector, last).parameters():
-        parameter *= text_config.hidden_size**0.5
 
 
 def _template_name(parts: SourceParts, processor: TinyLlavaProcessor) -> str:
