@@ -11,11 +11,13 @@ import os
 import random
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from chats import make_chat
 from conftest import make_records
@@ -41,6 +43,9 @@ def in_process(action: Callable[[], object], log: Path) -> multiprocessing.Proce
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own is shared with the others, of which one may be killed in it
         action()
 
     process = FORK.Process(target=run)

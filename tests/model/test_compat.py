@@ -16,6 +16,7 @@ from tinyllava.model.compat import (
     causal_without_looking,
     forget_preparation,
     render_template,
+    set_checkpointing,
 )
 from tinyllava.model.modeling import TinyLlavaOutput
 
@@ -88,6 +89,15 @@ def test_a_model_with_windows_of_attention_keeps_its_masks():
     )
     with causal_without_looking(model):
         assert attention_of(model) == "sdpa"
+
+
+def test_checkpointing_is_switched_without_a_warning(parts, recwarn):
+    model, _ = assemble(ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts["phi"])))
+    recwarn.clear()
+    for is_on in (True, False):
+        set_checkpointing(model, is_on)
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == is_on
+    assert [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)] == []
 
 
 def test_a_tied_head_is_one_tensor_with_the_embedding(parts):

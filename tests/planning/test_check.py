@@ -107,7 +107,8 @@ WRONG: dict[str, tuple[Run, str, str]] = {
     ),
     "alpha": (finetune(language_model=Tune(kind="lora", rank=8)), "model.alpha = 0: lora", "twice the rank"),
     "device batch": (hardware(device_batch_size=200), "128: smaller than hardware.device", "lower that one"),
-    "seed": (replace(RUN, seed=-1), "seed = -1", "not be negative"),
+    "seed": (replace(RUN, seed=-1), "seed = -1", "from 0 to 4294967295"),
+    "large seed": (replace(RUN, seed=2**32), "seed = 4294967296", "from 0 to 4294967295"),
     "epochs": (finetune(num_epochs=0.0), "num_epochs = 0.0: must be above 0", "at most"),
     "negative side": (
         model(image_size_px=-14),

@@ -90,6 +90,15 @@ def set_attention(model: Any, name: str) -> None:
     model.set_attn_implementation(name)
 
 
+def set_checkpointing(model: Any, is_on: bool) -> None:
+    """Recompute a model's activations in the backward pass, or keep them; newer releases say activation."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if is_on:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
 def render_template(
     messages: list[dict[str, object]], template: str, **variables: object
 ) -> tuple[str, list[tuple[int, int]]]:

@@ -164,8 +164,8 @@ def _run_problems(run: Run) -> Iterator[str]:
         yield "stages: empty; use those of a recipe, such as tinyllava.recipes.paper.BASE.stages."
     if not run.name and not run.output:
         yield "name: empty; give a name, which also names the run folder."
-    if run.seed < 0:
-        yield f"seed = {run.seed}: must not be negative."
+    if not 0 <= run.seed < 2**32:
+        yield f"seed = {run.seed}: must be from 0 to {2**32 - 1}, as random generators take it."
     if run.start_from and run.folder.resolve() in (
         Path(run.start_from).resolve(),
         *Path(run.start_from).resolve().parents,

@@ -16,13 +16,14 @@ from tinyllava.config import Hardware, Run, Stage
 from tinyllava.data.reporting import say
 from tinyllava.data.workers import usable_workers
 from tinyllava.errors import TinyLlavaError, TrainingError
+from tinyllava.model.compat import set_checkpointing
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.planning.memory import Memory
 from tinyllava.planning.plan import Form, Machine, choose_forms, plan_parts
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.trainer import MOST_SAMPLES, choose_precision, micro_batch
-from tinyllava.training.trial import can_run_out, out_of_memory, set_checkpointing, survives
+from tinyllava.training.trial import can_run_out, out_of_memory, survives
 
 
 def fit_hardware(

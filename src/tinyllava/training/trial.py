@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tinyllava.config import Run
 from tinyllava.data.dataset import Collator
+from tinyllava.model.compat import set_checkpointing
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.planning.plan import Form
@@ -87,11 +88,3 @@ def _largest_batches(
         batch = collate([examples[place]] * size)
         del batch["sample_ids"], batch["num_tokens"], batch["attention_mask"]  # see StageTrainer
         yield batch
-
-
-def set_checkpointing(model: TinyLlavaForConditionalGeneration, checkpointing: bool) -> None:
-    """Recompute activations in the backward pass, or keep them."""
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()

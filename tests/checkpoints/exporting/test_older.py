@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+import toys
 from layouts import chat_logits, make_checkpoint
 from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.checkpoints.exporting.compare import example_image
@@ -57,11 +59,20 @@ save_file(
 @pytest.mark.older
 @pytest.mark.parametrize(
     ("language", "vision"),
-    [("llama", "clip"), ("llama", "siglip"), ("stablelm", "siglip"), ("chatml", "clip")],
+    [
+        ("llama", "clip"),
+        ("llama", "siglip"),
+        ("stablelm", "clip"),
+        ("stablelm", "siglip"),
+        ("chatml", "clip"),
+        ("qwen2", "clip"),
+        ("qwen2", "siglip"),
+    ],
 )
 def test_transformers_4_computes_the_same(
     parts: dict[str, Path], tmp_path: Path, language: str, vision: str
 ) -> None:
+    parts = parts | {"qwen2": toys.make_language_model(tmp_path / "qwen2", "qwen2")}
     checkpoint = make_checkpoint(parts, tmp_path / "own", language, vision)
     config = json.loads((checkpoint / "config.json").read_text())
     config["text_config"].setdefault("rope_parameters", {"rope_type": "default"})["rope_theta"] = 77.0
@@ -80,6 +91,28 @@ def test_transformers_4_computes_the_same(
     assert torch.equal(found["pixels"], inputs["pixel_values"])
     assert torch.allclose(found["logits"], logits, atol=1e-5)
     assert found["in_batch"].tolist() == found["alone"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("language", "vision", "told"),
+    [
+        ("qwen2", "siglip", "transformers 4.57 computes the same: "),
+        ("gemma", "siglip", "transformers 4 multiplies the image tokens of Gemma"),
+        ("llama", "dinov2", "Not compared in transformers 4"),
+    ],
+)
+def test_the_card_names_the_versions_that_compute_the_same(
+    parts: dict[str, Path], tmp_path: Path, language: str, vision: str, told: str
+) -> None:
+    parts = parts | {
+        "dinov2": toys.make_dino(tmp_path / "dinov2"),
+        **{kind: toys.make_language_model(tmp_path / kind, kind) for kind in ("qwen2", "gemma")},
+    }
+    checkpoint = make_checkpoint(parts, tmp_path / "own", language, vision)
+    export_checkpoint(checkpoint, tmp_path / "out", layout="llava")
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"Compared with the checkpoint in transformers {transformers.__version__}" in card
+    assert told in card
 
 
 def test_what_older_versions_read_is_written(parts: dict[str, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tinyllava.checkpoints.exporting.listing import Format
 from tinyllava.checkpoints.exporting.llama_cpp import Agreement, describe_gguf, write_and_compare
 from tinyllava.checkpoints.exporting.merge import fold_image_scale, open_merged
 from tinyllava.checkpoints.exporting.onnx import PACKAGES, write_onnx
-from tinyllava.checkpoints.exporting.stock import write_stock
+from tinyllava.checkpoints.exporting.stock import describe_versions, write_stock
 from tinyllava.errors import CheckpointError, MissingExtraError, require
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -107,6 +107,8 @@ def export_checkpoint(
             written, told = _write_gguf(partial, model, processor, name or folder.name, quantized)
         else:
             written, told = _write(partial, layout, model, processor, precision, max_shard_size), ""
+            if layout in ("llava", "vllm"):
+                told = describe_versions(model.config, written.largest_difference or 0.0)
         formats = format_rows(model.config, layout, written.in_short)
         card = write_card(name or folder.name, layout, model, provenance, formats, written.measured, told)
         (partial / "README.md").write_text(card, encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
@@ -128,6 +129,28 @@ def make_stock_config(model: TinyLlavaForConditionalGeneration) -> LlavaConfig:
     stock.dtype = model.dtype
     stock.pad_token_id, stock.eos_token_id = config.pad_token_id, config.eos_token_id
     return stock
+
+
+_SAME_IN_4 = ({"llama", "qwen2", "stablelm"}, set(_VLLM_ENCODERS))
+"""Language models and encoders whose exports `make test-older` compares in transformers 4.57."""
+
+
+def describe_versions(config: TinyLlavaConfig, difference: float) -> str:
+    """Return the card's section on the releases of transformers that compute the same."""
+    text, vision = config.text_config.model_type, config.vision_config.model_type
+    if text.startswith("gemma"):
+        older = (
+            "transformers 4 multiplies the image tokens of Gemma by the square root of its width, which "
+            "gives other answers: use transformers 5."
+        )
+    elif text in _SAME_IN_4[0] and vision in _SAME_IN_4[1]:
+        older = "transformers 4.57 computes the same: token ids, pixels and logits of this layout are tested."
+    else:
+        older = "Not compared in transformers 4: use transformers 5."
+    return (
+        f"## Agreement\n\nCompared with the checkpoint in transformers {transformers.__version__} when "
+        f"written: the largest difference of a logit is {difference:.2g}. {older}"
+    )
 
 
 def stock_tensors(model: TinyLlavaForConditionalGeneration) -> dict[str, Tensor]:
