@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from chats import make_chat
+from tinyllava.errors import ConfigError
 from tinyllava.inference.chat import Chat, choose_dtype
-from tinyllava.model.devices import multiplies_bf16
+from tinyllava.model.devices import check_device, multiplies_bf16
 from tinyllava.parts.folders import saved_dtype
 from tinyllava.training.trainer import choose_precision
 
@@ -57,3 +58,9 @@ def test_a_cpu_answers_in_float32_whatever_was_saved(tmp_path, saved):
 def test_no_type_is_guessed_for_another_device():
     assert choose_dtype("float32", "mps") == "float32"
     assert choose_dtype("float16", "mps") == "float16"
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:77", "nonsense"])
+def test_a_device_that_cannot_answer_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=rf"device '{name}': .*this machine's best is"):
+        check_device(name)

@@ -22,7 +22,9 @@ def check_device(name: str) -> torch.device:
         ConfigError: no such device, or none here.
     """
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # which a device without values (meta) cannot give
+        return probe.device
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"device {name!r}: {reason}; this machine's best is {best_device()!r}.") from error

@@ -57,6 +57,12 @@ def open_tokenizer(source: str | Path, *, older_first: bool = False) -> Any:
     if has_pipeline and not (older_first and (has_pieces or has_merges)):
         return _open_pipeline(folder, folder)
     if not has_pieces and not has_merges:
+        if ranks := sorted(folder.glob("*.tiktoken")):
+            raise CheckpointError(
+                f"{ranks[0]}: a tiktoken vocabulary alone does not say how a text is split or what the "
+                f"special tokens are. The publisher's code does, and it is never run. Copy {_PIPELINE}, or "
+                f"{' with '.join(_MERGES)}, of the same language model into the folder."
+            )
         raise CheckpointError(
             f"{source}: no tokenizer; expected {_PIPELINE}, {PIECES}, or {' with '.join(_MERGES)}."
         )

@@ -1,6 +1,7 @@
 """TinyLLaVABench's layouts: the imported model computes what transformers' own classes compute."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -324,3 +325,17 @@ def test_stablelm_2_as_vocabulary_and_merges(tmp_path: Path) -> None:
     text = GOLDEN["texts"][0]
     expected = GOLDEN["tokens"]["stablelm"]["texts"][0]
     assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+
+
+def test_stablelm_2_as_tiktoken_alone_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """Its first release: how a text is split is in Python beside the ranks, which is never run."""
+    toy = make_toy(tmp_path, "stablelm", "clip")
+    source = write_bench(toy, tmp_path / "source")
+    (source / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (source / "arcade100k.tiktoken").write_text("IQ== 0\nIg== 1\n")
+    (source / "tokenization_arcade100k.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(CheckpointError, match=r"arcade100k\.tiktoken: .* Copy tokenizer\.json.*--language"):
+        import_checkpoint(source, tmp_path / "out")
+    shutil.copy(tmp_path / "tokenizer.json", source)
+    import_checkpoint(source, tmp_path / "out")
+    assert_same(tmp_path / "out", reference_logits(toy, BEFORE, AFTER, num_dropped=1))

@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageP
 
 from tinyllava.checkpoints.importing.parts import SourceParts, recognise_template
 from tinyllava.conversation import ask
-from tinyllava.errors import CheckpointError, first_line
+from tinyllava.errors import CheckpointError, TinyLlavaError, first_line
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
 from tinyllava.parts.families import VISION_FAMILIES
@@ -71,8 +71,10 @@ def _load_tokenizer(parts: SourceParts, text_config: Any) -> Any:
             if why := describe_damage(path):
                 raise CheckpointError(f"{path}: {why}.") from error
         reason = first_line(error)
+        if not isinstance(error, TinyLlavaError):
+            reason = f"{type(error).__name__}: {reason}"
         raise CheckpointError(
-            f"{parts.tokenizer}: its tokenizer cannot be opened ({type(error).__name__}: {reason}). Give a "
+            f"{parts.tokenizer}: its tokenizer cannot be opened ({reason.rstrip('.')}). Give a "
             "folder of the same language model with a tokenizer.json: --language-model DIR."
         ) from error
     if tokenizer.pad_token is None:
