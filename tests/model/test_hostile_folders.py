@@ -149,10 +149,20 @@ def test_adapters_of_another_folder_are_not_followed(copy: Path) -> None:
 
 MARKED = "{% generation %}x{% endgeneration %}"
 _LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+_SETS = "{% set many = range(99999) %}{% for a in many %}{% for b in many %}{% endfor %}{% endfor %}"
 _DOUBLE = "{% set ns = namespace(x='xxxxxxxxxxxxxxxx') %}" + "{% set ns.x = ns.x ~ ns.x %}" * 40
 TEMPLATES = {
-    "loop": (MARKED + _LOOP, "it does not end within 2 seconds"),
-    "hidden loop": (MARKED + "{% if messages | length > 1 %}" + _LOOP + "{% endif %}", "does not end within"),
+    "loop": (MARKED + _SETS, "it does not end within 2 seconds"),
+    "later": (MARKED + "{% if messages | length > 9 %}{{ 1 / 0 }}{% endif %}", "zero"),
+    "nested ranges": (
+        MARKED + "{% if messages | length > 99 %}" + _LOOP + "{% endif %}",
+        r"loops over range\(\) within each",
+    ),
+    "far loop": (
+        MARKED + "{% if messages | length > 9 %}" + _SETS + "{% endif %}",
+        "does not end within|memory",
+    ),
+    "hidden loop": (MARKED + "{% if messages | length > 1 %}" + _SETS + "{% endif %}", "does not end within"),
     "growth": (MARKED + _DOUBLE, "it needs too much memory|MemoryError|does not end within"),
     "product": (MARKED + "{{ 'x' * 10 ** 11 }}", "it needs too much memory|MemoryError"),
     "recursion": (MARKED + "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),

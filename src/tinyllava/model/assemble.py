@@ -35,7 +35,7 @@ from tinyllava.parts.folders import check_checkpoint, check_processor_files, rea
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.resolve import Parts, resolve
 from tinyllava.parts.templates import as_published
-from tinyllava.parts.untrusted import refusing, try_out
+from tinyllava.parts.untrusted import find_trap, refusing, try_out
 from tinyllava.parts.user_code import is_reference, recall_value
 from tinyllava.parts.vision import VisionEncoder
 
@@ -166,8 +166,8 @@ def open_processor(folder: Path) -> TinyLlavaProcessor:
         processor: TinyLlavaProcessor = TinyLlavaProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    chats = [to_chat(conversation) for conversation in _examples()]
-    if why := try_out(lambda: _try_template(processor), processor.chat_template, chats):
+    chats, template = [to_chat(conversation) for conversation in _examples()], str(processor.chat_template)
+    if why := find_trap(template) or try_out(lambda: _try_template(processor), template, chats):
         raise CheckpointError(
             f"{folder / 'chat_template.jinja'}: no chat template with generation marks ({why}); copy the "
             "folder again."
@@ -186,6 +186,8 @@ def _examples() -> Iterator[Conversation]:
         yield question
         yield Conversation(messages=answered)
         yield Conversation(messages=(*answered, *ask("Why?").messages))
+    many = (system, *(*ask("Why?", image).messages, answer) * 16)
+    yield Conversation(messages=(*many, *ask("Is there a dog? " * 200).messages))
 
 
 def _try_template(processor: TinyLlavaProcessor) -> None:

@@ -173,12 +173,9 @@ def _try_elsewhere(template: str, chats: Sequence[Any]) -> str:
     return _TOO_LARGE if child.returncode else ""
 
 
-def render_alone() -> None:
-    """Render the template and the chats on standard input as transformers does; errors are for the caller.
-
-    An error of the template itself comes again where it is rendered in earnest.
-    """
-    from jinja2 import TemplateError, ext, nodes
+def _sandbox() -> Any:
+    """Return an environment of jinja2 that reads what transformers' reads."""
+    from jinja2 import ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
@@ -189,6 +186,40 @@ def render_alone() -> None:
             body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return body
 
+    return ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+
+
+def find_trap(template: str) -> str:
+    """Return in words why a template may not end, whatever it renders; empty if nothing is found.
+
+    A loop over ``range`` has at most 100,000 rounds, loops within it have as many each time. Such a pair can
+    hide behind a condition that no trial meets.
+    """
+    from jinja2 import TemplateError, nodes
+
+    try:
+        loops = _sandbox().parse(template).find_all(nodes.For)
+    except TemplateError:
+        return ""  # said where it is rendered
+
+    def counts(loop: Any) -> bool:
+        calls = [loop.iter] if isinstance(loop.iter, nodes.Call) else []
+        calls += loop.iter.find_all(nodes.Call)
+        return any(isinstance(call.node, nodes.Name) and call.node.name == "range" for call in calls)
+
+    nested = any(counts(loop) and any(map(counts, loop.find_all(nodes.For))) for loop in loops)
+    return "loops over range() within each other" if nested else ""
+
+
+def render_alone() -> None:
+    """Render the template and the chats on standard input as transformers does; errors are for the caller.
+
+    An error of the template itself comes again where it is rendered in earnest.
+    """
+    from jinja2 import TemplateError
+
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
@@ -198,9 +229,7 @@ def render_alone() -> None:
     bell.start()
     names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "leading_bos": "<s>", "gap": ""}
     names |= {"raise_exception": refuse, "strftime_now": time.strftime}
-    room = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    room = _sandbox()
     for chat in chats:
         for is_open in (False, True):
             with suppress(Exception):
