@@ -307,3 +307,17 @@ def test_help_comes_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--vision-encoder" in done.stdout
+
+
+def test_tensors_of_a_form_that_is_not_known_are_not_blamed_on_the_download(tmp_path: Path) -> None:
+    """A file that arrived whole is the same the second time."""
+    toy = make_toy(tmp_path, "llama", "clip")
+    source = write_bench(toy, tmp_path / "source", num_shards=1, num_hidden_layers=3)
+    with pytest.raises(
+        CheckpointError, match=r"9 tensors missing: .*Compare both files .* the import does not"
+    ):
+        import_checkpoint(source, tmp_path / "out")
+    source = write_bench(toy, tmp_path / "other", num_shards=1, intermediate_size=96)
+    with pytest.raises(CheckpointError, match=r"of another shape: .*Compare both files") as caught:
+        import_checkpoint(source, tmp_path / "out")
+    assert "again" not in str(caught.value)

@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, BitImageProcessorPil, ConvNextConfig, ConvNextModel
 
 import toys
+from tinyllava.cli import main
 from tinyllava.config import FULL, DataConfig, ModelConfig, Stage, Tune, lora
 from tinyllava.errors import ConfigError, TinyLlavaError
 from tinyllava.model.assemble import assemble, open_checkpoint
@@ -164,3 +165,30 @@ def test_dinov2_and_convnext_make_models(folders: dict[str, Path], tmp_path: Pat
         grid**2,
         spec.width,
     )
+
+
+def test_it_is_never_called_a_cnn(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelConfig(vision_encoder=str(folders["fused"]), language_model=str(folders["llm"]))
+    for part in assemble(model):
+        part.save_pretrained(tmp_path / "model")
+    for layout in ("llava", "vllm", "gguf"):
+        assert main(["export", str(tmp_path / "model"), str(tmp_path / layout), "--format", layout]) == 2
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\nfrom tinyllava.config import ModelConfig\n"
+        "from tinyllava.recipes.variants import variant\n"
+        f"RUN = dataclasses.replace(variant('base-C-TL'), model={model!r})\n"
+    )
+    assert main(["show", f"{tmp_path / 'mine.py'}:RUN"]) == 0
+    with pytest.raises(TinyLlavaError, match=r"from_layer needs one transformer encoder; .* two fused"):
+        apply_tuning(
+            assemble(model)[0],
+            Stage(
+                data=DataConfig(records=("x.json",)), connector=FULL, learning_rate=1e-3,
+                global_batch_size=1, vision_encoder=Tune(kind="from_layer", first_layer=1),
+            ),
+        )  # fmt: skip
+    told = capsys.readouterr()
+    assert told.err.count("'fused_vision': two fused encoders") == 2
+    assert "a CNN" not in (told.out + told.err).replace("a CNN or two fused encoders", "")
