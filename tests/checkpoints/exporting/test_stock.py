@@ -156,7 +156,7 @@ def test_more_prefix_tokens_are_refused(parts: dict[str, Path], tmp_path: Path) 
 def test_cnn_encoders_are_refused(parts: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
     change_config(checkpoint, encoder_kind="cnn")
-    refused(checkpoint, tmp_path / "out", "llava", "'clip_vision_model' is a CNN")
+    refused(checkpoint, tmp_path / "out", "llava", "'clip_vision_model': a CNN")
 
 
 def test_encoders_that_vllm_does_not_have_are_refused(tmp_path: Path) -> None:
