@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tinyllava.config import ModelConfig
 from tinyllava.errors import CheckpointError, ConfigError, UnknownNameError
 from tinyllava.parts.resolve import find_parts, known_parts, resolve
+from tinyllava.parts.templates import as_published, read_template, template_names
 from tinyllava.planning.sizes import language_model_size, vision_encoder_size
 from training_toys import toy_run, write_run
 
@@ -123,3 +124,12 @@ def test_a_hub_path_is_a_part_out_of_the_cache(
 def test_a_hub_path_in_the_tables_is_its_row() -> None:
     found = resolve(ModelConfig(vision_encoder="facebook/dinov2-large", language_model="microsoft/phi-2"))
     assert (found.encoder.name, found.language.name) == ("DINOv2", "Phi-2")
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_a_template_is_one_text_whatever_its_parts_are_written_in(name: str) -> None:
+    text = read_template(name)
+    assert "include" not in text  # it is saved into checkpoints, which hold no other file of ours
+    assert text.count("{%- macro said(content) -%}") == (name != "caption")
+    assert text.count("{%- generation -%}") == text.count("{%- endgeneration -%}") == 1
+    assert (as_published(text) != text) == (name not in ("chatml", "llama3"))

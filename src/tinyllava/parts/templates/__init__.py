@@ -2,8 +2,10 @@
 
 Paper: section 3.2; what stands between ``{% generation %}`` and ``{% endgeneration %}`` is the set A of
 equation 3. A template is saved into the checkpoint, so training, chat, evaluation and serving read the same.
+What several templates share is written once, in a ``.part`` file; a template that is read holds it.
 """
 
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -11,6 +13,7 @@ from tinyllava.errors import ConfigError, look_up
 from tinyllava.parts.user_code import is_reference, recall_value
 
 _FOLDER = files("tinyllava.parts.templates")
+_INCLUDED = re.compile(r"\{%- include '(\w+\.part)' -%\}\n")
 _TRIMMED = "{%- set trimmed = true -%}"
 TEMPLATE_OF_END = {
     "</s>": "llama",
@@ -53,7 +56,10 @@ def find_template(name: str) -> Template:
             )
         return Template(name=name, text=text)
     entry = look_up({known: f"{known}.jinja" for known in template_names()}, name, "template")
-    return Template(name=name, text=(_FOLDER / entry).read_text(encoding="utf-8"))
+    text = (_FOLDER / entry).read_text(encoding="utf-8")
+    return Template(
+        name=name, text=_INCLUDED.sub(lambda part: (_FOLDER / part[1]).read_text(encoding="utf-8"), text)
+    )
 
 
 def read_template(name: str) -> str:
