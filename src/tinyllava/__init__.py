@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tinyllava.errors import TrainingError as TrainingError
     from tinyllava.errors import UnknownNameError as UnknownNameError
     from tinyllava.evaluation.checkpoint import evaluate as evaluate
+    from tinyllava.evaluation.checkpoint import score_answers as score_answers
     from tinyllava.evaluation.results import Metric as Metric
     from tinyllava.evaluation.results import Result as Result
     from tinyllava.inference.chat import Chat as Chat
@@ -92,6 +93,7 @@ _HOMES = {
     "reproduce": "studies.reproduce",
     "run_code": "parts.user_code",
     "run_from_json": "config",
+    "score_answers": "evaluation.checkpoint",
     "train": "training.run",
     "variant": "recipes.variants",
 }

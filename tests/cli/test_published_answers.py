@@ -3,10 +3,12 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import tinyllava
 from evaluation import benchmark_files as files
 from tinyllava.cli import main
 from tinyllava.evaluation.benchmarks import BENCHMARKS
@@ -88,6 +90,22 @@ def test_the_guides_commands_score_llavas_answers(scored: dict[str, Result]) -> 
         assert (result.model, result.dtype, result.decoding, result.num_missing) == (MODEL, "", {}, 0)
         assert f"answers from {MODEL}.jsonl" in result.notes
     assert (scored["mmvet"].judge, scored["llava-w"].judge) == ("gpt-4-0613", "gpt-4-0314")
+
+
+def test_a_python_call_scores_them_as_the_commands_do(scored: dict[str, Result], tmp_path: Path) -> None:
+    root = tmp_path / "playground" / "data" / "eval"
+    called = tinyllava.score_answers(
+        MODEL, root, benchmarks=["pope", "scienceqa"], answers=root, output=tmp_path / "called"
+    )
+    reviews = root / "mm-vet" / "results" / f"{MODEL}_gpt-4-grade-3runs.json"
+    called |= tinyllava.score_answers(
+        MODEL, root, benchmarks="mmvet", answers=root, reviews=reviews, output=tmp_path / "called"
+    )
+    assert set(called) == {"pope", "scienceqa", "mmvet"}
+    for name, result in called.items():
+        assert replace(result, date="") == replace(scored[name], date="")
+    again = tinyllava.score_answers(MODEL, root, benchmarks="pope", output=tmp_path / "called")
+    assert again["pope"].value == called["pope"].value  # the answers are there by now
 
 
 def test_the_same_command_again_scores_again_and_other_answers_are_refused(

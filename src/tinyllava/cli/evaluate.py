@@ -82,21 +82,11 @@ def main(arguments: list[str]) -> int:
 
 def _take_answers(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
     """Return what puts another program's answers to a benchmark into ``output``, where some were named."""
-    from tinyllava.evaluation.answers import find_llava_answers, take_llava_answers
-    from tinyllava.evaluation.checkpoint import folder_names
-    from tinyllava.evaluation.score import answers_folder
+    from tinyllava.evaluation.checkpoint import take_answers
 
     def take(benchmark: "Benchmark", data: Path) -> bool:
         if known.answers:
-            names = folder_names(benchmark)
-            source = find_llava_answers(Path(known.answers), names, Path(known.model).name)
-            take_llava_answers(
-                source,
-                benchmark.load(data),
-                answers_folder(output, benchmark),
-                model=known.model,
-                protocol=benchmark.protocol,
-            )
+            take_answers(benchmark, data, output, model=known.model, answers=Path(known.answers))
         return True
 
     return take
@@ -318,18 +308,13 @@ def _make_judges(
     known: argparse.Namespace, output: Path, benchmarks: Mapping[str, "Benchmark"]
 ) -> Mapping[str, "Judge | Reviews | None"]:
     """Return the judge of each benchmark, None for those that need none or have none."""
-    judged = [name for name, benchmark in benchmarks.items() if benchmark.judging is not None]
+    from tinyllava.evaluation.checkpoint import find_recorded
+
     unjudged = dict.fromkeys(benchmarks)
     if known.reviews:
-        return unjudged | {name: _read_reviews(known, name) for name in judged}
+        return unjudged | find_recorded(benchmarks, known.reviews, known.judge_model)
+    judged = [name for name, benchmark in benchmarks.items() if benchmark.judging is not None]
     return unjudged | dict.fromkeys(judged, _open_judge(known, output) if known.judge_url else None)
-
-
-def _read_reviews(known: argparse.Namespace, benchmark: str) -> "Reviews | None":
-    from tinyllava.evaluation.judge import find_reviews, read_reviews
-
-    path = find_reviews(Path(known.reviews), benchmark)
-    return read_reviews(path, judge=known.judge_model) if path else None
 
 
 def _open_judge(known: argparse.Namespace, output: Path) -> "Judge":

@@ -79,6 +79,84 @@ def evaluate(
     return results
 
 
+def score_answers(
+    model: str,
+    data: str | Path,
+    *,
+    benchmarks: str | Sequence[str] = "all",
+    output: str | Path = "",
+    answers: str | Path = "",
+    reviews: str | Path = "",
+    limit: int = 0,
+    blind: bool = False,
+    judge: "Judge | Reviews | None" = None,
+    **own: Unpack[OwnSettings],
+) -> "dict[str, Result]":
+    """Score answers that exist, without a model: ``tinyllava evaluate --score-only`` for a program.
+
+    Args:
+        model: whose answers they are.
+        data, benchmarks, output, limit, blind, judge, own: see ``evaluate``.
+        answers: of LLaVA's scripts: a file, or a folder with one for each benchmark; by default those that
+            are in ``output``.
+        reviews: recorded reviews of the judge: a file, or a folder with one for each benchmark.
+
+    Raises:
+        DataError: answers are missing or damaged, or are not to these questions.
+        ConfigError, JudgeError, UnknownNameError: see ``evaluate``.
+    """
+    from tinyllava.evaluation.score import score
+    from tinyllava.parts.folders import default_name
+
+    chosen, folders = find_questions(data, benchmarks, **own)
+    folder = Path(output or f"evaluations/{default_name(Path(model))}")
+    recorded = find_recorded(chosen, reviews) if reviews else {}
+    results = {}
+    for name, benchmark in chosen.items():
+        if answers:
+            take_answers(benchmark, folders[name], folder, model=model, answers=Path(answers))
+        grader = recorded.get(name, judge) if benchmark.judging is not None else None
+        results[name] = score(benchmark, folders[name], folder, blind=blind, limit=limit, judge=grader)
+    return results
+
+
+def take_answers(benchmark: Benchmark, data: Path, output: Path, *, model: str, answers: Path) -> None:
+    """Put another program's answers to a benchmark into an output folder.
+
+    Args:
+        model: its name; the last part of it is the name of its file.
+        answers: a file, or a folder with ``NAME.jsonl`` or ``NAME/answers/MODEL.jsonl`` per benchmark.
+
+    Raises:
+        DataError: there are none, or they are to other questions.
+    """
+    from tinyllava.evaluation.answers import find_llava_answers, take_llava_answers
+    from tinyllava.evaluation.score import answers_folder
+
+    source = find_llava_answers(answers, folder_names(benchmark), Path(model).name)
+    questions, place = benchmark.load(data), answers_folder(output, benchmark)
+    take_llava_answers(source, questions, place, model=model, protocol=benchmark.protocol)
+
+
+def find_recorded(
+    benchmarks: Mapping[str, Benchmark], reviews: str | Path, judge: str = ""
+) -> "dict[str, Reviews | None]":
+    """Return the recorded reviews of each benchmark that a judge grades; None where there are none.
+
+    Args:
+        reviews: a file, or a folder with ``NAME.jsonl``, ``NAME.json`` or ``NAME/reviews-JUDGE.jsonl``.
+        judge: their author, where they do not say it.
+
+    Raises:
+        DataError: no such path, or reviews that cannot be read.
+    """
+    from tinyllava.evaluation.judge import find_reviews, read_reviews
+
+    judged = [name for name, benchmark in benchmarks.items() if benchmark.judging is not None]
+    files = {name: find_reviews(Path(reviews), name) for name in judged}
+    return {name: read_reviews(file, judge=judge) if file else None for name, file in files.items()}
+
+
 def find_questions(
     data: str | Path, benchmarks: str | Sequence[str], **own: Unpack[OwnSettings]
 ) -> tuple[dict[str, Benchmark], dict[str, Path]]:
