@@ -38,7 +38,6 @@ def test_the_notebook_runs_in_its_short_form(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert (
-        sum(line.startswith(("overall ", "yes/no ", "colour ")) and "majority" in line for line in lines) == 3
-    )
+    rows = [line.split()[0] for line in lines if "majority" in line and "blanked" in line]
+    assert {"overall", "yes_no"} <= set(rows)
     assert all(lines[-3:])  # three answers
