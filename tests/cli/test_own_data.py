@@ -209,3 +209,18 @@ def test_a_benchmark_has_the_same_page_also_without_its_images(name, write, tmp_
     assert text.count("<article") == len(questions)
     assert "<img" not in text
     assert "Numbers by" in text
+
+
+def test_a_judges_reviews_score_what_waits_for_them(model, data, capsys) -> None:
+    assert main(asked(model, data, "--metric", "judge")) == 0
+    printed = capsys.readouterr().out
+    assert "own-my_test (own/judge): answers saved, no score without a judge" in printed
+    page = data.parent / "out/own-my_test/answers.html"
+    assert "<summary>short answers: 6 not scored</summary>" in page.read_text()
+    reviews = data.parent / "reviews.jsonl"
+    ids = [f"{kind}{n}" for n in range(6) for kind in "cy"]
+    reviews.write_text("".join(json.dumps({"question_id": i, "content": "Grade: 4"}) + "\n" for i in ids))
+    judged = ("--metric", "judge", "--score-only", "--reviews", str(reviews), "--judge-model", "some-judge")
+    assert main(asked(model, data, *judged)) == 0
+    assert "own-my_test (own/judge): judge 40.00" in capsys.readouterr().out
+    assert "<summary>short answers: 6 wrong</summary>" in page.read_text()

@@ -72,21 +72,20 @@ def write_answers(
     return path
 
 
-def _facts(result: Result, blind: Result | None) -> dict[str, str]:
+def _facts(result: Result, blind: Result | None) -> dict[str, tuple[str, str]]:
+    """Return the numbers at the head of the page, each with its interval, if it has one."""
     facts = {}
     for name, one in (("", result), (" with blank images", blind)):
         if one is not None and one.value is not None:
             metric = one.metric_named(one.metric)
-            between = "" if metric.interval is None else f" ({_interval(metric)})"
-            facts[f"{one.metric}{name}"] = f"{metric.value:.1f}{between}"
+            facts[f"{one.metric}{name}"] = (f"{metric.value:.1f}", _interval(metric))
     for metric in result.metrics:
         if metric.name.startswith("baseline="):
-            facts[f"{metric.name.removeprefix('baseline=')} alone"] = f"{metric.value:.1f}"
-    facts["questions"] = f"{result.num_questions:,}"
-    facts["images"] = f"{result.num_images:,}"
-    facts["not read"] = f"{result.num_unclear:,}"
-    facts |= {"cut off": f"{result.num_cut:,}"} if result.num_cut else {}
-    return facts | ({"without an answer": f"{result.num_missing:,}"} if result.num_missing else {})
+            facts[f"{metric.name.removeprefix('baseline=')} alone"] = (f"{metric.value:.1f}", "")
+    counts = {"questions": result.num_questions, "images": result.num_images, "not read": result.num_unclear}
+    rare = {"cut off": result.num_cut, "without an answer": result.num_missing}
+    counts |= {name: count for name, count in rare.items() if count}
+    return facts | {name: (f"{count:,}", "") for name, count in counts.items()}
 
 
 def _interval(metric: Metric) -> str:
