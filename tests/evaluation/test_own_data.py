@@ -1,6 +1,7 @@
 """A user's own questions as a benchmark: metrics by looks or by choice, scores by hand, errors in place."""
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_auto_chooses_by_what_right_answers_look_like_and_says_so(write) -> None
     metrics = [question.target["metric"] for question in benchmark.load(Path())]
     assert metrics == ["exact", "exact", "yes_no", "number", "choice", "choice", "vqa", "rouge"]
     assert benchmark.notes[0] == "metric exact match: 2 answers (short answers; --metric chooses another)"
-    assert "metric ROUGE-L: 1 answers (long answers; --metric chooses another)" in benchmark.notes
+    assert "metric ROUGE-L: 1 answer (long answers; --metric chooses another)" in benchmark.notes
     assert (benchmark.name, benchmark.metric) == ("own-my_test", "mean score")
     assert benchmark.protocol == "own/choice+exact+number+rouge+vqa+yes_no"
     assert own_benchmark(write(*LOOKS[:2])).metric == "exact match"
@@ -193,6 +194,18 @@ def test_every_form_that_training_reads_is_evaluated(write, tmp_path: Path, name
     colour, number = own_benchmark(tmp_path / name).load(Path())
     assert (colour.prompt, colour.target["answers"], colour.category) == ("Which colour?", ["red"], "colour")
     assert (number.target["metric"], number.category, number.image) == ("number", "number", "b.png")
+
+
+def test_images_without_a_name_are_told_apart_by_their_bytes(write) -> None:
+    data = write()
+    urls = [
+        "data:image/png;base64," + b64encode((data.parent / name).read_bytes()).decode()
+        for name in ("a.png", "b.png", "a.png")
+    ]
+    rows = [{"image": url, "question": "Which?", "answer": "red"} for url in urls]
+    data.write_text(json.dumps(rows))
+    first, second, third = own_benchmark(data).load(Path())
+    assert first.image == third.image != second.image
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ before it. Further fields of a record: ``kind``, ``metric``, ``answers`` (all th
 ``tolerance``.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from tinyllava.conversation import Conversation
+from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.records import drop_broken_images, parse_columns, read_raw, read_records
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, means_by_group
@@ -274,11 +275,16 @@ def _question(one: _Asked, reference: Reference, name: str, kind: str, table: Me
     return Question(
         id=one.id,
         conversation=one.conversation,
-        image=", ".join(str(image) for image in one.conversation.images),
+        image=", ".join(map(_name_image, one.conversation.images)),
         target=target,
         category=kind,
         meta={"reference": reference},
     )
+
+
+def _name_image(image: ImageRef) -> str:
+    """Return what tells an image from others: its name, its path, or a hash of its bytes."""
+    return image.name or str(image.path or hashlib.sha256(image.data or b"").hexdigest()[:12])
 
 
 def _with_groups(questions: Sequence[Question], table: MetricTable) -> list[Question]:
@@ -302,14 +308,17 @@ def _say_metrics(
     asked: Sequence[_Asked], names: Sequence[str], table: MetricTable, default: str
 ) -> tuple[str, ...]:
     """Say which metric grades how many answers, and why."""
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for one, name in zip(asked, names, strict=True):
         by_record = one.fields.get("metric") not in (None, "", AUTO)
         why = "chosen by the record" if by_record else "chosen with --metric"
         if default == AUTO and not by_record:
             why = f"{LOOKS[name]}; --metric chooses another"
-        counts[f"{table.metrics[name].title}: {{}} answers ({why})"] += 1
-    return tuple(f"metric {text.format(f'{number:,}')}" for text, number in counts.items())
+        counts[table.metrics[name].title, why] += 1
+    return tuple(
+        f"metric {title}: {number:,} answer{'s' * (number != 1)} ({why})"
+        for (title, why), number in counts.items()
+    )
 
 
 def _grade(table: MetricTable, question: Question, answer: str) -> Grade:
