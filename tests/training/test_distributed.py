@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -348,3 +349,64 @@ def test_over_weights_in_few_bits_two_processes_give_the_weights_of_one(parts, t
     finetune = dataclasses.replace(run.stages["finetune"], language_model=lora(4, bits=bits))
     run = dataclasses.replace(run, stages={"finetune": finetune})
     compare_one_with_two(run, tmp_path)
+
+
+def guide_commands() -> tuple[str, str]:
+    """The two commands of the guide for several nodes: torchrun, and the script for Slurm."""
+    text = (Path(__file__).parents[2] / "docs/guides/train.md").read_text().partition("## Several nodes")[2]
+    plain, script = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return plain, script
+
+
+def make_slurm(folder: Path) -> None:
+    """A Slurm of two nodes that are both this machine."""
+    folder.mkdir()
+    commands = {
+        "srun": 'for node in 0 1; do SLURM_NODEID=$node SLURM_STEP_NUM_TASKS=2 "$@" & pids="$pids $!"; done\n'
+        "code=0; for pid in $pids; do wait $pid || code=$?; done; exit $code",
+        "scontrol": "echo localhost; echo second",
+    }
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.timeout(600)
+def test_two_nodes_give_the_weights_of_one_process(parts, tmp_path):
+    """The guide's own script, with one process a node, this machine as both nodes and a toy run."""
+    records = make_records(tmp_path, {1, 6})
+    run = toy_run(parts, records, tmp_path / "two/run")
+    run = dataclasses.replace(run, stages={"finetune": run.stages["finetune"]})
+    (tmp_path / "two").mkdir()
+    make_slurm(tmp_path / "bin")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    plain, script = guide_commands()
+    options = re.compile(r"--(?:nnodes|nproc-per-node|rdzv-\w+) ")
+    assert options.findall(plain) == options.findall(script)
+    for written, ours in {
+        "share-Sig-Phi --data FOLDER --output SHARED/share-Sig-Phi": write_run(run, tmp_path / "two"),
+        "--nproc-per-node 8": "--nproc-per-node 1",
+        "29500": port,
+    }.items():
+        assert written in script
+        script = script.replace(written, ours)
+    environment = {name: value for name, value in os.environ.items() if "WORLD_SIZE" not in name}
+    environment |= {
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "here[1-2]",
+    }
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("model: ") == 1  # the first process of the first node speaks
+    train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
+    compare_models(tmp_path)
+    steps = (tmp_path / "two/run/finetune/metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 2  # eight samples, four a step
