@@ -1,5 +1,6 @@
 """The scripts that measure evaluation run to their end and print what the guide shows; no time is tested."""
 
+import json
 import re
 import subprocess
 import sys
@@ -17,7 +18,10 @@ def run(script: str, *options: str) -> str:
     return done.stdout
 
 
-def test_ratios_and_equal_answers() -> None:
+def test_ratios_and_equal_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu import over_published
+
     output = run(
         "evaluate.py",
         "--shape",
@@ -30,7 +34,12 @@ def test_ratios_and_equal_answers() -> None:
         "2",
         "--clock",
         "cpu",
+        "--json",
+        str(tmp_path / "found.json"),
     )
+    found = over_published(json.loads((tmp_path / "found.json").read_text()))
+    assert found["same_answers"] == found["sample"] == 2
+    assert found["questions_per_second"] > 0
     assert "answers equal to one at a time: 2 of 2" in output
     assert re.search(r"over the published loop: \d+\.\dx", output)
     assert re.search(r"share of the limit: \d+%", output)

@@ -58,7 +58,9 @@ def test_other_work_is_not_taken_for_faster_work(train_step):
         train_step.report("finetune", {"stock": slow, "ours": fast, "cached": slow}, [1.0], 1e-4)
 
 
-def test_the_script_prints_ratios_and_writes_them(tmp_path):
+def test_the_script_prints_ratios_and_writes_them(train_step, tmp_path):
+    from gpu import over_stock
+
     path = tmp_path / "step.json"
     command = "train_step.py --shape tiny --stages finetune --batches 1 --rounds 1 --json-file"
     run = subprocess.run(
@@ -73,3 +75,9 @@ def test_the_script_prints_ratios_and_writes_them(tmp_path):
     numbers = json.loads(path.read_text())["finetune"]
     assert numbers["ours"]["operations"] < 0.6  # most of the tiny shape's work is its head
     assert f"{numbers['ours']['speed'][0]:.2f}" == found[0][1]
+    assert over_stock(json.loads(path.read_text())) == {
+        "finetune": {
+            "speed_over_stock": numbers["ours"]["speed"][0],
+            "memory_over_stock": numbers["ours"]["peak_memory"],
+        }
+    }
