@@ -114,6 +114,7 @@ class Server:
 
 
 JSON = {"Content-Type": "application/json"}
+NO_LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=60)
 
 
 @dataclass
@@ -141,7 +142,7 @@ def serving(model: str, *options: str) -> Iterator[Server]:
     try:
         assert process.stdout
         address = process.stdout.readline().strip()
-        with httpx.Client(base_url=address, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+        with httpx.Client(base_url=address, timeout=900, limits=NO_LIMITS) as client:
             yield Server(address, process, client)
     finally:
         process.terminate()
@@ -223,35 +224,34 @@ class Load:
 
 
 def be_client(server: Server, number: int, load: Load, until: Callable[[], bool], max_tokens: int) -> None:
-    """Ask until the end; one in ten streams is left after its first piece; 429 is obeyed."""
+    """Ask until the end; one in four streams is left after its first piece; 429 is obeyed."""
     generator = random.Random(number)
     images = [random_image(generator, 240) for _ in range(2)]
-    with httpx.Client(base_url=server.address, timeout=900) as client:
-        while not until():
-            messages = [question(generator, generator.choice(images))]
-            is_streamed, leaves = generator.random() < 0.6, generator.random() < 0.17
-            body = server.body(messages, generator.randint(1, max_tokens), stream=is_streamed)
-            try:
-                with client.stream("POST", "/v1/chat/completions", content=body, headers=JSON) as got:
-                    if got.status_code == 429:
-                        load.note("429")
-                        got.read()
-                        wait = int(got.headers["Retry-After"])
-                        time.sleep(min(5, wait) * generator.uniform(0.5, 1))
-                        continue
-                    if got.status_code == 200 and is_streamed and leaves:
-                        next(got.iter_lines())
-                        load.note("left early")
-                        continue
-                    text = got.read().decode()
-                    is_whole = "[DONE]" in text if is_streamed else '"finish_reason"' in text
-                    is_good = got.status_code == 200 and is_whole and '"error"' not in text
-                    load.note("answered" if is_good else "lost")
-                    if not is_good:
-                        load.lost.append(f"{got.status_code} {text[-300:]}")
-            except httpx.HTTPError as error:
-                load.note("lost")
-                load.lost.append(repr(error))
+    while not until():
+        messages = [question(generator, generator.choice(images))]
+        is_streamed, leaves = generator.random() < 0.6, generator.random() < 0.25
+        body = server.body(messages, generator.randint(1, max_tokens), stream=is_streamed)
+        try:
+            with server.client.stream("POST", "/v1/chat/completions", content=body, headers=JSON) as got:
+                if got.status_code == 429:
+                    load.note("429")
+                    got.read()
+                    wait = int(got.headers["Retry-After"])
+                    time.sleep(min(5, wait) * generator.uniform(0.5, 1))
+                    continue
+                if got.status_code == 200 and is_streamed and leaves:
+                    next(got.iter_lines())
+                    load.note("left early")
+                    continue
+                text = got.read().decode()
+                is_whole = "[DONE]" in text if is_streamed else '"finish_reason"' in text
+                is_good = got.status_code == 200 and is_whole and '"error"' not in text
+                load.note("answered" if is_good else "lost")
+                if not is_good:
+                    load.lost.append(f"{got.status_code} {text[-300:]}")
+        except httpx.HTTPError as error:
+            load.note("lost")
+            load.lost.append(repr(error))
 
 
 def run_load(server: Server, num_clients: int, seconds: float, max_tokens: int) -> Load:
@@ -264,7 +264,7 @@ def run_load(server: Server, num_clients: int, seconds: float, max_tokens: int) 
     for client in clients:
         client.start()
     while any(client.is_alive() for client in clients):
-        time.sleep(min(10, seconds / 5))
+        time.sleep(min(10, seconds / 10))
         memory.append(server.memory_mib)
         print(f"  {dict(load.counts)}, {memory[-1]:,.0f} MiB", file=sys.stderr)
     middle = max(memory[: len(memory) // 2 + 1])

@@ -277,6 +277,7 @@ class ContinuousDecoder:
             if num_shared == len(other.key):
                 del self._kept[number]
         if length:
+            sequence.past.trim()
             self._kept[id(sequence)] = sequence
         self._forget(self.cache_tokens - sum(running.num_reserved for running in self.running))
 

@@ -62,6 +62,12 @@ class KeysValues:
             buffer[:, self.length : end] = tensor
         return [buffer[:, :end] for buffer in held]
 
+    def trim(self) -> None:
+        """Let go of the room behind the computed tokens."""
+        for layer, held in self._layers.items():
+            if held[0].shape[1] > self.length:
+                self._layers[layer] = [t[:, : self.length].clone() for t in held]
+
     def copy(self, length: int, room: int) -> "KeysValues":
         """Return a copy of the first tokens with room for more."""
         copied = KeysValues(room)

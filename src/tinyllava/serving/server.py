@@ -27,8 +27,9 @@ from tinyllava import __version__
 from tinyllava.errors import DataError, ImageError, TinyLlavaError
 from tinyllava.serving.fetch import ImageHosts
 from tinyllava.serving.metrics import Metrics
+from tinyllava.serving.openapi import describe
 from tinyllava.serving.queue import End, Engine, Places
-from tinyllava.serving.schema import ChatRequest, Limits, Question, RequestError, read_request
+from tinyllava.serving.schema import Limits, Question, RequestError, read_request
 from tinyllava.serving.wire import EventStream, GoneError, before, read_body, while_connected
 
 _PAGE = {
@@ -234,6 +235,7 @@ def run(engine: Engine, settings: Settings, listening: socket, drain_seconds: in
         make_app(engine, settings),
         log_level="warning",
         timeout_graceful_shutdown=drain_seconds,
+        timeout_keep_alive=75,  # longer than clients keep a connection: none asks on one that is being closed
         server_header=False,
     )
     uvicorn.Server(config).run([listening])
@@ -255,6 +257,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(title="tinyllava", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     _add_errors(app, service)
     _add_routes(app, service)
+    describe(app, has_keys=bool(settings.api_keys))
     return app
 
 
@@ -309,9 +312,7 @@ class _Guard:
 
 
 def _add_routes(app: FastAPI, service: _Service) -> None:
-    body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
-
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
+    @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
         """Answer the last message of a conversation."""
         try:

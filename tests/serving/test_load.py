@@ -1,0 +1,42 @@
+"""Many more clients than places: nothing is lost, who is refused is told when to come again, memory stays."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import httpx2 as httpx
+import pytest
+
+from documents import ROOT
+from served import serve
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("serve_benchmark", ROOT / "benchmarks" / "serve.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_load_of_clients_loses_nothing(toy: Path, benchmark: ModuleType) -> None:
+    options = ("--name", "m", "--max-waiting", "6", "--max-running", "4", "--cache-tokens", "2000")
+    with serve(toy, *options) as served:
+        client = httpx.Client(base_url=served.address, timeout=120, limits=benchmark.NO_LIMITS)
+        server = benchmark.Server(served.address, served.process, client)
+        benchmark.run_load(server, 8, 1.0, 20)
+        before = server.memory_mib
+        load = benchmark.run_load(server, 24, 4.0, 20)
+        served.wait_for("tinyllava_places", 0)
+        served.wait_for("tinyllava_running", 0)
+        assert load.counts["lost"] == 0, load.lost
+        assert load.counts["answered"] > 0
+        assert load.counts["429"] > 0
+        assert load.counts["left early"] > 0
+        assert server.memory_mib - before < 60
+        assert served.metric("tinyllava_kept_tokens") <= 2_000
+        client.close()
