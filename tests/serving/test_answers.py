@@ -14,8 +14,7 @@ import pytest
 from served import Served, data_url
 from tinyllava.conversation import Conversation, Message, ask, to_ref
 from tinyllava.inference.chat import Chat, encode_prompt
-from tinyllava.serving.engine import Words
-from tinyllava.serving.queue import UntilStop
+from tinyllava.serving.queue import UntilStop, Words
 from toys import byte_level_tokenizer, chatml_tokenizer, llama_tokenizer
 
 RED, BLUE = data_url(220, 20, 20), data_url(20, 40, 230, kind="JPEG")

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx2 as httpx
 from PIL import Image
 
+from chats import make_chat
 from documents import ROOT, blocks, commands
 
 # Its second half, the exports, is followed in tests/checkpoints/exporting/test_formats.py.
@@ -45,7 +46,7 @@ def wait_until_up(address: str, process: "subprocess.Popen[str]") -> None:
 def test_its_commands_run(toy: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    install, serve, models, ask, open_to_all = (line.replace("8000", port) for line in commands(GUIDE))
+    install, serve, models, ask, open_to_all = (line.replace("8000", port) for line in commands(GUIDE)[:5])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert install == "pip install 'tinyllava[serve]'"
     assert "serve" in project["optional-dependencies"]
@@ -81,3 +82,29 @@ def test_its_commands_run(toy: Path, tmp_path: Path) -> None:
         finally:
             process.terminate()
             process.communicate(timeout=120)
+
+
+def test_its_commands_for_llama_cpp_run(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    install, export, serve = (line.replace("8001", port) for line in commands(GUIDE)[5:])
+    assert install == "pip install 'tinyllava[serve,gguf]'"
+    chat = make_chat(tmp_path / "parts", "phi", "siglip")
+    for part in (chat.model, chat.processor):
+        part.save_pretrained(tmp_path / "my-model")
+    program = [sys.executable, "-m"]
+    subprocess.run([*program, *shlex.split(export)], cwd=tmp_path, check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*program, *shlex.split(serve)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until_up(f"http://127.0.0.1:{port}/health", process)
+        listed = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["my-gguf"]
+    finally:
+        process.terminate()
+        process.communicate(timeout=120)

@@ -4,16 +4,22 @@ import argparse
 import os
 import socket
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser, find_model
 from tinyllava.errors import ConfigError, require
 from tinyllava.parts.folders import short_name
+
+if TYPE_CHECKING:
+    from tinyllava.serving.queue import Engine
 
 _HELP = """
 Serve a model on this machine: a web page, and an API like OpenAI's.
 
   tinyllava serve runs/share-Sig-Phi/model
   tinyllava serve runs/share-Sig-Phi/model --port 9000 --name my-model
+  tinyllava serve gguf-folder --engine llama.cpp
 
 Open the printed address in a browser, or use it as base_url of an OpenAI
 client. Images come inside the requests, as data URLs; the server opens no
@@ -45,6 +51,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="",
         metavar="HOSTS",
         help="hosts, with commas, at which images may be given by their address (default: none)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["own", "llama.cpp"],
+        default="own",
+        help="llama.cpp serves a folder that `tinyllava export --format gguf` has written",
     )
     parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
     limits = parser.add_argument_group("limits")
@@ -85,10 +97,12 @@ def main(arguments: list[str]) -> int:
     known = _parse(arguments)
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve", "serves a model over HTTP")
-    folder = find_model(known.model, "`tinyllava serve DIR`")
+    if known.engine == "llama.cpp":
+        require("xllamacpp", "gguf", "has llama.cpp inside")
+        folder = Path(known.model)
+    else:
+        folder = find_model(known.model, "`tinyllava serve DIR`")
 
-    from tinyllava.inference.chat import Chat
-    from tinyllava.serving.engine import OwnEngine
     from tinyllava.serving.fetch import ImageHosts
     from tinyllava.serving.schema import Limits
     from tinyllava.serving.server import Settings, is_loopback, run
@@ -115,8 +129,7 @@ def main(arguments: list[str]) -> int:
     with _listen(
         known.host, known.port
     ) as listening:  # a port that is taken is told before a model is opened
-        chat = Chat.open(folder, device=known.device)
-        engine = OwnEngine(chat, cache_tokens=known.cache_tokens, max_running=known.max_running)
+        engine = _open_engine(known, folder)
         host = f"[{known.host}]" if ":" in known.host else known.host
         print(f"http://{host}:{listening.getsockname()[1]}", flush=True)
         print(
@@ -128,6 +141,18 @@ def main(arguments: list[str]) -> int:
         except KeyboardInterrupt:  # when everything is finished
             print("stopped.", file=sys.stderr)
     return 0
+
+
+def _open_engine(known: argparse.Namespace, folder: Path) -> "Engine":
+    sizes = {"cache_tokens": known.cache_tokens, "max_running": known.max_running}
+    if known.engine == "llama.cpp":
+        from tinyllava.serving.llama_cpp import LlamaCppEngine
+
+        return LlamaCppEngine(folder, **sizes)
+    from tinyllava.inference.chat import Chat
+    from tinyllava.serving.engine import OwnEngine
+
+    return OwnEngine(Chat.open(folder, device=known.device), **sizes)
 
 
 def _listen(host: str, port: int) -> socket.socket:

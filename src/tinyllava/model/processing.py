@@ -24,6 +24,8 @@ from tinyllava.model.tokenizer import gap_of
 IMAGE_TOKEN = "<image>"
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+IMAGE_RULES = "tinyllava.images"
+"""Key of the processor's ``image_rules`` in files of other formats."""
 MAX_PADDED_PX = 4096
 """Longest side that is padded as it is: a strip of 16,000 x 12 would become a square of 768 MB."""
 MAX_CROPPED_RATIO = 64
@@ -107,12 +109,24 @@ class TinyLlavaProcessor(ProcessorMixin):
         Very long or large images are cropped or scaled first, so that memory is bounded; see
         ``MAX_PADDED_PX`` and ``MAX_CROPPED_RATIO``. Others keep every pixel.
         """
-        if self.image_aspect == "square" and _crops_centre(self.image_processor):
+        if self._crops():
             images = [crop_ends(image) for image in images]
         images = [scale_down(image, self.image_processor.resample) for image in images]
         if self.image_aspect == "pad":
             images = [pad_to_square(image, self.mean_colour) for image in images]
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def _crops(self) -> bool:
+        return self.image_aspect == "square" and _crops_centre(self.image_processor)
+
+    @property
+    def image_rules(self) -> str:
+        """How images are prepared, for ``IMAGE_RULES``: three words with blanks between.
+
+        ``pad``, ``square`` or ``crop``; what transparent parts show; Pillow's number of the filter.
+        """
+        aspect = "crop" if self._crops() else self.image_aspect
+        return f"{aspect} {self.transparency} {int(self.image_processor.resample)}"
 
     @property
     def image_size_px(self) -> int:

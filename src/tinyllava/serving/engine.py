@@ -5,53 +5,19 @@ Paper: none. Differs: nothing; an answer is the one that ``Chat`` gives for the 
 
 import asyncio
 import queue
-import re
 import threading
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from tinyllava.inference.chat import Chat, Strip
+from tinyllava.inference.chat import Chat
 from tinyllava.inference.continuous import ContinuousDecoder, Sequence
-from tinyllava.serving.queue import End, UntilStop
+from tinyllava.serving.queue import End, Words
 from tinyllava.serving.schema import Question
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _Event = str | End | BaseException
-
-
-class Words:
-    """Turns the tokens of an answer into text, in pieces that later tokens do not change."""
-
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...]) -> None:
-        self.tokenizer, self.cut = tokenizer, UntilStop(stops)
-        self._strip = Strip()
-        self._tokens: list[int] = []
-        self._told = 0  # of these tokens, those whose text is given out; they stay as context of the next
-
-    def feed(self, token: int, is_last: bool) -> str:
-        """Return what can be given out, now that a token has come."""
-        self._tokens.append(token)
-        told = self._decode(self._tokens[: self._told])
-        new = self._decode(self._tokens)
-        is_open = new.endswith("\N{REPLACEMENT CHARACTER}") or self._is_joined(token)
-        if is_open and not is_last:
-            return ""  # a piece of a character, or of bytes that are a character only together
-        text = self.cut.feed(self._strip.feed(new[len(told) :]))
-        self._tokens = self._tokens[self._told :]
-        self._told = len(self._tokens)
-        return text + self.cut.rest() if is_last and not self.cut.is_found else text
-
-    def _is_joined(self, token: int) -> bool:
-        """Whether the next token decides its text: one byte, such as ``<0x0A>``, or nothing by itself."""
-        special = token in self.tokenizer.all_special_ids
-        return special or bool(_BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token))))
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
 
 
 @dataclass(eq=False, kw_only=True)

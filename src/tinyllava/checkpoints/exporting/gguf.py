@@ -22,7 +22,7 @@ from tinyllava.checkpoints.exporting.gguf_text import add_tokenizer
 from tinyllava.errors import CheckpointError
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.processing import IMAGE_RULES, TinyLlavaProcessor
 
 Quantized = Literal["f32", "f16", "q8_0", "q4_0"]
 
@@ -277,6 +277,7 @@ def _write_mmproj(
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
     writer.add_vision_image_mean(list(processor.image_processor.image_mean))
     writer.add_vision_image_std(list(processor.image_processor.image_std))
+    writer.add_string(IMAGE_RULES, processor.image_rules)  # llama.cpp does not read it
     if is_clip:  # otherwise one layer fewer is run, and ours are stored cut
         writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
     if _GELUS[vision.hidden_act]:

@@ -1,0 +1,174 @@
+"""llama.cpp as the engine, for a folder that ``tinyllava export --format gguf`` has written.
+
+Paper: none. Differs: images are prepared here as in training and sent at the encoder's size, for llama.cpp
+resizes first and pads then. The folder's card has the measured agreement.
+"""
+
+import asyncio
+import secrets
+import threading
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tinyllava.errors import CheckpointError, DataError, TinyLlavaError
+from tinyllava.inference.chat import Strip
+from tinyllava.serving.gguf_folder import MMPROJ, MODEL, PreparedImages, read_context
+from tinyllava.serving.queue import End
+from tinyllava.serving.schema import Question
+
+_DEFAULT_TOKENS = 32_768
+_Event = str | End | BaseException
+
+
+class LlamaCppEngine:
+    """Answers questions with llama.cpp, several at once.
+
+    Args:
+        folder: with ``model.gguf`` and ``mmproj.gguf``.
+        cache_tokens: of all slots together; a slot holds one conversation of the model's whole context, and
+            keeps it until another one needs the slot. 0 means 32,768, or one context.
+        max_running: most slots.
+
+    Raises:
+        CheckpointError: a file is missing or was not written by this package, or llama.cpp does not open it.
+    """
+
+    def __init__(self, folder: Path, *, cache_tokens: int = 0, max_running: int = 32) -> None:
+        self.images = PreparedImages(folder)
+        self.context_tokens = read_context(folder / MODEL)
+        tokens = cache_tokens or max(_DEFAULT_TOKENS, self.context_tokens)
+        num_slots = max(1, min(max_running, tokens // self.context_tokens))
+        self._server = _start(folder, num_slots, self.context_tokens)
+        self._pool = ThreadPoolExecutor(num_slots, thread_name_prefix="llama.cpp")
+        self._running: set[threading.Event] = set()
+
+    def counts(self) -> dict[str, int]:
+        """Return numbers for the metrics."""
+        return {"running": len(self._running)}
+
+    async def answer(self, question: Question) -> AsyncGenerator[str | End, None]:
+        """Yield the pieces of an answer as they come, and its end; closing it stops the model.
+
+        Raises:
+            DataError: an image is broken, or the conversation does not fit the context.
+            CheckpointError: llama.cpp fails.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[_Event] = asyncio.Queue()
+        stopped = threading.Event()
+
+        def tell(event: _Event) -> None:
+            if not stopped.is_set():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def run() -> None:
+            self._running.add(stopped)
+            try:
+                if not stopped.is_set():
+                    reader = _Reader(tell, stopped)
+                    self._server.handle_chat_completions(self._request(question), reader.read)
+                    tell(reader.end())
+            except Exception as error:  # noqa: BLE001 (the reader raises it)
+                tell(error)
+            finally:
+                self._running.discard(stopped)
+
+        running = self._pool.submit(run)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, End):
+                    return
+        finally:
+            stopped.set()
+            running.cancel()
+
+    def _request(self, question: Question) -> dict[str, Any]:
+        sampling = {"temperature": 0.0, **question.options}
+        return {
+            "messages": self.images.messages(question.conversation),
+            "max_tokens": question.max_new_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "stop": list(question.stops),
+            # What llama.cpp would do besides: the likeliest 40 only, none below 5% of the likeliest.
+            "samplers": ["temperature", "top_p"],
+            **sampling,
+            **({} if question.seed is None else {"seed": question.seed % 2**32}),
+        }
+
+    def close(self) -> None:
+        """Stop all answers, which nobody reads any more."""
+        for stopped in tuple(self._running):
+            stopped.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._server = None
+
+
+class _Reader:
+    """Reads the chunks of one answer; llama.cpp calls it in the thread of the request."""
+
+    def __init__(self, tell: Any, stopped: threading.Event) -> None:
+        self.tell, self.stopped = tell, stopped
+        self._strip, self._reason = Strip(), ""
+        self._usage: dict[str, int] = {}
+        self._error: TinyLlavaError | None = None
+
+    def read(self, chunk: dict[str, Any]) -> bool:
+        """Pass a chunk on; true stops llama.cpp."""
+        if error := chunk.get("error"):
+            text = str(error.get("message", error))
+            is_long = error.get("type") == "exceed_context_size_error"
+            self._error = DataError(f"{text}. Shorten it.") if is_long else CheckpointError(text)
+            return True
+        self._usage = chunk.get("usage") or self._usage
+        for choice in chunk.get("choices", ()):
+            self._reason = choice.get("finish_reason") or self._reason
+            if text := self._strip.feed(choice.get("delta", {}).get("content") or ""):
+                self.tell(text)
+        return self.stopped.is_set()
+
+    def end(self) -> End:
+        """Return how the answer ended.
+
+        Raises:
+            TinyLlavaError: it did not.
+        """
+        if self._error is None and not self._usage and not self.stopped.is_set():
+            self._error = CheckpointError("llama.cpp gave no answer; its log says why.")
+        if self._error is not None:
+            raise self._error
+        return End(
+            reason="length" if self._reason == "length" else "stop",
+            num_prompt_tokens=self._usage.get("prompt_tokens", 0),
+            num_answer_tokens=self._usage.get("completion_tokens", 0),
+        )
+
+
+def _start(folder: Path, num_slots: int, context_tokens: int) -> Any:
+    """Open both files in llama.cpp.
+
+    Raises:
+        CheckpointError: it refuses them.
+    """
+    import xllamacpp as llama
+
+    settings = llama.CommonParams()
+    settings.model.path, settings.mmproj.path = str(folder / MODEL), str(folder / MMPROJ)
+    settings.n_parallel, settings.n_ctx = num_slots, num_slots * context_tokens
+    # As the export was compared: keys and values in 32 bits.
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.use_jinja = True
+    settings.warmup = settings.fit_params = settings.ui = settings.kv_unified = False
+    settings.verbosity = 0
+    settings.api_keys = [secrets.token_hex(32)]  # for the port on which it listens besides
+    try:
+        return llama.Server(settings)
+    except Exception as error:  # a RuntimeError today; none is documented
+        raise CheckpointError(f"{folder}: llama.cpp does not open it ({error}). Export it again.") from error
