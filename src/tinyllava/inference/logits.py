@@ -3,6 +3,7 @@
 Paper: none; every way to an answer passes here, batches, streams and shared prefixes alike.
 """
 
+from collections.abc import Iterable
 from itertools import chain
 
 import torch
@@ -57,15 +58,31 @@ def check_logits(
     if bool(usable.all()):
         return
     what = f"{model.name_or_path or 'the model'}: the logits are NaN or infinite"
-    for name, weight in chain(model.named_parameters(), model.named_buffers()):
-        if weight.is_floating_point() and (num := int((~weight.isfinite()).sum())):
-            raise CheckpointError(
-                f"{what}: {num:,} of {weight.numel():,} values of {name} are not finite. Copy the checkpoint "
-                "again, or train it again."
-            )
+    if broken := _broken_weight(chain(model.named_parameters(), model.named_buffers())):
+        raise CheckpointError(f"{what}: {broken}. {_COPY}")
     dtype = str(model.dtype).removeprefix("torch.")
     fix = "Load it in bfloat16 or float32." if model.dtype == torch.float16 else "Train the model again."
     raise CheckpointError(f"{what}, but all weights are finite: {dtype} overflows. {fix}")
+
+
+def refuse_broken_weights(model: TinyLlavaForConditionalGeneration) -> None:
+    """Refuse a model before work that its weights make worthless.
+
+    Raises:
+        CheckpointError: a weight with values that are NaN or infinite.
+    """
+    if broken := _broken_weight(model.named_parameters()):
+        raise CheckpointError(f"{model.name_or_path or 'the model'}: {broken}. {_COPY}")
+
+
+_COPY = "Copy the checkpoint again, or train it again."
+
+
+def _broken_weight(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    for name, weight in weights:
+        if weight.is_floating_point() and (num := int((~weight.isfinite()).sum())):
+            return f"{num:,} of {weight.numel():,} values of {name} are not finite"
+    return ""
 
 
 def stop_ids(model: TinyLlavaForConditionalGeneration) -> torch.Tensor:

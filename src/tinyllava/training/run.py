@@ -24,6 +24,7 @@ from tinyllava.data.reporting import Callback, reporting, say
 from tinyllava.data.workers import naming_dead_workers
 from tinyllava.errors import DataError, TinyLlavaError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
+from tinyllava.inference.logits import refuse_broken_weights
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.compat import causal_without_looking, forget_preparation
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -87,6 +88,7 @@ def _train(run: Run, processes: PartialState) -> Path:
     model, processor = (
         open_checkpoint(run.start_from, dtype="float32") if run.start_from else assemble(run.model)
     )
+    refuse_broken_weights(model)
     metadata: dict[str, Any] = {}
     for name, stage in run.stages.items():
         metadata[name] = _run_stage(run, name, stage, model, processor)

@@ -342,3 +342,23 @@ def test_the_card_has_the_licences_of_the_records_and_of_the_start(
     assert {name: licence_of(name) for name in ("easy_vqa", "cifar10", "tux_paint")} == {
         "easy_vqa": "MIT", "cifar10": "MIT", "tux_paint": "GPL-2.0",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["tinyllava", "llava", "vllm", "onnx", "gguf"])
+def test_weights_that_are_not_numbers_are_named_before_anything_is_written(
+    parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "siglip")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.multi_modal_projector.linear_1.bias"][0] = torch.nan
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), "--format", layout]) == 2
+    told = (
+        "own: 1 of 32 values of model.multi_modal_projector.linear_1.bias are not finite. Copy the checkpoint"
+    )
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    records = make_records(tmp_path / "records", num_records=4)
+    run = toy_run(parts, records, tmp_path / "run", start_from=str(checkpoint))
+    with pytest.raises(CheckpointError, match=r"own: 1 of 32 values of .* are not finite"):
+        train(run)

@@ -22,6 +22,7 @@ from tinyllava.checkpoints.exporting.merge import fold_image_scale, open_merged
 from tinyllava.checkpoints.exporting.onnx import PACKAGES, write_onnx
 from tinyllava.checkpoints.exporting.stock import describe_versions, write_stock
 from tinyllava.errors import CheckpointError, MissingExtraError, require
+from tinyllava.inference.logits import refuse_broken_weights
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -97,6 +98,7 @@ def export_checkpoint(
     is_exact = layout in ("onnx", "gguf")
     model, processor, source = open_merged(checkpoint, base, torch.float32 if is_exact else dtype)
     refuse_what_does_not_fit(model.config, layout)
+    refuse_broken_weights(model)
     adapter = checkpoint if source != checkpoint else None
     run_difference = compare_with_run(adapter, model, processor) if adapter else None
     if layout in ("llava", "vllm", "gguf"):

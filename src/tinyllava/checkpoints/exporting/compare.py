@@ -12,6 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from tinyllava.config import run_from_json
 from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import CheckpointError
+from tinyllava.inference.logits import check_logits
 from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -122,6 +123,7 @@ def _compare_logits(model: Any, other: Any, inputs: Any, folder: Path) -> float:
     given = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask", "pixel_values")}
     given["pixel_values"] = given["pixel_values"].to(model.dtype)
     expected, found = model(**given).logits.float(), other.to(model.device)(**given).logits.float()
+    check_logits(model, expected)
     return _require_same("logits", expected, found, _TOLERANCE[model.dtype], folder)
 
 

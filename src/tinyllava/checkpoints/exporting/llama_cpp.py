@@ -27,6 +27,7 @@ from tinyllava.checkpoints.exporting.gguf import MMPROJ, MODEL, Quantized, write
 from tinyllava.checkpoints.exporting.gguf_text import write_modelfile
 from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import CheckpointError
+from tinyllava.inference.logits import check_logits
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 
@@ -128,6 +129,8 @@ def _our_logprobs(
         model(**{name: inputs[name].to(model.device) for name in names if name in inputs}).logits[0, -1]
         for inputs in (text, both)
     ]
+    for row in logits:
+        check_logits(model, row)
     after_text, after_image = (row.double().log_softmax(-1).cpu().numpy() for row in logits)
     return [after_text, after_text, after_image]
 
