@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tinyllava.cli import main
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
 from tinyllava.evaluation.confusions import OTHER, UNREAD, count_confusions
 from tinyllava.evaluation.judging import Judging
@@ -185,6 +186,24 @@ FORMS = {
         '"text": "How many?"}]}, {"role": "assistant", "content": "2"}], "kind": "number"}\n'
     ),
 }
+
+
+def test_a_split_keeps_what_records_say_to_the_evaluation(write, tmp_path: Path) -> None:
+    write()
+    rows = "image,question,answer,kind,tolerance\na.png,How wide?,3,size,0.5\nb.png,How wide?,4,size,0.5\n"
+    (tmp_path / "my.csv").write_text(rows)
+    assert main(["data", "split", str(tmp_path / "my.csv"), "--held-out", "50%"]) == 0
+    for side in ("train", "held-out"):
+        (question,) = own_benchmark(tmp_path / f"my-{side}.json").load(Path())
+        assert (question.category, question.target["tolerance"]) == ("size", "0.5")
+
+
+def test_a_label_column_called_category_is_no_kind(write, tmp_path: Path) -> None:
+    write()
+    (tmp_path / "my.csv").write_text("image,category\na.png,cup\nb.png,jar\n")
+    assert {question.category for question in own_benchmark(tmp_path / "my.csv").load(Path())} == {
+        "short answers"
+    }
 
 
 @pytest.mark.parametrize("name", FORMS)

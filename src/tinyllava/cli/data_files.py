@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinyllava.cli.parser import CommandParser, add_data_options, own_data
 from tinyllava.errors import ConfigError
@@ -169,10 +169,18 @@ def convert(arguments: list[str]) -> int:
     if Path(known.output).exists() and Path(known.output).samefile(known.file):
         raise ConfigError(f"{known.output}: is the file that is read. Choose another name.")
     records = read_configured(own_data(known, known.file, skip=tuple(known.skip)))
-    write_records(records.conversations, Path(known.output), known.form)
+    write_records(records.conversations, Path(known.output), known.form, _evaluation_fields(known))
     print(f"{known.output}: {len(records.conversations):,} records")
     _print_left_out(records.skipped, records.ignored)
     return 0
+
+
+def _evaluation_fields(known: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    from tinyllava.data.records import evaluation_fields
+
+    source = Path(known.file)
+    folder = Path(known.images or (source if source.is_dir() else source.parent))
+    return evaluation_fields(source, folder, known.reader)
 
 
 def _print_left_out(skipped: Mapping[str, int], ignored: Mapping[str, int]) -> None:
@@ -205,10 +213,11 @@ def split(arguments: list[str]) -> int:
     hashes = {ref: sha256_of_image(ref) for ref in dict.fromkeys(r for talk in talks for r in talk.images)}
     held_out = set(hold_out(talks, hashes, share))
     source = Path(known.file)
+    fields = _evaluation_fields(known)
     for side, is_held_out in (("train", False), ("held-out", True)):
         path = source.with_name(f"{source.stem}-{side}.json")
         chosen = [talk for index, talk in enumerate(talks) if (index in held_out) == is_held_out]
-        write_records(chosen, path)
+        write_records(chosen, path, fields=fields)
         print(f"{path}: {len(chosen):,} records")
     _print_left_out(records.skipped, records.ignored)
     return 0

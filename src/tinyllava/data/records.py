@@ -19,7 +19,7 @@ from tinyllava.data.readers import llava, messages
 from tinyllava.data.readers.containers import is_table
 from tinyllava.data.readers.containers import read_raw as read_container
 from tinyllava.data.readers.folder import METADATA
-from tinyllava.data.readers.form import ImageValue, Reading, Turn, make_conversation
+from tinyllava.data.readers.form import EVALUATION_KEYS, ImageValue, Reading, Turn, make_conversation
 from tinyllava.errors import ConfigError, DataError, ImageError
 from tinyllava.parts.user_code import locate, run_value
 
@@ -146,6 +146,15 @@ def read_raw(path: Path, images: Path | None = None, reader: str = "") -> Iterat
     if path.is_dir():
         path = next((path / name for name in METADATA if (path / name).is_file()), path)
     return read_container(path)
+
+
+def evaluation_fields(path: Path, images: Path, reader: str = "") -> dict[str, dict[str, Any]]:
+    """Return what the records of a file say to ``tinyllava evaluate``, by their places in it."""
+    return {
+        at: {key: raw[key] for key in EVALUATION_KEYS if raw.get(key) not in (None, "")}
+        for at, raw in read_raw(path, images, reader)
+        if isinstance(raw, dict)
+    }
 
 
 Form = Callable[[Any, str, Reading], Conversation]

@@ -5,7 +5,7 @@ Paper: none.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,16 @@ _PNG = b"\x89PNG"
 _FROM = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
-def write_records(conversations: Sequence[Conversation], path: Path, form: str = "") -> None:
+def write_records(
+    conversations: Sequence[Conversation],
+    path: Path,
+    form: str = "",
+    fields: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Write conversations to a file.
 
     Args:
+        fields: more fields of the records, by their places (not for Parquet).
         path: ``.json``, ``.jsonl`` or ``.parquet``. Image paths become relative to its folder where they are
             below it; images that are bytes are written into a folder beside it (not for Parquet, which holds
             the bytes of all images).
@@ -41,7 +47,8 @@ def write_records(conversations: Sequence[Conversation], path: Path, form: str =
         _write_parquet(conversations, path, to_record)
         return
     place = _Beside(path)
-    records = (to_record(conversation, place.name_of) for conversation in conversations)
+    more = fields or {}
+    records = ({**more.get(talk.at, {}), **to_record(talk, place.name_of)} for talk in conversations)
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     is_array = path.suffix == ".json"
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n" if is_array else "\n".join(lines) + "\n")

@@ -31,7 +31,6 @@ MAX_TOKENS = 256
 """Of an answer, where nothing else is asked for."""
 MAX_LABELS = 50
 """Right answers with an accuracy of their own; where a file has more, the most frequent ones."""
-_FIELDS = ("kind", "category", "metric", "answers", "choices", "tolerance")
 _OPTION_LINE = re.compile(r"^\s*\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
 
 
@@ -86,7 +85,7 @@ def own_benchmark(
     asked, said = _read_asked(path, **reading)
     references = [_reference(one, tolerance) for one in asked]
     default = table.add(metric)
-    kinds = [_kind_field(one.fields) for one in asked]
+    kinds = [_kind_field(one) for one in asked]
     looks = choose_metrics(references, kinds)
     kinds = [kind or LOOKS[look] for kind, look in zip(kinds, looks, strict=True)]
     names = looks if default == AUTO else [default] * len(asked)
@@ -183,7 +182,7 @@ def _read_asked(
         for one in _split_turns(conversation, fields[conversation.at], times[conversation.id] == 1)
     ]
     said = [f"skipped records ({name}): {number:,}" for name, number in records.skipped.items() if number]
-    unused = ", ".join(f"{name} ({num:,})" for name, num in records.ignored.items() if name not in _FIELDS)
+    unused = ", ".join(f"{name} ({num:,})" for name, num in records.ignored.items())
     return asked, said + ([f"fields of the records that are not used: {unused}"] if unused else [])
 
 
@@ -246,8 +245,10 @@ def _read_choices(one: _Asked) -> dict[str, str]:
     return {}
 
 
-def _kind_field(fields: Mapping[str, Any]) -> str:
-    return str(fields.get("kind") or fields.get("category") or "")
+def _kind_field(one: _Asked) -> str:
+    """Return the kind that a record names; a category that is the answer itself names none."""
+    category = str(one.fields.get("category") or "")
+    return str(one.fields.get("kind") or ("" if category in one.answers else category))
 
 
 def _own_metric(one: _Asked, table: MetricTable) -> str:

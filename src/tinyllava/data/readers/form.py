@@ -25,7 +25,9 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 _UNSUPPORTED = ("video", "videos", "audio", "audios", "tools", "functions")
-_KNOWN = {"id", "system", "model", "conversations", *IMAGE_KEYS, *_UNSUPPORTED}
+EVALUATION_KEYS = ("kind", "category", "metric", "answers", "choices", "tolerance")
+"""What records say to ``tinyllava evaluate``; training does not need it."""
+_KNOWN = {"id", "system", "model", "conversations", *IMAGE_KEYS, *EVALUATION_KEYS, *_UNSUPPORTED}
 
 
 @dataclass(kw_only=True)
