@@ -193,6 +193,8 @@ def test_a_split_keeps_what_records_say_to_the_evaluation(write, tmp_path: Path)
     rows = "image,question,answer,kind,tolerance\na.png,How wide?,3,size,0.5\nb.png,How wide?,4,size,0.5\n"
     (tmp_path / "my.csv").write_text(rows)
     assert main(["data", "split", str(tmp_path / "my.csv"), "--held-out", "50%"]) == 0
+    assert main(["data", "convert", str(tmp_path / "my.csv"), str(tmp_path / "all.json")]) == 0
+    assert own_benchmark(tmp_path / "all.json").load(Path())[1].category == "size"
     for side in ("train", "held-out"):
         (question,) = own_benchmark(tmp_path / f"my-{side}.json").load(Path())
         assert (question.category, question.target["tolerance"]) == ("size", "0.5")
