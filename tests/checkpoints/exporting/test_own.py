@@ -303,7 +303,7 @@ def test_the_card_knows_the_starters_parts_and_names_others_by_their_folders(
         run=dataclasses.replace(run, model=folders), imported_from="", results=(),
         names={"vision_encoder": "", "language_model": ""},
     )  # fmt: skip
-    own = write_card("mine", "tinyllava", model, provenance)
+    own = write_card("mine", "tinyllava", model, provenance, [["format"], ["tinyllava"]])
     assert "| vision encoder | EfficientNet-Lite2-260px (clip_vision_model) |" in own
     assert "| language model | SmolLM2-135M-Instruct (llama) |" in own  # by name alone it is not taken for it
     assert "| language model | not recorded |" in own
@@ -312,7 +312,7 @@ def test_the_card_knows_the_starters_parts_and_names_others_by_their_folders(
     monkeypatch.setattr(model.config, "vision_width", 1280)
     monkeypatch.setattr(model.config.text_config, "hidden_size", 576)
     monkeypatch.setattr(model.config.text_config, "num_hidden_layers", 30)
-    starter = write_card("mine", "tinyllava", model, provenance)
+    starter = write_card("mine", "tinyllava", model, provenance, [["format"], ["tinyllava"]])
     assert "| vision encoder | EfficientNet-Lite2 |" in starter
     assert "| language model | SmolLM2-135M (HuggingFaceTB/SmolLM2-135M-Instruct) |" in starter
     assert starter.count("| Apache-2.0 |") == 2
