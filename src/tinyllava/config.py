@@ -5,6 +5,7 @@ Paper: section 4.1. A value here is data only; nothing in this file builds or tr
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,33 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Records that a stage is measured on while it trains, and what follows from their loss."""
+
+    held_out: str = ""
+    """A record file, or the share of the stage's records to hold out, such as 10%; empty: no validation."""
+    every_steps: int = 0
+    """Optimizer steps between validations; 0 means ten per stage. The last step always has one."""
+    num_answers: int = 0
+    """Held-out records that are answered at each validation and shown in held-out.html."""
+    patience: int = 0
+    """Early stopping: the stage ends after this many validations without a lower loss; 0 means never."""
+    result: Literal["last", "best"] = "last"
+    """The stage's result: the weights of its last step, or those with the lowest held-out loss."""
+
+    @property
+    def share(self) -> float | None:
+        """The share of the records that is held out, such as 0.1; None for a file or no validation."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", self.held_out)
+        return float(found[1]) / 100 if found else None
+
+    @property
+    def decides(self) -> bool:
+        """Whether the held-out loss decides which weights a stage ends with."""
+        return bool(self.held_out) and (self.patience > 0 or self.result == "best")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of training: what is trained, on what, how (section 3.2)."""
 
@@ -138,6 +166,7 @@ class Stage:
     loss_norm: Literal["global", "micro"] = "global"
     """global: mean over the supervised tokens of the whole optimizer step; micro: mean of the micro-batches'
     means, as the published code of 2023 did."""
+    validation: Validation = field(default_factory=Validation)
 
     @property
     def length(self) -> str:
@@ -145,6 +174,15 @@ class Stage:
         if self.max_steps:
             return f"{self.max_steps:,} steps"
         return "1 epoch" if self.num_epochs == 1 else f"{self.num_epochs:g} epochs"
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that change what the stage computes, by name."""
+        values = dataclasses.asdict(self)
+        if not self.validation.decides:
+            del values["validation"]
+        else:  # which records are held out counts by its content, and answers change nothing
+            del values["validation"]["held_out"], values["validation"]["num_answers"]
+        return values
 
     def tune(self, component: Component) -> Tune:
         """What the stage trains of one component."""
@@ -175,6 +213,9 @@ class Hardware:
     """Compute the features of a frozen encoder once per image and cache them on disk."""
     save_steps: int = 0
     """Optimizer steps between checkpoints; 0 means ten per stage."""
+    keep_checkpoints: int = 0
+    """Checkpoints of each stage that stay when it is done, the newest; the one with the lowest held-out loss
+    stays beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import toys
-from tinyllava.config import FULL, Run, lora, to_json
+from tinyllava.config import FULL, Run, Validation, lora, to_json
 from tinyllava.errors import ConfigError, Stopped
 from tinyllava.files import held
 from tinyllava.training.run import train
@@ -410,3 +410,20 @@ def test_two_nodes_give_the_weights_of_one_process(parts, tmp_path):
     compare_models(tmp_path)
     steps = (tmp_path / "two/run/finetune/metrics.jsonl").read_text().splitlines()
     assert len(steps) == 2  # eight samples, four a step
+
+
+def test_two_processes_measure_held_out_records_as_one_does(parts, records, tmp_path):
+    curves = []
+    for name, size in (("one", 2), ("two", 1)):
+        run = toy_run(parts, records, tmp_path / name / "run")
+        wanted = Validation(held_out="34%", every_steps=2, num_answers=1)  # 4 of 12
+        stage = dataclasses.replace(run.stages["finetune"], num_epochs=2, validation=wanted)
+        hardware = dataclasses.replace(run.hardware, device_batch_size=size)
+        run = dataclasses.replace(run, stages={"finetune": stage}, hardware=hardware)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(to_json(run))
+        train(run) if name == "one" else start_two(tmp_path / name / "run.json")
+        lines = map(json.loads, (run.folder / "finetune/metrics.jsonl").read_text().splitlines())
+        curves.append([(one["step"], one["validation_loss"]) for one in lines if "validation_loss" in one])
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] == [0, 2, 4]
+    assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], rel=1e-5)

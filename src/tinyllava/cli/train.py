@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tinyllava.cli.parser import CommandParser, add_data_options, own_data
-from tinyllava.config import ModelConfig, Run
+from tinyllava.config import ModelConfig, Run, Stage, Validation
 from tinyllava.data.readers.containers import SUFFIXES, is_record_file
 from tinyllava.data.readers.folder import is_image_folder
 from tinyllava.errors import ConfigError, DataError
@@ -43,8 +43,8 @@ options with their values. Run the same command again to resume.
 """
 
 
-def main(arguments: list[str]) -> int:
-    """Train; print the folder of the model as the last line."""
+def _make_parser() -> CommandParser:
+    """Return the parser of what is no setting of a run."""
     parser = CommandParser("train", _HELP)
     parser.add_argument("variant", help="variant, FILE.py:NAME, or a recipe with --from")
     parser.add_argument(
@@ -62,6 +62,27 @@ def main(arguments: list[str]) -> int:
         metavar="CHECKPOINT",
         help="checkpoint folder to start from; runs only the last stage, on its model",
     )
+    parser.add_argument(
+        "--held-out",
+        default="",
+        metavar="FILE|10%",
+        help="measure the last stage's loss on these records, which are not trained on, ten times or every "
+        "--STAGE.validation.every-steps",
+    )
+    parser.add_argument(
+        "--early-stopping",
+        type=int,
+        default=0,
+        metavar="N",
+        help="end after N validations without a lower held-out loss, with the weights of the lowest",
+    )
+    parser.add_argument(
+        "--keep",
+        type=int,
+        default=None,
+        metavar="N",
+        help="checkpoints of each stage that stay when it is done",
+    )
     parser.add_argument("--code", default="", help=f"settings of published code: {', '.join(PUBLISHED)}")
     parser.add_argument("--only", default="", help="run only this stage")
     parser.add_argument(
@@ -71,7 +92,12 @@ def main(arguments: list[str]) -> int:
         "--gpus", type=int, default=0, help="GPUs, one process each (default: all that the batch divides by)"
     )
     parser.add_argument("--options", action="store_true", help="list all options of the run and exit")
-    known, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Train; print the folder of the model as the last line."""
+    known, rest = _make_parser().parse_known_args(arguments)
     model = recorded_model(Path(known.start_from)) if known.start_from else None
     run = find_run(known.variant, model)
     run = _with_shortcuts(as_published(run, known.code) if known.code else run, known)
@@ -119,7 +145,7 @@ def _record_files(known: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
-    """Apply --data, --images, --from, --only and --output."""
+    """Apply --data, --images, --from, --only, --held-out, --early-stopping, --keep and --output."""
     files = _record_files(known)
     folders = [path for path in known.data if path not in files]
     for folder in folders:
@@ -143,6 +169,7 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
     if files:
         name = list(stages)[-1]
         stages[name] = dataclasses.replace(stages[name], data=own_data(known, *files))
+    stages |= _with_validation(list(stages.items())[-1], known)
     if known.skip:
         stages = {
             name: dataclasses.replace(
@@ -156,7 +183,19 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
         start_from=known.start_from or run.start_from,
         output=known.output or run.output,
         data_root=folders[0] if folders else run.data_root,
+        hardware=run.hardware
+        if known.keep is None
+        else dataclasses.replace(run.hardware, keep_checkpoints=known.keep),
     )
+
+
+def _with_validation(last: tuple[str, Stage], known: argparse.Namespace) -> dict[str, Stage]:
+    """Return the last stage by name, with what --held-out and --early-stopping ask for."""
+    name, stage = last
+    changes: dict[str, object] = {"held_out": known.held_out} if known.held_out else {}
+    if known.early_stopping:
+        changes |= {"patience": known.early_stopping, "result": "best"}
+    return {name: dataclasses.replace(stage, validation=dataclasses.replace(stage.validation, **changes))}  # type: ignore[arg-type]
 
 
 _LARGE_BYTES = 200_000_000
@@ -176,7 +215,8 @@ def _count_few(known: argparse.Namespace) -> int:
 
     from tinyllava.data.records import read_raw
 
-    return sum(1 for file in files for _ in read_raw(file, reader=known.reader))
+    num_records = sum(1 for file in files for _ in read_raw(file, reader=known.reader))
+    return round(num_records * (1 - (Validation(held_out=known.held_out).share or 0)))
 
 
 def _on_checkpoint(run: Run, model: ModelConfig, known: argparse.Namespace) -> Run:

@@ -8,7 +8,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -148,7 +148,7 @@ def records_digest(conversations: Sequence[Conversation]) -> str:
     return digest.hexdigest()
 
 
-def images_digest(conversations: Sequence[Conversation], hashes: dict[ImageRef, str]) -> str:
+def images_digest(conversations: Sequence[Conversation], hashes: Mapping[ImageRef, str]) -> str:
     """Return a digest of the images of conversations, in order."""
     digest = hashlib.sha256()
     for conversation in conversations:

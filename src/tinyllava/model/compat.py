@@ -99,6 +99,19 @@ def set_checkpointing(model: Any, is_on: bool) -> None:
         getattr(model, f"{kind}_checkpointing_disable")()
 
 
+@contextmanager
+def looking_at_padding(language_model: PreTrainedModel) -> Iterator[None]:
+    """Within ``causal_without_looking``: attend as a mask says, for prompts with padding on the left."""
+    if attention_of(language_model) != CAUSAL:
+        yield
+        return
+    language_model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(CAUSAL)
+
+
 def render_template(
     messages: list[dict[str, object]], template: str, **variables: object
 ) -> tuple[str, list[tuple[int, int]]]:

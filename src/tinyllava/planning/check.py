@@ -5,6 +5,7 @@ Paper: section 4.1.2 sets most values; the rules are what an architecture of Fig
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def _run_problems(run: Run) -> Iterator[str]:
         *Path(run.start_from).resolve().parents,
     ):
         yield f"output = {run.folder}: contains start_from = {run.start_from}; choose another folder."
-    for field in ("device_batch_size", "num_workers", "save_steps"):
+    for field in ("device_batch_size", "num_workers", "save_steps", "keep_checkpoints"):
         value = getattr(run.hardware, field)
         if value < 0:
             yield f"hardware.{field} = {value}: must not be negative."
@@ -222,10 +223,13 @@ def _data_problems(run: Run, on_this_machine: bool) -> Iterator[str]:
     for name, stage in run.stages.items():
         try:
             check_skip(stage.data.skip)
-            for record in stage.data.records:
+            held = stage.validation.held_out if stage.validation.share is None else ""
+            for record in (*stage.data.records, *([held] if held else [])):
                 find_mixture(record)
             if on_this_machine and not (wanted := _wanted_root(run, name)):
                 resolve(stage.data, run.data_root)
+                if held:
+                    resolve(replace(stage.data, records=(held,)), run.data_root)
             elif on_this_machine:
                 yield f"stages.{name}.{wanted}"
         except TinyLlavaError as error:

@@ -56,8 +56,29 @@ def value_problems(stage: Stage, limits: Limits) -> Iterator[str]:
         value = getattr(stage, field)
         if value < 0:
             yield f"{field} = {value}: must not be negative."
+    yield from _validation_problems(stage)
     if not 0 <= stage.warmup_ratio < 1:
         yield f"warmup_ratio = {stage.warmup_ratio}: must be at least 0 and below 1, such as 0.03."
+
+
+def _validation_problems(stage: Stage) -> Iterator[str]:
+    """Validation that cannot be, or that nothing would follow from."""
+    wanted = stage.validation
+    for field in ("every_steps", "num_answers", "patience"):
+        if getattr(wanted, field) < 0:
+            yield f"validation.{field} = {getattr(wanted, field)}: must not be negative."
+    if wanted.share is not None and not 0 < wanted.share <= 0.5:
+        yield f"validation.held_out = {wanted.held_out!r}: must be above 0% and at most 50%, such as 10%."
+    if not wanted.held_out and (wanted.patience or wanted.result == "best" or wanted.num_answers):
+        yield (
+            "validation.held_out: empty, so there is no loss to stop or choose by and nothing to answer; "
+            "name a record file or a share, such as 10% (--held-out 10%)."
+        )
+    if wanted.num_answers and stage.template:
+        yield (
+            f"validation.num_answers = {wanted.num_answers}: template {stage.template!r} is for training "
+            "only, the model answers with its own; set it to 0 in this stage."
+        )
 
 
 def length_problems(stage: Stage, limits: Limits) -> Iterator[str]:

@@ -125,7 +125,8 @@ def _stage_record(node: Node, state: State, *, reused: bool) -> StageRecord:
 def read_losses(path: Path) -> tuple[tuple[int, float], ...]:
     """Return (step, loss) of a stage, thinned evenly, the last step always among them."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    points = [(int(line["step"]), round(float(line["loss"]), 5)) for line in map(json.loads, lines)]
+    steps = [line for line in map(json.loads, lines) if "loss" in line]  # others are validations
+    points = [(int(line["step"]), round(float(line["loss"]), 5)) for line in steps]
     every = -(-len(points) // MOST_LOSSES) if points else 1
     kept = points[every - 1 :: every]
     return tuple(kept if not points or kept[-1] == points[-1] else [*kept[: MOST_LOSSES - 1], points[-1]])

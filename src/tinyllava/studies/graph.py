@@ -173,7 +173,7 @@ def _key_of(run: Run) -> str:
     """Return a digest of parts, stages, records and seed: all that decides the result, as it is on disk."""
     stages = []
     for stage in run.stages.values():
-        values = asdict(stage)
+        values = stage.decisive()
         values["data"] = _data_digests(stage.data.records, stage.data.images, stage.data.skip, run.data_root)
         stages.append(values)
     model = asdict(run.model)

@@ -8,7 +8,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import tinyllava
-from tinyllava.config import Run, to_json
+from tinyllava.config import Run, Validation, to_json
 from tinyllava.data.mixtures import LICENCES, gather_licences
 from tinyllava.errors import CheckpointError, TrainingError
 from tinyllava.files import (
@@ -38,6 +38,7 @@ from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quantised import quantised_layers
 from tinyllava.training.identity import StageIdentity
 from tinyllava.training.trainer import RESUMED_TENSORS, trained_tensors
+from tinyllava.training.validation import best_step, is_stopped, read_curve
 
 METADATA = "stage.json"
 TENSORS = "trained.safetensors"
@@ -49,22 +50,32 @@ class CheckpointKeeper(TrainerCallback):
     """Makes checkpoints of a stage that can be trusted, and lets go of old ones.
 
     A checkpoint is complete when its manifest is there, written last: the key of what it was made from, and
-    size and hash of every file. Two are kept, so that behind a damaged one there is the one before.
+    size and hash of every file. Two are kept, so that behind a damaged one there is the one before, and the
+    one with the lowest held-out loss.
 
     Args:
         folder: of the stage.
         identity: what decides the stage's result.
+        num_kept: how many stay when the stage is done.
     """
 
-    def __init__(self, folder: Path, identity: StageIdentity) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, identity: StageIdentity, num_kept: int = 0) -> None:
+        self.folder, self.identity, self.num_kept = folder, identity, num_kept
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Make room for a checkpoint that is about to be written."""
         if control.should_save and state.is_world_process_zero:
-            keep_newest(self.folder, 1)
+            # What is best now may have been so only since this step: until it is saved, the one before stays.
+            before = [entry for entry in state.log_history if entry["step"] < state.global_step]
+            keep_newest(self.folder, max(1, self.num_kept - 1), best_step(read_curve(before)))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Make room for a checkpoint that a validation has asked for."""
+        self.on_step_end(args, state, control)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -97,11 +108,11 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the newest complete checkpoints of a stage."""
+def keep_newest(folder: Path, count: int, best: int | None = None) -> None:
+    """Remove all but the newest complete checkpoints of a stage, and the one of its best step."""
     complete = [path for _, path in _checkpoints(folder) if (path / MANIFEST).is_file()]
-    for _, path in _checkpoints(folder):
-        if path not in complete[:count]:
+    for step, path in _checkpoints(folder):
+        if path not in complete[:count] and (step != best or path not in complete):
             shutil.rmtree(path)
 
 
@@ -166,7 +177,6 @@ def save_stage(
     identity: StageIdentity,
 ) -> None:
     """Write trained tensors, adapters for PEFT, and metadata; these last: they say that the stage is done."""
-    keep_newest(folder, 1)
     save_adapters(folder / ADAPTERS, model)
     with whole_file(folder / TENSORS) as partial:
         save_file(trained_tensors(model), partial, metadata={"format": "pt"})
@@ -189,19 +199,40 @@ def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
     _load_tensors(folder / TENSORS, model)
 
 
-def load_last(checkpoint: Path, model: TinyLlavaForConditionalGeneration) -> dict[str, Any] | None:
+def load_last(
+    checkpoint: Path, model: TinyLlavaForConditionalGeneration, validation: Validation
+) -> dict[str, Any] | None:
     """Take a stage's result from the checkpoint of its last step; None if there are steps left.
 
     A kill may come between that checkpoint and the stage's own files; the Trainer, which resumes within an
     epoch, would do one step too many.
     """
     state = read_object(checkpoint / "trainer_state.json") or {}
-    if state.get("global_step", 0) < state.get("max_steps", 1):
+    curve = read_curve(state.get("log_history", []))
+    if state.get("global_step", 0) < state.get("max_steps", 1) and not is_stopped(curve, validation):
         return None
     _load_tensors(checkpoint / RESUMED_TENSORS, model)
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    steps = state["global_step"]
-    return {"num_steps": steps, "seconds": 0.0, "first_loss": losses[0], "last_loss": losses[-1]}
+    return {"num_steps": state["global_step"], "seconds": 0.0, **summarise_losses(state["log_history"])}
+
+
+def summarise_losses(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the losses that a stage's metadata have, out of the Trainer's log."""
+    losses = [entry["loss"] for entry in log_history if "loss" in entry]
+    found = {"first_loss": losses[0], "last_loss": losses[-1]}
+    if curve := read_curve(log_history):
+        best = best_step(curve)
+        held = {"best_step": best, "best_loss": dict(curve)[best or 0], "last_loss": curve[-1][1]}
+        found["validation"] = held
+    return found
+
+
+def load_best(folder: Path, step: int, model: TinyLlavaForConditionalGeneration) -> None:
+    """Put the tensors of a stage's best checkpoint into its model.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    _load_tensors(folder / f"checkpoint-{step}" / RESUMED_TENSORS, model)
 
 
 def check_resumable(checkpoint: Path, model: TinyLlavaForConditionalGeneration) -> None:
@@ -252,18 +283,21 @@ def save_model(
         (part / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
-def require_space(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
+def require_space(folder: Path, model: TinyLlavaForConditionalGeneration, num_checkpoints: int = 2) -> None:
     """Refuse to begin what cannot be saved.
 
+    Args:
+        num_checkpoints: as many as there are at one time.
+
     Raises:
-        TrainingError: less free space than two checkpoints and the model take.
+        TrainingError: less free space than these checkpoints and the model take.
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     held = quantised_layers(model)  # dequantised in the end
     whole = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if n not in held)
     whole += sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in held.values())
     needed = (
-        2 * 3 * trained + whole
+        num_checkpoints * 3 * trained + whole
     )  # a checkpoint holds weights and AdamW's two moments; the next one overlaps it
     kept = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*") if file.is_file())
     free = shutil.disk_usage(folder).free + kept  # these make room as new ones come

@@ -28,8 +28,17 @@ _BY_CONTENT = ("data", "template", "max_length_tokens")
 """Settings of a stage that count by what they lead to: records that are left, and the template's text."""
 _PARTS = ("vision_encoder", "language_model", "template", "code")
 _SOURCES = {
-    "records": ("data.records", "data.skip", "data_root", "max_length_tokens"),
-    "images": ("data.records", "data.images", "data.skip", "data_root", "max_length_tokens"),
+    "records": ("data.records", "data.skip", "data_root", "max_length_tokens", "validation.held_out"),
+    "images": (
+        "data.records",
+        "data.images",
+        "data.skip",
+        "data_root",
+        "max_length_tokens",
+        "validation.held_out",
+    ),
+    "held-out records": ("validation.held_out", "data.skip", "data_root", "max_length_tokens"),
+    "held-out images": ("validation.held_out", "data.images", "data.skip", "data_root", "max_length_tokens"),
     "template": ("template", "model.template", "model.code", "start_from", "model.language_model"),
 }
 _MODEL_SOURCES = ("start_from", "model.vision_encoder", "model.language_model", "model.code")
@@ -87,7 +96,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def decisive_settings(run: Run, stage: Stage) -> dict[str, Any]:
     """Return the settings that change what a stage computes, as JSON would give them back."""
-    values = {name: value for name, value in dataclasses.asdict(stage).items() if name not in _BY_CONTENT}
+    values = {name: value for name, value in stage.decisive().items() if name not in _BY_CONTENT}
     values |= {
         f"model.{name}": value for name, value in dataclasses.asdict(run.model).items() if name not in _PARTS
     }
@@ -125,6 +134,9 @@ def identify(
             [processor.image_aspect, processor.transparency, processor.image_processor.to_dict()]
         ),
     }
+    if prepared.held_out and stage.validation.decides:
+        contents["held-out records"] = prepared.held_out.records_digest
+        contents["held-out images"] = prepared.held_out.images_digest
     if digest := code_digest(run.model.connector):
         contents["connector's code"] = digest
     return StageIdentity(
@@ -138,6 +150,7 @@ def _sources(run: Run, stage: Stage) -> dict[str, Any]:
         "data.images": _place(stage.data.images),
         "data.skip": sorted(set(stage.data.skip)),
         "data_root": _place(run.data_root),
+        "validation.held_out": _place(stage.validation.held_out),
         "max_length_tokens": stage.max_length_tokens,
         "template": stage.template,
         "model.template": run.model.template,

@@ -3,17 +3,20 @@
 Paper: section 4.1.2, Table 2.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.progress import Progress
 
 from tinyllava.config import DataConfig, Run, Stage
-from tinyllava.conversation import Conversation
+from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
+from tinyllava.data.held_out import hold_out
 from tinyllava.data.records import Records, drop_broken_images, read_configured
 from tinyllava.data.reporting import say
 from tinyllava.errors import DataError
@@ -22,6 +25,31 @@ from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.parts.templates import as_published, read_template
 from tinyllava.parts.user_code import is_reference, run_value
 from tinyllava.training.progress import make_progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The records that a stage is measured on and does not train on."""
+
+    examples: Examples
+    skipped: Mapping[str, int]
+    records_digest: str
+    images_digest: str
+    """Empty in processes other than the first."""
+    num_seen: int
+    """Records with an image that is trained on; 0 where the share of a stage's own records is held out, and
+    in processes other than the first."""
+
+    def summary(self) -> dict[str, object]:
+        """Return counts for the run's metadata."""
+        return {
+            "num_samples": len(self.examples),
+            "num_supervised_tokens": sum(self.examples.supervised_lengths),
+            "num_with_seen_image": self.num_seen,
+            "skipped": dict(self.skipped),
+            "records_digest": self.records_digest,
+            "images_digest": self.images_digest,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +63,7 @@ class Prepared:
     """Of what the records that are left say."""
     images_digest: str
     """Of the content of their images; empty in processes other than the first, which need not know."""
+    held_out: HeldOut | None = None
 
     def summary(self) -> dict[str, object]:
         """Return counts for the run's metadata."""
@@ -47,6 +76,7 @@ class Prepared:
             "skipped": dict(self.skipped),
             "records_digest": self.records_digest,
             "images_digest": self.images_digest,
+            **({"held_out": self.held_out.summary()} if self.held_out else {}),
         }
 
 
@@ -82,47 +112,115 @@ def prepare(
     template = read_template(stage.template) if stage.template else None
     if template and run.model.code:
         template = as_published(template)
-    examples = Examples(
-        conversations=records.conversations,
-        processor=processor,
-        template=template,
-        separate_questions=stage.separate_questions,
-    )
     with make_progress() as bar:
-        task = bar.add_task("reading records", total=len(examples), note="")
-        examples, skipped = measure(
-            examples, stage.max_length_tokens, stage.data.skip, lambda n: bar.advance(task, n)
-        )
+        trained, held = _hold_out(run, stage, records, bar)
+        examples, skipped = _measure(stage, processor, template, trained, "reading records", bar)
         if not len(examples):
             raise DataError(f"{', '.join(stage.data.records)}: no record left after skips {dict(skipped)}.")
+        measured, held_skipped = None, Counter[str]()
+        if held is not None:
+            measured, held_skipped = _measure(stage, processor, template, held, "held-out records", bar)
+            if not len(measured):
+                raise DataError(
+                    f"{stage.validation.held_out}: no held-out record left after skips {dict(held_skipped)}."
+                )
+        both = [examples, *([measured] if measured else [])]
         if run.hardware.cache_features and not stage.vision_encoder.trains:
-            examples.features = _fill_features(run, model, processor, examples, bar)
-        images = _hash_images(run, examples.conversations, bar) if PartialState().is_main_process else ""
+            _fill_features(run, model, processor, both, bar)
+        hashes = _hash_images(run, both, bar) if PartialState().is_main_process else None
+    images = images_digest(examples.conversations, hashes) if hashes is not None else ""
     return Prepared(
         examples=examples,
         skipped={**records.skipped, **skipped},
         images_digest=images,
         records_digest=records_digest(examples.conversations),
+        held_out=_describe_held(examples, measured, held_skipped, hashes) if measured else None,
     )
 
 
-def _hash_images(run: Run, conversations: Sequence[Conversation], bar: Progress) -> str:
+def _hold_out(
+    run: Run, stage: Stage, records: Records, bar: Progress
+) -> tuple[Sequence[Conversation], Sequence[Conversation] | None]:
+    """Return the records to train on and those to measure on; None without validation.
+
+    The first process hashes images and decides; see ``tinyllava.data.held_out``.
+    """
+    wanted, conversations = stage.validation, records.conversations
+    if not wanted.held_out:
+        return conversations, None
+    if wanted.share is None:
+        file = replace(stage.data, records=(wanted.held_out,))
+        return conversations, read_data(file, run.data_root).conversations
+    chosen: list[int] = []
+    if PartialState().is_main_process:
+        chosen = hold_out(conversations, _find_hashes(run, conversations, bar), wanted.share)
+    [chosen] = broadcast_object_list([chosen])
+    inside = set(chosen)
+    return (
+        [one for index, one in enumerate(conversations) if index not in inside],
+        [conversations[index] for index in chosen],
+    )
+
+
+def _measure(
+    stage: Stage,
+    processor: TinyLlavaProcessor,
+    template: str | None,
+    conversations: Sequence[Conversation],
+    task_name: str,
+    bar: Progress,
+) -> tuple[Examples, Counter[str]]:
+    examples = Examples(
+        conversations=conversations,
+        processor=processor,
+        template=template,
+        separate_questions=stage.separate_questions,
+    )
+    task = bar.add_task(task_name, total=len(examples), note="")
+    return measure(examples, stage.max_length_tokens, stage.data.skip, lambda n: bar.advance(task, n))
+
+
+def _describe_held(
+    trained: Examples, held: Examples, skipped: Mapping[str, int], hashes: Mapping[ImageRef, str] | None
+) -> HeldOut:
+    num_seen, images = 0, ""
+    if hashes is not None:
+        seen = {hashes[ref] for one in trained.conversations for ref in one.images}
+        num_seen = sum(any(hashes[ref] in seen for ref in one.images) for one in held.conversations)
+        images = images_digest(held.conversations, hashes)
+    return HeldOut(
+        examples=held,
+        skipped=dict(skipped),
+        records_digest=records_digest(held.conversations),
+        images_digest=images,
+        num_seen=num_seen,
+    )
+
+
+def _hash_images(run: Run, examples: Sequence[Examples], bar: Progress) -> dict[ImageRef, str]:
+    return _find_hashes(run, [one for part in examples for one in part.conversations], bar)
+
+
+def _find_hashes(run: Run, conversations: Sequence[Conversation], bar: Progress) -> dict[ImageRef, str]:
     num_images = len({ref for conversation in conversations for ref in conversation.images})
     task = bar.add_task("checking images", total=num_images, note="")
     hashes = ImageHashes(run.folder.parent / ".image-hashes.sqlite")
-    return images_digest(conversations, hashes.find(conversations, lambda n: bar.advance(task, n)))
+    return hashes.find(conversations, lambda n: bar.advance(task, n))
 
 
 def _fill_features(
     run: Run,
     model: TinyLlavaForConditionalGeneration,
     processor: TinyLlavaProcessor,
-    examples: Examples,
+    parts: Sequence[Examples],
     bar: Progress,
-) -> FeatureCache:
+) -> None:
+    """Give the examples the features of their images, computed where they are not there yet."""
     model.vision_encoder.to(PartialState().device)
     cache = FeatureCache(run.folder.parent / ".features", model, processor)
-    num_images = sum(len(conversation.images) for conversation in examples.conversations)
+    conversations = [one for examples in parts for one in examples.conversations]
+    num_images = sum(len(conversation.images) for conversation in conversations)
     task = bar.add_task("encoding images", total=num_images, note="")
-    cache.fill(examples.conversations, progress=lambda n: bar.advance(task, n))
-    return cache
+    cache.fill(conversations, progress=lambda n: bar.advance(task, n))
+    for examples in parts:
+        examples.features = cache

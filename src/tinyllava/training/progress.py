@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tinyllava.data.bars import Bars
+from tinyllava.data.reporting import Listeners
 from tinyllava.files import append_lines, whole_objects, write_text
+from tinyllava.training.validation import best_step, read_curve
 
 if TYPE_CHECKING:
     from tinyllava.training.trainer import StageTrainer
@@ -50,9 +53,18 @@ def make_progress(console: Console | None = None) -> Bars:
     )
 
 
-def rates_note(console: Console, loss: float, samples_per_second: float, tokens_per_second: float) -> str:
+def rates_note(
+    console: Console,
+    loss: float,
+    samples_per_second: float,
+    tokens_per_second: float,
+    held_out_loss: float | None = None,
+) -> str:
     """Return what stands beside the bar of a stage, short in a narrow terminal."""
-    note = f"loss {loss:.3f}  {samples_per_second:.1f} samples/s"
+    held = "" if held_out_loss is None else f"  held-out {held_out_loss:.3f}"
+    if held and console.width < _WIDE:
+        return f"loss {loss:.3f}{held}"
+    note = f"loss {loss:.3f}{held}  {samples_per_second:.1f} samples/s"
     return f"{note} {tokens_per_second:,.0f} tokens/s" if console.width >= _WIDE else note
 
 
@@ -64,6 +76,8 @@ class StageProgress(TrainerCallback):
         self.trainer: StageTrainer | None = None
         self.progress, self.task = make_progress(), TaskID(0)
         self.start = self.last = 0.0
+        self.held_out_loss: float | None = None
+        self.shown = (0.0, 0.0, 0.0)
         self.seen = (0, 0)
 
     def on_train_begin(
@@ -88,9 +102,13 @@ class StageProgress(TrainerCallback):
         **_: Any,
     ) -> None:
         """Write one line of metrics and move the bar."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs or self.trainer is None:
+        if not state.is_world_process_zero or not logs or self.trainer is None:
             return
-        now = time.monotonic()
+        if "eval_loss" in logs:
+            self._log_validation(state, logs)
+        if "loss" not in logs:
+            return
+        now = time.monotonic() - self.trainer.seconds_validating  # the rates are those of the steps
         seconds = max(now - self.last, 1e-9)
         samples, tokens = self.trainer.num_samples - self.seen[0], self.trainer.num_tokens - self.seen[1]
         self.seen, self.last = (self.trainer.num_samples, self.trainer.num_tokens), now
@@ -104,9 +122,32 @@ class StageProgress(TrainerCallback):
         append_lines(self.metrics, [json.dumps(line)])
         elapsed = max(now - self.start, 1e-9)
         done = (self.trainer.num_samples * args.world_size, self.trainer.num_tokens * args.world_size)
-        rates = (done[0] / elapsed, done[1] / elapsed)
-        note = rates_note(self.progress.console, logs["loss"], *rates)
-        self.progress.update(self.task, completed=state.global_step, note=note)
+        self.shown = (logs["loss"], done[0] / elapsed, done[1] / elapsed)
+        self._move_bar(state.global_step)
+
+    def _move_bar(self, step: int) -> None:
+        note = rates_note(self.progress.console, *self.shown, self.held_out_loss)
+        self.progress.update(self.task, completed=step, note=note)
+
+    def _log_validation(self, state: TrainerState, logs: Mapping[str, float]) -> None:
+        """Write the line of a validation; its time is not the steps'."""
+        self.held_out_loss = logs["eval_loss"]
+        line = {
+            "step": state.global_step,
+            "epoch": logs.get("epoch"),
+            "validation_loss": logs["eval_loss"],
+            "validation_seconds": logs["eval_seconds"],
+        }
+        append_lines(self.metrics, [json.dumps(line)])
+        if state.global_step:
+            self._move_bar(state.global_step)
+        if Listeners.is_shown:
+            curve = read_curve(state.log_history)
+            best = ", best so far" if best_step(curve) == state.global_step else ""
+            self.progress.console.print(
+                f"{self.name}: step {state.global_step:,}, held-out loss {self.held_out_loss:.4f}{best}",
+                highlight=False,
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -123,6 +164,6 @@ class StageProgress(TrainerCallback):
             kept = [
                 json.dumps(line) + "\n"
                 for line in whole_objects(self.metrics)
-                if isinstance(line.get("step"), int) and line["step"] <= step
+                if isinstance(line.get("step"), int) and line["step"] <= step and step > 0
             ]
             write_text(self.metrics, "".join(kept))

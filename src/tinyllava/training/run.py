@@ -40,6 +40,7 @@ from tinyllava.training.progress import StageProgress
 from tinyllava.training.stopping import StopRequests
 from tinyllava.training.trainer import StageTrainer, make_arguments
 from tinyllava.training.trial import out_of_memory
+from tinyllava.training.validation import Validator
 
 
 @keeping_random_state()
@@ -172,10 +173,13 @@ def _run_stage(
         metadata = checkpoints.read_metadata(done)
     else:
         _announce(name, stage, ledger, prepared)
-        keeper = checkpoints.CheckpointKeeper(folder, identity)
-        last = checkpoints.load_last(resumed, model) if resumed else None
+        keeper = checkpoints.CheckpointKeeper(folder, identity, run.hardware.keep_checkpoints)
+        last = checkpoints.load_last(resumed, model, stage.validation) if resumed else None
         with causal_without_looking(model.language_model):
             metadata = last or _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
+        best = metadata.get("validation", {}).get("best_step")
+        if best and stage.validation.result == "best":
+            checkpoints.load_best(folder, best, model)
         ledger = close_ledger(ledger, model)
         ledger.require_movement()
         for component in ledger.unmoved():
@@ -184,8 +188,9 @@ def _run_stage(
         if PartialState().is_main_process:
             ledger.save(folder / "ledger.json")
             checkpoints.save_stage(folder, model, metadata, identity)
-    if PartialState().is_main_process and done in (None, folder):
-        checkpoints.keep_newest(folder, 0)  # the stage is done: nothing resumes from them
+    if PartialState().is_main_process and done in (None, folder):  # it is done: nothing resumes from them
+        best = metadata.get("validation", {}).get("best_step")
+        checkpoints.keep_newest(folder, run.hardware.keep_checkpoints, best)
     merge_adapters(model)
     model.requires_grad_(False)
     return metadata
@@ -258,11 +263,20 @@ def _train_stage(
     resumed: Path | None,
 ) -> dict[str, Any]:
     folder = keeper.folder
-    checkpoints.require_space(folder, model)
+    num_checkpoints = max(2, run.hardware.keep_checkpoints) + (prepared.held_out is not None)
+    checkpoints.require_space(folder, model, num_checkpoints)
     stopper = StopRequests()
     progress = StageProgress(name, folder / "metrics.jsonl")
-    trainer = make_trainer(run, stage, model, processor, prepared, folder, [progress, stopper, keeper])
+    callbacks: list[transformers.TrainerCallback] = [progress, stopper, keeper]
+    validator = None
+    if prepared.held_out is not None:
+        held = prepared.held_out.examples.conversations
+        validator = Validator(stage.validation, processor, held, folder)
+        callbacks.insert(2, validator)  # the keeper makes room for what a validation wants saved
+    trainer = make_trainer(run, stage, model, processor, prepared, folder, callbacks)
     progress.trainer = trainer
+    if validator is not None:
+        validator.trainer = trainer
     if resumed is not None:
         checkpoints.check_resumable(resumed, model)
     start = time.monotonic()
@@ -286,12 +300,10 @@ def _train_stage(
     finally:
         progress.progress.stop()
     release(trainer)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "num_steps": trainer.state.global_step,
         "seconds": round(time.monotonic() - start, 1),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        **checkpoints.summarise_losses(trainer.state.log_history),
     }
 
 
@@ -313,6 +325,7 @@ def make_trainer(
         model=model,
         args=arguments,
         train_dataset=prepared.examples,
+        eval_dataset=prepared.held_out.examples if prepared.held_out else None,
         stage=stage,
         data_collator=Collator(processor.tokenizer.pad_token_id, processor.image_token_id),
         callbacks=callbacks,
@@ -340,6 +353,14 @@ def _announce(name: str, stage: Stage, ledger: Ledger, prepared: Prepared) -> No
         trained = ledger.num_parameters(component, trained_only=True)
         rate = f" at {stage.learning_rate_of(component):g}" if trained else ""
         _say(f"  {component:<15} {trained:>13,} of {ledger.num_parameters(component):>13,} trained{rate}")
+    if prepared.held_out:
+        held = prepared.held_out.summary()
+        _say(f"  held out: {held['num_samples']:,} samples, {held['num_supervised_tokens']:,} answer tokens")
+        if prepared.held_out.num_seen:
+            _say(
+                f"  {prepared.held_out.num_seen:,} of them show an image that is trained on: their loss also "
+                "measures memory. `--held-out 10%` keeps images apart."
+            )
     if prepared.skipped:
         _say("  left out: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items()))
 

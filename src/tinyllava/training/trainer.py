@@ -5,6 +5,7 @@ A learning rate for each component, lean checkpoints, grouped batches, and a sto
 Paper: section 4.1.2.
 """
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce, send_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +25,8 @@ from tinyllava.data.batches import GroupedSampler
 from tinyllava.data.dataset import Examples
 from tinyllava.errors import TrainingError
 from tinyllava.model.devices import multiplies_bf16
+from tinyllava.model.modeling import IGNORED
+from tinyllava.model.quiet import keeping_random_state
 from tinyllava.model.tuning import component_of
 
 WINDOW = 50
@@ -57,10 +60,12 @@ class StageTrainer(Trainer):
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.optimizer: Any
         self.lr_scheduler: Any
+        self.control: Any
         self.stage = stage
         self.num_tokens = 0
         self.num_samples = 0
         self._since_log: list[tuple[Tensor, list[str]]] = []
+        self.seconds_validating = 0.0
         if stage.loss_norm == "micro":
             self.model_accepts_loss_kwargs = False  # then the Trainer averages the micro-batches' means
 
@@ -141,8 +146,11 @@ class StageTrainer(Trainer):
         Raises:
             TrainingError: the loss is not a finite number; the samples are named.
         """
+        if "loss" not in logs:  # of a validation
+            super().log(logs, start_time)
+            return
         losses, self._since_log = self._since_log, []
-        if not isfinite(logs.get("loss", 0.0)):
+        if not isfinite(logs["loss"]):
             bad = [sample for loss, ids in losses if not isfinite(loss.item()) for sample in ids]
             raise TrainingError(
                 f"the loss is {logs['loss']} at step {self.state.global_step}; "
@@ -150,6 +158,57 @@ class StageTrainer(Trainer):
                 "Look at them with `tinyllava record`; lower the learning rate, or train with precision fp32."
             )
         super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the mean loss over the supervised tokens of all held-out records.
+
+        The training goes on as if it had not happened: random numbers are given back, and no layer draws any.
+        """
+        start, was_training = time.monotonic(), self.model.training
+        with keeping_random_state():
+            self.model.eval()
+            mean = self._held_out_loss()
+            metrics = {"eval_loss": mean, "eval_seconds": round(time.monotonic() - start, 3)}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(was_training)
+        self.seconds_validating += time.monotonic() - start
+        return metrics
+
+    def _held_out_loss(self) -> float:
+        """Return the loss of each token, summed over all processes' batches and divided by their number.
+
+        Every process runs as many batches as the first, so that none waits in a collective call: where one
+        has fewer left, it runs its first batch once more, and that does not count.
+        """
+        rank, world_size = PartialState().process_index, PartialState().num_processes
+        size = self.args.per_device_eval_batch_size
+        examples: Any = self.eval_dataset
+        order = sorted(range(len(examples)), key=lambda i: examples.lengths[i])  # little padding
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        own = batches[rank::world_size]
+        num_missing = -(-len(batches) // world_size) - len(own)
+        loader = DataLoader(
+            examples,
+            batch_sampler=own + (own or batches)[:1] * num_missing,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),
+        )
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for number, batch in enumerate(loader):
+                for name in ("sample_ids", "num_tokens", "attention_mask"):  # as in a training step
+                    batch.pop(name, None)
+                inputs = send_to_device(batch, self.args.device)
+                with fastest_attention(inputs["input_ids"], bf16=self.args.bf16):
+                    loss = self.model_wrapped(**inputs, num_items_in_batch=1).loss
+                if number < len(own):
+                    total += float(loss.double())
+                    count += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        sums = torch.tensor([total, count], dtype=torch.float64, device=self.args.device)
+        summed: Tensor = reduce(sums, reduction="sum")
+        return float(summed[0] / summed[1])
 
     def save_model(self, output_dir: str | None = None, *_: Any, **__: Any) -> None:
         """Write the trained tensors only: the frozen ones are where they came from; no pickle."""
@@ -224,6 +283,9 @@ def make_arguments(
         logging_first_step=True,
         save_strategy="steps",
         save_steps=hardware.save_steps or max(1, num_steps // 10),
+        eval_strategy="steps" if stage.validation.held_out else "no",
+        eval_steps=stage.validation.every_steps or max(1, num_steps // 10),
+        per_device_eval_batch_size=per_device,
         remove_unused_columns=False,
         report_to=list(report_to),
         disable_tqdm=True,

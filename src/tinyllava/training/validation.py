@@ -1,0 +1,193 @@
+"""Measure a stage on held-out records while it trains: loss, best checkpoint, early stopping, answers.
+
+Paper: none; its stages run one epoch and are measured by benchmarks afterwards.
+Nothing here changes the weights that the steps compute: random numbers are given back, and the model returns
+to the mode it was in.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from jinja2 import Template
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tinyllava.config import Validation
+from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.data.images import open_image
+from tinyllava.files import append_lines, whole_objects, write_text
+from tinyllava.inference.chat import Chat
+from tinyllava.model.compat import looking_at_padding
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processing import TinyLlavaProcessor
+
+if TYPE_CHECKING:
+    from tinyllava.training.trainer import StageTrainer
+
+ANSWERS = "held-out.jsonl"
+PAGE = "held-out.html"
+_ANSWER_TOKENS = 128
+_THUMBNAIL_PX = 320
+Curve = list[tuple[int, float]]
+"""(step, mean loss over the held-out records' supervised tokens), in order of the steps."""
+
+
+def read_curve(log_history: Sequence[Mapping[str, Any]]) -> Curve:
+    """Return the held-out loss of each validation, out of the Trainer's log; step 0 is before the first."""
+    return [(int(entry["step"]), float(entry["eval_loss"])) for entry in log_history if "eval_loss" in entry]
+
+
+def best_step(curve: Curve) -> int | None:
+    """Return the step with the lowest loss, the earliest of equals; None before a step was validated."""
+    return min(((loss, step) for step, loss in curve if step), default=(0.0, None))[1]
+
+
+def is_stopped(curve: Curve, validation: Validation) -> bool:
+    """Whether so many validations in a row had no lower loss that the stage ends early."""
+    best = best_step(curve)
+    return best is not None and 0 < validation.patience <= sum(step > best for step, _ in curve)
+
+
+class Validator(TrainerCallback):
+    """Asks for validations, keeps what is best, stops early, and writes a sample's answers.
+
+    Args:
+        validation: of the stage.
+        processor: which the sample is asked with.
+        held: the held-out records.
+        folder: of the stage.
+    """
+
+    def __init__(
+        self,
+        validation: Validation,
+        processor: TinyLlavaProcessor,
+        held: Sequence[Conversation],
+        folder: Path,
+    ) -> None:
+        self.validation, self.processor, self.folder = validation, processor, folder
+        self.sample = [held[i] for i in range(min(validation.num_answers, len(held)))]
+        self.trainer: StageTrainer | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Validate before the first step; drop answers of steps that are done again."""
+        if state.is_world_process_zero and (self.folder / ANSWERS).exists():
+            given = whole_objects(self.folder / ANSWERS) if state.global_step else []
+            kept = [json.dumps(line) + "\n" for line in given if line["step"] <= state.global_step]
+            write_text(self.folder / ANSWERS, "".join(kept))
+        if state.global_step == 0 and self.trainer is not None:
+            self.trainer.evaluate()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Validate behind the last step too."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        """Save a step that is the best so far, and end the stage where no validation gets better."""
+        curve = read_curve(state.log_history)
+        if state.global_step and best_step(curve) == state.global_step:
+            control.should_save = True
+        if is_stopped(curve, self.validation):
+            control.should_save = control.should_training_stop = True
+        if self.sample and state.is_world_process_zero:
+            self._answer(options["model"], state.global_step)
+            write_page(self.folder, self.sample, curve)
+        PartialState().wait_for_everyone()
+
+    def _answer(self, model: TinyLlavaForConditionalGeneration, step: int) -> None:
+        chat = Chat(model, self.processor)
+        with looking_at_padding(model.language_model):
+            answers = chat.answer_each([open_question(one) for one in self.sample], _ANSWER_TOKENS)
+        lines = [
+            {"step": step, "record": one.place, "answer": str(answer)}
+            for one, answer in zip(self.sample, answers, strict=True)
+        ]
+        append_lines(self.folder / ANSWERS, [json.dumps(line) for line in lines])
+
+
+def open_question(conversation: Conversation) -> Conversation:
+    """Return a conversation up to its first answer, which is to be given."""
+    messages = conversation.messages
+    end = next((i for i, message in enumerate(messages) if message.role == "assistant"), len(messages))
+    return replace(conversation, messages=messages[:end])
+
+
+_PAGE = Template(
+    """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Held-out records</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .15rem .8rem .15rem 0; text-align: left;
+vertical-align: top } article { border-top: 1px solid #ccc; padding: 1rem 0 } img { max-width: 320px;
+max-height: 320px; display: inline-block; margin-right: .5rem } .right { color: #0a6b2d }
+svg { width: 100%; max-width: 40rem } .small { color: #666; font-size: 13px }
+</style>
+<h1>Held-out records</h1>
+<p>Answers to {{ records|length }} records that are not trained on, and the mean loss over all held-out
+records. An answer that equals the expected one is green.</p>
+<svg viewBox="0 0 640 200" role="img" aria-label="Held-out loss over the steps">
+<polyline points="{{ points }}" fill="none" stroke="#1f5fa8" stroke-width="2"/>
+<text x="4" y="14" font-size="13">{{ "%.3f"|format(high) }}</text>
+<text x="4" y="196" font-size="13">{{ "%.3f"|format(low) }}</text></svg>
+<table><tr><th>step</th><th>held-out loss</th></tr>
+{% for step, loss in curve %}<tr><td>{{ step }}</td><td>{{ "%.4f"|format(loss) }}</td></tr>
+{% endfor %}</table>
+{% for record in records %}<article>
+{% for image in record.images %}<img src="{{ image }}" alt="image of the record">{% endfor %}
+<p><b>{{ record.question }}</b><br>expected: {{ record.expected }}</p>
+<table>{% for step, answer in record.answers %}<tr><td>step {{ step }}</td>
+<td{% if answer == record.expected %} class="right"{% endif %}>{{ answer }}</td></tr>
+{% endfor %}</table><p class="small">{{ record.place }}</p></article>
+{% endfor %}</html>
+""",
+    autoescape=True,
+)
+
+
+def write_page(folder: Path, sample: Sequence[Conversation], curve: Curve) -> None:
+    """Write the page of the sample's answers so far, with images inside."""
+    given: dict[str, list[tuple[int, str]]] = {}
+    for line in whole_objects(folder / ANSWERS):
+        given.setdefault(line["record"], []).append((line["step"], line["answer"]))
+    records = []
+    for one in sample:
+        asked = open_question(one).messages
+        expected = one.messages[len(asked)].text if len(asked) < len(one.messages) else ""
+        records.append(
+            {
+                "images": [_thumbnail(ref) for ref in open_question(one).images],
+                "question": asked[-1].text,
+                "expected": expected.strip(),
+                "answers": given.get(one.place, []),
+                "place": one.place,
+            }
+        )
+    losses, last = [loss for _, loss in curve], max([step for step, _ in curve], default=0) or 1
+    low, high = min(losses, default=0.0), max(losses, default=1.0)
+    points = " ".join(
+        f"{50 + 580 * step / last:.1f},{190 - 180 * (loss - low) / ((high - low) or 1):.1f}"
+        for step, loss in curve
+    )
+    page = _PAGE.render(records=records, curve=curve, points=points, low=low, high=high)
+    write_text(folder / PAGE, page)
+
+
+def _thumbnail(ref: ImageRef) -> str:
+    image = open_image(ref)
+    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
