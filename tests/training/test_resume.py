@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from tinyllava.config import Hardware, lora, to_json
 from tinyllava.errors import CheckpointError, TrainingError
 from tinyllava.model.assemble import assemble
-from tinyllava.training.checkpoints import check_resumable
+from tinyllava.model.rebuild import RESUMED_TENSORS
+from tinyllava.model.tuning import check_trained
 from tinyllava.training.run import train
-from tinyllava.training.trainer import RESUMED_TENSORS, trained_tensors
+from tinyllava.training.trainer import trained_tensors
 from training_toys import toy_run
 
 PROGRAM = """
@@ -171,13 +172,13 @@ def test_a_checkpoint_of_another_plan_or_a_damaged_one_is_refused(parts, records
     model.requires_grad_(False)
     model.connector.requires_grad_(True)
     save_file(trained_tensors(model), tmp_path / RESUMED_TENSORS)
-    check_resumable(tmp_path, model)
+    check_trained(tmp_path / RESUMED_TENSORS, model)
     model.connector.linear_2.bias.requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"linear_2\.bias \(1 tensors\)\. Delete"):
-        check_resumable(tmp_path, model)
+        check_trained(tmp_path / RESUMED_TENSORS, model)
     model.connector.linear_2.bias = torch.nn.Parameter(torch.zeros(5))
     with pytest.raises(CheckpointError, match=r"linear_2\.bias \(1 tensors\)"):
-        check_resumable(tmp_path, model)
+        check_trained(tmp_path / RESUMED_TENSORS, model)
     (tmp_path / RESUMED_TENSORS).write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        check_resumable(tmp_path, model)
+        check_trained(tmp_path / RESUMED_TENSORS, model)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.cli.parser import CommandParser, add_data_options, reading_settings
-from tinyllava.parts.folders import default_name
+from tinyllava.cli.parser import CommandParser, add_data_options, check_model, reading_settings
+from tinyllava.parts.folders import default_name, is_stage_checkpoint
 from tinyllava.planning.launch import choose_processes, launch
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def main(arguments: list[str]) -> int:
     known = _parse(arguments)
     from tinyllava.evaluation.checkpoint import find_questions
 
+    if is_stage_checkpoint(Path(known.model)):
+        known.model = str(check_model(known.model))
     own: OwnSettings = {
         **reading_settings(known),
         "metric": known.metric,

@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllava.cli.parser import CommandParser
+from tinyllava.cli.parser import CommandParser, check_model
 from tinyllava.cli.show import format_table
 from tinyllava.errors import CheckpointError
-from tinyllava.parts.folders import check_checkpoint, check_new_folder
+from tinyllava.parts.folders import check_new_folder
 
 if TYPE_CHECKING:
     from tinyllava.checkpoints.exporting import Exported
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
     if options.folder is not None:
         check_new_folder(options.folder)
     if not (options.checkpoint / "adapter_config.json").is_file():
-        check_checkpoint(options.checkpoint)
+        options.checkpoint = check_model(options.checkpoint)
     if options.folder is not None:
         _export(options, options.folder)
         return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tinyllava.config import DataConfig
 from tinyllava.errors import CheckpointError
-from tinyllava.parts.folders import check_checkpoint
+from tinyllava.parts.folders import check_checkpoint, is_stage_checkpoint
 
 if TYPE_CHECKING:
     from tinyllava.evaluation.own_data import ReadingSettings
@@ -80,6 +80,21 @@ def reading_settings(known: argparse.Namespace) -> "ReadingSettings":
     }
 
 
+def check_model(name: str | Path) -> Path:
+    """Return the folder of a model; of a stage's checkpoint, that of its whole model, which is built once.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or one that cannot be built.
+    """
+    folder = Path(name)
+    if is_stage_checkpoint(folder):
+        from tinyllava.model.rebuild import whole_model  # here: other folders are looked at without torch
+
+        folder = whole_model(folder)
+    check_checkpoint(folder)
+    return folder
+
+
 def find_model(name: str, option: str) -> Path:
     """Return the checkpoint folder: the given one, or the starter's.
 
@@ -92,8 +107,7 @@ def find_model(name: str, option: str) -> Path:
     from tinyllava.starter.packages import default_model
 
     if name:
-        check_checkpoint(Path(name))
-        return Path(name)
+        return check_model(name)
     starter = default_model()
     if not (starter / "config.json").is_file():
         raise CheckpointError(

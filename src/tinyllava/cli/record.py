@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.cli.parser import CommandParser, add_data_options, own_data
+from tinyllava.cli.parser import CommandParser, add_data_options, check_model, own_data
 from tinyllava.config import Stage
 
 if TYPE_CHECKING:
@@ -60,11 +60,10 @@ def main(arguments: list[str]) -> int:
 
     from tinyllava.data.records import read_configured
     from tinyllava.errors import DataError
-    from tinyllava.parts.folders import check_checkpoint
     from tinyllava.parts.templates import read_template
 
     if known.model:
-        check_checkpoint(Path(known.model))
+        known.model = str(check_model(known.model))
     file = known.file
     conversations = read_configured(own_data(known, file, skip=tuple(known.skip))).conversations
     if not 0 <= known.index < len(conversations):

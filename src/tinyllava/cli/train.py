@@ -5,7 +5,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from tinyllava.cli.parser import CommandParser, add_data_options, own_data
+from tinyllava.cli.parser import CommandParser, add_data_options, check_model, own_data
 from tinyllava.config import ModelConfig, Run, Stage, Validation
 from tinyllava.data.readers.containers import SUFFIXES, is_record_file
 from tinyllava.data.readers.folder import is_image_folder
@@ -98,6 +98,8 @@ def _make_parser() -> CommandParser:
 def main(arguments: list[str]) -> int:
     """Train; print the folder of the model as the last line."""
     known, rest = _make_parser().parse_known_args(arguments)
+    if known.start_from:
+        known.start_from = str(check_model(known.start_from))
     model = recorded_model(Path(known.start_from)) if known.start_from else None
     run = find_run(known.variant, model)
     run = _with_shortcuts(as_published(run, known.code) if known.code else run, known)

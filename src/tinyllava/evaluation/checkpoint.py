@@ -62,10 +62,11 @@ def evaluate(
     from tinyllava.evaluation.run import Settings, answer_benchmark, processes
     from tinyllava.evaluation.score import score
     from tinyllava.inference.chat import Chat
+    from tinyllava.model.rebuild import whole_model
     from tinyllava.parts.folders import default_name, local_folder
 
     chosen, folders = find_questions(data, benchmarks, **own)
-    folder = local_folder(model)
+    folder = whole_model(local_folder(model))
     output = Path(output or f"evaluations/{default_name(folder)}")
     on = device or (str(processes().device) if processes().num_processes > 1 else "")
     chat = Chat.open(folder, device=on, dtype=dtype)

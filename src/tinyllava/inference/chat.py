@@ -21,6 +21,7 @@ from tinyllava.inference.logits import FiniteLogits, stop_ids
 from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
 from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.devices import best_device, check_device, multiplies_bf16
+from tinyllava.model.rebuild import whole_model
 from tinyllava.parts.folders import local_folder, saved_dtype
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -72,7 +73,7 @@ class Chat:
             ConfigError: no such device here.
             CheckpointError: the folder is missing, incomplete, or of another kind.
         """
-        folder = local_folder(folder)
+        folder = whole_model(local_folder(folder))
         found = check_device(device or best_device())
         if dtype == "auto":
             dtype = choose_dtype(saved_dtype(Path(folder)), found.type)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyllava.config import COMPONENTS, Component, Stage, Tune
-from tinyllava.errors import ConfigError, TrainingError
+from tinyllava.errors import CheckpointError, ConfigError, TrainingError
 from tinyllava.model.layers import decoder_layers, encoder_layers
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.quantised import QuantisedLinear, quantise, quantised_layers
@@ -208,6 +210,44 @@ class Ledger:
         """Write the ledger as JSON, a row for each tensor."""
         rows = [{**asdict(row), "moved": row.moved} for row in self.rows]
         path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def load_trained(path: Path, model: TinyLlavaForConditionalGeneration) -> None:
+    """Put tensors that a stage trained into a model whose plan was applied.
+
+    Raises:
+        CheckpointError: see ``check_trained``.
+    """
+    check_trained(path, model)
+    model.load_state_dict(load_file(path), strict=False)
+
+
+def check_trained(path: Path, model: TinyLlavaForConditionalGeneration) -> None:
+    """Compare names and shapes in a file with the tensors that a model trains.
+
+    Raises:
+        CheckpointError: some are missing, unknown or of another shape, or the file is damaged.
+    """
+    delete = f"Delete {path.parent} and run the command again."
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). {delete}") from error
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    if wrong:
+        raise CheckpointError(
+            f"{path}: does not fit the stage's plan: {', '.join(wrong[:5])} ({len(wrong)} tensors). {delete}"
+        )
+
+
+def weights_digest(ledger: Ledger, model: nn.Module) -> str:
+    """Return a digest of all tensors that a stage begins with, and of which of them it trains."""
+    held = dict(model.named_parameters())
+    tensors = [(row.name, row.trained, row.before) for row in ledger.rows]
+    tensors += [(n, False, tensors_digest([t])) for n, t in model.state_dict().items() if n not in held]
+    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def open_ledger(model: nn.Module) -> Ledger:

@@ -187,6 +187,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
             ) from error
 
 
+def is_stage_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a stage that is training or was, which holds what that trains."""
+    return all((folder / name).is_file() for name in ("trainer_state.json", "manifest.json"))
+
+
 def check_checkpoint(folder: Path) -> None:
     """Say what a folder lacks before anything is loaded from it.
 

@@ -4,7 +4,6 @@ Differs: the published code tells a stage by its folder's name; here each carrie
 """
 
 import dataclasses
-import json
 import platform
 import re
 import shutil
@@ -15,34 +14,24 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import tinyllava
-from tinyllava.config import Run, Validation, to_json
+from tinyllava.config import Run, Validation
 from tinyllava.data.mixtures import LICENCES, gather_licences
-from tinyllava.errors import CheckpointError, TrainingError
-from tinyllava.files import (
-    describe_files,
-    find_damage,
-    open_to_others,
-    read_object,
-    whole_file,
-    whole_folder,
-    write_json,
-)
+from tinyllava.errors import TrainingError
+from tinyllava.files import describe_files, find_damage, open_to_others, read_object, whole_file, write_json
 from tinyllava.model.adapters import save_adapters
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quantised import quantised_layers
+from tinyllava.model.rebuild import MANIFEST, RESUMED_TENSORS, STAGE_TENSORS
+from tinyllava.model.tuning import load_trained
 from tinyllava.training.identity import StageIdentity
-from tinyllava.training.trainer import RESUMED_TENSORS, trained_tensors
+from tinyllava.training.trainer import trained_tensors
 from tinyllava.training.validation import best_step, is_stopped, read_curve
 
 METADATA = "stage.json"
-TENSORS = "trained.safetensors"
-MANIFEST = "manifest.json"
 ADAPTERS = "adapters"
 
 
@@ -56,11 +45,14 @@ class CheckpointKeeper(TrainerCallback):
     Args:
         folder: of the stage.
         identity: what decides the stage's result.
+        origin: see ``describe_origin``.
         num_kept: how many stay when the stage is done.
     """
 
-    def __init__(self, folder: Path, identity: StageIdentity, num_kept: int = 0) -> None:
-        self.folder, self.identity, self.num_kept = folder, identity, num_kept
+    def __init__(
+        self, folder: Path, identity: StageIdentity, origin: Mapping[str, Any], num_kept: int = 0
+    ) -> None:
+        self.folder, self.identity, self.origin, self.num_kept = folder, identity, origin, num_kept
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -95,6 +87,7 @@ class CheckpointKeeper(TrainerCallback):
             open_to_others(path)
         names = sorted(str(path.relative_to(checkpoint)) for path in files)
         manifest = {
+            **self.origin,
             "key": self.identity.key,
             "identity": dataclasses.asdict(self.identity),
             "files": describe_files(checkpoint, names),
@@ -178,9 +171,9 @@ def save_stage(
 ) -> None:
     """Write trained tensors, adapters for PEFT, and metadata; these last: they say that the stage is done."""
     save_adapters(folder / ADAPTERS, model)
-    with whole_file(folder / TENSORS) as partial:
+    with whole_file(folder / STAGE_TENSORS) as partial:
         save_file(trained_tensors(model), partial, metadata={"format": "pt"})
-    files = describe_files(folder, [TENSORS])
+    files = describe_files(folder, [STAGE_TENSORS])
     write_json(folder / METADATA, {**metadata, "files": files, "identity": dataclasses.asdict(identity)})
 
 
@@ -196,7 +189,7 @@ def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
     Raises:
         CheckpointError: the tensors are not exactly those that the plan trains, or the file is damaged.
     """
-    _load_tensors(folder / TENSORS, model)
+    load_trained(folder / STAGE_TENSORS, model)
 
 
 def load_last(
@@ -211,7 +204,7 @@ def load_last(
     curve = read_curve(state.get("log_history", []))
     if state.get("global_step", 0) < state.get("max_steps", 1) and not is_stopped(curve, validation):
         return None
-    _load_tensors(checkpoint / RESUMED_TENSORS, model)
+    load_trained(checkpoint / RESUMED_TENSORS, model)
     return {"num_steps": state["global_step"], "seconds": 0.0, **summarise_losses(state["log_history"])}
 
 
@@ -232,55 +225,14 @@ def load_best(folder: Path, step: int, model: TinyLlavaForConditionalGeneration)
     Raises:
         CheckpointError: it is not there, or damaged.
     """
-    _load_tensors(folder / f"checkpoint-{step}" / RESUMED_TENSORS, model)
+    load_trained(folder / f"checkpoint-{step}" / RESUMED_TENSORS, model)
 
 
-def check_resumable(checkpoint: Path, model: TinyLlavaForConditionalGeneration) -> None:
-    """Refuse a checkpoint in the middle of a stage whose tensors are not those that the plan trains.
-
-    Raises:
-        CheckpointError: some are missing, unknown or of another shape, or the file is damaged.
-    """
-    _check_fits(checkpoint / RESUMED_TENSORS, model)
-
-
-def _load_tensors(path: Path, model: TinyLlavaForConditionalGeneration) -> None:
-    _check_fits(path, model)
-    model.load_state_dict(load_file(path), strict=False)
-
-
-def _check_fits(path: Path, model: TinyLlavaForConditionalGeneration) -> None:
-    """Compare names and shapes in a file with the tensors that a model trains."""
-    delete = f"Delete {path.parent} and run the command again."
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). {delete}") from error
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-    if wrong:
-        raise CheckpointError(
-            f"{path}: does not fit the stage's plan: {', '.join(wrong[:5])} ({len(wrong)} tensors). {delete}"
-        )
-
-
-def save_model(
-    folder: Path,
-    model: TinyLlavaForConditionalGeneration,
-    processor: TinyLlavaProcessor,
-    run: Run,
-    provenance: Mapping[str, Any],
-) -> None:
-    """Write a self-contained folder; it appears whole or not at all."""
-    with whole_folder(folder) as part:
-        model.save_pretrained(part)
-        processor.save_pretrained(part)
-        (part / "run.json").write_text(to_json(run), encoding="utf-8")
-        records = [record for stage in run.stages.values() for record in stage.data.records]
-        if licences := gather_licences(records, run.start_from):
-            write_json(part / LICENCES, licences)
-        (part / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+def describe_beside(run: Run) -> dict[str, Any]:
+    """Return what stands beside a run's weights in JSON files, by name: the licences of its data."""
+    records = [record for stage in run.stages.values() for record in stage.data.records]
+    licences = gather_licences(records, run.start_from)
+    return {LICENCES: licences} if licences else {}
 
 
 def require_space(folder: Path, model: TinyLlavaForConditionalGeneration, num_checkpoints: int = 2) -> None:

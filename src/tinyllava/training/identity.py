@@ -15,7 +15,7 @@ from typing import Any, Self
 from tinyllava.config import Run, Stage, flatten
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
-from tinyllava.model.tuning import Ledger, tensors_digest
+from tinyllava.model.tuning import Ledger, weights_digest
 from tinyllava.parts.user_code import code_digest
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.trainer import choose_precision, micro_batch
@@ -120,13 +120,10 @@ def identify(
         model: with the stage's plan applied. Its weights alone do not tell it: connectors that average to 1
             and to 4 tokens have the same.
     """
-    held = dict(model.named_parameters())
-    tensors = [(row.name, row.trained, row.before) for row in ledger.rows]
-    tensors += [(n, False, tensors_digest([t])) for n, t in model.state_dict().items() if n not in held]
     contents = {
         "records": prepared.records_digest,
         "images": prepared.images_digest,
-        "weights": _digest(tensors),
+        "weights": weights_digest(ledger, model),
         "template": _digest(prepared.examples.template or processor.chat_template),
         "tokenizer": _digest(_describe_tokenizer(processor)),
         "architecture": _digest(_without_origin(model.config.to_dict())),

@@ -3,6 +3,7 @@
 Paper: section 3.2, pre-training for feature alignment, then supervised fine-tuning.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -25,12 +26,19 @@ from tinyllava.data.workers import naming_dead_workers
 from tinyllava.errors import DataError, TinyLlavaError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
 from tinyllava.inference.logits import refuse_broken_weights
-from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.compat import causal_without_looking, forget_preparation
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
-from tinyllava.model.tuning import Ledger, apply_tuning, close_ledger, merge_adapters, open_ledger
+from tinyllava.model.rebuild import RESUMED_TENSORS, describe_origin, open_start, save_model, whole_model
+from tinyllava.model.tuning import (
+    Ledger,
+    apply_tuning,
+    check_trained,
+    close_ledger,
+    merge_adapters,
+    open_ledger,
+)
 from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
 from tinyllava.training.devices import fit_hardware
@@ -62,6 +70,7 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
         OutputError: another process trains in the same folder.
         DataError, ImageError, CheckpointError, TrainingError: see the stages.
     """
+    run = dataclasses.replace(run, start_from=str(whole_model(run.start_from)) if run.start_from else "")
     check(run)
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
     with ExitStack() as stack:
@@ -84,20 +93,17 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
 
 
 def _train(run: Run, processes: PartialState) -> Path:
-    set_seed(run.seed)
-    # In fp32 whatever it was saved in: in half precision small updates are rounded away.
-    model, processor = (
-        open_checkpoint(run.start_from, dtype="float32") if run.start_from else assemble(run.model)
-    )
+    model, processor = open_start(run)
     refuse_broken_weights(model)
     metadata: dict[str, Any] = {}
+    before: dict[str, Path] = {}
     for name, stage in run.stages.items():
-        metadata[name] = _run_stage(run, name, stage, model, processor)
+        metadata[name], before[name] = _run_stage(run, name, stage, model, processor, before)
     folder = run.folder / "model"
     provenance = {"environment": checkpoints.describe_environment(), "stages": metadata}
     if processes.is_main_process:
         _save_settings(run)
-        checkpoints.save_model(folder, model, processor, run, provenance)
+        save_model(folder, model, processor, run, provenance, checkpoints.describe_beside(run))
     processes.wait_for_everyone()
     return folder
 
@@ -157,9 +163,18 @@ def _save_settings(run: Run) -> None:
 
 
 def _run_stage(
-    run: Run, name: str, stage: Stage, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor
-) -> dict[str, Any]:
-    """Bring the model through one stage and return the stage's metadata."""
+    run: Run,
+    name: str,
+    stage: Stage,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    before: Mapping[str, Path],
+) -> tuple[dict[str, Any], Path]:
+    """Bring the model through one stage and return the stage's metadata and folder.
+
+    Args:
+        before: folders of the stages before it.
+    """
     folder = run.folder / name
     set_seed(run.seed)  # adapters begin alike, whether the stage before was trained just now or reused
     apply_tuning(model, stage)
@@ -173,7 +188,8 @@ def _run_stage(
         metadata = checkpoints.read_metadata(done)
     else:
         _announce(name, stage, ledger, prepared)
-        keeper = checkpoints.CheckpointKeeper(folder, identity, run.hardware.keep_checkpoints)
+        origin = describe_origin(run, name, before, checkpoints.describe_beside(run))
+        keeper = checkpoints.CheckpointKeeper(folder, identity, origin, run.hardware.keep_checkpoints)
         last = checkpoints.load_last(resumed, model, stage.validation) if resumed else None
         with causal_without_looking(model.language_model):
             metadata = last or _train_stage(run, name, stage, model, processor, prepared, keeper, resumed)
@@ -193,7 +209,7 @@ def _run_stage(
         checkpoints.keep_newest(folder, run.hardware.keep_checkpoints, best)
     merge_adapters(model)
     model.requires_grad_(False)
-    return metadata
+    return metadata, done or folder
 
 
 def _find_work(run: Run, name: str, identity: StageIdentity) -> tuple[Path | None, Path | None]:
@@ -278,7 +294,7 @@ def _train_stage(
     if validator is not None:
         validator.trainer = trainer
     if resumed is not None:
-        checkpoints.check_resumable(resumed, model)
+        check_trained(resumed / RESUMED_TENSORS, model)
     start = time.monotonic()
     try:
         with naming_dead_workers("--hardware.num-workers"), stopper.listening():

@@ -27,14 +27,13 @@ from tinyllava.errors import TrainingError
 from tinyllava.model.devices import multiplies_bf16
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.quiet import keeping_random_state
+from tinyllava.model.rebuild import RESUMED_TENSORS
 from tinyllava.model.tuning import component_of
 
 WINDOW = 50
 """Steps that ``length_windows`` sorts by length together."""
 MOST_SAMPLES = 16
 """Samples of a forward pass where memory does not set the bound: more make nothing faster on a CPU."""
-RESUMED_TENSORS = "model.safetensors"
-"""File of a checkpoint with the trained tensors; the Trainer loads it under this name."""
 
 
 class StageArguments(TrainingArguments):

@@ -27,6 +27,7 @@ from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
+from tinyllava.model.rebuild import whole_model
 from tinyllava.parts.folders import check_checkpoint, check_new_folder, written_whole
 
 __all__ = ["Exported", "export_checkpoint", "measure_format"]
@@ -92,7 +93,7 @@ def export_checkpoint(
     Raises:
         CheckpointError: no checkpoint, a model that the layout cannot hold, or one that answers otherwise.
     """
-    checkpoint, folder = Path(checkpoint), Path(folder)
+    checkpoint, folder = whole_model(checkpoint), Path(folder)
     check_new_folder(folder)
     _refuse_before_loading(checkpoint, layout)
     is_exact = layout in ("onnx", "gguf")
