@@ -36,6 +36,10 @@ class Tune:
     """Dropout before the adapters (lora)."""
     bits: Literal[4, 8, 16] = 16
     """Bits of the frozen weights below the adapters; 4 is QLoRA. Fewer than 16 need bitsandbytes."""
+    layers: tuple[int, ...] = ()
+    """Layers that get adapters, counted from 0; empty means all (lora)."""
+    modules: tuple[str, ...] = ()
+    """Linear layers that get adapters, by the end of their names, such as q_proj; empty means all (lora)."""
 
     @property
     def trains(self) -> bool:
@@ -52,11 +56,58 @@ def from_layer(first_layer: int) -> Tune:
     return Tune(kind="from_layer", first_layer=first_layer)
 
 
-def lora(rank: int, alpha: int = 0, dropout: float = 0.0, bits: Literal[4, 8, 16] = 16) -> Tune:
-    """Train low-rank adapters on every linear layer of a component; ``alpha`` defaults to twice the rank."""
-    return Tune(kind="lora", rank=rank, alpha=alpha or 2 * rank, dropout=dropout, bits=bits)
+def lora(
+    rank: int,
+    alpha: int = 0,
+    dropout: float = 0.0,
+    bits: Literal[4, 8, 16] = 16,
+    *,
+    layers: tuple[int, ...] = (),
+    modules: tuple[str, ...] = (),
+) -> Tune:
+    """Train low-rank adapters on the linear layers of a component; ``alpha`` defaults to twice the rank.
+
+    Args:
+        layers: numbers of the layers that get adapters; empty means all.
+        modules: ends of the names of the linear layers that get adapters, such as ``q_proj``; empty: all.
+    """
+    return Tune(
+        kind="lora",
+        rank=rank,
+        alpha=alpha or 2 * rank,
+        dropout=dropout,
+        bits=bits,
+        layers=layers,
+        modules=modules,
+    )
 
 
+SCHEDULES = (
+    "cosine",
+    "linear",
+    "constant",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+)
+"""Schedules of the rate, by transformers' names; all of them warm up as ``warmup_ratio`` says."""
+OPTIMIZERS: dict[str, tuple[str, float]] = {
+    "adamw": ("", 8),
+    "adafactor": ("", 0),
+    "sgd": ("", 0),
+    "adagrad": ("", 4),
+    "rmsprop": ("", 4),
+    "adamw_8bit": ("bitsandbytes", 2),
+    "paged_adamw_8bit": ("bitsandbytes", 2),
+    "paged_adamw_32bit": ("bitsandbytes", 8),
+    "ademamix_8bit": ("bitsandbytes", 3),
+    "lion_32bit": ("bitsandbytes", 4),
+    "lion_8bit": ("bitsandbytes", 1),
+}
+"""Optimizers by transformers' names (adamw is its default one): the package that one needs, and the bytes
+that it keeps of a trained parameter."""
 Code = Literal["", "bench", "factory", "llava"]
 
 
@@ -102,6 +153,10 @@ class DataConfig:
     """Download images at http(s) addresses, once, into a cache."""
     skip: tuple[str, ...] = ()
     """Defects whose records are skipped and counted instead of stopping the run (see the data guide)."""
+
+
+_LATER: dict[str, Any] = {"schedule": "cosine", "schedule_options": {}, "optimizer": "adamw"}
+"""Settings of a stage that came after others were on disk, and their defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +206,12 @@ class Stage:
     num_epochs: float = 1.0
     max_steps: int = 0
     """Number of optimizer steps; 0 means num_epochs."""
+    schedule: str = "cosine"
+    """How the rate falls behind the warm-up: cosine, linear, constant, or another of ``SCHEDULES``."""
+    schedule_options: dict[str, float] = field(default_factory=dict)
+    """Options of the schedule, such as num_cycles of cosine_with_restarts."""
+    optimizer: str = "adamw"
+    """adamw, or another of ``OPTIMIZERS``, such as adamw_8bit."""
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -176,8 +237,18 @@ class Stage:
         return "1 epoch" if self.num_epochs == 1 else f"{self.num_epochs:g} epochs"
 
     def decisive(self) -> dict[str, Any]:
-        """Return the settings that change what the stage computes, by name."""
+        """Return the settings that change what the stage computes, by name.
+
+        Those that came later are left out at their defaults: what was trained before them is still found.
+        """
         values = dataclasses.asdict(self)
+        for name, default in _LATER.items():
+            if values[name] == default:
+                del values[name]
+        for component in COMPONENTS:
+            for name in ("layers", "modules"):
+                if not values[component][name]:
+                    del values[component][name]
         if not self.validation.decides:
             del values["validation"]
         else:  # which records are held out counts by its content, and answers change nothing

@@ -105,7 +105,11 @@ def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Compo
 
 
 def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune) -> None:
-    """Put adapters on every linear layer of a component, in place (peft); quantise what is below them."""
+    """Put adapters on the linear layers of a component, in place (peft); quantise what is below them.
+
+    With ``tune.layers`` or ``tune.modules`` only those get adapters; in 4 or 8 bits the others are quantised
+    too.
+    """
     with quiet_bitsandbytes_import():
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -125,6 +129,7 @@ def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component
         raise ConfigError(f"{component}: lora needs a linear layer, and it has none; choose full or frozen.")
     if tune.bits < 16:
         quantise(model, targets, tune.bits)
+    targets = _choose_targets(model, component, tune, targets)
     already = {n for n, p in model.named_parameters() if p.requires_grad}
     config = LoraConfig(r=tune.rank, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=targets)
     inject_adapter_in_model(config, model, adapter_name=component)
@@ -133,6 +138,37 @@ def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component
             module.set_adapter(component_of(name))
     for name, parameter in model.named_parameters():  # peft freezes everything else: give the others back
         parameter.requires_grad_(name in already or (f".{component}." in name and "lora_" in name))
+
+
+def _choose_targets(
+    model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune, targets: list[str]
+) -> list[str]:
+    """Return those of a component's linear layers that the plan puts adapters on.
+
+    Raises:
+        ConfigError: a name that is the end of no linear layer's name, or nothing is left.
+    """
+    inside = set(targets)
+    if tune.layers:
+        layers = (
+            encoder_layers(model.vision_encoder)
+            if component == "vision_encoder"
+            else decoder_layers(model.language_model)
+        )
+        chosen = {id(module) for number in tune.layers for module in layers[number].modules()}
+        inside = {name for name in targets if id(model.get_submodule(name)) in chosen}
+    for end in tune.modules:
+        if not any(f".{name}".endswith(f".{end}") for name in inside):
+            known = sorted({name.rpartition(".")[2] for name in targets})
+            raise ConfigError(
+                f"{component}.modules = {end!r}: no linear layer's name ends so; known: {', '.join(known)}."
+            )
+    return [
+        name
+        for name in targets
+        if name in inside
+        and (not tune.modules or any(f".{name}".endswith(f".{end}") for end in tune.modules))
+    ]
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ docs/memory.md compares the estimate with measured peaks.
 
 from dataclasses import dataclass, replace
 
-from tinyllava.config import Component, Stage, Tune
+from tinyllava.config import OPTIMIZERS, Component, Stage, Tune
 from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES, LanguageFamily, VisionFamily
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
@@ -57,7 +57,8 @@ def count_trained(size: PartSize, tune: Tune) -> int:
         return size.total - size.behind
     if tune.kind == "from_layer":
         return sum(size.layers[tune.first_layer :])
-    return tune.rank * size.adapted_widths if tune.kind == "lora" else 0
+    share = len(tune.layers) / len(size.layers) if tune.layers and size.layers else 1
+    return round(tune.rank * size.adapted_widths * share) if tune.kind == "lora" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Memory:
 
     weights: int
     optimizer: int
-    """AdamW's two moments of the trained parameters."""
+    """What the optimizer keeps of the trained parameters, such as AdamW's two moments."""
     gradients: int
     activations: int
     """What the forward pass keeps, the casts of weights and the logits included."""
@@ -112,7 +113,7 @@ def estimate_memory(
         activations += HALF_BYTES * _cast_weights(parts, stage) // num_shards
     return Memory(
         weights=weights // num_shards + gathered,
-        optimizer=2 * FLOAT_BYTES * trained // num_shards,
+        optimizer=int(OPTIMIZERS[stage.optimizer][1] * trained) // num_shards,
         gradients=FLOAT_BYTES * trained // num_shards,
         activations=activations,
         accumulates=accumulates or in_buckets,

@@ -8,12 +8,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from tinyllava.config import COMPONENTS, Component, Hardware, Stage, Tune
+from tinyllava.config import COMPONENTS, OPTIMIZERS, SCHEDULES, Component, Hardware, Stage, Tune
 from tinyllava.parts.templates import template_names
 from tinyllava.parts.user_code import is_reference
 
 MIN_TEXT_TOKENS = 64
 """What question and answer need at the least beside an image: the system sentence alone is half of it."""
+
+
+_SCHEDULE_NEEDS = {
+    "warmup_stable_decay": ("num_decay_steps",),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+}
+"""Schedules that need one of these options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,13 @@ def value_problems(stage: Stage, limits: Limits) -> Iterator[str]:
         if value < 0:
             yield f"{field} = {value}: must not be negative."
     yield from _validation_problems(stage)
+    if stage.schedule not in SCHEDULES:
+        yield f"schedule = {stage.schedule!r}: unknown; known: {', '.join(SCHEDULES)}."
+    needed = _SCHEDULE_NEEDS.get(stage.schedule, ())
+    if needed and not any(name in stage.schedule_options for name in needed):
+        yield f"schedule_options = {stage.schedule_options}: {stage.schedule} needs {' or '.join(needed)}."
+    if stage.optimizer not in OPTIMIZERS:
+        yield f"optimizer = {stage.optimizer!r}: unknown; known: {', '.join(OPTIMIZERS)}."
     if not 0 <= stage.warmup_ratio < 1:
         yield f"warmup_ratio = {stage.warmup_ratio}: must be at least 0 and below 1, such as 0.03."
 
@@ -123,8 +137,11 @@ def _tune_problems(tune: Tune, component: Component, limits: Limits) -> Iterator
             yield f"dropout = {tune.dropout}: must be at least 0 and below 1."
         if tune.bits != 16 and component == "connector":
             yield f"bits = {tune.bits}: a connector cannot be quantised; set bits to 16."
+        yield from _layer_problems(tune, component, num_layers)
     elif tune.rank or tune.bits != 16:
         yield f"rank = {tune.rank}, bits = {tune.bits}: only valid for lora; set kind to 'lora'."
+    elif tune.layers or tune.modules:
+        yield f"layers = {tune.layers}, modules = {tune.modules}: only valid for lora; set kind to 'lora'."
     if tune.kind == "from_layer":
         if num_layers == 0:
             yield "kind = 'from_layer': this component has no numbered layers; choose full or frozen."
@@ -139,6 +156,16 @@ RULES: tuple[Callable[[Stage, Limits], Iterator[str]], ...] = (
     length_problems,
     tuning_problems,
 )
+
+
+def _layer_problems(tune: Tune, component: Component, num_layers: int | None) -> Iterator[str]:
+    """Adapters on layers that are not there."""
+    if tune.layers and num_layers == 0:
+        yield f"layers = {tune.layers}: this component has no numbered layers; leave it empty."
+    elif num_layers is not None and (
+        wrong := [number for number in tune.layers if not 0 <= number < num_layers]
+    ):
+        yield f"layers = {wrong}: its layers are 0 to {num_layers - 1}."
 
 
 def source_problems(stage: Stage, connector_is_trained: bool) -> Iterator[str]:
@@ -184,7 +211,13 @@ def batch_problems(stage: Stage, hardware: Hardware, num_ranks: int) -> Iterator
 
 
 def bits_problems(stage: Stage) -> Iterator[str]:
-    """Weights in 4 or 8 bits need a package that not every machine has."""
+    """Weights in 4 or 8 bits, and some optimizers, need a package that not every machine has."""
+    package, _ = OPTIMIZERS.get(stage.optimizer, ("", 0))
+    if package and find_spec(package) is None:
+        yield (
+            f"optimizer = {stage.optimizer!r}: needs {package}, which is not installed; run "
+            "pip install 'tinyllava[quantized]', or choose adamw."
+        )
     for component in COMPONENTS:
         bits = stage.tune(component).bits
         if bits != 16 and find_spec("bitsandbytes") is None:

@@ -6,6 +6,7 @@ Paper: section 4.1.2.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
@@ -18,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from tinyllava.config import COMPONENTS, Hardware, Stage
 from tinyllava.data.batches import GroupedSampler
 from tinyllava.data.dataset import Examples
-from tinyllava.errors import TrainingError
+from tinyllava.errors import ConfigError, TrainingError
 from tinyllava.model.devices import multiplies_bf16
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.quiet import keeping_random_state
@@ -69,7 +70,7 @@ class StageTrainer(Trainer):
             self.model_accepts_loss_kwargs = False  # then the Trainer averages the micro-batches' means
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with one group for each trained component, at its own learning rate."""
+        """The stage's optimizer with one group for each trained component, at its own learning rate."""
         if self.optimizer is None:
             trained = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             groups = [
@@ -89,12 +90,14 @@ class StageTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The schedule of ``rate_factor``; transformers' own has the rate 0 at the first step."""
+        """The schedule of ``rate_factor``, or another one behind the same warm-up.
+
+        Transformers' own warm-up has the rate 0 at the first step.
+        """
         if self.lr_scheduler is None:
             num_warmup = ceil(num_training_steps * self.stage.warmup_ratio)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: rate_factor(step, num_training_steps, num_warmup)
-            )
+            factor = make_schedule(self.stage, num_training_steps, num_warmup)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         schedule: torch.optim.lr_scheduler.LRScheduler = self.lr_scheduler
         return schedule
 
@@ -230,6 +233,27 @@ def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
     return 0.5 * (1 + cos(pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
 
 
+def make_schedule(stage: Stage, num_steps: int, num_warmup: int) -> Callable[[int], float]:
+    """Return the share of the peak rate by step: ``rate_factor``'s warm-up, then the stage's schedule.
+
+    Raises:
+        ConfigError: options that the schedule does not take.
+    """
+    if stage.schedule == "cosine" and not stage.schedule_options:
+        return lambda step: rate_factor(step, num_steps, num_warmup)
+    name = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=stage.learning_rate)
+    given = stage.schedule_options
+    options = {key: int(value) if float(value).is_integer() else value for key, value in given.items()}
+    try:
+        [behind] = get_scheduler(name, nothing, num_warmup, num_steps, options or None).lr_lambdas
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"schedule_options = {given} of schedule {stage.schedule!r}: {error}. Fix the options."
+        ) from error
+    return lambda step: rate_factor(step, num_steps, num_warmup) if step < num_warmup else float(behind(step))
+
+
 def fastest_attention(input_ids: Tensor, *, bf16: bool) -> AbstractContextManager[None]:
     """Choose the attention kernel where PyTorch's own choice is a slow one.
 
@@ -268,6 +292,7 @@ def make_arguments(
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
+        **({} if stage.optimizer == "adamw" else {"optim": stage.optimizer}),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=not torch.cuda.is_available(),
