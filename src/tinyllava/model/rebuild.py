@@ -19,7 +19,7 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
 from tinyllava.model.tuning import apply_tuning, load_trained, merge_adapters, open_ledger, weights_digest
-from tinyllava.parts.folders import is_stage_checkpoint
+from tinyllava.parts.folders import is_stage_checkpoint, resolved
 from tinyllava.parts.user_code import is_reference, recall_value
 
 MANIFEST = "manifest.json"
@@ -50,20 +50,16 @@ def describe_origin(
     """
     model = dataclasses.replace(
         run.model,
-        vision_encoder=_whole_path(run.model.vision_encoder),
-        language_model=_whole_path(run.model.language_model),
+        vision_encoder=resolved(run.model.vision_encoder),
+        language_model=resolved(run.model.language_model),
     )
-    run = dataclasses.replace(run, model=model, start_from=_whole_path(run.start_from))
+    run = dataclasses.replace(run, model=model, start_from=resolved(run.start_from))
     return {
         "run": json.loads(to_json(run)),
         "stage": stage,
         "before": {name: str(folder.resolve()) for name, folder in before.items()},
         "beside": dict(beside),
     }
-
-
-def _whole_path(name: str) -> str:
-    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def whole_model(folder: str | Path) -> Path:

@@ -187,6 +187,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
             ) from error
 
 
+def resolved(path: str) -> str:
+    """Return a path in one spelling; what is no path here, such as a part's name, stays."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
+
+
 def is_stage_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint of a stage that is training or was, which holds what that trains."""
     return all((folder / name).is_file() for name in ("trainer_state.json", "manifest.json"))

@@ -9,13 +9,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from tinyllava.config import Run, Stage, flatten
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import Ledger, weights_digest
+from tinyllava.parts.folders import resolved
 from tinyllava.parts.user_code import code_digest
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.trainer import choose_precision, micro_batch
@@ -143,24 +143,19 @@ def identify(
 
 def _sources(run: Run, stage: Stage) -> dict[str, Any]:
     return {
-        "data.records": [_place(path) for path in stage.data.records],
-        "data.images": _place(stage.data.images),
+        "data.records": [resolved(path) for path in stage.data.records],
+        "data.images": resolved(stage.data.images),
         "data.skip": sorted(set(stage.data.skip)),
-        "data_root": _place(run.data_root),
-        "validation.held_out": _place(stage.validation.held_out),
+        "data_root": resolved(run.data_root),
+        "validation.held_out": resolved(stage.validation.held_out),
         "max_length_tokens": stage.max_length_tokens,
         "template": stage.template,
         "model.template": run.model.template,
         "model.code": run.model.code,
-        "model.vision_encoder": _place(run.model.vision_encoder),
-        "model.language_model": _place(run.model.language_model),
-        "start_from": _place(run.start_from),
+        "model.vision_encoder": resolved(run.model.vision_encoder),
+        "model.language_model": resolved(run.model.language_model),
+        "start_from": resolved(run.start_from),
     }
-
-
-def _place(path: str) -> str:
-    """Return a path in one spelling; what is no path here, such as a part's name, stays."""
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def _describe_tokenizer(processor: TinyLlavaProcessor) -> Any:

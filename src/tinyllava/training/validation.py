@@ -124,39 +124,6 @@ def open_question(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=messages[:end])
 
 
-_PAGE = Template(
-    """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Held-out records</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .15rem .8rem .15rem 0; text-align: left;
-vertical-align: top } article { border-top: 1px solid #ccc; padding: 1rem 0 } img { max-width: 320px;
-max-height: 320px; display: inline-block; margin-right: .5rem } .right { color: #0a6b2d }
-svg { width: 100%; max-width: 40rem } .small { color: #666; font-size: 13px }
-</style>
-<h1>Held-out records</h1>
-<p>Answers to {{ records|length }} records that are not trained on, and the mean loss over all held-out
-records. An answer that equals the expected one is green.</p>
-<svg viewBox="0 0 640 200" role="img" aria-label="Held-out loss over the steps">
-<polyline points="{{ points }}" fill="none" stroke="#1f5fa8" stroke-width="2"/>
-<text x="4" y="14" font-size="13">{{ "%.3f"|format(high) }}</text>
-<text x="4" y="196" font-size="13">{{ "%.3f"|format(low) }}</text></svg>
-<table><tr><th>step</th><th>held-out loss</th></tr>
-{% for step, loss in curve %}<tr><td>{{ step }}</td><td>{{ "%.4f"|format(loss) }}</td></tr>
-{% endfor %}</table>
-{% for record in records %}<article>
-{% for image in record.images %}<img src="{{ image }}" alt="image of the record">{% endfor %}
-<p><b>{{ record.question }}</b><br>expected: {{ record.expected }}</p>
-<table>{% for step, answer in record.answers %}<tr><td>step {{ step }}</td>
-<td{% if answer == record.expected %} class="right"{% endif %}>{{ answer }}</td></tr>
-{% endfor %}</table><p class="small">{{ record.place }}</p></article>
-{% endfor %}</html>
-""",
-    autoescape=True,
-)
-
-
 def write_page(folder: Path, sample: Sequence[Conversation], curve: Curve) -> None:
     """Write the page of the sample's answers so far, with images inside."""
     given: dict[str, list[tuple[int, str]]] = {}
@@ -181,7 +148,9 @@ def write_page(folder: Path, sample: Sequence[Conversation], curve: Curve) -> No
         f"{50 + 580 * step / last:.1f},{190 - 180 * (loss - low) / ((high - low) or 1):.1f}"
         for step, loss in curve
     )
-    page = _PAGE.render(records=records, curve=curve, points=points, low=low, high=high)
+    template = Path(__file__).with_name("held_out.html").read_text(encoding="utf-8")
+    values = {"records": records, "curve": curve, "points": points, "low": low, "high": high}
+    page = Template(template, autoescape=True).render(values)
     write_text(folder / PAGE, page)
 
 
