@@ -132,6 +132,9 @@ class ModelConfig:
     """Side of the image that the encoder sees; 0 means the encoder's own."""
     template: str = ""
     """Prompt template; empty means the language model's own."""
+    add_tokens: tuple[str, ...] = ()
+    """Tokens that the task needs, such as <loc_0>; they may stand in questions and answers, also if they were
+    special ones."""
     code: Code = ""
     """Published code (`tinyllava train --code`) to match in turns, token ids, image tokens and head; empty
     means none."""

@@ -83,6 +83,13 @@ def _make_parser() -> CommandParser:
         metavar="N",
         help="checkpoints of each stage that stay when it is done",
     )
+    parser.add_argument(
+        "--add-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="tokens that questions and answers may contain, such as '<loc_0>'; their rows are trained",
+    )
     parser.add_argument("--code", default="", help=f"settings of published code: {', '.join(PUBLISHED)}")
     parser.add_argument("--only", default="", help="run only this stage")
     parser.add_argument(
@@ -111,7 +118,10 @@ def main(arguments: list[str]) -> int:
             run, stages={name: fit_to(stage, num_records) for name, stage in run.stages.items()}
         )
     run = _with_options(run, ["--help"] if known.options else rest, known.variant)
-    if model and run.model != model:
+    if known.add_tokens:
+        tokens = tuple(dict.fromkeys([*run.model.add_tokens, *known.add_tokens]))
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, add_tokens=tokens))
+    if model and dataclasses.replace(run.model, add_tokens=model.add_tokens) != model:
         raise ConfigError(f"--model.* with --from {known.start_from}: {_describe_change(model, run.model)}")
 
     if num_records:

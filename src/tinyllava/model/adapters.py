@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from tinyllava.files import whole_file
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.token_rows import TrainedRows
 
 _PREFIX = "base_model.model."  # what PEFT's wrapper puts in front of a module's name
 
@@ -32,7 +33,7 @@ def save_adapters(folder: Path, model: TinyLlavaForConditionalGeneration) -> Non
         tensors = {
             f"{_PREFIX}{module}.{name}": tensor.detach().contiguous()
             for module in beside
-            for name, tensor in model.get_submodule(module).state_dict().items()
+            for name, tensor in _state(model.get_submodule(module)).items()
         }
         for name, parameter in model.named_parameters():
             for factor in ("lora_A", "lora_B"):
@@ -51,9 +52,16 @@ def save_adapters(folder: Path, model: TinyLlavaForConditionalGeneration) -> Non
         (folder / component / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's tensors as the model has them without what trains single rows."""
+    return module.state_when_merged() if isinstance(module, TrainedRows) else module.state_dict()
+
+
 def _trained_beside(model: nn.Module) -> list[str]:
     """Return the largest modules without adapters that hold everything else that was trained."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    rows = [name for name, module in model.named_modules() if isinstance(module, TrainedRows)]
+    trained -= {f"{name}.rows" for name in rows}
     found: list[str] = []
     for module_name, module in model.named_modules():  # outer ones come first
         inside = {f"{module_name}.{name}" for name, _ in module.named_parameters()}
@@ -61,4 +69,4 @@ def _trained_beside(model: nn.Module) -> list[str]:
         is_whole = bool(inside) and inside <= trained
         if (is_whole or own & trained) and not module_name.startswith(tuple(f"{name}." for name in found)):
             found.append(module_name)
-    return found
+    return found + rows

@@ -29,6 +29,7 @@ from tinyllava.model.layers import encoder_layers
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, try_image_processor
 from tinyllava.model.quiet import transformers_errors_only, without_loading_bars
+from tinyllava.model.token_rows import ROWS_MULTIPLE, require_rows
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
 from tinyllava.parts.families import LANGUAGE_FAMILIES
 from tinyllava.parts.folders import check_checkpoint, check_processor_files, read_config, recorded_model
@@ -40,7 +41,6 @@ from tinyllava.parts.user_code import is_reference, recall_value
 from tinyllava.parts.vision import VisionEncoder
 
 _STAGES = ("stage_names", "out_features", "out_indices")
-_ROWS_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
 
 
 @without_loading_bars()
@@ -71,6 +71,7 @@ def assemble(
     assembled.model.language_model = llm.base_model
     assembled.lm_head = llm.get_output_embeddings()
     assembled.model.multi_modal_projector = _new_connector(config).to(dtype)
+    require_rows(parts.language.path, tokenizer, llm.get_input_embeddings().num_embeddings, model.add_tokens)
     make_room_for_image_token(assembled, config.image_token_id)
     assembled.generation_config = greedy_generation(llm.generation_config, tokenizer)
     return assembled.eval(), make_processor(parts, model, tokenizer)
@@ -120,6 +121,7 @@ def open_checkpoint(
             raise CheckpointError(
                 f"{folder}: {fault.replace('_', ' ')}: {', '.join(map(str, sorted(report[fault])))}"
             )
+    require_rows(str(folder), processor.tokenizer, model.get_input_embeddings().num_embeddings)
     if model.config.num_image_tokens != processor.num_image_tokens:
         raise CheckpointError(
             f"{folder}: processor_config.json says {processor.num_image_tokens} tokens for an image, the "
@@ -348,7 +350,7 @@ def make_room_for_image_token(model: TinyLlavaForConditionalGeneration, image_to
     if image_token_id < num_rows:
         return
     model.config.num_language_rows = num_rows
-    model.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=_ROWS_MULTIPLE, mean_resizing=False)
+    model.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=ROWS_MULTIPLE, mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[num_rows:] = 0

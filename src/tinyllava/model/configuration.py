@@ -60,6 +60,10 @@ class TinyLlavaConfig(PreTrainedConfig):
     image_scale: float = 1.0
     """Factor of image tokens in front of the language model: sqrt(D) for a Gemma of the published code, which
     multiplied them as it does the embeddings of text."""
+    leaves_out_image: bool = False
+    """Whether the loss leaves ``<image>`` out of the softmax though rows of added tokens are behind it."""
+    added_token_ids: list[int] | None = None
+    """Ids of tokens that were added for a task, ascending; their rows are trained beside adapters too."""
     lm_head_bias: bool = False
     """Whether the head has a bias (Phi-2's has)."""
 

@@ -306,6 +306,8 @@ class TinyLlavaForConditionalGeneration(
         """Equation 3: cross-entropy at the positions whose next token is supervised."""
         rows = self.config.num_language_rows or None
         logits = self.lm_head(hidden.index_select(0, positions))[:, :rows].float()
+        if self.config.leaves_out_image:
+            logits[:, self.config.image_token_id] = -torch.inf
         total = cross_entropy(logits, targets.index_select(0, positions), reduction="sum")
         return total / (len(positions) if num_items is None else num_items)
 

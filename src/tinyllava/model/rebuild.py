@@ -18,6 +18,7 @@ from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
+from tinyllava.model.token_rows import add_tokens
 from tinyllava.model.tuning import apply_tuning, load_trained, merge_adapters, open_ledger, weights_digest
 from tinyllava.parts.folders import is_stage_checkpoint, resolved
 from tinyllava.parts.user_code import is_reference, recall_value
@@ -35,7 +36,12 @@ def open_start(run: Run) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaPr
     """Return the model that a run's first stage starts from; it follows from the run's seed."""
     set_seed(run.seed)
     # In fp32 whatever it was saved in: in half precision small updates are rounded away.
-    return open_checkpoint(run.start_from, dtype="float32") if run.start_from else assemble(run.model)
+    model, processor = (
+        open_checkpoint(run.start_from, dtype="float32") if run.start_from else assemble(run.model)
+    )
+    if run.model.add_tokens:
+        add_tokens(model, processor, run.model.add_tokens)
+    return model, processor
 
 
 def describe_origin(

@@ -21,6 +21,7 @@ from tinyllava.model.layers import decoder_layers, encoder_layers
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.quantised import QuantisedLinear, quantise, quantised_layers
 from tinyllava.model.quiet import quiet_bitsandbytes_import
+from tinyllava.model.token_rows import merge_added_rows, train_added_rows
 
 
 def component_of(name: str) -> Component:
@@ -47,6 +48,8 @@ def apply_tuning(model: TinyLlavaForConditionalGeneration, stage: Stage) -> None
             _train_from_layer(model, component, tune)
         elif tune.kind == "lora":
             _add_adapters(model, component, tune)
+    if stage.language_model.trains:
+        train_added_rows(model)
     model.train()
 
 
@@ -172,7 +175,7 @@ def _choose_targets(
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Fold every adapter into the layer below it and take it out.
+    """Fold every adapter, and rows of added tokens, into the layer below and take it out.
 
     A quantised layer becomes an ordinary one with the weights that the adapters were trained on.
     """
@@ -189,6 +192,7 @@ def merge_adapters(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+    merge_added_rows(model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,6 +177,8 @@ def _key_of(run: Run) -> str:
         values["data"] = _data_digests(stage.data.records, stage.data.images, stage.data.skip, run.data_root)
         stages.append(values)
     model = asdict(run.model)
+    if not run.model.add_tokens:  # came later: keys of what was trained before it stay
+        del model["add_tokens"]
     for part in ("vision_encoder", "language_model"):
         model[part] = _part_digest(model[part])
     inputs = {

@@ -26,7 +26,8 @@ FORMAT = 3
 _NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 _BY_CONTENT = ("data", "template", "max_length_tokens")
 """Settings of a stage that count by what they lead to: records that are left, and the template's text."""
-_PARTS = ("vision_encoder", "language_model", "template", "code")
+_PARTS = ("vision_encoder", "language_model", "template", "code", "add_tokens")
+"""Settings of the model that count by what they lead to."""
 _SOURCES = {
     "records": ("data.records", "data.skip", "data_root", "max_length_tokens", "validation.held_out"),
     "images": (
@@ -41,7 +42,13 @@ _SOURCES = {
     "held-out images": ("validation.held_out", "data.images", "data.skip", "data_root", "max_length_tokens"),
     "template": ("template", "model.template", "model.code", "start_from", "model.language_model"),
 }
-_MODEL_SOURCES = ("start_from", "model.vision_encoder", "model.language_model", "model.code")
+_MODEL_SOURCES = (
+    "start_from",
+    "model.vision_encoder",
+    "model.language_model",
+    "model.code",
+    "model.add_tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +162,7 @@ def _sources(run: Run, stage: Stage) -> dict[str, Any]:
         "model.vision_encoder": resolved(run.model.vision_encoder),
         "model.language_model": resolved(run.model.language_model),
         "start_from": resolved(run.start_from),
+        "model.add_tokens": list(run.model.add_tokens),
     }
 
 
