@@ -42,6 +42,8 @@ class Message:
     role: Role
     text: str
     images: tuple[ImageRef, ...] = ()
+    is_trained: bool = True
+    """Of an answer: whether it adds to the loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,6 +53,24 @@ def test_measured_lengths_are_those_of_the_examples(examples):
     assert not skipped
 
 
+def test_only_the_chosen_answers_add_to_the_loss(processor):
+    turns = []
+    for number, is_trained in enumerate((False, True, False)):
+        turns.append(Message(role="user", text=f"Question {number}?"))
+        turns.append(Message(role="assistant", text=f"Answer {number}.", is_trained=is_trained))
+    chosen = Conversation(messages=tuple(turns), id="r1")
+    whole = dataclasses.replace(
+        chosen, messages=tuple(dataclasses.replace(turn, is_trained=True) for turn in turns)
+    )
+    one, other = (processor.encode(conversation) for conversation in (chosen, whole))
+    assert one.input_ids == other.input_ids
+    learnt = [token for token, on in zip(one.input_ids, one.supervised, strict=True) if on]
+    assert processor.tokenizer.decode(learnt).strip() == "Answer 1.<|im_end|>"
+    alone = Examples(conversations=[chosen], processor=processor, separate_questions=True)
+    asked = (Conversation(messages=tuple(turns[2:4])), processor)
+    assert alone.encode(chosen).input_ids == asked[1].encode(asked[0]).input_ids
+
+
 def test_too_long_is_an_error_or_counted(processor):
     conversations = [talk("Q", "A", "short"), talk("Q", "word " * 100, "long"), talk("Q", "A", "end")]
     examples = Examples(conversations=conversations, processor=processor)

@@ -5,6 +5,8 @@ import csv
 import gzip
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import openpyxl
@@ -16,7 +18,9 @@ from pyarrow import parquet
 from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation
 from tinyllava.data.defects import Defect
+from tinyllava.data.hashes import records_digest
 from tinyllava.data.records import read_configured, read_records
+from tinyllava.data.writing import write_records
 from tinyllava.errors import ConfigError, DataError
 
 QUESTION, ANSWER = 'What, "exactly",\nis it?', "Roter Käfer; müde."
@@ -336,3 +340,42 @@ def test_archives_that_are_no_tables(folder):
     (folder / "my.parquet").write_bytes(b"PAR1 and nothing")
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         read_records(folder / "my.parquet", folder)
+
+
+@pytest.mark.parametrize("key", ["loss", "weight", "train"])
+@pytest.mark.parametrize("form", ["llava", "messages"])
+def test_a_turn_says_whether_it_adds_to_the_loss_and_keeps_it_when_converted(tmp_path, key, form):
+    names = {"llava": ("conversations", "from", "value"), "messages": ("messages", "role", "content")}[form]
+    turns = [("user", "A?", None), ("assistant", "a", 0), ("user", "B?", 0), ("assistant", "b", True)]
+    turns += [("user", "C?", None), ("assistant", "c", None)]
+    written = [
+        {names[1]: role, names[2]: text, **({} if value is None else {key: value})}
+        for role, text, value in turns
+    ]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "r", names[0]: written}]))
+    before = read_records(tmp_path / "a.json", tmp_path).conversations
+    assert [m.is_trained for m in before[0].messages if m.role == "assistant"] == [False, True, True]
+    for name, kind in (("b.json", "llava"), ("c.jsonl", "messages"), ("d.parquet", "llava")):
+        write_records(before, tmp_path / name, kind)
+        [after] = read_records(tmp_path / name, tmp_path).conversations
+        assert after.messages == before[0].messages
+    assert records_digest(before) != records_digest(
+        [replace(before[0], messages=tuple(replace(m, is_trained=True) for m in before[0].messages))]
+    )
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"from": "gpt", "value": "a", "weight": 0.5}, "turn 1 has weight 0.5; allowed: 0 and 1"),
+        ({"from": "gpt", "value": "a", "weight": 0, "loss": True}, "which contradict each other"),
+    ],
+)
+def test_a_weight_that_cannot_be_followed_is_a_named_defect(tmp_path, turn, said):
+    question = {"from": "human", "value": "A?"}
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": [question, turn]}]))
+    with pytest.raises(Defect, match=re.escape(said)):
+        read_records(tmp_path / "a.json", tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": [{**question, "loss": 1}, turn]}]))
+    with pytest.raises(Defect, match="turn 0 of the user has loss 1: only answers train"):
+        read_records(tmp_path / "a.json", tmp_path)

@@ -134,6 +134,11 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
     ),
     "no answer": ("unanswered", record("Q", "A", "Q"), "ends with a question"),
     "empty answer": ("empty_answer", record("Q", " \n"), "an answer has no text"),
+    "no trained answer": (
+        "untrained",
+        {"id": "r1", "conversations": [{**turn, "loss": 0} for turn in turns("Q", "A")]},
+        "no answer adds to the loss",
+    ),
     "empty question": ("empty_question", record(" ", "A"), "neither text nor image"),
     "mark without image": ("image_count", record("<image>\nQ", "A"), "1 <image> marks for 0 images"),
     "image without mark": ("image_count", record("Q", "A", image="a.png"), "0 <image> marks for 1 images"),

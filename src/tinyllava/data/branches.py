@@ -48,9 +48,10 @@ def encode_branches(
         DataError: see ``split_questions`` and ``TinyLlavaProcessor.encode``; or the template puts an answer
             straight behind the image.
     """
-    parts = [processor.encode(part, template=template) for part in split_questions(conversation)]
+    asked = [one for one in split_questions(conversation) if one.messages[-1].is_trained]
+    parts = [processor.encode(part, template=template) for part in asked]  # nobody sees the others
     if len(parts) < 2:
-        return processor.encode(conversation, template=template)
+        return parts[0]
     num_shared = _num_shared(parts)
     shared, image = parts[0].input_ids[:num_shared], processor.image_token_id
     if shared.count(image) != parts[0].input_ids.count(image):

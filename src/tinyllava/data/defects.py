@@ -22,6 +22,7 @@ DEFECTS: dict[str, str] = {
     "unsupported": "a video, audio, a tool call, or another input that these models do not take",
     "dialogue": "several questions in a stage whose template drops them (caption)",
     "text_only": "no image in a stage whose template drops the question (caption)",
+    "untrained": "no answer adds to the loss: `loss`, `weight` or `train` of every answer is 0",
     "too_long": "more tokens than max_length_tokens, including image tokens",
     "duplicate_id": "two records of one file with the same id and the same image and turns",
 }

@@ -143,7 +143,10 @@ def records_digest(conversations: Sequence[Conversation]) -> str:
     """Return a digest of what conversations say, in order; ids and places of files are left out."""
     digest = hashlib.sha256()
     for conversation in conversations:
-        turns = [[message.role, message.text, len(message.images)] for message in conversation.messages]
+        turns = [
+            [message.role, message.text, len(message.images), *([] if message.is_trained else ["no loss"])]
+            for message in conversation.messages
+        ]
         digest.update(json.dumps(turns).encode() + b"\n")
     return digest.hexdigest()
 

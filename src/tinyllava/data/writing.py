@@ -61,7 +61,7 @@ ImageName = Callable[[ImageRef], Any]
 def _to_llava(conversation: Conversation, name_of: ImageName) -> dict[str, Any]:
     names = [name_of(ref) for ref in conversation.images]
     turns = [
-        {"from": _FROM[message.role], "value": _marked(message, conversation.place)}
+        {"from": _FROM[message.role], "value": _marked(message, conversation.place), **_loss(message)}
         for message in conversation.messages
     ]
     record: dict[str, Any] = {"id": conversation.id} if conversation.id else {}
@@ -73,7 +73,7 @@ def _to_llava(conversation: Conversation, name_of: ImageName) -> dict[str, Any]:
 def _to_messages(conversation: Conversation, name_of: ImageName) -> dict[str, Any]:
     names = [name_of(ref) for ref in conversation.images]
     turns = [
-        {"role": message.role, "content": _marked(message, conversation.place)}
+        {"role": message.role, "content": _marked(message, conversation.place), **_loss(message)}
         for message in conversation.messages
     ]
     record: dict[str, Any] = {"id": conversation.id} if conversation.id else {}
@@ -84,6 +84,10 @@ _FORMS: dict[str, Callable[[Conversation, ImageName], dict[str, Any]]] = {
     "llava": _to_llava,
     "messages": _to_messages,
 }
+
+
+def _loss(message: Message) -> dict[str, bool]:
+    return {} if message.is_trained else {"loss": False}
 
 
 def _marked(message: Message, place: str) -> str:
@@ -127,7 +131,10 @@ def _write_parquet(
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     is_llava = to_record is _to_llava
     names = ("from", "value") if is_llava else ("role", "content")
-    turns = pa.list_(pa.struct([(name, pa.string()) for name in names]))
+    fields: list[Any] = [(name, pa.string()) for name in names]
+    if not all(message.is_trained for one in conversations for message in one.messages):
+        fields.append(("loss", pa.bool_()))
+    turns = pa.list_(pa.struct(fields))
     key = "conversations" if is_llava else "messages"
     schema = pa.schema([("id", pa.string()), (key, turns), ("images", pa.list_(image))])
     with whole_file(path) as partial, parquet.ParquetWriter(partial, schema) as writer:

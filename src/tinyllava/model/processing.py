@@ -196,6 +196,7 @@ class TinyLlavaProcessor(ProcessorMixin):
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
             read, ids, offsets = text, tokens["input_ids"], tokens["offset_mapping"]
+        spans = _trained_spans(conversation, spans)
         supervised, joining = locate_tokens(np.array(offsets, dtype=np.int64).reshape(-1, 2), spans)
         if joining is not None and not open_answer:  # training needs an exact mask, an earlier turn does not
             start, end = offsets[joining]
@@ -210,6 +211,23 @@ class TinyLlavaProcessor(ProcessorMixin):
             input_ids=input_ids.repeat(repeats).tolist(),
             supervised=supervised.repeat(repeats).tolist(),
         )
+
+
+def _trained_spans(conversation: Conversation, spans: Spans) -> Spans:
+    """Return the spans of the answers that add to the loss.
+
+    Raises:
+        DataError: some do not, and the template's marks are not one for each answer.
+    """
+    answers = [message for message in conversation.messages if message.role == "assistant"]
+    if all(answer.is_trained for answer in answers):
+        return spans
+    if len(spans) != len(answers):
+        raise DataError(
+            f"{conversation.place}: {len(answers)} answers, not all of which add to the loss, but the "
+            f"template marks {len(spans)}; let it mark each one with generation marks of its own."
+        )
+    return [span for span, answer in zip(spans, answers, strict=True) if answer.is_trained]
 
 
 def locate_tokens(offsets: Ints, spans: Spans) -> tuple[Bools, int | None]:

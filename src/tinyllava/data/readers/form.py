@@ -24,6 +24,8 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+TRAINED_KEYS = ("loss", "weight", "train")
+"""Names under which a turn says whether it adds to the loss."""
 _UNSUPPORTED = ("video", "videos", "audio", "audios", "tools", "functions")
 EVALUATION_KEYS = ("kind", "category", "metric", "answers", "choices", "tolerance")
 """What records say to ``tinyllava evaluate``; training does not need it."""
@@ -68,6 +70,8 @@ class Turn:
     role: Role
     parts: list[str | ImageValue]
     """Text and images in the order of the file."""
+    is_trained: bool = True
+    """Whether it adds to the loss, if it is an answer."""
 
     @property
     def num_images(self) -> int:
@@ -117,6 +121,23 @@ def make_conversation(
     return Conversation(
         messages=_messages(turns, refs, where, reading), id=_id(raw, where), source=str(reading.path), at=at
     )
+
+
+def read_trained(turn: Mapping[str, Any], role: Role, number: int, where: str) -> bool:
+    """Return whether a turn adds to the loss: ``loss``, ``weight`` or ``train``, as other tools write it.
+
+    Raises:
+        Defect: a value other than 0 and 1, or the loss of a turn that is no answer.
+    """
+    given = {key: turn[key] for key in TRAINED_KEYS if turn.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1):
+            raise Defect("unsupported", where, f"turn {number} has {key} {value!r}; allowed: 0 and 1")
+        if value and role != "assistant":
+            raise Defect("unsupported", where, f"turn {number} of the {role} has {key} 1: only answers train")
+    if len(set(map(bool, given.values()))) > 1:
+        raise Defect("malformed", where, f"turn {number} has {given}, which contradict each other")
+    return role == "assistant" and all(given.values())
 
 
 def note_unknown(raw: Mapping[str, Any], known: Iterable[str], reading: Reading) -> None:
@@ -213,5 +234,8 @@ def _messages(turns: list[Turn], refs: list[ImageRef], where: str, reading: Read
             for part in turn.parts
             if not isinstance(part, str)
         )
-        messages.append(Message(role=turn.role, text=text, images=images))
+        is_trained = turn.is_trained or turn.role != "assistant"
+        messages.append(Message(role=turn.role, text=text, images=images, is_trained=is_trained))
+    if not any(message.is_trained for message in messages if message.role == "assistant"):
+        raise Defect("untrained", where, "no answer adds to the loss")
     return tuple(messages)

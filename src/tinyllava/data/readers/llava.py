@@ -7,7 +7,15 @@ from typing import Any
 
 from tinyllava.conversation import Conversation
 from tinyllava.data.defects import Defect
-from tinyllava.data.readers.form import ROLES, Reading, Turn, make_conversation, note_unknown, split_marks
+from tinyllava.data.readers.form import (
+    ROLES,
+    Reading,
+    Turn,
+    make_conversation,
+    note_unknown,
+    read_trained,
+    split_marks,
+)
 from tinyllava.files import is_text
 
 
@@ -40,4 +48,5 @@ def _turn(turn: Any, number: int, where: str) -> Turn:
         raise Defect(
             "malformed", where, f"turn {number} contains an unpaired surrogate: {turn['value'][:80]!a}"
         )
-    return Turn(ROLES[turn["from"]], split_marks(turn["value"]))
+    role = ROLES[turn["from"]]
+    return Turn(role, split_marks(turn["value"]), read_trained(turn, role, number, where))

@@ -16,6 +16,7 @@ from tinyllava.data.readers.form import (
     listed_images,
     make_conversation,
     note_unknown,
+    read_trained,
     split_marks,
 )
 from tinyllava.files import is_text
@@ -80,7 +81,8 @@ def _turn(turn: Any, number: int, listed: list[Any], where: str) -> Turn:
             if isinstance(item, str)
             else (_part(item, number, listed, where))
         )
-    return Turn(_ROLES[turn["role"]], parts)
+    role = _ROLES[turn["role"]]
+    return Turn(role, parts, read_trained(turn, role, number, where))
 
 
 def _part(item: Any, number: int, listed: list[Any], where: str) -> list[str | ImageValue]:
