@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinyllava.files import whole_file
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.token_rows import TrainedRows
+from tinyllava.model.trained_rows import TrainedRows
 
 _PREFIX = "base_model.model."  # what PEFT's wrapper puts in front of a module's name
 

@@ -69,9 +69,7 @@ def describe_origin(
 
 
 def whole_model(folder: str | Path) -> Path:
-    """Return a folder that every command takes as a model: of a stage's checkpoint its whole model.
-
-    That is written into the checkpoint once, and goes with it. Any other folder is returned as it is.
+    """Return a folder that every command takes as a model; a stage's checkpoint gets its whole model once.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or what it was trained on is no longer there.
@@ -92,11 +90,7 @@ def whole_model(folder: str | Path) -> Path:
 @without_loading_bars()
 @transformers_errors_only()
 def build_stage_model(checkpoint: Path) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, Run]:
-    """Do what the run did up to a checkpoint, with finished tensors in place of training.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or what it was trained on is missing or another now.
-    """
+    """Do what the run did up to a checkpoint, with finished tensors in place of training; raise as above."""
     manifest = read_object(checkpoint / MANIFEST) or {}
     if damage := find_damage(checkpoint, manifest.get("files")):
         raise CheckpointError(f"{checkpoint}: {damage}. Use another checkpoint of the run.")
