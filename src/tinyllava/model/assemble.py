@@ -1,10 +1,10 @@
-"""Put a model together from its three parts, or open one that exists.
+"""Put a model together from its three parts, open one that exists, save one.
 
 Paper: section 3.1 and Table 1.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from tinyllava.config import ModelConfig
+from tinyllava.config import ModelConfig, Run, to_json
 from tinyllava.conversation import Conversation, ImageRef, Message, ask, to_chat
 from tinyllava.errors import CheckpointError, ConfigError
+from tinyllava.files import whole_folder, write_json
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.connectors import build_connector
 from tinyllava.model.layers import encoder_layers
@@ -155,6 +156,23 @@ def _refuse_unknown_classes(folder: Path) -> None:
             "Name your code that registers its classes: --with FILE.py (in Python: "
             "tinyllava.run_code('FILE.py'))."
         )
+
+
+def save_model(
+    folder: Path,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    run: Run,
+    provenance: Mapping[str, Any],
+    beside: Mapping[str, Any],
+) -> None:
+    """Write a self-contained folder; it appears whole or not at all."""
+    with whole_folder(folder) as part:
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+        (part / "run.json").write_text(to_json(run), encoding="utf-8")
+        for name, value in {"provenance.json": provenance, **beside}.items():
+            write_json(part / name, value)
 
 
 def open_processor(folder: Path) -> TinyLlavaProcessor:

@@ -13,8 +13,8 @@ from transformers import set_seed
 
 from tinyllava.config import Run, run_from_json, to_json
 from tinyllava.errors import CheckpointError
-from tinyllava.files import find_damage, held, read_object, whole_folder, write_json
-from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.files import find_damage, held, read_object
+from tinyllava.model.assemble import assemble, open_checkpoint, save_model
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
@@ -137,20 +137,3 @@ def _stage_tensors(checkpoint: Path, name: str, before: Mapping[str, str]) -> Pa
             "before is missing. Put it back, or train again."
         )
     return found[0]
-
-
-def save_model(
-    folder: Path,
-    model: TinyLlavaForConditionalGeneration,
-    processor: TinyLlavaProcessor,
-    run: Run,
-    provenance: Mapping[str, Any],
-    beside: Mapping[str, Any],
-) -> None:
-    """Write a self-contained folder; it appears whole or not at all."""
-    with whole_folder(folder) as part:
-        model.save_pretrained(part)
-        processor.save_pretrained(part)
-        (part / "run.json").write_text(to_json(run), encoding="utf-8")
-        for name, value in {"provenance.json": provenance, **beside}.items():
-            write_json(part / name, value)

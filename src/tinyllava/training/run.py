@@ -26,11 +26,12 @@ from tinyllava.data.workers import naming_dead_workers
 from tinyllava.errors import DataError, TinyLlavaError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
 from tinyllava.inference.logits import refuse_broken_weights
+from tinyllava.model.assemble import save_model
 from tinyllava.model.compat import causal_without_looking, forget_preparation
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
-from tinyllava.model.rebuild import RESUMED_TENSORS, describe_origin, open_start, save_model, whole_model
+from tinyllava.model.rebuild import RESUMED_TENSORS, describe_origin, open_start, whole_model
 from tinyllava.model.tuning import (
     Ledger,
     apply_tuning,
