@@ -5,7 +5,7 @@ from tinyllava.config import COMPONENTS, Component, Run, Stage, to_json
 from tinyllava.errors import UnknownNameError
 from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from tinyllava.planning.check import find_problems
-from tinyllava.planning.plan import GPUS, UTILISATION, Plan, plan_run
+from tinyllava.planning.plan import GPUS, Plan, plan_run
 from tinyllava.planning.rules import batch_problems
 from tinyllava.recipes.published import as_published
 from tinyllava.recipes.user import find_run
@@ -33,7 +33,7 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
         format_table(_settings(run, plan.precision)),
         format_table(_parameters(plan)),
         format_table(_loads(plan)),
-        f"on {num_gpus} x {gpu} at {UTILISATION:.0%} of the peak; memory per GPU at the max length:"
+        f"on {num_gpus} x {gpu}; memory per GPU at the max length:"
         + _without_bf16(run, gpu)
         + _without_record(run, plan),
         format_table(_forms(plan)),
@@ -157,11 +157,13 @@ def _parameters(plan: Plan) -> Rows:
 
 
 def _loads(plan: Plan) -> Rows:
-    rows: Rows = [("stage", "samples", "steps", "tokens", "per sample", "FLOPs", "hours", "checkpoint")]
+    rows: Rows = [
+        ("stage", "samples", "steps", "tokens", "per sample", "FLOPs", "hours", "of peak", "checkpoint")
+    ]
     for stage in plan.stages:
         checkpoint, load = _gigabytes(stage.checkpoint_bytes), stage.load
         if load is None:
-            rows.append((stage.name, "your files", "-", "-", "-", "-", "-", checkpoint))
+            rows.append((stage.name, "your files", "-", "-", "-", "-", "-", "-", checkpoint))
             continue
         rows.append(
             (
@@ -172,6 +174,7 @@ def _loads(plan: Plan) -> Rows:
                 f"{load.mean_tokens:.0f}",
                 f"{load.flops:.2e}",
                 f"{stage.hours:.1f}",
+                f"{stage.utilisation:.0%}",
                 checkpoint,
             )
         )
@@ -188,6 +191,7 @@ def _loads(plan: Plan) -> Rows:
                 "",
                 f"{flops:.2e}",
                 f"{hours:.1f}",
+                "",
                 "",
             )
         )

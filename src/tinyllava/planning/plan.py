@@ -46,8 +46,15 @@ GPUS: dict[str, Gpu] = {
 }
 FORMS = {"full": FULL, "LoRA, rank 128": ADAPTERS, "QLoRA, rank 128": ADAPTERS_ON_4_BITS}
 """How a stage could train its language model: in full, or with the adapters of recipes lora and qlora."""
-UTILISATION = 0.3
-"""Share of the peak that training reaches: what LLaVA-1.5's reported hours on eight A100 come to."""
+MATMUL_SHARE = 0.68
+"""Share of the peak that large matrix products reach."""
+ELEMENTWISE_WIDTH = 4000
+"""Width at which norms, casts and launches take as long as matrix products at the peak. Their work grows
+with the width of the language model, that of matrix products with its square."""
+TRAINED_SHARE = 0.66
+"""Speed that is left where the language model is trained: optimizer, exchange of gradients, padding.
+
+This and the width are fitted to hours that LLaVA and users of TinyLLaVA Factory report for A100."""
 USABLE_MEMORY = 0.92
 """Share of a GPU's memory that tensors can have beside the CUDA context and fragmentation."""
 
@@ -64,6 +71,8 @@ class Load:
     """What memory is planned for."""
     flops: float
     """Forward and backward, over the whole stage."""
+    recomputed_flops: float
+    """Added where the activations of the language model are recomputed."""
 
     @property
     def num_tokens(self) -> float:
@@ -95,6 +104,8 @@ class StagePlan:
     """None if the number of records is not known (files of the user's)."""
     forms: dict[str, Form]
     """The recipe's own form, and where they differ from it those of ``FORMS``; then sharded (FSDP)."""
+    utilisation: float
+    """Share of the GPUs' peak that is expected."""
     checkpoint_bytes: int
     """Of one resumable checkpoint: trained weights and both moments in fp32."""
     hours: float
@@ -164,14 +175,17 @@ def _plan_stage(run: Run, name: str, stage: Stage, parts: PlannedParts, gpu: Gpu
             run, stage, stage, parts, load, gpu, num_gpus, num_gpus
         )
     trained = {c: count_trained(size, stage.tune(c)) for c, size in parts.sizes.items()}
-    speed = num_gpus * gpu.flops(gpu.precision(run.hardware.precision)) * UTILISATION
+    share = utilisation(parts, stage.language_model.trains)
+    speed = num_gpus * gpu.flops(gpu.precision(run.hardware.precision)) * share
+    executed = load.flops + load.recomputed_flops * forms["as the recipe"].checkpointing if load else 0.0
     return StagePlan(
         name=name,
         trained=trained,
         load=load,
         forms=forms,
         checkpoint_bytes=12 * sum(trained.values()),
-        hours=load.flops / speed / 3600 if load else 0.0,
+        utilisation=share,
+        hours=executed / speed / 3600,
     )
 
 
@@ -282,8 +296,31 @@ def measure_load(stage: Stage, parts: PlannedParts) -> Load | None:
     longest = min(stage.max_length_tokens, parts.num_image_tokens + int(8 * text))
     flops = seen * count_flops(parts, stage, mean, text, num_images / num_samples)
     return Load(
-        num_samples=num_samples, num_steps=num_steps, mean_tokens=mean, longest_tokens=longest, flops=flops
+        num_samples=num_samples,
+        num_steps=num_steps,
+        mean_tokens=mean,
+        longest_tokens=longest,
+        flops=flops,
+        recomputed_flops=seen * sum(_layer_flops(parts, mean)),
     )
+
+
+def utilisation(parts: PlannedParts, is_trained: bool) -> float:
+    """Return the share of a GPU's peak that a stage, or answering, is expected to reach.
+
+    Args:
+        is_trained: whether the language model is.
+    """
+    share = 1 / (1 / MATMUL_SHARE + ELEMENTWISE_WIDTH / parts.language.width)
+    return share * TRAINED_SHARE if is_trained else share
+
+
+def _layer_flops(parts: PlannedParts, num_tokens: float) -> tuple[float, float]:
+    """Operations of the language model's layers over one sequence, forward: weights and attention."""
+    language, size = parts.language, parts.language_size
+    weights = 2 * (sum(size.layers) - size.idle) * num_tokens
+    # Causal: half of scores and of sums.
+    return weights, 2 * language.num_queries * num_tokens**2 * language.num_layers
 
 
 def count_flops(
@@ -295,13 +332,11 @@ def count_flops(
     gradient of the input, and once more for that of the weights; a frozen encoder takes none.
     """
     language, encoder = parts.language, parts.encoder
-    layers = sum(parts.language_size.layers) - parts.language_size.idle
-    # Causal: half of scores and of sums.
-    attention = 2 * language.num_queries * num_tokens**2 * language.num_layers
+    layers, attention = _layer_flops(parts, num_tokens)
     head = 2 * language.vocab_size * language.width * num_supervised
     passed = any(stage.tune(component).trains for component in COMPONENTS)
     backward = passed + (stage.language_model.kind in ("full", "from_layer"))
-    total = (2 * layers * num_tokens + head) * (1 + backward) + attention * (1 + 2 * passed)
+    total = (layers + head) * (1 + backward) + attention * (1 + 2 * passed)
     connector = 2 * parts.connector_size.total * parts.num_image_tokens * num_images
     total += connector * (1 + stage.connector.trains + stage.vision_encoder.trains)
     tokens = (parts.num_patches + encoder.num_prefix_tokens) * num_images

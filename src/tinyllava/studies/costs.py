@@ -12,7 +12,7 @@ from pathlib import Path
 from tinyllava.config import FROZEN
 from tinyllava.data.mixtures import find_mixture, resolve
 from tinyllava.errors import TinyLlavaError
-from tinyllava.planning.plan import GPUS, UTILISATION, count_flops, plan_parts, plan_run
+from tinyllava.planning.plan import GPUS, count_flops, plan_parts, plan_run, utilisation
 from tinyllava.studies.graph import Node, read_once
 from tinyllava.studies.grid import Costs
 
@@ -90,7 +90,7 @@ def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
     untrained = replace(stage, vision_encoder=FROZEN, connector=FROZEN, language_model=FROZEN)
     flops = count * count_flops(parts, untrained, tokens, PROMPT_TOKENS)
     gpu = GPUS[machine.gpu]
-    speed = machine.num_gpus * gpu.flops(gpu.precision("auto")) * UTILISATION
+    speed = machine.num_gpus * gpu.flops(gpu.precision("auto")) * utilisation(parts, False)
     return Cost(seconds=flops / speed, is_computed=True)
 
 

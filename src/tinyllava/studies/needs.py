@@ -13,7 +13,7 @@ from tinyllava.errors import look_up
 from tinyllava.evaluation.files import check_files
 from tinyllava.parts.resolve import find_parts
 from tinyllava.planning.check import find_problems
-from tinyllava.planning.plan import GPUS, UTILISATION
+from tinyllava.planning.plan import GPUS
 from tinyllava.studies.costs import Cost, Machine, correct, duration, expect, learn
 from tinyllava.studies.graph import Graph, Node
 from tinyllava.studies.grid import Costs
@@ -183,7 +183,7 @@ def _by_stage(needs: Sequence[Need], stages: Sequence[str]) -> list[str]:
 
 def explain_costs(needs: Sequence[Need], machine: Machine) -> list[str]:
     """Return what the words in the plan's column of times mean, those that occur."""
-    gpus = f"{machine.num_gpus} x {machine.gpu} at {UTILISATION:.0%} of the peak"
+    gpus = f"{machine.num_gpus} x {machine.gpu}"
     seen = {need.basis for need in needs}
     meanings = {
         "measured": "measured: actual times.",
