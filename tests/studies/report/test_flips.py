@@ -5,9 +5,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from PIL import Image
+
 from evaluation import benchmark_files as files
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.compare import compare_predictions
+from tinyllava.evaluation.own_data import own_benchmark
 from tinyllava.studies.report.flips import write_flips
 
 
@@ -52,6 +55,20 @@ def test_a_benchmark_without_flips_has_no_section_of_its_own(tmp_path: Path) -> 
     assert "no interval: the same on" in page
     write_flips(comparisons[:1], tmp_path / "flips.html", a="A", b="B")
     assert "No question flipped" not in (tmp_path / "flips.html").read_text(encoding="utf-8")
+
+
+def test_all_images_of_a_question_are_shown(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "my.csv").write_text("image_1,image_2,question,answer\na.png,b.png,Is it the same?,yes\n")
+    benchmark = own_benchmark(tmp_path / "my.csv")
+    questions = benchmark.load(tmp_path)
+    a, b = (benchmark.score(questions, {questions[0].id: text}).predictions for text in ("yes", "no"))
+    comparison = compare_predictions(a, b, benchmark, num_resamples=50)
+    write_flips([comparison], tmp_path / "f.html", a="A", b="B", questions={benchmark.name: questions})
+    page = (tmp_path / "f.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64") == 2
+    assert "<dt>truth</dt><dd><pre>yes</pre></dd>" in page
 
 
 def test_without_the_data_set_the_page_names_the_images(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import base64
 import mimetypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -59,8 +60,8 @@ else "%.4f" | format(one.bootstrap.p_value) }}</td>
 {% for left, right in one.flips[:limit] %}
 {% set shown = show(one.benchmark, left.question_id) %}
 <article>
-{% if shown.image %}<img src="{{ shown.image }}" alt="{{ left.image }}">{% else %}<div>{{
-left.image or "no image" }}</div>{% endif %}
+<div class="images">{% for image in shown.images %}<img src="{{ image }}" alt="{{ left.image }}">{% else %}{{
+left.image or "no image" }}{% endfor %}</div>
 <div><dl>
 <dt>question {{ left.question_id }}</dt><dd><pre>{{ left.prompt }}</pre></dd>
 {% if shown.target %}<dt>truth</dt><dd><pre>{{ shown.target }}</pre></dd>{% endif %}
@@ -103,12 +104,12 @@ def write_flips(
     by_id = {(name, q.id): q for name, listed in (questions or {}).items() for q in listed}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
 
-    def show(benchmark: str, question_id: str) -> dict[str, str]:
+    def show(benchmark: str, question_id: str) -> dict[str, Any]:
         question = by_id.get((benchmark, question_id))
         if question is None:
-            return {"image": "", "target": ""}
-        images = question.conversation.images
-        return {"image": _embed(images[0]) if images else "", "target": spell(question.target)}
+            return {"images": [], "target": ""}
+        images = [found for ref in question.conversation.images if (found := _embed(ref))]
+        return {"images": images, "target": spell(question.target)}
 
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     page = environment.from_string(_PAGE).render(
