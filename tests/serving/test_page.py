@@ -1,29 +1,15 @@
 """The page in headless Chromium: images added, asked, streamed, stopped, tried again; phone width; errors."""
 
 import json
-import os
-import shutil
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from fcntl import F_DUPFD, fcntl
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+import browser
 from served import Served, data_url
 from tinyllava.inference.chat import Chat
 
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--remote-debugging-pipe",
-)
 RED, BLUE = data_url(220, 20, 20), data_url(20, 40, 230)
 # Files as a user drops or pastes them; the page's own listeners handle the events.
 GIVE = """async (kind, urls) => {
@@ -42,54 +28,8 @@ GIVE = """async (kind, urls) => {
 }"""
 
 
-class Page:
-    """A page that DevTools drives through two pipes (messages end with a NUL byte)."""
-
-    def __init__(self, reading: int, writing: int) -> None:
-        self.reading, self.writing = os.fdopen(reading, "rb"), os.fdopen(writing, "wb")
-        self.number, self.held, self.session = 0, b"", ""
-        self.console: list[str] = []
-        self.fetched: list[str] = []
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        self.number += 1
-        session = {"sessionId": self.session} if self.session else {}
-        self.writing.write(
-            json.dumps({"id": self.number, "method": method, "params": params, **session}).encode() + b"\0"
-        )
-        self.writing.flush()
-        while True:
-            message = self.receive()
-            if message.get("id") == self.number:
-                assert "error" not in message, message
-                return dict(message["result"])
-            self.note(message)
-
-    def receive(self) -> dict[str, Any]:
-        while b"\0" not in self.held:
-            piece = os.read(self.reading.fileno(), 1 << 20)
-            assert piece, "Chromium ended"
-            self.held += piece
-        message, _, self.held = self.held.partition(b"\0")
-        return dict(json.loads(message))
-
-    def note(self, message: dict[str, Any]) -> None:
-        if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"):
-            self.console.append(json.dumps(message["params"]))
-        if message.get("method") == "Network.requestWillBeSent":
-            self.fetched.append(message["params"]["request"]["url"])
-
-    def run(self, code: str) -> Any:
-        """Return the value of an expression in the page."""
-        done = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in done, done
-        return done["result"].get("value")
-
-    def wait_for(self, code: str) -> None:
-        until = time.monotonic() + 120
-        while not self.run(code):
-            assert time.monotonic() < until, (code, self.run("document.body.innerText"), self.console)
-            time.sleep(0.05)
+class Page(browser.Page):
+    """The served page."""
 
     def open(self, address: str, width_px: int, scheme: str = "light") -> None:
         self.call(
@@ -115,13 +55,6 @@ class Page:
         self.call("Input.insertText", text=text)
         self.press("Enter", 13)
 
-    def press(self, key: str, code: int) -> None:
-        for kind in ("keyDown", "keyUp"):
-            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
-            self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text
-            )
-
     def wait_for_answer(self) -> str:
         self.wait_for("!document.getElementById('send').hidden")
         return str(self.run("[...document.querySelectorAll('.assistant span')].at(-1)?.textContent ?? ''"))
@@ -130,40 +63,9 @@ class Page:
         return str(self.run("document.getElementById('error').textContent"))
 
 
-@contextmanager
-def chromium(folder: Path) -> Iterator[Page]:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    assert browser, "no Chromium: install it (`apt-get install -y --no-install-recommends chromium`)"
-    # Chromium reads from descriptor 3 and writes to 4; ours are moved out of the way first.
-    theirs_in, ours_out = (fcntl(fd, F_DUPFD, 10) for fd in os.pipe())
-    ours_in, theirs_out = (fcntl(fd, F_DUPFD, 10) for fd in os.pipe())
-    command = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-    process = subprocess.Popen(
-        ["bash", "-c", command, browser, *FLAGS, f"--user-data-dir={folder}", "about:blank"],
-        pass_fds=(theirs_in, theirs_out),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(theirs_in)
-    os.close(theirs_out)
-    page = Page(ours_in, ours_out)
-    try:
-        targets = page.call("Target.getTargets")["targetInfos"]
-        (target,) = [one["targetId"] for one in targets if one["type"] == "page"]
-        page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Runtime", "Log", "Page", "Network"):
-            page.call(f"{domain}.enable")
-        yield page
-    finally:
-        with suppress(OSError):
-            page.writing.close()
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with chromium(tmp_path_factory.mktemp("profile")) as page:
+    with browser.chromium(tmp_path_factory.mktemp("profile"), Page) as page:
         yield page
 
 

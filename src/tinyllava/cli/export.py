@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 _HELP = """
 Write a checkpoint for others, with a model card: as transformers' LLaVA
 (--format llava), for vLLM (--format vllm), as ONNX graphs for transformers.js
-and other runtimes (--format onnx), for llama.cpp and Ollama (--format gguf), or
-in the layout of tinyllava; adapters of peft are merged. The folder is opened
+and other runtimes (--format onnx), as a page that answers in the browser
+(--format web), for llama.cpp and Ollama (--format gguf), or in the layout of
+tinyllava; adapters of peft are merged. The folder is opened
 again as its reader would, and its logits compared, before it is there.
 
   tinyllava export runs/mine/model --formats     which formats can hold it
@@ -31,7 +32,8 @@ again as its reader would, and its logits compared, before it is there.
 """
 
 _PRECISIONS = ("fp32", "fp16", "int8")
-"""What --dtype is with --format onnx."""
+"""What --dtype is with these formats."""
+_GRAPHS = ("onnx", "web")
 
 
 def _make_parser() -> CommandParser:
@@ -40,7 +42,7 @@ def _make_parser() -> CommandParser:
     parser.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="folder to write")
     parser.add_argument(
         "--format",
-        choices=("tinyllava", "llava", "vllm", "onnx", "gguf"),
+        choices=("tinyllava", "llava", "vllm", "onnx", "web", "gguf"),
         default="tinyllava",
         dest="layout",
         help="layout to write",
@@ -71,7 +73,7 @@ def _make_parser() -> CommandParser:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16", *_PRECISIONS),
         default="auto",
-        help="type of the weights (default: auto, the checkpoint's; with --format onnx fp32)",
+        help="type of the weights (default: auto, the checkpoint's; with --format onnx and web fp32)",
     )
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="max size of one weight file")
     return parser
@@ -95,8 +97,8 @@ def main(arguments: list[str]) -> int:
         parser.error("--quantize is for --format gguf")
     if options.dtype != "auto" and options.layout == "gguf":
         parser.error("--dtype is not for --format gguf: leave it out, or use --quantize f16, q8_0 or q4_0")
-    if options.dtype != "auto" and (options.dtype in _PRECISIONS) != (options.layout == "onnx"):
-        types = ", ".join(_PRECISIONS) if options.layout == "onnx" else "float32, bfloat16, float16"
+    if options.dtype != "auto" and (options.dtype in _PRECISIONS) != (options.layout in _GRAPHS):
+        types = ", ".join(_PRECISIONS) if options.layout in _GRAPHS else "float32, bfloat16, float16"
         parser.error(f"--dtype {options.dtype}: with --format {options.layout} give {types}")
     if options.folder is not None:
         check_new_folder(options.folder)
@@ -135,7 +137,7 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
 
     if options.push:
         check_repository(options.push)
-    is_weight_type = options.layout != "onnx" and options.dtype != "auto"
+    is_weight_type = options.layout not in _GRAPHS and options.dtype != "auto"
     dtype = getattr(torch, options.dtype) if is_weight_type else "auto"
     precision: Any = _PRECISIONS[0] if options.dtype == "auto" or is_weight_type else options.dtype
     exported = export_checkpoint(

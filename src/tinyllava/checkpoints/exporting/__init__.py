@@ -21,6 +21,7 @@ from tinyllava.checkpoints.exporting.llama_cpp import Agreement, describe_gguf, 
 from tinyllava.checkpoints.exporting.merge import fold_image_scale, open_merged
 from tinyllava.checkpoints.exporting.onnx import PACKAGES, write_onnx
 from tinyllava.checkpoints.exporting.stock import describe_versions, write_stock
+from tinyllava.checkpoints.exporting.web import fetch_runtime, write_web
 from tinyllava.errors import CheckpointError, MissingExtraError, require
 from tinyllava.inference.logits import refuse_broken_weights
 from tinyllava.model.configuration import TinyLlavaConfig
@@ -82,11 +83,11 @@ def export_checkpoint(
         checkpoint: a folder of ours, or a peft adapter over one.
         folder: where to write; it must not exist, or be empty. It appears whole or not at all.
         layout: ours; transformers' LlavaForConditionalGeneration; the same for vLLM, with vLLM's limits; ONNX
-            graphs; a pair of GGUF files for llama.cpp.
+            graphs; the same with a page that answers in the browser; a pair of GGUF files for llama.cpp.
         base: the checkpoint below an adapter; None takes the one that the adapter names.
         name: what the model card calls the model; empty means the folder's name.
         results: results.json with scores for the card; None takes one beside the weights (or the adapter).
-        dtype: type of the weights; auto keeps theirs. Not for ONNX and GGUF.
+        dtype: type of the weights; auto keeps theirs. Not for ONNX, the page and GGUF.
         precision: of ONNX graphs.
         quantized: type of the language model's matrices in GGUF.
 
@@ -96,7 +97,7 @@ def export_checkpoint(
     checkpoint, folder = whole_model(checkpoint), Path(folder)
     check_new_folder(folder)
     _refuse_before_loading(checkpoint, layout)
-    is_exact = layout in ("onnx", "gguf")
+    is_exact = layout in ("onnx", "web", "gguf")
     model, processor, source = open_merged(checkpoint, base, torch.float32 if is_exact else dtype)
     refuse_what_does_not_fit(model.config, layout)
     refuse_broken_weights(model)
@@ -109,9 +110,9 @@ def export_checkpoint(
         if layout == "gguf":
             written, told = _write_gguf(partial, model, processor, name or folder.name, quantized)
         else:
-            written, told = _write(partial, layout, model, processor, precision, max_shard_size), ""
-            if layout in ("llava", "vllm"):
-                told = describe_versions(model.config, written.largest_difference or 0.0)
+            written = _write(partial, layout, model, processor, precision, max_shard_size, folder.name)
+            is_stock = layout in ("llava", "vllm")
+            told = describe_versions(model.config, written.largest_difference or 0.0) if is_stock else ""
         formats = format_rows(model.config, layout, written.in_short)
         card = write_card(name or folder.name, layout, model, provenance, formats, written.measured, told)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -125,7 +126,7 @@ def measure_format(checkpoint: Path, row: Format, base: Path | None = None) -> F
     """
     if row.reasons:
         return row
-    chosen = {"onnx": "precision", "gguf": "quantized"}.get(row.layout)
+    chosen = {"onnx": "precision", "web": "precision", "gguf": "quantized"}.get(row.layout)
     kind: Any = {chosen: row.kind} if chosen else {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "exported"
@@ -144,10 +145,14 @@ def _write(
     processor: TinyLlavaProcessor,
     precision: Literal["fp32", "fp16", "int8"],
     max_shard_size: str,
+    name: str,
 ) -> Exported:
     """Write and compare."""
-    if layout == "onnx":
-        graphs = write_onnx(folder, model, processor, precision)
+    if layout in ("onnx", "web"):
+        if layout == "web":
+            graphs = write_web(folder, model, processor, name, precision)
+        else:
+            graphs = write_onnx(folder, model, processor, precision)
         return Exported(folder=folder, largest_difference=graphs.largest_difference, measured=str(graphs))
     if layout == "tinyllava":
         for config in (model.config.text_config, model.config.vision_config):
@@ -178,10 +183,13 @@ def _refuse_before_loading(checkpoint: Path, layout: Layout) -> None:
 
     Raises:
         MissingExtraError: a package that writes the layout is not installed.
+        PackageError: the runtime of a page cannot be downloaded.
         CheckpointError: no checkpoint, or a model that the layout cannot hold.
     """
-    for package in PACKAGES if layout == "onnx" else ():
+    for package in PACKAGES if layout in ("onnx", "web") else ():
         require(package, "onnx", "writes and opens ONNX graphs")
+    if layout == "web":
+        fetch_runtime()
     if not (checkpoint / "adapter_config.json").is_file():  # an adapter's base is not known yet
         check_checkpoint(checkpoint)
         refuse_what_does_not_fit(TinyLlavaConfig.from_pretrained(checkpoint), layout)

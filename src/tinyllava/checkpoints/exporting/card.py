@@ -42,7 +42,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
     "vllm": """```console
 $ vllm serve {name}
 ```""",
-    "onnx": """With transformers.js, in a browser or in Node:
+    "onnx": """With transformers.js in Node (for browsers, export with `--format web`):
 
 ```js
 import {{ AutoProcessor, AutoModelForImageTextToText, load_image }} from "@huggingface/transformers";
@@ -60,7 +60,15 @@ console.log(processor.batch_decode(answer, {{ skip_special_tokens: true }})[0]);
 
 `onnx/vision_encoder` takes the pixels of an image of any size as they are (`[1, 3, height, width]`, RGB,
 0 to 255): padding, resizing and normalising are in the graph. Scale images longer than 4096 pixels to that
-side first, and put transparent images on a background. Give images of different sizes one by one.""",
+side first, and put transparent images on a background. Give images of different sizes one by one. OpenVINO
+opens the graphs too; set `INFERENCE_PRECISION_HINT` to `f32`, or it computes in 16 bits on some CPUs.""",
+    "web": """```console
+{fetch}$ python -m http.server --bind 127.0.0.1 --directory {folder} 8000
+```
+
+Open http://127.0.0.1:8000 in a browser. Any web server will do. Nothing is loaded from elsewhere, and
+images and questions stay on the device. WebGPU is used where the browser has it and it answers the
+example as at the export, WebAssembly otherwise (`?device=wasm` chooses it).""",
     "gguf": """```console
 {fetch}$ llama-server -m {folder}/model.gguf --mmproj {folder}/mmproj.gguf --jinja
 ```""",
@@ -133,7 +141,7 @@ def write_card(
 
     Args:
         name: what the card calls the model, and what its examples open.
-        layout: tinyllava, llava, vllm, onnx or gguf.
+        layout: tinyllava, llava, vllm, onnx, web or gguf.
         formats: the table of formats, its head first.
         measured: how closely the folder agrees with the checkpoint, where that is not exactly.
         told: sections on how this layout is used, if any.
@@ -316,9 +324,12 @@ def _metadata(
     mixtures = [MIXTURES[r] for r in dict.fromkeys(records) if r in MIXTURES]
     data = ModelCardData(
         model_name=name.rpartition("/")[2] if provenance.results else None,
-        library_name={"tinyllava": "tinyllava", "onnx": "transformers.js", "gguf": "gguf"}.get(
-            layout, "transformers"
-        ),
+        library_name={
+            "tinyllava": "tinyllava",
+            "onnx": "transformers.js",
+            "web": "transformers.js",
+            "gguf": "gguf",
+        }.get(layout, "transformers"),
         pipeline_tag="image-text-to-text",
         tags=["tinyllava", "multimodal"],
         base_model=[path for part in known for path in _paths(part)] or None,

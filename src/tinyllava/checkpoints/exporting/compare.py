@@ -17,7 +17,7 @@ from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 
-_QUESTION = "What is in the picture?"
+EXAMPLE_QUESTION = "What is in the picture?"
 # Largest difference of a logit that rounding explains; the same operations in the same type give 0.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -41,7 +41,7 @@ def compare_with_stock(
         if report[fault]:
             raise CheckpointError(f"{folder}: {fault.replace('_', ' ')}: {', '.join(sorted(report[fault]))}.")
     image = example_image()
-    content = [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": EXAMPLE_QUESTION}]
     found = stock_processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -114,7 +114,7 @@ def encode_example(processor: TinyLlavaProcessor) -> Any:
 
 
 def _encode(processor: TinyLlavaProcessor, image: Image.Image) -> Any:
-    text, _ = processor.render(ask(_QUESTION, ImageRef(name="example")), open_answer=True)
+    text, _ = processor.render(ask(EXAMPLE_QUESTION, ImageRef(name="example")), open_answer=True)
     return processor(images=image, text=text)
 
 

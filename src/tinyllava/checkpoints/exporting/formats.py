@@ -22,10 +22,10 @@ from tinyllava.parts.families import LANGUAGE_FAMILIES
 from tinyllava.parts.language import LANGUAGE_MODELS, LanguageModel
 from tinyllava.parts.vision import VISION_ENCODERS, VisionEncoder
 
-Layout = Literal["tinyllava", "llava", "vllm", "onnx", "gguf"]
+Layout = Literal["tinyllava", "llava", "vllm", "onnx", "web", "gguf"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
-_READERS = {"llava": "transformers' LLaVA", "vllm": "vLLM", "onnx": "ONNX", "gguf": "llama.cpp"}
+_READERS = {"llava": "transformers' LLaVA", "vllm": "vLLM", "gguf": "llama.cpp"}  # the others are ONNX
 NOT_MEASURED = "not measured"
 
 
@@ -63,7 +63,7 @@ def refuse_what_does_not_fit(config: TinyLlavaConfig, layout: Layout) -> None:
     if reasons := reasons_against(config, layout):
         lines = "\n".join(f"  - {reason}" for reason in reasons)
         raise CheckpointError(
-            f"{_READERS[layout]} cannot hold this model:\n{lines}\n"
+            f"{_READERS.get(layout, 'ONNX')} cannot hold this model:\n{lines}\n"
             "`--format tinyllava` writes the layout that can; `tinyllava export DIR --formats` lists all."
         )
 

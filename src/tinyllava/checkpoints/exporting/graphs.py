@@ -3,6 +3,8 @@
 The image graph takes the pixels of an image of any size, 0-255, and does what the image processor does:
 padding, Pillow's resize, centre crop, rescaling and normalisation. So every runtime feeds the encoder the
 same values, however its own image library resizes.
+Sums are of whole numbers that single precision holds exactly. Their weights need more: doubles, or whole
+numbers of 64 bits for browsers, whose runtime has no doubles (OpenVINO, in turn, cuts 64 bits to 32).
 Source: the fixed-point arithmetic is that of Pillow's ``ImagingResample`` for 8-bit images.
 """
 
@@ -20,23 +22,31 @@ from tinyllava.model.compat import CACHE_NAME
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import MAX_CROPPED_RATIO, TinyLlavaProcessor
 
-_FRACTION = 2.0**22
+_BITS = 11
+_FRACTION = 1 << (2 * _BITS)
 """Pillow rounds the weights of a resize to whole multiples of its reciprocal."""
+_PIECE = 64
+"""Weights are split into digits of this base: a thousand of them times 255 add up exactly in float32."""
+_NUM_PIECES = 4
 
 
-def _bilinear(x: Tensor) -> Tensor:
-    return (1 - x.abs()).clamp(min=0)
+def _bilinear(n: Tensor, d: Tensor) -> Tensor:
+    return (d - n).clamp(min=0)
 
 
-def _bicubic(x: Tensor) -> Tensor:
-    x, a = x.abs(), -0.5
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+def _bicubic(n: Tensor, d: Tensor) -> Tensor:
+    near = (3 * n - 5 * d) * n * n + 2 * d * d * d
+    far = ((5 * d - n) * n - 8 * d * d) * n + 4 * d * d * d
+    return torch.where(n < d, near, torch.where(n < 2 * d, far, torch.zeros_like(n)))
 
 
-# By Pillow's number of the filter: the function and its radius in output pixels.
-_FILTERS: dict[int, tuple[Callable[[Tensor], Tensor], float]] = {2: (_bilinear, 1.0), 3: (_bicubic, 2.0)}
+# By Pillow's number of the filter: its value at a distance n / d from the middle, up to a factor.
+_FILTERS: dict[int, Callable[[Tensor, Tensor], Tensor]] = {2: _bilinear, 3: _bicubic}
+
+
+def _over(a: Tensor, b: Tensor | int) -> Tensor:
+    """Divide whole numbers that are not negative, and round down."""
+    return a // b
 
 
 class Pixels(nn.Module):
@@ -44,75 +54,79 @@ class Pixels(nn.Module):
 
     Images longer than ``MAX_PADDED_PX`` have to be scaled to that side before.
 
+    Args:
+        has_doubles: whether the runtime has numbers of double precision; browsers have whole ones of 64 bits.
+
     Raises:
         CheckpointError: an image processor that resizes with another filter.
     """
 
-    def __init__(self, processor: TinyLlavaProcessor) -> None:
+    def __init__(self, processor: TinyLlavaProcessor, *, has_doubles: bool = True) -> None:
         super().__init__()
         own = processor.image_processor
+        self.has_doubles = has_doubles
         if int(own.resample) not in _FILTERS:
             raise CheckpointError(
                 f"not exported: the image processor resizes with Pillow's filter {int(own.resample)}; the "
                 "graph has 2 (bilinear) and 3 (bicubic). Set `resample` of its config to one of them."
             )
-        self.filter, self.radius = _FILTERS[int(own.resample)]
+        self.filter = _FILTERS[int(own.resample)]
         self.side = processor.image_size_px
         self.is_padded = processor.image_aspect == "pad"
         self.has_tall_rule = _resizes_tall_images_downwards_first()
         self.resized, self.keeps_shape = _resize_rule(own, self.side)
         self.colour: Tensor
+        self.levels: Tensor
         self.mean: Tensor
         self.deviation: Tensor
         scale = float(own.rescale_factor) if own.do_rescale else 1.0
         mean, deviation = (own.image_mean, own.image_std) if own.do_normalize else ([0.0] * 3, [1.0] * 3)
-        self.scale = scale
-        colour = torch.tensor(processor.mean_colour, dtype=torch.float64).view(3, 1, 1)
-        self.register_buffer("colour", colour, persistent=False)
+        self.register_buffer("colour", torch.tensor(processor.mean_colour).view(3, 1, 1), persistent=False)
+        levels = (torch.arange(256, dtype=torch.float64) * scale).float()
+        self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Pad or crop, resize, and normalise."""
-        images = images.double()
         # Lengths as numbers in the graph, so that one graph serves every size.
-        height = torch.ones_like(images[0, 0, :, 0]).sum()
-        width = torch.ones_like(images[0, 0, 0, :]).sum()
+        height = torch.ones_like(images[0, 0, :, 0], dtype=torch.int64).sum()
+        width = torch.ones_like(images[0, 0, 0, :], dtype=torch.int64).sum()
         sides, offsets = [height, width], [torch.zeros_like(height)] * 2
         short, long = torch.minimum(height, width), torch.maximum(height, width)
         if self.is_padded:
-            sides, offsets = [long, long], [((long - side) / 2).floor() for side in sides]
+            sides, offsets = [long, long], [_over(long - side, 2) for side in sides]
         elif self.keeps_shape:  # the ends of very long images are cut off first, as the processor does
-            cuts = [((side - MAX_CROPPED_RATIO * short).clamp(min=0) / 2).floor() for side in sides]
+            cuts = [_over((side - MAX_CROPPED_RATIO * short).clamp(min=0), 2) for side in sides]
             sides = [side - 2 * cut for side, cut in zip(sides, cuts, strict=True)]
             offsets = [-cut for cut in cuts]
-        every = torch.arange(images.shape[2] + images.shape[3], dtype=torch.float64)
+        every = torch.arange(images.shape[2] + images.shape[3])
         axes = [
             self._weights(every, images.shape[2 + axis], sides[axis], offsets[axis], torch.minimum(*sides))
             for axis in (0, 1)
         ]
         down, across = axes
-        square = self._down(self._across(images, across), down)
+        square = self._down(self._across(images, across).float(), down)
         if self.has_tall_rule and not self.is_padded:  # a square never comes under the rule
             gone = [side - self._resized(side, torch.minimum(*sides)) for side in sides]
             is_tall = (gone[0] > 0) & (gone[0] > 2 * gone[1])
-            square = torch.where(is_tall, self._across(self._down(images, down), across), square)
-        return ((square * self.scale).float() - self.mean) / self.deviation
+            square = torch.where(is_tall, self._across(self._down(images, down).float(), across), square)
+        return (self.levels[square] - self.mean) / self.deviation
 
     def _across(self, images: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-        return self._round(images @ weights[0].T + self.colour * weights[1])
+        return self._join([images @ piece.T for piece in weights[0]], self.colour * weights[1])
 
     def _down(self, images: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-        return self._round(weights[0] @ images + self.colour * weights[1][:, None])
+        return self._join([piece @ images for piece in weights[0]], self.colour * weights[1][:, None])
 
     def _resized(self, side: Tensor, short: Tensor) -> Tensor:
         """Return the length that a side is resized to, before the crop."""
-        return (self.resized * side / short).floor() if self.keeps_shape else side * 0 + self.resized
+        return _over(self.resized * side, short) if self.keeps_shape else side * 0 + self.resized
 
     def _weights(
         self, every: Tensor, length: int, side: Tensor, offset: Tensor, short: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return whole-number weights of one axis: [S, length] of the image's pixels, [S] of the padding.
+        """Return weights of one axis: [4, S, length] of the image's pixels in digits, [S] of the padding.
 
         Args:
             every: 0, 1, ... beyond the padded or cropped side.
@@ -122,29 +136,49 @@ class Pixels(nn.Module):
             short: the shorter of both sides.
         """
         resized = self._resized(side, short)
-        first = ((resized - self.side) / 2).floor()
-        scale = side / resized
-        stretch = scale.clamp(min=1)
-        centre = ((torch.arange(self.side, dtype=torch.float64) + first + 0.5) * scale)[:, None]
-        low = (centre - self.radius * stretch + 0.5).floor().clamp(min=0)
-        high = torch.minimum((centre + self.radius * stretch + 0.5).floor(), side)
+        centre = (2 * (torch.arange(self.side) + _over(resized - self.side, 2)) + 1) * side
+        per_pixel = 2 * torch.maximum(side, resized)
 
         def weigh(at: Tensor) -> Tensor:
-            weights = self.filter((at - centre + 0.5) / stretch)
-            return torch.where((at >= low) & (at < high), weights, torch.zeros_like(weights))
+            away = (2 * at + 1) * resized - centre[:, None]
+            distance, unit = torch.where(away < 0, -away, away), per_pixel
+            weights = self.filter(*(v.double() if self.has_doubles else v for v in (distance, unit)))
+            return torch.where((at >= 0) & (at < side), weights, torch.zeros_like(weights))
 
         def fix(weights: Tensor) -> Tensor:
-            """Round halves away from zero."""
-            return weights.sign() * (weights.abs() / total * _FRACTION + 0.5).floor()
+            """Round to fractions, halves away from zero; in two steps, for 63 bits hold no more."""
+            size = torch.where(weights < 0, -weights, weights)
+            if self.has_doubles:
+                return (weights.sign() * (size / total * _FRACTION + 0.5).floor()).to(torch.int64)
+            size = size * (1 << _BITS)
+            upper = _over(size, total)
+            whole = (upper * (1 << _BITS)) + _over((size - upper * total) * (2 << _BITS) + total, 2 * total)
+            return torch.where(weights < 0, -whole, whole)
 
         whole = weigh(every)
         total = whole.sum(dim=1, keepdim=True)
         own = fix(weigh(every[:length] + offset))
-        return own, fix(whole).sum(dim=1) - own.sum(dim=1)
+        return self._split(own), fix(whole).sum(dim=1) - own.sum(dim=1)
 
     @staticmethod
-    def _round(sums: Tensor) -> Tensor:
-        return (sums / _FRACTION + 0.5).floor().clamp(0, 255)
+    def _split(weights: Tensor) -> Tensor:
+        """Return the digits of whole numbers, the lowest first, each with the number's sign."""
+        left = torch.where(weights < 0, -weights, weights)
+        digits = []
+        for _ in range(_NUM_PIECES):
+            higher = _over(left, _PIECE)
+            digits.append(left - higher * _PIECE)
+            left = higher
+        pieces = torch.stack(digits)
+        return torch.where(weights < 0, -pieces, pieces).float()
+
+    @staticmethod
+    def _join(sums: list[Tensor], padding: Tensor) -> Tensor:
+        """Put the sums of each digit together, add the padding's, and round to a level, 0-255."""
+        total = padding + _FRACTION // 2
+        for place, piece in enumerate(sums):
+            total = total + piece.to(torch.int64) * _PIECE**place
+        return _over(total.clamp(min=0), _FRACTION).clamp(max=255)
 
 
 def _resizes_tall_images_downwards_first() -> bool:
@@ -173,9 +207,11 @@ def _resize_rule(image_processor: Any, side: int) -> tuple[int, bool]:
 class ImageGraph(nn.Module):
     """Pixels [I, 3, H, W], 0-255, to image tokens [I, T, D]: preprocessing, encoder, connector."""
 
-    def __init__(self, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor) -> None:
+    def __init__(
+        self, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor, *, has_doubles: bool
+    ) -> None:
         super().__init__()
-        self.pixels = Pixels(processor)
+        self.pixels = Pixels(processor, has_doubles=has_doubles)
         self.model = model.model
 
     def forward(self, pixel_values: Tensor) -> Tensor:

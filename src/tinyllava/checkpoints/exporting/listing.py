@@ -18,10 +18,11 @@ from tinyllava.checkpoints.exporting.formats import (
 )
 from tinyllava.checkpoints.exporting.gguf import bytes_in_gguf
 from tinyllava.checkpoints.exporting.onnx import PACKAGES
+from tinyllava.checkpoints.exporting.web import RUNTIME_BYTES
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.processing import TinyLlavaProcessor
 
-_TYPES = {"onnx": ("fp32", "fp16", "int8"), "gguf": ("f32", "f16", "q8_0", "q4_0")}
+_TYPES = {**dict.fromkeys(("onnx", "web"), ("fp32", "fp16", "int8")), "gguf": ("f32", "f16", "q8_0", "q4_0")}
 """What ``--dtype`` (ONNX) and ``--quantize`` (GGUF) can be."""
 
 
@@ -74,17 +75,19 @@ def list_formats(folder: Path) -> list[Format]:
         condition = _condition(config, layout)
         for kind in _TYPES.get(layout, ("",)):
             num_bytes = sum(_num_bytes(tensor, config, layout, kind) for tensor in tensors)
+            num_bytes += RUNTIME_BYTES if layout == "web" else 0
             rows.append(Format(layout=layout, kind=kind, condition=condition, num_bytes=num_bytes))
     return rows
 
 
 def _condition(config: TinyLlavaConfig, layout: Layout) -> str:
-    packages = {"onnx": PACKAGES, "gguf": ("xllamacpp",)}.get(layout, ())
+    packages = {"onnx": PACKAGES, "web": PACKAGES, "gguf": ("xllamacpp",)}.get(layout, ())
     missing = [name for name in packages if find_spec(name) is None]
     if not missing:
         return fault_of(config, layout)
-    what = "to compare it: " if layout == "gguf" else ""
-    return f"{what}pip install 'tinyllava[{layout}]'"
+    if layout == "gguf":
+        return "to compare it: pip install 'tinyllava[gguf]'"
+    return "with pip install 'tinyllava[onnx]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,7 @@ def _num_bytes(tensor: _Tensor, config: TinyLlavaConfig, layout: Layout, kind: s
         is_text = "language_model" in tensor.name or tensor.name.startswith("lm_head")
         is_table = "embed_tokens" in tensor.name or tensor.name.startswith("lm_head")
         return bytes_in_gguf(tensor.shape, kind, is_text=is_text, is_table=is_table)
-    if layout != "onnx":
+    if layout not in ("onnx", "web"):
         return tensor.size * tensor.item_bytes
     each = {"fp32": 4, "fp16": 2, "int8": 1 if len(tensor.shape) == 2 else 4}[kind]
     # Embedding and head are in two graphs, each with its rows.

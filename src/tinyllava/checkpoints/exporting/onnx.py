@@ -80,26 +80,28 @@ def write_onnx(
     model: TinyLlavaForConditionalGeneration,
     processor: TinyLlavaProcessor,
     precision: Precision = "fp32",
+    *,
+    for_browsers: bool = False,
 ) -> Agreement:
     """Write graphs, configs and tokenizer, open the graphs in onnxruntime and compare them with the model.
 
     Args:
         model: in single precision; it is in half precision afterwards where that is written.
+        for_browsers: without doubles in the preprocessing, which the runtime of browsers lacks.
 
     Raises:
         CheckpointError: a graph cannot be made or does not open, or pixels or logits differ.
     """
-    _compare_pixels(folder, processor)
+    _compare_pixels(folder, processor, has_doubles=not for_browsers)
     reference = _make_reference(model, processor)
     _write_configs(folder, model, processor, precision)
     (folder / "onnx").mkdir()
-    paths = {}
     written = model.half() if precision == "fp16" else model
     with _quiet():
-        for name, described in _describe_graphs(written, processor).items():
-            paths[name] = folder / "onnx" / f"{name}{_SUFFIX[precision]}.onnx"
-            _save(_trace(name, described), paths[name], quantized=precision == "int8")
-    return _compare(paths, reference, model.config, _TOLERANCE[precision])
+        for name, described in _describe_graphs(written, processor, not for_browsers).items():
+            path = folder / "onnx" / f"{name}{_SUFFIX[precision]}.onnx"
+            _save(_trace(name, described), path, quantized=precision == "int8")
+    return _compare(folder / "onnx", reference, model.config, _TOLERANCE[precision])
 
 
 @contextmanager
@@ -139,7 +141,9 @@ def _trace(name: str, described: Any) -> Any:
     return program.model
 
 
-def _describe_graphs(model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor) -> Any:
+def _describe_graphs(
+    model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor, has_doubles: bool
+) -> Any:
     """Return for each graph its module, example inputs, names of the axes, names of inputs and outputs.
 
     Lengths of 1 would be taken for constants, so no example has one.
@@ -153,7 +157,7 @@ def _describe_graphs(model: TinyLlavaForConditionalGeneration, processor: TinyLl
     sequence = {0: "batch_size", 1: "sequence_length"}
     return {
         "vision_encoder": (
-            ImageGraph(model, processor),
+            ImageGraph(model, processor, has_doubles=has_doubles),
             (torch.zeros(2, 3, 40, 50),),
             ({0: "batch_size", 2: "height", 3: "width"},),
             (["pixel_values"], ["image_features"]),
@@ -257,9 +261,9 @@ def _write_configs(
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _compare_pixels(folder: Path, processor: TinyLlavaProcessor) -> None:
+def _compare_pixels(folder: Path, processor: TinyLlavaProcessor, *, has_doubles: bool) -> None:
     """Hold the graph's preprocessing against the processor's: every value equal."""
-    pixels = Pixels(processor)
+    pixels = Pixels(processor, has_doubles=has_doubles)
     random = np.random.default_rng(1)
     for height, width in _SIZES:
         image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -301,15 +305,16 @@ def _make_reference(model: TinyLlavaForConditionalGeneration, processor: TinyLla
     )
 
 
-def _compare(
-    paths: dict[str, Path], reference: _Reference, config: TinyLlavaConfig, tolerance: float
-) -> Agreement:
+def _compare(folder: Path, reference: _Reference, config: TinyLlavaConfig, tolerance: float) -> Agreement:
     """Run the prompt, then the answer token by token with the cache.
 
     Raises:
         CheckpointError: a graph does not open, or the logits differ by more than ``tolerance`` deviations.
     """
-    found = _run(paths, reference, config)
+    graphs, ids = OpenGraphs(folder, config), reference.sequence[:, :-1].numpy()
+    ends = range(reference.num_prompt, ids.shape[1] + 1)
+    steps = zip([0, *ends], ends, strict=False)
+    found = torch.cat([graphs.feed(ids[:, start:end]) for start, end in steps])
     expected = reference.logits
     difference = float((expected - found).abs().max()) if torch.isfinite(found).all() else float("inf")
     answer = slice(reference.num_prompt - 1, None)
@@ -321,44 +326,54 @@ def _compare(
         num_tokens=len(equal),
     )
     if not difference <= tolerance * agreement.deviation:
-        folder = next(iter(paths.values())).parent
         raise CheckpointError(
             f"{folder}: not exported: {agreement}; allowed: {tolerance:g} standard deviations."
         )
     return agreement
 
 
-def _run(paths: dict[str, Path], reference: _Reference, config: TinyLlavaConfig) -> Tensor:
-    """Return the graphs' logits [N - 1, vocabulary] of a sequence, its answer run token by token."""
-    import onnxruntime
+class OpenGraphs:
+    """The three graphs of a folder in onnxruntime, with the cache of one sequence.
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        vision, embed, decoder = (
-            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            for path in paths.values()
-        )
-    except Exception as error:  # onnxruntime's errors have no base of their own
-        raise CheckpointError(f"onnxruntime does not open what was written: {error}") from error
-    ids = reference.sequence[:, :-1].numpy()
-    embeds = embed.run(None, {"input_ids": ids})[0]
-    features = vision.run(None, {"pixel_values": _raw(example_image())})[0]
-    embeds[ids == config.image_token_id] = features.reshape(-1, features.shape[-1])
-    cached = {
-        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
-        for entry in decoder.get_inputs()[3:]
-    }
-    logits = []
-    ends = [reference.num_prompt, *range(reference.num_prompt + 1, ids.shape[1] + 1)]
-    for start, end in zip([0, *ends], ends, strict=False):
-        fed = {
-            "inputs_embeds": embeds[:, start:end],
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(start, end)[None],
+    Raises:
+        CheckpointError: a graph does not open.
+    """
+
+    def __init__(self, folder: Path, config: TinyLlavaConfig) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        options.intra_op_num_threads = torch.get_num_threads()
+        names = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+        try:
+            self.vision, self.embed, self.decoder = (
+                onnxruntime.InferenceSession(
+                    next(folder.glob(f"{name}*.onnx")), options, providers=["CPUExecutionProvider"]
+                )
+                for name in names
+            )
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            raise CheckpointError(f"onnxruntime does not open what was written: {error}") from error
+        self.image_token_id = config.image_token_id
+        self.length = 0
+        self.cached = {
+            entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+            for entry in self.decoder.get_inputs()[3:]
         }
-        step, *present = decoder.run(None, fed | cached)
-        cached = dict(zip(cached, present, strict=True))
-        logits.append(torch.from_numpy(step[0]))
-    return torch.cat(logits)
+
+    def feed(self, ids: Any) -> Tensor:
+        """Run the next tokens [1, N] and return their logits [N, vocabulary]; the image is the example's."""
+        embeds = self.embed.run(None, {"input_ids": ids})[0]
+        if (ids == self.image_token_id).any():
+            features = self.vision.run(None, {"pixel_values": _raw(example_image())})[0]
+            embeds[ids == self.image_token_id] = features.reshape(-1, features.shape[-1])
+        start, self.length = self.length, self.length + ids.shape[1]
+        fed = {
+            "inputs_embeds": embeds,
+            "attention_mask": np.ones((1, self.length), np.int64),
+            "position_ids": np.arange(start, self.length)[None],
+        }
+        logits, *present = self.decoder.run(None, fed | self.cached)
+        self.cached = dict(zip(self.cached, present, strict=True))
+        return torch.from_numpy(logits[0])

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from tinyllava.data.packages import Package
     from tinyllava.starter.datasets.default import LabelledImage
-    from tinyllava.starter.packages import Package
     from tinyllava.starter.records import Length
 
 

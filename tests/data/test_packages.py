@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tinyllava.data.packages import Package, cache_folder, fetch_packages, read_members
 from tinyllava.errors import PackageError
-from tinyllava.starter.packages import Package, cache_folder, fetch_packages, read_members
 
 NAME, VERSION = "tinyllava-sample", "1.2"
 
