@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.cli.parser import CommandParser, find_model
+from tinyllava.cli.parser import CommandParser, add_bits, find_model
 from tinyllava.errors import DataError, Stopped
 from tinyllava.inference.file import answer_file, describe_unanswered, read_questions
 from tinyllava.parts.folders import fingerprint
@@ -53,6 +53,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy decoding)"
     )
     parser.add_argument("--device", default="", help="torch device (default: a GPU if available)")
+    add_bits(parser)
     known = parser.parse_intermixed_args(arguments)
     if known.max_tokens < 1 or not 0 <= known.temperature < math.inf:
         parser.error("--max-tokens must be at least 1, and --temperature at least 0")
@@ -95,7 +96,7 @@ def main(arguments: list[str]) -> int:
 
     if sys.stderr.isatty():
         print(f"loading {model} ...", file=sys.stderr)
-    chat = Chat.open(model, device=known.device)
+    chat = Chat.open(model, device=known.device, bits=known.bits)
     sampling = {"do_sample": True, "temperature": known.temperature} if known.temperature else {}
 
     if known.file:

@@ -8,7 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.cli.parser import CommandParser, add_data_options, check_model, reading_settings
+from tinyllava.cli.parser import (
+    CommandParser,
+    add_bits,
+    add_data_options,
+    check_model,
+    reading_settings,
+)
 from tinyllava.parts.folders import default_name, is_stage_checkpoint
 from tinyllava.planning.launch import choose_processes, launch
 
@@ -100,7 +106,7 @@ def _open_model(known: argparse.Namespace, output: Path) -> Callable[["Benchmark
     from tinyllava.inference.chat import Chat
 
     device = known.device or (str(processes().device) if processes().num_processes > 1 else "")
-    chat = Chat.open(known.model, device=device, dtype=known.dtype)
+    chat = Chat.open(known.model, device=device, dtype=known.dtype, bits=known.bits)
     settings = Settings(
         blind=known.blind, limit=known.limit, batch_tokens=known.batch_tokens, num_workers=known.workers
     )
@@ -261,6 +267,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="auto",
         help="dtype of the weights; auto: float32 on a CPU, as saved on a GPU (float32 becomes bfloat16)",
     )
+    add_bits(parser)
     add("--batch-tokens", type=int, default=0, help="tokens per batch (default: depends on the device)")
     add(
         "--workers",

@@ -75,6 +75,13 @@ def _make_parser() -> CommandParser:
         default="auto",
         help="type of the weights (default: auto, the checkpoint's; with --format onnx and web fp32)",
     )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(4, 8, 16),
+        default=16,
+        help="with --format tinyllava: store the language model's linear layers in 4 or 8 bits",
+    )
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="max size of one weight file")
     return parser
 
@@ -95,6 +102,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--max-shard-size {options.max_shard_size}: give a number and KB, MB, GB or TB: 5GB")
     if options.quantize and options.layout != "gguf":
         parser.error("--quantize is for --format gguf")
+    if options.bits != 16 and options.layout != "tinyllava":
+        parser.error("--bits is for the layout of tinyllava: leave it out, or leave out --format")
     if options.dtype != "auto" and options.layout == "gguf":
         parser.error("--dtype is not for --format gguf: leave it out, or use --quantize f16, q8_0 or q4_0")
     if options.dtype != "auto" and (options.dtype in _PRECISIONS) != (options.layout in _GRAPHS):
@@ -151,6 +160,7 @@ def _export(options: argparse.Namespace, folder: Path) -> None:
         precision=precision,
         max_shard_size=options.max_shard_size,
         quantized=options.quantize or "f32",
+        bits=options.bits,
     )
     if exported.run_difference is not None:
         print(f"compared with the model of its run: largest logit difference {exported.run_difference:.2g}")

@@ -95,6 +95,17 @@ def check_model(name: str | Path) -> Path:
     return folder
 
 
+def add_bits(parser: argparse.ArgumentParser) -> None:
+    """Add --bits, which commands that open a model for answers have."""
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(4, 8, 16),
+        default=16,
+        help="hold the language model's linear layers in 4 or 8 bits (needs tinyllava[quantized])",
+    )
+
+
 def find_model(name: str, option: str) -> Path:
     """Return the checkpoint folder: the given one, or the starter's.
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.cli.parser import CommandParser, find_model
+from tinyllava.cli.parser import CommandParser, add_bits, find_model
 from tinyllava.errors import ConfigError, require
 from tinyllava.parts.folders import short_name
 
@@ -59,6 +59,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="llama.cpp serves a folder that `tinyllava export --format gguf` has written",
     )
     parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
+    add_bits(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-tokens", type=int, default=2_048, help="longest answer")
     limits.add_argument("--max-images", type=int, default=16, help="images in a request")
@@ -152,7 +153,7 @@ def _open_engine(known: argparse.Namespace, folder: Path) -> "Engine":
     from tinyllava.inference.chat import Chat
     from tinyllava.serving.engine import OwnEngine
 
-    return OwnEngine(Chat.open(folder, device=known.device), **sizes)
+    return OwnEngine(Chat.open(folder, device=known.device, bits=known.bits), **sizes)
 
 
 def _listen(host: str, port: int) -> socket.socket:

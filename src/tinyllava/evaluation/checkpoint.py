@@ -31,6 +31,7 @@ def evaluate(
     blind: bool = False,
     device: str = "",
     dtype: str = "auto",
+    bits: int = 16,
     judge: "Judge | Reviews | None" = None,
     progress: "Callback | None" = None,
     **own: Unpack[OwnSettings],
@@ -48,6 +49,7 @@ def evaluate(
         blind: replace every image by one of the mean colour.
         device: of torch; empty means a GPU if there is one.
         dtype: of the weights; ``auto`` suits the device.
+        bits: 4 or 8 hold the linear layers of the language model in that many.
         judge: grades MM-Vet and LLaVA-W; without one their answers are saved and not scored.
         progress: told of every step; without it the call is silent.
         own: of a file: metric, tolerance, max_tokens, how it is read; see ``own_data.own_benchmark``.
@@ -69,7 +71,7 @@ def evaluate(
     folder = whole_model(local_folder(model))
     output = Path(output or f"evaluations/{default_name(folder)}")
     on = device or (str(processes().device) if processes().num_processes > 1 else "")
-    chat = Chat.open(folder, device=on, dtype=dtype)
+    chat = Chat.open(folder, device=on, dtype=dtype, bits=bits)
     settings = Settings(blind=blind, limit=limit)
     results = {}
     with reporting(progress):

@@ -22,6 +22,7 @@ from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcesso
 from tinyllava.model.assemble import open_checkpoint
 from tinyllava.model.devices import best_device, check_device, multiplies_bf16
 from tinyllava.model.rebuild import whole_model
+from tinyllava.model.quantised import check_bits, quantise_language_model, quantised_bits
 from tinyllava.parts.folders import local_folder, saved_dtype
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -61,30 +62,35 @@ class Chat:
         self.batch_tokens = batch_tokens
 
     @classmethod
-    def open(cls, folder: str | Path, *, device: str = "", dtype: str = "auto") -> Self:
+    def open(cls, folder: str | Path, *, device: str = "", dtype: str = "auto", bits: int = 16) -> Self:
         """Open a checkpoint on the best device there is.
 
         Args:
             folder: of the checkpoint, or its name on the hub (``owner/name``), which is downloaded once.
             device: a device of torch; empty means a GPU if there is one.
             dtype: of the weights; ``auto`` is chosen by ``choose_dtype``.
+            bits: 4 or 8 hold the linear layers of the language model in that many (bitsandbytes).
 
         Raises:
-            ConfigError: no such device here.
+            ConfigError: no such device here, or no such number of bits.
+            MissingExtraError: bits below 16 without bitsandbytes.
             CheckpointError: the folder is missing, incomplete, or of another kind.
         """
+        check_bits(bits)
         folder = whole_model(local_folder(folder))
         found = check_device(device or best_device())
         if dtype == "auto":
             dtype = choose_dtype(saved_dtype(Path(folder)), found.type)
-        model, processor = open_checkpoint(folder, dtype=dtype)
+        model, processor = open_checkpoint(folder, dtype=dtype, keep_bits=True)
+        quantise_language_model(model, bits)
         model.to(found)
         return cls(model, processor)
 
     @property
     def dtype(self) -> str:
-        """Name of the type of the weights, such as bfloat16."""
-        return str(self.model.dtype).removeprefix("torch.")
+        """Name of the type of the weights, such as bfloat16, and the bits of quantised ones: float32-4bit."""
+        held = quantised_bits(self.model)
+        return str(self.model.dtype).removeprefix("torch.") + (f"-{held}bit" if held < 16 else "")
 
     @property
     def context_tokens(self) -> int:

@@ -29,6 +29,14 @@ from tinyllava.model.connectors import build_connector
 from tinyllava.model.layers import encoder_layers
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, try_image_processor
+from tinyllava.model.quantised import (
+    QUANTISED_FILE,
+    check_bits,
+    dequantise,
+    load_quantised,
+    quantised_bits,
+    quantised_layers,
+)
 from tinyllava.model.quiet import transformers_errors_only, without_loading_bars
 from tinyllava.model.token_rows import ROWS_MULTIPLE, require_rows
 from tinyllava.model.tokenizer import fit_template, open_tokenizer
@@ -99,14 +107,19 @@ def greedy_generation(published: GenerationConfig, tokenizer: Any) -> Generation
 
 @without_loading_bars()
 def open_checkpoint(
-    folder: str | Path, *, dtype: torch.dtype | str = "auto"
+    folder: str | Path, *, dtype: torch.dtype | str = "auto", keep_bits: bool = False
 ) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor]:
     """Open a saved folder, whatever it is called, with no network.
 
     Answers are greedy unless a caller asks for sampling: of the folder's settings of generation only the
     tokens count.
 
+    Args:
+        keep_bits: hold layers that are stored in 4 or 8 bits so; otherwise they become ordinary ones.
+
     Raises:
+        MissingExtraError: layers are stored in 4 or 8 bits, and bitsandbytes, which multiplies them, is not
+            installed.
         CheckpointError: the folder is missing, incomplete, or of another kind.
     """
     folder = Path(folder)
@@ -117,6 +130,13 @@ def open_checkpoint(
         model, report = TinyLlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
+    if (quantised := folder / QUANTISED_FILE).is_file():
+        load_quantised(model, quantised)
+        report["missing_keys"] = set(report["missing_keys"]) - quantised_layers(model).keys()
+        if keep_bits:
+            check_bits(quantised_bits(model))
+        else:
+            dequantise(model)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(fault):
             raise CheckpointError(

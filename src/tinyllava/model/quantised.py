@@ -1,4 +1,4 @@
-"""Linear layers whose frozen weights are held in 4 or 8 bits, below the adapters of a stage.
+"""Linear layers whose frozen weights are held in 4 or 8 bits, below the adapters of a stage or to answer.
 
 Differs: the paper trains on weights in 16 bits or more. In 4 bits the form is QLoRA's (NF4 in blocks of 64
 whose scales are quantised too), in 8 bits LLM.int8's (one scale for each row). bitsandbytes chooses the
@@ -8,13 +8,20 @@ row is no whole number of blocks (0.50.2, CPUs with AVX-512), so the codes are r
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tinyllava.errors import CheckpointError, ConfigError, first_line, require
 from tinyllava.model.quiet import quiet_bitsandbytes_import, without_messages_of
 
+BITS = (4, 8, 16)
+QUANTISED_FILE = "quantised.safetensors"
+"""Beside model.safetensors, with the layers of a checkpoint that is stored in 4 or 8 bits."""
 _BLOCK, _NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one
 _OUTLIER = 6.0  # inputs beyond it are multiplied in 16 bits (LLM.int8's own value; on a GPU only)
 
@@ -25,7 +32,7 @@ def quantise(model: nn.Module, names: Iterable[str], bits: int) -> None:
     Args:
         bits: 4 or 8.
     """
-    kind = {4: FourBitLinear, 8: EightBitLinear}[bits]
+    kind = _KINDS[bits]
     for name in names:
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
@@ -33,9 +40,89 @@ def quantise(model: nn.Module, names: Iterable[str], bits: int) -> None:
         setattr(model.get_submodule(parent), child, kind(layer))
 
 
+def check_bits(bits: int) -> None:
+    """Say before long work that a model cannot be held in so many bits.
+
+    Raises:
+        ConfigError: not 4, 8 or 16.
+        MissingExtraError: fewer than 16, and bitsandbytes is not installed.
+    """
+    if bits not in BITS:
+        raise ConfigError(f"bits = {bits!r}: choose one of {', '.join(map(str, BITS))}.")
+    if bits < 16:
+        require("bitsandbytes", "quantized", "holds weights in 4 or 8 bits")
+
+
+def quantise_language_model(model: nn.Module, bits: int) -> None:
+    """Hold the linear layers of the language model, without the head, in 4 or 8 bits; 16 changes nothing.
+
+    Encoder, connector, embedding, head and norms keep their type: they are small, and errors in them weigh.
+
+    Raises:
+        ConfigError: it is held in another number of bits already.
+    """
+    held = quantised_bits(model)
+    if bits < 16 and held not in (bits, 16):
+        raise ConfigError(f"bits = {bits}: the checkpoint is stored in {held} bits; leave bits out.")
+    if bits < held:
+        names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        quantise(model, [name for name in names if ".language_model." in f".{name}"], bits)
+
+
+def quantised_bits(model: nn.Module) -> int:
+    """Return in how many bits the quantised layers of a model are held; 16 if it has none."""
+    return min((layer.bits for layer in quantised_layers(model).values()), default=16)
+
+
 def quantised_layers(model: nn.Module) -> dict[str, "QuantisedLinear"]:
     """Return the quantised layers of a model by the names of their weights."""
     return {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+
+
+def dequantise(model: nn.Module) -> None:
+    """Put ordinary layers with the weights that the codes stand for in the place of quantised ones."""
+    for name, layer in quantised_layers(model).items():
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.to_linear())
+
+
+def save_quantised(model: nn.Module, path: Path) -> set[str]:
+    """Write the codes of the quantised layers and what gives them their meaning.
+
+    Returns:
+        Names of the weights that are written there, and need not be written elsewhere.
+    """
+    tensors = {}
+    held = quantised_layers(model)
+    for name, layer in held.items():
+        tensors[name] = layer.weight
+        tensors |= {f"{name}.{buffer}": tensor for buffer, tensor in layer.named_buffers()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, {"bits": str(quantised_bits(model)), "format": "pt"})
+    return set(held)
+
+
+def load_quantised(model: nn.Module, path: Path) -> None:
+    """Put the layers that ``save_quantised`` wrote in the place of a model's ordinary ones.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            kind = _KINDS[int((file.metadata() or {})["bits"])]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        for name in [name for name in tensors if name.endswith(".weight")]:
+            parent, _, child = name.removesuffix(".weight").rpartition(".")
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            if not isinstance(layer, nn.Linear):
+                raise KeyError(name)
+            stored = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if f"{name}." in key}
+            setattr(model.get_submodule(parent), child, kind(layer, (tensors[name], stored)))
+    except (SafetensorError, AttributeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not the quantised weights of this model ({first_line(error)}); copy the folder again."
+        ) from error
 
 
 class QuantisedLinear(nn.Linear, ABC):
@@ -46,15 +133,17 @@ class QuantisedLinear(nn.Linear, ABC):
 
     Args:
         layer: what is quantised, on a CPU wherever it is: the same codes on every machine.
+        stored: codes and constants that were computed before.
     """
 
+    bits: int
     bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear says it is never None
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, stored: tuple[Tensor, dict[str, Tensor]] | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would draw random weights
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.dtype = layer.weight.dtype
-        codes, constants = self._quantise(layer.weight.detach().float().cpu())
+        self.dtype, self.training = layer.weight.dtype, layer.training
+        codes, constants = stored or self._quantise(layer.weight.detach().float().cpu())
         self.weight = nn.Parameter(codes, requires_grad=False)
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -100,6 +189,7 @@ class QuantisedLinear(nn.Linear, ABC):
 class FourBitLinear(QuantisedLinear):
     """NF4: two codes a byte, an 8-bit scale for 64 weights, an fp32 scale for 256 of those."""
 
+    bits = 4
     scales: Tensor
     """The scales' codes [out * in / 64]."""
     offset: Tensor
@@ -182,6 +272,7 @@ class EightBitLinear(QuantisedLinear):
     The input is rounded to 8 bits too, row by row, except in training on a CPU.
     """
 
+    bits = 8
     scales: Tensor
     """Largest absolute weights [out], fp32."""
 
@@ -206,3 +297,6 @@ class EightBitLinear(QuantisedLinear):
         with without_messages_of("bitsandbytes.autograd._functions"):
             outputs: Tensor = matmul(inputs, self.weight, state=state, bias=bias)
         return outputs
+
+
+_KINDS: dict[int, type[QuantisedLinear]] = {4: FourBitLinear, 8: EightBitLinear}

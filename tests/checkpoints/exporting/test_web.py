@@ -247,12 +247,12 @@ def test_a_page_whose_example_is_answered_otherwise_says_so(
 
 
 def test_every_command_of_the_guide_is_followed() -> None:
-    """Here, and in test_formats.py; what it installs exists."""
-    run = ("--format web", "http.server", "--format onnx", "--formats")
+    """Here, in test_formats.py and in tests/inference/test_bits.py; what it installs exists."""
+    run = ("--format web", "http.server", "--format onnx", "--formats", "--bits")
     install = [line for line in GUIDE if not any(words in line for words in run)]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert install == ["pip install 'tinyllava[onnx]'"]
-    assert "onnx" in project["optional-dependencies"]
+    assert install == [f"pip install 'tinyllava[{extra}]'" for extra in ("onnx", "quantized")]
+    assert {"onnx", "quantized"} <= set(project["optional-dependencies"])
 
 
 def test_without_npm_nothing_is_written(

@@ -8,7 +8,12 @@ from typing import Any, Literal
 import torch
 
 from tinyllava.checkpoints.exporting.card import read_provenance, write_card
-from tinyllava.checkpoints.exporting.compare import compare_with_ours, compare_with_run, compare_with_stock
+from tinyllava.checkpoints.exporting.compare import (
+    compare_with_ours,
+    compare_with_run,
+    compare_with_stock,
+    example_logits,
+)
 from tinyllava.checkpoints.exporting.formats import (
     NOT_MEASURED,
     Layout,
@@ -27,6 +32,7 @@ from tinyllava.inference.logits import refuse_broken_weights
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.model.quantised import QUANTISED_FILE, check_bits, quantise_language_model, save_quantised
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
 from tinyllava.model.rebuild import whole_model
 from tinyllava.parts.folders import check_checkpoint, check_new_folder, written_whole
@@ -76,6 +82,7 @@ def export_checkpoint(
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     max_shard_size: str = "5GB",
     quantized: Quantized = "f32",
+    bits: int = 16,
 ) -> Exported:
     """Write a checkpoint in a layout, open it again as its reader would, and compare.
 
@@ -90,12 +97,14 @@ def export_checkpoint(
         dtype: type of the weights; auto keeps theirs. Not for ONNX, the page and GGUF.
         precision: of ONNX graphs.
         quantized: type of the language model's matrices in GGUF.
+        bits: 4 or 8 store the linear layers of the language model in that many; for our layout only.
 
     Raises:
         CheckpointError: no checkpoint, a model that the layout cannot hold, or one that answers otherwise.
     """
     checkpoint, folder = whole_model(checkpoint), Path(folder)
     check_new_folder(folder)
+    check_bits(bits)
     _refuse_before_loading(checkpoint, layout)
     is_exact = layout in ("onnx", "web", "gguf")
     model, processor, source = open_merged(checkpoint, base, torch.float32 if is_exact else dtype)
@@ -110,7 +119,7 @@ def export_checkpoint(
         if layout == "gguf":
             written, told = _write_gguf(partial, model, processor, name or folder.name, quantized)
         else:
-            written = _write(partial, layout, model, processor, precision, max_shard_size, folder.name)
+            written = _write(partial, layout, model, processor, precision, max_shard_size, folder.name, bits)
             is_stock = layout in ("llava", "vllm")
             told = describe_versions(model.config, written.largest_difference or 0.0) if is_stock else ""
         formats = format_rows(model.config, layout, written.in_short)
@@ -146,6 +155,7 @@ def _write(
     precision: Literal["fp32", "fp16", "int8"],
     max_shard_size: str,
     name: str,
+    bits: int,
 ) -> Exported:
     """Write and compare."""
     if layout in ("onnx", "web"):
@@ -155,13 +165,36 @@ def _write(
             graphs = write_onnx(folder, model, processor, precision)
         return Exported(folder=folder, largest_difference=graphs.largest_difference, measured=str(graphs))
     if layout == "tinyllava":
-        for config in (model.config.text_config, model.config.vision_config):
-            config.name_or_path = ""  # the folder of somebody's machine
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        processor.save_pretrained(folder)
-        return Exported(folder=folder, largest_difference=compare_with_ours(folder, model, processor))
+        return _write_own(folder, model, processor, max_shard_size, bits)
     write_stock(folder, model, processor, max_shard_size)
     return Exported(folder=folder, largest_difference=compare_with_stock(folder, model, processor))
+
+
+def _write_own(
+    folder: Path,
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    max_shard_size: str,
+    bits: int,
+) -> Exported:
+    """Write our layout, quantised in place first where that is asked for, and compare."""
+    for config in (model.config.text_config, model.config.vision_config):
+        config.name_or_path = ""  # the folder of somebody's machine
+    measured, tensors = "", None
+    if bits < 16:
+        expected = example_logits(model, processor)
+        quantise_language_model(model, bits)
+        difference = float((example_logits(model, processor) - expected).abs().max())
+        measured = (
+            f"language model in {bits} bits; largest difference of a logit {difference:.2g} (the logits' "
+            f"standard deviation is {float(expected.std()):.2g})"
+        )
+        held = save_quantised(model, folder / QUANTISED_FILE)
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in held}
+    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=tensors)
+    processor.save_pretrained(folder)
+    reopened = compare_with_ours(folder, model, processor)
+    return Exported(folder=folder, largest_difference=reopened, measured=measured)
 
 
 def _write_gguf(

@@ -63,7 +63,7 @@ def compare_with_ours(
     Raises:
         CheckpointError: it does not open, or prompt, pixels or logits differ.
     """
-    other, other_processor = open_checkpoint(folder, dtype=model.dtype)
+    other, other_processor = open_checkpoint(folder, dtype=model.dtype, keep_bits=True)
     expected, found = (_encode(p, example_image()) for p in (processor, other_processor))
     _require_same("token ids", expected["input_ids"], found["input_ids"], 0, folder)
     _require_same("pixels", expected["pixel_values"], found["pixel_values"], 1e-5, folder)
@@ -111,6 +111,16 @@ def example_image(width: int = 90, height: int = 61) -> Image.Image:
 def encode_example(processor: TinyLlavaProcessor) -> Any:
     """Return the example image with a question about it as the model's inputs."""
     return _encode(processor, example_image())
+
+
+@torch.no_grad()
+def example_logits(model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor) -> Tensor:
+    """Return the logits [N, vocabulary] of the example."""
+    inputs = encode_example(processor)
+    given = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask", "pixel_values")}
+    given["pixel_values"] = given["pixel_values"].to(model.dtype)
+    logits: Tensor = model(**given).logits[0]
+    return logits.float()
 
 
 def _encode(processor: TinyLlavaProcessor, image: Image.Image) -> Any:
