@@ -37,6 +37,7 @@ def test_its_commands_run(
         printed[arguments[0], arguments[2]] = capsys.readouterr().out
     assert "TinyLLaVABench, whole model" in printed["import", "./mine"]
     assert "largest logit difference 0" in printed["export", "./for-transformers"]
+    assert "GGUF of llama.cpp" in printed["import", "./from-llama-cpp"]
     assert "opened in llama.cpp" in printed["export", "./for-llama-cpp"]
     assert {"for-transformers", "for-vllm", "for-llama-cpp", "merged"} <= {
         path.name for path in tmp_path.iterdir()

@@ -7,13 +7,15 @@ from tinyllava.errors import CheckpointError
 
 _HELP = """
 Convert a checkpoint of TinyLLaVABench (whole model, stage-1 connector, LoRA),
-TinyLLaVA Factory (one file, three folders, LoRA), LLaVA-1.5, or transformers'
-own LLaVA. The layout is detected from config.json and the tensor names. If a
-tensor cannot be placed, the import stops and lists it. DIR is self-contained.
+TinyLLaVA Factory (one file, three folders, LoRA), LLaVA-1.5, transformers' own
+LLaVA, or llama.cpp (GGUF with its mmproj file beside it). The layout is
+detected from config.json and the tensor names. If a tensor cannot be placed,
+the import stops and lists it. DIR is self-contained.
 
   tinyllava import bczhou/TinyLLaVA-3.1B imported        from the Hub
   tinyllava import ./factory imported --vision-encoder ./siglip
   tinyllava import ./lora imported --language-model ./base
+  tinyllava import ./pair/model.gguf imported
 """
 
 

@@ -5,53 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-import toys
+from exporting_toys import make
 from tinyllava.checkpoints import exporting
 from tinyllava.checkpoints.exporting import export_checkpoint, gguf, llama_cpp
 from tinyllava.cli import main
-from tinyllava.config import ModelConfig
 from tinyllava.errors import CheckpointError
-from tinyllava.model.assemble import assemble
 
-TEMPLATES = {"llama": "llama", "phi": "phi", "stablelm": "phi", "gemma": "gemma"}
 # What was measured (F32: text 1e-3, image 2e-3), with room for another CPU's order of sums.
 LIMITS = {"f32": 5e-3, "f16": 0.02, "q8_0": 0.3, "q4_0": 0.3}
-
-
-def make_qwen(folder: Path, kind: str) -> Path:
-    tokenizer = toys.chatml_tokenizer()
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    classes: dict[str, Any] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    config = classes[kind](vocab_size=448, num_key_value_heads=2, head_dim=8, **toys._COMMON, **ids)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def make(folder: Path, language: str, vision: str = "siglip", **settings: Any) -> Path:
-    """A checkpoint whose logits have a standard deviation above 1, and whose vectors are not 0 or 1."""
-    torch.manual_seed(0)
-    is_qwen = language.startswith("qwen")
-    make_language = make_qwen if is_qwen else toys.make_language_model
-    config = ModelConfig(
-        vision_encoder=str(toys.make_vision_encoder(folder / "vision", vision)),
-        language_model=str(make_language(folder / "language", language)),
-        template=TEMPLATES.get(language, "chatml"),
-        **settings,
-    )
-    model, processor = assemble(config)
-    for name, weight in model.named_parameters():
-        if "norm" not in name and weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.25)
-        else:
-            weight.data += torch.randn_like(weight) / 10
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    return folder / "model"
 
 
 @pytest.mark.parametrize("quantized", ["f32", "f16", "q8_0", "q4_0"])
@@ -137,7 +100,7 @@ def test_a_wrong_order_of_rows_is_found_in_every_type(
 def test_files_that_llama_cpp_does_not_open_are_refused_with_its_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(gguf._TEXT_NAMES, "norm", "output_norm_of_nobody")
+    monkeypatch.setitem(gguf.TEXT_NAMES, "norm", "output_norm_of_nobody")
     checkpoint = make(tmp_path, "llama")
     with pytest.raises(CheckpointError, match=r"ended with exit status .*output_norm"):
         export_checkpoint(checkpoint, tmp_path / "out", layout="gguf")

@@ -6,6 +6,7 @@ layer that is stored, and pads with SigLIP's mean. CLIP is type ``mlp``.
 Differs: llama.cpp's GELU in the connector is the tanh form, ours is exact.
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,9 +27,11 @@ from tinyllava.model.processing import IMAGE_RULES, TinyLlavaProcessor
 
 Quantized = Literal["f32", "f16", "q8_0", "q4_0"]
 
+SETTINGS_KEY = "tinyllava.settings"
+"""Of mmproj: what llama.cpp has no words for."""
 MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
 # Name of an architecture there, by the model type here.
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "llama": "llama",
     "phi": "phi2",
     "stablelm": "stablelm",
@@ -36,7 +39,7 @@ _ARCHITECTURES = {
     "qwen3": "qwen3",
     "gemma": "gemma",
 }
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -52,8 +55,8 @@ _LAYER_NAMES = {
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
 }
-_TEXT_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "final_layernorm": "output_norm"}
-_VISION_LAYER_NAMES = {
+TEXT_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "final_layernorm": "output_norm"}
+VISION_LAYER_NAMES = {
     "layer_norm1": "ln1",
     "layer_norm2": "ln2",
     "self_attn.q_proj": "attn_q",
@@ -63,7 +66,7 @@ _VISION_LAYER_NAMES = {
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
 }
-_VISION_NAMES = {
+VISION_NAMES = {
     "embeddings.patch_embedding.weight": "v.patch_embd.weight",
     "embeddings.patch_embedding.bias": "v.patch_embd.bias",
     "embeddings.position_embedding.weight": "v.position_embd.weight",
@@ -73,10 +76,10 @@ _VISION_NAMES = {
 }
 # The encoder's own end, which LLaVA's features are taken in front of.
 _UNUSED = ("post_layernorm.", "head.")
-_CONNECTOR_LAYERS = {"siglip_vision_model": (0, 1), "clip_vision_model": (0, 2)}
+CONNECTOR_LAYERS = {"siglip_vision_model": (0, 1), "clip_vision_model": (0, 2)}
 EXTRA_CHECK = {"clip_vision_model": "if it passes the comparison in llama.cpp (#25814, #25817)"}
 """What decides for an encoder whose operations llama.cpp has, but not always right; see llama_cpp.py."""
-_GELUS = {"gelu": True, "gelu_pytorch_tanh": True, "quick_gelu": False}
+GELUS = {"gelu": True, "gelu_pytorch_tanh": True, "quick_gelu": False}
 _TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
     "f16": gguf.GGMLQuantizationType.F16,
@@ -97,14 +100,14 @@ def reasons_against_gguf(config: TinyLlavaConfig) -> list[str]:
     reasons = [*_text_reasons(config, text)]
     if config.connector != "mlp" or (config.connector_options or {}).get("depth", 2) != 2:
         reasons.append(f"connector {config.connector!r}: only the two-layer MLP fits")
-    if config.encoder_kind == "cnn" or vision.model_type not in _CONNECTOR_LAYERS:
+    if config.encoder_kind == "cnn" or vision.model_type not in CONNECTOR_LAYERS:
         reasons.append(f"encoder {vision.model_type!r}: only SigLIP and CLIP fit")
     elif config.num_prefix_tokens != (prefix := int(vision.model_type == "clip_vision_model")):
         reasons.append(
             f"{config.num_prefix_tokens} of the encoder's first tokens are dropped: llama.cpp drops {prefix}"
         )
-    elif vision.hidden_act not in _GELUS:
-        reasons.append(f"the encoder's activation {vision.hidden_act!r}: it has {', '.join(_GELUS)}")
+    elif vision.hidden_act not in GELUS:
+        reasons.append(f"the encoder's activation {vision.hidden_act!r}: it has {', '.join(GELUS)}")
     return reasons
 
 
@@ -126,8 +129,8 @@ def bytes_in_gguf(shape: Sequence[int], kind: str, *, is_text: bool, is_table: b
 
 
 def _text_reasons(config: TinyLlavaConfig, text: Any) -> Iterator[str]:
-    if text.model_type not in _ARCHITECTURES:
-        yield f"language model {text.model_type!r}: only {', '.join(_ARCHITECTURES)} are written"
+    if text.model_type not in ARCHITECTURES:
+        yield f"language model {text.model_type!r}: only {', '.join(ARCHITECTURES)} are written"
         return
     if config.lm_head_bias and text.model_type != "phi":
         yield f"the head's bias: {text.model_type!r} has none there"
@@ -172,7 +175,7 @@ def _write_language_model(
     quantized: Quantized,
 ) -> None:
     text: Any = model.config.text_config
-    writer = gguf.GGUFWriter(path, _ARCHITECTURES[text.model_type])
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[text.model_type])
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[quantized])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -217,9 +220,9 @@ def _text_tensors(model: TinyLlavaForConditionalGeneration) -> Iterator[tuple[st
         here, _, kind = inner.rpartition(".")
         if here.startswith("layers."):
             _, number, here = here.split(".", 2)
-            there = f"blk.{number}.{_known(_LAYER_NAMES, here, inner)}"
+            there = f"blk.{number}.{_known(LAYER_NAMES, here, inner)}"
         else:
-            there = _known(_TEXT_NAMES, here, inner)
+            there = _known(TEXT_NAMES, here, inner)
         yield f"{there}.{kind}", tensor
     if not model.config.tie_word_embeddings:
         for kind, tensor in model.lm_head.named_parameters():
@@ -280,12 +283,27 @@ def _write_mmproj(
     writer.add_string(IMAGE_RULES, processor.image_rules)  # llama.cpp does not read it
     if is_clip:  # otherwise one layer fewer is run, and ours are stored cut
         writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
-    if _GELUS[vision.hidden_act]:
+    if GELUS[vision.hidden_act]:
         writer.add_vision_use_gelu(True)
+    _add_settings(writer, model, processor)
     for there, tensor in _vision_tensors(model):
         is_exact = there in ("v.patch_embd.weight", "v.position_embd.weight")
         _add_tensor(writer, there, tensor, "f32" if is_exact else quantized)
     _close(writer)
+
+
+def _add_settings(
+    writer: gguf.GGUFWriter, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor
+) -> None:
+    """Add what llama.cpp has no words for and an import needs to make the same model again."""
+    values = {
+        "chat_template": processor.chat_template,
+        "image_processor": json.loads(processor.image_processor.to_json_string()),
+        "image_aspect": processor.image_aspect,
+        "transparency": processor.transparency,
+        "num_language_rows": model.config.num_language_rows,
+    }
+    writer.add_string(SETTINGS_KEY, json.dumps(values))
 
 
 def _vision_tensors(model: TinyLlavaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
@@ -296,10 +314,10 @@ def _vision_tensors(model: TinyLlavaForConditionalGeneration) -> Iterator[tuple[
         if here.startswith("encoder.layers."):
             _, _, number, rest = here.split(".", 3)
             module, _, kind = rest.rpartition(".")
-            yield f"v.blk.{number}.{_known(_VISION_LAYER_NAMES, module, inner)}.{kind}", tensor
+            yield f"v.blk.{number}.{_known(VISION_LAYER_NAMES, module, inner)}.{kind}", tensor
         else:
-            yield _known(_VISION_NAMES, here, inner), tensor
-    numbers = _CONNECTOR_LAYERS[model.config.vision_config.model_type]
+            yield _known(VISION_NAMES, here, inner), tensor
+    numbers = CONNECTOR_LAYERS[model.config.vision_config.model_type]
     layers = [m for m in model.model.multi_modal_projector.modules() if isinstance(m, torch.nn.Linear)]
     # Gemma multiplies every input by the root of its width there; here only those of tokens.
     text: Any = model.config.text_config

@@ -67,6 +67,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, processor: TinyLlavaProcessor, num_ro
     writer.add_add_bos_token(False)  # the template writes it
     writer.add_add_eos_token(False)
     writer.add_chat_template(template_there(processor))
+    writer.add_string(gguf.Keys.Tokenizer.HF_JSON, json.dumps(pipeline, ensure_ascii=False))
 
 
 def _tokens(tokenizer: Any, pipeline: dict[str, Any], num_rows: int) -> tuple[list[str], list[int]]:

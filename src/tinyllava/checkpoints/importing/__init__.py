@@ -1,4 +1,4 @@
-"""Bring in checkpoints of other layouts: TinyLLaVABench, Factory, LLaVA-1.5 and NeXT, stock transformers."""
+"""Bring in checkpoints of other layouts: Bench, Factory, LLaVA-1.5 and NeXT, stock transformers, GGUF."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tinyllava.checkpoints.importing import factory, flat, stock
+from tinyllava.checkpoints.importing import factory, flat, gguf, stock
 from tinyllava.checkpoints.importing.build import ImportReport, build
 from tinyllava.checkpoints.importing.parts import Given, SourceParts, download_source
 from tinyllava.errors import CheckpointError
@@ -16,7 +16,10 @@ from tinyllava.parts.templates import read_template
 
 __all__ = ["Given", "ImportReport", "import_checkpoint", "read_parts"]
 
-_KINDS = "TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, LLaVA-NeXT without tiles, transformers' LLaVA"
+_KINDS = (
+    "TinyLLaVABench, TinyLLaVA Factory, LLaVA-1.5, LLaVA-NeXT without tiles, transformers' LLaVA, a pair of "
+    "GGUF files"
+)
 
 
 @keeping_random_state()
@@ -28,7 +31,7 @@ def import_checkpoint(
     """Read a checkpoint of another layout and write it as ours, complete in itself.
 
     Args:
-        source: its folder, the file of a connector alone, or its name on the hub.
+        source: its folder, the file of a connector alone, one of two GGUF files, or its name on the hub.
         folder: where to write; it must not exist, or be empty.
         given: local folders for the parts that the source only names, and another template.
         dtype: type of the weights; None keeps the widest of the source's types, which loses nothing.
@@ -40,7 +43,10 @@ def import_checkpoint(
     check_new_folder(folder)
     if given.template:
         read_template(given.template)  # a wrong name is said before gigabytes are read
-    model, processor, report = build(read_parts(source, given), dtype)
+    parts = read_parts(source, given)
+    model, processor, report = build(parts, dtype)
+    if parts.num_language_rows:
+        model.config.num_language_rows = parts.num_language_rows
     with written_whole(folder) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
@@ -50,12 +56,14 @@ def import_checkpoint(
 
 
 def read_parts(source: str | Path, given: Given) -> SourceParts:
-    """Recognise a checkpoint by its config.json and take it apart.
+    """Recognise a checkpoint by its config.json, or its ending .gguf, and take it apart.
 
     Raises:
         CheckpointError: no checkpoint, or of an unknown kind.
     """
     path = Path(source) if Path(source).exists() else download_source(str(source))
+    if gguf.recognises(path):
+        return gguf.read(path, given)
     config = read_config(_config_folder(path))
     for kind in (flat, factory, stock):
         if kind.recognises(config):

@@ -7,7 +7,7 @@ from typing import Any
 
 from tinyllava.checkpoints.importing.connectors import Found
 from tinyllava.checkpoints.importing.tensors import Tensors, has_weights
-from tinyllava.config import Aspect
+from tinyllava.config import Aspect, Transparency
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.families import LANGUAGE_FAMILIES
 from tinyllava.parts.folders import download, read_config
@@ -59,6 +59,10 @@ class SourceParts:
     """Whether it was trained by the published code, which trims no turn."""
     has_older_tokens: bool = True
     """Whether that code split text with transformers 4's classes in Python."""
+    transparency: Transparency | None = None
+    """What becomes of transparent images; None: as the processor does by default."""
+    num_language_rows: int = 0
+    """Rows of the embedding that the language model itself came with, where the source has more; 0: all."""
     template: str
     """Name of a template, the text of one, or empty: recognised by the tokenizer's end of a turn."""
     chatml: str = "chatml"

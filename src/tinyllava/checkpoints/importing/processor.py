@@ -30,6 +30,8 @@ def load_processor(parts: SourceParts, encoder: VisionEncoder, text_config: Any)
         chat_template=template,
         image_aspect=parts.image_aspect,
     )
+    if parts.transparency:
+        processor.transparency = parts.transparency
     try:
         processor.render(ask(""))
     except (TemplateError, ValueError, TypeError) as error:

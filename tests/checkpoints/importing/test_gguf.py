@@ -1,0 +1,112 @@
+"""A pair of GGUF files becomes a checkpoint again: our own exports, of every family and every type."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader, dequantize
+from PIL import Image
+from transformers import AutoTokenizer
+
+from exporting_toys import make
+from tinyllava.checkpoints.exporting.compare import encode_example, example_logits
+from tinyllava.checkpoints.exporting.gguf import write_gguf
+from tinyllava.checkpoints.importing import Given, import_checkpoint
+from tinyllava.cli import main
+from tinyllava.conversation import Conversation, ImageRef, Message
+from tinyllava.errors import CheckpointError
+from tinyllava.model.assemble import open_checkpoint
+
+FAMILIES = ["llama", "phi", "stablelm", "chatml", "qwen2", "qwen3", "gemma"]
+
+
+def written(folder: Path, checkpoint: Path, quantized: Any = "f32") -> Any:
+    """Write the pair; return the model whose weights are rounded to what was written, and its processor."""
+    model, processor = open_checkpoint(checkpoint, dtype="float32")
+    folder.mkdir()
+    write_gguf(folder, model, processor, "toy", quantized)
+    return model, processor
+
+
+@pytest.mark.parametrize("vision", ["siglip", "clip"])
+@pytest.mark.parametrize("language", FAMILIES)
+def test_our_own_pair_becomes_the_same_model(tmp_path: Path, language: str, vision: str) -> None:
+    model, processor = written(tmp_path / "pair", make(tmp_path, language, vision))
+    report = import_checkpoint(tmp_path / "pair", tmp_path / "back")
+    assert report.kind == "GGUF of llama.cpp"
+    other, other_processor = open_checkpoint(tmp_path / "back")
+    expected, found = model.state_dict(), other.state_dict()
+    assert expected.keys() == found.keys()
+    unused = {name for name in expected if "post_layernorm" in name}
+    scaled = {name for name in expected if language == "gemma" and "linear_2" in name}  # there and back
+    for name in expected.keys() - unused - scaled:
+        if language == "gemma" and name.endswith("norm.weight"):  # stored one higher
+            torch.testing.assert_close(found[name], expected[name], atol=2e-7, rtol=0)
+        else:
+            assert torch.equal(found[name], expected[name]), name
+    limit = 1e-4 if language == "gemma" else 0.0
+    difference = example_logits(other, other_processor) - example_logits(model, processor)
+    assert difference.abs().max() <= limit
+    assert other.config.num_language_rows == model.config.num_language_rows
+    assert other.generation_config.eos_token_id == model.generation_config.eos_token_id
+
+
+def test_prompts_and_pixels_are_the_same(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, "llama", "siglip", image_aspect="square", transparency="drop")
+    _, processor = written(tmp_path / "pair", checkpoint)
+    assert main(["import", str(tmp_path / "pair" / "mmproj.gguf"), str(tmp_path / "back")]) == 0
+    _, other = open_checkpoint(tmp_path / "back")
+    assert (other.image_aspect, other.transparency) == ("square", "drop")
+    assert other.chat_template == processor.chat_template
+    expected, found = encode_example(processor), encode_example(other)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    said = "12 dogs\nare <image> here, </s> it's\t\u00e4 \u732b"
+    messages = (Message(role="user", text=said, images=(ImageRef(name="i"),)),)
+    ids = [p.encode(Conversation(messages=messages), open_answer=True).input_ids for p in (processor, other)]
+    assert ids[0] == ids[1]
+    image = Image.effect_noise((90, 40), 50).convert("RGB")
+    assert torch.equal(processor.to_pixels([image]), other.to_pixels([image]))
+
+
+@pytest.mark.parametrize("quantized", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("language", ["llama", "phi"])
+def test_fewer_bits_are_what_the_gguf_package_dequantises(
+    tmp_path: Path, language: str, quantized: Any
+) -> None:
+    model, processor = written(tmp_path / "pair", make(tmp_path, language), quantized)
+    import_checkpoint(tmp_path / "pair", tmp_path / "back")
+    other, other_processor = open_checkpoint(tmp_path / "back")
+    assert torch.equal(example_logits(other, other_processor), example_logits(model, processor))
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "pair" / "model.gguf").tensors}
+    there = tensors["blk.1.ffn_down.weight"]
+    name = {"llama": "down_proj", "phi": "fc2"}[language]
+    found = other.model.language_model.layers[1].mlp.get_submodule(name).weight
+    assert torch.equal(found, torch.from_numpy(dequantize(there.data, there.tensor_type).copy()))
+
+
+def test_what_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "pair", make(tmp_path, "chatml"))
+    back = tmp_path / "back"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copyfile(tmp_path / "pair" / "model.gguf", alone / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"one file with mmproj in its name.*found model\.gguf"):
+        import_checkpoint(alone, back)
+    (alone / "mmproj.gguf").write_bytes((tmp_path / "pair" / "mmproj.gguf").read_bytes()[:64])
+    with pytest.raises(CheckpointError, match=r"mmproj\.gguf: no readable GGUF file"):
+        import_checkpoint(alone, back)
+    shutil.copyfile(tmp_path / "pair" / "model.gguf", alone / "mmproj.gguf")
+    with pytest.raises(CheckpointError, match=r"projector type None; allowed: janus_pro, mlp"):
+        import_checkpoint(alone, back)
+    monkeypatch.setattr("gguf.Keys.Tokenizer.HF_JSON", "tokenizer.of.nobody")  # as in the files of others
+    with pytest.raises(CheckpointError, match=r"not every rule of the tokenizer.*--language-model DIR"):
+        import_checkpoint(tmp_path / "pair", back)
+    assert not back.exists()
+    language = tmp_path / "language"
+    AutoTokenizer.from_pretrained(language).save_pretrained(tmp_path / "tokenizer")
+    import_checkpoint(tmp_path / "pair", back, given=Given(language_model=tmp_path / "tokenizer"))
+    assert (back / "model.safetensors").is_file()
