@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,26 @@ def test_chat_answers_in_bits_and_its_answers_are_told_apart(
         "has answers of a run with dtype = 'float32-4bit', but this run has 'float32'"
         in capsys.readouterr().err
     )
+
+
+def test_serve_and_evaluate_open_the_model_so(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AskedError(Exception):
+        pass
+
+    def note(cls: type[Chat], folder: Path, **given: Any) -> Chat:
+        raise AskedError(f"bits = {given['bits']}")
+
+    monkeypatch.setattr(Chat, "open", classmethod(note))
+    (tmp_path / "pope").mkdir()
+    evaluate = ["evaluate", str(toy), "--data", str(tmp_path), "--benchmarks", "pope", "--device", "cpu"]
+    for command in (["serve", str(toy), "--port", "0"], [*evaluate, "--output", str(tmp_path / "out")]):
+        for bits in (4, 8):
+            with pytest.raises(AskedError, match=f"bits = {bits}"):
+                main([*command, "--bits", str(bits)])
+    with pytest.raises(AskedError, match="bits = 16"):
+        main(["serve", str(toy), "--port", "0"])
 
 
 def test_the_guides_commands_run(

@@ -8,13 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava.cli.parser import (
-    CommandParser,
-    add_bits,
-    add_data_options,
-    check_model,
-    reading_settings,
-)
+from tinyllava.cli.parser import CommandParser, add_bits, add_data_options, check_model, reading_settings
 from tinyllava.parts.folders import default_name, is_stage_checkpoint
 from tinyllava.planning.launch import choose_processes, launch
 

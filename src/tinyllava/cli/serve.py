@@ -67,12 +67,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     limits.add_argument("--max-body-mib", type=int, default=32, help="size of a request")
     limits.add_argument("--max-waiting", type=int, default=64, help="requests, running ones included")
     limits.add_argument("--max-running", type=int, default=32, help="answers that are decoded together")
-    limits.add_argument(
-        "--cache-tokens",
-        type=int,
-        default=0,
-        help="tokens of running and remembered conversations (default: as many as 4 GiB hold)",
-    )
+    room = "tokens of running and remembered conversations (default: as many as 4 GiB hold)"
+    limits.add_argument("--cache-tokens", type=int, default=0, help=room)
     limits.add_argument("--timeout", type=float, default=300, help="seconds for a request, waiting included")
     limits.add_argument("--drain", type=int, default=60, help="seconds that running requests get at the end")
     known = parser.parse_args(arguments)
@@ -80,6 +76,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name in (*positive, "timeout", "drain"):
         if not 0 < getattr(known, name) < 10**12:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if known.bits != 16 and known.engine != "own":
+        parser.error("--bits is for --engine own; export with --quantize for llama.cpp")
     if known.cache_tokens < 0:
         parser.error("--cache-tokens must be above 0")
     if not 0 <= known.port < 2**16:

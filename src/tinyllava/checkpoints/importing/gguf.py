@@ -70,7 +70,7 @@ class _File:
         shape = [int(size) for size in reversed(stored.shape)]
         try:
             values = dequantize(stored.data, stored.tensor_type)
-        except NotImplementedError as error:
+        except RuntimeError as error:  # a type without a rule here
             raise CheckpointError(
                 f"{self.path}: {name} is of type {stored.tensor_type.name}, which the gguf package cannot "
                 "dequantise; give a file in F16, BF16, Q8_0 or Q4_0."
