@@ -1,13 +1,14 @@
 """The page in headless Chromium: images added, asked, streamed, stopped, tried again; phone width; errors."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import browser
-from served import Served, data_url
+from served import Served, data_url, serve
 from tinyllava.inference.chat import Chat
 
 RED, BLUE = data_url(220, 20, 20), data_url(20, 40, 230)
@@ -162,3 +163,25 @@ def test_every_control_has_a_name_and_the_colours_follow_the_system(page: Page, 
     ]
     assert [role for role, name in named if not name] == []
     assert {("textbox", "Question"), ("button", "Remove image 0.png"), ("log", "Conversation")} <= set(named)
+
+
+def test_an_example_of_the_models_report_is_asked_with_two_clicks(
+    page: Page, toy: Path, chat: Chat, tmp_path: Path
+) -> None:
+    shutil.copytree(toy, tmp_path / "run" / "model")
+    (tmp_path / "run" / "report").mkdir()
+    shown = [{"image": BLUE, "question": "What?"}, {"image": RED, "question": "Is there a dog?"}]
+    (tmp_path / "run" / "report" / "examples.json").write_text(json.dumps([*shown, {"no": 1}]))
+    page.console.clear()
+    with serve(tmp_path / "run" / "model", "--name", "toy") as served:
+        page.open(served.address, 390)
+        page.run("document.getElementById('tokens').value = 12")
+        page.wait_for("document.querySelectorAll('#examples button').length === 2")
+        page.run("document.querySelectorAll('#examples button')[1].click()")
+        assert page.run("document.getElementById('question').value") == "Is there a dog?"
+        page.run("document.getElementById('send').click()")
+        page.wait_for("document.querySelectorAll('.turn').length === 2")
+        expected = chat.ask("Is there a dog?", RED, max_new_tokens=12)
+        assert page.wait_for_answer() == expected + " [cut off]" * expected.is_cut
+        assert not page.run("document.getElementById('examples').checkVisibility()")
+    assert page.console == []

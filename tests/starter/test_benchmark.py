@@ -5,9 +5,11 @@ import json
 import pytest
 from PIL import Image
 
+from tinyllava.conversation import to_ref
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, QUOTAS, WHOLE, majority_answers
+from tinyllava.starter.page import write_examples
 from tinyllava.starter.report import Shown, choose_shown, choose_strip, draw_losses, draw_sheet, results_table
 
 
@@ -93,6 +95,10 @@ def test_the_images_of_the_report_open(tmp_path):
     ]
     draw_sheet(shown, tmp_path / "images.png")
     draw_sheet(shown, tmp_path / "strip.png", dpi=85, num_colours=32)
+    write_examples(tmp_path / "examples.json", shown)
+    examples = json.loads((tmp_path / "examples.json").read_text())
+    assert [one["question"] for one in examples] == [one.question for one in shown]
+    assert [to_ref(one["image"]).data for one in examples] == [one.image.read_bytes() for one in shown]
     assert (tmp_path / "strip.png").stat().st_size < (tmp_path / "images.png").stat().st_size
     for name, smallest in (("losses.png", 800), ("images.png", 1000), ("strip.png", 800)):
         with Image.open(tmp_path / name) as image:

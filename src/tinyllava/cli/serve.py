@@ -1,6 +1,7 @@
 """``tinyllava serve MODEL``: answer over HTTP, to programs and in a web page."""
 
 import argparse
+import json
 import os
 import socket
 import sys
@@ -27,6 +28,7 @@ file that a client names, and addresses only with --allow-image-hosts.
 Requests are answered together as they come, and what they share is computed
 once. Ctrl-C or SIGTERM finishes the running requests and exits.
 """
+_MAX_EXAMPLES_BYTES = 4 * 2**20
 KEY_VARIABLE = "TINYLLAVA_API_KEY"
 
 
@@ -123,7 +125,12 @@ def main(arguments: list[str]) -> int:
     hosts = tuple(host.strip() for host in known.allow_image_hosts.split(",") if host.strip())
     ImageHosts(hosts, limits.max_body_bytes)  # says what is wrong with them before a model is opened
     settings = Settings(
-        model=name, host=known.host, image_hosts=hosts, api_keys=known.api_keys, limits=limits
+        model=name,
+        host=known.host,
+        image_hosts=hosts,
+        examples=_read_examples(folder.resolve().parent / "report" / "examples.json"),
+        api_keys=known.api_keys,
+        limits=limits,
     )
     with _listen(
         known.host, known.port
@@ -140,6 +147,23 @@ def main(arguments: list[str]) -> int:
         except KeyboardInterrupt:  # when everything is finished
             print("stopped.", file=sys.stderr)
     return 0
+
+
+def _read_examples(file: Path) -> bytes:
+    """Return the images with questions of the report beside a model, as JSON; none where there are none."""
+    try:
+        examples = json.loads(file.read_bytes()) if file.stat().st_size < _MAX_EXAMPLES_BYTES else []
+    except (OSError, ValueError):
+        return b"[]"
+    good = [
+        {"image": one["image"], "question": one["question"]}
+        for one in (examples if isinstance(examples, list) else [])
+        if isinstance(one, dict)
+        and isinstance(one.get("question"), str)
+        and isinstance(one.get("image"), str)
+        and one["image"].startswith("data:image/")
+    ]
+    return json.dumps(good).encode()
 
 
 def _open_engine(known: argparse.Namespace, folder: Path) -> "Engine":

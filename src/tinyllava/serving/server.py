@@ -56,12 +56,14 @@ class Settings:
         host: address that the server listens on; on loopback, requests that name another host are refused
             (a web site could reach the server through the user's browser otherwise).
         image_hosts: hosts whose images may be given by their address; see ``ImageHosts``.
+        examples: JSON for the page: a list of {image, question}, each image a data URL.
         api_keys: one of them has to come with each request; without any, none is asked for.
     """
 
     model: str
     host: str = "127.0.0.1"
     image_hosts: tuple[str, ...] = ()
+    examples: bytes = b"[]"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     limits: Limits = field(default_factory=Limits)
 
@@ -98,7 +100,7 @@ class _Service:
                 "them, or start it with --host.",
                 code="host_not_allowed",
             )
-        if not self.settings.api_keys or not request.url.path.startswith(("/v1/", "/metrics")):
+        if not self.settings.api_keys or not request.url.path.startswith(("/v1/", "/metrics", "/examples")):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         matches = [
@@ -356,6 +358,7 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
 
     for path, (name, kind) in _PAGE.items():
         _add_page(app, path, (files("tinyllava.serving") / "page" / name).read_bytes(), kind)
+    _add_page(app, "/examples.json", service.settings.examples, "application/json")
 
 
 def _add_page(app: FastAPI, path: str, content: bytes, kind: str) -> None:

@@ -17,7 +17,8 @@ import jinja2
 from PIL import Image
 
 from tinyllava.evaluation.benchmark import Prediction
-from tinyllava.starter.report import ReportTable
+from tinyllava.files import write_json
+from tinyllava.starter.report import ReportTable, Shown
 
 THUMBNAIL_PX = 128
 NUM_SHOWN = 8
@@ -101,6 +102,16 @@ def write_page(
     )
     path.write_text(page + "\n", encoding="utf-8")
     return path
+
+
+def write_examples(path: Path, shown: Sequence[Shown]) -> None:
+    """Write images with their questions, for the page of ``tinyllava serve``."""
+    kinds = {one.image: one.image.suffix.lower().replace(".jpg", ".jpeg")[1:] for one in shown}
+    examples = [
+        {"image": _data_url(kinds[one.image], one.image.read_bytes()), "question": one.question}
+        for one in shown
+    ]
+    write_json(path, examples)
 
 
 def _answers(

@@ -52,7 +52,7 @@ from tinyllava.starter.packages import (
     SMOLLM2,
     default_model,
 )
-from tinyllava.starter.page import RunFacts, write_page
+from tinyllava.starter.page import RunFacts, write_examples, write_page
 from tinyllava.starter.recipe import starter_model, starter_run
 from tinyllava.starter.records import (
     AMOUNTS,
@@ -316,7 +316,9 @@ def write_report(
     truths = {question.id: str(question.target) for question in benchmark.load(records)}
     images = records / "images"
     draw_sheet(choose_shown(predictions, truths, images), folder / "images.png")
-    draw_sheet(choose_strip(predictions, truths, images), folder / "strip.png", dpi=85, num_colours=128)
+    strip = choose_strip(predictions, truths, images)
+    draw_sheet(strip, folder / "strip.png", dpi=85, num_colours=128)
+    write_examples(folder / "examples.json", strip)
     overall = table["overall"]["model"]
     run = RunFacts(
         title="A small multimodal model, trained and evaluated on this machine",

@@ -32,6 +32,26 @@ async function learnModel() {
   at("title").textContent = document.title = model
 }
 
+// Images of the model's own report: one click puts image and question where they can be changed and asked.
+async function showExamples() {
+  const response = await fetch("/examples.json", { headers: headers() })
+  if (!response.ok) return
+  const examples = await response.json()
+  at("examples").replaceChildren(...examples.map(example => {
+    const item = document.createElement("li"), take = document.createElement("button")
+    take.type = "button"
+    take.append(picture({ url: example.image, name: "" }), example.question)
+    take.onclick = () => {
+      chosen = [{ name: "example image", url: example.image }]
+      at("question").value = example.question
+      showChosen()
+      at("question").focus()
+    }
+    item.append(take)
+    return item
+  }))
+}
+
 function readFile(file) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader()
@@ -235,4 +255,4 @@ document.addEventListener("drop", event => {
   addFiles([...event.dataTransfer.files])
 })
 
-learnModel().catch(error => fail(error.message))
+learnModel().then(showExamples).catch(error => fail(error.message))
