@@ -6,9 +6,15 @@ it the first and the second time. Run: python benchmarks/records.py FOLDER TOKEN
 
 import argparse
 import json
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -69,9 +75,87 @@ def make_record(index: int, source: str, rng: random.Random, stream: list[str]) 
     return record
 
 
+def private_megabytes() -> float:
+    """Return the memory of this process that it shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1000
+
+
+def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
+    """Read and measure the records as a stage does before its first step; a second call is a second start."""
+    from transformers import CLIPImageProcessorPil
+
+    from tinyllava.config import DataConfig
+    from tinyllava.data.conversion import read_stored
+    from tinyllava.data.dataset import Examples, measure
+    from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
+    from tinyllava.data.store import kept_digest, list_images
+    from tinyllava.model.processing import TinyLlavaProcessor
+    from tinyllava.model.tokenizer import open_tokenizer
+    from tinyllava.parts.templates import read_template
+
+    opened = open_tokenizer(tokenizer)
+    opened.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor = TinyLlavaProcessor(
+        image_processor=CLIPImageProcessorPil(), tokenizer=opened, chat_template=read_template("chatml")
+    )
+    found: dict[str, float] = {}
+    before = private_megabytes()
+    start = clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        found[name], clock = round(time.perf_counter() - clock, 2), time.perf_counter()
+
+    data = DataConfig(records=(str(path),))
+    records = read_stored(data, "", store)
+    lap("records_seconds")
+    examples = Examples(conversations=records.conversations, processor=processor)
+    examples, _ = measure(examples, 2048, ("too_long",))
+    lap("lengths_seconds")
+    talks = examples.conversations
+    kept_digest(talks, "records", records_digest)
+    lap("records_digest_seconds")
+    hashes = ImageHashes(store / "hashes.sqlite").find(talks, refs=list_images(talks))
+    kept_digest(talks, "images-benchmark", lambda some: images_digest(some, hashes))
+    lap("images_seconds")
+    examples.encode(examples.conversations[len(examples) // 2])
+    found["seconds"] = round(time.perf_counter() - start, 2)
+    found["private_megabytes"] = round(private_megabytes() - before, 1)
+    found["mean_tokens"] = round(sum(examples.lengths) / len(examples), 1)
+    found["worker_private_megabytes"] = _worker_memory(examples)
+    return found
+
+
+def _worker_memory(examples: Any) -> float:
+    """Return what a forked worker holds for itself after it has read 2,000 records of all the file."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        before = private_megabytes()
+        step = max(1, len(examples) // 2000)
+        for place in range(0, len(examples), step):
+            examples.encode(examples.conversations[place])
+        os.write(writer, f"{private_megabytes() - before:.1f}".encode())
+        os._exit(0)
+    os.wait()
+    return float(os.read(reader, 100))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("tokenizer", type=Path, help="folder of a tokenizer, such as that of SmolLM2")
     parser.add_argument("--records", type=int, default=TOTAL)
+    parser.add_argument("--once", action="store_true", help="measure one start and print it")
     known = parser.parse_args()
-    print(make_records(known.folder, known.records))
+    path = make_records(known.folder, known.records)
+    store = known.folder / f"store-{known.records}"
+    if known.once:
+        print(json.dumps(measure_run(path, known.tokenizer, store)))
+    else:
+        shutil.rmtree(store, ignore_errors=True)
+        for name in ("first", "second"):  # each start is a process of its own
+            command = [sys.executable, __file__, known.folder, known.tokenizer, "--once"]
+            command += ["--records", known.records]
+            done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+            print(name, "start:", done.stdout.strip().splitlines()[-1], flush=True)

@@ -6,6 +6,7 @@ Paper: section 3.2, Y = (Y_q^1, Y_a^1, ..., Y_q^T, Y_a^T) together with the imag
 from base64 import b64decode
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Union
@@ -37,13 +38,21 @@ ImageLike = Union[ImageRef, "PathLike[str]", str, bytes, "Image"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn. Images stand before the text, as LLaVA's ``<image>\\n`` puts them."""
+    """One turn. Images stand before the text, as LLaVA's ``<image>\\n`` puts them, or at places in it."""
 
     role: Role
     text: str
     images: tuple[ImageRef, ...] = ()
+    places: tuple[int, ...] = ()
+    """Where in the text each image stands, in characters; empty where all are before it."""
     is_trained: bool = True
-    """Of an answer: whether it adds to the loss."""
+    """Of an answer: whether training learns to say it; otherwise it is read like a question."""
+
+    def marked(self, mark: str) -> str:
+        """Return the text with a mark at the place of each image; all in front if they have none."""
+        edges = [*(self.places or (0,) * len(self.images)), len(self.text)]
+        pieces = [self.text[start:end] for start, end in pairwise(edges)]
+        return self.text[: edges[0]] + "".join(mark + piece for piece in pieces)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

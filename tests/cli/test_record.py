@@ -9,9 +9,9 @@ from tinyllava.cli import main
 from tinyllava.config import DataConfig, ModelConfig
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.defects import Defect
+from tinyllava.data.records import read_configured
 from tinyllava.model.assemble import assemble
 from tinyllava.model.processing import TinyLlavaProcessor
-from tinyllava.training.prepare import read_data
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -101,7 +101,7 @@ def test_what_training_would_refuse_is_said(checkpoint, records, tmp_path, capsy
     with pytest.raises(Defect) as refusal:
         measure(
             Examples(
-                conversations=read_data(data, "").conversations,
+                conversations=read_configured(data).conversations,
                 processor=TinyLlavaProcessor.from_pretrained(checkpoint),
             ),
             200,

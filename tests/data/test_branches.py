@@ -97,7 +97,7 @@ def test_a_row_holds_the_image_once_and_every_question_whole(processor, images):
         assert not on[0]
     examples = Examples(conversations=[conversation], processor=processor, separate_questions=True)
     measured, _ = measure(examples, 512, ())
-    assert measured.lengths == [len(examples[0].input_ids)] == [len(row.input_ids)]
+    assert list(measured.lengths) == [len(examples[0].input_ids)] == [len(row.input_ids)]
     assert measured.separate_questions
 
 

@@ -48,8 +48,10 @@ def test_labels_are_the_ids_where_supervised_and_ignored_elsewhere(examples, pro
 
 def test_measured_lengths_are_those_of_the_examples(examples):
     measured, skipped = measure(examples, 512, ())
-    assert measured.lengths == [len(example.input_ids) for example in map(examples.__getitem__, range(12))]
-    assert measured.supervised_lengths == [int((examples[i].labels != -100).sum()) for i in range(12)]
+    assert list(measured.lengths) == [
+        len(example.input_ids) for example in map(examples.__getitem__, range(12))
+    ]
+    assert list(measured.supervised_lengths) == [int((examples[i].labels != -100).sum()) for i in range(12)]
     assert not skipped
 
 

@@ -379,3 +379,104 @@ def test_a_weight_that_cannot_be_followed_is_a_named_defect(tmp_path, turn, said
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": [{**question, "loss": 1}, turn]}]))
     with pytest.raises(Defect, match="turn 0 of the user has loss 1: only answers train"):
         read_records(tmp_path / "a.json", tmp_path)
+
+
+def place(*content: object, **turn: object) -> list[dict[str, object]]:
+    answer = {"role": "assistant", "content": "A", **turn}
+    return [{"role": "user", "content": list(content)}, answer]
+
+
+IMAGE_A, IMAGE_B = ({"type": "image", "path": f"images/{name}.png"} for name in "ab")
+
+
+def text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
+PLACES = {
+    "in front": ((IMAGE_A, IMAGE_B, text("\nAlike?")), "Alike?", ()),
+    "in the middle": ((text("Is "), IMAGE_A, text(" like "), IMAGE_B, text("? ")), "Is  like ?", (3, 9)),
+    "behind": ((text(" What?\n"), IMAGE_A), "What?", (5,)),
+    "around": ((IMAGE_A, text(" or "), IMAGE_B), "or", (0, 2)),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_images_stay_where_a_list_of_content_has_them(folder, case):
+    content, expected, places = PLACES[case]
+    (folder / "my.json").write_text(json.dumps([{"messages": place(*content)}]))
+    [conversation] = read_records(folder / "my.json", folder).conversations
+    message = conversation.messages[0]
+    assert (message.text, message.places) == (expected, places)
+    assert [ref.path.stem for ref in message.images] == ["a", "b"][: len(message.images)]
+
+
+def test_images_of_llavas_records_come_first_as_published(folder):
+    turns = [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": "A"}]
+    record = {"image": ["images/a.png", "images/b.png"], "conversations": turns}
+    (folder / "my.json").write_text(json.dumps([record]))
+    [conversation] = read_records(folder / "my.json", folder).conversations
+    assert (conversation.messages[0].text, conversation.messages[0].places) == ("Is  like ?", ())
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    import tarfile
+
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_a_webdataset_is_read_sample_by_sample(folder):
+    a, b = ((folder / f"images/{name}.png").read_bytes() for name in "ab")
+    record = json.dumps({"image": "elsewhere.jpg", **MESSAGES["llava"](folder)}).encode()
+    members = {
+        "x/0.png": a,
+        "x/0.json": record,
+        "1.json": record,
+        "1.png": b,
+        "2.png": a,
+        "2.txt": b"A red square.\n",
+        "3.png": b,
+        "3.cls": b"square",
+    }
+    write_tar(folder / "my.tar", members)
+    found = read_records(folder / "my.tar", folder).conversations
+    assert [c.messages[-1].text for c in found] == [ANSWER, ANSWER, "A red square.", "square"]
+    assert [c.images[0].data for c in found] == [a, b, a, b]
+    assert found[0].place == f"{folder / 'my.tar'}: sample x/0"
+    write_tar(folder / "bad.tar", {"0.json": b"{"})
+    with pytest.raises(DataError, match=r"bad\.tar: 0\.json: cannot be read \(Expecting"):
+        read_records(folder / "bad.tar", folder)
+    write_tar(folder / "video.tar", {"0.mp4": b"", "0.txt": b"A video."})
+    with pytest.raises(Defect, match=r"sample 0: 'video': only images and text"):
+        read_records(folder / "video.tar", folder)
+    (folder / "cut.tar").write_bytes((folder / "my.tar").read_bytes()[:700])
+    with pytest.raises(DataError, match=r"cut\.tar: cannot be read as a tar file"):
+        read_records(folder / "cut.tar", folder)
+
+
+def test_a_folder_of_the_library_datasets(folder):
+    features = {"image": {"_type": "Image"}, "label": {"names": ["beetle", "moth"], "_type": "ClassLabel"}}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    rows = [{"image": image_cell(folder), "label": label} for label in (1, 0, 1)]
+    table = pa.Table.from_pylist(rows).replace_schema_metadata(metadata)
+    saved = folder / "saved"
+    saved.mkdir()
+    name = "data-00000-of-00001.arrow"
+    with pa.OSFile(str(saved / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    parquet.write_table(table, folder / "hub.parquet")
+    for path in (saved, folder / "hub.parquet"):
+        found = read_records(path, folder).conversations
+        assert [c.messages[1].text for c in found] == ["moth", "beetle", "moth"]
+        assert found[0].images[0].data == image_cell(folder)["bytes"]
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    with pytest.raises(DataError, match=r"has the splits train, test\. Give one of them: .*/train or"):
+        read_records(folder, folder)
+    (saved / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(DataError, match="cannot be read as a folder of datasets"):
+        read_records(saved, folder)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from tinyllava.data.defects import DEFECTS, Defect, Defects
-from tinyllava.data.records import drop_broken_images, read_raw, read_records
+from tinyllava.data.records import read_raw, read_records
+from tinyllava.data.store import find_good_images
 from tinyllava.errors import ConfigError, DataError
 
 
@@ -243,12 +244,13 @@ def test_the_same_record_twice(tmp_path, images):
     assert len(read(tmp_path, [*GOOD, other]).conversations) == 4  # one id for several records is common
 
 
-def test_images_that_cannot_be_decoded_are_left_out_on_demand(tmp_path, images):
+def test_images_that_cannot_be_decoded_are_found(tmp_path, images):
     broken = record("<image>Q", "A", image="text.jpg")
     fine = {**record("<image>Q", "A", image="a.png"), "id": "fine"}
-    left = drop_broken_images(read(tmp_path, [*GOOD, broken, fine]))
-    assert left.skipped == {"broken_image": 1}
-    assert [conversation.id for conversation in left.conversations] == ["good0", "good1", "good2", "fine"]
+    conversations = read(tmp_path, [*GOOD, broken, fine]).conversations
+    seen: list[int] = []
+    assert find_good_images(conversations, seen.append).tolist() == [0, 1, 2, 4]
+    assert sum(seen) == 5
 
 
 def test_every_defect_of_a_record_has_a_case():

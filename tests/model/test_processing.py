@@ -414,3 +414,36 @@ def test_tokens_are_located_in_spans_as_by_looking_at_each():
         found, joining = locate_tokens(offsets, spans)
         assert found.tolist() == inside
         assert joining == (joins.index(True) if any(joins) else None)
+
+
+PLACED = ("chatml", "llama", "phi", "llama3")
+
+
+@pytest.mark.parametrize("layout", PLACED)
+def test_an_image_stands_where_the_text_has_it(processors, layout):
+    processor = processors[layout]
+    refs = (ImageRef(name="a.png"), ImageRef(name="b.png"))
+    question = Message(role="user", text="Is </s>  like ?", images=refs, places=(8, 14))
+    conversation = Conversation(messages=(question, Message(role="assistant", text="Yes.")))
+    encoded = processor.encode(conversation)
+    assert "Is </s> <image> like <image>?" in encoded.text
+    ids, num_image = encoded.input_ids, processor.num_image_tokens
+    assert ids.count(processor.image_token_id) == 2 * num_image
+    start = ids.index(processor.image_token_id)
+    assert ids[start : start + num_image] == [processor.image_token_id] * num_image
+    assert ids[start + num_image] != processor.image_token_id  # the text between the two
+    caption = processor.encode(conversation, template=read_template("caption"))
+    assert caption.text.count("<image>") == 2
+
+
+@pytest.mark.parametrize("layout", PLACED)
+def test_an_answer_without_loss_is_read_and_not_learned(processors, layout):
+    processor = processors[layout]
+    turns = [Message(role=role, text=f"{role}{n}") for n in range(3) for role in ("user", "assistant")]
+    whole = processor.encode(Conversation(messages=tuple(turns)))
+    turns[3] = dataclasses.replace(turns[3], is_trained=False)
+    encoded = processor.encode(Conversation(messages=tuple(turns)))
+    assert encoded.input_ids == whole.input_ids
+    runs = supervised_runs(processor, whole)
+    assert len(runs) == 3
+    assert supervised_runs(processor, encoded) == [runs[0], runs[2]]

@@ -31,7 +31,8 @@ def split_questions(conversation: Conversation) -> list[Conversation]:
         )
     parts = []
     for start, end in zip(starts, [*starts[1:], len(turns)], strict=True):
-        question = replace(turns[start], images=turns[starts[0]].images)
+        first = turns[starts[0]]
+        question = turns[start] if start == starts[0] else replace(turns[start], images=first.images)
         parts.append(replace(conversation, messages=(*system, question, *turns[start + 1 : end])))
     return parts
 

@@ -18,9 +18,7 @@ from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.defects import DEFECTS, Defect
 from tinyllava.data.hashes import sha256_of_image
 from tinyllava.data.images import open_image
-from tinyllava.data.mixtures import resolve
-from tinyllava.data.readers.form import Reading
-from tinyllava.data.records import iter_conversations, parse_columns
+from tinyllava.data.records import iter_conversations, open_readings
 from tinyllava.errors import ImageError
 from tinyllava.files import write_text
 
@@ -91,14 +89,7 @@ def check_files(
         ConfigError, DataError: a file as a whole cannot be read.
     """
     check = FileCheck()
-    for path, images in resolve(data):
-        reading = Reading(
-            path=path,
-            images=images,
-            skip=data.skip,
-            columns=parse_columns(data.columns),
-            allow_urls=data.allow_urls,
-        )
+    for reading in open_readings(data):
         for found in iter_conversations(reading, data.reader):
             if isinstance(found, Conversation) and decode:
                 found = _decode(found, check.hashes)

@@ -5,20 +5,26 @@ Paper: section 3.2, (X, Y) and the set A; in pre-training the template 'caption'
 Differs: with ``separate_questions`` the questions about one image share a row without seeing each other.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinyllava.conversation import Conversation, Message
 from tinyllava.data.branches import PADDING, encode_branches
-from tinyllava.data.defects import Defect
+from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
+from tinyllava.data.lengths import measure_all, processor_key
+from tinyllava.data.store import image_counts, question_counts, select
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.processing import Encoded, TinyLlavaProcessor
 
@@ -52,9 +58,9 @@ class Examples(Dataset[Example]):
     separate_questions: bool = False
     """Whether each question of a conversation is a branch of its own (see ``tinyllava.data.branches``)."""
     features: FeatureCache | None = None
-    lengths: list[int] = field(default_factory=list)
+    lengths: Sequence[int] = ()
     """Tokens of each example, image tokens included; filled by ``measure``."""
-    supervised_lengths: list[int] = field(default_factory=list)
+    supervised_lengths: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -87,6 +93,17 @@ class Examples(Dataset[Example]):
             place=conversation.place,
         )
 
+    def select(self, kept: NDArray[np.int64]) -> "Examples":
+        """Return some of the examples, by their places."""
+        if len(kept) == len(self):
+            return self
+        return replace(
+            self,
+            conversations=select(self.conversations, kept),
+            lengths=array("i", (self.lengths[place] for place in kept)),
+            supervised_lengths=array("i", (self.supervised_lengths[place] for place in kept)),
+        )
+
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokenise a conversation as the stage trains it.
 
@@ -106,37 +123,51 @@ def measure(
 ) -> tuple[Examples, Counter[str]]:
     """Tokenise everything once: find records that are too long before the first step.
 
+    The lengths of converted records are kept beside them, and counted by all cores.
+
     Returns:
         The examples that are left, with their lengths, and the number left out by defect.
 
     Raises:
-        Defect: the first such record whose defect is not in ``skip``.
+        Defect, Defects: records whose defect is not in ``skip``.
+        DataError: of ``Examples.encode``.
     """
-    kept: list[Conversation] = []
-    lengths: list[int] = []
-    supervised: list[int] = []
-    skipped: Counter[str] = Counter()
     describes = _drops_questions(examples)
-    for conversation in examples.conversations:
-        try:
-            if describes:
-                _refuse_no_caption(conversation)
-            encoded = examples.encode(conversation)
-            if len(encoded.input_ids) > max_length_tokens:
-                detail = (
-                    f"{len(encoded.input_ids)} tokens are more than max_length_tokens = {max_length_tokens}"
-                )
-                raise Defect("too_long", conversation.place, detail)
-            kept.append(conversation)
-            lengths.append(len(encoded.input_ids))
-            supervised.append(sum(encoded.supervised))
-        except Defect as defect:
-            if defect.name not in skip:
-                raise
-            skipped[defect.name] += 1
-        progress(1)
-    measured = replace(examples, conversations=kept, lengths=lengths, supervised_lengths=supervised)
-    return measured, skipped
+    conversations = examples.conversations
+
+    def count(conversation: Conversation) -> tuple[int, int]:
+        if describes and _is_no_caption(conversation):
+            return 0, 0
+        encoded = examples.encode(conversation)
+        return len(encoded.input_ids), sum(encoded.supervised)
+
+    key = processor_key(examples.processor, examples.template, examples.separate_questions)
+    lengths, supervised = measure_all(conversations, count, key, progress)
+    questions = question_counts(conversations)
+    is_dialogue = (questions > 1) & describes
+    is_text = (image_counts(conversations) == 0) & describes & ~is_dialogue
+    wrong = {"dialogue": is_dialogue, "text_only": is_text, "too_long": lengths > max_length_tokens}
+    details: dict[str, Callable[[int], str]] = {
+        "dialogue": lambda i: (
+            f"{questions[i]} questions, but the template of this stage drops them and trains on captions"
+        ),
+        "text_only": lambda i: "no image, but this stage trains on image captions",
+        "too_long": lambda i: f"{lengths[i]} tokens are more than max_length_tokens = {max_length_tokens}",
+    }
+    defects = [
+        Defect(name, conversations[i].place, details[name](i))
+        for name, found in wrong.items()
+        if name not in skip
+        for i in np.flatnonzero(found).tolist()
+    ]
+    raise_defects(Path(conversations[0].source) if len(conversations) else Path(), defects)
+    kept = np.flatnonzero(~(is_dialogue | is_text | wrong["too_long"]))
+    measured = replace(
+        examples, lengths=array("i", lengths.tolist()), supervised_lengths=array("i", supervised.tolist())
+    )
+    return measured.select(kept), Counter(
+        {name: int(found.sum()) for name, found in wrong.items() if found.any()}
+    )
 
 
 def _drops_questions(examples: Examples) -> bool:
@@ -148,15 +179,8 @@ def _drops_questions(examples: Examples) -> bool:
     return question not in examples.processor.render(talk, template=examples.template)[0]
 
 
-def _refuse_no_caption(conversation: Conversation) -> None:
-    num_questions = sum(message.role == "user" for message in conversation.messages)
-    if num_questions > 1:
-        detail = (
-            f"{num_questions} questions, but the template of this stage drops them and trains on captions"
-        )
-        raise Defect("dialogue", conversation.place, detail)
-    if not conversation.images:
-        raise Defect("text_only", conversation.place, "no image, but this stage trains on image captions")
+def _is_no_caption(conversation: Conversation) -> bool:
+    return sum(message.role == "user" for message in conversation.messages) > 1 or not conversation.images
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class Defect(DataError):  # noqa: N818 (the word that users meet in skips and do
     def __init__(self, name: str, where: str, detail: str) -> None:
         assert name in DEFECTS
         self.name, self.where, self.detail = name, where, detail
+        self.path = ""
+        """Of the image that is missing."""
         super().__init__(
             f"{where}: {detail} [{name}]. Fix the record, or skip such records with --skip {name}."
         )
@@ -67,6 +69,14 @@ class Defects(DataError):  # noqa: N818 (as above)
     def __reduce__(self) -> tuple[type["Defects"], tuple[Path, tuple[Defect, ...]]]:
         """Let it be handed over by another process."""
         return Defects, (self.path, self.defects)
+
+
+def raise_defects(path: Path, defects: Sequence[Defect]) -> None:
+    """Raise the defect of a file, or the report of several; nothing if there is none."""
+    if len(defects) == 1:
+        raise defects[0]
+    if defects:
+        raise Defects(path, defects)
 
 
 def count_by_name(defects: Sequence[Defect]) -> Counter[str]:

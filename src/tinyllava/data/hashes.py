@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
-from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.data.images import naming_record, read_image_bytes
 from tinyllava.errors import ImageError
 
@@ -36,15 +36,21 @@ class ImageHashes:
         """Image files whose content was read."""
 
     def find(
-        self, conversations: Sequence[Conversation], progress: Callable[[int], None] = lambda n: None
+        self,
+        conversations: Sequence[Conversation],
+        progress: Callable[[int], None] = lambda n: None,
+        refs: Sequence[ImageRef] | None = None,
     ) -> dict[ImageRef, str]:
         """Return the hash of every image.
+
+        Args:
+            refs: the images of the conversations, each once, where that is known.
 
         Raises:
             ImageError: an image cannot be read; its record is named.
         """
-        shown_by = {ref: conversation for conversation in conversations for ref in conversation.images}
-        refs = list(shown_by)
+        if refs is None:
+            refs = list(dict.fromkeys(ref for talk in conversations for ref in talk.images))
         found: dict[ImageRef, str] = {}
         with closing(_open_database(self.path)) as database, ThreadPoolExecutor(_AT_ONCE // 32) as threads:
             for start in range(0, len(refs), _AT_ONCE):
@@ -54,7 +60,7 @@ class ImageHashes:
                 unknown = [ref for ref in part if not known[ref]]
                 for ref, hashed in zip(unknown, threads.map(_hash, unknown), strict=True):
                     if isinstance(hashed, ImageError):
-                        with naming_record(shown_by[ref]):
+                        with naming_record(next(talk for talk in conversations if ref in talk.images)):
                             raise hashed
                     known[ref] = hashed
                 self.num_read += sum(ref.path is not None for ref in unknown)
@@ -143,12 +149,21 @@ def records_digest(conversations: Sequence[Conversation]) -> str:
     """Return a digest of what conversations say, in order; ids and places of files are left out."""
     digest = hashlib.sha256()
     for conversation in conversations:
-        turns = [
-            [message.role, message.text, len(message.images), *([] if message.is_trained else ["no loss"])]
-            for message in conversation.messages
-        ]
+        turns = [_describe(message) for message in conversation.messages]
         digest.update(json.dumps(turns).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _describe(message: Message) -> list[object]:
+    """Return what a turn says; what most turns do not have is left out, so that their digest stays."""
+    places = [list(message.places)] if message.places else []
+    return [
+        message.role,
+        message.text,
+        len(message.images),
+        *places,
+        *([] if message.is_trained else ["no loss"]),
+    ]
 
 
 def images_digest(conversations: Sequence[Conversation], hashes: Mapping[ImageRef, str]) -> str:

@@ -4,15 +4,15 @@ Paper: section 4.1.2 (the four data sets of Table 2 are LLaVA's JSON; see ``tiny
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation
-from tinyllava.data.defects import Defect, Defects, check_skip
+from tinyllava.data.defects import Defect, check_skip, raise_defects
 from tinyllava.data.mixtures import resolve
 from tinyllava.data.readers import columns as table
 from tinyllava.data.readers import llava, messages
@@ -20,7 +20,7 @@ from tinyllava.data.readers.containers import is_table
 from tinyllava.data.readers.containers import read_raw as read_container
 from tinyllava.data.readers.folder import METADATA
 from tinyllava.data.readers.form import EVALUATION_KEYS, ImageValue, Reading, Turn, make_conversation
-from tinyllava.errors import ConfigError, DataError, ImageError
+from tinyllava.errors import ConfigError, DataError
 from tinyllava.parts.user_code import locate, run_value
 
 
@@ -28,7 +28,7 @@ from tinyllava.parts.user_code import locate, run_value
 class Records:
     """The conversations of one or more files, and what was left out by name."""
 
-    conversations: tuple[Conversation, ...]
+    conversations: Sequence[Conversation]
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Number of records left out (or, for leading_answer, turns dropped), by the name of the defect."""
     ignored: Mapping[str, int] = field(default_factory=dict)
@@ -70,10 +70,7 @@ def read_records(
             reading.skipped[found.name] += 1
         else:
             defects.append(found)
-    if len(defects) == 1:
-        raise defects[0]
-    if defects:
-        raise Defects(path, defects)
+    raise_defects(path, defects)
     skipped = dict(reading.skipped)
     if not conversations:
         raise DataError(f"{path}: no record left" + (f" after skips {skipped}." if skipped else "."))
@@ -86,11 +83,11 @@ def read_configured(data: DataConfig, data_root: str = "") -> Records:
     Raises:
         ConfigError, DataError: see ``resolve`` and ``read_records``.
     """
-    check_skip(data.skip)
-    columns = parse_columns(data.columns)
     parts = [
-        read_records(path, images, data.skip, columns=columns, reader=data.reader, allow_urls=data.allow_urls)
-        for path, images in resolve(data, data_root)
+        read_records(
+            one.path, one.images, one.skip, columns=one.columns, reader=data.reader, allow_urls=one.allow_urls
+        )
+        for one in open_readings(data, data_root)
     ]
     skipped: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
@@ -99,6 +96,20 @@ def read_configured(data: DataConfig, data_root: str = "") -> Records:
         ignored.update(part.ignored)
     conversations = tuple(chain.from_iterable(part.conversations for part in parts))
     return Records(conversations=conversations, skipped=dict(skipped), ignored=dict(ignored))
+
+
+def open_readings(data: DataConfig, data_root: str = "") -> list[Reading]:
+    """Return how each file of a stage is read.
+
+    Raises:
+        ConfigError, DataError: see ``resolve``; a skip or a column that cannot be.
+    """
+    check_skip(data.skip)
+    columns = parse_columns(data.columns)
+    return [
+        Reading(path=path, images=images, skip=data.skip, columns=columns, allow_urls=data.allow_urls)
+        for path, images in resolve(data, data_root)
+    ]
 
 
 def parse_columns(columns: tuple[str, ...]) -> dict[str, str]:
@@ -217,20 +228,3 @@ def _read_by_user(path: Path, images: Path, reader: str) -> Iterator[tuple[str, 
         raise ConfigError(
             f"{locate(error, reader.rpartition(':')[0])}: {type(error).__name__}: {error}"
         ) from error
-
-
-def drop_broken_images(records: Records, progress: Callable[[int], None] = lambda n: None) -> Records:
-    """Decode every image once and leave out the records whose image is broken, counted."""
-    from tinyllava.data.images import open_image
-
-    good, num_broken = [], 0
-    for conversation in records.conversations:
-        try:
-            for ref in conversation.images:
-                open_image(ref)
-            good.append(conversation)
-        except ImageError:
-            num_broken += 1
-        progress(1)
-    skipped = {**records.skipped, "broken_image": num_broken}
-    return replace(records, conversations=tuple(good), skipped=skipped)

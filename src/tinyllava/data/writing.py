@@ -93,6 +93,8 @@ def _loss(message: Message) -> dict[str, bool]:
 def _marked(message: Message, place: str) -> str:
     if IMAGE_MARK in message.text:
         raise DataError(f"{place}: a text spells {IMAGE_MARK}, which would be read as an image. Rewrite it.")
+    if message.places:
+        return message.marked(IMAGE_MARK)
     return f"{IMAGE_MARK}\n" * len(message.images) + message.text
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from tinyllava.conversation import Conversation, ImageRef
-from tinyllava.data.records import drop_broken_images, parse_columns, read_raw, read_records
+from tinyllava.data.records import parse_columns, read_raw, read_records
+from tinyllava.data.store import find_good_images, select
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, means_by_group
 from tinyllava.evaluation.metrics.numbers import parse_tolerance
@@ -172,7 +173,13 @@ def _read_asked(
         path, folder, tuple(skip), columns=parse_columns(columns), reader=reader, allow_urls=allow_urls
     )
     if "broken_image" in skip:
-        records = drop_broken_images(records)
+        good = find_good_images(records.conversations)
+        num_broken = len(records.conversations) - len(good)
+        records = replace(
+            records,
+            conversations=select(records.conversations, good),
+            skipped={**records.skipped, "broken_image": num_broken},
+        )
     conversations = records.conversations
     fields = {at: raw if isinstance(raw, dict) else {} for at, raw in read_raw(path, folder, reader)}
     times = Counter(conversation.id for conversation in conversations)

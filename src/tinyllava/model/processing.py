@@ -5,7 +5,7 @@ Differs: the published code finds the answers by tokenising every turn again and
 template marks them, and the tokenizer's offsets carry the mark to tokens.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,8 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 IMAGE_RULES = "tinyllava.images"
 """Key of the processor's ``image_rules`` in files of other formats."""
+_PLACE = chr(0x10FFFC)
+"""Stands for an image in a text while it is rendered: the last but one private character of Unicode."""
 MAX_PADDED_PX = 4096
 """Longest side that is padded as it is: a strip of 16,000 x 12 would become a square of 768 MB."""
 MAX_CROPPED_RATIO = 64
@@ -163,8 +165,19 @@ class TinyLlavaProcessor(ProcessorMixin):
         Returns:
             text, spans of what the assistant says, and what the characters stand for.
         """
-        conversation, hidden = find_special_tokens(self.tokenizer, template).hide(conversation)
-        rendered, spans = render_template(
+        special = find_special_tokens(self.tokenizer, template)
+        num_placed = sum(len(message.places) for message in conversation.messages)
+        said, hidden = special.hide(_place_images(conversation) if num_placed else conversation)
+        rendered, spans = self._fill(template, said, open_answer)
+        if num_placed:
+            if rendered.count(_PLACE) != num_placed:  # the template leaves out what the user says
+                said, hidden = special.hide(conversation)
+                rendered, spans = self._fill(template, said, open_answer)
+            rendered, spans = substitute(rendered, spans, {_PLACE: IMAGE_TOKEN})
+        return rendered, _trained_spans(conversation, spans), hidden
+
+    def _fill(self, template: str, conversation: Conversation, open_answer: bool) -> tuple[str, Spans]:
+        return render_template(
             to_chat(conversation),
             template,
             add_generation_prompt=open_answer,
@@ -173,7 +186,6 @@ class TinyLlavaProcessor(ProcessorMixin):
             leading_bos=leading_bos(self.tokenizer, self.chat_template),
             gap=gap_of(self.chat_template),
         )
-        return rendered, spans, hidden
 
     def encode(
         self, conversation: Conversation, *, template: str | None = None, open_answer: bool = False
@@ -196,7 +208,6 @@ class TinyLlavaProcessor(ProcessorMixin):
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
             read, ids, offsets = text, tokens["input_ids"], tokens["offset_mapping"]
-        spans = _trained_spans(conversation, spans)
         supervised, joining = locate_tokens(np.array(offsets, dtype=np.int64).reshape(-1, 2), spans)
         if joining is not None and not open_answer:  # training needs an exact mask, an earlier turn does not
             start, end = offsets[joining]
@@ -211,6 +222,15 @@ class TinyLlavaProcessor(ProcessorMixin):
             input_ids=input_ids.repeat(repeats).tolist(),
             supervised=supervised.repeat(repeats).tolist(),
         )
+
+
+def _place_images(conversation: Conversation) -> Conversation:
+    """Return a conversation with a character in the text for each image that stands in it."""
+    messages = tuple(
+        replace(m, text=m.marked(_PLACE), images=(), places=()) if m.places else m
+        for m in conversation.messages
+    )
+    return replace(conversation, messages=messages)
 
 
 def _trained_spans(conversation: Conversation, spans: Spans) -> Spans:

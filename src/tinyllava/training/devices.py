@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 
 from tinyllava.config import Hardware, Run, Stage
 from tinyllava.data.reporting import say
+from tinyllava.data.store import image_counts
 from tinyllava.data.workers import usable_workers
 from tinyllava.errors import TinyLlavaError, TrainingError
 from tinyllava.model.compat import set_checkpointing
@@ -111,7 +112,7 @@ def _limit_workers(
 ) -> Hardware:
     """Take fewer workers where the shared memory cannot hold what they prepare, and say so."""
     examples = prepared.examples
-    num_images = max(len(conversation.images) for conversation in examples.conversations)
+    num_images = int(image_counts(examples.conversations).max())
     image_bytes = 4 * 3 * processor.image_size_px**2
     if examples.features is not None:
         image_bytes = 4 * examples.features.shape[0] * examples.features.shape[1]

@@ -3,22 +3,28 @@
 Paper: section 4.1.2, Table 2.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.progress import Progress
 
 from tinyllava.config import DataConfig, Run, Stage
 from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.data.conversion import read_stored
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
 from tinyllava.data.held_out import hold_out
-from tinyllava.data.records import Records, drop_broken_images, read_configured
+from tinyllava.data.records import Records
 from tinyllava.data.reporting import say
+from tinyllava.data.store import find_good_images, image_counts, kept_digest, list_images, select
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -69,7 +75,7 @@ class Prepared:
         """Return counts for the run's metadata."""
         return {
             "num_samples": len(self.examples),
-            "num_with_image": sum(bool(c.images) for c in self.examples.conversations),
+            "num_with_image": int((image_counts(self.examples.conversations) > 0).sum()),
             "num_tokens": sum(self.examples.lengths),
             "num_supervised_tokens": sum(self.examples.supervised_lengths),
             "longest_tokens": max(self.examples.lengths),
@@ -80,22 +86,59 @@ class Prepared:
         }
 
 
-def read_data(data: DataConfig, data_root: str) -> Records:
-    """Read the records of a stage.
+def read_data(run: Run, data: DataConfig, *, decode: bool = True) -> Records:
+    """Read records; they are converted once, for every run in this folder.
+
+    Args:
+        decode: also leave out records with a broken image, where that was asked for.
 
     Raises:
-        ConfigError, DataError: see ``read_configured``.
+        ConfigError, DataError: see ``read_stored``.
     """
-    records = read_configured(data, data_root)
-    conversations = records.conversations
+    records = read_stored(data, run.data_root, run.folder.parent / ".records")
+    if not decode or "broken_image" not in data.skip:
+        return records
+    with make_progress() as bar:
+        task = bar.add_task("decoding images", total=len(records.conversations), note="")
+        good = find_good_images(records.conversations, lambda n: bar.advance(task, n))
+    return replace(
+        records,
+        conversations=select(records.conversations, good),
+        skipped={**records.skipped, "broken_image": len(records.conversations) - len(good)},
+    )
+
+
+def check_data(run: Run, processor: TinyLlavaProcessor) -> None:
+    """Read and measure the records of every stage: a defect of the last one is told before the first trains.
+
+    What is found is kept, so that a stage's own turn costs little.
+
+    Raises:
+        ConfigError, DataError: see ``read_data`` and ``measure``.
+    """
+    with make_progress() as bar:
+        for stage in run.stages.values():
+            template = _template_of(run, stage)
+            wanted = stage.validation
+            own = wanted.held_out and wanted.share is None
+            files = [stage.data, *([replace(stage.data, records=(wanted.held_out,))] if own else [])]
+            for data in files:
+                records = read_data(run, data, decode=False)
+                _say_ignored(data, records)
+                _measure(stage, processor, template, records.conversations, "reading records", bar)
+
+
+def _say_ignored(data: DataConfig, records: Records) -> None:
     if records.ignored and PartialState().is_main_process:
         named = ", ".join(f"{name} ({count:,})" for name, count in records.ignored.items())
-        say(f"fields of the records that are not used: {named}")
-    if "broken_image" in data.skip:
-        with make_progress() as bar:
-            task = bar.add_task("decoding images", total=len(conversations), note="")
-            records = drop_broken_images(records, lambda n: bar.advance(task, n))
-    return records
+        say(f"{', '.join(data.records)}: fields that are not used: {named}")
+
+
+def _template_of(run: Run, stage: Stage) -> str | None:
+    if is_reference(stage.template):
+        run_value(stage.template)
+    template = read_template(stage.template) if stage.template else None
+    return as_published(template) if template and run.model.code else template
 
 
 def prepare(
@@ -104,14 +147,10 @@ def prepare(
     """Make the examples of a stage: every record read, tokenised once and measured, features computed.
 
     Raises:
-        ConfigError, DataError, ImageError: the first thing that is wrong and was not asked to be skipped.
+        ConfigError, DataError, ImageError: what is wrong and was not asked to be skipped.
     """
-    records = read_data(stage.data, run.data_root)
-    if is_reference(stage.template):
-        run_value(stage.template)
-    template = read_template(stage.template) if stage.template else None
-    if template and run.model.code:
-        template = as_published(template)
+    records = read_data(run, stage.data)
+    template = _template_of(run, stage)
     with make_progress() as bar:
         trained, held = _hold_out(run, stage, records, bar)
         examples, skipped = _measure(stage, processor, template, trained, "reading records", bar)
@@ -128,12 +167,12 @@ def prepare(
         if run.hardware.cache_features and not stage.vision_encoder.trains:
             _fill_features(run, model, processor, both, bar)
         hashes = _hash_images(run, both, bar) if PartialState().is_main_process else None
-    images = images_digest(examples.conversations, hashes) if hashes is not None else ""
+    images = _digest_images(examples, hashes) if hashes is not None else ""
     return Prepared(
         examples=examples,
         skipped={**records.skipped, **skipped},
         images_digest=images,
-        records_digest=records_digest(examples.conversations),
+        records_digest=kept_digest(examples.conversations, "records", records_digest),
         held_out=_describe_held(examples, measured, held_skipped, hashes) if measured else None,
     )
 
@@ -150,15 +189,14 @@ def _hold_out(
         return conversations, None
     if wanted.share is None:
         file = replace(stage.data, records=(wanted.held_out,))
-        return conversations, read_data(file, run.data_root).conversations
+        return conversations, read_data(run, file).conversations
     chosen: list[int] = []
     if PartialState().is_main_process:
         chosen = hold_out(conversations, _find_hashes(run, conversations, bar), wanted.share)
     [chosen] = broadcast_object_list([chosen])
-    inside = set(chosen)
-    return (
-        [one for index, one in enumerate(conversations) if index not in inside],
-        [conversations[index] for index in chosen],
+    held = np.array(chosen, dtype=np.int64)
+    return select(conversations, np.setdiff1d(np.arange(len(conversations)), held)), select(
+        conversations, held
     )
 
 
@@ -191,21 +229,31 @@ def _describe_held(
     return HeldOut(
         examples=held,
         skipped=dict(skipped),
-        records_digest=records_digest(held.conversations),
+        records_digest=kept_digest(held.conversations, "records", records_digest),
         images_digest=images,
         num_seen=num_seen,
     )
 
 
 def _hash_images(run: Run, examples: Sequence[Examples], bar: Progress) -> dict[ImageRef, str]:
-    return _find_hashes(run, [one for part in examples for one in part.conversations], bar)
+    found: dict[ImageRef, str] = {}
+    for part in examples:
+        found |= _find_hashes(run, part.conversations, bar)
+    return found
 
 
 def _find_hashes(run: Run, conversations: Sequence[Conversation], bar: Progress) -> dict[ImageRef, str]:
-    num_images = len({ref for conversation in conversations for ref in conversation.images})
-    task = bar.add_task("checking images", total=num_images, note="")
+    refs = list_images(conversations)
+    task = bar.add_task("checking images", total=len(refs), note="")
     hashes = ImageHashes(run.folder.parent / ".image-hashes.sqlite")
-    return hashes.find(conversations, lambda n: bar.advance(task, n))
+    return hashes.find(conversations, lambda n: bar.advance(task, n), refs)
+
+
+def _digest_images(examples: Examples, hashes: Mapping[ImageRef, str]) -> str:
+    """Return the digest of the images, which is kept for as long as no image changes."""
+    known = json.dumps([[str(ref), digest] for ref, digest in hashes.items()])
+    name = f"images-{hashlib.sha256(known.encode()).hexdigest()[:24]}"
+    return kept_digest(examples.conversations, name, lambda talks: images_digest(talks, hashes))
 
 
 def _fill_features(
@@ -218,8 +266,8 @@ def _fill_features(
     """Give the examples the features of their images, computed where they are not there yet."""
     model.vision_encoder.to(PartialState().device)
     cache = FeatureCache(run.folder.parent / ".features", model, processor)
-    conversations = [one for examples in parts for one in examples.conversations]
-    num_images = sum(len(conversation.images) for conversation in conversations)
+    conversations = chain.from_iterable(examples.conversations for examples in parts)
+    num_images = sum(int(image_counts(examples.conversations).sum()) for examples in parts)
     task = bar.add_task("encoding images", total=num_images, note="")
     cache.fill(conversations, progress=lambda n: bar.advance(task, n))
     for examples in parts:

@@ -44,7 +44,7 @@ from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
 from tinyllava.training.devices import fit_hardware
 from tinyllava.training.identity import StageIdentity, decisive_settings, differences, identify
-from tinyllava.training.prepare import Prepared, prepare
+from tinyllava.training.prepare import Prepared, check_data, prepare
 from tinyllava.training.progress import StageProgress
 from tinyllava.training.stopping import StopRequests
 from tinyllava.training.trainer import StageTrainer, make_arguments
@@ -96,6 +96,7 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
 def _train(run: Run, processes: PartialState) -> Path:
     model, processor = open_start(run)
     refuse_broken_weights(model)
+    check_data(run, processor)
     metadata: dict[str, Any] = {}
     before: dict[str, Path] = {}
     for name, stage in run.stages.items():

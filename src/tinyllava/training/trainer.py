@@ -24,6 +24,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from tinyllava.config import COMPONENTS, Hardware, Stage
 from tinyllava.data.batches import GroupedSampler
 from tinyllava.data.dataset import Examples
+from tinyllava.data.store import image_counts
 from tinyllava.errors import ConfigError, TrainingError
 from tinyllava.model.devices import multiplies_bf16
 from tinyllava.model.modeling import IGNORED
@@ -110,7 +111,7 @@ class StageTrainer(Trainer):
         by_modality = self.stage.group_by == "modality_length"
         sampler = GroupedSampler(
             lengths=examples.lengths,
-            with_image=[bool(c.images) for c in examples.conversations] if by_modality else None,
+            with_image=(image_counts(examples.conversations) > 0).tolist() if by_modality else None,
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed,
             micro_batch=args.train_batch_size,

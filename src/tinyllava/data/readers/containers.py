@@ -14,12 +14,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from tinyllava.data.readers.archives import (
+    is_datasets_folder,
+    label_names,
+    name_labels,
+    read_datasets_folder,
+    read_tar,
+)
 from tinyllava.data.readers.folder import read_folder
 from tinyllava.errors import DataError, require
 from tinyllava.files import parse_json
 
 TABLES = (".csv", ".tsv")
-SUFFIXES = (".json", ".jsonl", ".ndjson", *TABLES, ".xlsx", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".ndjson", *TABLES, ".xlsx", ".parquet", ".tar")
 """Names that record files end with; ``.gz`` may follow."""
 _SEPARATORS = (",", ";", "\t", "|")
 _ROWS_AT_ONCE = 64
@@ -47,7 +54,10 @@ def read_raw(path: Path) -> Raw:
         DataError: the file is missing, cannot be read, or is of no known kind.
     """
     if path.is_dir():
-        yield from read_folder(path)
+        yield from read_datasets_folder(path) if is_datasets_folder(path) else read_folder(path)
+        return
+    if _name(path).endswith(".tar"):
+        yield from read_tar(path)
         return
     head = _head(path)
     if head.startswith(b"PAR1"):
@@ -198,9 +208,10 @@ def _parquet(path: Path) -> Raw:
     try:
         with parquet.ParquetFile(path) as file:
             index = 0
+            names = label_names(file.schema_arrow)
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for row in batch.to_pylist():
-                    yield f"record {index}", row
+                    yield f"record {index}", name_labels(row, names)
                     index += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}). Download it again.") from error

@@ -35,6 +35,8 @@ def is_image_folder(folder: Path) -> bool:
     """Whether a folder has images in it or in its folders; deeper ones may be those of a root of mixtures."""
     if not folder.is_dir():
         return False
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return True
     if any((folder / name).is_file() for name in METADATA):
         return True
     return any(_is_shown(path) for path in folder.glob("*")) or any(

@@ -27,6 +27,7 @@ ROLES: dict[str, Role] = {
 TRAINED_KEYS = ("loss", "weight", "train")
 """Names under which a turn says whether it adds to the loss."""
 _UNSUPPORTED = ("video", "videos", "audio", "audios", "tools", "functions")
+_OF_TURNS = ("from", "value", "role", "content", "tool_calls", "function_call")
 EVALUATION_KEYS = ("kind", "category", "metric", "answers", "choices", "tolerance")
 """What records say to ``tinyllava evaluate``; training does not need it."""
 _KNOWN = {"id", "system", "model", "conversations", *IMAGE_KEYS, *EVALUATION_KEYS, *_UNSUPPORTED}
@@ -72,6 +73,8 @@ class Turn:
     """Text and images in the order of the file."""
     is_trained: bool = True
     """Whether it adds to the loss, if it is an answer."""
+    keeps_places: bool = False
+    """Whether images stay where the text has them; otherwise they come before it, as in LLaVA's loader."""
 
     @property
     def num_images(self) -> int:
@@ -140,8 +143,12 @@ def read_trained(turn: Mapping[str, Any], role: Role, number: int, where: str) -
     return role == "assistant" and all(given.values())
 
 
-def note_unknown(raw: Mapping[str, Any], known: Iterable[str], reading: Reading) -> None:
-    """Count the fields of a record that nothing here uses."""
+def note_unknown(
+    raw: Mapping[str, Any], known: Iterable[str], reading: Reading, turns: Iterable[Mapping[str, Any]] = ()
+) -> None:
+    """Count the fields of a record, and of its turns, that nothing here uses."""
+    for key in {key for turn in turns for key in turn} - {*_OF_TURNS, *TRAINED_KEYS}:
+        reading.ignored[f"{key} of turns"] += 1
     for key in raw.keys() - _KNOWN - set(known):
         reading.ignored[str(key)] += 1
 
@@ -173,6 +180,9 @@ def _refuse_unsupported(raw: Mapping[str, Any], turns: list[Turn], where: str) -
     for key in _UNSUPPORTED:
         if key in raw and not _is_empty(raw[key]):
             raise Defect("unsupported", where, f"{key!r}: only images and text are taken")
+    if raw.get("weight") not in (None, 1):
+        detail = f"'weight' = {str(raw['weight'])[:80]}: records have no weight; repeat them instead"
+        raise Defect("unsupported", where, detail)
     question = next((turn.text.strip() for turn in turns if turn.role == "user"), "")
     for mark in ("<video>", "<audio>"):
         if question.startswith(f"{mark}\n") or question.endswith(f"\n{mark}") or question == mark:
@@ -235,7 +245,24 @@ def _messages(turns: list[Turn], refs: list[ImageRef], where: str, reading: Read
             if not isinstance(part, str)
         )
         is_trained = turn.is_trained or turn.role != "assistant"
-        messages.append(Message(role=turn.role, text=text, images=images, is_trained=is_trained))
+        text, places = _place(turn) if turn.keeps_places and count else (text, ())
+        messages.append(
+            Message(role=turn.role, text=text, images=images, places=places, is_trained=is_trained)
+        )
     if not any(message.is_trained for message in messages if message.role == "assistant"):
         raise Defect("untrained", where, "no answer adds to the loss")
     return tuple(messages)
+
+
+def _place(turn: Turn) -> tuple[str, tuple[int, ...]]:
+    """Return the text of a turn without outer blanks, and where in it each image stands; none if all lead."""
+    text = ""
+    places: list[int] = []
+    for part in turn.parts:
+        if isinstance(part, str):
+            text += part if text else part.lstrip()
+        else:
+            places.append(len(text))
+    if not any(places):
+        return text.strip(), ()
+    return text.rstrip(), tuple(min(place, len(text.rstrip())) for place in places)

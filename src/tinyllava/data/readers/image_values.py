@@ -64,7 +64,9 @@ def _find_file(path: str, images: Path, where: str, name: str) -> ImageRef:
         raise Defect("malformed", where, f"'image' contains an unpaired surrogate: {name[:80]!a}")
     if not there:
         what = "a folder, not an image:" if place.is_dir() else "no image"
-        raise Defect("missing_image", where, f"{what} {place}")
+        defect = Defect("missing_image", where, f"{what} {place}")
+        defect.path = str(place)
+        raise defect
     return ImageRef(path=place, name=name)
 
 

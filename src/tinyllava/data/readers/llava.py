@@ -33,7 +33,7 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
     ):
         raise Defect("malformed", where, "expected an object with a non-empty list 'conversations'")
     turns = [_turn(turn, number, where) for number, turn in enumerate(raw["conversations"])]
-    note_unknown(raw, (), reading)
+    note_unknown(raw, (), reading, raw["conversations"])
     return make_conversation(raw, turns, at, reading)
 
 

@@ -43,9 +43,9 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
             found += raw[key]
     if not found:
         raise Defect("malformed", where, "expected an object with a non-empty list 'messages'")
-    note_unknown(raw, ("messages", "prompt", "completion"), reading)
     listed = listed_images(raw, where)
     turns = [_turn(turn, number, listed, where) for number, turn in enumerate(found)]
+    note_unknown(raw, ("messages", "prompt", "completion"), reading, found)
     unmarked = len(listed) if all(not turn.num_images for turn in turns) else 0
     if unmarked:  # TRL: images beside the messages and no mark of them
         first = next((turn for turn in turns if turn.role == "user"), None)
@@ -82,7 +82,7 @@ def _turn(turn: Any, number: int, listed: list[Any], where: str) -> Turn:
             else (_part(item, number, listed, where))
         )
     role = _ROLES[turn["role"]]
-    return Turn(role, parts, read_trained(turn, role, number, where))
+    return Turn(role, parts, read_trained(turn, role, number, where), keeps_places=True)
 
 
 def _part(item: Any, number: int, listed: list[Any], where: str) -> list[str | ImageValue]:

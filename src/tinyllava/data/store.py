@@ -1,0 +1,281 @@
+"""Records at rest: converted once into a memory-mapped Arrow file, with every check in that pass.
+
+Paper: none; the sets of Table 2 have up to 1.2 million records. A process that trains and its workers map
+the file: none holds the records as Python objects.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tinyllava.conversation import Conversation, ImageRef, Message, Role
+from tinyllava.data.images import open_image
+from tinyllava.errors import ImageError
+from tinyllava.files import write_text
+
+ROWS = 1024  # of a record batch: what is unpacked together when all are read in order
+_DIGEST_LENGTH = 64
+BEFORE = -1  # the place of an image that comes before its text
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("at", pa.string()),
+        ("roles", pa.list_(pa.uint8())),
+        ("texts", pa.list_(pa.large_string())),
+        ("trained", pa.list_(pa.bool_())),
+        ("image_counts", pa.list_(pa.uint16())),
+        ("image_places", pa.list_(pa.int32())),
+        ("image_names", pa.list_(pa.string())),
+        ("image_paths", pa.list_(pa.string())),
+        ("image_data", pa.list_(pa.large_binary())),
+    ]
+)
+"""A row is a conversation. ``image_counts`` is one number a turn; the images of all turns follow each other.
+A path is null where it is the name below the folder of images."""
+
+
+@dataclass(eq=False)
+class StoreFile:
+    """One converted file of records, mapped into memory when it is first read."""
+
+    folder: Path
+    """Holds records.arrow and what was found in converting it."""
+    source: str
+    """The record file, as errors name it."""
+    images: Path
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def batches(self) -> list[Any]:
+        """The record batches, each of ``ROWS`` rows but the last."""
+        with pa.memory_map(str(self.folder / "records.arrow")) as mapped:
+            file = pa.ipc.open_file(mapped)
+            return [file.get_batch(number) for number in range(file.num_record_batches)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is mapped: another process maps it for itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "batches"}
+
+    def __len__(self) -> int:
+        return sum(batch.num_rows for batch in self.batches)
+
+    def rows(self, batch: int, start: int = 0, length: int | None = None) -> list[Conversation]:
+        """Return some conversations of a batch."""
+        columns = self.batches[batch].slice(start, length).to_pydict()
+        return [
+            self._conversation(dict(zip(columns, row, strict=True)))
+            for row in zip(*columns.values(), strict=True)
+        ]
+
+    def _conversation(self, row: dict[str, Any]) -> Conversation:
+        named = zip(row["image_names"], row["image_paths"], row["image_data"], strict=True)
+        refs = [
+            ImageRef(
+                path=None if data is not None else Path(path or self.images / name), data=data, name=name
+            )
+            for name, path, data in named
+        ]
+        messages, taken = [], 0
+        turns = zip(row["roles"], row["texts"], row["trained"], row["image_counts"], strict=True)
+        for role, text, is_trained, count in turns:
+            places = row["image_places"][taken : taken + count]
+            messages.append(
+                Message(
+                    role=ROLES[role],
+                    text=text,
+                    images=tuple(refs[taken : taken + count]),
+                    places=() if BEFORE in places else tuple(places),
+                    is_trained=is_trained,
+                )
+            )
+            taken += count
+        return Conversation(messages=tuple(messages), id=row["id"], source=self.source, at=row["at"])
+
+    def find_gone(self) -> str:
+        """Return the path of an image that is no file any more; empty if all are there."""
+        for batch in self.batches:
+            names = batch.column("image_names").flatten()
+            has_path = pc.is_valid(batch.column("image_paths").flatten())
+            has_data = pc.is_valid(batch.column("image_data").flatten())
+            of_folder = pc.and_(pc.invert(has_path), pc.invert(has_data))
+            for name in pc.unique(names.filter(of_folder)).to_pylist():
+                path = os.path.join(self.images, name)  # noqa: PTH118 (a Path costs more than the look)
+                if path not in _THERE and not os.path.isfile(path):  # noqa: PTH113
+                    return path
+                _THERE.add(path)
+        _THERE.clear()
+        return ""
+
+
+_THERE: set[str] = set()
+"""Images that one call of ``find_gone`` has looked at: one serves many records."""
+
+
+class StoredConversations(Sequence[Conversation]):
+    """Conversations of converted files, made when asked for.
+
+    Args:
+        taken: [N], rows of the files one behind the other that are taken, in this order; all if None.
+    """
+
+    def __init__(self, files: Sequence[StoreFile], taken: NDArray[np.int64] | None = None) -> None:
+        self.files = tuple(files)
+        self._starts = np.cumsum([0, *map(len, self.files)])
+        self.taken = np.arange(self._starts[-1], dtype=np.int64) if taken is None else taken
+
+    def __len__(self) -> int:
+        return len(self.taken)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> "StoredConversations": ...
+    def __getitem__(self, index: int | slice) -> "Conversation | StoredConversations":
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        row = int(self.taken[index])
+        file = int(np.searchsorted(self._starts, row, side="right")) - 1
+        batch, place = divmod(row - int(self._starts[file]), ROWS)
+        return self.files[file].rows(batch, place, 1)[0]
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """Unpack a batch at a time, which takes a tenth of the time for all."""
+        known: tuple[int, int] | None = None
+        rows: list[Conversation] = []
+        for row in self.taken.tolist():
+            file = int(np.searchsorted(self._starts, row, side="right")) - 1
+            batch, place = divmod(row - int(self._starts[file]), ROWS)
+            if known != (file, batch):
+                known, rows = (file, batch), self.files[file].rows(batch)
+            yield rows[place]
+
+    def select(self, kept: NDArray[np.int64]) -> "StoredConversations":
+        """Return some of the conversations, by their places among these."""
+        return StoredConversations(self.files, self.taken[kept])
+
+    @property
+    def key(self) -> str:
+        """A name for the contents: which files, and which of their rows."""
+        digest = hashlib.sha256("\n".join(file.folder.name for file in self.files).encode())
+        digest.update(self.taken.astype(np.int64).tobytes())
+        return digest.hexdigest()[:24]
+
+    @property
+    def image_counts(self) -> NDArray[np.int64]:
+        """[N], images of each conversation."""
+        return self._lengths("image_names")
+
+    @property
+    def question_counts(self) -> NDArray[np.int64]:
+        """[N], questions of each conversation."""
+        user = ROLES.index("user")
+        found = [
+            np.add.reduceat((np.asarray(roles.flatten()) == user).astype(np.int64), roles.offsets[:-1])
+            for roles in (batch.column("roles") for file in self.files for batch in file.batches)
+        ]
+        return np.concatenate(found).astype(np.int64)[self.taken]
+
+    def list_images(self) -> list[ImageRef]:
+        """Return the images, each once, in the order in which the files have them."""
+        is_taken = np.zeros(self._starts[-1], dtype=bool)
+        is_taken[self.taken] = True
+        found: dict[tuple[StoreFile, str, str | None], None] = {}
+        of_data: dict[ImageRef, None] = {}
+        row = 0
+        for file in self.files:
+            for batch in file.batches:
+                names = batch.column("image_names")
+                taken = is_taken[row + pc.list_parent_indices(names).to_numpy()]
+                row += batch.num_rows
+                columns = [
+                    batch.column(name).flatten().filter(pa.array(taken)).to_pylist()
+                    for name in ("image_names", "image_paths", "image_data")
+                ]
+                for name, path, data in zip(*columns, strict=True):
+                    if data is None:
+                        found[file, name, path] = None
+                    else:
+                        of_data[ImageRef(data=data, name=name)] = None
+        refs = [ImageRef(path=Path(path or file.images / name), name=name) for file, name, path in found]
+        return [*refs, *of_data]
+
+    def _lengths(self, column: str) -> NDArray[np.int64]:
+        found = [
+            pc.list_value_length(batch.column(column)).to_numpy(zero_copy_only=False)
+            for file in self.files
+            for batch in file.batches
+        ]
+        return np.concatenate(found).astype(np.int64)[self.taken]
+
+
+def image_counts(conversations: Sequence[Conversation]) -> NDArray[np.int64]:
+    """Return the number of images of each conversation."""
+    if isinstance(conversations, StoredConversations):
+        return conversations.image_counts
+    return np.array([len(conversation.images) for conversation in conversations], dtype=np.int64)
+
+
+def question_counts(conversations: Sequence[Conversation]) -> NDArray[np.int64]:
+    """Return the number of questions of each conversation."""
+    if isinstance(conversations, StoredConversations):
+        return conversations.question_counts
+    counts = [sum(m.role == "user" for m in conversation.messages) for conversation in conversations]
+    return np.array(counts, dtype=np.int64)
+
+
+def select(conversations: Sequence[Conversation], kept: NDArray[np.int64]) -> Sequence[Conversation]:
+    """Return some conversations, by their places."""
+    if isinstance(conversations, StoredConversations):
+        return conversations.select(kept)
+    return [conversations[index] for index in kept.tolist()]
+
+
+def list_images(conversations: Sequence[Conversation]) -> list[ImageRef]:
+    """Return the images of conversations, each once, in the order in which they come."""
+    if isinstance(conversations, StoredConversations):
+        return conversations.list_images()
+    return list(dict.fromkeys(ref for conversation in conversations for ref in conversation.images))
+
+
+def kept_digest(
+    conversations: Sequence[Conversation], name: str, digest: Callable[[Sequence[Conversation]], str]
+) -> str:
+    """Return a digest of conversations, which is kept beside converted ones.
+
+    Args:
+        name: of what is digested, with all that it depends on beside the conversations.
+    """
+    if not isinstance(conversations, StoredConversations):
+        return digest(conversations)
+    path = conversations.files[0].folder / f"{name}-{conversations.key}.txt"
+    known = path.read_text(encoding="ascii") if path.is_file() else ""
+    if len(known) != _DIGEST_LENGTH:
+        known = digest(conversations)
+        write_text(path, known)
+    return known
+
+
+def find_good_images(
+    conversations: Sequence[Conversation], progress: Callable[[int], None] = lambda n: None
+) -> NDArray[np.int64]:
+    """Decode every image once and return the places of the conversations whose images are whole."""
+    good = []
+    for place, conversation in enumerate(conversations):
+        with suppress(ImageError):
+            for ref in conversation.images:
+                open_image(ref)
+            good.append(place)
+        progress(1)
+    return np.array(good, dtype=np.int64)

@@ -1,0 +1,176 @@
+"""Converted records: the conversations of the file, found again, and converted again when they must be."""
+
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyllava.config import DataConfig, ModelConfig
+from tinyllava.data import conversion, lengths, store
+from tinyllava.data.conversion import read_stored
+from tinyllava.data.dataset import Examples, measure
+from tinyllava.data.defects import Defect, Defects
+from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
+from tinyllava.data.records import read_configured
+from tinyllava.data.store import StoredConversations
+from tinyllava.errors import DataError
+from tinyllava.model.assemble import assemble
+
+NUM_RECORDS = 2 * store.ROWS + 10
+
+
+def turns(*values: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    """Two files: one of more than two batches, with several and no images, and one with bytes of an image."""
+    for name in "abc":
+        Image.new("RGB", (4, 4), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+    records = []
+    for n in range(NUM_RECORDS):
+        images = [["a.png"], [], ["b.png", "c.png"]][n % 3]
+        talk = turns(f"{'<image>' * len(images)}Q{n}", "A", "And?", f"B{n}\n")
+        records.append({"id": n, "image": images, "conversations": talk[: 2 + 2 * (n % 2)]})
+    (tmp_path / "many.json").write_text(json.dumps(records))
+    url = "data:image/png;base64,iVBORw0KGgo="
+    system = [{"from": "system", "value": "Be short."}]
+    record = {"image": url, "conversations": [*system, *turns("<image>Ä", "a\u2028b")]}
+    (tmp_path / "one.jsonl").write_text(json.dumps(record))
+    files = (str(tmp_path / "many.json"), str(tmp_path / "one.jsonl"))
+    return DataConfig(records=files, images=str(tmp_path))
+
+
+def test_converted_records_are_the_records(data, tmp_path):
+    plain = read_configured(data).conversations
+    stored = read_stored(data, "", tmp_path / "store").conversations
+    assert isinstance(stored, StoredConversations)
+    assert len(stored) == NUM_RECORDS + 1
+    assert list(stored) == list(plain)
+    assert [stored[i] for i in (0, 1023, 1024, NUM_RECORDS, -1)] == [
+        plain[i] for i in (0, 1023, 1024, NUM_RECORDS, -1)
+    ]
+    assert list(stored[5:2000:7]) == list(plain[5:2000:7])
+    assert stored.image_counts.tolist() == [len(c.images) for c in plain]
+    assert stored.question_counts.tolist() == store.question_counts(plain).tolist()
+    assert store.list_images(stored) == store.list_images(plain)
+    kept = np.array([3, 2, 1500, NUM_RECORDS])
+    some = stored.select(kept)
+    assert list(some) == [plain[i] for i in kept]
+    assert set(store.list_images(some)) == set(store.list_images(list(some)))
+    assert records_digest(stored) == records_digest(plain)
+    hashes = ImageHashes(tmp_path / "hashes.sqlite").find(plain)
+    assert images_digest(stored, hashes) == images_digest(plain, hashes)
+
+
+def test_another_process_maps_the_file_for_itself(data, tmp_path):
+    stored = read_stored(data, "", tmp_path / "store").conversations
+    again = pickle.loads(pickle.dumps(stored))
+    assert len(pickle.dumps(stored[:10])) < 2000  # no record travels
+    assert again[1500] == stored[1500]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(stored.__getitem__, (1500,)) == stored[1500]
+
+
+def count_conversions(monkeypatch) -> list[str]:
+    converted = []
+    convert = conversion._convert
+
+    def counted(place, reading, reader):
+        converted.append(reading.path.name)
+        return convert(place, reading, reader)
+
+    monkeypatch.setattr(conversion, "_convert", counted)
+    return converted
+
+
+def test_a_file_is_converted_once_and_again_when_something_changed(data, tmp_path, monkeypatch):
+    converted = count_conversions(monkeypatch)
+    folder = tmp_path / "store"
+    for _ in range(2):
+        read_stored(data, "", folder)
+    assert converted == ["many.json", "one.jsonl"]
+    one = tmp_path / "one.jsonl"
+    one.write_text(one.read_text().replace("short", "brief"))
+    assert read_stored(data, "", folder).conversations[-1].messages[0].text == "Be brief."
+    assert converted[2:] == ["one.jsonl"]
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(Defects, match=r"missing_image \(an image file that does not exist\): 686"):
+        read_stored(data, "", folder)
+    skip = DataConfig(records=data.records, images=data.images, skip=("missing_image",))
+    left = read_stored(skip, "", folder)
+    assert left.skipped == {"missing_image": 686}
+    num_before = len(converted)
+    assert len(read_stored(skip, "", folder).conversations) == len(left.conversations) == NUM_RECORDS - 685
+    assert len(converted) == num_before
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    assert read_stored(skip, "", folder).skipped == {}
+    assert converted[num_before:] == ["many.json"]
+
+
+def test_a_file_with_a_defect_leaves_nothing_behind(tmp_path):
+    (tmp_path / "my.json").write_text(json.dumps([{"conversations": turns("Q")}]))
+    data = DataConfig(records=(str(tmp_path / "my.json"),))
+    for _ in range(2):
+        with pytest.raises(Defect, match=r"record 0: the conversation ends with a question \[unanswered\]"):
+            read_stored(data, "", tmp_path / "store")
+    assert not list((tmp_path / "store").rglob("*.arrow"))
+    (tmp_path / "store").rename(tmp_path / "old")
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(DataError, match=r"converted records cannot be written"):
+        read_stored(data, "", tmp_path / "store")
+
+
+def test_lengths_are_counted_once_by_all_cores_and_kept(data, tmp_path, parts, monkeypatch):
+    monkeypatch.setattr(lengths, "_num_cores", lambda: 2)
+    processor = assemble(
+        ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["chatml"]))
+    )[1]
+    stored = read_stored(data, "", tmp_path / "store").conversations
+    examples = Examples(conversations=stored, processor=processor)
+    seen: list[int] = []
+    measured, skipped = measure(examples, 512, (), seen.append)
+    assert sum(seen) == len(stored)
+    chosen = (0, 1, 2, 1500, NUM_RECORDS)
+    encoded = [examples.encode(stored[i]) for i in chosen]
+    assert [measured.lengths[i] for i in chosen] == [len(e.input_ids) for e in encoded]
+    assert [measured.supervised_lengths[i] for i in chosen] == [sum(e.supervised) for e in encoded]
+    in_memory = measure(Examples(conversations=list(stored[:50]), processor=processor), 512, ())[0]
+    assert list(in_memory.lengths) == list(measured.lengths[:50])
+
+    monkeypatch.setattr(lengths, "_measure", lambda *_: pytest.fail("counted again"))
+    again, _ = measure(examples, 512, ())
+    assert again.lengths == measured.lengths
+    limit = sorted(measured.lengths)[NUM_RECORDS // 2]
+    kept, skipped = measure(examples, limit, ("too_long",))
+    assert skipped["too_long"] > 0
+    assert skipped == {"too_long": sum(length > limit for length in measured.lengths)}
+    assert len(kept) == len(stored) - skipped["too_long"]
+    monkeypatch.undo()
+    processor.num_image_tokens += 1
+    longer, _ = measure(examples, 512, ())
+    grown = np.array(longer.lengths) - np.array(measured.lengths)
+    assert grown.tolist() == stored.image_counts.tolist()
+
+
+def test_a_defect_of_the_last_stage_is_told_before_the_first_is_trained(parts, tmp_path):
+    import dataclasses
+
+    from tinyllava.training.run import train
+    from training_toys import toy_run
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images/a.png")
+    (tmp_path / "records.json").write_text(
+        json.dumps([{"image": "a.png", "conversations": turns("<image>Q", "A " * 60)}] * 8)
+    )
+    run = toy_run(parts, tmp_path / "records.json", tmp_path / "run")
+    last = dataclasses.replace(run.stages["finetune"], max_length_tokens=90)
+    with pytest.raises(Defects, match=r"too_long \(more tokens than max_length_tokens.*\): 8"):
+        train(dataclasses.replace(run, stages={**run.stages, "finetune": last}))
+    assert not list((tmp_path / "run").rglob("stage.json"))
