@@ -27,8 +27,7 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, SiglipVisi
 
 from tinyllava.evaluation.run import suitable_batch_tokens
 from tinyllava.inference.batches import Prepared, fill_batches
-from tinyllava.inference.prompt_tree import grow_tree
-from tinyllava.inference.shared_prefix import ImageGroup, answer_groups
+from tinyllava.inference.shared_prefix import ImageGroup, answer_groups, grow_tree
 from tinyllava.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 
 T = TypeVar("T")

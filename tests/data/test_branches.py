@@ -9,8 +9,7 @@ from PIL import Image
 
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message
-from tinyllava.data.branches import encode_branches, split_questions
-from tinyllava.data.dataset import Collator, Examples, measure
+from tinyllava.data.dataset import Collator, Examples, encode_branches, measure, split_questions
 from tinyllava.errors import DataError
 from tinyllava.model.assemble import assemble
 from tinyllava.parts.templates import read_template

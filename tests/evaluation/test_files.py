@@ -9,7 +9,7 @@ import pytest
 
 from evaluation import benchmark_files as files
 from tinyllava.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
-from tinyllava.evaluation.files import NeededFile, check_files, find_files
+from tinyllava.evaluation.read import NeededFile, check_files, find_files
 
 WRITERS = {
     "gqa": files.gqa,

@@ -10,10 +10,10 @@ from PIL import Image
 
 from tinyllava.cli import main
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
-from tinyllava.evaluation.confusions import OTHER, UNREAD, count_confusions
-from tinyllava.evaluation.judging import Judging
 from tinyllava.evaluation.own_data import from_predictions, own_benchmark
+from tinyllava.evaluation.question import Judging
 from tinyllava.evaluation.results import Metric
+from tinyllava.studies.report.answers import OTHER, UNREAD, count_confusions
 
 
 def record(question: str, answer: str, **fields) -> dict:

@@ -13,8 +13,7 @@ from chats import TEMPLATES, make_chat
 from tinyllava.conversation import Conversation, Message, ask
 from tinyllava.inference.batches import fill_batches, group_by_image, prepare
 from tinyllava.inference.chat import Chat, decode
-from tinyllava.inference.prompt_tree import grow_tree
-from tinyllava.inference.shared_prefix import answer_groups, can_share
+from tinyllava.inference.shared_prefix import answer_groups, can_share, grow_tree
 
 IMAGE = 7
 

@@ -21,7 +21,7 @@ import toys
 from tinyllava.config import FROZEN, FULL, DataConfig, ModelConfig, Run, Stage, Tune, lora
 from tinyllava.errors import ConfigError
 from tinyllava.model.assemble import assemble
-from tinyllava.model.encoders.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from tinyllava.model.encoders import EfficientNetLiteConfig, EfficientNetLiteModel
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.parts.vision import find_vision_encoder
 from tinyllava.planning.check import find_problems

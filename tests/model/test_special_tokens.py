@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.model.processing import TinyLlavaProcessor
-from tinyllava.model.special_tokens import find_special_tokens, substitute
+from tinyllava.model.tokenizer import find_special_tokens, substitute
 from tinyllava.parts.templates import read_template
 from toys import SENTENCES, byte_level_tokenizer, chatml_tokenizer, llama_tokenizer
 

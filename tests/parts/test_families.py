@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tinyllava.errors import CheckpointError
-from tinyllava.model.layers import decoder_layers, encoder_layers
+from tinyllava.model.compat import decoder_layers, encoder_layers
 from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from tinyllava.parts.language import find_language_model
 from tinyllava.parts.vision import VISION_ENCODERS, VisionEncoder, find_vision_encoder

@@ -13,8 +13,7 @@ from tinyllava.errors import ConfigError
 from tinyllava.parts.connectors import CONNECTORS, num_tokens
 from tinyllava.parts.vision import VISION_ENCODERS
 from tinyllava.planning.check import check, find_problems
-from tinyllava.recipes.paper import SHARE
-from tinyllava.recipes.published import as_published
+from tinyllava.recipes.paper import SHARE, as_published
 from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
 
 RUN = variant("share-Sig-Phi")

@@ -26,7 +26,7 @@ from tinyllava.parts.vision import VisionEncoder
 from tinyllava.planning.memory import PlannedParts, count_trained, estimate_memory
 from tinyllava.planning.plan import count_flops, plan_parts, plan_run
 from tinyllava.planning.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
-from tinyllava.recipes.published import as_published
+from tinyllava.recipes.paper import as_published
 from tinyllava.recipes.variants import variant
 
 BATCH, NUM_TOKENS, NUM_SUPERVISED, VOCABULARY = 2, 96, 24, 512

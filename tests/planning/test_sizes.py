@@ -27,7 +27,7 @@ from transformers import (
 from tinyllava.errors import CheckpointError
 from tinyllava.model.assemble import cut_encoder
 from tinyllava.model.connectors import build_connector
-from tinyllava.model.encoders.efficientnet_lite import EfficientNetLiteConfig
+from tinyllava.model.encoders import EfficientNetLiteConfig
 from tinyllava.parts.connectors import CONNECTORS, num_tokens, resolve_options
 from tinyllava.parts.families import VISION_FAMILIES
 from tinyllava.parts.language import LANGUAGE_MODELS, LanguageModel, find_language_model

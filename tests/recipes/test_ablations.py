@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from tinyllava.config import Run
-from tinyllava.recipes.published import PUBLISHED, as_published
+from tinyllava.recipes.paper import PUBLISHED, as_published
 from tinyllava.recipes.variants import ABLATIONS, RECIPES, variant
 
 # What each figure's caption says it varies, as the fields of a run that may differ inside a panel.

@@ -9,8 +9,15 @@ from tinyllava.conversation import to_ref
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, QUOTAS, WHOLE, majority_answers
-from tinyllava.starter.page import write_examples
-from tinyllava.starter.report import Shown, choose_shown, choose_strip, draw_losses, draw_sheet, results_table
+from tinyllava.starter.report import (
+    Shown,
+    choose_shown,
+    choose_strip,
+    draw_losses,
+    draw_sheet,
+    results_table,
+    write_examples,
+)
 
 
 def write(folder, rows):

@@ -9,8 +9,7 @@ from PIL import Image
 from studies.report.chromium import open_page
 from tinyllava.cli import COMMANDS
 from tinyllava.evaluation.benchmark import Prediction
-from tinyllava.starter.page import OTHER, RunFacts, confusion, write_page
-from tinyllava.starter.report import ReportTable, draw_losses
+from tinyllava.starter.report import OTHER, ReportTable, RunFacts, confusion, draw_losses, write_page
 from tinyllava.starter.run import next_commands
 
 PHONE, DESKTOP = 390, 1280

@@ -36,7 +36,7 @@ BENCHMARK = """
 import json
 from tinyllava.conversation import ask
 from tinyllava.evaluation.benchmark import Benchmark, Grade
-from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.read import NeededFile
 from tinyllava.evaluation.question import Question
 
 def load(folder):

@@ -12,7 +12,7 @@ from tinyllava.errors import ConfigError
 from tinyllava.recipes.variants import variant
 from tinyllava.studies.grid import change_run
 from tinyllava.studies.paper import GRIDS
-from tinyllava.studies.scale import choose_records, scale_grid, scale_run
+from tinyllava.studies.reproduce import choose_records, scale_grid, scale_run
 
 SOURCES = {"coco/train2017": 3640, "gqa/images": 720, "vg/VG_100K": 860, "": 400}
 

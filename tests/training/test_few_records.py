@@ -15,8 +15,8 @@ from conftest import make_records
 from tinyllava.cli import main
 from tinyllava.config import FROZEN, DataConfig
 from tinyllava.errors import TrainingError
-from tinyllava.recipes.few_records import MAX_EPOCHS, fit_to
 from tinyllava.recipes.paper import BASE, LORA
+from tinyllava.recipes.recipe import MAX_EPOCHS, fit_to
 from tinyllava.training.run import train
 from tinyllava.training.trainer import rate_factor
 from training_toys import toy_run

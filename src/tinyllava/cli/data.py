@@ -67,7 +67,7 @@ def _check_mixtures(names: str, folder: Path) -> int:
 def _check_benchmarks(names: str, folder: Path) -> int:
     from tinyllava.evaluation.benchmarks import known_benchmarks
     from tinyllava.evaluation.checkpoint import find_benchmarks
-    from tinyllava.evaluation.files import check_files
+    from tinyllava.evaluation.read import check_files
 
     if not names:
         for name, benchmark in known_benchmarks().items():

@@ -167,8 +167,7 @@ def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
 
 
 def _launcher(known: argparse.Namespace) -> "Launcher":
-    from tinyllava.studies.execute import InProcess
-    from tinyllava.studies.jobs import Jobs
+    from tinyllava.studies.execute import InProcess, Jobs
 
     options = {
         key: int(value) if value.isdigit() else value for key, value in _pairs(known.job, "--job").items()

@@ -9,7 +9,7 @@ from tinyllava.parts.language import LANGUAGE_MODELS
 from tinyllava.parts.templates import read_template, template_names
 from tinyllava.parts.vision import VISION_ENCODERS
 from tinyllava.planning.plan import GPUS
-from tinyllava.recipes.published import PUBLISHED
+from tinyllava.recipes.paper import PUBLISHED
 from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
 
 _HELP = """

@@ -7,7 +7,7 @@ from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from tinyllava.planning.check import find_problems
 from tinyllava.planning.plan import GPUS, Plan, plan_run
 from tinyllava.planning.rules import batch_problems
-from tinyllava.recipes.published import as_published
+from tinyllava.recipes.paper import as_published
 from tinyllava.recipes.user import find_run
 
 

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
     from tinyllava.data.packages import cache_folder
     from tinyllava.errors import look_up
-    from tinyllava.starter.datasets.options import OPTIONS
+    from tinyllava.starter.datasets import OPTIONS
 
     options = tuple(dict.fromkeys(name.strip() for name in known.options.split(",") if name.strip()))
     for option in options:

@@ -13,8 +13,8 @@ from tinyllava.errors import ConfigError, DataError
 from tinyllava.parts.folders import recorded_model, recorded_name
 from tinyllava.planning.check import check
 from tinyllava.planning.launch import choose_processes, launch
-from tinyllava.recipes.few_records import describe, fit_to
-from tinyllava.recipes.published import PUBLISHED, as_published
+from tinyllava.recipes.paper import PUBLISHED, as_published
+from tinyllava.recipes.recipe import describe, fit_to
 from tinyllava.recipes.user import find_run
 
 _HELP = """

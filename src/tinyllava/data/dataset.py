@@ -1,14 +1,18 @@
-"""Conversations to examples: token ids, what is supervised, pixels or cached features.
+"""Conversations to examples: token ids, what is supervised, pixels; questions of one image as branches.
 
 Paper: section 3.2, (X, Y) and the set A; in pre-training the template 'caption' reduces Y to Y_a (equation
 1).
 Differs: with ``separate_questions`` the questions about one image share a row without seeing each other.
+
+Paper: none; section 3.2 trains a conversation turn behind turn, where later answers can be copied from
+earlier ones instead of being learned from the image.
 """
 
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinyllava.conversation import Conversation, Message
-from tinyllava.data.branches import PADDING, encode_branches
 from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
 from tinyllava.data.lengths import measure_all, processor_key
 from tinyllava.data.store import image_counts, question_counts, select
+from tinyllava.errors import DataError
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.processing import Encoded, TinyLlavaProcessor
 
@@ -56,7 +60,7 @@ class Examples(Dataset[Example]):
     template: str | None = None
     """Jinja text of the stage's template; None for the checkpoint's own."""
     separate_questions: bool = False
-    """Whether each question of a conversation is a branch of its own (see ``tinyllava.data.branches``)."""
+    """Whether each question of a conversation is a branch of its own (see ``tinyllava.data.dataset``)."""
     features: FeatureCache | None = None
     lengths: Sequence[int] = ()
     """Tokens of each example, image tokens included; filled by ``measure``."""
@@ -223,3 +227,69 @@ def _pad(rows: list[Tensor], length: int, value: int) -> Tensor:
     for row, values in zip(padded, rows, strict=True):
         row[: len(values)] = values
     return padded
+
+
+PADDING = -1
+"""Branch of the padding behind a row: nothing that counts sees it."""
+
+
+def split_questions(conversation: Conversation) -> list[Conversation]:
+    """Return one conversation for each question, with the system text and the images of the first.
+
+    Raises:
+        DataError: a later question has images of its own.
+    """
+    system = tuple(takewhile(lambda message: message.role == "system", conversation.messages))
+    turns = conversation.messages[len(system) :]
+    starts = [i for i, message in enumerate(turns) if message.role == "user"]
+    if any(turns[i].images for i in starts[1:]):
+        raise DataError(
+            f"{conversation.place}: a later question has its own images and "
+            "cannot be separated. Put all images into the first question, or set separate_questions to false."
+        )
+    parts = []
+    for start, end in zip(starts, [*starts[1:], len(turns)], strict=True):
+        first = turns[starts[0]]
+        question = turns[start] if start == starts[0] else replace(turns[start], images=first.images)
+        parts.append(replace(conversation, messages=(*system, question, *turns[start + 1 : end])))
+    return parts
+
+
+def encode_branches(
+    processor: TinyLlavaProcessor, conversation: Conversation, template: str | None = None
+) -> Encoded:
+    """Tokenise a conversation with its questions as branches behind what their texts share.
+
+    The shared beginning ends before the first supervised token of any branch: the token that predicts a
+    supervised one is always of the same branch.
+
+    Raises:
+        DataError: see ``split_questions`` and ``TinyLlavaProcessor.encode``; or the template puts an answer
+            straight behind the image.
+    """
+    asked = [one for one in split_questions(conversation) if one.messages[-1].is_trained]
+    parts = [processor.encode(part, template=template) for part in asked]  # nobody sees the others
+    if len(parts) < 2:
+        return parts[0]
+    num_shared = _num_shared(parts)
+    shared, image = parts[0].input_ids[:num_shared], processor.image_token_id
+    if shared.count(image) != parts[0].input_ids.count(image):
+        raise DataError(
+            f"{conversation.place}: the template puts the answer directly after "
+            "the image, so the questions cannot be separated. Set separate_questions to false."
+        )
+    input_ids, supervised, branches = list(shared), [False] * num_shared, [0] * num_shared
+    for number, part in enumerate(parts, start=1):
+        end = len(part.supervised) - part.supervised[::-1].index(True)  # no loss depends on what follows
+        input_ids += part.input_ids[num_shared:end]
+        supervised += part.supervised[num_shared:end]
+        branches += [number] * (end - num_shared)
+    text = "".join(part.text for part in parts)
+    return Encoded(text=text, input_ids=input_ids, supervised=supervised, branches=branches)
+
+
+def _num_shared(parts: list[Encoded]) -> int:
+    """Count the tokens that all parts begin with, up to one before the first supervised token."""
+    most = min(part.supervised.index(True) for part in parts) - 1
+    columns = zip(*(part.input_ids for part in parts), strict=False)
+    return min(most, sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns)))

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 from tinyllava.conversation import Answer
 from tinyllava.errors import DataError
-from tinyllava.evaluation.files import NeededFile
-from tinyllava.evaluation.judging import Judging, Reply
 from tinyllava.evaluation.metrics.statistics import Ratio, estimate
-from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.question import Judging, Question, Reply
+from tinyllava.evaluation.read import NeededFile
 from tinyllava.evaluation.results import Metric, Result
 from tinyllava.files import write_text
 

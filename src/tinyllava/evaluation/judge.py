@@ -20,8 +20,7 @@ import httpx2 as httpx  # the client of huggingface-hub
 
 from tinyllava.errors import DataError, JudgeError
 from tinyllava.evaluation.benchmark import Benchmark
-from tinyllava.evaluation.judging import JudgeRequest, Judging, Reply, Wording
-from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.question import JudgeRequest, Judging, Question, Reply, Wording
 from tinyllava.evaluation.read import Record, read_entries, read_lines
 from tinyllava.files import write_text
 

@@ -7,8 +7,8 @@ before it. Further fields of a record: ``kind``, ``metric``, ``answers`` (all th
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ from tinyllava.data.records import parse_columns, read_raw, read_records
 from tinyllava.data.store import find_good_images, select
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, means_by_group
-from tinyllava.evaluation.metrics.numbers import parse_tolerance
+from tinyllava.evaluation.metrics.choices import parse_tolerance, split_labels
 from tinyllava.evaluation.metrics.references import Reference
-from tinyllava.evaluation.own_baselines import beside_the_score
+from tinyllava.evaluation.metrics.statistics import Ratio, estimate
 from tinyllava.evaluation.own_judge import JUDGE, JUDGING
 from tinyllava.evaluation.own_metrics import AUTO, LOOKS, MetricTable, UserMetric, choose_metrics
 from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.results import Metric
 
 PREFIX = "own-"
 """What the name of every benchmark out of a user's file begins with."""
@@ -337,3 +338,48 @@ def _grade(table: MetricTable, question: Question, answer: str) -> Grade:
     if score == 1 and "label" in question.target:
         parsed = question.target["label"]  # of several right answers, the first stands for all
     return Grade(parsed, score, is_clear)
+
+
+def beside_the_score(
+    grade: Callable[[Question, str], Grade], questions: Sequence[Question], predictions: Sequence[Prediction]
+) -> list[Metric]:
+    """Return F1 over all labels, and what the most frequent right answer of each kind would score."""
+    metrics = _label_f1(questions, predictions)
+    if any(question.target["metric"] == JUDGE for question in questions):
+        return metrics
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in questions:
+        answers[question.category][question.target["answers"][0]] += 1
+    most = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
+    grades = [grade(question, most[question.category]).score or 0.0 for question in questions]
+    ratio = Ratio(numerators=grades, clusters=[prediction.cluster for prediction in predictions])
+    return [*metrics, estimate("baseline=most frequent answer", [ratio])]
+
+
+def _label_f1(questions: Sequence[Question], predictions: Sequence[Prediction]) -> list[Metric]:
+    """Return micro and macro F1 over the labels of the questions that are graded by F1."""
+    pairs = [
+        (split_labels(question.target["answers"]), split_labels([prediction.answer]), prediction.cluster)
+        for question, prediction in zip(questions, predictions, strict=True)
+        if question.target["metric"] == "f1"
+    ]
+    if not pairs:
+        return []
+    labels = sorted(set().union(*(right for right, _, _ in pairs)))
+    clusters = [cluster for _, _, cluster in pairs]
+    micro = Ratio(
+        numerators=[2.0 * len(right & said) for right, said, _ in pairs],
+        denominators=[float(len(right) + len(said)) for right, said, _ in pairs],
+        clusters=clusters,
+    )
+    macro = [
+        Ratio(
+            numerators=[2.0 * (label in right and label in said) for right, said, _ in pairs],
+            denominators=[float((label in right) + (label in said)) for right, said, _ in pairs],
+            clusters=clusters,
+            weight=100 / len(labels),
+            num_questions=len(pairs) if label == labels[0] else 0,
+        )
+        for label in labels
+    ]
+    return [estimate("labels=micro F1", [micro]), estimate("labels=macro F1", macro)]

@@ -2,8 +2,7 @@
 
 import re
 
-from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
-from tinyllava.evaluation.question import Question
+from tinyllava.evaluation.question import JudgeRequest, Judging, Question, Wording
 
 JUDGE = "judge"
 """Name of the metric."""

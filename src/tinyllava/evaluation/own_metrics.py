@@ -11,10 +11,8 @@ from statistics import median
 from typing import Any
 
 from tinyllava.errors import ConfigError, TinyLlavaError, look_up, require
-from tinyllava.evaluation.metrics.choices import find_choice
-from tinyllava.evaluation.metrics.numbers import find_numbers
+from tinyllava.evaluation.metrics.choices import find_choice, find_numbers, normalise
 from tinyllava.evaluation.metrics.references import METRICS, AnswerMetric, Reading, Reference
-from tinyllava.evaluation.metrics.words import normalise
 from tinyllava.evaluation.own_judge import JUDGE, UNREAD_REPLY
 from tinyllava.parts.user_code import code_digest, is_reference, locate, run_value
 

@@ -1,12 +1,13 @@
-"""A question of a benchmark, and the list that the loaders fill.
+"""A question of a benchmark, the list that the loaders fill, and what a judge is asked about an answer.
 
 Paper: section 4.1.3 and appendix A; the suffixes are those of LLaVA-1.5's evaluation, which the paper
 follows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tinyllava.conversation import Conversation, ImageRef, ask
@@ -126,3 +127,52 @@ def no_source(folder: Path, benchmark: str, *names: str) -> DataError:
         f"{folder}: no questions of {benchmark}; looked for {', '.join(names)}. "
         f"`tinyllava data benchmarks {benchmark} {folder}` lists their source."
     )
+
+
+Wording = Mapping[str, str]
+"""The texts of a judge's prompt, by the benchmark's own keys."""
+
+
+Reply = str | tuple[str, ...]
+"""A judge's last reply to a question, or its last reply in each of several runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeRequest:
+    """One call of a judge: chat messages as OpenAI's API has them, and the sampling."""
+
+    messages: tuple[Mapping[str, str], ...]
+    temperature: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """How a benchmark uses a judge."""
+
+    official_judge: str
+    """The judge of the published numbers; another judge's numbers stand in another column."""
+    wording: Callable[[Path], Wording]
+    """Reads the prompt from the user's copy of the benchmark's files in this folder, or returns our own."""
+    ask: Callable[[Wording, Question, str, int], JudgeRequest]
+    """Makes the request for a question, an answer and the number of earlier tries."""
+    is_valid: Callable[[Question, str], bool]
+    """Tells whether a reply can be read; if not, the judge is asked again, up to ``max_tries`` times."""
+    grade: Callable[[Question, str], tuple[str, float]]
+    """Turns the last reply into what was understood and a score."""
+    max_tries: int = 1
+    is_needed: Callable[[Question, str], bool] = lambda *_: True
+    """Whether this answer has to be judged; if not, the benchmark's own ``grade`` serves."""
+    has_runs: bool = False
+    """Whether the official tool takes the mean of several runs of the judge."""
+
+    def grade_runs(self, question: Question, reply: Reply) -> tuple[str, float]:
+        """Return what was understood in each run, blanks between, and the mean score."""
+        runs = (reply,) if isinstance(reply, str) else reply
+        parsed, scores = zip(*(self.grade(question, one) for one in runs), strict=True)
+        return " ".join(parsed), fmean(scores)
+
+    def can_read(self, question: Question, reply: Reply) -> bool:
+        """Tell whether the reply of every run can be read."""
+        runs = (reply,) if isinstance(reply, str) else reply
+        return all(self.is_valid(question, one) for one in runs)

@@ -12,8 +12,8 @@ from typing import Any
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.evaluation.answers import check_edited, read_answers, write_llava_answers, write_predictions
 from tinyllava.evaluation.benchmark import Benchmark
-from tinyllava.evaluation.files import check_files
 from tinyllava.evaluation.judge import Judge, Reviews, save_reviews
+from tinyllava.evaluation.read import check_files
 from tinyllava.evaluation.results import Result, ResultTable, load_results
 from tinyllava.files import held, read_object
 

@@ -21,8 +21,7 @@ from tinyllava.data.images import open_image
 from tinyllava.data.workers import naming_dead_workers, usable_workers
 from tinyllava.errors import DataError
 from tinyllava.inference.chat import encode_prompt
-from tinyllava.inference.prompt_tree import grow_tree
-from tinyllava.inference.shared_prefix import ImageGroup
+from tinyllava.inference.shared_prefix import ImageGroup, grow_tree
 from tinyllava.model import TinyLlavaProcessor
 
 MAX_GROUP = 64  # questions of one group: what more share would gain less than what their attention costs

@@ -5,8 +5,8 @@ Importing this package makes transformers' Auto classes know a tinyllava folder.
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+import tinyllava.model.encoders  # noqa: F401  (registers our own encoders)
 from tinyllava.model.configuration import TinyLlavaConfig
-from tinyllava.model.encoders import efficientnet_lite, fused  # noqa: F401  (registers our own encoders)
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 

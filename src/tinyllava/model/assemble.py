@@ -24,9 +24,9 @@ from tinyllava.config import ModelConfig, Run, to_json
 from tinyllava.conversation import Conversation, ImageRef, Message, ask, to_chat
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.files import whole_folder, write_json
+from tinyllava.model.compat import encoder_layers
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.connectors import build_connector
-from tinyllava.model.layers import encoder_layers
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import IMAGE_TOKEN, TinyLlavaProcessor, try_image_processor
 from tinyllava.model.quantised import (
@@ -271,9 +271,7 @@ def load_tokenizer(language: LanguageModel, *, older_first: bool = False) -> Any
 def load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
     """Load the vision half of a folder that may also hold a text half (CLIP, SigLIP), or two as one."""
     if encoder.members and encoder.members[0].path:  # those of a saved folder have none: it is one model
-        from tinyllava.model.encoders.fused import (
-            load_fused,  # which loads each of the two with this function
-        )
+        from tinyllava.model.encoders import load_fused  # which loads each of the two with this function
 
         return load_fused(encoder, dtype)
     config = AutoConfig.from_pretrained(encoder.path)

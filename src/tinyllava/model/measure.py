@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tinyllava.errors import CheckpointError
+from tinyllava.model.compat import decoder_layers, encoder_layers, last_layer_output
 from tinyllava.model.connectors import build_connector
-from tinyllava.model.layers import decoder_layers, encoder_layers, last_layer_output
 from tinyllava.parts.connectors import Options
 from tinyllava.parts.vision import VisionEncoder
 

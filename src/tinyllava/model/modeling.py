@@ -15,10 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, Cache, GenerationMixin, GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from tinyllava.model.compat import CACHE_NAME, ComposedModel, attention_of
+from tinyllava.model.compat import CACHE_NAME, ComposedModel, attention_of, last_layer_output
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.connectors import build_connector
-from tinyllava.model.layers import last_layer_output
 
 IGNORED = -100  # label of a position that is not supervised, as everywhere in transformers
 

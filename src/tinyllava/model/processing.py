@@ -18,8 +18,7 @@ from tinyllava.config import Aspect, Transparency
 from tinyllava.conversation import Conversation, to_chat
 from tinyllava.errors import DataError
 from tinyllava.model.compat import render_template
-from tinyllava.model.special_tokens import Spans, find_special_tokens, substitute
-from tinyllava.model.tokenizer import gap_of
+from tinyllava.model.tokenizer import Spans, find_special_tokens, gap_of, substitute
 
 IMAGE_TOKEN = "<image>"
 Ints = NDArray[np.int64]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinyllava.config import COMPONENTS, Component, Stage, Tune
 from tinyllava.errors import CheckpointError, ConfigError, TrainingError
-from tinyllava.model.layers import decoder_layers, encoder_layers
+from tinyllava.model.compat import decoder_layers, encoder_layers
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.quantised import QuantisedLinear, quantise, quantised_layers
 from tinyllava.model.quiet import quiet_bitsandbytes_import

@@ -80,7 +80,7 @@ def _save_vision_encoder(package: Path, variant: int, image_size_px: int, folder
     import torch
     from transformers import SiglipImageProcessorPil
 
-    from tinyllava.model.encoders.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+    from tinyllava.model.encoders import EfficientNetLiteConfig, EfficientNetLiteModel
 
     width, depth = MULTIPLIERS[variant]
     config = EfficientNetLiteConfig(

@@ -42,8 +42,8 @@ from tinyllava.starter.amounts import (
     total,
 )
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
+from tinyllava.starter.datasets import OPTIONS, licence_of
 from tinyllava.starter.datasets.default import LabelledImage, read_easy_vqa, read_grocery_store
-from tinyllava.starter.datasets.options import OPTIONS, licence_of
 from tinyllava.starter.packages import (
     DEFAULT_PACKAGES,
     EASY_VQA,
@@ -52,7 +52,6 @@ from tinyllava.starter.packages import (
     SMOLLM2,
     default_model,
 )
-from tinyllava.starter.page import RunFacts, write_examples, write_page
 from tinyllava.starter.recipe import starter_model, starter_run
 from tinyllava.starter.records import (
     AMOUNTS,
@@ -65,11 +64,14 @@ from tinyllava.starter.records import (
 )
 from tinyllava.starter.report import (
     ReportTable,
+    RunFacts,
     choose_shown,
     choose_strip,
     draw_losses,
     draw_sheet,
     results_table,
+    write_examples,
+    write_page,
 )
 from tinyllava.starter.words import make_start, start_key
 from tinyllava.training.run import train

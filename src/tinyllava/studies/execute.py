@@ -1,16 +1,23 @@
-"""Run what is missing of a graph, each node after the one it needs; a failure stops only what rests on it.
+"""Run what is missing of a graph, each node after the one it needs, here or as jobs of a scheduler.
 
 Paper: none. All knowledge is in the nodes' state files: killed and started again, a grid resumes.
+
+Paper: none. A job runs one node; with several devices it starts one process for each through torchrun.
 """
 
+import contextlib
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from tinyllava.planning.launch import fitting_processes
-from tinyllava.studies.graph import Graph, Node
-from tinyllava.studies.jobs import do_in_processes, is_alive
-from tinyllava.studies.work import State, load_state, save_state
+from tinyllava.errors import ConfigError, require
+from tinyllava.planning.launch import GRACE_SECONDS, fitting_processes
+from tinyllava.studies.graph import Graph, Node, load_node, save_node
+from tinyllava.studies.work import State, do_node, is_claimed, load_state, now, save_state
 
 States = dict[str, State]
 
@@ -112,3 +119,160 @@ def _is_startable(
         and attempts[id_] <= retry
         for id_, node in graph.nodes.items()
     )
+
+
+Cluster = Literal["slurm", "local"]
+_GONE = ("CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "COMPLETED")
+QUEUE_SECONDS = 30.0
+"""After a submission: accounting and queue may not know of it yet."""
+
+
+class Jobs:
+    """Submits nodes as jobs; their state files tell how they end.
+
+    Args:
+        cluster: ``slurm``, or ``local`` for processes of this machine.
+        num_at_once: most jobs that are handed over at a time.
+        num_devices: processes of a job, started with torchrun.
+        options: submitit's parameters, such as ``timeout_min``, ``gpus_per_node``, ``slurm_partition``.
+
+    Raises:
+        ConfigError: submitit is not installed, there is no Slurm here, or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        num_at_once: int,
+        num_devices: int = 1,
+        options: Mapping[str, int | str] | None = None,
+    ) -> None:
+        self.cluster: Cluster = cluster
+        self.num_at_once = num_at_once
+        self.num_devices = num_devices
+        self.options = {"timeout_min": 60 * 24, **(options or {})}
+        _import_submitit()
+
+    def start(self, node: Node) -> None:
+        """Submit a node, unless a job of its name is in the queue already.
+
+        Raises:
+            ConfigError: the scheduler refuses the job.
+        """
+        submitit = _import_submitit()
+        save_node(node, node.folder / "task.json")
+        _job_file(node).unlink(missing_ok=True)
+        # Written first, so that nothing of the submitter's can overwrite what the job writes.
+        save_state(node, State(status="submitted", started=now(), job=self.cluster))
+        job = _find_in_queue(_name_of(node)) if self.cluster == "slurm" else ""
+        if not job:
+            try:
+                executor = submitit.AutoExecutor(folder=node.folder / "jobs", cluster=self.cluster)
+                executor.update_parameters(name=_name_of(node), **self.options)
+                task = str(node.folder / "task.json")
+                job = executor.submit(run_task, task, self.cluster, self.num_devices).job_id
+            except (RuntimeError, NameError, TypeError, subprocess.SubprocessError) as error:
+                save_state(node, State(status="failed", error=f"not submitted: {error}"))
+                raise ConfigError(f"--jobs {self.cluster}: {error}") from error
+        _job_file(node).write_text(job, encoding="utf-8")
+
+
+def _job_file(node: Node) -> Path:
+    return node.folder / "job.txt"
+
+
+def run_task(path: str, cluster: str, num_devices: int) -> None:
+    """Do the node of a task file: what a job runs."""
+    variable = "SLURM_JOB_ID" if cluster == "slurm" else "SUBMITIT_LOCAL_JOB_ID"
+    job = f"{cluster}:{os.environ.get(variable, '')}"
+    do_in_processes(load_node(Path(path)), num_devices, job=job)
+
+
+def do_in_processes(node: Node, num_processes: int, *, job: str = "") -> None:
+    """Do a node in this process, or in several that torchrun starts; its state says how it ended."""
+    if num_processes == 1:
+        do_node(node, job=job, log=node.folder / "log.txt")
+        return
+    path = node.folder / "task.json"
+    save_node(node, path)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    with (node.folder / "log.txt").open("a", encoding="utf-8") as log:
+        # In a session of its own: a Ctrl-C reaches it once, through us, and it ends its processes.
+        running = subprocess.Popen(
+            [sys.executable, *torchrun, "-m", "tinyllava.studies.work", str(path), job],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS)},
+        )
+        try:
+            code = running.wait()
+        except BaseException:
+            running.terminate()
+            running.wait()
+            raise
+    if code and load_state(node).status != "failed":
+        save_state(node, State(status="failed", error=f"torchrun ended with status {code}", job=job))
+
+
+def is_alive(node: Node, state: State) -> bool:
+    """Whether the process or job that a state speaks of is still there."""
+    if is_claimed(node):
+        return True
+    job = _job_file(node).read_text(encoding="utf-8") if _job_file(node).exists() else ""
+    if state.job.startswith("slurm"):
+        if state.status == "submitted" and now() - state.started < QUEUE_SECONDS:
+            return True
+        if not job:
+            return bool(_find_in_queue(_name_of(node)))
+        slurm_state = _slurm_state(job)
+        return not any(slurm_state.startswith(word) for word in _GONE)
+    return bool(state.status == "submitted" and job) and _is_process(int(job))
+
+
+def _is_process(pid: int) -> bool:
+    """Whether a process is there and not only waits for its end to be noticed."""
+    with contextlib.suppress(ChildProcessError):  # of an earlier call, so not a child of this one
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _slurm_state(job: str) -> str:
+    """Ask the accounting, and where that is not kept the queue; a job in neither has ended."""
+    for command in (
+        ["sacct", "-X", "-n", "-P", "-o", "State", "-j", job],
+        ["squeue", "-h", "-o", "%T", "-j", job],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            continue
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split()[0]
+    return "COMPLETED"
+
+
+def _find_in_queue(name: str) -> str:
+    """Return the id of a queued or running job of that name: one whose submitter was killed meanwhile."""
+    command = ["squeue", "-h", "--me", "-o", "%A", "--name", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def _name_of(node: Node) -> str:
+    return f"tinyllava-{node.id.replace('/', '-')}"
+
+
+def _import_submitit() -> Any:
+    require("submitit", "jobs", "hands --jobs to a scheduler")
+    import submitit
+
+    return submitit

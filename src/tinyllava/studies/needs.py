@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tinyllava.config import ModelConfig
 from tinyllava.errors import look_up
-from tinyllava.evaluation.files import check_files
+from tinyllava.evaluation.read import check_files
 from tinyllava.parts.resolve import find_parts
 from tinyllava.planning.check import find_problems
 from tinyllava.planning.plan import GPUS

@@ -24,7 +24,7 @@ from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.evaluation.results import Metric, Result, save_results
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.recipes.variants import variant
-from tinyllava.starter.datasets.options import licence_of
+from tinyllava.starter.datasets import licence_of
 from tinyllava.training.run import train
 from training_toys import toy_run
 

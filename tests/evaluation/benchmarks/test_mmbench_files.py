@@ -11,7 +11,7 @@ from tinyllava.data.readers.column_groups import LETTER
 from tinyllava.errors import DataError
 from tinyllava.evaluation.answers import read_llava_answers, write_llava_answers
 from tinyllava.evaluation.benchmarks import BENCHMARKS
-from tinyllava.evaluation.files import check_files
+from tinyllava.evaluation.read import check_files
 
 MMBENCH = BENCHMARKS["mmbench"]
 CHINESE = "哪一个是正确的？"

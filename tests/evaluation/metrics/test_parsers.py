@@ -4,9 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllava.evaluation.metrics.choices import extract_option, parse_scienceqa
+from tinyllava.evaluation.metrics.choices import (
+    extract_option,
+    parse_exact,
+    parse_mme,
+    parse_pope,
+    parse_scienceqa,
+)
 from tinyllava.evaluation.metrics.vqa import accuracy_of_matches, grade_textvqa, grade_vqa
-from tinyllava.evaluation.metrics.yes_no import parse_exact, parse_mme, parse_pope
 
 POPE = [
     ("Yes", "yes"),

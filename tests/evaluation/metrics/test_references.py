@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from tinyllava.evaluation.metrics.choices import find_choice
-from tinyllava.evaluation.metrics.numbers import find_numbers
+from tinyllava.evaluation.metrics.choices import find_choice, find_numbers
 from tinyllava.evaluation.metrics.references import METRICS, Reference
 
 OPTIONS = {"A": "a cat", "B": "a dog", "C": "a hot dog"}

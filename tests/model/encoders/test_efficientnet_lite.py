@@ -9,11 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from tinyllava.data.packages import fetch_packages
-from tinyllava.model.encoders.efficientnet_lite import (
-    ConvolutionNorm,
-    EfficientNetLiteConfig,
-    EfficientNetLiteModel,
-)
+from tinyllava.model.encoders import ConvolutionNorm, EfficientNetLiteConfig, EfficientNetLiteModel
 from tinyllava.starter.convert import MULTIPLIERS, convert_vision_encoder, rename_weights
 from tinyllava.starter.packages import EFFICIENTNET_LITE2, GROCERY_STORE
 

@@ -12,7 +12,7 @@ from tinyllava.cli import main
 from tinyllava.config import FULL, DataConfig, ModelConfig, Stage, Tune, lora
 from tinyllava.errors import ConfigError, TinyLlavaError
 from tinyllava.model.assemble import assemble, open_checkpoint
-from tinyllava.model.encoders.fused import fuse
+from tinyllava.model.encoders import fuse
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.parts.vision import find_vision_encoder
 from tinyllava.planning.memory import count_trained

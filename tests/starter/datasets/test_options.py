@@ -13,9 +13,9 @@ from PIL import Image
 
 from tinyllava.data.packages import cache_folder, fetch_packages
 from tinyllava.errors import PackageError
+from tinyllava.starter.datasets import OPTIONS
 from tinyllava.starter.datasets.cifar10 import CLASSES, read_cifar10
 from tinyllava.starter.datasets.default import LabelledImage
-from tinyllava.starter.datasets.options import OPTIONS
 from tinyllava.starter.datasets.tux_paint import GROUPS, STAMPS, read_name, read_tux_paint
 from tinyllava.starter.records import prove_disjoint, write_records
 

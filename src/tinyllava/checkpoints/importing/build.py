@@ -14,8 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from tinyllava.checkpoints.importing.parts import SourceParts, hub_name, recognise_template
-from tinyllava.checkpoints.importing.processor import load_processor
+from tinyllava.checkpoints.importing.parts import SourceParts, hub_name, load_processor, recognise_template
 from tinyllava.checkpoints.importing.tensors import Tensors, count, drop
 from tinyllava.errors import CheckpointError, ConfigError
 from tinyllava.model.assemble import (

@@ -7,7 +7,6 @@ instead of 729); checkpoints trained so are imported so.
 from pathlib import Path
 from typing import Any
 
-from tinyllava.checkpoints.importing.adapters import merge_lora, read_adapter, strip_wrapping
 from tinyllava.checkpoints.importing.connectors import (
     Found,
     factory_qformer,
@@ -25,9 +24,12 @@ from tinyllava.checkpoints.importing.parts import (
 from tinyllava.checkpoints.importing.tensors import (
     Tensors,
     has_weights,
+    merge_lora,
     objects,
+    read_adapter,
     read_folder,
     refuse_left_over,
+    strip_wrapping,
     take,
     whole,
 )

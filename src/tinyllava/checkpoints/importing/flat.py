@@ -9,7 +9,6 @@ Differs: what TinyLLaVABench decides by the folder's name is decided here by con
 from pathlib import Path
 from typing import Any
 
-from tinyllava.checkpoints.importing.adapters import merge_lora, read_adapter, strip_wrapping
 from tinyllava.checkpoints.importing.connectors import Found, bench_resampler, name_connector
 from tinyllava.checkpoints.importing.parts import (
     Given,
@@ -24,9 +23,12 @@ from tinyllava.checkpoints.importing.tensors import (
     Tensors,
     drop,
     has_weights,
+    merge_lora,
+    read_adapter,
     read_file,
     read_folder,
     refuse_left_over,
+    strip_wrapping,
     take,
     whole,
 )

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, write_export
-from tinyllava.evaluation.files import NeededFile
-from tinyllava.evaluation.metrics.yes_no import NO, YES, says_yes_or_no
+from tinyllava.evaluation.metrics.choices import NO, YES, says_yes_or_no
 from tinyllava.evaluation.question import (
     SHORT,
     Question,
@@ -23,6 +22,7 @@ from tinyllava.evaluation.question import (
 )
 from tinyllava.evaluation.read import (
     ImageFiles,
+    NeededFile,
     Record,
     find_parquet,
     read_entries,

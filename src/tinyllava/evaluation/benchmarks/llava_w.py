@@ -13,12 +13,11 @@ from pathlib import Path
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, write_export
-from tinyllava.evaluation.files import NeededFile
-from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
 from tinyllava.evaluation.metrics.statistics import Ratio
-from tinyllava.evaluation.question import Question, QuestionList, no_source
+from tinyllava.evaluation.question import JudgeRequest, Judging, Question, QuestionList, Wording, no_source
 from tinyllava.evaluation.read import (
     ImageFiles,
+    NeededFile,
     Record,
     find_parquet,
     read_json,

@@ -14,11 +14,9 @@ from pathlib import Path
 from tinyllava.data.readers.column_groups import LETTER
 from tinyllava.errors import DataError, require
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, means_by_group
-from tinyllava.evaluation.files import NeededFile
-from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
 from tinyllava.evaluation.metrics.choices import NONE_OF_THEM, extract_option
-from tinyllava.evaluation.question import Question, QuestionList, no_source
-from tinyllava.evaluation.read import Record, find_parquet, read_parquet, read_table, unpack_image
+from tinyllava.evaluation.question import JudgeRequest, Judging, Question, QuestionList, Wording, no_source
+from tinyllava.evaluation.read import NeededFile, Record, find_parquet, read_parquet, read_table, unpack_image
 
 BODY = "{hint}{question}\n{options}"
 PROMPT = f"{BODY}\n{LETTER}"

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, write_export
-from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.metrics.choices import NO, OTHER, YES, parse_mme
 from tinyllava.evaluation.metrics.statistics import Ratio
-from tinyllava.evaluation.metrics.yes_no import NO, OTHER, YES, parse_mme
 from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source
-from tinyllava.evaluation.read import Record, find_parquet, read_parquet, read_text, unpack_image
+from tinyllava.evaluation.read import NeededFile, Record, find_parquet, read_parquet, read_text, unpack_image
 
 PROMPT = "{question}\n" + SHORT
 ENDING = "Please answer yes or no."

@@ -14,11 +14,10 @@ from statistics import fmean, pstdev
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, write_export
-from tinyllava.evaluation.files import NeededFile
-from tinyllava.evaluation.judging import JudgeRequest, Judging, Wording
-from tinyllava.evaluation.question import Question, QuestionList, no_source
+from tinyllava.evaluation.question import JudgeRequest, Judging, Question, QuestionList, Wording, no_source
 from tinyllava.evaluation.read import (
     ImageFiles,
+    NeededFile,
     Record,
     find_parquet,
     read_entries,

@@ -15,11 +15,18 @@ from pathlib import Path
 
 from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, write_export
-from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.metrics.choices import NO, OTHER, YES, parse_exact, parse_pope, says_yes_or_no
 from tinyllava.evaluation.metrics.statistics import Ratio
-from tinyllava.evaluation.metrics.yes_no import NO, OTHER, YES, parse_exact, parse_pope, says_yes_or_no
 from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source
-from tinyllava.evaluation.read import ImageFiles, Record, find_parquet, read_lines, read_parquet, unpack_image
+from tinyllava.evaluation.read import (
+    ImageFiles,
+    NeededFile,
+    Record,
+    find_parquet,
+    read_lines,
+    read_parquet,
+    unpack_image,
+)
 from tinyllava.evaluation.results import Metric
 
 PROMPT = "{question}\n" + SHORT

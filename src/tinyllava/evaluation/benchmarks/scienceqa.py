@@ -19,11 +19,11 @@ from tinyllava.evaluation.benchmark import (
     mean_scores,
     write_export,
 )
-from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.metrics.choices import parse_scienceqa
 from tinyllava.evaluation.question import Question, QuestionList, no_source
 from tinyllava.evaluation.read import (
     ImageFiles,
+    NeededFile,
     Record,
     find_parquet,
     read_entries,

@@ -15,7 +15,7 @@ from pathlib import Path
 from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade
-from tinyllava.evaluation.metrics.yes_no import parse_pope, says_yes_or_no
+from tinyllava.evaluation.metrics.choices import parse_pope, says_yes_or_no
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import read_text
 

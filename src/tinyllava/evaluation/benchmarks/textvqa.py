@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.benchmark import Benchmark, Grade
-from tinyllava.evaluation.files import NeededFile
 from tinyllava.evaluation.metrics.vqa import NUM_ANNOTATORS, grade_textvqa
 from tinyllava.evaluation.question import SHORT, Question, QuestionList, no_source, read_llava_prompts
 from tinyllava.evaluation.read import (
     ImageFiles,
+    NeededFile,
     Record,
     find_parquet,
     read_json,

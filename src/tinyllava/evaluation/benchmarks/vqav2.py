@@ -14,9 +14,8 @@ from pathlib import Path
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, write_export
-from tinyllava.evaluation.files import NeededFile
+from tinyllava.evaluation.metrics.choices import says_yes_or_no
 from tinyllava.evaluation.metrics.vqa import NUM_ANNOTATORS, grade_vqa, normalise_evalai, normalise_vqa
-from tinyllava.evaluation.metrics.yes_no import says_yes_or_no
 from tinyllava.evaluation.question import (
     SHORT,
     Question,
@@ -27,6 +26,7 @@ from tinyllava.evaluation.question import (
 )
 from tinyllava.evaluation.read import (
     ImageFiles,
+    NeededFile,
     Record,
     find_parquet,
     read_json,

@@ -1,12 +1,14 @@
-"""Which option of a multiple-choice question an answer means.
+"""What an answer says: an option, yes or no, a number, words.
 
 Paper: appendix A, ScienceQA-IMG and MMBench.
+
+Paper: appendix A, POPE and MME.
 """
 
+import math
 import re
-from collections.abc import Mapping
-
-from tinyllava.evaluation.metrics.words import has_run, normalise, words_of
+import unicodedata
+from collections.abc import Mapping, Sequence
 
 _LEADING_LETTER = re.compile(r"^\W*([A-Za-z])(?:\W*$|\s*[.):]\s*\S)")
 _NAMED_LETTER = re.compile(r"(?i:answer|option|choice)(?:\s+is|:)?\s*\W{0,3}([A-Z])\b(?!\s+[a-z])")
@@ -94,3 +96,99 @@ def find_choice(answer: str, choices: Mapping[str, str]) -> str:
         if not any(other != letter and has_run(whole, part) for other, whole in found.items())
     ]
     return longest[0] if len(longest) == 1 else ""
+
+
+def normalise(text: str) -> str:
+    """Drop case, outer quotation marks, a final period and repeated blanks."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.strip("\"'`“”„‘’*").rstrip(".").strip("\"'`“”„‘’* ")
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, whatever its punctuation; Chinese and Japanese characters one by one."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text)
+
+
+def has_run(words: Sequence[str], part: Sequence[str]) -> bool:
+    """Whether words have another list of words in them, one after the other."""
+    return bool(part) and any(words[i : i + len(part)] == part for i in range(len(words) - len(part) + 1))
+
+
+def split_labels(texts: Sequence[str]) -> set[str]:
+    """Return the labels in texts, between commas, semicolons, bars, lines and the word "and"."""
+    parts = (part for text in texts for part in re.split(r"[,;|\n]|\band\b", text))
+    return {label for part in parts if (label := normalise(part))}
+
+
+_NUMBER = re.compile(
+    r"(?<![\w.,])[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:[.,]\d+)?)(?:[eE][-+]?\d+)?(?![.,]?\d)"
+)
+_NAMES_IN_ORDER = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+)
+_NAMES = _NAMES_IN_ORDER.split()
+
+
+def find_numbers(text: str) -> list[float]:
+    """Return the numbers in a text; words up to twenty where it has no digits.
+
+    ``1,234`` is a thousand, ``3,5`` three and a half; a unit may follow a number, no letter may precede it.
+    """
+    found = []
+    for match in _NUMBER.finditer(text):
+        digits = match[0].replace("\u2212", "-")
+        is_thousands = re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", digits) is not None
+        found.append(float(digits.replace(",", "" if is_thousands else ".")))
+    if found or re.search(r"\d", text):
+        return found
+    return [float(_NAMES.index(word)) for word in words_of(text) if word in _NAMES]
+
+
+def parse_tolerance(tolerance: str) -> tuple[float, bool]:
+    """Return a tolerance as a number and whether it is a share; ValueError for what is none."""
+    is_share = tolerance.strip().endswith("%")
+    value = float(tolerance.strip().removesuffix("%"))
+    if not 0 <= value < math.inf:
+        raise ValueError(tolerance)
+    return (value / 100 if is_share else value), is_share
+
+
+YES, NO, OTHER = "yes", "no", "other"
+_NEGATIONS = frozenset({"No", "no", "not"})
+_YES, _NO = {"yes"}, {"no", "not", "none", "isn't", "aren't", "doesn't", "don't", "isnt", "cannot", "can't"}
+
+
+def parse_pope(answer: str) -> str:
+    """Return "no" if the first sentence has the word No, no or not, else "yes", be it unclear or empty."""
+    words = answer.split(".", maxsplit=1)[0].replace(",", "").split(" ")
+    return YES if _NEGATIONS.isdisjoint(words) else NO
+
+
+def says_yes_or_no(answer: str) -> bool:
+    """Whether the word yes, no or not occurs in an answer, whatever its case."""
+    return re.search(r"(?i)\b(yes|no|not)\b", answer) is not None
+
+
+def parse_exact(answer: str) -> str:
+    """Return the whole answer in lower case: what lmms-eval compares with "yes" and "no"."""
+    return answer.lower().strip()
+
+
+def parse_mme(answer: str) -> str:
+    """Return "yes" or "no" if the first four characters hold it (yes first), else "other"."""
+    start = answer.lower()
+    if start in (YES, NO):
+        return start
+    return next((word for word in (YES, NO) if word in start[:4]), OTHER)
+
+
+def find_yes_or_no(answer: str) -> str:
+    """Return the first word if it is yes or no, else the only one of the two in the first sentence."""
+    sentence = re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0]
+    words = re.findall(r"[a-z']+", sentence.casefold().replace("\u2019", "'"))
+    said = ["yes" if word in _YES else "no" for word in words if word in _YES | _NO]
+    if not said or (words[0] not in _YES | _NO and len(set(said)) > 1):
+        return ""
+    return said[0]

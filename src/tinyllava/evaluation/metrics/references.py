@@ -9,11 +9,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
-from tinyllava.evaluation.metrics.choices import find_choice
-from tinyllava.evaluation.metrics.numbers import find_numbers, parse_tolerance
+from tinyllava.evaluation.metrics.choices import (
+    find_choice,
+    find_numbers,
+    find_yes_or_no,
+    has_run,
+    normalise,
+    parse_tolerance,
+    split_labels,
+    words_of,
+)
 from tinyllava.evaluation.metrics.vqa import grade_vqa
-from tinyllava.evaluation.metrics.words import has_run, normalise, split_labels, words_of
-from tinyllava.evaluation.metrics.yes_no import find_yes_or_no
 
 
 class Reading(NamedTuple):

@@ -18,8 +18,8 @@ from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks import known_benchmarks
 from tinyllava.evaluation.benchmarks.pope import FIRST_ID
 from tinyllava.evaluation.compare import Comparison, compare_predictions
+from tinyllava.evaluation.metrics.choices import YES
 from tinyllava.evaluation.metrics.statistics import PairedDifference, Ratio, paired_bootstrap
-from tinyllava.evaluation.metrics.yes_no import YES
 from tinyllava.studies.published import other_scores, published_scores
 from tinyllava.studies.study import BenchmarkScores, Claim, Study, StudyCell
 

@@ -1,1 +1,0 @@
-"""Vision encoders that transformers does not have."""
