@@ -76,8 +76,8 @@ def check(arguments: list[str]) -> int:
 def _read(known: argparse.Namespace, *files: str) -> "FileCheck":
     from rich.progress import TextColumn
 
+    from tinyllava.data.bars import Bars
     from tinyllava.data.checking import check_files
-    from tinyllava.data.reporting import Bars
 
     with Bars(TextColumn("{task.description}: {task.completed:,.0f}"), transient=True) as bar:
         task = bar.add_task("reading records", total=None)

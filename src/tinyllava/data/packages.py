@@ -31,7 +31,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from tinyllava.data.reporting import Bars
+from tinyllava.data.bars import Bars
 from tinyllava.errors import PackageError
 from tinyllava.files import sha256_of
 

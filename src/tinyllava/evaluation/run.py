@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tinyllava.conversation import Answer, Conversation
-from tinyllava.data.reporting import Bars
+from tinyllava.data.bars import Bars
 from tinyllava.errors import DataError, require
 from tinyllava.evaluation.answers import (
     AnswerFile,

@@ -19,7 +19,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tinyllava.data.reporting import Bars, Listeners
+from tinyllava.data.bars import Bars
+from tinyllava.data.reporting import Listeners
 from tinyllava.files import append_lines, whole_objects, write_text
 from tinyllava.training.validation import best_step, read_curve
 
