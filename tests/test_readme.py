@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from chats import make_chat
-from conftest import make_records
 from documents import ROOT, blocks, commands
+from served import serve
 from tinyllava.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +23,7 @@ KINDS = {
     "fruit": "fruit in a photograph",
     "yes_no": "yes or no, about both",
 }
-OWN_DATA = [command for command in commands(README) if "photos" in command]
+OWN_DATA = [c for c in commands(README) if "photos" in c or "runs/mine" in c]
 
 # Commands that take no weights and no data: run by the test below.
 RUN_HERE = ("tinyllava --help", "tinyllava show", "tinyllava reproduce figure-4 --plan")
@@ -53,16 +53,23 @@ def test_the_commands_for_own_data_train_and_answer(tmp_path, monkeypatch, capsy
     chat.processor.tokenizer.model_max_length = 2048
     chat.model.save_pretrained(tmp_path / "start")
     chat.processor.save_pretrained(tmp_path / "start")
-    make_records(tmp_path)
-    (tmp_path / "images").rename(tmp_path / "photos")
-    (tmp_path / "records.json").rename(tmp_path / "photos.json")
-    Image.open(tmp_path / "photos/0.png").save(tmp_path / "photos/1.jpg")
+    (tmp_path / "photos").mkdir()
+    rows = ["image,question,answer"]
+    for number in range(12):
+        Image.new("RGB", (40, 30), (20 * number, 90, 200)).save(tmp_path / f"photos/{number}.jpg")
+        rows.append(f"photos/{number}.jpg,Is there a mug in it?,{'yes' if number % 2 else 'no'}")
+    (tmp_path / "photos.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert len(OWN_DATA) == 2
-    for command in OWN_DATA:
+    *commands, last = OWN_DATA
+    assert len(commands) == 5
+    for command in commands:
         words = shlex.split(command.replace("~/.cache/tinyllava/starter/model", "start"))
         assert main(words[1:]) == 0, capsys.readouterr().err
     assert (tmp_path / "runs/mine/model/model.safetensors").is_file()
+    words = shlex.split(last)
+    assert words[:2] == ["tinyllava", "serve"]
+    with serve(Path(words[2]), *words[3:]) as served:
+        assert served.post(model="mine").status_code == 200
 
 
 def test_ci_executes_the_python_example() -> None:

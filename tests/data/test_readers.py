@@ -285,7 +285,7 @@ def test_images_at_addresses_are_downloaded_once_and_within_a_limit(folder, monk
     import threading
     from functools import partial
 
-    from tinyllava.data.readers import image_values
+    from tinyllava.data.readers import form
 
     class Silent(http.server.SimpleHTTPRequestHandler):
         asked: list[str] = []  # noqa: RUF012
@@ -305,7 +305,7 @@ def test_images_at_addresses_are_downloaded_once_and_within_a_limit(folder, monk
         (folder / "my.jsonl").write_text(json.dumps({**TABLE, "image": f"{url}none.png"}))
         with pytest.raises(Defect, match=r"none\.png cannot be downloaded \(.*404"):
             read_records(folder / "my.jsonl", folder, allow_urls=True)
-        monkeypatch.setattr(image_values, "MAX_DOWNLOAD_BYTES", 10)
+        monkeypatch.setattr(form, "MAX_DOWNLOAD_BYTES", 10)
         (folder / "my.jsonl").write_text(json.dumps({**TABLE, "image": f"{url}b.png"}))
         with pytest.raises(Defect, match=r"b\.png is larger than 10 bytes"):
             read_records(folder / "my.jsonl", folder, allow_urls=True)

@@ -13,7 +13,6 @@ from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks import find_benchmark
 from tinyllava.evaluation.metrics.statistics import PairedDifference, mcnemar, paired_bootstrap
-from tinyllava.evaluation.own_data import PREFIX, from_predictions
 
 RIGHT = 0.5
 """From this score on, an answer counts as right in McNemar's test and in the list of flips."""
@@ -148,6 +147,8 @@ def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tu
     Benchmarks that only one folder has are left out, and of folders those without scores (VQAv2's answers are
     scored by its server); there has to be one in common.
     """
+    from tinyllava.evaluation.own_data import PREFIX, from_predictions  # here: it opens images
+
     files = [(a, b)]
     if a.is_dir() and b.is_dir():
         found = sorted(path.relative_to(a) for path in a.glob("*/predictions.jsonl"))
