@@ -124,7 +124,8 @@ def test_an_answer_streams_and_can_be_stopped(page: Page, served: Served) -> Non
     served.wait_for("tinyllava_places", 0)
     page.run("document.getElementById('tokens').value = 4")
     page.type("And now?")
-    assert page.wait_for_answer()
+    page.wait_for_answer()  # its text may be blank: what the toy says depends on how much was streamed
+    assert page.run("document.querySelectorAll('.turn').length") == 4
     assert page.error() == ""
 
 

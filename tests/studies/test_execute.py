@@ -7,7 +7,8 @@ import pytest
 
 from grid_toys import write_grid
 from tinyllava.config import DataConfig
-from tinyllava.studies import jobs, work
+from tinyllava.studies import execute as execution
+from tinyllava.studies import work
 from tinyllava.studies.execute import InProcess, execute
 from tinyllava.studies.graph import Graph, Node, Places, expand
 from tinyllava.studies.paper import find_grid
@@ -148,13 +149,13 @@ def test_a_state_is_read_back_and_an_unknown_node_waits(graph, tmp_path):
 def test_a_node_is_done_by_as_many_processes_as_its_batches_divide_by(graph, records, monkeypatch):
     """The batch is 4: of three processes two are taken. They are real, and train."""
     started = []
-    popen = jobs.subprocess.Popen
+    popen = execution.subprocess.Popen
 
     def noting(command, **options):
         started.append(command)
         return popen(command, **options)
 
-    monkeypatch.setattr(jobs.subprocess, "Popen", noting)
+    monkeypatch.setattr(execution.subprocess, "Popen", noting)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     node = next(node for node in graph.nodes.values() if not node.after)
     (name,) = node.run.stages

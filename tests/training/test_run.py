@@ -283,9 +283,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(parts, rec
     run = toy_run(parts, records, tmp_path / "run")
     weights = train(run) / "model.safetensors"
     tensors = load_file(weights)
-    tensors["model.multi_modal_projector.linear_2.bias"][0] = float("nan")  # a damaged checkpoint
+    tensors["model.multi_modal_projector.linear_2.weight"].fill_(3e38)  # finite, but their products are not
     save_file(tensors, weights, metadata={"format": "pt"})
-    damaged = dataclasses.replace(
+    overflowing = dataclasses.replace(
         run,
         start_from=str(weights.parent),
         stages={"finetune": run.stages["finetune"]},
@@ -294,7 +294,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(parts, rec
     with pytest.raises(
         TrainingError, match=r"the loss is nan at step 1; samples: .*records\.json: record \d"
     ):
-        train(damaged)
+        train(overflowing)
 
 
 class Waits(TorchDispatchMode):

@@ -99,7 +99,7 @@ def score_answers(
 
     Args:
         model: whose answers they are.
-        data, benchmarks, output, limit, blind, judge, own: see ``evaluate``.
+        data: see ``evaluate``, as for all that is not named here.
         answers: of LLaVA's scripts: a file, or a folder with one for each benchmark; by default those that
             are in ``output``.
         reviews: recorded reviews of the judge: a file, or a folder with one for each benchmark.

@@ -163,7 +163,7 @@ def run_grid(
     Args:
         plan: of ``plan_grid`` with ``will_run``.
         output: folder of the study and its report (default: ``studies/NAME``).
-        launcher: what starts the nodes: processes on this machine by default, or ``studies.jobs.Jobs``.
+        launcher: what starts the nodes: processes on this machine by default, or ``studies.execute.Jobs``.
         retry: number of retries after a failure.
         watch: called with the state of every node whenever one may have changed.
 
@@ -219,8 +219,8 @@ def reproduce(
 
     Args:
         grid: figure, table, ``starter``, ``FILE.py``, ``FILE.py:NAME``, or a grid.
-        data, benchmarks, runs, only, seeds, limit, scale, parts, judge: see ``Choices``.
-        output, launcher, retry: see ``run_grid``.
+        output: folder of the study and its report; see ``run_grid``, as for ``launcher`` and ``retry``.
+        data: folder of the training data; see ``Choices``, as for all that is not named here.
 
     Raises:
         UnknownNameError, ConfigError, DataError: see ``plan_grid`` and ``run_grid``.
