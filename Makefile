@@ -21,7 +21,7 @@ test-newest test-lowest: test-%: .venv-%/installed  ## the core of the tests, on
 	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n auto --maxprocesses 8 $(or $(ARGS),$(CORE))
 
 test-older: .venv/installed-dev .venv/older/installed  ## exports opened with transformers 4.57
-	TINYLLAVA_OLDER_PYTHON=.venv/older/bin/python $(BIN)/pytest -q -m older tests/checkpoints/exporting
+	TINYLLAVA_OLDER_PYTHON=$(CURDIR)/.venv/older/bin/python $(BIN)/pytest -q -m older tests/checkpoints/exporting
 
 lint: .venv/installed-dev  ## style, types, layers, spelling
 	$(BIN)/ruff check
