@@ -45,6 +45,17 @@ def test_bitsandbytes_is_imported_without_its_warning(code):
     assert "Failed to load" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["Chat", "evaluate", "evaluation.run"])
+def test_what_does_not_train_loads_no_adapters(name):
+    code = (
+        "import importlib, sys, tinyllava\n"
+        f"getattr(tinyllava, {name!r}, None) or importlib.import_module('tinyllava.' + {name!r})\n"
+        "assert not {'peft', 'bitsandbytes'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_bitsandbytes_would_warn_otherwise():
     done = subprocess.run(
         [sys.executable, "-c", f"{NOISY}\nimport bitsandbytes"], capture_output=True, text=True, check=True

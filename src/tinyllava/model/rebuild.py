@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
-
 from tinyllava.config import Run, run_from_json, to_json
 from tinyllava.errors import CheckpointError
 from tinyllava.files import find_damage, held, read_object
 from tinyllava.model.assemble import assemble, open_checkpoint, save_model
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
-from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
+from tinyllava.model.quiet import (
+    keeping_random_state,
+    quiet_bitsandbytes_import,
+    transformers_errors_only,
+    without_loading_bars,
+)
 from tinyllava.model.token_rows import add_tokens
 from tinyllava.model.tuning import apply_tuning, load_trained, merge_adapters, open_ledger, weights_digest
 from tinyllava.parts.folders import is_stage_checkpoint, resolved
@@ -32,9 +35,16 @@ RESUMED_TENSORS = "model.safetensors"
 _WHOLE = "model"
 
 
+def _set_seed(seed: int) -> None:
+    with quiet_bitsandbytes_import():
+        from transformers import set_seed  # here: it imports peft, which only training needs
+
+    set_seed(seed)
+
+
 def open_start(run: Run) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor]:
     """Return the model that a run's first stage starts from; it follows from the run's seed."""
-    set_seed(run.seed)
+    _set_seed(run.seed)
     # In fp32 whatever it was saved in: in half precision small updates are rounded away.
     model, processor = (
         open_checkpoint(run.start_from, dtype="float32") if run.start_from else assemble(run.model)
@@ -100,7 +110,7 @@ def build_stage_model(checkpoint: Path) -> tuple[TinyLlavaForConditionalGenerati
         recall_value(name, str(checkpoint))  # of a checkpoint nothing is run: the user has to name the code
     model, processor = open_start(run)
     for name, stage in run.stages.items():
-        set_seed(run.seed)
+        _set_seed(run.seed)
         apply_tuning(model, stage)
         if name == wanted:
             _check_start(checkpoint, manifest, model)
