@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tinyllava.config import ModelConfig
 from tinyllava.errors import CheckpointError, ConfigError, UnknownNameError
+from tinyllava.parts import templates
 from tinyllava.parts.resolve import find_parts, known_parts, resolve
 from tinyllava.parts.templates import as_published, read_template, template_names
 from tinyllava.planning.sizes import language_model_size, vision_encoder_size
@@ -133,3 +134,5 @@ def test_a_template_is_one_text_whatever_its_parts_are_written_in(name: str) -> 
     assert text.count("{%- macro said(content) -%}") == (name != "caption")
     assert text.count("{%- generation -%}") == text.count("{%- endgeneration -%}") == 1
     assert (as_published(text) != text) == (name not in ("chatml", "llama3"))
+    written = (Path(templates.__file__).parent / f"{name}.jinja").read_text(encoding="utf-8")
+    assert "macro said" not in written  # said.part has it
