@@ -6,6 +6,6 @@ WORKDIR /tinyllava
 COPY . .
 RUN python3 -m venv .venv
 ENV PATH=/tinyllava/.venv/bin:$PATH
-RUN pip install --constraint constraints.txt '.[report]'
+RUN pip install --constraint constraints.txt '.[report,serve]'
 ENTRYPOINT ["tinyllava"]
 CMD ["--help"]

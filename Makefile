@@ -59,7 +59,7 @@ TEST_TOOLS := hypothesis pytest pytest-timeout pytest-xdist
 	touch $@
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	$(PYTHON) -m pip --python .venv/bin/python install --constraint constraints.txt --editable '.[report]'
+	$(PYTHON) -m pip --python .venv/bin/python install --constraint constraints.txt --editable '.[report,serve]'
 	touch $@
 
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
