@@ -1,5 +1,6 @@
 """Files that survive a kill: written whole, appended by lines, held by one process; JSON read strictly."""
 
+import base64
 import errno
 import hashlib
 import json
@@ -10,9 +11,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyllava.errors import OutputError
+
+if TYPE_CHECKING:
+    import jinja2
 
 LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -254,3 +258,22 @@ def _deepest(text: str) -> int:
         if depth > most:
             most, place = depth, token.start()
     return place
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """Return bytes as an address that holds them; ``kind`` is a media type such as ``image/png``."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def page_environment(folder: Path) -> "jinja2.Environment":
+    """Return what fills the templates of a folder's pages; ``style`` in them is its ``page.css``."""
+    import jinja2  # here: quick commands start faster without it
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        loader=jinja2.FileSystemLoader(folder),
+    )
+    environment.globals["style"] = (folder / "page.css").read_text(encoding="utf-8").strip()
+    return environment

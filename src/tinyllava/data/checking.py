@@ -3,7 +3,6 @@
 Paper: none.
 """
 
-import base64
 import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from tinyllava.data.hashes import sha256_of_image
 from tinyllava.data.images import open_image
 from tinyllava.data.records import iter_conversations, open_readings
 from tinyllava.errors import ImageError
-from tinyllava.files import write_text
+from tinyllava.files import data_url, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,4 +173,4 @@ def _thumbnail(ref: ImageRef) -> str:
     image.thumbnail((240, 240))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(buffer.getvalue(), "image/jpeg")

@@ -4,7 +4,6 @@ Paper: none.
 """
 
 import io
-from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from PIL import Image
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.images import open_image
 from tinyllava.errors import CheckpointError
+from tinyllava.files import data_url
 from tinyllava.model.processing import IMAGE_RULES, pad_to_square, scale_down
 
 MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
@@ -75,7 +75,7 @@ class PreparedImages:
     def _url(self, ref: ImageRef) -> str:
         buffer = io.BytesIO()
         self.prepare(ref).save(buffer, "PNG", compress_level=1)
-        return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
+        return data_url(buffer.getvalue(), "image/png")
 
 
 def read_fields(file: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Paper: none; the form of Figure 9 (answered images) and of the tables, for the s
 needs no other file and no network; the same run gives the same bytes.
 """
 
-import base64
 import io
 import random
 import textwrap
@@ -16,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import jinja2
 from PIL import Image
 
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.results import Metric, Result
-from tinyllava.files import whole_objects, write_json
+from tinyllava.files import data_url, page_environment, whole_objects, write_json, write_text
 
 
 class Cell(TypedDict):
@@ -245,23 +243,16 @@ def write_page(
         losses: the drawn loss curves, a PNG.
     """
     kinds = [kind for kind in table if kind != "overall"]
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        loader=jinja2.FileSystemLoader(here),
-    )
+    environment = page_environment(Path(__file__).parent)
     page = environment.get_template("page.jinja").render(
-        style=(here / "page.css").read_text(encoding="utf-8").strip(),
         run=run,
         table=table,
         answerers=list(next(iter(table.values()))),
-        losses=_data_url("png", losses.read_bytes()),
+        losses=data_url(losses.read_bytes(), "image/png"),
         answers={kind: _answers(predictions, truths, images, kind) for kind in kinds},
         confusions=[confusion(predictions, truths, kind) for kind in kinds],
     )
-    path.write_text(page + "\n", encoding="utf-8")
+    write_text(path, page + "\n")
     return path
 
 
@@ -269,7 +260,7 @@ def write_examples(path: Path, shown: Sequence[Shown]) -> None:
     """Write images with their questions, for the page of ``tinyllava serve``."""
     kinds = {one.image: one.image.suffix.lower().replace(".jpg", ".jpeg")[1:] for one in shown}
     examples = [
-        {"image": _data_url(kinds[one.image], one.image.read_bytes()), "question": one.question}
+        {"image": data_url(one.image.read_bytes(), f"image/{kinds[one.image]}"), "question": one.question}
         for one in shown
     ]
     write_json(path, examples)
@@ -304,8 +295,4 @@ def _thumbnail(path: Path) -> str:
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
-    return _data_url("jpeg", buffer.getvalue())
-
-
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return data_url(buffer.getvalue(), "image/jpeg")

@@ -3,7 +3,6 @@
 Paper: none.
 """
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from jinja2 import Template
 
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.images import open_image
-from tinyllava.files import whole_objects, write_text
+from tinyllava.files import data_url, whole_objects, write_text
 
 ANSWERS = "held-out.jsonl"
 PAGE = "held-out.html"
@@ -64,4 +63,4 @@ def _thumbnail(ref: ImageRef) -> str:
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(buffer.getvalue(), "image/jpeg")

@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from base64 import b64encode
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from tinyllava.checkpoints.exporting.gguf import MMPROJ, MODEL, Quantized, write
 from tinyllava.checkpoints.exporting.gguf_text import write_modelfile
 from tinyllava.conversation import ImageRef, ask
 from tinyllava.errors import CheckpointError
+from tinyllava.files import data_url
 from tinyllava.inference.logits import check_logits
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -145,7 +145,7 @@ def _their_logprobs(
     """
     data = BytesIO()
     image.save(data, "PNG")
-    url = "data:image/png;base64," + b64encode(data.getvalue()).decode("ascii")
+    url = data_url(data.getvalue(), "image/png")
     words = {"type": "text", "text": _QUESTION}
     content = [{"type": "image_url", "image_url": {"url": url}}, words]
     prompt = _prompt(processor)

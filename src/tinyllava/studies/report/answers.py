@@ -5,7 +5,6 @@ Paper: none; what is behind a number of Table 3: its parts, what was taken for w
 Paper: none.
 """
 
-import base64
 import io
 import random
 from collections import Counter, defaultdict
@@ -14,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from tinyllava.data.images import open_image
 from tinyllava.errors import ImageError
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.compare import RIGHT
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.results import Metric, Result
-from tinyllava.files import write_text
+from tinyllava.files import data_url, page_environment, write_text
 from tinyllava.studies.report.flips import spell
 
 THUMBNAIL_PX = 192
@@ -54,15 +51,8 @@ def write_answers(
         question = by_id[prediction.question_id]
         kinds[prediction.category].append((question, prediction))
     confusions = count_confusions(questions, predictions)
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        loader=jinja2.FileSystemLoader(here),
-    )
+    environment = page_environment(Path(__file__).parent)
     page = environment.get_template("answers.jinja").render(
-        style=(here / "page.css").read_text(encoding="utf-8").strip(),
         benchmark=benchmark,
         result=result,
         facts=_facts(result, blind),
@@ -137,7 +127,7 @@ def _thumbnail(ref: Any) -> str:
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(buffer.getvalue(), "image/jpeg")
 
 
 MAX_LABELS = 20

@@ -3,17 +3,15 @@
 Paper: none; the page shows what stands behind a difference between two cells of Tables 3 and A1.
 """
 
-import base64
 import mimetypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from tinyllava.conversation import ImageRef
 from tinyllava.evaluation.compare import RIGHT, Comparison
 from tinyllava.evaluation.question import Question
+from tinyllava.files import data_url, page_environment, write_text
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -102,7 +100,7 @@ def write_flips(
         limit: Flips shown of each benchmark.
     """
     by_id = {(name, q.id): q for name, listed in (questions or {}).items() for q in listed}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = page_environment(Path(__file__).parent)
 
     def show(benchmark: str, question_id: str) -> dict[str, Any]:
         question = by_id.get((benchmark, question_id))
@@ -111,12 +109,11 @@ def write_flips(
         images = [found for ref in question.conversation.images if (found := _embed(ref))]
         return {"images": images, "target": spell(question.target)}
 
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     page = environment.from_string(_PAGE).render(
-        comparisons=comparisons, a=a, b=b, limit=limit, show=show, right_from=RIGHT, style=style
+        comparisons=comparisons, a=a, b=b, limit=limit, show=show, right_from=RIGHT
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _embed(image: ImageRef) -> str:
@@ -127,7 +124,7 @@ def _embed(image: ImageRef) -> str:
     if data is None:
         return ""
     kind = mimetypes.guess_type(str(image))[0] or "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return data_url(data, kind)
 
 
 def spell(target: object) -> str:

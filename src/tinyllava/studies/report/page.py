@@ -4,7 +4,6 @@ Paper: Figures 1 and 4 to 9, Tables 3 and A1, drawn from what was measured. The 
 no network; the same folder gives the same bytes.
 """
 
-import base64
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import jinja2
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmarks import known_benchmarks
 from tinyllava.evaluation.compare import RIGHT
+from tinyllava.files import data_url, page_environment, write_text
 from tinyllava.studies.report.analysis import CellAnatomy, Verdict, dissect_study, draw_anatomy, judge_claims
 from tinyllava.studies.report.figures import (
     draw_answers,
@@ -83,21 +83,14 @@ def write_report(folder: Path) -> Path:
     )
     _write_tables(table, folder / "tables")
     path = folder / "report.html"
-    path.write_text(page + "\n", encoding="utf-8")
+    write_text(path, page + "\n")
     return path
 
 
 def _environment() -> jinja2.Environment:
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        loader=jinja2.FileSystemLoader(here),
-    )
+    environment = page_environment(Path(__file__).parent)
     environment.filters["groupby_order"] = _group_in_order
     environment.globals.update(
-        style=(here / "page.css").read_text(encoding="utf-8").strip(),
         millions=_millions,
         time=_time,
         words=WORDS,
@@ -229,11 +222,7 @@ def _save(figure: Any, alt: str, path: Path) -> EmbeddedImage:
     path.with_suffix(".svg").write_text(svg, encoding="utf-8")
     path.with_suffix(".png").write_bytes(to_png(figure))
     width, height = figure.get_size_inches()
-    return EmbeddedImage(_data_url("svg+xml", svg.encode()), alt, round(96 * width), round(96 * height))
-
-
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return EmbeddedImage(data_url(svg.encode(), "image/svg+xml"), alt, round(96 * width), round(96 * height))
 
 
 def _write_tables(table: Table, folder: Path) -> None:
@@ -247,7 +236,7 @@ def _show(example: Example, study: Study, folder: Path) -> Mapping[str, Any]:
     image = ""
     if example.image:
         try:
-            image = _data_url("jpeg", (folder / example.image).read_bytes())
+            image = data_url((folder / example.image).read_bytes(), "image/jpeg")
         except OSError:
             raise DataError(
                 f"{folder / 'examples.json'}: image {example.image!r} of question "
