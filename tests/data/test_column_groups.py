@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tinyllava.data.defects import Defect
-from tinyllava.data.readers.column_groups import LETTER
+from tinyllava.data.readers.columns import LETTER
 from tinyllava.data.records import read_records
 
 ASKED = f"Which is red?\nA. a cup\nB. a jar\n{LETTER}"

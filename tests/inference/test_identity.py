@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinyllava.errors import ConfigError
-from tinyllava.inference.identity import claim_answers
+from tinyllava.inference.file import claim_answers
 
 RUN = {"model": "a", "weights": "1", "blind": False}
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinyllava.errors import ConfigError, UnknownNameError
-from tinyllava.recipes.user import find_run
-from tinyllava.recipes.variants import variant
+from tinyllava.recipes.variants import find_run, variant
 
 FILE = """
 from dataclasses import replace

@@ -16,7 +16,7 @@ from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.conversation import Conversation, Message, ask, to_ref
 from tinyllava.errors import CheckpointError
 from tinyllava.inference.chat import Chat
-from tinyllava.serving.gguf_folder import PreparedImages
+from tinyllava.serving.llama_cpp import PreparedImages
 
 RED, WIDE = data_url(220, 20, 20), data_url(20, 40, 230, size=(90, 20))
 

@@ -5,10 +5,9 @@ import pytest
 from grid_toys import write_grid
 from tinyllava.errors import UnknownNameError
 from tinyllava.planning.plan import plan_run
-from tinyllava.studies.costs import Machine
 from tinyllava.studies.graph import Graph, Places, expand
 from tinyllava.studies.grid import Costs
-from tinyllava.studies.needs import cell_rows, explain_costs, plan_graph, plan_rows, summarise
+from tinyllava.studies.needs import Machine, cell_rows, explain_costs, plan_graph, plan_rows, summarise
 from tinyllava.studies.paper import GRIDS, find_grid
 from tinyllava.studies.work import State, save_state
 

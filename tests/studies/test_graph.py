@@ -94,8 +94,8 @@ def test_records_and_parts_are_known_by_content(tmp_path, parts, records):
 
 def test_files_that_change_while_the_process_runs_are_read_again(tmp_path, parts, records):
     from tinyllava.studies.collect import _read_ledger
-    from tinyllava.studies.costs import _count_records
     from tinyllava.studies.graph import _data_digests, _part_digest
+    from tinyllava.studies.needs import _count_records
 
     path, part = tmp_path / "records.json", tmp_path / "part"
     shutil.copytree(parts["llama"], part)

@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
 def _list_formats(options: argparse.Namespace) -> int:
     """Print the table of formats; before any weight is loaded, or measured."""
     from tinyllava.checkpoints.exporting import measure_format
-    from tinyllava.checkpoints.exporting.listing import list_formats
+    from tinyllava.checkpoints.exporting.formats import list_formats
     from tinyllava.checkpoints.exporting.merge import base_of
 
     rows = list_formats(base_of(options.checkpoint, options.base))
@@ -141,8 +141,7 @@ def _list_formats(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace, folder: Path) -> None:
     import torch  # after the options, so that help and mistakes come at once
 
-    from tinyllava.checkpoints.exporting import export_checkpoint
-    from tinyllava.checkpoints.exporting.push import check_repository, push
+    from tinyllava.checkpoints.exporting import check_repository, export_checkpoint, push
 
     if options.push:
         check_repository(options.push)

@@ -8,7 +8,7 @@ from tinyllava.planning.check import find_problems
 from tinyllava.planning.plan import GPUS, Plan, plan_run
 from tinyllava.planning.rules import batch_problems
 from tinyllava.recipes.paper import as_published
-from tinyllava.recipes.user import find_run
+from tinyllava.recipes.variants import find_run
 
 
 def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: bool = False) -> str:

@@ -15,7 +15,7 @@ from tinyllava.planning.check import check
 from tinyllava.planning.launch import choose_processes, launch
 from tinyllava.recipes.paper import PUBLISHED, as_published
 from tinyllava.recipes.recipe import describe, fit_to
-from tinyllava.recipes.user import find_run
+from tinyllava.recipes.variants import find_run
 
 _HELP = """
 Train a variant of the paper or your own model. The result is a self-contained

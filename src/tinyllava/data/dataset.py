@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinyllava.conversation import Conversation, Message
+from tinyllava.data.batches import measure_all, processor_key
 from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
-from tinyllava.data.lengths import measure_all, processor_key
 from tinyllava.data.store import image_counts, question_counts, select
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import IGNORED

@@ -17,7 +17,7 @@ from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.read import Record, parse_line, read_lines
 from tinyllava.files import held, read_object, sha256_of, whole_file, whole_lines, write_text
-from tinyllava.inference.identity import claim_answers
+from tinyllava.inference.file import claim_answers
 
 _FIX = "Delete the line, or the file, and evaluate again."
 

@@ -19,10 +19,10 @@ from tinyllava.data.records import parse_columns, read_raw, read_records
 from tinyllava.data.store import find_good_images, select
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, means_by_group
+from tinyllava.evaluation.judge import JUDGE, JUDGING
 from tinyllava.evaluation.metrics.choices import parse_tolerance, split_labels
 from tinyllava.evaluation.metrics.references import Reference
 from tinyllava.evaluation.metrics.statistics import Ratio, estimate
-from tinyllava.evaluation.own_judge import JUDGE, JUDGING
 from tinyllava.evaluation.own_metrics import AUTO, LOOKS, MetricTable, UserMetric, choose_metrics
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.results import Metric

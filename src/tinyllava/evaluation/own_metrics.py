@@ -11,9 +11,9 @@ from statistics import median
 from typing import Any
 
 from tinyllava.errors import ConfigError, TinyLlavaError, look_up, require
+from tinyllava.evaluation.judge import JUDGE, UNREAD_REPLY
 from tinyllava.evaluation.metrics.choices import find_choice, find_numbers, normalise
 from tinyllava.evaluation.metrics.references import METRICS, AnswerMetric, Reading, Reference
-from tinyllava.evaluation.own_judge import JUDGE, UNREAD_REPLY
 from tinyllava.parts.user_code import code_digest, is_reference, locate, run_value
 
 AUTO = "auto"

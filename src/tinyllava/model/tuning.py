@@ -21,7 +21,7 @@ from tinyllava.model.compat import decoder_layers, encoder_layers
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.quantised import QuantisedLinear, quantise, quantised_layers
 from tinyllava.model.quiet import quiet_bitsandbytes_import
-from tinyllava.model.trained_rows import merge_added_rows, train_added_rows
+from tinyllava.model.token_rows import merge_added_rows, train_added_rows
 
 
 def component_of(name: str) -> Component:

@@ -27,10 +27,9 @@ from tinyllava import __version__
 from tinyllava.errors import DataError, ImageError, TinyLlavaError
 from tinyllava.serving.fetch import ImageHosts
 from tinyllava.serving.metrics import Metrics
-from tinyllava.serving.openapi import describe
 from tinyllava.serving.queue import End, Engine, Places
 from tinyllava.serving.schema import Limits, Question, RequestError, read_request
-from tinyllava.serving.wire import EventStream, GoneError, before, read_body, while_connected
+from tinyllava.serving.wire import EventStream, GoneError, before, describe, read_body, while_connected
 
 _PAGE = {
     "/": ("index.html", "text/html"),

@@ -13,9 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tinyllava.studies.costs import correct, duration, learn
 from tinyllava.studies.graph import Graph, Node, SeededCell
-from tinyllava.studies.needs import Need
+from tinyllava.studies.needs import Need, correct, duration, learn
 from tinyllava.studies.work import State, load_state, now
 
 _STYLES = {"done": "green", "failed": "red", "running": "yellow", "submitted": "cyan"}

@@ -17,8 +17,7 @@ from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS
 from tinyllava.parts.resolve import known_parts
 from tinyllava.parts.user_code import run_code
 from tinyllava.recipes.recipe import DATASETS
-from tinyllava.recipes.user import is_own
-from tinyllava.recipes.variants import ABLATIONS, PREFIX, VARIANTS, variant
+from tinyllava.recipes.variants import ABLATIONS, PREFIX, VARIANTS, is_own, variant
 from tinyllava.studies.grid import Grid, GridCell
 from tinyllava.studies.published import published_table
 from tinyllava.studies.study import Claim

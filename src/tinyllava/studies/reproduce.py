@@ -22,11 +22,10 @@ from tinyllava.evaluation.checkpoint import find_folders
 from tinyllava.files import held, sha256_of, write_text
 from tinyllava.planning.launch import choose_processes
 from tinyllava.studies.collect import write_study
-from tinyllava.studies.costs import Machine
 from tinyllava.studies.execute import InProcess, Launcher, States, execute
 from tinyllava.studies.graph import Graph, Places, expand
 from tinyllava.studies.grid import Costs, Grid, exchange_parts, select_cells
-from tinyllava.studies.needs import Need, as_fetched, plan_graph
+from tinyllava.studies.needs import Machine, Need, as_fetched, plan_graph
 from tinyllava.studies.paper import STARTER, find_grid, spell_name
 from tinyllava.studies.study import Study
 from tinyllava.studies.work import State

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from tinyllava.errors import TinyLlavaError
 from tinyllava.files import read_object
 from tinyllava.parts.user_code import run_value
-from tinyllava.recipes.user import code_of
+from tinyllava.recipes.variants import code_of
 from tinyllava.studies.graph import Node, load_node
 
 FAILURES = (

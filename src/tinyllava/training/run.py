@@ -42,13 +42,12 @@ from tinyllava.model.tuning import (
 )
 from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
-from tinyllava.training.devices import fit_hardware
+from tinyllava.training.devices import fit_hardware, out_of_memory
 from tinyllava.training.identity import StageIdentity, decisive_settings, differences, identify
 from tinyllava.training.prepare import Prepared, check_data, prepare
 from tinyllava.training.progress import StageProgress
 from tinyllava.training.stopping import StopRequests
 from tinyllava.training.trainer import StageTrainer, make_arguments
-from tinyllava.training.trial import out_of_memory
 from tinyllava.training.validation import Validator
 
 

@@ -12,8 +12,7 @@ from documents import ROOT, commands
 from layouts import make_checkpoint
 from tinyllava.checkpoints import exporting
 from tinyllava.checkpoints.exporting import export_checkpoint, measure_format
-from tinyllava.checkpoints.exporting.formats import LAYOUTS, part_rows
-from tinyllava.checkpoints.exporting.listing import list_formats
+from tinyllava.checkpoints.exporting.formats import LAYOUTS, list_formats, part_rows
 from tinyllava.cli import main
 from tinyllava.errors import CheckpointError
 

@@ -13,9 +13,8 @@ from PIL import Image
 
 from layouts import make_checkpoint
 from tinyllava.checkpoints.exporting import export_checkpoint
-from tinyllava.checkpoints.exporting.formats import refuse_what_does_not_fit
+from tinyllava.checkpoints.exporting.formats import list_formats, refuse_what_does_not_fit
 from tinyllava.checkpoints.exporting.graphs import Pixels
-from tinyllava.checkpoints.exporting.listing import list_formats
 from tinyllava.cli import main
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError, MissingExtraError

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from layouts import make_checkpoint
-from tinyllava.checkpoints.exporting.push import check_repository, push
+from tinyllava.checkpoints.exporting import check_repository, push
 from tinyllava.cli import main
 from tinyllava.errors import CheckpointError
 

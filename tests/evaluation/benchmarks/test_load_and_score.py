@@ -8,7 +8,7 @@ import openpyxl
 import pytest
 
 from evaluation import benchmark_files as files
-from tinyllava.data.readers.column_groups import LETTER
+from tinyllava.data.readers.columns import LETTER
 from tinyllava.errors import DataError
 from tinyllava.evaluation.benchmark import Scored
 from tinyllava.evaluation.benchmarks import BENCHMARKS

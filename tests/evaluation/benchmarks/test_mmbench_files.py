@@ -7,7 +7,7 @@ import openpyxl
 import pytest
 
 from evaluation import benchmark_files as files
-from tinyllava.data.readers.column_groups import LETTER
+from tinyllava.data.readers.columns import LETTER
 from tinyllava.errors import DataError
 from tinyllava.evaluation.answers import read_llava_answers, write_llava_answers
 from tinyllava.evaluation.benchmarks import BENCHMARKS

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tinyllava.data.readers.column_groups import LETTER
+from tinyllava.data.readers.columns import LETTER
 from tinyllava.errors import DataError, require
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, means_by_group
 from tinyllava.evaluation.metrics.choices import NONE_OF_THEM, extract_option

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tinyllava.conversation import ImageRef
-from tinyllava.data.readers.column_groups import LETTER
+from tinyllava.data.readers.columns import LETTER
 from tinyllava.evaluation.benchmark import (
     Benchmark,
     Grade,
