@@ -1,6 +1,7 @@
 """Every command and example of the README is executed: here, or by .ci/run in a fresh clone."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from chats import make_chat
-from documents import ROOT, blocks, commands
+from documents import ROOT, blocks, commands, links
 from served import serve
 from tinyllava.cli import main
 
@@ -92,3 +93,11 @@ def test_the_first_screen_has_the_measured_result_and_the_two_commands() -> None
     assert f"answers {overall['model']['accuracy']:.0%}" in screen
     assert f"with the images blanked: {overall['blanked']['accuracy']:.0%}" in screen
     assert {"make starter", "make test"} <= set(commands(screen))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_each_guide_is_linked_once_in_the_order_of_the_site(page: str) -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    order = [name for name in re.findall(r": ([\w/]+\.md)$", nav, re.MULTILINE) if name != "index.md"]
+    found = [name.removeprefix("docs/") for name in links((ROOT / page).read_text(encoding="utf-8"))]
+    assert [name for name in found if name in order] == order
