@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tinyllava.config import DataConfig, ModelConfig
-from tinyllava.data import conversion, lengths, store
+from tinyllava.data import batches, conversion, store
 from tinyllava.data.conversion import read_stored
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.defects import Defect, Defects
@@ -127,7 +127,7 @@ def test_a_file_with_a_defect_leaves_nothing_behind(tmp_path):
 
 
 def test_lengths_are_counted_once_by_all_cores_and_kept(data, tmp_path, parts, monkeypatch):
-    monkeypatch.setattr(lengths, "_num_cores", lambda: 2)
+    monkeypatch.setattr(batches, "_num_cores", lambda: 2)
     processor = assemble(
         ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["chatml"]))
     )[1]
@@ -143,7 +143,7 @@ def test_lengths_are_counted_once_by_all_cores_and_kept(data, tmp_path, parts, m
     in_memory = measure(Examples(conversations=list(stored[:50]), processor=processor), 512, ())[0]
     assert list(in_memory.lengths) == list(measured.lengths[:50])
 
-    monkeypatch.setattr(lengths, "_measure", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(batches, "_measure", lambda *_: pytest.fail("counted again"))
     again, _ = measure(examples, 512, ())
     assert again.lengths == measured.lengths
     limit = sorted(measured.lengths)[NUM_RECORDS // 2]

@@ -13,7 +13,7 @@ from tinyllava.errors import TrainingError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, TinyLlavaModel
 from tinyllava.planning.plan import Machine, choose_forms, plan_parts, plan_run
 from tinyllava.recipes.variants import VARIANTS, variant
-from tinyllava.training import trial
+from tinyllava.training import devices
 from tinyllava.training.run import train
 from training_toys import toy_run
 
@@ -34,7 +34,7 @@ def small_device(monkeypatch):
         return original(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(TinyLlavaModel, "forward", forward)
-    monkeypatch.setattr(trial, "can_run_out", lambda: True)
+    monkeypatch.setattr(devices, "can_run_out", lambda: True)
     return passes
 
 
@@ -78,7 +78,7 @@ def test_trying_leaves_everything_as_it_was(parts, records, tmp_path, monkeypatc
     """With dropout, random numbers that a trial took would change the run."""
     weights = []
     for tries in (False, True):
-        monkeypatch.setattr(trial, "can_run_out", lambda tries=tries: tries)
+        monkeypatch.setattr(devices, "can_run_out", lambda tries=tries: tries)
         run = finetuning(
             parts, records, tmp_path / f"{tries}/run", dataclasses.replace(AUTO, device_batch_size=2)
         )

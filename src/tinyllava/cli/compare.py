@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
 
     from tinyllava.evaluation.checkpoint import find_questions, is_own
     from tinyllava.evaluation.compare import compare
-    from tinyllava.studies.report.answers import write_flips
+    from tinyllava.studies.report.flips import write_flips
 
     comparisons = compare(known.a, known.b)
     for comparison in comparisons:

@@ -11,7 +11,7 @@ from evaluation import benchmark_files as files
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.compare import compare_predictions
 from tinyllava.evaluation.own_data import own_benchmark
-from tinyllava.studies.report.answers import write_flips
+from tinyllava.studies.report.flips import write_flips
 
 
 def test_the_page_holds_images_and_escapes_answers(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from studies.report.chromium import open_page
 from studies.studies import FOLDER, MEASURED
 from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.compare import compare_predictions
-from tinyllava.studies.report.answers import write_flips
+from tinyllava.studies.report.flips import write_flips
 
 PHONE, DESKTOP = 390, 1280
 
