@@ -56,6 +56,17 @@ def test_a_check_counts_names_all_defects_and_finds_repeated_questions(table, ca
     assert "<script" not in html
 
 
+def test_a_check_shows_what_a_mixture_takes_of_each_file(table, capsys):
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:9]))
+    files = [f"{table},weight=3", f"{table},weight=1,limit=4"]
+    assert main(["data", "check", *files]) == 0
+    shown = capsys.readouterr().out
+    assert f"  {table},weight=3: 9 samples of 8 records\n" in shown
+    assert f"  {table},weight=1,limit=4: 3 samples of 8 records\n" in shown
+    assert main(["data", "convert", f"{table},limit=4", str(table.with_name("some.json"))]) == 0
+    assert len(json.loads(table.with_name("some.json").read_text())) == 4
+
+
 def test_a_check_shows_what_the_template_makes_of_three_records(table, parts, capsys):
     assert main(["data", "check", str(table), "--language-model", str(parts["llama"]), "--no-images"]) == 1
     shown = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """A run that is killed and started again ends with the weights of a run that never stopped, bit by bit."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -13,14 +14,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from tinyllava.cli import main
 from tinyllava.config import Hardware, lora, to_json
+from tinyllava.data.sources import draw_rows, parse_source
 from tinyllava.errors import CheckpointError, TrainingError
 from tinyllava.model.assemble import assemble
 from tinyllava.model.rebuild import RESUMED_TENSORS
 from tinyllava.model.tuning import check_trained
 from tinyllava.training.run import train
-from tinyllava.training.trainer import trained_tensors
-from training_toys import toy_run
+from tinyllava.training.trainer import StageTrainer, trained_tensors
+from training_toys import toy_run, write_run
 
 PROGRAM = """
 import sys, torch
@@ -182,3 +185,55 @@ def test_a_checkpoint_of_another_plan_or_a_damaged_one_is_refused(parts, records
     (tmp_path / RESUMED_TENSORS).write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="cannot be read"):
         check_trained(tmp_path / RESUMED_TENSORS, model)
+
+
+def test_a_mixture_trains_on_its_samples_is_resumed_and_is_the_same_from_every_door(
+    parts, records, tmp_path, monkeypatch, capsys
+):
+    listed = json.loads(records.read_text())
+    one, other = records.with_name("one.json"), records.with_name("other.json")
+    one.write_text(json.dumps(listed[:8]))
+    other.write_text(json.dumps(listed[8:]))
+    drawn = draw_rows(parse_source("x,repeat=1.5"), 8, 12).tolist()
+    written = [*(listed[row] for row in drawn), *listed[8:]]  # as a person would write the mixture out
+    assert len(drawn) == 12
+    (records.parent / "plain.json").write_text(json.dumps([{**r, "id": n} for n, r in enumerate(written)]))
+
+    def made(name: str, *files: str):
+        hardware = Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=2)
+        run = toy_run(parts, records, tmp_path / name / "run", hardware=hardware)
+        stage = run.stages["finetune"]
+        data = dataclasses.replace(stage.data, records=files)
+        (tmp_path / name).mkdir()
+        return dataclasses.replace(run, stages={"finetune": dataclasses.replace(stage, data=data)})
+
+    train(made("plain", str(records.parent / "plain.json")))
+    mixed = made("mixed", f"{one},repeat=1.5", str(other))
+    step, calls = StageTrainer.training_step, iter(range(99))
+
+    def breaking(self, *args, **kwargs):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            train(mixed)
+    capsys.readouterr()
+    assert main(["train", write_run(mixed, tmp_path / "mixed")]) == 0
+    said = capsys.readouterr().out
+    assert "resuming from" in said
+    assert f"{one},repeat=1.5: 12 samples of 8 records" in " ".join(said.split())
+    asked = made("asked", str(records))
+    files = ["--data", f"{one},repeat=1.5", "--data", str(other), "--images", str(records.parent / "images")]
+    assert main(["train", write_run(asked, tmp_path / "asked"), *files]) == 0
+    name = "run/finetune/trained.safetensors"
+    plain = (tmp_path / "plain" / name).read_bytes()
+    assert plain == (tmp_path / "mixed" / name).read_bytes() == (tmp_path / "asked" / name).read_bytes()
+    kept = json.loads((tmp_path / "mixed/run/finetune/stage.json").read_text())["data"]
+    assert [share["num_samples"] for share in kept["mixture"]] == [12, len(listed) - 8]
+    more = dataclasses.replace(mixed.stages["finetune"].data, records=(f"{one},repeat=2", str(other)))
+    stage = dataclasses.replace(mixed.stages["finetune"], data=more)
+    with pytest.raises(TrainingError, match=r"data\.records = .*repeat=1\.5.*there, .*repeat=2.*now"):
+        train(dataclasses.replace(mixed, stages={"finetune": stage}))

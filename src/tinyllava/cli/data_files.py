@@ -58,6 +58,8 @@ def check(arguments: list[str]) -> int:
     found = _read(known, *known.file)
     counts = f"{found.num_records:,} records, {len(found.conversations):,} without a defect"
     print(f"{', '.join(known.file)}: {counts}")
+    if len(found.mixture) > 1 or not all(share.source.is_whole for share in found.mixture):
+        print("\n".join(f"  {share}" for share in found.mixture))
     if found.conversations:
         _print_contents(found)
     if known.model or known.language_model:
@@ -164,9 +166,11 @@ def convert(arguments: list[str]) -> int:
     known = parser.parse_args(arguments)
 
     from tinyllava.data.records import read_configured
+    from tinyllava.data.sources import parse_source
     from tinyllava.data.writing import write_records
 
-    if Path(known.output).exists() and Path(known.output).samefile(known.file):
+    source = Path(parse_source(known.file).name)
+    if Path(known.output).exists() and source.exists() and Path(known.output).samefile(source):
         raise ConfigError(f"{known.output}: is the file that is read. Choose another name.")
     records = read_configured(own_data(known, known.file, skip=tuple(known.skip)))
     write_records(records.conversations, Path(known.output), known.form, _evaluation_fields(known))
@@ -177,8 +181,9 @@ def convert(arguments: list[str]) -> int:
 
 def _evaluation_fields(known: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from tinyllava.data.records import evaluation_fields
+    from tinyllava.data.sources import parse_source
 
-    source = Path(known.file)
+    source = Path(parse_source(known.file).name)
     folder = Path(known.images or (source if source.is_dir() else source.parent))
     return evaluation_fields(source, folder, known.reader)
 
@@ -206,13 +211,14 @@ def split(arguments: list[str]) -> int:
     from tinyllava.data.hashes import sha256_of_image
     from tinyllava.data.held_out import hold_out
     from tinyllava.data.records import read_configured
+    from tinyllava.data.sources import parse_source
     from tinyllava.data.writing import write_records
 
     records = read_configured(own_data(known, known.file, skip=tuple(known.skip)))
     talks = records.conversations
     hashes = {ref: sha256_of_image(ref) for ref in dict.fromkeys(r for talk in talks for r in talk.images)}
     held_out = set(hold_out(talks, hashes, share))
-    source = Path(known.file)
+    source = Path(parse_source(known.file).name)
     fields = _evaluation_fields(known)
     for side, is_held_out in (("train", False), ("held-out", True)):
         path = source.with_name(f"{source.stem}-{side}.json")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from tinyllava.cli.parser import CommandParser, add_data_options, check_model, own_data
 from tinyllava.config import ModelConfig, Run, Stage, Validation
+from tinyllava.data.mixtures import resolve
 from tinyllava.data.readers.containers import SUFFIXES, is_record_file
 from tinyllava.data.readers.folder import is_image_folder
+from tinyllava.data.sources import count_samples, parse_source
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.parts.folders import recorded_model, recorded_name
 from tinyllava.planning.check import check
@@ -51,7 +53,8 @@ def _make_parser() -> CommandParser:
         "--data",
         action="append",
         default=[],
-        help="data folder of Table 2, or your own record file or folder of images (repeatable)",
+        help="data folder of Table 2, or your own record file or folder of images (repeatable), with "
+        "options such as FILE,weight=2 or FILE,repeat=2,limit=500,seed=1",
     )
     add_data_options(parser)
     parser.add_argument(
@@ -150,8 +153,8 @@ def _batch_sizes(run: Run) -> str:
 def _record_files(known: argparse.Namespace) -> tuple[str, ...]:
     """Return what --data names of record files and folders of images; the rest are roots of mixtures."""
     return tuple(
-        path
-        for path in known.data
+        given
+        for given, path in ((given, parse_source(given).name) for given in known.data)
         if is_record_file(path) or is_image_folder(Path(path)) or (known.reader and Path(path).exists())
     )
 
@@ -215,20 +218,27 @@ _LARGE_BYTES = 200_000_000
 
 
 def _count_few(known: argparse.Namespace) -> int:
-    """Return the number of records of the user's own that a checkpoint is fine-tuned on; 0 if it is large.
+    """Return the number of samples of the user's own that a checkpoint is fine-tuned on; 0 if it is large.
 
     It is also 0 where the settings are somebody's own: of a user's file, or of published code.
     """
-    files = [Path(path) for path in _record_files(known)]
+    files = _record_files(known)
     if not known.start_from or known.code or ":" in known.variant or not files:
         return 0
-    if not all(file.exists() for file in files) or sum(f.stat().st_size for f in files) > _LARGE_BYTES:
+    try:
+        found = resolve(own_data(known, *files))
+    except DataError:  # told with all that is wrong with the run
+        return 0
+    if sum(path.stat().st_size for _, places in found for path, _ in places) > _LARGE_BYTES:
         return 0
 
     from tinyllava.data.records import read_raw
 
-    num_records = sum(1 for file in files for _ in read_raw(file, reader=known.reader))
-    return round(num_records * (1 - (Validation(held_out=known.held_out).share or 0)))
+    counts = [
+        sum(1 for path, _ in places for _ in read_raw(path, reader=known.reader)) for _, places in found
+    ]
+    num_samples = sum(count_samples([source for source, _ in found], counts))
+    return round(num_samples * (1 - (Validation(held_out=known.held_out).share or 0)))
 
 
 def _on_checkpoint(run: Run, model: ModelConfig, known: argparse.Namespace) -> Run:

@@ -133,18 +133,20 @@ def measure_all(
     """
     if not isinstance(conversations, StoredConversations):
         return _measure(conversations, measure, progress)
-    whole = StoredConversations(conversations.files)  # a part of the records is measured with all of them
+    # A part of the records is measured with all that the stage uses.
+    whole = StoredConversations(conversations.files, conversations.used)
+    at = np.searchsorted(whole.taken, conversations.taken)
     name = hashlib.sha256(f"{FORMAT} {whole.key} {key}".encode()).hexdigest()[:24]
     path = conversations.files[0].folder / f"lengths-{name}.npy"
     with FileLock(path.with_suffix(".lock")):
         if path.is_file():
             known: NDArray[np.int32] = np.load(path, allow_pickle=False)
             progress(len(conversations))
-            return known[:, conversations.taken]
+            return known[:, at]
         found = _measure(whole, measure, progress)
         with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, found, allow_pickle=False)
-    return found[:, conversations.taken]
+    return found[:, at]
 
 
 def processor_key(processor: Any, *others: object) -> str:

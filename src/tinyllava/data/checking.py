@@ -18,6 +18,7 @@ from tinyllava.data.defects import DEFECTS, Defect
 from tinyllava.data.hashes import sha256_of_image
 from tinyllava.data.images import open_image
 from tinyllava.data.records import iter_conversations, open_readings
+from tinyllava.data.sources import Share, mix
 from tinyllava.errors import ImageError
 from tinyllava.files import data_url, write_text
 
@@ -43,6 +44,8 @@ class FileCheck:
     """Fields that are not used, with the number of records that have them."""
     hashes: dict[ImageRef, str] = field(default_factory=dict)
     """SHA-256 of each image that could be read."""
+    mixture: list[Share] = field(default_factory=list)
+    """What each file gives to a stage that is trained on these."""
 
     @property
     def num_records(self) -> int:
@@ -88,16 +91,22 @@ def check_files(
         ConfigError, DataError: a file as a whole cannot be read.
     """
     check = FileCheck()
-    for reading in open_readings(data):
-        for found in iter_conversations(reading, data.reader):
-            if isinstance(found, Conversation) and decode:
-                found = _decode(found, check.hashes)
-            if isinstance(found, Conversation):
-                check.conversations.append(found)
-            else:
-                check.defects.append(found)
-            progress(1)
-        check.ignored.update(reading.ignored)
+    sources, counts = [], []
+    for source, readings in open_readings(data):
+        before = len(check.conversations)
+        for reading in readings:
+            for found in iter_conversations(reading, data.reader):
+                if isinstance(found, Conversation) and decode:
+                    found = _decode(found, check.hashes)
+                if isinstance(found, Conversation):
+                    check.conversations.append(found)
+                else:
+                    check.defects.append(found)
+                progress(1)
+            check.ignored.update(reading.ignored)
+        sources.append(source)
+        counts.append(len(check.conversations) - before)
+    check.mixture, _ = mix(sources, counts)
     return check
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
@@ -18,6 +19,7 @@ from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.readers.form import Reading
 from tinyllava.data.records import Records, iter_conversations, open_readings
+from tinyllava.data.sources import mix
 from tinyllava.data.store import BEFORE, ROLES, ROWS, SCHEMA, StoredConversations, StoreFile
 from tinyllava.errors import DataError
 from tinyllava.files import read_object, sha256_of, whole_file, write_json
@@ -155,7 +157,7 @@ def _code(reader: str) -> str:
 
 
 def read_stored(data: DataConfig, data_root: str, folder: Path) -> Records:
-    """Return all records of a stage, out of converted files.
+    """Return the samples of a stage, out of converted files.
 
     Args:
         folder: see ``open_store``.
@@ -163,10 +165,18 @@ def read_stored(data: DataConfig, data_root: str, folder: Path) -> Records:
     Raises:
         ConfigError, DataError: see ``open_readings`` and ``open_store``.
     """
-    files = [open_store(reading, data.reader, folder) for reading in open_readings(data, data_root)]
+    found = open_readings(data, data_root)
+    parts = [[open_store(one, data.reader, folder) for one in readings] for _, readings in found]
+    files = [file for part in parts for file in part]
+    shares, rows = mix([source for source, _ in found], [sum(map(len, part)) for part in parts])
     skipped: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     for file in files:
         skipped.update(file.skipped)
         ignored.update(file.ignored)
-    return Records(conversations=StoredConversations(files), skipped=dict(skipped), ignored=dict(ignored))
+    return Records(
+        conversations=StoredConversations(files, rows, None if rows is None else np.unique(rows)),
+        skipped=dict(skipped),
+        ignored=dict(ignored),
+        mixture=() if rows is None else shares,
+    )

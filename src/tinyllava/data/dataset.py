@@ -27,7 +27,7 @@ from tinyllava.data.batches import measure_all, processor_key
 from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
-from tinyllava.data.store import image_counts, question_counts, select
+from tinyllava.data.store import image_counts, question_counts, record_numbers, select
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.processing import Encoded, TinyLlavaProcessor
@@ -158,20 +158,23 @@ def measure(
         "text_only": lambda i: "no image, but this stage trains on image captions",
         "too_long": lambda i: f"{lengths[i]} tokens are more than max_length_tokens = {max_length_tokens}",
     }
+    rows = record_numbers(conversations)
+    once = {
+        name: np.flatnonzero(found)[np.unique(rows[found], return_index=True)[1]]
+        for name, found in wrong.items()
+    }
     defects = [
         Defect(name, conversations[i].place, details[name](i))
-        for name, found in wrong.items()
+        for name, places in once.items()
         if name not in skip
-        for i in np.flatnonzero(found).tolist()
+        for i in places.tolist()
     ]
     raise_defects(Path(conversations[0].source) if len(conversations) else Path(), defects)
     kept = np.flatnonzero(~(is_dialogue | is_text | wrong["too_long"]))
     measured = replace(
         examples, lengths=array("i", lengths.tolist()), supervised_lengths=array("i", supervised.tolist())
     )
-    return measured.select(kept), Counter(
-        {name: int(found.sum()) for name, found in wrong.items() if found.any()}
-    )
+    return measured.select(kept), Counter({name: len(found) for name, found in once.items() if len(found)})
 
 
 def _drops_questions(examples: Examples) -> bool:

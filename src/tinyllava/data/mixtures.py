@@ -12,6 +12,7 @@ from typing import Literal
 
 from tinyllava.config import DataConfig
 from tinyllava.data.readers.containers import is_record_file
+from tinyllava.data.sources import Source, parse_source, refuse_both
 from tinyllava.errors import ConfigError, DataError, look_up
 from tinyllava.files import read_object
 
@@ -119,14 +120,16 @@ MIXTURES: dict[str, Mixture] = {
 
 
 def find_mixture(record: str) -> Mixture | None:
-    """Return the mixture of that name, or None for a file of the user's.
+    """Return the mixture that an entry of ``DataConfig.records`` names, or None for a file of the user's.
 
     Raises:
+        ConfigError: see ``parse_source``.
         UnknownNameError: neither a mixture nor a record file or folder.
     """
-    if record not in MIXTURES and (is_record_file(record) or Path(record).exists()):
+    name = parse_source(record).name
+    if name not in MIXTURES and (is_record_file(name) or Path(name).exists()):
         return None
-    return look_up(MIXTURES, record, "mixture (or record file or folder)")
+    return look_up(MIXTURES, name, "mixture (or record file or folder)")
 
 
 def missing_files(mixture: Mixture, data_root: Path) -> list[tuple[Path, str]]:
@@ -141,8 +144,12 @@ def missing_files(mixture: Mixture, data_root: Path) -> list[tuple[Path, str]]:
     return missing + [(folder, "images that it names") for folder in folders if not folder.is_dir()]
 
 
-def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Path, Path]]:
-    """Return the record files of a stage, each with the folder that its image paths start from.
+Place = tuple[Path, Path]
+"""A record file, and the folder that its image paths start from."""
+
+
+def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Source, list[Place]]]:
+    """Return the sources of a stage, each with its record files and the folders of their images.
 
     Args:
         data: mixtures by name, or record files and folders of the user.
@@ -150,14 +157,16 @@ def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Path, Pa
 
     Raises:
         UnknownNameError: a name that is neither a mixture nor looks like a file.
-        ConfigError: a mixture is asked for without a data root.
+        ConfigError: a mixture is asked for without a data root; or see ``parse_source``.
         DataError: files or folders are missing; all of them are listed, each with where it comes from.
     """
-    found = [_resolve_one(record, data.images, data_root) for record in data.records]
+    sources = [parse_source(record) for record in data.records]
+    refuse_both(sources)
+    found = [_resolve_one(source.name, data.images, data_root) for source in sources]
     missing = [line for _, _, lines in found for line in lines]
     if missing:
         raise DataError("data is missing:\n" + "\n".join(f"  {line}" for line in missing))
-    return [(records, images) for records, images, _ in found]
+    return [(one, [(records, images)]) for one, (records, images, _) in zip(sources, found, strict=True)]
 
 
 def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path, Path, list[str]]:
@@ -200,7 +209,8 @@ def read_licences(folder: Path) -> dict[str, str]:
 
 def gather_licences(records: Iterable[str], start_from: str) -> dict[str, dict[str, str]]:
     """Return what a model's folder keeps: licences by record file, those of its start under an empty name."""
-    files = [Path(record) for record in records if record not in MIXTURES]
+    names = [parse_source(record).name for record in records]
+    files = [Path(name) for name in names if name not in MIXTURES]
     found = {file.name: read_licences(file.parent) for file in files}
     found[""] = read_licences(Path(start_from)) if start_from else {}
     return {name: licences for name, licences in found.items() if licences}

@@ -6,7 +6,6 @@ Paper: section 4.1.2 (the four data sets of Table 2 are LLaVA's JSON; see ``tiny
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tinyllava.data.readers.containers import is_table
 from tinyllava.data.readers.containers import read_raw as read_container
 from tinyllava.data.readers.folder import METADATA
 from tinyllava.data.readers.form import EVALUATION_KEYS, ImageValue, Reading, Turn, make_conversation
+from tinyllava.data.sources import Share, Source, mix
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.parts.user_code import locate, run_value
 
@@ -33,6 +33,8 @@ class Records:
     """Number of records left out (or, for leading_answer, turns dropped), by the name of the defect."""
     ignored: Mapping[str, int] = field(default_factory=dict)
     """Fields that mean nothing here, with the number of records that have them."""
+    mixture: Sequence[Share] = ()
+    """What each file gives, where not every record is one sample."""
 
 
 def read_records(
@@ -83,23 +85,37 @@ def read_configured(data: DataConfig, data_root: str = "") -> Records:
     Raises:
         ConfigError, DataError: see ``resolve`` and ``read_records``.
     """
-    parts = [
-        read_records(
-            one.path, one.images, one.skip, columns=one.columns, reader=data.reader, allow_urls=one.allow_urls
-        )
-        for one in open_readings(data, data_root)
-    ]
     skipped: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
-    for part in parts:
-        skipped.update(part.skipped)
-        ignored.update(part.ignored)
-    conversations = tuple(chain.from_iterable(part.conversations for part in parts))
-    return Records(conversations=conversations, skipped=dict(skipped), ignored=dict(ignored))
+    sources, counts = [], []
+    found: list[Conversation] = []
+    for source, readings in open_readings(data, data_root):
+        before = len(found)
+        for one in readings:
+            part = read_records(
+                one.path,
+                one.images,
+                one.skip,
+                columns=one.columns,
+                reader=data.reader,
+                allow_urls=one.allow_urls,
+            )
+            skipped.update(part.skipped)
+            ignored.update(part.ignored)
+            found += part.conversations
+        sources.append(source)
+        counts.append(len(found) - before)
+    shares, rows = mix(sources, counts)
+    return Records(
+        conversations=tuple(found) if rows is None else tuple(found[row] for row in rows.tolist()),
+        skipped=dict(skipped),
+        ignored=dict(ignored),
+        mixture=() if rows is None else shares,
+    )
 
 
-def open_readings(data: DataConfig, data_root: str = "") -> list[Reading]:
-    """Return how each file of a stage is read.
+def open_readings(data: DataConfig, data_root: str = "") -> list[tuple[Source, list[Reading]]]:
+    """Return how the files of each source of a stage are read.
 
     Raises:
         ConfigError, DataError: see ``resolve``; a skip or a column that cannot be.
@@ -107,8 +123,14 @@ def open_readings(data: DataConfig, data_root: str = "") -> list[Reading]:
     check_skip(data.skip)
     columns = parse_columns(data.columns)
     return [
-        Reading(path=path, images=images, skip=data.skip, columns=columns, allow_urls=data.allow_urls)
-        for path, images in resolve(data, data_root)
+        (
+            source,
+            [
+                Reading(path=path, images=images, skip=data.skip, columns=columns, allow_urls=data.allow_urls)
+                for path, images in places
+            ],
+        )
+        for source, places in resolve(data, data_root)
     ]
 
 

@@ -127,13 +127,21 @@ class StoredConversations(Sequence[Conversation]):
     """Conversations of converted files, made when asked for.
 
     Args:
-        taken: [N], rows of the files one behind the other that are taken, in this order; all if None.
+        taken: [N], rows of the files one behind the other that are taken, in this order; all if None. A row
+            that is several samples comes several times.
+        used: [R], the rows that the stage uses at all, ascending; all if None.
     """
 
-    def __init__(self, files: Sequence[StoreFile], taken: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[StoreFile],
+        taken: NDArray[np.int64] | None = None,
+        used: NDArray[np.int64] | None = None,
+    ) -> None:
         self.files = tuple(files)
         self._starts = np.cumsum([0, *map(len, self.files)])
         self.taken = np.arange(self._starts[-1], dtype=np.int64) if taken is None else taken
+        self.used = used
 
     def __len__(self) -> int:
         return len(self.taken)
@@ -163,7 +171,7 @@ class StoredConversations(Sequence[Conversation]):
 
     def select(self, kept: NDArray[np.int64]) -> "StoredConversations":
         """Return some of the conversations, by their places among these."""
-        return StoredConversations(self.files, self.taken[kept])
+        return StoredConversations(self.files, self.taken[kept], self.used)
 
     @property
     def key(self) -> str:
@@ -242,6 +250,21 @@ def select(conversations: Sequence[Conversation], kept: NDArray[np.int64]) -> Se
     return [conversations[index] for index in kept.tolist()]
 
 
+def record_numbers(conversations: Sequence[Conversation]) -> NDArray[np.int64]:
+    """Return [N], which record each conversation is: a record that is several samples has one number."""
+    if isinstance(conversations, StoredConversations):
+        return conversations.taken
+    return np.arange(len(conversations), dtype=np.int64)
+
+
+def distinct(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
+    """Return each record once, also one that is several samples."""
+    if isinstance(conversations, StoredConversations):
+        _, first = np.unique(conversations.taken, return_index=True)
+        return conversations if len(first) == len(conversations) else conversations.select(np.sort(first))
+    return conversations
+
+
 def list_images(conversations: Sequence[Conversation]) -> list[ImageRef]:
     """Return the images of conversations, each once, in the order in which they come."""
     if isinstance(conversations, StoredConversations):
@@ -272,10 +295,15 @@ def find_good_images(
 ) -> NDArray[np.int64]:
     """Decode every image once and return the places of the conversations whose images are whole."""
     good = []
+    is_whole: dict[ImageRef, bool] = {}
     for place, conversation in enumerate(conversations):
-        with suppress(ImageError):
-            for ref in conversation.images:
-                open_image(ref)
+        for ref in conversation.images:
+            if ref not in is_whole:
+                is_whole[ref] = False
+                with suppress(ImageError):
+                    open_image(ref)
+                    is_whole[ref] = True
+        if all(is_whole[ref] for ref in conversation.images):
             good.append(place)
         progress(1)
     return np.array(good, dtype=np.int64)

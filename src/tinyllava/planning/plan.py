@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from tinyllava.config import COMPONENTS, FULL, Component, Hardware, Run, Stage
 from tinyllava.data.mixtures import find_mixture
+from tinyllava.data.sources import count_samples, parse_source
 from tinyllava.errors import look_up
 from tinyllava.parts.resolve import resolve
 from tinyllava.planning.memory import Memory, PlannedParts, count_trained, estimate_memory
@@ -286,9 +287,12 @@ def measure_load(stage: Stage, parts: PlannedParts) -> Load | None:
     if not mixtures or None in mixtures:
         return None
     known = [mixture for mixture in mixtures if mixture]
-    num_samples = sum(mixture.num_samples for mixture in known)
-    num_images = num_samples - sum(mixture.num_text_only for mixture in known)
-    text = sum(mixture.mean_text_tokens * mixture.num_samples for mixture in known) / num_samples
+    sources = [parse_source(record) for record in stage.data.records]
+    counts = count_samples(sources, [mixture.num_samples for mixture in known])
+    num_samples = sum(counts)
+    drawn = list(zip(known, counts, strict=True))
+    num_images = num_samples - sum(m.num_text_only * count / m.num_samples for m, count in drawn)
+    text = sum(m.mean_text_tokens * count for m, count in drawn) / num_samples
     mean = min(stage.max_length_tokens, text + parts.num_image_tokens * num_images / num_samples)
     num_steps = stage.max_steps or round(-(-num_samples // stage.global_batch_size) * stage.num_epochs)
     seen = min(num_steps * stage.global_batch_size, num_samples * stage.num_epochs)

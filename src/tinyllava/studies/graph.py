@@ -199,7 +199,8 @@ def _data_digests(records: tuple[str, ...], images: str, skip: tuple[str, ...], 
         found = resolve(DataConfig(records=records, images=images, skip=skip), data_root)
     except TinyLlavaError:
         return [*records, *skip]
-    return [*(_file_digest(path) for path, _ in found), *skip]
+    options = [source.options for source, _ in found if source.options]
+    return [*(_file_digest(path) for _, places in found for path, _ in places), *options, *skip]
 
 
 def read_once(read: Callable[[Path], _Content]) -> Callable[[Path], _Content]:

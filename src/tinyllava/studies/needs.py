@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tinyllava.config import FROZEN, ModelConfig
 from tinyllava.data.mixtures import find_mixture, resolve
+from tinyllava.data.sources import count_samples as count_mixed
+from tinyllava.data.sources import parse_source
 from tinyllava.errors import TinyLlavaError, look_up
 from tinyllava.evaluation.read import check_files
 from tinyllava.parts.resolve import find_parts
@@ -100,13 +102,15 @@ def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
 
 
 def count_samples(node: Node) -> int | None:
-    """Return the number of records of a stage, of files as they are here; None where that is not known."""
+    """Return the number of samples of a stage, of files as they are here; None where that is not known."""
     data = node.run.stages[node.name].data
+    sources = [parse_source(record) for record in data.records]
     mixtures = [find_mixture(record) for record in data.records]
     if mixtures and all(mixtures):
-        return sum(mixture.num_samples for mixture in mixtures if mixture)
+        return sum(count_mixed(sources, [mixture.num_samples for mixture in mixtures if mixture]))
     try:
-        return sum(_count_records(path) for path, _ in resolve(data, node.run.data_root))
+        found = resolve(data, node.run.data_root)
+        return sum(count_mixed(sources, [sum(_count_records(p) for p, _ in places) for _, places in found]))
     except (TinyLlavaError, OSError, ValueError):
         return None
 

@@ -332,13 +332,18 @@ def scale_run(run: Run, scale: float, folder: Path) -> Run:
 
 def _scale_data(data: DataConfig, data_root: str, scale: float, folder: Path) -> DataConfig:
     files, roots = [], set()
-    for source, images in resolve(data, data_root):
-        path = folder / f"{source.stem}-{sha256_of(source)[:10]}-{scale:g}.json"
-        if not path.exists():
-            chosen = choose_records([record for _, record in read_raw(source)], scale)
-            write_text(path, json.dumps(chosen, ensure_ascii=False))
-        files.append(str(path))
-        roots.add(str(images))
+    for source, places in resolve(data, data_root):
+        if not source.is_whole:
+            raise ConfigError(
+                f"{source.name}{source.options}: a scaled study takes whole files. Leave out the options."
+            )
+        for file, images in places:
+            path = folder / f"{file.stem}-{sha256_of(file)[:10]}-{scale:g}.json"
+            if not path.exists():
+                chosen = choose_records([record for _, record in read_raw(file)], scale)
+                write_text(path, json.dumps(chosen, ensure_ascii=False))
+            files.append(str(path))
+            roots.add(str(images))
     if len(roots) > 1:
         raise ConfigError(
             f"data.records = {list(data.records)}: their images are in different folders "

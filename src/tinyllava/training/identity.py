@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from tinyllava.config import Run, Stage, flatten
+from tinyllava.data.sources import parse_source
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import Ledger, weights_digest
@@ -150,7 +151,7 @@ def identify(
 
 def _sources(run: Run, stage: Stage) -> dict[str, Any]:
     return {
-        "data.records": [resolved(path) for path in stage.data.records],
+        "data.records": [resolved(s.name) + s.options for s in map(parse_source, stage.data.records)],
         "data.images": resolved(stage.data.images),
         "data.skip": sorted(set(stage.data.skip)),
         "data_root": resolved(run.data_root),

@@ -24,7 +24,8 @@ from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
 from tinyllava.data.held_out import hold_out
 from tinyllava.data.records import Records
 from tinyllava.data.reporting import say
-from tinyllava.data.store import find_good_images, image_counts, kept_digest, list_images, select
+from tinyllava.data.sources import Share
+from tinyllava.data.store import distinct, find_good_images, image_counts, kept_digest, list_images, select
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -69,6 +70,8 @@ class Prepared:
     """Of what the records that are left say."""
     images_digest: str
     """Of the content of their images; empty in processes other than the first, which need not know."""
+    mixture: Sequence[Share] = ()
+    """What each file gives, where not every record is one sample; before skips of this stage."""
     held_out: HeldOut | None = None
 
     def summary(self) -> dict[str, object]:
@@ -80,6 +83,7 @@ class Prepared:
             "num_supervised_tokens": sum(self.examples.supervised_lengths),
             "longest_tokens": max(self.examples.lengths),
             "skipped": dict(self.skipped),
+            **({"mixture": [one.summary() for one in self.mixture]} if self.mixture else {}),
             "records_digest": self.records_digest,
             "images_digest": self.images_digest,
             **({"held_out": self.held_out.summary()} if self.held_out else {}),
@@ -173,6 +177,7 @@ def prepare(
         skipped={**records.skipped, **skipped},
         images_digest=images,
         records_digest=kept_digest(examples.conversations, "records", records_digest),
+        mixture=records.mixture,
         held_out=_describe_held(examples, measured, held_skipped, hashes) if measured else None,
     )
 
@@ -195,9 +200,8 @@ def _hold_out(
         chosen = hold_out(conversations, _find_hashes(run, conversations, bar), wanted.share)
     [chosen] = broadcast_object_list([chosen])
     held = np.array(chosen, dtype=np.int64)
-    return select(conversations, np.setdiff1d(np.arange(len(conversations)), held)), select(
-        conversations, held
-    )
+    trained = np.setdiff1d(np.arange(len(conversations)), held)
+    return select(conversations, trained), distinct(select(conversations, held))
 
 
 def _measure(

@@ -366,6 +366,8 @@ def _announce(name: str, stage: Stage, ledger: Ledger, prepared: Prepared) -> No
     """Say what is about to be trained on what."""
     data = prepared.summary()
     _say(f"\n{name}: {data['num_samples']:,} samples, {data['num_tokens']:,} tokens")
+    for share in prepared.mixture:
+        _say(f"  {share}")
     for component in COMPONENTS:
         trained = ledger.num_parameters(component, trained_only=True)
         rate = f" at {stage.learning_rate_of(component):g}" if trained else ""

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tinyllava.config import COMPONENTS, DataConfig, Run, Tune, run_from_json
 from tinyllava.data.mixtures import LICENCES, MIXTURES
+from tinyllava.data.sources import parse_source
 from tinyllava.errors import CheckpointError
 from tinyllava.evaluation.results import Metric, Result, ResultTable
 from tinyllava.files import read_object
@@ -270,7 +271,7 @@ def _trained(provenance: Provenance) -> str:
 
 def _data_names(data: DataConfig) -> list[str]:
     """Return names of mixtures, or of files without the folders of somebody's machine."""
-    return [record if record in MIXTURES else Path(record).name for record in data.records]
+    return [parse_source(record).label for record in data.records]
 
 
 def _tuning(tune: Tune) -> str:
@@ -304,8 +305,9 @@ def _licences(provenance: Provenance, parts: dict[str, VisionEncoder | LanguageM
     rows = [[name.replace("_", " "), part.licence if part else _UNKNOWN] for name, part in parts.items()]
     for stage in run.stages.values() if run else ():
         for record in stage.data.records:
-            name = record if record in MIXTURES else Path(record).name
-            known = {name: MIXTURES[record].licence} if record in MIXTURES else provenance.licences.get(name)
+            source = parse_source(record).name
+            name = source if source in MIXTURES else Path(source).name
+            known = {name: MIXTURES[source].licence} if source in MIXTURES else provenance.licences.get(name)
             rows += [[f"data: {data}", licence] for data, licence in (known or {name: _UNKNOWN}).items()]
     rows += [[f"data: {data}", licence] for data, licence in provenance.licences.get("", {}).items()]
     if "" not in provenance.licences and (provenance.imported_from or (run and run.start_from)):
@@ -320,7 +322,7 @@ def _metadata(
 ) -> str:
     known = [part for part in parts.values() if part]
     stages = provenance.run.stages.values() if provenance.run else ()
-    records = [record for stage in stages for record in stage.data.records]
+    records = [parse_source(record).name for stage in stages for record in stage.data.records]
     mixtures = [MIXTURES[r] for r in dict.fromkeys(records) if r in MIXTURES]
     data = ModelCardData(
         model_name=name.rpartition("/")[2] if provenance.results else None,
