@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,8 @@ def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
     examples = Examples(conversations=records.conversations, processor=processor)
     examples, _ = measure(examples, 2048, ("too_long",))
     lap("lengths_seconds")
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processes that counted tokens
+    found["cpu_milliseconds_a_record"] = round(1000 * (spent.ru_utime + spent.ru_stime) / len(examples), 3)
     talks = examples.conversations
     kept_digest(talks, "records", records_digest)
     lap("records_digest_seconds")

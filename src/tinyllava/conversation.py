@@ -146,12 +146,18 @@ def _encode(image: "Image") -> bytes:
     return buffer.getvalue()
 
 
-def to_chat(conversation: Conversation) -> list[dict[str, object]]:
-    """Return the turns in the form that chat templates read: typed content, images before text."""
+def to_chat(conversation: Conversation, *, plain: bool = False) -> list[dict[str, object]]:
+    """Return the turns in the form that chat templates read: typed content, images before text.
+
+    Args:
+        plain: give a turn without images as a string (see ``tinyllava.parts.templates.takes_plain_text``).
+    """
     return [
         {
             "role": message.role,
-            "content": [*({"type": "image"} for _ in message.images), {"type": "text", "text": message.text}],
+            "content": message.text
+            if plain and not message.images
+            else [*({"type": "image"} for _ in message.images), {"type": "text", "text": message.text}],
         }
         for message in conversation.messages
     ]

@@ -16,17 +16,20 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from tinyllava.config import ModelConfig
-from tinyllava.conversation import Conversation, ImageRef, Message
+from tinyllava.conversation import Conversation, ImageRef, Message, to_chat
 from tinyllava.errors import DataError
 from tinyllava.model.assemble import assemble
+from tinyllava.model.compat import render_template
 from tinyllava.model.processing import (
     IMAGE_TOKEN,
     MAX_CROPPED_RATIO,
     MAX_PADDED_PX,
     TinyLlavaProcessor,
+    leading_bos,
     locate_tokens,
     pad_to_square,
 )
+from tinyllava.model.tokenizer import gap_of
 from tinyllava.parts.templates import read_template
 
 SYSTEM = (
@@ -159,6 +162,32 @@ def test_generate_gets_the_ids_that_training_has(processors, layout, conversatio
     inputs = processor(images=images, text=processor.render(asked, open_answer=True)[0])
     assert inputs["input_ids"][0].tolist() == processor.encode(asked, open_answer=True).input_ids
     assert len(inputs.get("pixel_values", [])) == len(images)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(some=st.lists(conversations(), min_size=2, max_size=4))
+@settings(max_examples=10, deadline=None)
+def test_many_together_are_tokenised_as_each_alone_by_the_tokenizer_itself(processors, layout, some):
+    """And as with typed content throughout, whatever the last call asked the tokenizer to cut off or add."""
+    processor, template = processors[layout], stage_template(layout)
+    text = template or processor.chat_template
+    names = {"bos_token": processor.tokenizer.bos_token or "", "eos_token": processor.tokenizer.eos_token}
+    names |= {"gap": gap_of(processor.chat_template)}
+    names |= {"leading_bos": leading_bos(processor.tokenizer, processor.chat_template)}
+    processor.tokenizer("a b c", truncation=True, max_length=2)
+    processor.tokenizer("a", padding="max_length", max_length=4)
+    together = processor.encode_all(some, template=template)
+    for conversation, encoded in zip(some, together, strict=True):
+        typed, spans = render_template(to_chat(conversation), text, **names)
+        own = processor.tokenizer(typed, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [
+            any(start <= s and e <= end and s < e for start, end in spans) for s, e in own["offset_mapping"]
+        ]
+        repeats = [4 if id_ == processor.image_token_id else 1 for id_ in own["input_ids"]]
+        assert encoded.text == typed
+        assert encoded.token_ids.tolist() == np.repeat(own["input_ids"], repeats).tolist()
+        assert encoded.is_supervised.tolist() == np.repeat(starts, repeats).tolist()
+        assert processor.encode(conversation, template=template).input_ids == encoded.input_ids
 
 
 TWO_TURNS = Conversation(

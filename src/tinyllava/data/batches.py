@@ -8,6 +8,7 @@ a distributed run get equal work.
 Lengths also decide which records are too long.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from tinyllava.conversation import Conversation
-from tinyllava.data.store import StoredConversations
+from tinyllava.data.store import ROWS, StoredConversations
 from tinyllava.files import whole_file
 
 
@@ -106,11 +107,12 @@ class GroupedSampler(Sampler[int]):
 
 
 FORMAT = 1
-_AT_ONCE = 512  # records that a process measures before it hands over their lengths
-_FEW = 4 * _AT_ONCE  # records below which other processes would cost more than they save
+_TOGETHER = 256  # records whose texts are tokenised together: fewer or more take longer
+_AT_ONCE = ROWS  # records that a process measures before it hands over their lengths
+_FEW = 2 * _AT_ONCE  # records below which other processes would cost more than they save
 
-Measure = Callable[[Conversation], tuple[int, int]]
-"""Tokens of a conversation, and how many of them are supervised."""
+Measure = Callable[[Sequence[Conversation]], Sequence[tuple[int, int]]]
+"""Tokens of each conversation, and how many of them are supervised."""
 _SHARED: dict[str, Any] = {}
 """What forked processes find in their copy of the memory: nothing is pickled."""
 
@@ -197,9 +199,14 @@ def _num_cores() -> int:
 
 def _use_one_core() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # a collection would look at all that was imported, which takes time and copies it
 
 
 def _measure_part(start: int) -> NDArray[np.int32]:
-    conversations = _SHARED["conversations"][start : start + _AT_ONCE]
-    lengths = [_SHARED["measure"](conversation) for conversation in conversations]
+    conversations = list(_SHARED["conversations"][start : start + _AT_ONCE])
+    lengths = [
+        each
+        for first in range(0, len(conversations), _TOGETHER)
+        for each in _SHARED["measure"](conversations[first : first + _TOGETHER])
+    ]
     return np.array(lengths, dtype=np.int32).reshape(-1, 2).T

