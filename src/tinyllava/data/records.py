@@ -155,7 +155,9 @@ def iter_conversations(reading: Reading, reader: str = "") -> Iterator[Conversat
     path = reading.path
     seen: set[int] = set()
     fallback = _fallback(reading)
+    is_empty = True
     for at, raw in read_raw(path, reading.images, reader):
+        is_empty = False
         try:
             conversation = _convert(raw, at, reading, fallback)
             key = hash((conversation.id, conversation.messages))
@@ -166,6 +168,8 @@ def iter_conversations(reading: Reading, reader: str = "") -> Iterator[Conversat
             yield conversation
         except Defect as defect:
             yield defect
+    if is_empty:
+        raise DataError(f"{path}: no record in it. Write the records again, or give another file.")
 
 
 def read_raw(path: Path, images: Path | None = None, reader: str = "") -> Iterator[tuple[str, Any]]:
@@ -205,7 +209,8 @@ def _fallback(reading: Reading) -> Form:
     if first and _form_of(first, reading) is None:
         raise DataError(
             f"{reading.path}: no columns for question and answer among: {', '.join(map(str, first))}. Name "
-            "them: --column question=NAME --column answer=NAME --column image=NAME."
+            "them: --column question=NAME --column answer=NAME --column image=NAME. The first line must have "
+            "the names of the columns."
         )
     return table.read_record
 
@@ -213,10 +218,12 @@ def _fallback(reading: Reading) -> Form:
 def _form_of(raw: Any, reading: Reading) -> Form | None:
     if not isinstance(raw, dict):
         return None
-    turns = raw.get("conversations")
+    turns = raw.get("conversations", raw.get("conversation"))
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" not in turns[0]:
-        return messages.read_record if "role" in turns[0] else llava.read_record
-    if "conversations" in raw:
+        return messages.read_record if {"role", "input"} & turns[0].keys() else llava.read_record
+    if isinstance(turns, str) and '"role"' in turns:
+        return messages.read_record
+    if "conversations" in raw or "conversation" in raw:
         return llava.read_record
     if "messages" in raw or any(isinstance(raw.get(key), list) for key in ("texts", "prompt")):
         return messages.read_record

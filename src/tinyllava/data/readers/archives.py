@@ -86,6 +86,7 @@ def read_tar(path: Path) -> Iterator[tuple[str, Any]]:
     """
     name = ""
     sample: dict[str, Any] = {}
+    seen: set[str] = set()
     try:
         with tarfile.open(path) as archive:
             for member in archive:
@@ -97,6 +98,8 @@ def read_tar(path: Path) -> Iterator[tuple[str, Any]]:
                 if key != name and sample:
                     yield f"sample {name}", sample
                     sample = {}
+                if key != name:
+                    _refuse_scattered(path, key, seen)
                 name = key
                 file = archive.extractfile(member)
                 assert file is not None  # it is a file
@@ -107,13 +110,23 @@ def read_tar(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"sample {name}", sample
 
 
+def _refuse_scattered(path: Path, key: str, seen: set[str]) -> None:
+    """Raise DataError for a sample that was there before; otherwise note that it is."""
+    if key in seen:
+        raise DataError(
+            f"{path}: sample {key} is in two places. Write the files of a sample one after the other, as "
+            "`tar --sort=name` does."
+        )
+    seen.add(key)
+
+
 def _add(sample: dict[str, Any], end: str, data: bytes, where: str) -> None:
     suffix = f".{end.rpartition('.')[2]}"
     if suffix in IMAGES:
         sample.setdefault("images", []).append(data)
         sample.pop("image", None)  # the path that the record had in its own world
     elif suffix in VIDEOS:
-        sample["video"] = where
+        sample["video"] = where.rpartition(": ")[2]
     elif suffix == ".json" or end in _TEXTS:
         try:
             text = data.decode("utf-8-sig").strip()

@@ -13,17 +13,19 @@ from typing import Any
 
 from tinyllava.conversation import Conversation
 from tinyllava.data.defects import Defect
+from tinyllava.data.readers.folder import IMAGES
 from tinyllava.data.readers.form import (
     IMAGE_KEYS,
     ImageValue,
     Reading,
     Turn,
+    as_text,
+    find_foreign_mark,
     make_conversation,
     note_unknown,
     split_marks,
 )
 from tinyllava.errors import DataError
-from tinyllava.files import is_text
 
 DESCRIBE = "Describe the image."
 NAME = "What is in the image?\nAnswer the question using a single word or phrase."
@@ -43,12 +45,14 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "path",
         "url",
     ),
-    "question": ("question", "query", "prompt", "instruction", "problem"),
-    "answer": ("answer", "response", "output", "completion", "reply", "answers", "solution"),
+    "question": ("question", "query", "prompt", "instruction", "problem", "prefix"),
+    "answer": ("answer", "response", "output", "completion", "reply", "answers", "solution", "suffix"),
     "caption": ("caption", "description", "text"),
     "label": ("label", "class", "category"),
 }
 """What a column is, by its name in small letters; the first that a table has counts."""
+_NO_VALUES = ("NaN", "nan", "#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!")
+"""What pandas and Excel write in place of a cell without a value."""
 
 
 def find_columns(names: Iterable[str], chosen: Mapping[str, str]) -> dict[str, str]:
@@ -92,8 +96,10 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
         raise Defect("malformed", where, f"no question and answer among {', '.join(map(str, raw))}")
     kind = next(kind for kind in ("answer", "caption", "label") if kind in columns)
     asked = {"caption": DESCRIBE, "label": NAME}.get(kind, "")
-    question = _text(raw[columns["question"]], columns["question"], where) if "question" in columns else ""
-    answer = _text(raw[columns[kind]], columns[kind], where)
+    question = _text(raw, columns["question"], where) if "question" in columns else ""
+    if columns.get("question", "").lower() == "instruction" and raw.get("input"):  # Alpaca
+        question = "\n".join(filter(None, (question, _text(raw, "input", where))))
+    answer = _text(raw, columns[kind], where)
     if question and kind == "answer" and (options := find_options(raw, where)):
         question, answer = with_options(question, raw[columns[kind]], options, where)
     turns = [*_history(raw, where), Turn("user", split_marks(question or asked)), Turn("assistant", [answer])]
@@ -101,9 +107,11 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
     listed = _images(raw.get(columns.get("image", "")), where)
     for name in numbered.values():
         listed += _images(raw[name], where)
-    if listed and not any(turn.num_images for turn in turns):
+    if not listed:
+        _refuse_unnamed_image(raw, columns, where)
+    if listed and not any(turn.num_images for turn in turns) and not find_foreign_mark(turns):
         turns[0].parts[:0] = [ImageValue() for _ in listed]
-    known = (*columns.values(), *numbered.values(), *option_columns(raw), "history")
+    known = (*columns.values(), *numbered.values(), *option_columns(raw), "history", "input")
     note_unknown(raw, known, reading)
     return make_conversation(raw, turns, at, reading, listed=listed)
 
@@ -127,24 +135,31 @@ def _history(raw: Mapping[str, Any], where: str) -> list[Turn]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Defect("malformed", where, f"'history' must hold pairs, found {str(pair)[:80]}")
         turns += [
-            Turn("user", split_marks(_text(pair[0], "history", where))),
-            Turn("assistant", [_text(pair[1], "history", where)]),
+            Turn("user", split_marks(as_text(pair[0], "'history'", where))),
+            Turn("assistant", [as_text(pair[1], "'history'", where)]),
         ]
     return turns
 
 
-def _text(value: Any, column: str, where: str) -> str:
-    """Return a cell as text; a number is what it looks like."""
-    if value is None:
-        return ""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    if not isinstance(value, str):
-        kind = f"a list of {len(value)}" if isinstance(value, list) else str(value)[:80]
-        raise Defect("malformed", where, f"{column!r} must be text or a number, found {kind}; write one text")
-    if not is_text(value):
-        raise Defect("malformed", where, f"{column!r} contains an unpaired surrogate: {value[:80]!a}")
-    return value
+def _text(raw: Mapping[str, Any], column: str, where: str) -> str:
+    """Return a cell as text, but for what programs write in place of an empty or a failed one."""
+    text = as_text(raw[column], repr(column), where)
+    if text.strip() in _NO_VALUES:
+        detail = f"{column!r} is {text.strip()}, which stands for an empty or a failed cell; write the text"
+        raise Defect("malformed", where, detail)
+    return text
+
+
+def _refuse_unnamed_image(raw: Mapping[str, Any], columns: Mapping[str, str], where: str) -> None:
+    """Name a column that looks like the image of a row without one: its question would be asked blindly."""
+    if "image" in columns:
+        return
+    for name, value in raw.items():
+        if isinstance(value, str) and name not in columns.values() and value.strip().lower().endswith(IMAGES):
+            detail = (
+                f"{name!r} = {value[:80]} looks like an image; name the column with --column image={name}"
+            )
+            raise Defect("malformed", where, detail)
 
 
 LETTER = "Answer with the option's letter from the given choices directly."

@@ -6,7 +6,6 @@ Each yields (place in the file, record). What a record says is read by its own f
 import csv
 import gzip
 import io
-import json
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from tinyllava.data.readers import json_text
 from tinyllava.data.readers.archives import (
     is_datasets_folder,
     label_names,
@@ -21,15 +21,31 @@ from tinyllava.data.readers.archives import (
     read_datasets_folder,
     read_tar,
 )
-from tinyllava.data.readers.folder import read_folder
+from tinyllava.data.readers.folder import IMAGES, read_folder
 from tinyllava.errors import DataError, require
-from tinyllava.files import parse_json
 
 TABLES = (".csv", ".tsv")
-SUFFIXES = (".json", ".jsonl", ".ndjson", *TABLES, ".xlsx", ".parquet", ".tar")
+SUFFIXES = (*json_text.SUFFIXES, *TABLES, ".xlsx", ".parquet", ".arrow", ".tar", ".tgz")
 """Names that record files end with; ``.gz`` may follow."""
 _SEPARATORS = (",", ";", "\t", "|")
 _ROWS_AT_ONCE = 64
+_ARROW = (b"ARROW1", b"\xff\xff\xff\xff")
+_NO_RECORDS: tuple[tuple[tuple[bytes, ...], str], ...] = (
+    ((b"\xff\xd8\xff", b"\x89PNG", b"GIF8"), "an image. Give its folder, or a file of records."),
+    ((b"\xd0\xcf\x11\xe0",), "an old Excel file. Save it as .xlsx or .csv."),
+    (
+        (b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a pickle, which can run code and is never opened. Write the records as JSON or Parquet.",
+    ),
+    (
+        (b"(\xb5/\xfd", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ", b"Rar!"),
+        "a compressed file. Unpack it, and give the record file.",
+    ),
+    ((b"%PDF",), "a PDF file. Give a file of records."),
+    ((b"version https://git-lfs",), "a Git LFS pointer. Run `git lfs pull` in its folder."),
+    ((b"<!doctype html", b"<!DOCTYPE html", b"<html"), "a web page. Download the file itself."),
+)
+"""What is often found in place of records, by its first bytes."""
 
 Raw = Iterator[tuple[str, Any]]
 """(place in the file, record)"""
@@ -43,7 +59,7 @@ def is_record_file(name: str) -> bool:
 def is_table(path: Path) -> bool:
     """Whether a file has columns with names: what they are is known from its first row."""
     return path.is_file() and (
-        _name(path).endswith(TABLES) or _head(path).startswith((b"PAR1", b"PK\x03\x04"))
+        _name(path).endswith(TABLES) or _head(path).startswith((b"PAR1", b"PK\x03\x04", *_ARROW))
     )
 
 
@@ -56,20 +72,24 @@ def read_raw(path: Path) -> Raw:
     if path.is_dir():
         yield from read_datasets_folder(path) if is_datasets_folder(path) else read_folder(path)
         return
-    if _name(path).endswith(".tar"):
+    head, name = _head(path), _name(path)
+    if name.endswith((".tar", ".tgz")):
         yield from read_tar(path)
-        return
-    head = _head(path)
-    if head.startswith(b"PAR1"):
+    elif head.startswith(b"PAR1"):
         yield from _parquet(path)
     elif head.startswith(b"PK\x03\x04"):
         yield from _xlsx(path)
-    elif _name(path).endswith(TABLES):
+    elif head.startswith(_ARROW):
+        yield from _arrow(path, head.startswith(_ARROW[0]))
+    elif kind := next((kind for starts, kind in _NO_RECORDS if head.lstrip().startswith(starts)), ""):
+        raise DataError(f"{path}: {kind}")
+    elif name.endswith((".xlsx", ".parquet", ".arrow")):
+        kind = "not a workbook" if name.endswith(".xlsx") else "not what its name says"
+        raise DataError(f"{path}: {kind}. If it is CSV, rename it to .csv.")
+    elif name.endswith(TABLES):
         yield from _csv(path, _read_text(path))
-    elif _name(path).endswith((".jsonl", ".ndjson")):
-        yield from _json_lines(path, _read_text(path))
     else:
-        yield from _json_array(path, _read_text(path))
+        yield from json_text.read_json(path, _read_text(path), name)
 
 
 def _name(path: Path) -> str:
@@ -99,61 +119,34 @@ def _read_text(path: Path) -> str:
         encoding, said = "utf-16", "UTF-16"
     else:
         encoding, said = "utf-8-sig", "UTF-8"
+        if data[:2].count(0) == 1:
+            raise DataError(f"{path}: UTF-16 without a byte order mark. Save it as UTF-8.")
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}: not {said} ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from error
-
-
-def _json_lines(path: Path, text: str) -> Raw:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings
-        if line.strip():
-            raw = _parse(line, str(path), number)
-            if isinstance(raw, list):
-                raise DataError(
-                    f"{path}:{number}: a JSON array. Rename a file with one array of records to .json."
-                )
-            yield f"line {number}", raw
-
-
-def _json_array(path: Path, text: str) -> Raw:
-    records = _parse(text, str(path))
-    if not isinstance(records, list):
-        raise DataError(
-            f"{path}: expected a JSON array, found {type(records).__name__}. Or rename it to .jsonl."
-        )
-    for index, raw in enumerate(records):
-        yield f"record {index}", raw
-
-
-def _parse(text: str, where: str, first_line: int = 1) -> Any:
-    try:
-        return parse_json(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        hint = " If it has one record per line, rename it to .jsonl." if error.msg == "Extra data" else ""
-        fix = " This is not a record file." if error.msg == "nested too deeply" else " Fix the file."
-        raise DataError(
-            f"{where}: not JSON: {error.msg} at line {line} column {error.colno}.{hint or fix}"
+            f"{path}: not {said} ({error.reason} at byte {error.start}, line {line}). Save it as UTF-8."
         ) from error
 
 
 def _csv(path: Path, text: str) -> Raw:
     """Read comma-, semicolon- or tab-separated values with a first line of names."""
     first = text.lstrip("\r\n").partition("\n")[0]
+    if first.startswith("sep=") and len(first.rstrip()) == 5:  # Excel's own line
+        text = text.lstrip("\r\n").replace(first, "", 1)
+        first = first[4]
     separator = "\t" if _name(path).endswith(".tsv") else max(_SEPARATORS, key=first.count)
     limit = csv.field_size_limit(2**31 - 1)  # a data URL is longer than Python's own limit
     try:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        start, names = 1, _names(next(rows, []), path)
+        start, names = 1, _names(next((row for row in rows if row), []), path)
         while True:
             start = rows.line_num + 1
             row = next(rows, None)
             if row is None:
                 return
-            if row:
+            if any(cell.strip() for cell in row):
                 yield f"line {start}", _cells(names, row, f"{path}: line {start}")
     except csv.Error as error:
         raise DataError(f"{path}: line {start}: not CSV ({error}). Fix the quotes of this line.") from error
@@ -169,7 +162,10 @@ def _names(row: list[Any], path: Path) -> list[str]:
         raise DataError(f"{path}: empty. Write the names of the columns into its first line.")
     twice = next((name for name in names if name and names.count(name) > 1), "")
     if twice:
-        raise DataError(f"{path}: two columns are named {twice!r}. Rename one of them.")
+        raise DataError(
+            f"{path}: two columns are named {twice!r}. Rename one of them; the first row must have the names "
+            "of the columns, and nothing above it."
+        )
     return names
 
 
@@ -183,22 +179,67 @@ def _cells(names: list[str], row: list[Any], where: str) -> dict[str, Any]:
 
 
 def _xlsx(path: Path) -> Raw:
-    """Read the first sheet of a workbook; numbers stay numbers, formulas are their last value."""
+    """Read the first sheet of a workbook that has cells; numbers stay numbers, formulas are their last value.
+
+    A cell that is merged over rows has its value in each of them.
+    """
     require("openpyxl", "tables", "reads .xlsx files")
     from openpyxl import load_workbook
 
     try:
-        book = load_workbook(path, read_only=True, data_only=True)
+        with path.open("rb") as file:  # a path must end with .xlsx
+            book = load_workbook(file, data_only=True)
+            has_pictures = any(name.startswith("xl/media/") for name in zipfile.ZipFile(file).namelist())
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: a ZIP archive, but no workbook. Give the record file in it.") from error
+        raise DataError(
+            f"{path}: a ZIP archive, not a workbook. Unpack it, and give the record file in it."
+        ) from error
+    page = next((one for one in book.worksheets if any(one.iter_rows(values_only=True))), book.worksheets[0])
+    merged = _merged_values(page)
+    rows = (
+        [merged.get((number, column), cell) for column, cell in enumerate(row, 1)]
+        for number, row in enumerate(page.iter_rows(values_only=True), 1)
+    )
+    names = _names(next(rows, []), path)
+    for number, row in enumerate(rows, 2):
+        if not any(cell not in (None, "") for cell in row):
+            continue
+        if has_pictures and not any(str(cell).lower().endswith(IMAGES) for cell in row):
+            raise DataError(
+                f"{path}: row {number}: names no image, but the workbook has pictures in its cells. Save "
+                "them as files, and write their names into a column."
+            )
+        yield f"row {number}", _cells(names, row, f"{path}: row {number}")
+
+
+def _merged_values(page: Any) -> dict[tuple[int, int], Any]:
+    """Return the values of merged cells by (row, column): down the rows, those of the names also sideways."""
+    found: dict[tuple[int, int], Any] = {}
+    for area in page.merged_cells.ranges:
+        value = page.cell(area.min_row, area.min_col).value
+        for row in range(area.min_row, min(area.max_row, page.max_row) + 1):
+            for column in range(area.min_col, area.max_col + 1 if row == 1 else area.min_col + 1):
+                found[row, column] = value
+    return found
+
+
+def _arrow(path: Path, is_file: bool) -> Raw:
+    import pyarrow as pa
+
     try:
-        rows = book.worksheets[0].iter_rows(values_only=True)
-        names = _names(list(next(rows, ())), path)
-        for number, row in enumerate(rows, 2):
-            if any(cell not in (None, "") for cell in row):
-                yield f"row {number}", _cells(names, list(row), f"{path}: row {number}")
-    finally:
-        book.close()
+        with pa.memory_map(str(path)) as mapped:
+            if is_file:
+                reader = pa.ipc.open_file(mapped)
+                batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            else:
+                batches = reader = pa.ipc.open_stream(mapped)
+            names, index = label_names(reader.schema), 0
+            for batch in batches:
+                for row in batch.to_pylist():
+                    yield f"record {index}", name_labels(row, names)
+                    index += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Arrow ({error}). Write or download it again.") from error
 
 
 def _parquet(path: Path) -> Raw:

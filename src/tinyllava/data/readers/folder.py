@@ -25,6 +25,8 @@ IMAGES = (
     ".heic",
     ".heif",
 )
+_RECORDS = (".csv", ".tsv", ".xlsx", ".parquet", ".jsonl")
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _NUMBER = re.compile(r"[ _.\-]*\(?\d+\)?$")
@@ -50,6 +52,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: no image in it, or a description that is not UTF-8.
     """
+    _refuse_other_data(folder)
     paths = sorted(path for path in folder.rglob("*") if _is_shown(path))
     if not paths:
         raise DataError(f"{folder}: no image in this folder. Give a folder of images, or a record file.")
@@ -64,6 +67,23 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         else:
             row["label"] = _label_of(path.stem)
         yield f"file {name}", row
+
+
+def _refuse_other_data(folder: Path) -> None:
+    """Name what says more of the images than their names do: a record file beside them, or splits."""
+    record = next((path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in _RECORDS), "")
+    if record:
+        raise DataError(
+            f"{folder}: has the record file {record}. Give that file, or move it out of the folder."
+        )
+    splits = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_of_system(path))
+    if len(splits) > 1 and {name.lower() for name in splits} <= _SPLITS:
+        named = " or ".join(str(folder / split) for split in splits)
+        raise DataError(f"{folder}: has the splits {', '.join(splits)}. Give one of them: {named}.")
+
+
+def _is_of_system(path: Path) -> bool:
+    return path.name.startswith((".", "__MACOSX"))
 
 
 def _is_shown(path: Path) -> bool:

@@ -1,26 +1,24 @@
 """What every reader hands over, turns and images, and the one place where they are checked.
 
 Paper: section 3.2; a record is Y = (Y_q^1, Y_a^1, ..., Y_q^T, Y_a^T) with its image X.
-
-Addresses are downloaded once, into a cache, and only where the user allows it.
 """
 
-import hashlib
-import os
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import date, time
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from tinyllava.conversation import Conversation, ImageRef, Message, Role, to_ref
+from tinyllava.conversation import Conversation, ImageRef, Message, Role
 from tinyllava.data.defects import Defect
-from tinyllava.errors import ImageError, first_line
-from tinyllava.files import is_text, whole_file
+from tinyllava.data.readers.image_values import find_image
+from tinyllava.files import is_text
 
 IMAGE_MARK = "<image>"
-IMAGE_KEYS = ("image", "images", "image_path", "image_paths")
+IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "file_name")
 """Where records of any form name their images; one of them a record."""
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -32,10 +30,25 @@ ROLES: dict[str, Role] = {
 TRAINED_KEYS = ("loss", "weight", "train")
 """Names under which a turn says whether it adds to the loss."""
 _UNSUPPORTED = ("video", "videos", "audio", "audios", "tools", "functions")
+_PREFERENCES = ("chosen", "rejected")
+_SYSTEM = ("system", "system_prompt")
+_IMAGE_IN_TEXT = re.compile(r"<image>|<img>([^<>]+)</img>")
+_FOREIGN_MARK = re.compile(r"<\|image(?:_pad|_\d+)?\|>|<image[ _]?\d+>|<(?:image_placeholder|ImageHere|img)>")
+"""How other models' data mark the place of an image."""
+_BOXES = ("<bbox>", "<ref-object>")
 _OF_TURNS = ("from", "value", "role", "content", "tool_calls", "function_call")
 EVALUATION_KEYS = ("kind", "category", "metric", "answers", "choices", "tolerance")
 """What records say to ``tinyllava evaluate``; training does not need it."""
-_KNOWN = {"id", "system", "model", "conversations", *IMAGE_KEYS, *EVALUATION_KEYS, *_UNSUPPORTED}
+_KNOWN = {
+    "id",
+    "model",
+    "conversations",
+    "conversation",
+    *_SYSTEM,
+    *IMAGE_KEYS,
+    *EVALUATION_KEYS,
+    *_UNSUPPORTED,
+}
 
 
 @dataclass(kw_only=True)
@@ -93,14 +106,54 @@ class Turn:
 
 
 def split_marks(text: str) -> list[str | ImageValue]:
-    """Return a text with an image in place of each ``<image>``."""
-    if IMAGE_MARK not in text:
-        return [text]
-    first, *rest = text.split(IMAGE_MARK)
-    parts: list[str | ImageValue] = [first]
-    for piece in rest:
-        parts += [ImageValue(), piece]
-    return parts
+    """Return a text with an image in place of each ``<image>``, and of each ``<img>its path</img>``."""
+    parts: list[str | ImageValue] = []
+    end = 0
+    for mark in _IMAGE_IN_TEXT.finditer(text):
+        parts += [text[end : mark.start()], ImageValue(mark[1])]
+        end = mark.end()
+    return [*parts, text[end:]]
+
+
+def as_text(value: Any, name: str, where: str) -> str:
+    """Return a value as text; a number is what it looks like, and none or NaN is empty.
+
+    Args:
+        name: how errors name it, such as ``'answer'``.
+
+    Raises:
+        Defect: a date, a list or another value that is no text.
+    """
+    if value is None or value != value:
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, date | time):
+        raise Defect("malformed", where, f"{name} is a date ({value}); write it as text")
+    if not isinstance(value, str):
+        kind = f"a list of {len(value)}" if isinstance(value, list) else str(value)[:80]
+        raise Defect("malformed", where, f"{name} must be text or a number, found {kind}; write one text")
+    if not is_text(value):
+        raise Defect("malformed", where, f"{name} contains an unpaired surrogate: {value[:80]!a}")
+    return value
+
+
+def decode_list(raw: Mapping[str, Any], key: str, where: str) -> Any:
+    """Return a field that is a list, or a cell of a table that spells one as JSON.
+
+    Raises:
+        Defect: the cell has a list in another spelling.
+    """
+    value = raw.get(key)
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        detail = f"is a list as Python prints it; write it with json.dumps: {value[:80]}"
+        if "'" not in value[:3]:
+            detail = f"is not JSON ({error}): {value[:80]}"
+        raise Defect("malformed", where, f"{key!r} {detail}") from error
 
 
 def make_conversation(
@@ -181,10 +234,23 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | bytes | list | dict) and not value)
 
 
+def refuse_preferences(raw: Mapping[str, Any], where: str) -> None:
+    """Raise Defect for a better and a worse answer, of which neither is the answer of a record."""
+    key = next((key for key in _PREFERENCES if raw.get(key)), "")
+    if key:
+        detail = f"{key!r}: preferences are not taken; write the better answer as the answer"
+        raise Defect("unsupported", where, detail)
+
+
 def _refuse_unsupported(raw: Mapping[str, Any], turns: list[Turn], where: str) -> None:
+    refuse_preferences(raw, where)
     for key in _UNSUPPORTED:
         if key in raw and not _is_empty(raw[key]):
-            raise Defect("unsupported", where, f"{key!r}: only images and text are taken")
+            detail = f"{key!r} = {str(raw[key])[:80]}: only images and text are taken"
+            raise Defect("unsupported", where, detail)
+    if raw.get("objects") and (mark := next((m for t in turns for m in _BOXES if m in t.text), "")):
+        detail = f"{mark} stands for a place in 'objects'; write the place into the text"
+        raise Defect("unsupported", where, detail)
     if raw.get("weight") not in (None, 1):
         detail = f"'weight' = {str(raw['weight'])[:80]}: records have no weight; repeat them instead"
         raise Defect("unsupported", where, detail)
@@ -196,13 +262,14 @@ def _refuse_unsupported(raw: Mapping[str, Any], turns: list[Turn], where: str) -
 
 def _add_system(raw: Mapping[str, Any], turns: list[Turn], where: str) -> None:
     """Use the field ``system``, which some forms have beside the turns."""
-    text = raw.get("system")
-    if _is_empty(text):
+    key = next((key for key in _SYSTEM if not _is_empty(raw.get(key))), "")
+    if not key:
         return
+    text = raw[key]
     if not isinstance(text, str) or not is_text(text):
-        raise Defect("malformed", where, f"'system' must be text, found {str(text)[:80]!a}")
+        raise Defect("malformed", where, f"{key!r} must be text, found {str(text)[:80]!a}")
     if turns and turns[0].role == "system":
-        raise Defect("malformed", where, "a system turn and a field 'system'; keep one")
+        raise Defect("malformed", where, f"a system turn and a field {key!r}; keep one")
     turns.insert(0, Turn("system", [text]))
 
 
@@ -231,7 +298,7 @@ def _messages(turns: list[Turn], refs: list[ImageRef], where: str, reading: Read
     """
     num_marks = sum(1 for t in turns for part in t.parts if not isinstance(part, str) and part.value is None)
     if num_marks != len(refs):
-        raise Defect("image_count", where, f"{num_marks} {IMAGE_MARK} marks for {len(refs)} images")
+        raise Defect("image_count", where, _describe_counts(num_marks, refs, turns))
     messages, rest = [], iter(refs)
     for turn in turns:
         text, count = turn.text, turn.num_images
@@ -259,6 +326,21 @@ def _messages(turns: list[Turn], refs: list[ImageRef], where: str, reading: Read
     return tuple(messages)
 
 
+def _describe_counts(num_marks: int, refs: list[ImageRef], turns: list[Turn]) -> str:
+    marks = f"{num_marks or 'no'} {IMAGE_MARK} mark{'s' * (num_marks > 1)}"
+    names = ", ".join(str(ref) for ref in refs[:3]) + ", ..." * (len(refs) > 3)
+    images = f"{len(refs)} image{'s' * (len(refs) > 1)} ({names})" if refs else "no image"
+    foreign = find_foreign_mark(turns)
+    fix = f"{foreign!r} is no mark; write {IMAGE_MARK}" if foreign else "write one mark for each image"
+    return f"{marks} for {images}; {fix}"
+
+
+def find_foreign_mark(turns: Iterable[Turn]) -> str:
+    """Return the first mark of an image in the questions that is not ours; empty if there is none."""
+    found = (_FOREIGN_MARK.search(turn.text) for turn in turns if turn.role == "user")
+    return next((mark[0] for mark in found if mark), "")
+
+
 def _place(turn: Turn) -> tuple[str, tuple[int, ...]]:
     """Return the text of a turn without outer blanks, and where in it each image stands; none if all lead."""
     text = ""
@@ -271,94 +353,3 @@ def _place(turn: Turn) -> tuple[str, tuple[int, ...]]:
     if not any(places):
         return text.strip(), ()
     return text.rstrip(), tuple(min(place, len(text.rstrip())) for place in places)
-
-
-MAX_DOWNLOAD_BYTES = 64_000_000
-TIMEOUT_SECONDS = 30
-
-
-def find_image(value: Any, images: Path, where: str, allow_urls: bool = False) -> ImageRef:
-    """Return where an image is.
-
-    Args:
-        value: path (relative to ``images``), ``file://``, data URL, address, bytes, or an object with
-            ``bytes``, ``path`` or ``url`` as the hub's data sets have it.
-        images: folder that paths start from.
-        where: place of the record, for errors.
-        allow_urls: whether an address is downloaded.
-
-    Raises:
-        Defect: missing, or of another form.
-    """
-    if isinstance(value, ImageRef):
-        return value if value.data is not None else find_image(str(value.path or value.name), images, where)
-    if isinstance(value, dict):
-        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
-    if isinstance(value, bytes) and value:
-        return ImageRef(data=value, name=f"<{len(value):,} bytes>")
-    if not isinstance(value, str) or not value:
-        raise Defect("malformed", where, f"an image must be a path or bytes, found {str(value)[:80]}")
-    if value.startswith("data:"):
-        try:
-            return to_ref(value)
-        except ImageError as error:
-            raise Defect("malformed", where, str(error)) from error
-    if value.startswith(("http://", "https://")):
-        return _download(value, where, allow_urls)
-    if value.startswith("file://"):
-        return _find_file(unquote(urlsplit(value).path), images, where, value)
-    return _find_file(value, images, where, value)
-
-
-def _find_file(path: str, images: Path, where: str, name: str) -> ImageRef:
-    place = images / path
-    try:
-        there = is_text(path) and place.is_file()
-    except OSError as error:  # a name that is too long: a caption in the wrong field
-        detail = f"'image' is not a valid path ({error.strerror}): {name[:80]}"
-        raise Defect("malformed", where, detail) from error
-    except ValueError as error:  # a NUL character
-        raise Defect("malformed", where, f"'image' is not a valid path ({error}): {name[:80]!a}") from error
-    if not is_text(path):
-        raise Defect("malformed", where, f"'image' contains an unpaired surrogate: {name[:80]!a}")
-    if not there:
-        what = "a folder, not an image:" if place.is_dir() else "no image"
-        defect = Defect("missing_image", where, f"{what} {place}")
-        defect.path = str(place)
-        raise defect
-    return ImageRef(path=place, name=name)
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloaded images."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tinyllava" / "images"
-
-
-def _download(url: str, where: str, allow_urls: bool) -> ImageRef:
-    path = cache_folder() / hashlib.sha256(url.encode()).hexdigest()
-    if path.is_file():
-        return ImageRef(path=path, name=url)
-    if not allow_urls:
-        raise Defect("missing_image", where, f"{url[:200]} is not downloaded; allow it with --allow-urls")
-    import httpx2
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            httpx2.stream("GET", url, follow_redirects=True, timeout=TIMEOUT_SECONDS) as answer,
-            whole_file(path) as partial,
-            partial.open("wb") as file,
-        ):
-            answer.raise_for_status()
-            size = 0
-            for part in answer.iter_bytes():
-                size += len(part)
-                if size > MAX_DOWNLOAD_BYTES:
-                    detail = f"{url[:200]} is larger than {MAX_DOWNLOAD_BYTES:,} bytes"
-                    raise Defect("missing_image", where, detail)
-                file.write(part)
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        detail = f"{url[:200]} cannot be downloaded ({first_line(error) or type(error).__name__})"
-        raise Defect("missing_image", where, detail) from error
-    return ImageRef(path=path, name=url)

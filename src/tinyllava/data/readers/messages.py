@@ -13,13 +13,15 @@ from tinyllava.data.readers.form import (
     ImageValue,
     Reading,
     Turn,
+    as_text,
+    decode_list,
+    find_foreign_mark,
     listed_images,
     make_conversation,
     note_unknown,
     read_trained,
     split_marks,
 )
-from tinyllava.files import is_text
 
 _ROLES = {**ROLES, "developer": ROLES["system"], "model": ROLES["assistant"]}
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -38,20 +40,35 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
     if isinstance(raw.get("texts"), list):
         return _read_texts(raw, at, where, reading)
     found: list[Any] = []
-    for key in ("messages", "conversations", "prompt", "completion"):
-        if isinstance(raw.get(key), list):
-            found += raw[key]
+    for key in ("messages", "conversations", "conversation", "prompt", "completion"):
+        turns_of_key = decode_list(raw, key, where)
+        if isinstance(turns_of_key, list):
+            found += turns_of_key
     if not found:
         raise Defect("malformed", where, "expected an object with a non-empty list 'messages'")
     listed = listed_images(raw, where)
+    if isinstance(found[0], dict) and "input" in found[0]:  # XTuner
+        found = [one for pair in found for one in _split_pair(pair)]
     turns = [_turn(turn, number, listed, where) for number, turn in enumerate(found)]
     note_unknown(raw, ("messages", "prompt", "completion"), reading, found)
     unmarked = len(listed) if all(not turn.num_images for turn in turns) else 0
-    if unmarked:  # TRL: images beside the messages and no mark of them
+    if unmarked and not find_foreign_mark(turns):  # TRL: images beside the messages and no mark of them
         first = next((turn for turn in turns if turn.role == "user"), None)
         if first is not None:
             first.parts[:0] = [ImageValue() for _ in range(unmarked)]
     return make_conversation(raw, turns, at, reading, listed=_for_marks(turns, listed))
+
+
+def _split_pair(pair: Any) -> list[Any]:
+    """Return the turns of an object with ``input`` and ``output``, as XTuner has them."""
+    if not isinstance(pair, Mapping):
+        return [pair]
+    system = [{"role": "system", "content": pair["system"]}] if pair.get("system") else []
+    spoken = [
+        {"role": "user", "content": pair.get("input")},
+        {"role": "assistant", "content": pair.get("output")},
+    ]
+    return [*system, *spoken]
 
 
 def _for_marks(turns: list[Turn], listed: list[Any]) -> list[Any]:
@@ -66,7 +83,7 @@ def _turn(turn: Any, number: int, listed: list[Any], where: str) -> Turn:
         raise Defect("malformed", where, f"turn {number} has no 'role': {str(turn)[:80]}")
     if turn["role"] in ("tool", "function", "observation", "function_call", "tool_call"):
         raise Defect("unsupported", where, f"turn {number} is from {turn['role']!r}: tools are not taken")
-    if turn["role"] not in _ROLES:
+    if turn["role"].lower() not in _ROLES:
         allowed = "user, assistant, system"
         raise Defect("malformed", where, f"turn {number} is from {turn['role']!r}; allowed: {allowed}")
     for key in ("tool_calls", "function_call"):
@@ -78,10 +95,10 @@ def _turn(turn: Any, number: int, listed: list[Any], where: str) -> Turn:
     for item in items:
         parts += (
             split_marks(_text(item, number, where))
-            if isinstance(item, str)
+            if isinstance(item, str | int | float)
             else (_part(item, number, listed, where))
         )
-    role = _ROLES[turn["role"]]
+    role = _ROLES[turn["role"].lower()]
     return Turn(role, parts, read_trained(turn, role, number, where), keeps_places=True)
 
 
@@ -110,11 +127,9 @@ def _part(item: Any, number: int, listed: list[Any], where: str) -> list[str | I
 
 
 def _text(value: Any, number: int, where: str) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str | int | float):
         raise Defect("malformed", where, f"turn {number} has no text 'content': {str(value)[:80]}")
-    if not is_text(value):
-        raise Defect("malformed", where, f"turn {number} contains an unpaired surrogate: {value[:80]!a}")
-    return value
+    return as_text(value, f"turn {number}", where)
 
 
 def _read_texts(raw: dict[str, Any], at: str, where: str, reading: Reading) -> Conversation:
