@@ -1,5 +1,6 @@
 """The guide to shipping a model, followed literally: served, asked with its requests and its Python."""
 
+import json
 import os
 import shlex
 import shutil
@@ -11,10 +12,12 @@ import tomllib
 from pathlib import Path
 
 import httpx2 as httpx
+import pytest
 from PIL import Image
 
 from chats import make_chat
 from documents import ROOT, blocks, commands
+from tinyllava.cli import main
 
 # Its second half, the exports, is followed in tests/checkpoints/exporting/test_formats.py.
 GUIDE = (ROOT / "docs" / "guides" / "ship.md").read_text(encoding="utf-8").partition("\n## Export")[0]
@@ -87,7 +90,7 @@ def test_its_commands_run(toy: Path, tmp_path: Path) -> None:
 def test_its_commands_for_llama_cpp_run(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    install, export, serve = (line.replace("8001", port) for line in commands(GUIDE)[5:])
+    install, export, serve = (line.replace("8001", port) for line in commands(GUIDE)[5:8])
     assert install == "pip install 'tinyllava[serve,gguf]'"
     chat = make_chat(tmp_path / "parts", "phi", "siglip")
     for part in (chat.model, chat.processor):
@@ -108,3 +111,17 @@ def test_its_commands_for_llama_cpp_run(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.communicate(timeout=120)
+
+
+def test_its_export_for_vllm_is_written(tmp_path: Path) -> None:
+    """vLLM itself needs an environment of its own; the guide says how it was tried."""
+    (export,) = commands(GUIDE)[8:]
+    chat = make_chat(tmp_path / "parts", "llama", "siglip")
+    for part in (chat.model, chat.processor):
+        part.save_pretrained(tmp_path / "my-model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main(shlex.split(export)[1:]) == 0
+    config = json.loads((tmp_path / "my-vllm" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
