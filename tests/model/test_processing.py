@@ -50,8 +50,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def processors(parts) -> dict[str, TinyLlavaProcessor]:
+def make_processors(parts: dict[str, Path]) -> dict[str, TinyLlavaProcessor]:
     """A processor for each layout, with the toy tokenizer of its kind."""
     made = {}
     for layout, (kind, _) in LAYOUTS.items():
@@ -71,6 +70,11 @@ def processors(parts) -> dict[str, TinyLlavaProcessor]:
             processor.chat_template = read_template(layout)
         made[layout] = processor
     return made
+
+
+@pytest.fixture(scope="module")
+def processors(parts) -> dict[str, TinyLlavaProcessor]:
+    return make_processors(parts)
 
 
 def stage_template(layout: str) -> str | None:
