@@ -152,13 +152,21 @@ class DataConfig:
     """Of a table: its columns by kind, such as question=Frage (image, question, answer, caption, label)."""
     reader: str = ""
     """FILE.py:NAME of your own function (path, images) that yields records."""
+    keep_image_places: bool = False
+    """Images stay where LLaVA's records and tables have <image>; otherwise they come before the text of their
+    turn, as published. In messages they always stay."""
     allow_urls: bool = False
     """Download images at http(s) addresses, once, into a cache."""
     skip: tuple[str, ...] = ()
     """Defects whose records are skipped and counted instead of stopping the run (see the data guide)."""
 
 
-_LATER: dict[str, Any] = {"schedule": "cosine", "schedule_options": {}, "optimizer": "adamw"}
+_LATER: dict[str, Any] = {
+    "schedule": "cosine",
+    "schedule_options": {},
+    "optimizer": "adamw",
+    "truncate": False,
+}
 """Settings of a stage that came after others were on disk, and their defaults."""
 
 
@@ -220,6 +228,8 @@ class Stage:
     max_grad_norm: float = 1.0
     max_length_tokens: int = 2048
     """Max length in tokens, with image tokens; a longer record is an error, or skipped with 'too_long'."""
+    truncate: bool = False
+    """A record that is longer ends behind the last answer that fits; how many did is counted."""
     group_by: Literal["none", "length", "modality_length", "length_windows"] = "none"
     """none: steps are random, and so is the order inside a step; length: the same, sorted by length inside a
     step for less padding; modality_length: steps have only images or only text too, as in LLaVA-1.5;

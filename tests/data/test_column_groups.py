@@ -1,14 +1,18 @@
-"""What a row holds in several columns: several images, and the options of a question with choices."""
+"""What a row holds in several columns, or as a list: images, options, and all right answers."""
 
+import csv
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from tinyllava.data.defects import Defect
 from tinyllava.data.readers.columns import LETTER
 from tinyllava.data.records import read_records
+from tinyllava.evaluation import own_data
 
 ASKED = f"Which is red?\nA. a cup\nB. a jar\n{LETTER}"
 
@@ -97,3 +101,38 @@ def test_columns_that_are_no_options_stay_unused(read) -> None:
     records = read("image,question,answer,B,C\na.png,What?,x,1,2\n")  # no column A
     assert records.conversations[0].messages[0].text == "What?"
     assert records.ignored == {"B": 1, "C": 1}
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "csv"])
+def test_a_list_of_right_answers_trains_the_most_frequent_and_counts_whole_in_an_evaluation(tmp_path, form):
+    rows = [
+        {"question": "What colour?", "answers": ["crimson", "red", "red"]},
+        {"question": "How many?", "answers": ["2", "two"]},
+        {"question": "Where?", "answers": ["here"]},
+    ]
+    path = tmp_path / f"my.{form}"
+    if form == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif form == "json":
+        path.write_text(
+            json.dumps([{**rows[0], "answers": [{"answer": a} for a in rows[0]["answers"]]}, *rows[1:]])
+        )
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["question", "answers"])
+            writer.writerows([row["question"], json.dumps(row["answers"])] for row in rows)
+    talks = read_records(path, tmp_path).conversations
+    assert [talk.messages[1].text for talk in talks] == ["red", "2", "here"]
+    asked, _ = own_data._read_asked(path)
+    assert [one.answers for one in asked] == [tuple(row["answers"]) for row in rows]
+
+
+@pytest.mark.parametrize("value", [["a", "b"], [0.1, 0.2, 0.3, 0.4]])
+def test_a_list_in_another_column_may_be_labels_or_a_box_and_is_refused(tmp_path, value):
+    path = tmp_path / "my.json"
+    path.write_text(json.dumps([{"question": "Q", "answer": "[1, 2]"}]))
+    assert read_records(path, tmp_path).conversations[0].messages[1].text == "[1, 2]"
+    path.write_text(json.dumps([{"question": "Q", "answer": value}]))
+    with pytest.raises(Defect, match=rf"'answer' must be text or a number, found a list of {len(value)}"):
+        read_records(path, tmp_path)

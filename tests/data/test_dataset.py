@@ -4,14 +4,18 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tinyllava.config import ModelConfig
+from tinyllava.config import DataConfig, ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message
+from tinyllava.data.conversion import read_stored
 from tinyllava.data.dataset import Collator, Example, Examples, measure
 from tinyllava.data.defects import Defect
-from tinyllava.data.records import read_records
+from tinyllava.data.records import read_configured, read_records
+from tinyllava.data.store import image_counts, question_counts
 from tinyllava.errors import ImageError
 from tinyllava.model.assemble import assemble
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -53,6 +57,47 @@ def test_measured_lengths_are_those_of_the_examples(examples):
     ]
     assert list(measured.supervised_lengths) == [int((examples[i].labels != -100).sum()) for i in range(12)]
     assert not skipped
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_record_that_is_too_long_ends_behind_the_last_answer_that_fits(processor, tmp_path, is_stored):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    records = []
+    for number in range(12):
+        turns = []
+        for n in range(1 + number % 4):
+            mark = "<image>" if n in (0, 2) else ""
+            turns += [
+                {"from": "human", "value": f"{mark}Why {n}? " + "tell me " * number},
+                {"from": "gpt", "value": "because " * (n + 1), "loss": n != 0 or number % 4 == 0},
+            ]
+        images = ["a.png"] * sum(turn["value"].count("<image>") for turn in turns)
+        records.append({"id": number, "image": images, "conversations": turns})
+    (tmp_path / "my.json").write_text(json.dumps(records))
+    data = DataConfig(records=(str(tmp_path / "my.json"),))
+    whole = read_configured(data).conversations
+    found = read_stored(data, "", tmp_path / "store").conversations if is_stored else whole
+    given = Examples(conversations=found, processor=processor)
+    limit = 110
+    cut, skipped = measure(given, limit, ("too_long",), truncate=True)
+    expected = []
+    for one in whole:  # every way to cut, the longest first
+        ends = [i + 1 for i, m in enumerate(one.messages) if m.role == "assistant"]
+        tried = [dataclasses.replace(one, messages=one.messages[:end]) for end in reversed(ends)]
+        tried = [t for t in tried if any(m.is_trained for m in t.messages if m.role == "assistant")]
+        fits = [t for t in tried if len(processor.encode(t).input_ids) <= limit]
+        expected += fits[:1]
+    assert list(cut.conversations) == expected
+    assert cut.num_truncated == sum(one not in expected for one in whole) - skipped["too_long"] > 1
+    assert skipped["too_long"] == len(whole) - len(expected) > 0
+    assert [len(processor.encode(one).input_ids) for one in expected] == list(cut.lengths)
+    assert image_counts(cut.conversations).tolist() == [len(one.images) for one in expected]
+    assert question_counts(cut.conversations).tolist() == question_counts(expected).tolist()
+    assert [one.place for one in cut.select(np.array([1, 0])).conversations] == [
+        one.place for one in (expected[1], expected[0])
+    ]
+    again, _ = measure(given, limit, ("too_long",))
+    assert len(again) < len(cut)  # nothing is cut where it was not asked for
 
 
 def test_only_the_chosen_answers_add_to_the_loss(processor):

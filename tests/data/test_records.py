@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tinyllava.config import DataConfig
+from tinyllava.data.conversion import read_stored
 from tinyllava.data.defects import DEFECTS, Defect, Defects
 from tinyllava.data.records import read_raw, read_records
 from tinyllava.data.store import find_good_images
@@ -368,3 +370,29 @@ def test_records_without_or_with_the_same_id_are_told_apart_by_their_place(tmp_p
     assert found == [f"{lines_file}: line {n}" for n in (2, 3)] + [
         f"{lines_file}: line {n} (id r1)" for n in (4, 5)
     ]
+
+
+def test_images_of_llavas_records_stay_in_their_text_where_that_is_asked_for(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    turns = [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": "No."}]
+    lead = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cup."}]
+    (tmp_path / "my.json").write_text(
+        json.dumps(
+            [{"image": ["a.png", "b.png"], "conversations": turns}, {"image": "a.png", "conversations": lead}]
+        )
+    )
+    (tmp_path / "t.csv").write_text("image,question,answer\na.png,See <image> here?,yes\n")
+    files = (str(tmp_path / "my.json"), str(tmp_path / "t.csv"))
+    kept, published = (
+        [one.messages[0] for one in read_stored(data, "", tmp_path / "store").conversations]
+        for data in (DataConfig(records=files, keep_image_places=True), DataConfig(records=files))
+    )
+    marked = ["Is <image> like <image>?", "<image>What?", "See <image> here?"]
+    assert [message.marked("<image>") for message in kept] == marked
+    assert [message.marked("<image>") for message in published] == [
+        "<image><image>Is  like ?",
+        "<image>What?",
+        "<image>See  here?",
+    ]
+    assert kept[1] == published[1]

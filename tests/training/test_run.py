@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
+from tinyllava.cli import main
 from tinyllava.config import FROZEN, FULL, Hardware, from_layer, lora
+from tinyllava.data.defects import Defects
 from tinyllava.errors import TrainingError
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.tuning import apply_tuning, component_of
@@ -18,7 +20,7 @@ from tinyllava.parts.templates import read_template
 from tinyllava.training import checkpoints
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer, fastest_attention
-from training_toys import plain_loop, toy_run
+from training_toys import plain_loop, toy_run, write_run
 
 
 def losses(folder, stage):
@@ -367,3 +369,24 @@ def test_stage_one_checkpoints_hold_the_connector_alone(parts, records, tmp_path
     saved = load_file(next((tmp_path / "run/pretrain").glob("checkpoint-*")) / "model.safetensors")
     assert {component_of(name) for name in saved} == {"connector"}
     assert run.stages["pretrain"].vision_encoder == FROZEN
+
+
+def test_a_stage_says_how_many_records_it_cut_at_a_turns_end(parts, records, tmp_path, capsys):
+    listed = json.loads(records.read_text())
+    for record in listed[:3]:
+        more = [{"from": "human", "value": "And " * 200}, {"from": "gpt", "value": "then"}]
+        record["conversations"] = record["conversations"] + more
+    path = records.with_name("long.json")
+    path.write_text(json.dumps(listed))
+    run = toy_run(parts, path, tmp_path / "run")
+    stage = dataclasses.replace(run.stages["finetune"], truncate=True, max_steps=1)
+    run = dataclasses.replace(run, stages={"finetune": stage})
+    assert main(["train", write_run(run, tmp_path)]) == 0
+    assert "truncated: 3 records end behind an earlier answer, to fit 256 tokens" in capsys.readouterr().out
+    data = json.loads((tmp_path / "run/finetune/stage.json").read_text())["data"]
+    assert data["truncated"] == 3
+    assert data["num_samples"] == len(listed)
+    assert data["longest_tokens"] <= 256
+    whole = dataclasses.replace(stage, truncate=False)
+    with pytest.raises(Defects, match=r"too_long .*: 3"):
+        train(dataclasses.replace(run, output=str(tmp_path / "whole"), stages={"finetune": whole}))

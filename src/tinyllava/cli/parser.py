@@ -53,6 +53,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--column", action="append", default=[], help="column of a table, as question=NAME (repeatable)"
     )
     parser.add_argument("--reader", default="", help="your own reader of the file, as FILE.py:NAME")
+    parser.add_argument(
+        "--keep-image-places",
+        action="store_true",
+        help="leave images where LLaVA's records have <image> (default: before the text of their turn)",
+    )
     parser.add_argument("--allow-urls", action="store_true", help="download images at http(s) addresses")
     parser.add_argument("--skip", action="append", default=[], help="defect to skip and count (repeatable)")
 
@@ -64,6 +69,7 @@ def own_data(known: argparse.Namespace, *files: str, skip: tuple[str, ...] = ())
         images=known.images,
         columns=tuple(known.column),
         reader=known.reader,
+        keep_image_places=known.keep_image_places,
         allow_urls=known.allow_urls,
         skip=skip,
     )
@@ -76,6 +82,7 @@ def reading_settings(known: argparse.Namespace) -> "ReadingSettings":
         "columns": tuple(known.column),
         "reader": known.reader,
         "allow_urls": known.allow_urls,
+        "keep_places": known.keep_image_places,
         "skip": tuple(known.skip),
     }
 

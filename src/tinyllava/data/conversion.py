@@ -138,6 +138,7 @@ def _key(reading: Reading, reader: str) -> str:
         dict(reading.columns),
         reading.allow_urls,
         _code(reader),
+        *(["places"] if reading.keep_places else []),
     ]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinyllava.conversation import Conversation, Message
-from tinyllava.data.batches import measure_all, processor_key
+from tinyllava.data.batches import Measure, measure_all, processor_key
 from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
-from tinyllava.data.store import image_counts, question_counts, record_numbers, select
+from tinyllava.data.store import cut, image_counts, question_counts, record_numbers, select
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.processing import Encoded, TinyLlavaProcessor
@@ -65,6 +65,8 @@ class Examples(Dataset[Example]):
     lengths: Sequence[int] = ()
     """Tokens of each example, image tokens included; filled by ``measure``."""
     supervised_lengths: Sequence[int] = ()
+    num_truncated: int = 0
+    """Records that were too long and end behind an earlier answer; filled by ``measure``."""
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -128,10 +130,15 @@ def measure(
     max_length_tokens: int,
     skip: tuple[str, ...],
     progress: Callable[[int], None] = lambda n: None,
+    *,
+    truncate: bool = False,
 ) -> tuple[Examples, Counter[str]]:
     """Tokenise everything once: find records that are too long before the first step.
 
     The lengths of converted records are kept beside them, and counted by all cores.
+
+    Args:
+        truncate: whether a record that is too long ends behind the last answer that fits, where one does.
 
     Returns:
         The examples that are left, with their lengths, and the number left out by defect.
@@ -151,6 +158,9 @@ def measure(
 
     key = processor_key(examples.processor, examples.template, examples.separate_questions)
     lengths, supervised = measure_all(conversations, count, key, progress)
+    if truncate:
+        examples = _truncate(examples, lengths, supervised, max_length_tokens, count)
+        conversations = examples.conversations
     questions = question_counts(conversations)
     is_dialogue = (questions > 1) & describes
     is_text = (image_counts(conversations) == 0) & describes & ~is_dialogue
@@ -162,23 +172,70 @@ def measure(
         "text_only": lambda i: "no image, but this stage trains on image captions",
         "too_long": lambda i: f"{lengths[i]} tokens are more than max_length_tokens = {max_length_tokens}",
     }
-    rows = record_numbers(conversations)
-    once = {
-        name: np.flatnonzero(found)[np.unique(rows[found], return_index=True)[1]]
-        for name, found in wrong.items()
-    }
+    once = {name: _first_places(conversations, found) for name, found in wrong.items()}
     defects = [
         Defect(name, conversations[i].place, details[name](i))
         for name, places in once.items()
         if name not in skip
-        for i in places.tolist()
+        for i in places
     ]
     raise_defects(Path(conversations[0].source) if len(conversations) else Path(), defects)
     kept = np.flatnonzero(~(is_dialogue | is_text | wrong["too_long"]))
     measured = replace(
         examples, lengths=array("i", lengths.tolist()), supervised_lengths=array("i", supervised.tolist())
     )
-    return measured.select(kept), Counter({name: len(found) for name, found in once.items() if len(found)})
+    return measured.select(kept), Counter({name: len(found) for name, found in once.items() if found})
+
+
+def _first_places(conversations: Sequence[Conversation], found: NDArray[np.bool_]) -> list[int]:
+    """Return where each of some records comes first: a record that is several samples is one defect."""
+    _, first = np.unique(record_numbers(conversations)[found], return_index=True)
+    places: list[int] = np.flatnonzero(found)[first].tolist()
+    return places
+
+
+def _truncate(
+    examples: Examples,
+    lengths: NDArray[np.int32],
+    supervised: NDArray[np.int32],
+    max_length_tokens: int,
+    count: Measure,
+) -> Examples:
+    """Cut records that are too long behind an earlier answer, and write their lengths into the arrays."""
+    ends: dict[int, int] = {}
+    for place in np.flatnonzero(lengths > max_length_tokens).tolist():
+        end, found = _last_end(examples.conversations[place], max_length_tokens, count)
+        if end:
+            ends[place] = end
+            lengths[place], supervised[place] = found
+    numbers = record_numbers(examples.conversations)
+    return replace(
+        examples,
+        conversations=cut(examples.conversations, ends) if ends else examples.conversations,
+        num_truncated=len({int(numbers[place]) for place in ends}),
+    )
+
+
+def _last_end(
+    conversation: Conversation, max_length_tokens: int, count: Measure
+) -> tuple[int, tuple[int, int]]:
+    """Return how many turns fit, up to the end of an answer, and their tokens; 0 if not even the first ones.
+
+    What is left always has an answer that adds to the loss.
+    """
+    messages = conversation.messages
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    first = next(i for i in answers if messages[i].is_trained)
+    ends = [i + 1 for i in answers if i >= first][:-1]
+    low, high, fitting = 0, len(ends), (0, 0)
+    while low < high:  # more turns, more tokens
+        middle = (low + high + 1) // 2
+        [found] = count([replace(conversation, messages=messages[: ends[middle - 1]])])
+        if found[0] <= max_length_tokens:
+            low, fitting = middle, found
+        else:
+            high = middle - 1
+    return (ends[low - 1] if low else 0), fitting
 
 
 def _drops_questions(examples: Examples) -> bool:

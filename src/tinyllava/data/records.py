@@ -45,6 +45,7 @@ def read_records(
     columns: Mapping[str, str] | None = None,
     reader: str = "",
     allow_urls: bool = False,
+    keep_places: bool = False,
 ) -> Records:
     """Read a file of records of any known form.
 
@@ -55,6 +56,7 @@ def read_records(
         columns: of a table: ``image``, ``question`` or ``answer`` -> the name of that column.
         reader: ``FILE.py:NAME`` of a function of the user's, in place of the known forms.
         allow_urls: whether images at http(s) addresses are downloaded.
+        keep_places: whether images stay where LLaVA's records have ``<image>``.
 
     Raises:
         ConfigError: an unknown name in ``skip``.
@@ -62,7 +64,14 @@ def read_records(
             skipped, ``Defects`` for several.
     """
     check_skip(skip)
-    reading = Reading(path=path, images=images, skip=skip, columns=columns or {}, allow_urls=allow_urls)
+    reading = Reading(
+        path=path,
+        images=images,
+        skip=skip,
+        columns=columns or {},
+        allow_urls=allow_urls,
+        keep_places=keep_places,
+    )
     defects: list[Defect] = []
     conversations = []
     for found in iter_conversations(reading, reader):
@@ -99,6 +108,7 @@ def read_configured(data: DataConfig, data_root: str = "") -> Records:
                 columns=one.columns,
                 reader=data.reader,
                 allow_urls=one.allow_urls,
+                keep_places=one.keep_places,
             )
             skipped.update(part.skipped)
             ignored.update(part.ignored)
@@ -126,7 +136,14 @@ def open_readings(data: DataConfig, data_root: str = "") -> list[tuple[Source, l
         (
             source,
             [
-                Reading(path=path, images=images, skip=data.skip, columns=columns, allow_urls=data.allow_urls)
+                Reading(
+                    path=path,
+                    images=images,
+                    skip=data.skip,
+                    columns=columns,
+                    allow_urls=data.allow_urls,
+                    keep_places=data.keep_image_places,
+                )
                 for path, images in places
             ],
         )

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -130,6 +130,7 @@ class StoredConversations(Sequence[Conversation]):
         taken: [N], rows of the files one behind the other that are taken, in this order; all if None. A row
             that is several samples comes several times.
         used: [R], the rows that the stage uses at all, ascending; all if None.
+        ends: of rows that are cut at a turn's end: how many of their turns are left.
     """
 
     def __init__(
@@ -137,11 +138,13 @@ class StoredConversations(Sequence[Conversation]):
         files: Sequence[StoreFile],
         taken: NDArray[np.int64] | None = None,
         used: NDArray[np.int64] | None = None,
+        ends: Mapping[int, int] | None = None,
     ) -> None:
         self.files = tuple(files)
         self._starts = np.cumsum([0, *map(len, self.files)])
         self.taken = np.arange(self._starts[-1], dtype=np.int64) if taken is None else taken
         self.used = used
+        self.ends = dict(ends or {})
 
     def __len__(self) -> int:
         return len(self.taken)
@@ -156,7 +159,7 @@ class StoredConversations(Sequence[Conversation]):
         row = int(self.taken[index])
         file = int(np.searchsorted(self._starts, row, side="right")) - 1
         batch, place = divmod(row - int(self._starts[file]), ROWS)
-        return self.files[file].rows(batch, place, 1)[0]
+        return self._cut(row, self.files[file].rows(batch, place, 1)[0])
 
     def __iter__(self) -> Iterator[Conversation]:
         """Unpack a batch at a time, which takes a tenth of the time for all."""
@@ -167,23 +170,31 @@ class StoredConversations(Sequence[Conversation]):
             batch, place = divmod(row - int(self._starts[file]), ROWS)
             if known != (file, batch):
                 known, rows = (file, batch), self.files[file].rows(batch)
-            yield rows[place]
+            yield self._cut(row, rows[place])
+
+    def _cut(self, row: int, conversation: Conversation) -> Conversation:
+        end = self.ends.get(row)
+        return conversation if end is None else replace(conversation, messages=conversation.messages[:end])
 
     def select(self, kept: NDArray[np.int64]) -> "StoredConversations":
         """Return some of the conversations, by their places among these."""
-        return StoredConversations(self.files, self.taken[kept], self.used)
+        return StoredConversations(self.files, self.taken[kept], self.used, self.ends)
 
     @property
     def key(self) -> str:
         """A name for the contents: which files, and which of their rows."""
         digest = hashlib.sha256("\n".join(file.folder.name for file in self.files).encode())
         digest.update(self.taken.astype(np.int64).tobytes())
+        digest.update(repr(sorted(self.ends.items())).encode() if self.ends else b"")
         return digest.hexdigest()[:24]
 
     @property
     def image_counts(self) -> NDArray[np.int64]:
         """[N], images of each conversation."""
-        return self._lengths("image_names")
+        counts = self._lengths("image_names")
+        for place in self._cut_places():
+            counts[place] = len(self[place].images)
+        return counts
 
     @property
     def question_counts(self) -> NDArray[np.int64]:
@@ -193,7 +204,14 @@ class StoredConversations(Sequence[Conversation]):
             np.add.reduceat((np.asarray(roles.flatten()) == user).astype(np.int64), roles.offsets[:-1])
             for roles in (batch.column("roles") for file in self.files for batch in file.batches)
         ]
-        return np.concatenate(found).astype(np.int64)[self.taken]
+        counts = np.concatenate(found).astype(np.int64)[self.taken]
+        for place in self._cut_places():
+            counts[place] = sum(message.role == "user" for message in self[place].messages)
+        return counts
+
+    def _cut_places(self) -> list[int]:
+        found: list[int] = np.flatnonzero(np.isin(self.taken, list(self.ends))).tolist()
+        return found
 
     def list_images(self) -> list[ImageRef]:
         """Return the images, each once, in the order in which the files have them."""
@@ -248,6 +266,23 @@ def select(conversations: Sequence[Conversation], kept: NDArray[np.int64]) -> Se
     if isinstance(conversations, StoredConversations):
         return conversations.select(kept)
     return [conversations[index] for index in kept.tolist()]
+
+
+def cut(conversations: Sequence[Conversation], ends: Mapping[int, int]) -> Sequence[Conversation]:
+    """Return conversations of which some end early.
+
+    Args:
+        ends: place of a conversation -> how many of its turns are left.
+    """
+    if not isinstance(conversations, StoredConversations):
+        return [
+            replace(one, messages=one.messages[: ends[place]]) if place in ends else one
+            for place, one in enumerate(conversations)
+        ]
+    rows = {int(conversations.taken[place]): end for place, end in ends.items()}
+    return StoredConversations(
+        conversations.files, conversations.taken, conversations.used, {**conversations.ends, **rows}
+    )
 
 
 def record_numbers(conversations: Sequence[Conversation]) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.data.readers.columns import listed_texts, reference_answers
 from tinyllava.data.records import parse_columns, read_raw, read_records
 from tinyllava.data.store import find_good_images, select
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
@@ -43,6 +44,7 @@ class ReadingSettings(TypedDict, total=False):
     columns: tuple[str, ...]
     reader: str
     allow_urls: bool
+    keep_places: bool
     skip: tuple[str, ...]
 
 
@@ -75,7 +77,7 @@ def own_benchmark(
             function, or one as ``FILE.py:NAME``. A record's own ``metric`` counts before it.
         tolerance: of numbers: ``0.5``, or ``5%``. A record's own counts before it.
         max_tokens: max length of an answer.
-        reading: images, columns, reader, allow_urls, skip; as in training.
+        reading: images, columns, reader, allow_urls, keep_places, skip; as in training.
 
     Raises:
         DataError: a record has a defect, or a right answer that its metric cannot read.
@@ -166,12 +168,19 @@ def _read_asked(
     columns: tuple[str, ...] = (),
     reader: str = "",
     allow_urls: bool = False,
+    keep_places: bool = False,
     skip: tuple[str, ...] = (),
 ) -> tuple[list[_Asked], list[str]]:
     """Return a question for each answer of a file, and what was left out of it in words."""
     folder = Path(images or (path if path.is_dir() else path.parent))
     records = read_records(
-        path, folder, tuple(skip), columns=parse_columns(columns), reader=reader, allow_urls=allow_urls
+        path,
+        folder,
+        tuple(skip),
+        columns=parse_columns(columns),
+        reader=reader,
+        allow_urls=allow_urls,
+        keep_places=keep_places,
     )
     if "broken_image" in skip:
         good = find_good_images(records.conversations)
@@ -184,23 +193,27 @@ def _read_asked(
     conversations = records.conversations
     fields = {at: raw if isinstance(raw, dict) else {} for at, raw in read_raw(path, folder, reader)}
     times = Counter(conversation.id for conversation in conversations)
+    chosen = parse_columns(columns)
     asked = [
         one
         for conversation in conversations
-        for one in _split_turns(conversation, fields[conversation.at], times[conversation.id] == 1)
+        for one in _split_turns(conversation, fields[conversation.at], times[conversation.id] == 1, chosen)
     ]
     said = [f"skipped records ({name}): {number:,}" for name, number in records.skipped.items() if number]
     unused = ", ".join(f"{name} ({num:,})" for name, num in records.ignored.items())
     return asked, said + ([f"fields of the records that are not used: {unused}"] if unused else [])
 
 
-def _split_turns(conversation: Conversation, fields: Mapping[str, Any], is_id: bool) -> list[_Asked]:
+def _split_turns(
+    conversation: Conversation, fields: Mapping[str, Any], is_id: bool, columns: Mapping[str, str]
+) -> list[_Asked]:
     """Return a question for each answer of a conversation, with the turns before it."""
     messages = conversation.messages
     turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
     names = (conversation.id, "" if conversation.id and is_id else conversation.at)
     base = " ".join(name for name in names if name)
-    given = _texts(fields, "answers", conversation) if len(turns) == 1 else ()
+    listed = _texts(fields, "answers", conversation) or reference_answers(fields, columns)
+    given = listed if len(turns) == 1 else ()
     return [
         _Asked(
             conversation=replace(conversation, messages=messages[:i]),
@@ -214,7 +227,7 @@ def _split_turns(conversation: Conversation, fields: Mapping[str, Any], is_id: b
 
 def _texts(fields: Mapping[str, Any], name: str, conversation: Conversation) -> tuple[str, ...]:
     """Return a field that is a list of texts or numbers, or of VQA's objects with an answer each."""
-    value = fields.get(name)
+    value = listed_texts(fields.get(name))
     if value in (None, "", []):
         return ()
     listed = value if isinstance(value, list) else [value]

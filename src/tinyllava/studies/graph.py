@@ -175,6 +175,7 @@ def _key_of(run: Run) -> str:
     for stage in run.stages.values():
         values = stage.decisive()
         values["data"] = _data_digests(stage.data.records, stage.data.images, stage.data.skip, run.data_root)
+        values["data"] += ["image places"] if stage.data.keep_image_places else []
         stages.append(values)
     model = asdict(run.model)
     if not run.model.add_tokens:  # came later: keys of what was trained before it stay

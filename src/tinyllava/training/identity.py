@@ -25,12 +25,20 @@ FORMAT = 3
 """Of the key; a stage under an older one is trained again."""
 # What a config says of where it came from; the same model may have come by another way.
 _NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
-_BY_CONTENT = ("data", "template", "max_length_tokens")
+_BY_CONTENT = ("data", "template", "max_length_tokens", "truncate")
 """Settings of a stage that count by what they lead to: records that are left, and the template's text."""
 _PARTS = ("vision_encoder", "language_model", "template", "code", "add_tokens")
 """Settings of the model that count by what they lead to."""
 _SOURCES = {
-    "records": ("data.records", "data.skip", "data_root", "max_length_tokens", "validation.held_out"),
+    "records": (
+        "data.records",
+        "data.keep_image_places",
+        "data.skip",
+        "data_root",
+        "max_length_tokens",
+        "truncate",
+        "validation.held_out",
+    ),
     "images": (
         "data.records",
         "data.images",
@@ -150,7 +158,9 @@ def identify(
 
 
 def _sources(run: Run, stage: Stage) -> dict[str, Any]:
+    later = {"data.keep_image_places": stage.data.keep_image_places, "truncate": stage.truncate}
     return {
+        **{name: value for name, value in later.items() if value},
         "data.records": [resolved(s.name) + s.options for s in map(parse_source, stage.data.records)],
         "data.images": resolved(stage.data.images),
         "data.skip": sorted(set(stage.data.skip)),

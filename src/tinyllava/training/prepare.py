@@ -83,6 +83,7 @@ class Prepared:
             "num_supervised_tokens": sum(self.examples.supervised_lengths),
             "longest_tokens": max(self.examples.lengths),
             "skipped": dict(self.skipped),
+            **({"truncated": self.examples.num_truncated} if self.examples.num_truncated else {}),
             **({"mixture": [one.summary() for one in self.mixture]} if self.mixture else {}),
             "records_digest": self.records_digest,
             "images_digest": self.images_digest,
@@ -219,7 +220,13 @@ def _measure(
         separate_questions=stage.separate_questions,
     )
     task = bar.add_task(task_name, total=len(examples), note="")
-    return measure(examples, stage.max_length_tokens, stage.data.skip, lambda n: bar.advance(task, n))
+    return measure(
+        examples,
+        stage.max_length_tokens,
+        stage.data.skip,
+        lambda n: bar.advance(task, n),
+        truncate=stage.truncate,
+    )
 
 
 def _describe_held(

@@ -380,6 +380,9 @@ def _announce(name: str, stage: Stage, ledger: Ledger, prepared: Prepared) -> No
                 f"  {prepared.held_out.num_seen:,} of them show an image that is trained on: their loss also "
                 "measures memory. `--held-out 10%` keeps images apart."
             )
+    if prepared.examples.num_truncated:
+        cut = f"{prepared.examples.num_truncated:,} records end behind an earlier answer"
+        _say(f"  truncated: {cut}, to fit {stage.max_length_tokens:,} tokens")
     if prepared.skipped:
         _say("  left out: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items()))
 

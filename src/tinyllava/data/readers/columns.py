@@ -8,6 +8,7 @@ LLaVA asks ScienceQA, so that training and evaluation ask the same.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -99,9 +100,11 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
     question = _text(raw, columns["question"], where) if "question" in columns else ""
     if columns.get("question", "").lower() == "instruction" and raw.get("input"):  # Alpaca
         question = "\n".join(filter(None, (question, _text(raw, "input", where))))
-    answer = _text(raw, columns[kind], where)
+    references = reference_answers(raw, reading.columns) if kind == "answer" else ()
+    given = Counter(references).most_common(1)[0][0] if references else raw[columns[kind]]  # first of equals
+    answer = _text({**raw, columns[kind]: given}, columns[kind], where)
     if question and kind == "answer" and (options := find_options(raw, where)):
-        question, answer = with_options(question, raw[columns[kind]], options, where)
+        question, answer = with_options(question, given, options, where)
     turns = [*_history(raw, where), Turn("user", split_marks(question or asked)), Turn("assistant", [answer])]
     numbered = numbered_images(raw)
     listed = _images(raw.get(columns.get("image", "")), where)
@@ -114,6 +117,24 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
     known = (*columns.values(), *numbered.values(), *option_columns(raw), "history", "input")
     note_unknown(raw, known, reading)
     return make_conversation(raw, turns, at, reading, listed=listed)
+
+
+def reference_answers(raw: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[str, ...]:
+    """Return all right answers of a row with a column ``answers``: a list of texts, or of VQA's objects.
+
+    In other columns a list is no such list: it may be a box, or several labels.
+
+    Returns:
+        Their texts; empty where the row has one answer, or none that can be read as a list.
+    """
+    column = find_columns(raw, chosen).get("answer", "")
+    value = listed_texts(raw.get(column))
+    if column.strip().lower() != "answers" or not isinstance(value, list):
+        return ()
+    values = [one.get("answer") if isinstance(one, Mapping) else one for one in value]
+    if not all(isinstance(one, str | int | float) and str(one).strip() for one in values):
+        return ()
+    return tuple(as_text(one, repr(column), "").strip() for one in values)
 
 
 def _images(value: Any, where: str) -> list[Any]:

@@ -63,6 +63,8 @@ class Reading:
     """Of a table: ``image``, ``question`` or ``answer`` -> the name of that column."""
     allow_urls: bool = False
     """Whether images at http(s) addresses are downloaded."""
+    keep_places: bool = False
+    """Whether images stay where the text has them in every form."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Records left out (or, for leading_answer, turns dropped), by the name of the defect."""
     ignored: Counter[str] = field(default_factory=Counter)
@@ -171,6 +173,8 @@ def make_conversation(
     """
     where = reading.place(at, raw)
     _refuse_unsupported(raw, turns, where)
+    for turn in turns if reading.keep_places else ():
+        turn.keeps_places = True
     _add_system(raw, turns, where)
     first = 1 if turns and turns[0].role == "system" else 0
     if "leading_answer" in reading.skip and turns[first:] and turns[first].role == "assistant":
