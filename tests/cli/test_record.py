@@ -36,7 +36,7 @@ def shown(capsys, *arguments: object, status: int = 0) -> str:
 
 def test_the_text_and_what_is_supervised_of_it(checkpoint, records, capsys):
     out = shown(capsys, records, "--images", records.parent / "images", "--model", checkpoint, "--index", 1)
-    assert "record r1" in out
+    assert "record 1 (id r1)" in out
     text = (
         f"<s>{SYSTEM}USER: <image>\nWhat colour is number 1? ASSISTANT:>> green</s><<"
         "USER: Is it really green? ASSISTANT:>> yes</s><<"
@@ -74,7 +74,7 @@ def test_another_template_another_number_of_image_tokens_and_several_records(che
     assert "<s><image>>>blue\n<<>>yes\n<<" in out
     assert "100 of them for 1 image(s)" in out
     assert "0 of them for 0 image(s)" in out
-    assert re.findall("record (r\\d+)", out) == ["r2", "r3"]
+    assert re.findall(r"record \d+ \(id (r\d+)\)", out) == ["r2", "r3"]
 
 
 def test_a_language_model_alone_is_enough(parts, records, capsys):
@@ -133,6 +133,6 @@ def test_errors_are_said_in_a_line(checkpoint, records, tmp_path, capsys):
     assert error.startswith(
         f"error: {bad}: record 1 (id b): the conversation ends with a question [unanswered]"
     )
-    assert "record [/a]" in shown(capsys, bad, "--model", checkpoint, "--skip", "unanswered")
+    assert "record 0 (id [/a])" in shown(capsys, bad, "--model", checkpoint, "--skip", "unanswered")
     assert main(["record", str(records), *map(str, images[:2]), "--model", str(tmp_path)]) == 2
     assert "no tinyllava checkpoint there" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from studies.report.chromium import open_page
 from tinyllava.cli import main
 from tinyllava.config import DataConfig
 from tinyllava.data.checking import check_files, shared_images
@@ -65,6 +66,32 @@ def test_a_check_shows_what_a_mixture_takes_of_each_file(table, capsys):
     assert f"  {table},weight=1,limit=4: 3 samples of 8 records\n" in shown
     assert main(["data", "convert", f"{table},limit=4", str(table.with_name("some.json"))]) == 0
     assert len(json.loads(table.with_name("some.json").read_text())) == 4
+
+
+@pytest.mark.parametrize("width_px", [390, 1280])
+def test_the_page_shows_images_where_turns_have_them_and_fits_the_screen(table, tmp_path, width_px):
+    one, two = ({"type": "image", "path": f"photos/moth{n}.png"} for n in range(2))
+    turns = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Is "}, one, {"type": "text", "text": " red?"}],
+        },
+        {"role": "assistant", "content": "no " * 900, "loss": 0},
+        {"role": "user", "content": [two, {"type": "text", "text": "x" * 300}]},
+        {"role": "assistant", "content": "<b>yes</b>"},
+    ]
+    chat = table.with_name("chat.json")
+    chat.write_text(json.dumps([{"id": f"m{n}", "messages": turns, "source": "web"} for n in range(3)]))
+    page = table.with_name("check.html")
+    assert main(["data", "check", str(chat), "--page", str(page)]) == 0
+    html = page.read_text()
+    assert html.count("record 1 (id m1)</p>") == 1
+    assert "<b>user</b> Is &lt;image&gt; red?</p>" in html
+    assert "<b>assistant</b> (not trained) no no" in html
+    assert '<p class="trained"><b>assistant</b> &lt;b&gt;yes&lt;/b&gt;</p>' in html
+    assert "<td>3<td>source</tr>" in html
+    seen = open_page(page, tmp_path, width_px)
+    assert (seen.console, len(seen.images), seen.width, seen.overflow) == ([], 6, width_px, 0)
 
 
 def test_a_check_shows_what_the_template_makes_of_three_records(table, parts, capsys):

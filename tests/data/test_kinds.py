@@ -712,7 +712,11 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=tree("1.jpg", **{"1__txt": ""}), says=("file 1.jpg: an answer has no text",)
         ),
         "names of a camera": Kind(
-            write=tree("IMG_0001.jpg"), says=("file IMG_0001.jpg: an answer has no text",)
+            write=tree("IMG_0001.jpg", "IMG_0002.jpg"),
+            says=(
+                "no image in it has a label or a caption.",
+                "Put images into folders named by their labels",
+            ),
         ),
         "`train` and `test` above the labels": Kind(
             write=tree("train/beetle/1.jpg", "test/moth/2.jpg"),

@@ -142,7 +142,9 @@ def print_record(conversation: "Conversation", processor: "TinyLlavaProcessor", 
         shown.append(text[start:end] if console.is_terminal else f">>{text[start:end]}<<", style="bold green")
         position = end
     shown.append(text[position:])
-    console.rule(Text(f"record {conversation.id or '(no id)'}"))
+    console.rule(
+        Text(f"{conversation.at or 'record'}{f' (id {conversation.id})' if conversation.id else ''}")
+    )
     console.print(shown)
     num_image = encoded.input_ids.count(processor.image_token_id)
     console.print(

@@ -17,6 +17,7 @@ from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.defects import DEFECTS, Defect
 from tinyllava.data.hashes import sha256_of_image
 from tinyllava.data.images import open_image
+from tinyllava.data.readers.form import IMAGE_MARK
 from tinyllava.data.records import iter_conversations, open_readings
 from tinyllava.data.sources import Share, mix
 from tinyllava.errors import ImageError
@@ -155,7 +156,10 @@ def _short(text: str) -> str:
 def write_page(check: FileCheck, path: Path, name: str, num_shown: int = 60) -> None:
     """Write one HTML page with all defects, the answers, and some records with their images."""
     step = max(1, -(-len(check.conversations) // num_shown))
-    shown = [(c, [_thumbnail(ref) for ref in c.images]) for c in check.conversations[::step]]
+    shown = [
+        (c, [(message, [_thumbnail(ref) for ref in message.images]) for message in c.messages])
+        for c in check.conversations[::step]
+    ]
     defects: dict[str, list[Defect]] = defaultdict(list)
     for defect in check.defects:
         defects[defect.name].append(defect)
@@ -163,6 +167,8 @@ def write_page(check: FileCheck, path: Path, name: str, num_shown: int = 60) -> 
     environment = jinja2.Environment(autoescape=True, keep_trailing_newline=True)
     text = environment.from_string(template).render(
         name=name,
+        mark=IMAGE_MARK,
+        is_one_file=len({c.source for c in check.conversations}) == 1,
         check=check,
         defects=defects,
         meanings=DEFECTS,

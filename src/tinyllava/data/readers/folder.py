@@ -56,6 +56,13 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
     paths = sorted(path for path in folder.rglob("*") if _is_shown(path))
     if not paths:
         raise DataError(f"{folder}: no image in this folder. Give a folder of images, or a record file.")
+    if all(path.parent == folder and not _label_of(path.stem) for path in paths) and not any(
+        path.with_suffix(".txt").is_file() for path in paths
+    ):
+        raise DataError(
+            f"{folder}: no image in it has a label or a caption. Put images into folders named by their "
+            "labels, name them (beetle_1.jpg), or write captions into .txt files beside them."
+        )
     for path in paths:
         name = path.relative_to(folder).as_posix()
         row: dict[str, Any] = {"video" if path.suffix.lower() in VIDEOS else "image": name}
