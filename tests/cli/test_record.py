@@ -74,7 +74,7 @@ def test_another_template_another_number_of_image_tokens_and_several_records(che
     assert "<s><image>>>blue\n<<>>yes\n<<" in out
     assert "100 of them for 1 image(s)" in out
     assert "0 of them for 0 image(s)" in out
-    assert re.findall(r"record \d+ \(id (r\d+)\)", out) == ["r2", "r3"]
+    assert re.findall(r"─ record \d+ \(id (r\d+)\) ─", out) == ["r2", "r3"]
 
 
 def test_a_language_model_alone_is_enough(parts, records, capsys):
