@@ -176,7 +176,7 @@ def test_its_benchmark_is_found_and_grades(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("import torch\n\nx = 1 / 0\n", "line 3: ZeroDivisionError: division by zero"),
-        ("class Mean:\n    pass\n", "is no connector"),
+        ("class Mean:\n    pass\n", "is not a connector"),
         ("def (", "line 1"),
         ("X = 1", "unknown name in"),
     ],

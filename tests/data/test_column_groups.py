@@ -61,13 +61,13 @@ def test_options_become_lines_of_the_question_and_the_answer_its_letter(read, ro
     [
         (
             {"choices": ["2", "3", "4"], "answer": 2},
-            "the answer '2' is none of the options A. 2.*or could be two",
+            "the answer '2' is not one of the options A. 2.*or could be two",
         ),
         (
             {"choices": ["red", "blue"], "answer": "C"},
-            "the answer 'C' is none of the options A. red, B. blue",
+            "the answer 'C' is not one of the options A. red, B. blue",
         ),
-        ({"choices": ["red", "blue"], "answer": 2}, "the answer '2' is none of the options"),
+        ({"choices": ["red", "blue"], "answer": 2}, "the answer '2' is not one of the options"),
         ({"choices": ["red", ["blue"]], "answer": "A"}, r"the option \['blue'\] must be text or a number"),
         ({"choices": "red or blue", "answer": "A"}, "'choices' must be a list of texts"),
     ],

@@ -136,7 +136,7 @@ def test_code_in_the_folder_is_never_run(copy: Path, name: str) -> None:
     classes = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor")
     (copy / "evil.py").write_text("import pathlib\npathlib.Path('executed').touch()\nclass E: pass\n")
     change(copy, name, ("auto_map",), dict.fromkeys(classes, "evil.E"))
-    with pytest.raises(CheckpointError, match=r"auto_map asks for code .* is never run"):
+    with pytest.raises(CheckpointError, match=r"auto_map names code .* is never run"):
         open_checkpoint(copy)
     assert not Path("executed").exists()
 

@@ -46,7 +46,7 @@ WRONG: dict[str, tuple[Run, str, str]] = {
     "grid": (
         model(connector="pixel_shuffle", connector_options={"block": 2}),
         "model.connector_options: ",
-        "choose a block out of [1, 3, 9, 27]",
+        "choose one of [1, 3, 9, 27]",
     ),
     "side": (model(image_size_px=336), "model.image_size_px = 336", "leave it at 0"),
     "template": (model(template="ph"), "model.template: unknown template 'ph'", "known: caption, chatml"),

@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "address": (
         ask_about("http://127.0.0.1/a.png"),
         "messages.0.content.0.image_url.url",
-        "this server opens no file, and addresses only at the hosts that it was told",
+        "this server opens no file, and addresses only at the hosts that it was given",
     ),
     "file": (ask_about("/etc/hostname"), "messages.0.content.0.image_url.url", "this server opens no file"),
     "file address": (ask_about("file:///etc/hostname"), "messages.0.content.0.image_url.url", "data URL"),
@@ -269,7 +269,7 @@ def test_what_is_sent_in_pieces_does_not_wait_for_the_client() -> None:
 
 def test_the_command_refuses_before_a_model_is_opened(toy: Path) -> None:
     everyone = run(str(toy), "--host", "0.0.0.0")
-    assert (everyone.returncode, "add --no-api-key if that is meant" in everyone.stderr) == (2, True)
+    assert (everyone.returncode, "add --no-api-key to serve without one" in everyone.stderr) == (2, True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         refused = run(str(toy), "--port", port)

@@ -331,7 +331,7 @@ def test_a_checkpoint_with_any_file_damaged_is_passed_over_for_the_one_before(pa
             assert checkpoints.find_checkpoint(copy, key, said.append) == copy / "checkpoint-1", (name, way)
             assert len(said) == 1
             assert said[0].startswith(f"{copy / 'checkpoint-2'}: ")
-            assert said[0].endswith("passed over")
+            assert said[0].endswith("skipped")
             shutil.rmtree(copy)
     (stage / "checkpoint-2/optimizer.pt").write_bytes(b"garbage")
     capsys.readouterr()
@@ -369,7 +369,7 @@ def test_with_every_checkpoint_damaged_the_stage_starts_over_and_says_so(parts, 
         path.unlink()
     assert count_steps(lambda: train(run))["pretrain"] == 3
     said = capsys.readouterr().out
-    assert said.count("optimizer.pt is missing; passed over") == 2
+    assert said.count("optimizer.pt is missing; skipped") == 2
     assert "pretrain: nothing whole is left of it; starting over" in said
 
 

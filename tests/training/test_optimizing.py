@@ -88,7 +88,7 @@ def test_adapters_sit_on_the_chosen_layers_and_modules(parts, records, tmp_path)
     both = adapted(parts, records, tmp_path, layers=(0,), modules=("v_proj",))
     assert both == {"layers.0.self_attn.v_proj"}
     with pytest.raises(
-        ConfigError, match=r"modules = 'Wqkv': no linear layer's name ends so; known: down_proj"
+        ConfigError, match=r"modules = 'Wqkv': no linear layer's name ends with it; known: down_proj"
     ):
         adapted(parts, records, tmp_path, modules=("Wqkv",))
 

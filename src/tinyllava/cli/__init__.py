@@ -32,7 +32,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(module="train", help="train a variant of the paper or your own model"),
     "record": Command(module="record", help="show records as training sees them, supervised text in colour"),
     "show": Command(module="show", help="list parts, recipes and variants, or estimate the cost of a run"),
-    "evaluate": Command(module="evaluate", help="evaluate a checkpoint on benchmarks"),
+    "evaluate": Command(module="evaluate", help="evaluate a checkpoint on benchmarks or your own questions"),
     "compare": Command(module="compare", help="compare two evaluations question by question"),
     "reproduce": Command(
         module="reproduce", help="reproduce a figure or table of the paper, or run your own grid"

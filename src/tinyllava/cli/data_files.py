@@ -23,7 +23,7 @@ questions. The exit status is 1 if there is a defect.
 """
 _CONVERT = """
 Write a file of any form as LLaVA's JSON or JSON lines, or as Parquet with the
-bytes of its images. Fields that are not used are left out, and named.
+bytes of its images. Unused fields are dropped, and their names printed.
 
   tinyllava data convert my.csv my.json
   tinyllava data convert my.json my.jsonl --form messages
@@ -31,8 +31,8 @@ bytes of its images. Fields that are not used are left out, and named.
 """
 _SPLIT = """
 Hold records out for a test, by their images: no image is on both sides. The
-choice follows from the contents, so it is the same on every machine. Writes
-FILE-train.json and FILE-held-out.json in LLaVA's form beside the file.
+choice depends only on the contents, so it is the same on every machine. Writes
+FILE-train.json and FILE-held-out.json in LLaVA's form next to the file.
 
   tinyllava data split my.csv --held-out 10%
 """
@@ -45,7 +45,9 @@ def check(arguments: list[str]) -> int:
     parser = CommandParser("data check", _CHECK)
     parser.add_argument("file", nargs="+", help="record file, or folder of images")
     add_data_options(parser)
-    parser.add_argument("--against", default="", help="another file: records that show the same images")
+    parser.add_argument(
+        "--against", default="", help="another file; list records that show one of its images"
+    )
     parser.add_argument("--no-images", action="store_true", help="do not decode images, which takes longest")
     parser.add_argument("--page", default="", help="HTML file to write, with images and all defects")
     parser.add_argument("--model", default="", help="checkpoint whose tokens are counted")
@@ -192,7 +194,7 @@ def _print_left_out(skipped: Mapping[str, int], ignored: Mapping[str, int]) -> N
     if skipped:
         print(f"skipped: {_counted(skipped)}")
     if ignored:
-        print(f"fields left out: {_counted(ignored)}")
+        print(f"unused fields dropped: {_counted(ignored)}")
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -40,7 +40,7 @@ again to resume.
       one process for each of four GPUs (default: all of this machine)
 
   tinyllava evaluate MODEL --data my_test.json
-      your own questions; a metric is chosen by what the right answers look like
+      your own questions, with a metric that fits the right answers
   tinyllava evaluate MODEL --data my_test.json --metric exact --blind
 
 MM-Vet and LLaVA-W need a judge model, or a folder with its recorded reviews:
@@ -249,7 +249,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--metric",
         default="auto",
         help="own questions: exact, yes_no, number, choice, contains, vqa, f1, rouge, judge, FILE.py:NAME "
-        "or auto (default: by what the right answers look like)",
+        "or auto (default: a metric that fits the right answers)",
     )
     add("--tolerance", default="0", help="own questions: how far a number may be off: 0.5, or 5%%")
     add("--max-tokens", type=int, default=256, help="own questions: max length of an answer (default: 256)")

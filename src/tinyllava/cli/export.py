@@ -19,8 +19,8 @@ Write a checkpoint for others, with a model card: as transformers' LLaVA
 (--format llava), for vLLM (--format vllm), as ONNX graphs for transformers.js
 and other runtimes (--format onnx), as a page that answers in the browser
 (--format web), for llama.cpp and Ollama (--format gguf), or in the layout of
-tinyllava; adapters of peft are merged. The folder is opened
-again as its reader would, and its logits compared, before it is there.
+tinyllava. Adapters of peft are merged. Before the folder appears, it is opened
+as its readers will open it, and its logits are compared.
 
   tinyllava export runs/mine/model --formats     which formats can hold it
   tinyllava export runs/mine/model out --format llava

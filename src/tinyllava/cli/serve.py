@@ -23,10 +23,10 @@ Serve a model on this machine: a web page, and an API like OpenAI's.
   tinyllava serve gguf-folder --engine llama.cpp
 
 Open the printed address in a browser, or use it as base_url of an OpenAI
-client. Images come inside the requests, as data URLs; the server opens no
-file that a client names, and addresses only with --allow-image-hosts.
-Requests are answered together as they come, and what they share is computed
-once. Ctrl-C or SIGTERM finishes the running requests and exits.
+client. Clients send images as data URLs. The server never opens a file that a
+client names, and opens addresses only with --allow-image-hosts. Requests are
+batched continuously, and shared prefixes are computed once. Ctrl-C or SIGTERM
+finishes the running requests and exits.
 """
 _MAX_EXAMPLES_BYTES = 4 * 2**20
 KEY_VARIABLE = "TINYLLAVA_API_KEY"
@@ -35,24 +35,24 @@ KEY_VARIABLE = "TINYLLAVA_API_KEY"
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = CommandParser("serve", _HELP)
     parser.add_argument("model", nargs="?", default="", help="checkpoint folder (default: the starter's)")
-    parser.add_argument("--name", default="", help="name of the model in the API (default: of its folder)")
+    parser.add_argument("--name", default="", help="model name in the API (default: its folder's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     parser.add_argument(
         "--api-key",
         action="append",
         default=[],
-        help=f"key that clients have to send; may be given several times (default: {KEY_VARIABLE}, "
-        "which other users of the machine cannot see; several with commas)",
+        help=f"key that clients must send (repeatable; default: the keys in {KEY_VARIABLE}, "
+        "separated by commas, which other users of this machine cannot see)",
     )
     parser.add_argument(
-        "--no-api-key", action="store_true", help="let everyone ask who can reach --host, without a key"
+        "--no-api-key", action="store_true", help="accept requests without a key from all who reach --host"
     )
     parser.add_argument(
         "--allow-image-hosts",
         default="",
         metavar="HOSTS",
-        help="hosts, with commas, at which images may be given by their address (default: none)",
+        help="hosts, separated by commas, on which clients may name images by address (default: none)",
     )
     parser.add_argument(
         "--engine",
@@ -60,19 +60,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="own",
         help="llama.cpp serves a folder that `tinyllava export --format gguf` has written",
     )
-    parser.add_argument("--device", default="", help="device of torch (default: a GPU if there is one)")
+    parser.add_argument("--device", default="", help="torch device (default: a GPU if available)")
     add_bits(parser)
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-tokens", type=int, default=2_048, help="longest answer")
-    limits.add_argument("--max-images", type=int, default=16, help="images in a request")
-    limits.add_argument("--max-pixels", type=int, default=50_000_000, help="pixels of an image")
-    limits.add_argument("--max-body-mib", type=int, default=32, help="size of a request")
-    limits.add_argument("--max-waiting", type=int, default=64, help="requests, running ones included")
-    limits.add_argument("--max-running", type=int, default=32, help="answers that are decoded together")
-    room = "tokens of running and remembered conversations (default: as many as 4 GiB hold)"
+    limits.add_argument("--max-tokens", type=int, default=2_048, help="max length of an answer in tokens")
+    limits.add_argument("--max-images", type=int, default=16, help="max images per request")
+    limits.add_argument("--max-pixels", type=int, default=50_000_000, help="max pixels per image")
+    limits.add_argument("--max-body-mib", type=int, default=32, help="max size of a request in MiB")
+    limits.add_argument("--max-waiting", type=int, default=64, help="max requests, running and waiting")
+    limits.add_argument("--max-running", type=int, default=32, help="max answers decoded together")
+    room = "max tokens of running and cached conversations (default: as many as fit in 4 GiB)"
     limits.add_argument("--cache-tokens", type=int, default=0, help=room)
-    limits.add_argument("--timeout", type=float, default=300, help="seconds for a request, waiting included")
-    limits.add_argument("--drain", type=int, default=60, help="seconds that running requests get at the end")
+    limits.add_argument("--timeout", type=float, default=300, help="max seconds per request, wait included")
+    limits.add_argument("--drain", type=int, default=60, help="seconds to finish running requests at exit")
     known = parser.parse_args(arguments)
     positive = [name for name in vars(known) if name.startswith("max_")]
     for name in (*positive, "timeout", "drain"):
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
     if not (is_loopback(known.host) or known.api_keys or known.no_api_key):
         raise ConfigError(
             f"--host {known.host}: everyone who can reach it could use the model; set {KEY_VARIABLE} to a "
-            "key, or add --no-api-key if that is meant."
+            "key, or add --no-api-key to serve without one."
         )
     limits = Limits(
         max_body_bytes=known.max_body_mib * 2**20,

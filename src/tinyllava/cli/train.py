@@ -26,7 +26,7 @@ checkpoint.
   tinyllava train base-Sig-Phi --data /data
       on the files of Table 2, in their published layout in /data
   tinyllava train base --from CKPT --data my.json
-      fine-tune a checkpoint on your own LLaVA-format records
+      fine-tune a checkpoint on your own records
   tinyllava train my_recipes.py:MINE --data /data
       your own run: a Python file and a name in it
   tinyllava train my_recipes.py:MINE-Sig-Phi --data /data
@@ -80,11 +80,7 @@ def _make_parser() -> CommandParser:
         help="end after N validations without a lower held-out loss, with the weights of the lowest",
     )
     parser.add_argument(
-        "--keep",
-        type=int,
-        default=None,
-        metavar="N",
-        help="checkpoints of each stage that stay when it is done",
+        "--keep", type=int, default=None, metavar="N", help="keep the last N checkpoints of each stage"
     )
     parser.add_argument(
         "--add-tokens",

@@ -164,7 +164,8 @@ def _choose_targets(
         if not any(f".{name}".endswith(f".{end}") for name in inside):
             known = sorted({name.rpartition(".")[2] for name in targets})
             raise ConfigError(
-                f"{component}.modules = {end!r}: no linear layer's name ends so; known: {', '.join(known)}."
+                f"{component}.modules = {end!r}: no linear layer's name ends with it; known: "
+                f"{', '.join(known)}."
             )
     return [
         name
@@ -241,9 +242,9 @@ class Ledger:
         """
         if not any(row.moved for row in self.rows):
             raise TrainingError(
-                "nothing moved: every tensor that was to be trained is what it was before the stage. Look at "
-                "the rates in metrics.jsonl, whether its records have images, and whether fp16 skipped every "
-                "step."
+                "nothing was trained: no tensor of the trained parts changed in this stage. Check "
+                "the learning rates in metrics.jsonl, whether the records have images, and whether fp16 "
+                "skipped every step."
             )
 
     def save(self, path: Path) -> None:
@@ -321,7 +322,7 @@ def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
     moved = [row.name for row in closed.rows if row.moved and not row.trained]
     if moved:
         raise TrainingError(
-            f"frozen tensors moved: {', '.join(moved[:5])} ({len(moved)} in all); do not use this run."
+            f"frozen tensors changed: {', '.join(moved[:5])} ({len(moved)} in all); do not use this run."
         )
     return closed
 

@@ -50,7 +50,7 @@ def _one_per_block(num_patches: int, options: Options) -> int:
     if side * side != num_patches or side % block:
         raise ConfigError(
             f"a grid of {num_patches} patches ({side} x {side}) does not divide "
-            f"into blocks of {block} x {block}; choose a block out of {_divisors(side)}."
+            f"into blocks of {block} x {block}; choose one of {_divisors(side)}."
         )
     return (side // block) ** 2
 
@@ -235,7 +235,7 @@ def _own_connector(name: str, value: object) -> Connector:
     count = getattr(value, "num_tokens", None)
     if not isinstance(value, type) or not callable(count):
         raise ConfigError(
-            f"connector {name}: {value!r} is no connector; give the class of a torch module with a static "
+            f"connector {name}: {value!r} is not a connector; give the class of a torch module with a static "
             "method num_tokens(num_patches, **options) (docs/guides/models.md)."
         )
     parameters = signature(value).parameters.values()

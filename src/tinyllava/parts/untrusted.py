@@ -60,7 +60,9 @@ def check_settings(path: Path, settings: Mapping[str, Any], num_tensors: int | N
     """
     for place, value in _walk(settings):
         if (name := place[-1]) == "auto_map":
-            raise CheckpointError(f"{path}: auto_map asks for code of the folder's own, which is never run.")
+            raise CheckpointError(
+                f"{path}: auto_map names code in the folder, which is never run. Remove auto_map."
+            )
         if not isinstance(value, int | float) or isinstance(value, bool) or name == "model_max_length":
             continue
         most = _LARGEST

@@ -90,7 +90,7 @@ class ImageHosts:
         allowed = ", ".join(sorted({host for host, _ in self._allowed})) or "none"
         raise ImageError(
             f"image_url {name!r}{where}: this server opens no file, and addresses only at the hosts that it "
-            f"was told (http or https, usual ports, no user name): {allowed}. Send the image itself as a "
+            f"was given (http or https, usual ports, no user name): {allowed}. Send the image itself as a "
             "data URL, data:image/png;base64,iVBORw0..."
         )
 

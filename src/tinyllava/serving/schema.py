@@ -215,7 +215,8 @@ def _read_max_tokens(request: ChatRequest, limits: Limits) -> int:
         if value is not None and value > limits.max_tokens:
             raise RequestError(
                 400,
-                f"{name} = {value}: at most {limits.max_tokens} here; ask for fewer (whoever runs the server "
+                f"{name} = {value}: at most {limits.max_tokens} here; ask for fewer (the operator "
+                "of the server "
                 "can raise it with --max-tokens).",
                 code="invalid_value",
                 param=name,

@@ -133,12 +133,12 @@ def find_checkpoint(folder: Path, key: str, say: Callable[[str], None]) -> Path 
     for _, path in _checkpoints(folder):
         manifest = read_object(path / MANIFEST)
         if manifest is None:
-            say(f"{path}: not complete; passed over")
+            say(f"{path}: incomplete; skipped")
         elif manifest.get("key") == key:
             damage = find_damage(path, manifest.get("files"))
             if not damage:
                 return path
-            say(f"{path}: {damage}; passed over")
+            say(f"{path}: {damage}; skipped")
     return None
 
 

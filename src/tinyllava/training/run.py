@@ -200,7 +200,9 @@ def _run_stage(
         ledger = close_ledger(ledger, model)
         ledger.require_movement()
         for component in ledger.unmoved():
-            _say(f"  {component} was to be trained and did not move: nothing in these records reaches it.")
+            _say(
+                f"  {component} should be trained but did not change: nothing in these records depends on it."
+            )
         metadata = {"key": identity.key, "stage": name, **metadata, "data": prepared.summary()}
         if PartialState().is_main_process:
             ledger.save(folder / "ledger.json")

@@ -211,7 +211,7 @@ def test_folders_that_are_no_checkpoint_or_no_target(parts: dict[str, Path], tmp
     checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
     with pytest.raises(CheckpointError, match="is not empty"):
         export_checkpoint(checkpoint, checkpoint)
-    with pytest.raises(CheckpointError, match="is no adapter"):
+    with pytest.raises(CheckpointError, match="is not an adapter"):
         export_checkpoint(checkpoint, tmp_path / "out", base=checkpoint)
 
 

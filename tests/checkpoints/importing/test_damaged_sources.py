@@ -130,7 +130,7 @@ TENSORS = {
     ),
     "connector": (reshape_connector, "connector mlp", "linear_1.weight [3, 3], not [32, 32]"),
     "codes": (quantise, "1 tensor of type torch.int8", "quantised", "lm_head.weight"),
-    "not a number": (break_numbers, "1 tensor with values that are no finite numbers", "norm.weight"),
+    "not a number": (break_numbers, "1 tensor with values that are NaN or infinite", "norm.weight"),
 }
 
 

@@ -120,7 +120,7 @@ def test_constants_that_the_model_would_compute_otherwise(bench: Path) -> None:
         ({"mm_vision_select_layer": -9}, "feature layer -9 of 4 layers; allowed: 1 to 4"),
         (
             {"model_type": "tiny_llava_mamba"},
-            "model_type 'tiny_llava_mamba'.* is of no known kind; known: Tiny",
+            "model_type 'tiny_llava_mamba'.* is not of a known kind; known: Tiny",
         ),
         ({"model_type": "tinyllava", "connector": "mlp"}, "is a tinyllava checkpoint already"),
         ({"tie_word_embeddings": True}, "ties the head to the embedding.*differ"),
@@ -192,7 +192,7 @@ def test_pickles_that_hold_more_than_tensors(factory: Path, tmp_path: Path) -> N
     torch.save([torch.ones(1)], factory / "pytorch_model.bin")
     refused(factory, "expected tensors by name, found list")
     torch.save({"weight": torch.ones(1), "epoch": 3}, factory / "pytorch_model.bin")
-    refused(factory, "entries that are no tensors: epoch")
+    refused(factory, "entries that are not tensors: epoch")
 
 
 def test_weight_files_that_are_incomplete(bench: Path) -> None:

@@ -270,7 +270,7 @@ def push(folder: Path, repository: str, *, private: bool = False, message: str =
         cause = error.__cause__ or error  # of an upload that broke off: what broke it
         said = first_line(cause).rstrip(".")
         raise CheckpointError(
-            f"{repository}: could not be pushed ({type(cause).__name__}: {said}); see that the "
-            "network is there and try again."
+            f"{repository}: could not be pushed ({type(cause).__name__}: {said}); check "
+            "the network and try again."
         ) from error
     return str(commit.commit_url)

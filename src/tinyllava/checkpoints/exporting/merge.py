@@ -70,7 +70,7 @@ def base_of(folder: Path, base: str | Path | None) -> Path:
     if not (folder / "adapter_config.json").is_file():
         if base is not None:
             raise CheckpointError(
-                f"--base {base}: {folder} is no adapter (no adapter_config.json); leave it out."
+                f"--base {base}: {folder} is not an adapter (no adapter_config.json); leave out --base."
             )
         check_checkpoint(folder)
         return folder

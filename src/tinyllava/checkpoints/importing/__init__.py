@@ -73,7 +73,7 @@ def read_parts(source: str | Path, given: Given) -> SourceParts:
     if model_type == "tinyllava":
         raise CheckpointError(f"{path}: is a tinyllava checkpoint already; nothing to import.")
     raise CheckpointError(
-        f"{path}: config.json (model_type {model_type!r}) is of no known kind; known: {_KINDS}."
+        f"{path}: config.json (model_type {model_type!r}) is not of a known kind; known: {_KINDS}."
     )
 
 

@@ -150,8 +150,8 @@ def _refuse_infinities(model: nn.Module, where: str) -> None:
     broken = sorted(name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all())
     if broken:
         raise CheckpointError(
-            f"{where}: {count(broken)} with values that are no finite numbers: {', '.join(broken)}. Without "
-            "--dtype they are as stored; if they are there so, download the folder again."
+            f"{where}: {count(broken)} with values that are NaN or infinite: {', '.join(broken)}. Leave "
+            "out --dtype. If the source has them too, download its folder again."
         )
 
 

@@ -112,7 +112,7 @@ def factory_qformer(tensors: Tensors, where: str) -> Found:
     if num_layers != _BERT_LAYERS.get(width, max(1, num_layers)):
         raise CheckpointError(
             f"{where}: connector qformer: {num_layers} layers of width {width}; expected "
-            f"{_BERT_LAYERS.get(width, 'at least 1')}. Fetch the folder again."
+            f"{_BERT_LAYERS.get(width, 'at least 1')}. Download the folder again."
         )
     options = {
         "num_queries": num_queries,

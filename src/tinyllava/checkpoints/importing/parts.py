@@ -293,7 +293,8 @@ def _load_image_processor(parts: SourceParts, encoder: VisionEncoder) -> Any:
             )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{parts.image_processor}: image processor cannot be opened: {error} Fetch the folder again."
+                f"{parts.image_processor}: image processor cannot be opened: {error} Download the "
+                "folder again."
             ) from error
     side = {"height": encoder.image_size_px, "width": encoder.image_size_px}
     kind = VISION_FAMILIES[encoder.family].image_processor

@@ -89,7 +89,7 @@ def read_file(path: Path) -> Tensors:
     except (pickle.UnpicklingError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise CheckpointError(
             f"{path}: is damaged, or holds Python objects, which could run code when opened; only tensors "
-            "are read. Fetch the file again, or save it as safetensors where you trust it."
+            "are read. Download the file again, or save it as safetensors where you trust it."
         ) from error
     except (OSError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
         why = str(error).partition("\n")[0] or type(error).__name__
@@ -102,7 +102,7 @@ def _only_tensors(path: Path, values: Any) -> Tensors:
         raise CheckpointError(f"{path}: expected tensors by name, found {type(values).__name__}.")
     others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
     if others:
-        raise CheckpointError(f"{path}: entries that are no tensors: {', '.join(others)}.")
+        raise CheckpointError(f"{path}: entries that are not tensors: {', '.join(others)}.")
     return {str(name): value for name, value in values.items()}
 
 
@@ -151,7 +151,9 @@ def whole(config: dict[str, Any], name: str, default: int | None, where: str) ->
     value = config.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(f"{where}: {name} = {value!r}; expected a whole number. Fetch the file again.")
+        raise CheckpointError(
+            f"{where}: {name} = {value!r}; expected a whole number. Download the file again."
+        )
     return value
 
 

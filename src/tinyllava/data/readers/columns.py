@@ -264,7 +264,8 @@ def with_options(question: str, answer: Any, options: list[str], where: str) -> 
         raise Defect(
             "malformed",
             where,
-            f"the answer {str(answer)[:80]!r} is none of the options {', '.join(lines)}, or could be two of "
+            f"the answer {str(answer)[:80]!r} is not one of the options {', '.join(lines)}, or "
+            "could be two of "
             "them; give its letter",
         )
     if all(line in question for line in lines):

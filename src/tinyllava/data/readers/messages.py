@@ -137,7 +137,7 @@ def _read_texts(raw: dict[str, Any], at: str, where: str, reading: Reading) -> C
     turns: list[Turn] = []
     for number, pair in enumerate(raw["texts"]):
         if not isinstance(pair, dict):
-            raise Defect("malformed", where, f"pair {number} of 'texts' is no object: {str(pair)[:80]}")
+            raise Defect("malformed", where, f"pair {number} of 'texts' is not an object: {str(pair)[:80]}")
         turns.append(Turn("user", [_text(pair.get("user"), 2 * number, where)]))
         turns.append(Turn("assistant", [_text(pair.get("assistant"), 2 * number + 1, where)]))
     if not turns:
