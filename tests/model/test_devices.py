@@ -31,16 +31,18 @@ def test_bf16_is_used_where_a_gpu_multiplies_it_and_not_where_it_is_emulated(mon
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "has_bf16"),
+    ("capabilities", "used", "has_bf16"),
     [
-        ({"avx512_bf16": True, "amx_bf16": False}, True),
-        ({"avx512_bf16": False, "amx_bf16": True}, True),
-        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
-        ({"neon": True}, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, "AVX512", True),
+        ({"avx512_bf16": False, "amx_bf16": True}, "AVX512", True),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "AVX512", False),
+        ({"avx512_bf16": True, "amx_bf16": True}, "AVX2", False),  # what ATEN_CPU_CAPABILITY=avx2 makes of it
+        ({"neon": True}, "DEFAULT", False),
     ],
 )
-def test_bf16_is_used_where_a_cpu_multiplies_it(monkeypatch, capabilities, has_bf16):
+def test_bf16_is_used_where_a_cpu_multiplies_it(monkeypatch, capabilities, used, has_bf16):
     assert torch.cpu.get_capabilities()["architecture"]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert multiplies_bf16("cpu") is has_bf16
 

@@ -34,11 +34,13 @@ def multiplies_bf16(device_type: str) -> bool:
     """Return whether devices of this type, such as ``cuda``, multiply bf16 faster than fp32.
 
     A GPU before Ampere and a CPU without AVX512-BF16 or AMX have bf16 too, but convert back and forth and
-    are slower for it.
+    are slower for it. So does a CPU that has them where ``ATEN_CPU_CAPABILITY`` holds PyTorch to AVX2.
     """
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device_type == "cpu":
+        if torch.backends.cpu.get_cpu_capability() in ("NO AVX", "DEFAULT", "AVX2"):
+            return False
         can = torch.cpu.get_capabilities()
         return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
     return False
