@@ -16,6 +16,7 @@ from tinyllava.files import parse_json
 
 Aspect = Literal["pad", "square"]
 Transparency = Literal["blend", "drop"]
+Sharding = Literal["none", "gradients", "all"]
 Component = Literal["vision_encoder", "connector", "language_model"]
 COMPONENTS: tuple[Component, ...] = ("vision_encoder", "connector", "language_model")
 
@@ -291,6 +292,9 @@ class Hardware:
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more time. None: only where
     fewer than two samples fit the device without it."""
+    sharding: Sharding = "none"
+    """What several processes divide among them (FSDP2): none: each holds all; gradients: gradients and the
+    optimizer's state; all: weights too."""
     num_workers: int = 2
     """Background processes that load images."""
     cache_features: bool = False

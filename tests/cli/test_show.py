@@ -51,7 +51,7 @@ def test_a_variant_is_shown_with_what_it_takes(capsys: pytest.CaptureFixture[str
         "3,186,939,424",
         "12.7 GB",
         "  yes\n",  # recomputed where two samples do not fit
-        "sharded over 8 (not in train yet)",
+        "sharding all",
         "2048 tokens",
     ):
         assert said in text
@@ -72,7 +72,7 @@ def test_the_forms_beside_the_recipes_own_are_shown(capsys: pytest.CaptureFixtur
         assert main(["show", name]) == 0
         table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
         rows = [re.split(" {2,}", line) for line in table if line.startswith("finetune")]
-        assert [row[1] for row in rows] == ["as the recipe", *others, "sharded over 8 (not in train yet)"]
+        assert [row[1] for row in rows] == ["as the recipe", *others, "sharding gradients", "sharding all"]
         main(["show", "base-C-TL"])
         base = [re.split(" {2,}", line) for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
         (same,) = [row[2:] for row in base if row[0] == "finetune" and row[1] == own] or [
@@ -106,7 +106,14 @@ def test_another_machine_changes_batch_and_hours(capsys: pytest.CaptureFixture[s
     main(["show", "base-C-TL", "--gpu", "H100-80G", "--gpus", "1"])
     text = capsys.readouterr().out
     assert "on 1 x H100-80G" in text
-    assert "sharded" not in text
+    assert "sharding" not in text
+    assert "does not fit" not in text
+    main(["show", "base-Sig-Phi", "--gpu", "RTX-4090", "--gpus", "1"])
+    assert "finetune does not fit as it is. It fits with the recipe lora." in capsys.readouterr().out
+    main(["show", "base-Sig-Phi", "--gpu", "RTX-4090", "--gpus", "8"])
+    text = capsys.readouterr().out
+    assert "finetune does not fit as it is. It fits with --hardware.sharding gradients." in text
+    assert re.search(r"finetune  +as the recipe +[\d.]+ GB, too much", text)
 
 
 def test_a_gpu_without_bf16_is_said(capsys: pytest.CaptureFixture[str]) -> None:

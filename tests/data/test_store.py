@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,21 @@ def test_a_file_is_converted_once_and_again_when_something_changed(data, tmp_pat
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     assert read_stored(skip, "", folder).skipped == {}
     assert converted[num_before:] == ["many.json"]
+
+
+def test_of_several_processes_one_makes_a_digest(data, tmp_path):
+    """They prepare a stage at the same time; each would move the other's file away."""
+    stored = read_stored(data, "", tmp_path / "store").conversations
+    made = []
+
+    def digest(conversations):
+        made.append(len(conversations))
+        time.sleep(0.05)
+        return records_digest(conversations)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: store.kept_digest(stored, "records", digest), range(4)))
+    assert (len(found), len(made)) == (1, 1)
 
 
 def test_a_file_with_a_defect_leaves_nothing_behind(tmp_path):

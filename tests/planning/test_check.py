@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import toys
-from tinyllava.config import FROZEN, FULL, DataConfig, Run, Stage, Tune, from_layer, lora
+from tinyllava.config import FROZEN, FULL, DataConfig, Run, Stage, Tune, Validation, from_layer, lora
 from tinyllava.errors import ConfigError
 from tinyllava.parts.connectors import CONNECTORS, num_tokens
 from tinyllava.parts.vision import VISION_ENCODERS
@@ -94,6 +94,27 @@ WRONG: dict[str, tuple[Run, str, str]] = {
         hardware(cache_features=True),
         "share_pretrain.vision_encoder: trained",
         "cache_features False",
+    ),
+    "sharding in fp16": (hardware(sharding="all", precision="fp16"), "sharding = 'all': fp16", "to bf16"),
+    "sharding and answers": (
+        replace(
+            hardware(sharding="gradients"),
+            stages={
+                "pretrain": replace(
+                    RUN.stages["pretrain"], template="", validation=Validation(held_out="10%", num_answers=2)
+                )
+            },
+        ),
+        "validation.num_answers = 2: with hardware.sharding = 'gradients'",
+        "set it to 0",
+    ),
+    "sharding and an optimizer": (
+        replace(
+            hardware(sharding="all"),
+            stages={"pretrain": replace(RUN.stages["pretrain"], optimizer="adafactor")},
+        ),
+        "optimizer = 'adafactor': hardware.sharding = 'all' cannot divide its state",
+        "choose adamw, sgd, adagrad, rmsprop",
     ),
     "workers": (hardware(num_workers=-1), "hardware.num_workers = -1", "not be negative"),
     "stages": (replace(RUN, stages={}), "stages: empty", "BASE.stages"),

@@ -24,10 +24,11 @@ from tinyllava.parts.connectors import CONNECTORS
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
 from tinyllava.planning.memory import PlannedParts, count_trained, estimate_memory
-from tinyllava.planning.plan import count_flops, plan_parts, plan_run
+from tinyllava.planning.plan import GPUS, count_flops, plan_parts, plan_run
+from tinyllava.planning.rules import hardware_problems
 from tinyllava.planning.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
 from tinyllava.recipes.paper import as_published
-from tinyllava.recipes.variants import variant
+from tinyllava.recipes.variants import VARIANTS, variant
 
 BATCH, NUM_TOKENS, NUM_SUPERVISED, VOCABULARY = 2, 96, 24, 512
 CLIP = VisionEncoder(
@@ -255,11 +256,25 @@ def test_adapters_shards_and_checkpointing_take_less() -> None:
     run = variant("base-Sig-Phi")
     one = replace(run, hardware=replace(run.hardware, device_batch_size=1))
     forms = plan_run(one).stages[1].forms
-    full, adapters, quantised, sharded = (form.memory.peak for form in forms.values())
+    full, adapters, quantised, half, sharded = (form.memory.peak for form in forms.values())
     assert quantised < adapters < full
-    assert sharded < full
+    assert sharded < half < full
     thrifty = replace(one, hardware=replace(one.hardware, gradient_checkpointing=True))
     assert plan_run(thrifty).stages[1].forms["as the recipe"].memory.peak < full
+
+
+def test_every_variant_has_a_form_that_train_runs_on_every_machine() -> None:
+    for name in VARIANTS:
+        run = variant(name)
+        for gpu in GPUS:
+            for num_gpus in (1, 2, 8):
+                for stage in plan_run(run, gpu=gpu, num_gpus=num_gpus).stages:
+                    fitting = [label for label, form in stage.forms.items() if form.fits]
+                    assert fitting, (name, gpu, num_gpus, stage.name)
+                    for label in fitting:
+                        if label.startswith("sharding"):
+                            hardware = replace(run.hardware, sharding=label.split()[1])
+                            assert not list(hardware_problems(run.stages[stage.name], hardware))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def noting(self, model, inputs, *args, **kwargs):
 def saving(self, *args, **kwargs):
     train_stage(self, *args, **kwargs)
     file = config.parent / f"{Path(self.args.output_dir).name}-{rank}.safetensors"
-    save_file(trained_tensors(self.accelerator.unwrap_model(self.model)), file)
+    save_file(trained_tensors(self.whole), file)
 
 StageTrainer.training_step, StageTrainer.train = noting, saving
 with reporting(is_shown=True):

@@ -37,6 +37,7 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
         + _without_bf16(run, gpu)
         + _without_record(run, plan),
         format_table(_forms(plan)),
+        *_proposals(plan),
     ]
     problems = find_problems(run, on_this_machine=False)
     for stage_name, stage in run.stages.items():
@@ -215,7 +216,7 @@ def _forms(plan: Plan) -> Rows:
     for stage in plan.stages:
         for label, form in stage.forms.items():
             memory = form.memory
-            peak = _gigabytes(memory.peak) + ("" if form.fits else "  DOES NOT FIT")
+            peak = _gigabytes(memory.peak) + ("" if form.fits else ", too much")
             rows.append(
                 (
                     stage.name,
@@ -230,6 +231,24 @@ def _forms(plan: Plan) -> Rows:
                 )
             )
     return rows
+
+
+_OPTIONS = {"LoRA, rank 128": "the recipe lora", "QLoRA, rank 128": "the recipe qlora"}
+
+
+def _proposals(plan: Plan) -> list[str]:
+    """Name a form that fits for each stage that does not fit as it is; first one that trains the same."""
+    lines = []
+    for stage in plan.stages:
+        (_, own), *others = stage.forms.items()
+        fitting = [label for label, form in others if form.fits]
+        fitting.sort(key=lambda label: not label.startswith("sharding"))
+        if not own.fits and fitting:
+            option = _OPTIONS.get(fitting[0], f"--hardware.{fitting[0]}")
+            lines.append(f"{stage.name} does not fit as it is. It fits with {option}.")
+        elif not own.fits:
+            lines.append(f"{stage.name} DOES NOT FIT in any form. Choose more GPUs or larger ones.")
+    return ["\n".join(lines)] if lines else []
 
 
 def _gigabytes(count: int) -> str:

@@ -16,6 +16,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from tinyllava.conversation import Conversation, ImageRef, Message, Role
@@ -312,16 +313,19 @@ def kept_digest(
 ) -> str:
     """Return a digest of conversations, which is kept beside converted ones.
 
+    Of several processes one computes it and the others wait.
+
     Args:
         name: of what is digested, with all that it depends on beside the conversations.
     """
     if not isinstance(conversations, StoredConversations):
         return digest(conversations)
     path = conversations.files[0].folder / f"{name}-{conversations.key}.txt"
-    known = path.read_text(encoding="ascii") if path.is_file() else ""
-    if len(known) != _DIGEST_LENGTH:
-        known = digest(conversations)
-        write_text(path, known)
+    with FileLock(path.with_suffix(".lock")):
+        known = path.read_text(encoding="ascii") if path.is_file() else ""
+        if len(known) != _DIGEST_LENGTH:
+            known = digest(conversations)
+            write_text(path, known)
     return known
 
 

@@ -46,6 +46,8 @@ class TinyLlavaModel(ComposedModel):
 
     config_class = TinyLlavaConfig
     config: TinyLlavaConfig
+    is_sharded = False
+    """Whether ranks gather weights from each other in each forward pass, also where none trains."""
 
     def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)
@@ -138,7 +140,8 @@ class TinyLlavaModel(ComposedModel):
     def _image_tokens(self, pixel_values: Tensor | None, features: Tensor | None) -> Tensor | None:
         if features is None and pixel_values is not None:
             features = self.encode_images(pixel_values)
-        if features is None and self.training and any(p.requires_grad for p in self.vision_parameters()):
+        joins = self.training or self.is_sharded
+        if features is None and joins and any(p.requires_grad for p in self.vision_parameters()):
             features = self._no_features()
         if features is None:
             return None

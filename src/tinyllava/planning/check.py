@@ -179,6 +179,11 @@ def _run_problems(run: Run) -> Iterator[str]:
     for tracker in run.report_to:
         if tracker not in TRACKERS:
             yield f"report_to = {tracker!r}: unknown tracker; known: {', '.join(TRACKERS)}."
+    if run.hardware.sharding != "none" and run.hardware.precision == "fp16":
+        yield (
+            f"hardware.sharding = {run.hardware.sharding!r}: fp16 needs its loss scaled, which sharding does "
+            "not do; set hardware.precision to bf16 or fp32."
+        )
 
 
 def _image_processor_problems(model: ModelConfig, encoder: VisionEncoder | None) -> Iterator[str]:

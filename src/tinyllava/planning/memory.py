@@ -8,7 +8,7 @@ docs/memory.md compares the estimate with measured peaks.
 
 from dataclasses import dataclass, replace
 
-from tinyllava.config import OPTIMIZERS, Component, Stage, Tune
+from tinyllava.config import OPTIMIZERS, Component, Sharding, Stage, Tune
 from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES, LanguageFamily, VisionFamily
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
@@ -90,7 +90,7 @@ def estimate_memory(
     num_supervised: int,
     bf16: bool,
     checkpointing: bool = False,
-    num_shards: int = 1,
+    sharding: Sharding = "none",
     num_ranks: int = 1,
     accumulates: bool = False,
 ) -> Memory:
@@ -100,21 +100,24 @@ def estimate_memory(
         batch: samples per forward pass, each with one image.
         num_tokens: length of a sequence, image tokens included.
         num_supervised: supervised tokens of a sequence.
-        num_shards: devices over which weights, gradients and moments are divided (FSDP); 1 means none.
-        num_ranks: with more than one and no shards, gradients lie in buckets all the time (DDP).
+        sharding: what so many ranks divide among them (FSDP2).
+        num_ranks: with more than one and no sharding, gradients lie in buckets all the time (DDP).
     """
     trained = sum(count_trained(size, tune) for size, tune in _tuned(parts, stage))
     weights = sum(_weight_bytes(size, tune) for size, tune in _tuned(parts, stage))
-    gathered = _largest_unit(parts) * FLOAT_BYTES if num_shards > 1 else 0
-    in_buckets = num_ranks > 1 and num_shards == 1  # of DDP, which hold the gradients all the time
+    is_divided = sharding != "none" and num_ranks > 1
+    num_shards = num_ranks if is_divided else 1
+    in_buckets = num_ranks > 1 and not is_divided  # of DDP, which hold the gradients all the time
+    whole, gathered = _undivided(parts, stage, sharding) if is_divided else (0, 0)
     activations = batch * _sample_bytes(parts, stage, num_tokens, bf16, checkpointing)
     activations += batch * num_supervised * _logit_bytes(parts.language, bf16)
     if bf16 and not checkpointing:
-        activations += HALF_BYTES * _cast_weights(parts, stage) // num_shards
+        activations += HALF_BYTES * _cast_weights(parts, stage)
+    reduced = FLOAT_BYTES * min(trained, _gathered(parts, stage)) if is_divided else 0
     return Memory(
-        weights=weights // num_shards + gathered,
+        weights=whole + (weights - whole) // num_shards + gathered,
         optimizer=int(OPTIMIZERS[stage.optimizer][1] * trained) // num_shards,
-        gradients=FLOAT_BYTES * trained // num_shards,
+        gradients=FLOAT_BYTES * trained // num_shards + reduced,
         activations=activations,
         accumulates=accumulates or in_buckets,
     )
@@ -133,10 +136,31 @@ def _weight_bytes(size: PartSize, tune: Tune) -> int:
     return int(held * BITS_BYTES[tune.bits] + (size.total - held + adapters) * FLOAT_BYTES)
 
 
-def _largest_unit(parts: PlannedParts) -> int:
-    """Parameters that are gathered at once when sharded: the embedding, or two layers, one fetched ahead."""
-    embedding = parts.language.vocab_size * parts.language.width
-    return max(embedding, 2 * max(parts.language_size.layers, default=0))
+def _undivided(parts: PlannedParts, stage: Stage, sharding: Sharding) -> tuple[int, int]:
+    """Bytes of weights that sharding leaves whole, and of those that are gathered at one time.
+
+    See ``tinyllava.training.sharding.shard``: a frozen encoder and codes are never divided, and with
+    ``gradients`` nothing frozen is; what it does divide is gathered until the backward pass.
+    """
+    if sharding == "gradients":
+        trained = sum(count_trained(size, tune) for size, tune in _tuned(parts, stage))
+        weights = sum(_weight_bytes(size, tune) for size, tune in _tuned(parts, stage))
+        return weights - FLOAT_BYTES * trained, FLOAT_BYTES * trained
+    held = [
+        size.adapted_weights * BITS_BYTES[tune.bits] for size, tune in _tuned(parts, stage) if tune.bits < 16
+    ]
+    encoder = 0 if stage.vision_encoder.trains else _weight_bytes(parts.encoder_size, stage.vision_encoder)
+    return int(sum(held)) + encoder, FLOAT_BYTES * _gathered(parts, stage)
+
+
+def _gathered(parts: PlannedParts, stage: Stage) -> int:
+    """Parameters that lie there whole at one time: what is no layer's, and two layers, one fetched ahead."""
+    language, encoder = parts.language_size, parts.encoder_size
+    is_held = stage.language_model.bits < 16  # the codes of a layer are whole anyway
+    layers = 0 if is_held else 2 * max(language.layers, default=0)
+    in_layers = sum(encoder.layers)
+    unlayered = encoder.total - in_layers if stage.vision_encoder.trains else 0
+    return language.total - sum(language.layers) + parts.connector_size.total + unlayered + layers
 
 
 def _cast_weights(parts: PlannedParts, stage: Stage) -> int:

@@ -5,12 +5,13 @@ Paper: sections 4.1.2 (batches, epochs, data) and Table A1 (sizes). Everything i
 
 from dataclasses import dataclass, replace
 
-from tinyllava.config import COMPONENTS, FULL, Component, Hardware, Run, Stage
+from tinyllava.config import COMPONENTS, FULL, Component, Hardware, Run, Sharding, Stage
 from tinyllava.data.mixtures import find_mixture
 from tinyllava.data.sources import count_samples, parse_source
 from tinyllava.errors import look_up
 from tinyllava.parts.resolve import resolve
 from tinyllava.planning.memory import Memory, PlannedParts, count_trained, estimate_memory
+from tinyllava.planning.rules import sharding_problems
 from tinyllava.planning.sizes import connector_size, language_model_size, vision_encoder_size
 from tinyllava.recipes.paper import ADAPTERS, ADAPTERS_ON_4_BITS
 
@@ -47,6 +48,7 @@ GPUS: dict[str, Gpu] = {
 }
 FORMS = {"full": FULL, "LoRA, rank 128": ADAPTERS, "QLoRA, rank 128": ADAPTERS_ON_4_BITS}
 """How a stage could train its language model: in full, or with the adapters of recipes lora and qlora."""
+SHARDINGS: tuple[Sharding, ...] = ("gradients", "all")
 MATMUL_SHARE = 0.68
 """Share of the peak that large matrix products reach."""
 ELEMENTWISE_WIDTH = 4000
@@ -104,7 +106,7 @@ class StagePlan:
     load: Load | None
     """None if the number of records is not known (files of the user's)."""
     forms: dict[str, Form]
-    """The recipe's own form, and where they differ from it those of ``FORMS``; then sharded (FSDP)."""
+    """The run's own form, and where they differ from it those of ``FORMS``; then divided (FSDP2)."""
     utilisation: float
     """Share of the GPUs' peak that is expected."""
     checkpoint_bytes: int
@@ -171,10 +173,10 @@ def _plan_stage(run: Run, name: str, stage: Stage, parts: PlannedParts, gpu: Gpu
         if (tune.kind, tune.bits) != (stage.language_model.kind, stage.language_model.bits):
             form = replace(stage, language_model=tune)
             forms[label] = _plan_form(run, stage, form, parts, load, gpu, num_gpus)
-    if num_gpus > 1:
-        forms[f"sharded over {num_gpus} (not in train yet)"] = _plan_form(
-            run, stage, stage, parts, load, gpu, num_gpus, num_gpus
-        )
+    for sharding in SHARDINGS if num_gpus > 1 else ():
+        divided = replace(run, hardware=replace(run.hardware, sharding=sharding))
+        if sharding != run.hardware.sharding and not list(sharding_problems(stage, divided.hardware)):
+            forms[f"sharding {sharding}"] = _plan_form(divided, stage, stage, parts, load, gpu, num_gpus)
     trained = {c: count_trained(size, stage.tune(c)) for c, size in parts.sizes.items()}
     share = utilisation(parts, stage.language_model.trains)
     speed = num_gpus * gpu.flops(gpu.precision(run.hardware.precision)) * share
@@ -191,14 +193,7 @@ def _plan_stage(run: Run, name: str, stage: Stage, parts: PlannedParts, gpu: Gpu
 
 
 def _plan_form(
-    run: Run,
-    stage: Stage,
-    form: Stage,
-    parts: PlannedParts,
-    load: Load | None,
-    gpu: Gpu,
-    num_gpus: int,
-    num_shards: int = 1,
+    run: Run, stage: Stage, form: Stage, parts: PlannedParts, load: Load | None, gpu: Gpu, num_gpus: int
 ) -> Form:
     """Choose how a stage runs on so many GPUs, in the longest sequence that is known of its data."""
     longest = load.longest_tokens if load else stage.max_length_tokens
@@ -210,7 +205,6 @@ def _plan_form(
             memory_bytes=gpu.memory_bytes,
             is_half=gpu.precision(run.hardware.precision) != "fp32",
             num_ranks=num_gpus,
-            num_shards=num_shards,
         ),
         longest,
         max(1, longest - parts.num_image_tokens),
@@ -226,7 +220,6 @@ class Machine:
     is_half: bool
     """Whether a step computes in bf16 or fp16."""
     num_ranks: int
-    num_shards: int = 1
     most_samples: int = 0
     """Bound of the device batch beside memory; 0 means none."""
 
@@ -260,7 +253,7 @@ def choose_forms(
             num_supervised=longest_supervised,
             bf16=machine.is_half,
             checkpointing=checkpointing,
-            num_shards=machine.num_shards,
+            sharding=hardware.sharding,
             num_ranks=machine.num_ranks,
             accumulates=size < per_rank,
         )

@@ -23,6 +23,10 @@ _SCHEDULE_NEEDS = {
 """Schedules that need one of these options."""
 
 
+DIVIDED_OPTIMIZERS = ("adamw", "sgd", "adagrad", "rmsprop")
+"""Optimizers that work on a share of a tensor; Adafactor and those of bitsandbytes look at whole ones."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What the model's parts allow, as far as it is known by their names or by a checkpoint."""
@@ -193,6 +197,24 @@ def hardware_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
         )
     if hardware.cache_features and stage.vision_encoder.trains:
         yield "vision_encoder: trained, so its features cannot be cached; set hardware.cache_features False."
+    yield from sharding_problems(stage, hardware)
+
+
+def sharding_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
+    """What cannot be divided among processes."""
+    if hardware.sharding == "none":
+        return
+    asked = f"hardware.sharding = {hardware.sharding!r}"
+    if stage.optimizer in OPTIMIZERS and stage.optimizer not in DIVIDED_OPTIMIZERS:
+        yield (
+            f"optimizer = {stage.optimizer!r}: {asked} cannot divide its state; choose "
+            f"{', '.join(DIVIDED_OPTIMIZERS)}, or set hardware.sharding none."
+        )
+    if stage.validation.num_answers:
+        yield (
+            f"validation.num_answers = {stage.validation.num_answers}: with {asked} no process has the whole "
+            "model to answer with; set it to 0, or hardware.sharding to none."
+        )
 
 
 def batch_problems(stage: Stage, hardware: Hardware, num_ranks: int) -> Iterator[str]:

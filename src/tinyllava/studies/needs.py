@@ -75,7 +75,7 @@ def _of_stage(node: Node, costs: Costs, machine: Machine) -> Cost:
         num_steps=found.load.num_steps if found.load else num_steps,
         seconds=found.hours * 3600 or None,
         is_computed=True,
-        memory_bytes=min(form.memory.peak for name, form in found.forms.items() if "LoRA" not in name),
+        memory_bytes=next(iter(found.forms.values())).memory.peak,
     )
 
 

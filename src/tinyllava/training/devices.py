@@ -25,6 +25,7 @@ from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.planning.memory import Memory
 from tinyllava.planning.plan import Form, Machine, choose_forms, plan_parts
 from tinyllava.training.prepare import Prepared
+from tinyllava.training.sharding import choose_sharding
 from tinyllava.training.trainer import MOST_SAMPLES, choose_precision, micro_batch, trained_tensors
 
 
@@ -162,8 +163,8 @@ def survives(
 
     Memory for the optimizer's moments is taken meanwhile, and gradients of one pass lie there in the next.
     """
-    if not can_run_out():
-        return True
+    if not can_run_out() or choose_sharding(run.hardware) != "none":
+        return True  # where one of several divided processes runs out, the others wait for its share
     device = PartialState().device
     set_checkpointing(model, form.checkpointing)
     fits = True

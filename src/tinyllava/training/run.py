@@ -360,7 +360,8 @@ def release(trainer: StageTrainer) -> None:
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     forget_preparation(model)
-    vars(model.config).pop("use_cache", None)  # the Trainer's own; a model of reused stages is saved without
+    # The Trainer's own; a model of reused stages is saved without.
+    vars(trainer.whole.config).pop("use_cache", None)
     trainer.accelerator.free_memory()
 
 

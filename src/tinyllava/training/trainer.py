@@ -8,6 +8,8 @@ Paper: section 4.1.2.
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from tinyllava.config import COMPONENTS, Hardware, Stage
+from tinyllava.config import COMPONENTS, Hardware, Sharding, Stage
 from tinyllava.data.batches import GroupedSampler
 from tinyllava.data.dataset import Examples
 from tinyllava.data.store import image_counts
@@ -31,6 +33,16 @@ from tinyllava.model.modeling import IGNORED
 from tinyllava.model.quiet import keeping_random_state
 from tinyllava.model.rebuild import RESUMED_TENSORS
 from tinyllava.model.tuning import component_of
+from tinyllava.training.sharding import (
+    MOMENTS,
+    choose_sharding,
+    gather_trained,
+    load_moments,
+    reshard,
+    save_moments,
+    shard,
+    without_moments,
+)
 
 WINDOW = 50
 """Steps that ``length_windows`` sorts by length together."""
@@ -38,13 +50,22 @@ MOST_SAMPLES = 16
 """Samples of a forward pass where memory does not set the bound: more make nothing faster on a CPU."""
 
 
+@dataclass
 class StageArguments(TrainingArguments):
     """The Trainer's settings, for one device in each process."""
+
+    sharding: Sharding = "none"
+    """What the processes divide among them, see ``tinyllava.training.sharding``."""
 
     @property
     def n_gpu(self) -> int:
         """At most 1: the Trainer would wrap the model in ``nn.DataParallel`` and multiply the batch by it."""
         return min(1, int(super().n_gpu))
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """False: the Trainer leaves the model on the host, where it stays whole while its twin is divided."""
+        return None if self.sharding == "none" else False
 
 
 class StageTrainer(Trainer):
@@ -61,6 +82,10 @@ class StageTrainer(Trainer):
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.optimizer: Any
         self.lr_scheduler: Any
+        self.model: Any
+        self.whole: Any = self.model
+        """The model that holds all weights; with sharding ``model`` is its divided twin."""
+        self.resumed: Path | None = None
         self.control: Any
         self.stage = stage
         self.num_tokens = 0
@@ -70,9 +95,29 @@ class StageTrainer(Trainer):
         if stage.loss_norm == "micro":
             self.model_accepts_loss_kwargs = False  # then the Trainer averages the micro-batches' means
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Have accelerate leave a divided model as it is; it would wrap it in DDP."""
+        super().create_accelerator_and_postprocess()
+        if self.args.sharding != "none":
+            accelerator: Any = self.accelerator
+            accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
+
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+        """Train, from a checkpoint on if there is one; ``whole`` has the result."""
+        self.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        output = super().train(resume_from_checkpoint, **options)
+        if self.args.sharding != "none":
+            gather_trained(self.model, self.whole)
+        return output
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The stage's optimizer with one group for each trained component, at its own learning rate."""
+        """The stage's optimizer with one group for each trained component, at its own learning rate.
+
+        Before it, once a checkpoint's weights are in place, the model is divided if that was asked for.
+        """
         if self.optimizer is None:
+            if self.args.sharding != "none":
+                self.model = self.model_wrapped = shard(self.whole, self.args.sharding)
             trained = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             groups = [
                 {
@@ -95,6 +140,10 @@ class StageTrainer(Trainer):
 
         Transformers' own warm-up has the rate 0 at the first step.
         """
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        inner.register_state_dict_post_hook(without_moments)
+        if self.resumed is not None:  # the optimizer loads its state next
+            inner.register_load_state_dict_post_hook(partial(load_moments, self.resumed, self.model))
         if self.lr_scheduler is None:
             num_warmup = ceil(num_training_steps * self.stage.warmup_ratio)
             factor = make_schedule(self.stage, num_training_steps, num_warmup)
@@ -209,18 +258,25 @@ class StageTrainer(Trainer):
                 if number < len(own):
                     total += float(loss.double())
                     count += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        reshard(self.model)
         sums = torch.tensor([total, count], dtype=torch.float64, device=self.args.device)
         summed: Tensor = reduce(sums, reduction="sum")
         return float(summed[0] / summed[1])
 
     def save_model(self, output_dir: str | None = None, *_: Any, **__: Any) -> None:
-        """Write the trained tensors only: the frozen ones are where they came from; no pickle."""
-        if not self.args.should_save:
-            return
+        """Write the trained tensors only: the frozen ones are where they came from; no pickle.
+
+        With sharding every process also writes its share of the optimizer's state.
+        """
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        save_file(trained_tensors(model), folder / RESUMED_TENSORS, metadata={"format": "pt"})
+        if self.args.sharding != "none":
+            gather_trained(self.model, self.whole)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(trained_tensors(self.whole), folder / RESUMED_TENSORS, metadata={"format": "pt"})
+        if self.args.sharding != "none":
+            PartialState().wait_for_everyone()  # for the folder
+            save_moments(folder / MOMENTS, self.model, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
 def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
@@ -315,6 +371,7 @@ def make_arguments(
         report_to=list(report_to),
         disable_tqdm=True,
         average_tokens_across_devices=True,
+        sharding=choose_sharding(hardware),
         ddp_find_unused_parameters=False,
     )
 

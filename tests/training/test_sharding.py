@@ -1,0 +1,169 @@
+"""Weights, gradients and moments divided among processes (FSDP2) give the weights of one process."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+import toys
+from tinyllava.config import FULL, Run, Stage, Validation, from_layer, lora
+from tinyllava.planning.rules import DIVIDED_OPTIMIZERS
+from tinyllava.training.run import train
+from tinyllava.training.trainer import StageTrainer
+from training.test_distributed import make_records
+from training_toys import sampled_order, toy_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+KILLED = 9
+
+
+def train_in(num_ranks: int, run: Run, *, dies_at: int = 0) -> list[list[int]]:
+    """Train in forked processes; return each one's trained values: held, and of the whole model.
+
+    Args:
+        dies_at: optimizer step in which all of them end without a word; 0 means never.
+    """
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def rank(index: int, port: int) -> None:
+        if num_ranks > 1:
+            os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(num_ranks)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        PartialState._reset_state()
+        compute = StageTrainer.training_step
+
+        def computing(self, *args, **kwargs):
+            if dies_at and self.state.global_step + 1 == dies_at:
+                os._exit(KILLED)
+            loss = compute(self, *args, **kwargs)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            held = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+            sizes = [sum(p.numel() for p in some) for some in (held, trained)]
+            (run.folder.parent / f"held-{index}.json").write_text(json.dumps(sizes))
+            return loss
+
+        StageTrainer.training_step = computing
+        train(run)
+        os._exit(0)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=rank, args=(index, port)) for index in range(num_ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [KILLED if dies_at else 0] * num_ranks
+    return [json.loads((run.folder.parent / f"held-{i}.json").read_text()) for i in range(num_ranks)]
+
+
+def sharded(run: Run, sharding: str, folder: Path, **changes) -> Run:
+    hardware = dataclasses.replace(run.hardware, sharding=sharding, **changes)
+    return dataclasses.replace(run, hardware=hardware, output=str(folder / "run"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run/model/model.safetensors")
+
+
+def compare(folder: Path, other: Path, *, exactly: bool = False) -> None:
+    """Compare the models of two runs."""
+    one, two = weights(folder), weights(other)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=0 if exactly else 1e-5, msg=name)
+
+
+def long_stage(run: Run, **changes) -> Run:
+    """Only fine-tuning, of four steps."""
+    stage: Stage = dataclasses.replace(run.stages["finetune"], max_steps=4, **changes)
+    return dataclasses.replace(run, stages={"finetune": stage})
+
+
+@pytest.mark.parametrize("sharding", ["gradients", "all"])
+def test_all_stages_with_a_rank_without_images(parts, tmp_path, sharding):
+    """The second rank sees text only, in training and in the validation of a trained encoder."""
+    order = sampled_order(8, seed=42)
+    records = make_records(tmp_path, {index for place, index in enumerate(order) if place % 4 >= 2})
+    run = toy_run(parts, records, tmp_path, encoder="clip", llm="phi")
+    finetune = dataclasses.replace(
+        run.stages["finetune"],
+        vision_encoder=from_layer(1),
+        validation=Validation(held_out=str(records), every_steps=1),
+    )
+    run = dataclasses.replace(run, stages={**run.stages, "finetune": finetune})
+    train_in(1, sharded(run, sharding, tmp_path / "one"))
+    held = train_in(2, sharded(run, sharding, tmp_path / "two"))
+    for own, whole in held:
+        assert own < 0.55 * whole  # so it is divided
+    compare(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> tuple[Run, Path]:
+    """A run of four steps that two processes have trained, and one that they left behind the third."""
+    folder = tmp_path_factory.mktemp("sharding")
+    parts = {
+        "clip": toys.make_vision_encoder(folder / "clip", "clip"),
+        "phi": toys.make_language_model(folder / "phi", "phi"),
+    }
+    run = toy_run(parts, make_records(folder, {1, 6}), folder, encoder="clip", llm="phi")
+    hardware = dataclasses.replace(run.hardware, device_batch_size=1)
+    run = long_stage(dataclasses.replace(run, hardware=hardware), vision_encoder=FULL)
+    train_in(2, sharded(run, "all", folder / "undisturbed"))
+    train_in(2, sharded(run, "all", folder / "stopped", save_steps=1), dies_at=4)
+    return run, folder
+
+
+@pytest.mark.parametrize(("sharding", "num_ranks"), [("all", 2), ("gradients", 4), ("none", 1)])
+def test_it_resumes_bit_by_bit_and_in_other_forms(stopped, tmp_path, sharding, num_ranks):
+    run, folder = stopped
+    moments = folder / "stopped/run/finetune/checkpoint-3/moments"
+    assert len(list(moments.glob("*.safetensors"))) == 2  # a share from each process
+    shutil.copytree(folder / "stopped", tmp_path / "again")
+    train_in(num_ranks, sharded(run, sharding, tmp_path / "again"))
+    steps = (tmp_path / "again/run/finetune/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == [1, 2, 3, 4]  # so it did resume
+    compare(folder / "undisturbed", tmp_path / "again", exactly=sharding == "all")
+
+
+def test_it_resumes_what_a_single_process_has_left(stopped, tmp_path):
+    run, folder = stopped
+    train_in(1, sharded(run, "none", tmp_path, save_steps=1), dies_at=4)
+    train_in(2, sharded(run, "all", tmp_path))
+    compare(folder / "undisturbed", tmp_path)
+
+
+def test_adapters_and_other_optimizers(parts, tmp_path):
+    """A stage each; with dropout no two numbers of processes would give the same, so there is none."""
+    run = toy_run(parts, make_records(tmp_path, {2}), tmp_path)
+    stage = run.stages["finetune"]
+    stages = {
+        f"in-{bits}-bits": dataclasses.replace(stage, language_model=lora(4, bits=bits))
+        for bits in (16, 4, 8)
+    }
+    for name in DIVIDED_OPTIMIZERS[1:]:
+        stages[name] = dataclasses.replace(stage, optimizer=name)
+    run = dataclasses.replace(run, stages=stages)
+    train_in(1, sharded(run, "all", tmp_path / "one"))
+    ((own, whole), _) = train_in(2, sharded(run, "all", tmp_path / "two"))
+    assert own < 0.55 * whole
+    compare(tmp_path / "one", tmp_path / "two")
+    for name in stages:
+        one, two = (load_file(tmp_path / f"{n}/run/{name}/trained.safetensors") for n in ("one", "two"))
+        for tensor in one:
+            torch.testing.assert_close(two[tensor], one[tensor], rtol=0, atol=1e-5, msg=f"{name} {tensor}")
