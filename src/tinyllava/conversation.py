@@ -38,7 +38,7 @@ ImageLike = Union[ImageRef, "PathLike[str]", str, bytes, "Image"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn. Images stand before the text, as LLaVA's ``<image>\\n`` puts them, or at places in it."""
+    """One turn. Images come before the text, as LLaVA's ``<image>\\n`` puts them, or at places in it."""
 
     role: Role
     text: str

@@ -13,7 +13,7 @@ class TinyLlavaError(Exception):
 
 
 class UnknownNameError(TinyLlavaError, KeyError):
-    """A name that stands in no table: an encoder, a language model, a connector, a variant, a benchmark."""
+    """A name that is in no table: an encoder, a language model, a connector, a variant, a benchmark."""
 
     __str__ = Exception.__str__  # KeyError would print the message as a quoted repr
 
@@ -43,7 +43,7 @@ class OutputError(TinyLlavaError, OSError):
 
 
 class TrainingError(TinyLlavaError, RuntimeError):
-    """A training run that cannot go on: a loss that is not a number, a batch without a supervised token."""
+    """A training run that cannot continue: a loss that is NaN, a batch without a supervised token."""
 
 
 class JudgeError(TinyLlavaError, RuntimeError):

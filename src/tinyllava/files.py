@@ -172,7 +172,7 @@ def held(place: Path, *, is_folder: bool = True, wait: bool = False) -> Iterator
 
     Args:
         place: the folder, which is made if it is not there, or the file that will be written.
-        is_folder: whether ``place`` is a folder; the lock of a file stands beside it.
+        is_folder: whether ``place`` is a folder; the lock of a file is next to it.
         wait: wait for another process to end instead of giving up.
 
     Raises:

@@ -4,7 +4,7 @@ Paper: section 3.2, (X, Y) and the set A; in pre-training the template 'caption'
 1).
 Differs: with ``separate_questions`` the questions about one image share a row without seeing each other.
 
-Paper: none; section 3.2 trains a conversation turn behind turn, where later answers can be copied from
+Paper: none; section 3.2 trains a conversation turn by turn, where later answers can be copied from
 earlier ones instead of being learned from the image.
 """
 
@@ -138,7 +138,7 @@ def measure(
     The lengths of converted records are kept beside them, and counted by all cores.
 
     Args:
-        truncate: whether a record that is too long ends behind the last answer that fits, where one does.
+        truncate: whether a record that is too long ends after the last answer that fits, if one does.
 
     Returns:
         The examples that are left, with their lengths, and the number left out by defect.
@@ -201,7 +201,7 @@ def _truncate(
     max_length_tokens: int,
     count: Measure,
 ) -> Examples:
-    """Cut records that are too long behind an earlier answer, and write their lengths into the arrays."""
+    """Cut records that are too long after an earlier answer, and write their lengths into the arrays."""
     ends: dict[int, int] = {}
     for place in np.flatnonzero(lengths > max_length_tokens).tolist():
         end, found = _last_end(examples.conversations[place], max_length_tokens, count)
@@ -322,14 +322,14 @@ def split_questions(conversation: Conversation) -> list[Conversation]:
 def encode_branches(
     processor: TinyLlavaProcessor, conversation: Conversation, template: str | None = None
 ) -> Encoded:
-    """Tokenise a conversation with its questions as branches behind what their texts share.
+    """Tokenise a conversation with its questions as branches after their shared prefix.
 
     The shared beginning ends before the first supervised token of any branch: the token that predicts a
     supervised one is always of the same branch.
 
     Raises:
         DataError: see ``split_questions`` and ``TinyLlavaProcessor.encode``; or the template puts an answer
-            straight behind the image.
+            directly after the image.
     """
     asked = [one for one in split_questions(conversation) if one.messages[-1].is_trained]
     parts = [processor.encode(part, template=template) for part in asked]  # nobody sees the others

@@ -1,6 +1,6 @@
 """What can be wrong with a record, by name, and the report about all that is wrong with a file.
 
-Paper: none. Nothing behind the readers repairs text: what a record says is settled there, or named here.
+Paper: none. Nothing after the readers changes text: a record is read there, or its defect is named here.
 """
 
 from collections import Counter

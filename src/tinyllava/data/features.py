@@ -33,7 +33,7 @@ _LINE = re.compile(r"[0-9a-f]{64} [0-9a-f]{8}\n")
 class FeatureCache:
     """Rows [M, X] of patch features in one file that only grows.
 
-    A row counts when its line stands in the index, which is written after the row: a killed run leaves at
+    A row counts when its line is in the index, which is written after the row: a killed run leaves at
     most bytes that the next one writes over. A line is the image's digest and the checksum of its row, which
     is compared whenever the row is read.
 

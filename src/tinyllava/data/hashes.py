@@ -1,4 +1,4 @@
-"""What records and images say, as digests: the same data is the same data wherever it lies.
+"""What records and images say, as digests: the same data has the same digest in every folder.
 
 Paper: none. An image is read once; its hash is kept by path, size and times, so that the next run only looks.
 """

@@ -1,4 +1,4 @@
-"""Record files to conversations: the form of each record is found, and all that is wrong is told at once.
+"""Record files to conversations: the form of each record is found, and all defects are reported at once.
 
 Paper: section 4.1.2 (the four data sets of Table 2 are LLaVA's JSON; see ``tinyllava.data.readers``).
 """
@@ -190,7 +190,7 @@ def iter_conversations(reading: Reading, reader: str = "") -> Iterator[Conversat
 
 
 def read_raw(path: Path, images: Path | None = None, reader: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (place in the file, record as it stands there).
+    """Yield (place in the file, record as it is there).
 
     Raises:
         DataError: the file is missing or cannot be read.

@@ -1,6 +1,6 @@
 """What long work says while it runs: a library call is silent, a command shows bars and lines.
 
-Whoever calls a function of the library may pass a callback, which is told of every step. In a terminal a
+A caller of a library function may pass a callback, which is called with every step. In a terminal a
 command draws bars; where its output goes to a file, it writes a line a minute.
 """
 
@@ -25,7 +25,7 @@ Callback = Callable[[Step], None]
 
 
 class Listeners:
-    """Who is told of long work."""
+    """The callbacks that are told of progress."""
 
     is_shown = False
     callback: Callback | None = None

@@ -38,7 +38,7 @@ class Source:
 
     @property
     def options(self) -> str:
-        """The options as they are written behind the name: ``,limit=500,seed=1``; empty if there is none."""
+        """The options as they are written after the name: ``,limit=500,seed=1``; empty if there is none."""
         given = {"weight": self.weight, "repeat": self.repeat, "limit": self.limit, "seed": self.seed}
         changed = {key: value for key, value in given.items() if value != _DEFAULTS[key]}
         return "".join(
@@ -180,7 +180,7 @@ class Share:
 def mix(
     sources: Sequence[Source], num_records: Sequence[int]
 ) -> tuple[list[Share], "NDArray[np.int64] | None"]:
-    """Return what each source gives, and which of all records, one behind the other, are the samples.
+    """Return what each source gives, and which of all records, one after the other, are the samples.
 
     Returns:
         One share a source, and [N] places; None where each record is one sample.

@@ -128,7 +128,7 @@ class StoredConversations(Sequence[Conversation]):
     """Conversations of converted files, made when asked for.
 
     Args:
-        taken: [N], rows of the files one behind the other that are taken, in this order; all if None. A row
+        taken: [N], rows of the files one after the other that are taken, in this order; all if None. A row
             that is several samples comes several times.
         used: [R], the rows that the stage uses at all, ascending; all if None.
         ends: of rows that are cut at a turn's end: how many of their turns are left.

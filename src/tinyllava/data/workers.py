@@ -1,7 +1,7 @@
 """Background processes that open images: how many the shared memory can serve, and what if one dies.
 
 Paper: none. Workers hand tensors over in shared memory; where it is full they wait without an end (a Docker
-container has 64 MB of it unless it is told otherwise).
+container has 64 MB of it by default).
 """
 
 import shutil

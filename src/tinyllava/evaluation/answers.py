@@ -107,7 +107,7 @@ def write_llava_answers(
 ) -> None:
     """Write the answers in the form of LLaVA's scripts, for its own scoring tools.
 
-    These look ids up as they stand in the question files: numbers in some benchmarks, texts in others.
+    These look ids up as they are in the question files: numbers in some benchmarks, texts in others.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:

@@ -170,7 +170,7 @@ class Benchmark:
     def predict(
         self, question: Question, answer: str | None, review: Reply | None = None, judge: str = ""
     ) -> Prediction:
-        """Grade one answer; None stands for a question that was not answered, which counts as wrong.
+        """Grade one answer; None means a question that was not answered, which counts as wrong.
 
         An answer that waits for its judge has no score yet.
         """

@@ -45,7 +45,7 @@ class Question:
 
 
 class QuestionList:
-    """The questions read so far; a repeated id is told with both places."""
+    """The questions read so far; a repeated id is reported with both places."""
 
     def __init__(self) -> None:
         self._questions: list[Question] = []
@@ -91,7 +91,7 @@ class QuestionList:
 
 
 def check_images(questions: Sequence[Question]) -> None:
-    """Make sure that most images are on disk before hours of work; a few that are not are told at its end.
+    """Make sure that most images are on disk before hours of work; a few missing ones are reported later.
 
     Raises:
         DataError: half of them or more are not; how many, and one of them.

@@ -95,7 +95,7 @@ def _show(value: object) -> str:
 
 
 def _find_line(path: Path, entry: str) -> int:
-    """Return the line on which an entry of a JSON document begins (asked for only when an error is told)."""
+    """Return the line on which an entry of a JSON document begins (needed only for an error message)."""
     if not entry or path.suffix != ".json":
         return 1
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -150,7 +150,7 @@ def read_entries(path: Path) -> dict[str, Record]:
 
 
 def read_list(record: Record, name: str, id_field: str) -> Iterator[Record]:
-    """Yield the records of a list that stands in a field of a document."""
+    """Yield the records of a list in a field of a document."""
     entries = record.field(name)
     if not isinstance(entries, list):
         record.fail(f"field {name!r} is {_show(entries)}; it must be a list of records.")

@@ -304,7 +304,7 @@ def decode(processor: TinyLlavaProcessor, ids: list[list[int]]) -> list[str]:
 
 
 def _trim(row: list[int], stops: set[int], pad: int) -> list[int]:
-    """Return the tokens of an answer up to its end token; without one, less the padding behind it."""
+    """Return the tokens of an answer up to its end token; without one, drop the padding after it."""
     end = next((i + 1 for i, token in enumerate(row) if token in stops), None)
     if end is not None:
         return row[:end]

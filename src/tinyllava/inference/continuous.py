@@ -119,7 +119,7 @@ class ContinuousDecoder:
 
         Args:
             options: ``temperature`` and ``top_p`` to sample with; without any the likeliest token is taken.
-            seed: of the sampling; the tokens are those of ``Chat`` behind ``torch.manual_seed``.
+            seed: of the sampling; the tokens are those of ``Chat`` after ``torch.manual_seed``.
 
         Raises:
             ImageError: an image is broken.

@@ -52,7 +52,7 @@ def read_questions(path: Path) -> list[Line]:
 
 
 def _check_images(lines: Sequence[Line]) -> None:
-    """Refuse a file whose paths are wrong; a few images that are missing are told line by line."""
+    """Refuse a file whose paths are wrong; a few missing images are reported line by line."""
     asked = [(line, ref.path) for line in lines for ref in line.conversation.images]
     missing = [(line, image) for line, image in asked if image is None or not image.is_file()]
     if missing and 2 * len(missing) >= len(asked):

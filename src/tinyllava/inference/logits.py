@@ -33,7 +33,7 @@ class FiniteLogits(LogitsProcessor):
 def forbid_images(model: TinyLlavaForConditionalGeneration, logits: torch.Tensor) -> torch.Tensor:
     """Return logits [..., K] under which no answer contains ``<image>``.
 
-    Its row, and those that fill up the embedding behind the language model's own, are zero: where every other
+    Its row, and those that fill up the embedding after the language model's own, are zero: where every other
     logit is negative they would be the likeliest. Published code has no such rows.
     """
     rows = torch.arange(logits.shape[-1], device=logits.device)

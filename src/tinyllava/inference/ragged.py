@@ -45,7 +45,7 @@ class KeysValues:
         return len(self._layers)
 
     def write(self, layer: int, new: Sequence[Tensor]) -> list[Tensor]:
-        """Put keys and values [G, N, E] of new tokens behind the computed ones.
+        """Put keys and values [G, N, E] of new tokens after the computed ones.
 
         Returns:
             Those of all tokens [G, length + N, E].
@@ -63,7 +63,7 @@ class KeysValues:
         return [buffer[:, :end] for buffer in held]
 
     def trim(self) -> None:
-        """Let go of the room behind the computed tokens."""
+        """Free the space after the computed tokens."""
         for layer, held in self._layers.items():
             if held[0].shape[1] > self.length:
                 self._layers[layer] = [t[:, : self.length].clone() for t in held]

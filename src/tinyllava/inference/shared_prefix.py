@@ -169,7 +169,7 @@ def answer_groups(
 
 
 class _Trunks:
-    """The trunks of G groups in one cache, and the pass over the branches that stand on them."""
+    """The trunks of G groups in one cache, and the pass over their branches."""
 
     def __init__(self, model: TinyLlavaForConditionalGeneration, groups: Sequence[ImageGroup]) -> None:
         self.model, self.groups, self.device = model, groups, model.device

@@ -379,7 +379,7 @@ def _new_connector(config: TinyLlavaConfig) -> Any:
 def make_room_for_image_token(model: TinyLlavaForConditionalGeneration, image_token_id: int) -> None:
     """Give ``<image>`` a row when the language model has none to spare.
 
-    New rows are zero: the input row is never read (a feature stands there) and a zero output row gives the
+    New rows are zero: the input row is never read (a feature replaces it) and a zero output row gives the
     neutral logit 0. The loss leaves them out: what is trained is the language model's own distribution.
     """
     num_rows = model.get_input_embeddings().num_embeddings

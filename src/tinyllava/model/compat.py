@@ -69,7 +69,7 @@ AttentionInterface.register(CAUSAL, _causal_attention)
 
 @contextmanager
 def causal_without_looking(language_model: PreTrainedModel) -> Iterator[None]:
-    """Let a language model attend causally whatever a batch holds; padding has to stand on the right.
+    """Let a language model attend causally whatever a batch holds; padding must be on the right.
 
     transformers makes no mask for an attention that it has none for. Otherwise it looks whether the positions
     are those of several sequences in a row. A model with windows of attention needs its masks and keeps them.
@@ -123,7 +123,7 @@ def render_template(
         variables: of the template, such as ``add_generation_prompt`` and ``bos_token``.
 
     Returns:
-        The text, and the spans [start, end) of it that stand between ``{% generation %}`` and
+        The text, and the spans [start, end) of it that are between ``{% generation %}`` and
         ``{% endgeneration %}``. The public functions of transformers return masks of tokens instead.
     """
     texts, spans = render_jinja_template(
@@ -133,7 +133,7 @@ def render_template(
 
 
 def forget_preparation(model: nn.Module) -> None:
-    """Let accelerate prepare a model again; it skips a model that bears its mark, which it never removes.
+    """Let accelerate prepare a model again; it skips a model that has its mark, which it never removes.
 
     Without this, the Trainer of the next stage would run without autocast.
     """
@@ -172,7 +172,7 @@ def _layers(model: nn.Module, place: str) -> nn.ModuleList:
 
 
 def last_layer_output(vision_tower: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Return what the last layer gives, before the norm that some encoders put behind it.
+    """Return what the last layer gives, before the norm that some encoders apply after it.
 
     ``output_hidden_states=True`` would give the same and keep every other layer's output in memory too.
     """

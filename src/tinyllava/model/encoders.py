@@ -297,7 +297,7 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _without_last_norm(tower: Any) -> Any:
-    """Take out the norm behind the last layer: features are what the layer itself gives."""
+    """Remove the norm after the last layer: features are what the layer itself gives."""
     for name in ("post_layernorm", "layernorm"):
         if hasattr(tower, name):
             setattr(tower, name, nn.Identity())

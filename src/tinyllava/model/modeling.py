@@ -336,7 +336,7 @@ def branch_attention(branches: Tensor) -> tuple[Tensor, Tensor]:
     """Return mask [B, 1, N, N] and positions [B, N] of rows whose branches do not see each other.
 
     A token sees the shared beginning (branch 0) and what precedes it in its own branch. Its position is the
-    number of tokens before it that it sees, so each branch runs as if it stood alone behind the beginning.
+    number of tokens before it that it sees, so each branch runs as if it alone followed the prefix.
 
     Args:
         branches: branch of each token [B, N].

@@ -66,7 +66,7 @@ class TinyLlavaProcessor(ProcessorMixin):
     """Tokenizer, image processor and chat template of one checkpoint.
 
     Args:
-        num_image_tokens: T, how many tokens stand for one image.
+        num_image_tokens: T, the number of tokens per image.
         image_aspect: ``pad`` centres the image on a square of the image processor's mean colour first.
         transparency: ``blend`` puts transparent parts on that colour, ``drop`` ignores transparency.
     """
@@ -178,7 +178,7 @@ class TinyLlavaProcessor(ProcessorMixin):
         """Render with one character in place of each special token that the turns' own text spells.
 
         Returns:
-            text, spans of what the assistant says, and what the characters stand for.
+            text, spans of what the assistant says, and the meaning of the characters.
         """
         special = find_special_tokens(self.tokenizer, template)
         num_placed = sum(len(message.places) for message in conversation.messages)
@@ -265,7 +265,7 @@ def whole_encodings(tokenizer: Any, texts: list[str]) -> list[Any]:
 
 
 def _place_images(conversation: Conversation) -> Conversation:
-    """Return a conversation with a character in the text for each image that stands in it."""
+    """Return a conversation with a character in the text for each image in it."""
     messages = tuple(
         replace(m, text=m.marked(_PLACE), images=(), places=()) if m.places else m
         for m in conversation.messages

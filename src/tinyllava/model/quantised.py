@@ -80,7 +80,7 @@ def quantised_layers(model: nn.Module) -> dict[str, "QuantisedLinear"]:
 
 
 def dequantise(model: nn.Module) -> None:
-    """Put ordinary layers with the weights that the codes stand for in the place of quantised ones."""
+    """Put ordinary layers with the dequantised weights in place of quantised ones."""
     for name, layer in quantised_layers(model).items():
         parent, _, child = name.removesuffix(".weight").rpartition(".")
         setattr(model.get_submodule(parent), child, layer.to_linear())
@@ -128,7 +128,7 @@ def load_quantised(model: nn.Module, path: Path) -> None:
 class QuantisedLinear(nn.Linear, ABC):
     """A frozen linear layer from [*, in] to [*, out] whose ``weight`` holds integer codes.
 
-    What the codes mean stands in buffers; the bias stays as it was. Gradients flow to the input. Products are
+    The tables of the codes are buffers; the bias stays as it was. Gradients flow to the input. Products are
     computed in the precision of autocast, without it in that of the input.
 
     Args:
@@ -152,7 +152,7 @@ class QuantisedLinear(nn.Linear, ABC):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape [out, in] of the weights that the codes stand for."""
+        """Shape [out, in] of the dequantised weights."""
         return self.out_features, self.in_features
 
     def stored(self) -> list[Tensor]:
@@ -176,7 +176,7 @@ class QuantisedLinear(nn.Linear, ABC):
 
     @abstractmethod
     def dequantise(self) -> Tensor:
-        """Return the weights [out, in] that the codes stand for, in fp32 and on a CPU."""
+        """Return the dequantised weights [out, in], in fp32 and on a CPU."""
 
     @abstractmethod
     def _quantise(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -213,7 +213,7 @@ class FourBitLinear(QuantisedLinear):
         }
 
     def dequantise(self) -> Tensor:
-        """Return the weights [out, in] that the codes stand for, in fp32 and on a CPU."""
+        """Return the dequantised weights [out, in], in fp32 and on a CPU."""
         codes, scales, levels, nested_levels = (
             tensor.detach().cpu() for tensor in (self.weight, self.scales, self.levels, self.nested_levels)
         )
@@ -284,7 +284,7 @@ class EightBitLinear(QuantisedLinear):
         return codes, {"scales": scales}
 
     def dequantise(self) -> Tensor:
-        """Return the weights [out, in] that the codes stand for, in fp32 and on a CPU."""
+        """Return the dequantised weights [out, in], in fp32 and on a CPU."""
         return self.weight.detach().float().cpu() * (self.scales.cpu() / 127).unsqueeze(1)
 
     def _multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor:

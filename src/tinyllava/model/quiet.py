@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 def without_messages_of(name: str) -> Iterator[None]:
     """Drop messages of the logger with that name inside the block.
 
-    A filter, not a level: it costs microseconds, so it may stand around one product of a layer.
+    A filter, not a level: it costs microseconds, so it may surround one product of a layer.
     """
     logger, silent = logging.getLogger(name), _Silent()
     logger.addFilter(silent)

@@ -62,7 +62,7 @@ def describe_origin(
     Args:
         stage: of the run, by name.
         before: folders of the finished stages before it, by name.
-        beside: what stands beside the weights in JSON files, by name.
+        beside: contents of the JSON files next to the weights, by name.
     """
     model = dataclasses.replace(
         run.model,

@@ -24,7 +24,7 @@ _SHOWN = 5
 
 
 def find_tokens_without_row(tokenizer: Any, num_rows: int) -> list[str]:
-    """Return the tokens whose ids are behind the last row of an embedding, less ``<image>``."""
+    """Return the tokens whose ids are beyond the last row of an embedding, except ``<image>``."""
     added = tokenizer.added_tokens_decoder.items()
     return [token.content for id_, token in added if id_ >= num_rows and token.content != IMAGE_TOKEN]
 
@@ -51,7 +51,7 @@ def require_rows(place: str, tokenizer: Any, num_rows: int, given: Sequence[str]
 def add_tokens(
     model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor, tokens: Sequence[str]
 ) -> None:
-    """Give a model tokens that may stand in the text of questions and answers.
+    """Give a model tokens that questions and answers may contain.
 
     A new token's rows are the mean of the rows of the pieces that its text had before, so that the model
     starts from what it knew. A token that the tokenizer has keeps its row; if it was a special one, it

@@ -95,8 +95,8 @@ def open_tokenizer(source: str | Path, *, older_first: bool = False) -> Any:
 def fit_template(template: str, tokenizer: Any) -> str:
     """Return a template that gives the tokenizer the blank it puts in front of a text.
 
-    Such a tokenizer marks the beginning of a text with a blank. The published code encodes the text behind
-    BOS and the text behind an image as texts of their own. A pipeline that marks every piece behind a special
+    Such a tokenizer marks the beginning of a text with a blank. The published code encodes the text after
+    BOS and the text after an image separately. A pipeline that marks every piece after a special
     token by itself, or nothing at all, needs no help.
     """
     bos = tokenizer.bos_token
@@ -109,7 +109,7 @@ def fit_template(template: str, tokenizer: Any) -> str:
 
 
 def gap_of(template: str) -> str:
-    """Return what a template puts between an image and the text behind it, if that is a blank."""
+    """Return what a template puts between an image and the text after it, if that is a blank."""
     return " " if _GAP in template else ""
 
 

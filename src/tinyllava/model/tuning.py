@@ -63,7 +63,7 @@ def _train_all(model: TinyLlavaForConditionalGeneration, component: Component) -
 def reached_by_features(model: TinyLlavaForConditionalGeneration) -> set[str]:
     """Return the names of the encoder's parameters that the patch features depend on.
 
-    No other ever gets a gradient: norms and poolers behind the features, DINOv2's stand-in for a masked
+    No other ever gets a gradient: norms and poolers after the features, DINOv2's stand-in for a masked
     patch. With several processes a parameter without one stops the run. A twin without weights is run on one
     image, and its graph followed back, so that an unfamiliar encoder needs no list of names.
     """
@@ -312,7 +312,7 @@ def open_ledger(model: nn.Module) -> Ledger:
 
 
 def close_ledger(ledger: Ledger, model: nn.Module) -> Ledger:
-    """Record where every tensor stands now.
+    """Record the hash of every tensor now.
 
     Raises:
         TrainingError: a frozen tensor moved.

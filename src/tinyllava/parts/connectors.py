@@ -2,7 +2,7 @@
 
 Paper: section 3.1 (h_j = P_phi(v_j)), section 4.1.1 and Figure 6.
 This table is the one owner of how many tokens an image takes; it imports no torch, so that a plan can
-be made before anything is loaded. The modules stand in one file each and are imported when built.
+be made before anything is loaded. The modules are imported when a connector is built.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The files of a model folder: its JSON settings, and what may stand in a file in place of what should."""
+"""The files of a model folder: its JSON settings, and the faults that they can have."""
 
 import hashlib
 import json
@@ -162,7 +162,7 @@ def check_new_folder(folder: Path) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Give a place to write into that is called ``folder`` at the end; what stops leaves nothing behind.
+    """Give a place to write into that is called ``folder`` at the end; an interrupted write leaves nothing.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.

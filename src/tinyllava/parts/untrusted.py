@@ -197,7 +197,7 @@ def find_trap(template: str) -> str:
     """Return in words why a template may not end, whatever it renders; empty if nothing is found.
 
     A loop over ``range`` has at most 100,000 rounds, loops within it have as many each time. Such a pair can
-    hide behind a condition that no trial meets.
+    hide in a condition that no trial meets.
     """
     from jinja2 import TemplateError, nodes
 

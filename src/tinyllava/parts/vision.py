@@ -264,7 +264,7 @@ def _describe_folder(folder: Path) -> VisionEncoder:
 
 
 def _describe(folder: Path, config: dict[str, Any]) -> VisionEncoder:
-    """Describe the encoder of a config that stands in a folder."""
+    """Describe the encoder of a config in a folder."""
     model_type = str(config.get("model_type", ""))
     if model_type not in VISION_FAMILIES:
         model_type = f"{model_type}_vision_model"

@@ -224,7 +224,7 @@ def _machine_problems(run: Run, num_ranks: int) -> Iterator[str]:
 
 
 def _data_problems(run: Run, on_this_machine: bool) -> Iterator[str]:
-    """Names of records and skips; on this machine the files behind them too."""
+    """Names of records and skips; on this machine also the files."""
     for name, stage in run.stages.items():
         try:
             check_skip(stage.data.skip)

@@ -224,7 +224,7 @@ def _family(language: LanguageModel) -> LanguageFamily:
 
 
 def _num_readers(family: LanguageFamily) -> int:
-    """Linear layers of a layer that read the residual stream: three of attention, one or two behind it."""
+    """Linear layers of a layer that read the residual stream: three of attention, one or two of the MLP."""
     return 3 + (2 if family.gated else 1)
 
 

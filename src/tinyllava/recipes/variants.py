@@ -47,7 +47,7 @@ def variant(name: str) -> Run:
 
 
 def run_of(name: str, recipes: Mapping[str, Recipe]) -> Run:
-    """Return the run of a variant's name whose recipe stands in a table; raises as ``variant``."""
+    """Return the run of a variant's name whose recipe is in a table; raises as ``variant``."""
     parts = name.removeprefix(PREFIX).split("-", 3)
     if len(parts) < 3:
         alone = " A recipe alone needs --from CHECKPOINT." if parts == [name] and name in recipes else ""

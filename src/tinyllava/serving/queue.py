@@ -65,7 +65,7 @@ class Places:
         """Hold a place from before the body of a request is read until its answer is sent or its client gone.
 
         Raises:
-            RequestError: all are taken; the client is told when to come again.
+            RequestError: all are taken; the client learns when to try again.
         """
         if self.num_taken >= self.max_waiting:
             seconds = max(1, round(self._seconds))

@@ -1,6 +1,6 @@
 """What a client sends: OpenAI's chat completions, checked field by field, as a conversation and its options.
 
-Paper: none. Differs: images stand before the text of their message, as the model was trained.
+Paper: none. Differs: images come before the text of their message, as the model was trained.
 """
 
 from collections.abc import Mapping

@@ -62,7 +62,7 @@ AMOUNTS: dict[Length, dict[str, Amount]] = {
 def records_key(amounts: Mapping[str, Amount]) -> str:
     """Return a digest of what decides the records: amounts, and the code that draws and writes them.
 
-    Record folders bear it in their name, so that what another version wrote is never taken for one's own.
+    Record folders have it in their name, so that files of another version are never used.
     """
     digest = hashlib.sha256(repr(sorted(amounts.items())).encode())
     for name in ("records.py", "datasets/default.py"):
@@ -100,7 +100,7 @@ def write_records(
             contradict itself, but a connector that was not started from words learns it sooner (docs/log.md).
 
     Raises:
-        DataError: an image stands on both sides.
+        DataError: an image is on both sides.
     """
     prove_disjoint(images)
     image_folder = folder / "images"
@@ -149,7 +149,7 @@ def _write(file: Path, records: list[Record]) -> Path:
 
 
 def _record(image: LabelledImage, number: int, turns: Iterable[tuple[str, str]]) -> Record:
-    """Return a LLaVA record; the first question stands behind the image."""
+    """Return a LLaVA record; the first question comes after the image."""
     conversation = []
     for index, (asked, answer) in enumerate(turns):
         value = f"<image>\n{asked}" if index == 0 else asked

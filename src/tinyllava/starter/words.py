@@ -62,8 +62,8 @@ def fit_words(
 ) -> None:  # fmt: skip
     """Move the connector's t-th image token to the embedding of the caption's t-th word token, by AdamW.
 
-    The loss is the squared distance, so where the encoder cannot tell two words apart the token lies between
-    them. Image tokens behind the last word are left free. Data sets are drawn equally often.
+    The loss is the squared distance, so where the encoder cannot tell two words apart the token is between
+    them. Image tokens after the last word are not fitted. Data sets are drawn equally often.
     """
     cache = FeatureCache(features, model, processor)
     cache.fill(captions)

@@ -1,4 +1,4 @@
-"""From cells to the work they need: a graph of stages and evaluations in which nothing equal stands twice.
+"""From cells to the work they need: a graph in which equal stages and evaluations are one node.
 
 Paper: Figure 5 inherits Figure 4's models; the recipes of Figure 8 share their first stage.
 """

@@ -203,7 +203,7 @@ def exchange_parts(grid: Grid, parts: Mapping[str, str]) -> Grid:
     """Put other parts, mostly smaller ones, in the place of named ones; every label and title says so.
 
     Args:
-        parts: name of an encoder or language model as the runs have it -> the name or folder that stands in.
+        parts: name of an encoder or language model in the runs -> the name or folder that replaces it.
 
     Raises:
         UnknownNameError: no run has a part of that name.
@@ -223,7 +223,7 @@ def exchange_parts(grid: Grid, parts: Mapping[str, str]) -> Grid:
 
 
 def _exchange_in_claim(claim: Claim, name: str, marked: str) -> Claim:
-    """Return the claim about the part that stands in, so that it is tested on the cells that are run."""
+    """Return the claim about the replacement, so that it is tested on the cells that are run."""
     better, worse = (
         {axis: marked if label == name else label for axis, label in side.items()}
         for side in (claim.better, claim.worse)

@@ -1,7 +1,7 @@
 """Numbers that others printed: the paper's Tables 1 to 3 and A1, and rows of the later code base.
 
 Paper: Tables 1, 2, 3 and A1. Cells are kept as they are printed. A published number is a value of a type of
-its own, so that it can stand beside a measured ``Result`` but never among them.
+its own, so that it can be next to a measured ``Result`` but never among them.
 """
 
 import json
@@ -24,7 +24,7 @@ ABSENT = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedScore:
-    """One printed number, with where it stands and by which rules it was taken."""
+    """One printed number, with its place in the paper and its protocol."""
 
     table: str
     """Title of the table."""

@@ -48,7 +48,7 @@ def find_runs(folder: Path) -> list[FoundRun]:
 
 
 def _is_run(config: Mapping[str, Any]) -> bool:
-    """Whether a file holds the settings of a run, rather than whose answers stand beside it."""
+    """Whether a file holds the settings of a run, rather than the owner of the answers next to it."""
     model = config.get("model")
     names = ("vision_encoder", "connector", "language_model")
     is_model = isinstance(model, dict) and all(isinstance(model.get(name), str) for name in names)

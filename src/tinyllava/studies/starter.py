@@ -1,7 +1,7 @@
 """Small real versions of Figures 5, 6, 7 and 8 on the starter's parts and images: an hour of two cores.
 
 Paper: Figures 5 (encoder), 6 (connector, at a similar number of parameters), 7 (data) and 8 (recipe).
-Differs: a CNN, a language model of 135M, drawn shapes and fruits; the settings were not searched anew.
+Differs: a CNN, a language model of 135M, drawn shapes and fruits; the settings were not searched again.
 """
 
 from dataclasses import dataclass, replace

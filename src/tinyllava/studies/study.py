@@ -62,7 +62,7 @@ class StudyCell:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training that stand behind the cell, also where a stage was reused."""
+        """Seconds of training for the cell, including reused stages."""
         return sum(stage.seconds for stage in self.stages)
 
 

@@ -44,7 +44,7 @@ class CheckpointKeeper(TrainerCallback):
     """Makes checkpoints of a stage that can be trusted, and lets go of old ones.
 
     A checkpoint is complete when its manifest is there, written last: the key of what it was made from, and
-    size and hash of every file. Two are kept, so that behind a damaged one there is the one before, and the
+    size and hash of every file. Two are kept, so that if one is damaged, the previous one remains, and the
     one with the lowest held-out loss.
 
     Args:
@@ -234,7 +234,7 @@ def load_best(folder: Path, step: int, model: TinyLlavaForConditionalGeneration)
 
 
 def describe_beside(run: Run) -> dict[str, Any]:
-    """Return what stands beside a run's weights in JSON files, by name: the licences of its data."""
+    """Return the contents of the JSON files next to a run's weights, by name: the licences of its data."""
     records = [record for stage in run.stages.values() for record in stage.data.records]
     licences = gather_licences(records, run.start_from)
     return {LICENCES: licences} if licences else {}

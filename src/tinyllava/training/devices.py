@@ -193,7 +193,7 @@ def survives(
 def _largest_batches(
     size: int, processor: TinyLlavaProcessor, prepared: Prepared
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of the longest sample and of the one with most images, one behind the other."""
+    """Yield batches of the longest sample and of the one with most images, one after the other."""
     examples = prepared.examples
     places = range(len(examples))
     longest = max(places, key=lambda i: examples.lengths[i])

@@ -114,7 +114,7 @@ def read_data(run: Run, data: DataConfig, *, decode: bool = True) -> Records:
 
 
 def check_data(run: Run, processor: TinyLlavaProcessor) -> None:
-    """Read and measure the records of every stage: a defect of the last one is told before the first trains.
+    """Read and measure the records of every stage: a defect in the last is reported before the first trains.
 
     What is found is kept, so that a stage's own turn costs little.
 

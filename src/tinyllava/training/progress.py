@@ -60,7 +60,7 @@ def rates_note(
     tokens_per_second: float,
     held_out_loss: float | None = None,
 ) -> str:
-    """Return what stands beside the bar of a stage, short in a narrow terminal."""
+    """Return the note beside the bar of a stage, short in a narrow terminal."""
     held = "" if held_out_loss is None else f"  held-out {held_out_loss:.3f}"
     if held and console.width < _WIDE:
         return f"loss {loss:.3f}{held}"

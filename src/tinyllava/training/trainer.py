@@ -72,7 +72,7 @@ class StageTrainer(Trainer):
     """Trains one stage.
 
     Args:
-        stage: the stage; its learning rates and grouping are read here, the rest stands in ``args``.
+        stage: the stage; its learning rates and grouping are read here, the rest is in ``args``.
     """
 
     def __init__(self, *args: Any, stage: Stage, **kwargs: Any) -> None:
@@ -136,7 +136,7 @@ class StageTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The schedule of ``rate_factor``, or another one behind the same warm-up.
+        """The schedule of ``rate_factor``, or another one after the same warm-up.
 
         Transformers' own warm-up has the rate 0 at the first step.
         """
@@ -214,7 +214,7 @@ class StageTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the mean loss over the supervised tokens of all held-out records.
 
-        The training goes on as if it had not happened: random numbers are given back, and no layer draws any.
+        The training continues as if it had not happened: the random state is restored, and no layer uses it.
         """
         start, was_training = time.monotonic(), self.model.training
         with keeping_random_state():

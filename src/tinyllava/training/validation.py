@@ -90,7 +90,7 @@ class Validator(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Validate behind the last step too."""
+        """Validate after the last step too."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 

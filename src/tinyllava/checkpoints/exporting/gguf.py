@@ -331,7 +331,7 @@ def _vision_tensors(model: TinyLlavaForConditionalGeneration) -> Iterator[tuple[
 def _add_tensor(
     writer: gguf.GGUFWriter, there: str, tensor: Tensor, kind: Quantized, rotated_heads: int = 0
 ) -> None:
-    """Add a tensor as it is stored there, and leave in it the values that the stored form stands for."""
+    """Add a tensor as it is stored there, and leave in it the values that the stored form encodes."""
     values = tensor.float()
     if rotated_heads:  # [halves, pairs] of each head become [pairs, halves]
         values = values.unflatten(0, (rotated_heads, 2, -1)).transpose(1, 2).flatten(0, 2)

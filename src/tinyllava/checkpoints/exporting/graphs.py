@@ -232,7 +232,7 @@ class TokenGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Embeddings [B, N, D] behind P cached positions to logits [B, N, vocabulary] and the longer cache."""
+    """Embeddings [B, N, D] after P cached positions to logits [B, N, vocabulary] and the longer cache."""
 
     def __init__(self, model: TinyLlavaForConditionalGeneration) -> None:
         super().__init__()

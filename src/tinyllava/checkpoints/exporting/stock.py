@@ -1,10 +1,10 @@
 """Write a model in the layout of transformers' LlavaForConditionalGeneration, which vLLM reads too.
 
-The tensors bear the names of the files on the hub (``vision_tower.vision_model.*``,
+The tensors have the names of the files on the hub (``vision_tower.vision_model.*``,
 ``language_model.model.*``): every version of transformers knows them, and vLLM's encoders know no others.
 The encoder is stored cut, so ``vision_feature_layer`` is -1: transformers takes the last layer's output
-before the norm behind it, and vLLM builds that many layers and leaves the norm out. transformers 4 gives
-SigLIP's last layer behind the norm. So SigLIP gets one layer more, of zeros, and -2 takes its input.
+before its final norm, and vLLM builds that many layers and leaves the norm out. transformers 4 gives
+SigLIP's last layer after the norm. So SigLIP gets one layer more, of zeros, and -2 takes its input.
 The files are written so that transformers 4.57 reads them as 5 does; see ``_suit_older_versions``.
 """
 

@@ -143,7 +143,7 @@ def count(names: Iterable[str]) -> str:
 
 
 def whole(config: dict[str, Any], name: str, default: int | None, where: str) -> int:
-    """Return a whole number; ``default`` stands for a setting that is absent or null.
+    """Return a whole number; ``default`` replaces a setting that is absent or null.
 
     Raises:
         CheckpointError: another type of value, or no value where there is no default.

@@ -249,7 +249,7 @@ def with_options(question: str, answer: Any, options: list[str], where: str) -> 
     """Return a question with its options below it, and the letter of the right one.
 
     Args:
-        question: as it stands in the row; options that it has already are not added again.
+        question: the text in the row; options that it has already are not added again.
         answer: a letter, the text of an option, or the index of one in a list (a number, from 0).
         options: their texts.
         where: place of the row.

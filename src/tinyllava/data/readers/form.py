@@ -346,7 +346,7 @@ def find_foreign_mark(turns: Iterable[Turn]) -> str:
 
 
 def _place(turn: Turn) -> tuple[str, tuple[int, ...]]:
-    """Return the text of a turn without outer blanks, and where in it each image stands; none if all lead."""
+    """Return a turn's text without outer blanks, and the place of each image in it; none if all come first."""
     text = ""
     places: list[int] = []
     for part in turn.parts:

@@ -78,7 +78,7 @@ def _from_base64(value: str) -> bytes | None:
 
 
 def _spellings(path: str) -> Iterator[str]:
-    """Yield a path as it stands, then as other systems and programs write the same one."""
+    """Yield a path as it is, then as other systems and programs write the same one."""
     yield path
     slashed = path.strip().replace("\\", "/")
     for text in (path.strip(), slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))):

@@ -68,7 +68,7 @@ def _list(path: Path, text: str) -> list[Any]:
 
 
 def _is_json(line: str) -> bool:
-    """Whether a line is a record, or begins with one and has something wrong behind it."""
+    """Whether a line is a record, or begins with one and continues with something else."""
     try:
         parse_json(line)
     except json.JSONDecodeError as error:

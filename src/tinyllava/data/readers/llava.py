@@ -39,7 +39,7 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
 
 
 def turns_of(raw: dict[str, Any], where: str) -> Any:
-    """Return the turns of a record, whatever they are: a list, or what stands in its place.
+    """Return the turns of a record, whatever they are: a list, or another value in its place.
 
     Raises:
         Defect: a cell of a table spells them in a way that cannot be read.

@@ -1,6 +1,6 @@
 """Records of ``messages`` with ``role`` and ``content``: OpenAI, TRL, LLaMA-Factory, ms-swift, the Cauldron.
 
-Content is text, in which ``<image>`` stands for the next image of the record, or a list of texts and images.
+Content is text, in which ``<image>`` marks the next image of the record, or a list of texts and images.
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ def _split_pair(pair: Any) -> list[Any]:
 
 
 def _for_marks(turns: list[Turn], listed: list[Any]) -> list[Any]:
-    """Return the images that marks stand for: none if every image is in its turn by its index."""
+    """Return the images of the marks: none if every image is in its turn by its index."""
     indexed = any(isinstance(part, ImageValue) and part.value is not None for t in turns for part in t.parts)
     marked = any(isinstance(part, ImageValue) and part.value is None for t in turns for part in t.parts)
     return [] if indexed and not marked else listed

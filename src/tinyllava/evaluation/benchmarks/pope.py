@@ -1,4 +1,4 @@
-"""POPE: is there an object of this kind in the picture? Asked of COCO val2014 in three splits.
+"""POPE: is there an object of this kind in the image? Asked of COCO val2014 in three splits.
 
 Paper: appendix A. The paper says "POPE accuracy"; its numbers follow LLaVA's script, which is the mean F1
 of the adversarial, popular and random splits, at the pinned release with 2,910 random questions. Differs:

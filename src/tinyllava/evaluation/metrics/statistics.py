@@ -107,7 +107,7 @@ def _interval_of_equals(ratios: Sequence[Ratio]) -> tuple[float, float] | None:
 
 
 def _bounds(ratios: Sequence[Ratio]) -> tuple[float, float]:
-    """Return what no sum of these ratios can leave; a share, an F1 too, lies in [0, weight]."""
+    """Return the bounds of a sum of these ratios; a share, or an F1, is in [0, weight]."""
     if any(ratio.weight < 0 or min((*ratio.numerators, *ratio.bottom), default=0) < 0 for ratio in ratios):
         return -math.inf, math.inf
     are_bounded = all(

@@ -31,7 +31,7 @@ def build_connector(
 def _build_own(
     connector: Connector, vision_width: int, language_width: int, num_patches: int, options: Options
 ) -> nn.Module:
-    """Build a connector of a user's code, whose errors are told with their file and line."""
+    """Build a connector of a user's code, whose errors are reported with their file and line."""
     assert isinstance(connector.module, type)
     try:
         module: nn.Module = connector.module(vision_width, language_width, num_patches, **options)

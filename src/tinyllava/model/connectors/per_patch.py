@@ -88,7 +88,7 @@ class Pool(nn.Module):
 class Slots(nn.Module):
     """[I, M, X] -> [I, T, D]: average the whole grid, normalise, then an MLP with an output for each token.
 
-    The starter's connector: tokens that differ can each stand for a word (``tinyllava.starter.words``).
+    The starter's connector: each token can represent another word (``tinyllava.starter.words``).
     """
 
     def __init__(self, vision_width: int, language_width: int, num_patches: int, *, num_slots: int) -> None:

@@ -1,6 +1,6 @@
 """Prompt templates: one Jinja file each, marked with what the assistant says.
 
-Paper: section 3.2; what stands between ``{% generation %}`` and ``{% endgeneration %}`` is the set A of
+Paper: section 3.2; the text between ``{% generation %}`` and ``{% endgeneration %}`` is the set A of
 equation 3. A template is saved into the checkpoint, so training, chat, evaluation and serving read the same.
 What several templates share is written once, in a ``.part`` file; a template that is read holds it.
 """

@@ -77,7 +77,7 @@ class Stamp:
 
     @property
     def is_held_out(self) -> bool:
-        """A quarter of the stamps, fixed by their pixels: equal images stand on the same side."""
+        """A quarter of the stamps, fixed by their pixels: equal images are on the same side."""
         return int(self.pixels_sha256[:2], 16) < 64
 
 
@@ -85,7 +85,7 @@ def read_tux_paint(package: Path, seed: int = 0) -> list[LabelledImage]:
     """Read the named stamps, a quarter of them held out.
 
     Each is asked for its group, and four times for yes and no, as often the one as the other. Its own name
-    is asked for too, of held-out ones only where a training stamp bears the same name.
+    is asked for too, of held-out ones only if a training stamp has the same name.
     """
     generator = random.Random(seed)
     stamps: dict[str, tuple[str, Stamp]] = {}
@@ -131,7 +131,7 @@ def _read_stamp(file: Path, path: str) -> Stamp | None:
 
 
 def _on_white(file: Path) -> Image.Image:
-    """Lay the cut-out on white: what lies under its transparent part is not meant to be seen."""
+    """Lay the cut-out on white: the colours under its transparent part are hidden."""
     with Image.open(file) as image:
         stamp = image.convert("RGBA")
     stamp.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))

@@ -1,6 +1,6 @@
 """The answers to one benchmark or to a user's own questions, as one HTML page with the images in it.
 
-Paper: none; what is behind a number of Table 3: its parts, what was taken for what, right and wrong answers.
+Paper: none; the details of a number of Table 3: its parts, confusions, right and wrong answers.
 
 Paper: none.
 """

@@ -1,7 +1,7 @@
 """The figures of a study: grouped bars, radar, answered images, loss curves, in the form of the paper's.
 
 Paper: Figures 4 to 8 (bars), Figure 1 (radar), Figure 9 (answered images of two models). Differs: bars have
-error bars, published values stand beside as hollow marks, and a cell that was not measured is an empty frame.
+error bars, published values are hollow marks next to it, and a cell that was not measured is an empty frame.
 """
 
 import io

@@ -65,7 +65,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What stands in one cell of the table."""
+    """The content of one cell of the table."""
 
     value: float
     interval: tuple[float, float] | None = None
