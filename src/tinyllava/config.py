@@ -1,4 +1,4 @@
-"""What one run is: the model's parts, the stages of training, the data of each, and the machine's share.
+"""The settings of a run: the model's parts, the stages of training, their data, and the use of the machine.
 
 Paper: section 4.1. A value here is data only; nothing in this file builds or trains anything.
 """
@@ -134,8 +134,8 @@ class ModelConfig:
     template: str = ""
     """Prompt template; empty means the language model's own."""
     add_tokens: tuple[str, ...] = ()
-    """Tokens that the task needs, such as <loc_0>; they may stand in questions and answers, also if they were
-    special ones."""
+    """Tokens that the task needs, such as <loc_0>; questions and answers may contain them, even if they were
+    special tokens."""
     code: Code = ""
     """Published code (`tinyllava train --code`) to match in turns, token ids, image tokens and head; empty
     means none."""
@@ -173,7 +173,7 @@ _LATER: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Records that a stage is measured on while it trains, and what follows from their loss."""
+    """Held-out records that measure a stage while it trains, and early stopping by their loss."""
 
     held_out: str = ""
     """A record file, or the share of the stage's records to hold out, such as 10%; empty: no validation."""
@@ -282,7 +282,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """How a run uses the machine; nothing here changes what is computed beyond rounding."""
+    """How a run uses the machine. These settings change the result only by rounding."""
 
     device_batch_size: int = 0
     """Samples per forward pass and rank; 0 means the largest divisor of the rank's share of a batch that fits
@@ -308,7 +308,7 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run, complete: saved with its result, and enough to repeat it."""
+    """One complete training run. It is saved with its result and can be repeated from that file."""
 
     name: str
     model: ModelConfig
@@ -348,10 +348,10 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def run_from_json(text: str, source: str = "config") -> Run:
-    """Read a run back.
+    """Read a saved run (the text of a run.json).
 
     Raises:
-        ConfigError: not JSON, an unknown field, or a value of the wrong type; all of them are listed.
+        ConfigError: not JSON, unknown fields, or values of the wrong type; the error lists all of them.
     """
     from pydantic import TypeAdapter, ValidationError  # a tenth of a second that --help need not pay
 

@@ -1,4 +1,4 @@
-"""A conversation about images: what training, chat, evaluation and serving all hand to the model.
+"""A conversation about images: the input of the model in training, chat, evaluation and serving.
 
 Paper: section 3.2, Y = (Y_q^1, Y_a^1, ..., Y_q^T, Y_a^T) together with the image X.
 """
@@ -22,7 +22,7 @@ _ORIENTATION = 0x0112  # the tag of EXIF
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
-    """Where an image is to be found: a file, or the encoded bytes of one (a parquet cell, an upload)."""
+    """An image by its file, or by its encoded bytes (a Parquet cell, an upload)."""
 
     path: Path | None = None
     data: bytes | None = None
@@ -44,9 +44,9 @@ class Message:
     text: str
     images: tuple[ImageRef, ...] = ()
     places: tuple[int, ...] = ()
-    """Where in the text each image stands, in characters; empty where all are before it."""
+    """Place of each image in the text, in characters; empty if all come before the text."""
     is_trained: bool = True
-    """Of an answer: whether training learns to say it; otherwise it is read like a question."""
+    """Whether training learns this answer; otherwise it is only read, like a question."""
 
     def marked(self, mark: str) -> str:
         """Return the text with a mark at the place of each image; all in front if they have none."""
@@ -67,7 +67,7 @@ class Conversation:
 
     @property
     def place(self) -> str:
-        """File, place in it and id, as far as they are known: how every error names the record."""
+        """File, place in the file and id, as far as known: every error names the record by it."""
         if self.at:
             where = f"{self.at} (id {self.id})" if self.id else self.at
         else:
@@ -81,7 +81,7 @@ class Conversation:
 
 
 class Answer(str):
-    """The text of an answer; ``is_cut`` tells that it ran into its limit of tokens before its end."""
+    """The text of an answer; ``is_cut`` is true if it reached its limit of tokens before its end."""
 
     __slots__ = ("is_cut",)
     is_cut: bool

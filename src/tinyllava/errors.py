@@ -1,4 +1,4 @@
-"""The exceptions that a user of tinyllava meets: each says what is wrong, where, and what to do about it."""
+"""The exceptions of tinyllava: each message says what is wrong, where, and how to fix it."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -35,7 +35,7 @@ class CheckpointError(TinyLlavaError, ValueError):
 
 
 class PackageError(TinyLlavaError, OSError):
-    """A public package that could not be fetched, or whose content is not the expected one."""
+    """A public package that could not be downloaded, or whose content is not the expected one."""
 
 
 class OutputError(TinyLlavaError, OSError):
@@ -63,7 +63,7 @@ def require(module: str, extra: str, purpose: str) -> None:
         purpose: what it does here, as in "draws the figures".
 
     Raises:
-        MissingExtraError: it is not installed; names the command that installs it.
+        MissingExtraError: it is not installed; the message has the command that installs it.
     """
     if find_spec(module) is None:
         raise MissingExtraError(
@@ -72,7 +72,7 @@ def require(module: str, extra: str, purpose: str) -> None:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ended by a signal, as by Ctrl-C; what was done until then is saved."""
+    """Ended by a signal, such as Ctrl-C; the work so far is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -122,7 +122,7 @@ class ResultTable:
         return ResultTable(results=(*kept, result))
 
     def fitting(self, result: Result) -> "ResultTable":
-        """Return the table without results that cannot share a column with ``result`` (other data or judge)."""
+        """Return the table without results of other data or another judge than ``result``."""
         kept = tuple(r for r in self.results if r.benchmark != result.benchmark or not _find_clash(r, result))
         return ResultTable(results=kept)
 

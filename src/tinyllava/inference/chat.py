@@ -44,10 +44,10 @@ OPTIONS = (
 
 
 class Chat:
-    """A model with its processor, ready to answer.
+    """A model with its processor, ready to answer. ``Chat.open`` makes one from a checkpoint.
 
     Args:
-        batch_tokens: most tokens of one batch, padding and answers included; bounds the memory.
+        batch_tokens: max tokens of one batch, including padding and answers; limits the memory.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class Chat:
 
     @classmethod
     def open(cls, folder: str | Path, *, device: str = "", dtype: str = "auto", bits: int = 16) -> Self:
-        """Open a checkpoint on the best device there is.
+        """Open a checkpoint, on a GPU if there is one.
 
         Args:
-            folder: of the checkpoint, or its name on the hub (``owner/name``), which is downloaded once.
-            device: a device of torch; empty means a GPU if there is one.
-            dtype: of the weights; ``auto`` is chosen by ``choose_dtype``.
-            bits: 4 or 8 hold the linear layers of the language model in that many (bitsandbytes).
+            folder: the checkpoint's folder, or its name on the Hub (``owner/name``; downloaded once).
+            device: a torch device, such as ``cuda:1``; empty means a GPU if available.
+            dtype: type of the weights, such as ``bfloat16``; ``auto``: see ``choose_dtype``.
+            bits: 4 or 8 quantises the linear layers of the language model (needs bitsandbytes).
 
         Raises:
-            ConfigError: no such device here, or no such number of bits.
-            MissingExtraError: bits below 16 without bitsandbytes.
-            CheckpointError: the folder is missing, incomplete, or of another kind.
+            ConfigError: the device or the number of bits does not exist.
+            MissingExtraError: ``bits`` is below 16 and bitsandbytes is not installed.
+            CheckpointError: the folder is missing or incomplete, or is not a checkpoint.
         """
         check_bits(bits)
         folder = whole_model(local_folder(folder))
@@ -94,7 +94,7 @@ class Chat:
 
     @property
     def context_tokens(self) -> int:
-        """The most tokens that prompt and answer may have together."""
+        """Max number of tokens of prompt and answer together."""
         return int(self.processor.tokenizer.model_max_length)
 
     def answer(
@@ -102,17 +102,17 @@ class Chat:
     ) -> list[Answer]:
         """Return one answer for each conversation, the same as if each were asked alone.
 
-        Conversations with and without images may be mixed; each ends where the assistant is to speak. An
-        answer ends at ``max_new_tokens`` or where the context is full; its ``is_cut`` then says so.
+        Conversations with and without images may be mixed. Each must end with a user's message. An answer
+        ends at ``max_new_tokens`` or where the context is full; ``is_cut`` is then true.
 
         Args:
-            options: of transformers' ``generate``, see ``OPTIONS``, e.g. ``do_sample=True, temperature=0.2``.
+            options: options of transformers' ``generate``, e.g. ``do_sample=True, temperature=0.2``.
 
         Raises:
             ConfigError: an option that is not supported.
             ImageError: an image is broken.
             DataError: a conversation does not fit the model's context.
-            CheckpointError: the model's logits are not numbers.
+            CheckpointError: the model's logits are NaN or infinite.
         """
         check_options(options)
         prompts = [encode_prompt(self.processor, conversation) for conversation in conversations]
@@ -125,9 +125,9 @@ class Chat:
         return answers
 
     def ask(self, text: str, *images: ImageLike, max_new_tokens: int = 512, **options: Any) -> Answer:
-        """Answer one question about images (or about none): paths, bytes, data URLs or images of Pillow.
+        """Answer one question about any number of images: paths, bytes, data URLs or Pillow images.
 
-        Raises as ``answer`` does.
+        Raises the errors of ``answer``.
         """
         return self.answer([ask(text, *images)], max_new_tokens, **options)[0]
 
@@ -138,7 +138,7 @@ class Chat:
     def answer_each(
         self, conversations: Sequence[Conversation], max_new_tokens: int = 128, **options: Any
     ) -> list[Answer | DataError]:
-        """Do what ``answer`` does; what cannot be asked gets its error in place of an answer."""
+        """Answer like ``answer``; a conversation that cannot be asked gets its error instead of an answer."""
         try:
             return [*self.answer(conversations, max_new_tokens, **options)]
         except DataError:
@@ -158,9 +158,9 @@ class Chat:
         return None
 
     def stream(self, conversation: Conversation, max_new_tokens: int = 512, **options: Any) -> "Stream":
-        """Return the answer in pieces as they come; joined they are the answer.
+        """Yield the answer in pieces while it is generated; joined, they are the answer.
 
-        Closing the stream stops the model. Takes and raises what ``answer`` does, but ``num_beams``.
+        Closing the stream stops the model. Options and errors are those of ``answer``, without ``num_beams``.
         """
         check_options(options, is_streamed=True)
         prompt = encode_prompt(self.processor, conversation)
@@ -276,7 +276,7 @@ def choose_dtype(saved: str, device_type: str) -> str:
 
 
 def encode_prompt(processor: TinyLlavaProcessor, conversation: Conversation) -> list[int]:
-    """Return the token ids of a conversation up to where the assistant is to speak, image tokens expanded.
+    """Return the token ids of a conversation up to the start of the answer, with image tokens expanded.
 
     Raises:
         DataError: it does not fit the context of the language model, or the template leaves out its images.
@@ -314,7 +314,7 @@ def _trim(row: list[int], stops: set[int], pad: int) -> list[int]:
 
 
 def check_options(options: Mapping[str, Any], *, is_streamed: bool = False) -> None:
-    """Refuse options of ``generate`` that an answer could not follow.
+    """Reject options of ``generate`` that would have no effect.
 
     Raises:
         ConfigError: an option that is not known, has no effect, or that a stream cannot follow.
@@ -337,7 +337,7 @@ def check_options(options: Mapping[str, Any], *, is_streamed: bool = False) -> N
 
 
 class Stream(Iterator[str]):
-    """An answer as it comes, piece by piece; ``is_cut`` tells at its end whether it ran into its limit."""
+    """An answer in pieces while it is generated; at its end, ``is_cut`` says whether it reached its limit."""
 
     def __init__(
         self, generate: Callable[[TextIteratorStreamer, Callable[[], bool]], Answer], chat: Chat

@@ -1,4 +1,4 @@
-"""Several turns with a model: every question is answered knowing those before it.
+"""Several turns with a model: each answer takes the earlier turns into account.
 
 Paper: section 3.2, the conversation (Y_q^1, Y_a^1, ..., Y_q^T, Y_a^T) about an image.
 """
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Dialogue:
-    """A conversation that grows. Made by ``Chat.start``.
+    """A conversation of several turns. ``Chat.start`` makes one.
 
     Args:
-        images: what the first question is about; more can come with later questions.
-        system: text in front of everything; empty leaves the template's own.
+        images: images of the first question; later questions may have more.
+        system: system text; empty means that of the template.
     """
 
     def __init__(self, chat: "Chat", *images: ImageLike, system: str = "") -> None:
@@ -25,14 +25,14 @@ class Dialogue:
         self.messages: tuple[Message, ...] = (Message(role="system", text=system),) if system else ()
         """All turns so far, answers included."""
         self.num_dropped = 0
-        """Oldest questions that the last answer did not know, because the context is full."""
+        """Number of oldest questions dropped for the last answer, because the context was full."""
         self.is_cut = False
-        """Whether the last answer ran into its limit of tokens."""
+        """Whether the last answer reached its limit of tokens."""
 
     def ask(self, text: str, *images: ImageLike, max_new_tokens: int = 512, **options: Any) -> Answer:
-        """Ask, remember the answer and return it; see ``Chat.answer`` for options and errors.
+        """Ask a question, add it and its answer to the conversation, and return the answer.
 
-        A question that cannot be asked is not remembered.
+        Options and errors are those of ``Chat.answer``. A question that cannot be asked is not added.
         """
         question, conversation, num_dropped = self._add(text, images, max_new_tokens)
         answer = self._chat.answer([conversation], max_new_tokens, **options)[0]
@@ -43,9 +43,10 @@ class Dialogue:
     def stream(
         self, text: str, *images: ImageLike, max_new_tokens: int = 512, **options: Any
     ) -> Iterator[str]:
-        """Ask and return the answer in pieces; what was read is remembered, also if the reader stops.
+        """Ask a question and yield the answer in pieces.
 
-        Raises what ``Chat.stream`` does; a question that cannot be asked is not remembered.
+        If the reader stops, the part that was read is added to the conversation. Options and errors
+        are those of ``Chat.stream``. A question that cannot be asked is not added.
         """
         question, conversation, num_dropped = self._add(text, images, max_new_tokens)
         stream = self._chat.stream(conversation, max_new_tokens, **options)
@@ -66,7 +67,7 @@ class Dialogue:
     def _add(
         self, text: str, images: tuple[ImageLike, ...], max_new_tokens: int
     ) -> tuple[tuple[Message, ...], Conversation, int]:
-        """Return a question, what the context holds of the conversation with it, and how much was dropped."""
+        """Return a question, the conversation that fits the context, and the number of dropped questions."""
         question = ask(text, *self._images, *images).messages
         whole = Conversation(messages=self.messages + question)
         return (question, *self._chat.shorten(whole, max_new_tokens))

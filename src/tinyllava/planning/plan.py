@@ -1,4 +1,4 @@
-"""What a run takes, before anything is downloaded: parameters, tokens, steps, FLOPs, memory, disk, hours.
+"""Estimates of a run before anything is downloaded: parameters, tokens, steps, FLOPs, memory, disk, hours.
 
 Paper: sections 4.1.2 (batches, epochs, data) and Table A1 (sizes). Everything is a closed form of the specs.
 """
@@ -150,7 +150,7 @@ def plan_parts(run: Run) -> PlannedParts:
 
 
 def plan_run(run: Run, *, gpu: str = "A100-80G", num_gpus: int = 8) -> Plan:
-    """Plan a run on so many GPUs of a kind.
+    """Estimate the cost of a run on a number of GPUs of one type.
 
     Raises:
         UnknownNameError: no such GPU, or see ``plan_parts``.

@@ -56,17 +56,18 @@ from tinyllava.training.validation import Validator
 def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> Path:
     """Train every stage of a run and return the folder of the finished model.
 
-    Calling it again after a kill resumes from the last checkpoint, with the same weights bit by bit; stages
-    that this or a neighbouring run has finished with the same inputs are reused. A stage whose records,
-    images or weights have changed starts over. Under ``torchrun`` every process calls it; the first writes.
+    Calling it again after a kill resumes from the last checkpoint and gives the same weights, bit by bit.
+    A finished stage of this run, or of another run next to it, is reused if its inputs are the same. If
+    its records, images or weights have changed, a stage starts over. Under ``torchrun``, every process
+    calls it and the first writes.
 
     Args:
         run: what to train.
         wait: wait for another process that trains in the same folder instead of giving up.
-        progress: told of every step; without it the call is silent.
+        progress: called with every step; without it, nothing is reported.
 
     Raises:
-        ConfigError: the run cannot work; everything that is wrong is listed.
+        ConfigError: the run cannot work; the error lists all problems.
         OutputError: another process trains in the same folder.
         DataError, ImageError, CheckpointError, TrainingError: see the stages.
     """

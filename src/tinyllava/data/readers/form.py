@@ -346,7 +346,7 @@ def find_foreign_mark(turns: Iterable[Turn]) -> str:
 
 
 def _place(turn: Turn) -> tuple[str, tuple[int, ...]]:
-    """Return a turn's text without outer blanks, and the place of each image in it; none if all come first."""
+    """Return a turn's text without outer blanks, and the place of each image in it (none: all come first)."""
     text = ""
     places: list[int] = []
     for part in turn.parts:
