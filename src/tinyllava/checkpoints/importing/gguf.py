@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tinyllava.checkpoints.exporting.gguf import (
     ARCHITECTURES,
-    CONNECTOR_LAYERS,
     LAYER_NAMES,
     SETTINGS_KEY,
     TEXT_NAMES,
@@ -34,7 +33,8 @@ from tinyllava.errors import CheckpointError, first_line
 # Of two names here that are one there, the one of Phi's architecture; the others have the other.
 _PHI = {"self_attn.dense", "mlp.fc1", "mlp.fc2", "final_layernorm"}
 _NOT_PHI = {"self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", "norm"}
-_PROJECTORS = {"janus_pro": "siglip_vision_model", "mlp": "clip_vision_model"}
+_PROJECTORS = {"janus_pro": (0, 1), "mlp": (0, 2)}
+"""Types of connectors that are our MLP, with the numbers of its two layers."""
 _VISION_END = {"v.post_ln": "post_layernorm"}
 
 
@@ -195,7 +195,9 @@ def _text_config(file: _File, there: str, family: str) -> dict[str, Any]:
         "model_type": family,
         "hidden_size": width,
         "num_hidden_layers": need("block_count"),
-        "intermediate_size": need("feed_forward_length"),
+        "intermediate_size": int(file.left["blk.0.ffn_up.weight"].shape[1])
+        if "blk.0.ffn_up.weight" in file.left  # of Phi, llama.cpp's converter says four widths in any case
+        else need("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": file.value(f"{there}.attention.head_count_kv", heads),
         "max_position_embeddings": need("context_length"),
@@ -229,8 +231,8 @@ def _read_mmproj(file: _File) -> tuple[dict[str, Any], Tensors, Tensors, int]:
     if projector not in _PROJECTORS:
         allowed = ", ".join(_PROJECTORS)
         raise CheckpointError(f"{file.path}: projector type {projector!r}; allowed: {allowed}.")
-    family = _PROJECTORS[projector]
-    is_clip = family == "clip_vision_model"
+    is_clip = "v.class_embd" in file.left
+    family = "clip_vision_model" if is_clip else "siglip_vision_model"
     if file.value("clip.use_silu"):
         raise CheckpointError(f"{file.path}: an encoder with SiLU cannot be imported; allowed: GELU.")
     gelu = "gelu" if is_clip else "gelu_pytorch_tanh"
@@ -247,7 +249,9 @@ def _read_mmproj(file: _File) -> tuple[dict[str, Any], Tensors, Tensors, int]:
     }
     names = {there: here for here, there in VISION_NAMES.items()}
     inner_names = {there: here for here, there in VISION_LAYER_NAMES.items()}
-    layers = {f"mm.{there}": f"linear_{n + 1}" for n, there in enumerate(CONNECTOR_LAYERS[family])}
+    if _has_swapped_mlp(file):
+        inner_names |= {"ffn_down": "mlp.fc1", "ffn_up": "mlp.fc2"}
+    layers = {f"mm.{there}": f"linear_{n + 1}" for n, there in enumerate(_PROJECTORS[projector])}
     vision, connector = {}, {}
     for name in list(file.left):
         part, _, kind = name.rpartition(".")
@@ -265,10 +269,33 @@ def _read_mmproj(file: _File) -> tuple[dict[str, Any], Tensors, Tensors, int]:
     width = config["hidden_size"]
     vision.setdefault("post_layernorm.weight", torch.ones(width))
     vision.setdefault("post_layernorm.bias", torch.zeros(width))
-    used = np.atleast_1d(file.value("clip.vision.feature_layer", [])).tolist()
-    # Without a list, llama.cpp leaves out the last layer of this type, as LLaVA does.
-    feature_layer = -2 if is_clip and used != [config["num_hidden_layers"]] else -1
-    return config, vision, connector, feature_layer
+    return config, vision, connector, _feature_layer(file)
+
+
+def _has_swapped_mlp(file: _File) -> bool:
+    """Whether the encoder's layers have ``ffn_down`` before their activation, as older converters named them.
+
+    They wrote the bias of the layer before the activation, which is the longer one, as that of ``ffn_down``.
+    Where both have one length, the files of llama.cpp's converter for LLaVA's encoders are told by a setting
+    that only it writes.
+    """
+    first, last = (file.left[f"v.blk.0.ffn_{name}.bias"].shape[0] for name in ("down", "up"))
+    return bool(first > last or (first == last and file.value("clip.has_llava_projector")))
+
+
+def _feature_layer(file: _File) -> int:
+    """Return whose output is used of the encoder's stored layers, -1 for the last.
+
+    Without a list, it is the last one: whoever writes an encoder for LLaVA leaves out what LLaVA does not
+    use. llama.cpp leaves out one more (ggml-org/llama.cpp #25817).
+    """
+    num_layers: int = file.need("clip.vision.block_count")
+    used = np.atleast_1d(file.value("clip.vision.feature_layer", [num_layers])).tolist()
+    if len(used) != 1 or not 0 < used[0] <= num_layers:
+        raise CheckpointError(
+            f"{file.path}: clip.vision.feature_layer is {used}; allowed: one layer, 1 to {num_layers}."
+        )
+    return int(used[0]) - num_layers - 1
 
 
 def _write_image_processor(scratch: Path, file: _File, settings: dict[str, Any], *, is_clip: bool) -> Path:
