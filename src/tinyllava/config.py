@@ -297,6 +297,9 @@ class Hardware:
     optimizer's state; all: weights too."""
     num_workers: int = 2
     """Background processes that load images."""
+    check_images: bool = True
+    """Decode every image of every stage once, before the first stage trains. Without it, a broken image stops
+    the run when it is trained on."""
     cache_features: bool = False
     """Compute the features of a frozen encoder once per image and cache them on disk."""
     save_steps: int = 0

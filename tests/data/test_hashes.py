@@ -89,3 +89,27 @@ def test_records_count_by_what_they_say(tmp_path: Path) -> None:
     assert records_digest([dataclasses.replace(moved, source="b.json"), second]) == expected
     for others in ([second, first], [first], [ask("What is it?", id="1"), second]):
         assert records_digest(others) != expected
+
+
+@pytest.mark.usefixtures("later")
+def test_an_image_is_decoded_once_and_again_when_it_changed(tmp_path: Path) -> None:
+    refs = [ref for talk in make_images(tmp_path / "a") for ref in talk.images]
+    refs.append(ImageRef(data=(tmp_path / "a/0.bmp").read_bytes()))
+    refs.append(ImageRef(data=b"BM and nothing"))
+    cut = tmp_path / "a/cut.bmp"
+    cut.write_bytes((tmp_path / "a/0.bmp").read_bytes()[:-40])
+    refs += [ImageRef(path=cut), ImageRef(path=tmp_path / "none.bmp")]
+
+    def look() -> tuple[list[int], int]:
+        images, seen = ImageHashes(tmp_path / "images.sqlite"), []
+        broken = images.find_broken(refs, seen.append)
+        assert sum(seen) == len(refs)
+        return [refs.index(ref) for ref in broken], images.num_decoded
+
+    assert look() == ([4, 5, 6], 7)
+    assert look() == ([4, 5, 6], 3)  # only what was broken
+    shutil.copy(tmp_path / "a/1.bmp", cut)
+    assert look() == ([4, 6], 3)
+    assert look() == ([4, 6], 2)
+    (tmp_path / "a/2.bmp").write_bytes(b"BM")
+    assert look() == ([2, 4, 6], 3)

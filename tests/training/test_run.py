@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from tinyllava.cli import main
 from tinyllava.config import FROZEN, FULL, Hardware, from_layer, lora
-from tinyllava.data.defects import Defects
+from tinyllava.data.defects import Defect, Defects
 from tinyllava.errors import TrainingError
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.tuning import apply_tuning, component_of
@@ -20,7 +20,7 @@ from tinyllava.parts.templates import read_template
 from tinyllava.training import checkpoints
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer, fastest_attention
-from training_toys import plain_loop, toy_run, write_run
+from training_toys import make_captions, plain_loop, toy_run, write_run
 
 
 def losses(folder, stage):
@@ -390,3 +390,31 @@ def test_a_stage_says_how_many_records_it_cut_at_a_turns_end(parts, records, tmp
     whole = dataclasses.replace(stage, truncate=False)
     with pytest.raises(Defects, match=r"too_long .*: 3"):
         train(dataclasses.replace(run, output=str(tmp_path / "whole"), stages={"finetune": whole}))
+
+
+def test_a_broken_image_of_the_last_stage_is_told_before_the_first_trains(parts, records, tmp_path):
+    listed = json.loads(records.read_text())
+    images = records.parent / "images"
+    cut = images / listed[1]["image"]
+    (images / "cut.png").write_bytes(cut.read_bytes()[:-30])
+    listed[1]["image"] = "cut.png"
+    path = records.with_name("cut.json")
+    path.write_text(json.dumps(listed))
+    run = toy_run(parts, path, tmp_path / "run")
+    captions = dataclasses.replace(run.stages["pretrain"].data, records=(str(make_captions(records)),))
+    stages = {
+        "pretrain": dataclasses.replace(run.stages["pretrain"], data=captions, max_steps=1),
+        "finetune": dataclasses.replace(run.stages["finetune"], max_steps=1),
+    }
+    run = dataclasses.replace(run, stages=stages)
+    with pytest.raises(
+        Defect, match=r"cut\.json: record 1 \(id r1\): .*cut\.png: damaged .* \[broken_image\]"
+    ):
+        train(run)
+    assert not list((tmp_path / "run").glob("*/metrics.jsonl"))
+    skipping = dataclasses.replace(stages["finetune"].data, skip=("broken_image",))
+    stages["finetune"] = dataclasses.replace(stages["finetune"], data=skipping)
+    train(dataclasses.replace(run, stages=stages))
+    data = json.loads((tmp_path / "run/finetune/stage.json").read_text())["data"]
+    assert data["skipped"] == {"broken_image": 1}
+    assert data["num_samples"] == len(listed) - 1

@@ -18,7 +18,7 @@ DEFECTS: dict[str, str] = {
     "empty_question": "a question without text and without an image",
     "image_count": "the numbers of <image> and images differ, or an answer contains <image>",
     "missing_image": "an image file that does not exist",
-    "broken_image": "an image that cannot be decoded (a skip decodes every image before training)",
+    "broken_image": "an image that cannot be decoded",
     "unsupported": "a video, audio, a tool call, or another input that these models do not take",
     "dialogue": "several questions in a stage whose template drops them (caption)",
     "text_only": "no image in a stage whose template drops the question (caption)",

@@ -14,13 +14,18 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from tinyllava.conversation import Conversation, ImageRef, Message
-from tinyllava.data.images import naming_record, read_image_bytes
+from tinyllava.data.images import naming_record, open_image, read_image_bytes
 from tinyllava.errors import ImageError
 
 _Stamp = tuple[int, int, int]
 """Size in bytes, time of the last change of the content and of the entry, in nanoseconds."""
 _FRESH_NS = 2 * 10**9  # a file written so lately may change again within one tick of its file system's clock
 _AT_ONCE = 256
+_WHOLE = (
+    "CREATE TABLE IF NOT EXISTS whole (path TEXT PRIMARY KEY, size INTEGER, modified INTEGER, "
+    "changed INTEGER) WITHOUT ROWID"
+)
+"""Images that were decoded without an error."""
 
 
 class ImageHashes:
@@ -34,6 +39,8 @@ class ImageHashes:
         self.path = path
         self.num_read = 0
         """Image files whose content was read."""
+        self.num_decoded = 0
+        """Images that ``find_broken`` decoded."""
 
     def find(
         self,
@@ -68,6 +75,64 @@ class ImageHashes:
                 found |= known
                 progress(len(part))
         return found
+
+    def find_broken(
+        self, refs: Sequence[ImageRef], progress: Callable[[int], None] = lambda n: None
+    ) -> dict[ImageRef, ImageError]:
+        """Decode images by all cores, and return those that cannot be decoded, each with the reason.
+
+        What was whole is kept by path, size and times (bytes by their hash), and decoded again only when it
+        has changed.
+        """
+        broken: dict[ImageRef, ImageError] = {}
+        with closing(_open_database(self.path)) as database, ThreadPoolExecutor(_num_cores()) as threads:
+            for start in range(0, len(refs), _AT_ONCE):
+                part = refs[start : start + _AT_ONCE]
+                known = dict(zip(part, threads.map(_identify, part), strict=True))
+                unknown = [ref for ref in part if not _is_whole(database, known[ref])]
+                found = dict(zip(unknown, threads.map(_damage, unknown), strict=True))
+                broken |= {ref: error for ref, error in found.items() if error is not None}
+                _keep_whole(database, [known[ref] for ref, error in found.items() if error is None])
+                self.num_decoded += len(unknown)
+                progress(len(part))
+        return broken
+
+
+_Identity = tuple[str, _Stamp | None]
+"""Name of an image that was decoded, and the stamp under which it counts."""
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _identify(ref: ImageRef) -> _Identity:
+    if ref.data is not None:
+        return f"sha256 {hashlib.sha256(ref.data).hexdigest()}", (len(ref.data), 0, 0)
+    return _key(ref), _stamp(ref)
+
+
+def _damage(ref: ImageRef) -> ImageError | None:
+    try:
+        open_image(ref)
+    except ImageError as error:
+        return error
+    return None
+
+
+def _is_whole(database: sqlite3.Connection, known: _Identity) -> bool:
+    name, stamp = known
+    query = "SELECT 1 FROM whole WHERE path = ? AND size = ? AND modified = ? AND changed = ?"
+    with suppress(sqlite3.DatabaseError, UnicodeEncodeError):
+        return stamp is not None and database.execute(query, (name, *stamp)).fetchone() is not None
+    return False
+
+
+def _keep_whole(database: sqlite3.Connection, found: Sequence[_Identity]) -> None:
+    now = time.time_ns()
+    rows = [(name, *stamp) for name, stamp in found if stamp and max(stamp[1:]) < now - _FRESH_NS]
+    with suppress(sqlite3.DatabaseError, UnicodeEncodeError), database:
+        database.executemany("INSERT OR REPLACE INTO whole VALUES (?, ?, ?, ?)", rows)
 
 
 def _stamp(ref: ImageRef) -> _Stamp | None:
@@ -107,6 +172,7 @@ def _open_database(path: Path) -> sqlite3.Connection:
                 "CREATE TABLE IF NOT EXISTS images (path TEXT PRIMARY KEY, size INTEGER, modified INTEGER, "
                 "changed INTEGER, sha256 TEXT) WITHOUT ROWID"
             )
+            database.execute(_WHOLE)
             database.execute("SELECT path, size, modified, changed, sha256 FROM images LIMIT 1").fetchall()
             return database
         except sqlite3.OperationalError:  # read-only, full, or locked by a file system that cannot share it
@@ -118,6 +184,7 @@ def _open_database(path: Path) -> sqlite3.Connection:
     database.execute(
         "CREATE TABLE images (path TEXT, size INTEGER, modified INTEGER, changed INTEGER, sha256 TEXT)"
     )
+    database.execute(_WHOLE)
     return database
 
 

@@ -5,10 +5,12 @@ Paper: section 4.1.2, Table 2.
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
@@ -19,19 +21,24 @@ from tinyllava.config import DataConfig, Run, Stage
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.conversion import read_stored
 from tinyllava.data.dataset import Examples, measure
+from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
 from tinyllava.data.held_out import hold_out
 from tinyllava.data.records import Records
 from tinyllava.data.reporting import say
 from tinyllava.data.sources import Share
-from tinyllava.data.store import distinct, find_good_images, image_counts, kept_digest, list_images, select
-from tinyllava.errors import DataError
+from tinyllava.data.store import distinct, image_counts, kept_digest, list_images, record_numbers, select
+from tinyllava.errors import DataError, ImageError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.parts.templates import as_published, read_template
 from tinyllava.parts.user_code import is_reference, run_value
 from tinyllava.training.progress import make_progress
+
+_IMAGES = ".image-hashes.sqlite"
+_LONG_SECONDS = 5
+"""Of decoding: above it, what it took is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +110,54 @@ def read_data(run: Run, data: DataConfig, *, decode: bool = True) -> Records:
     records = read_stored(data, run.data_root, run.folder.parent / ".records")
     if not decode or "broken_image" not in data.skip:
         return records
-    with make_progress() as bar:
-        task = bar.add_task("decoding images", total=len(records.conversations), note="")
-        good = find_good_images(records.conversations, lambda n: bar.advance(task, n))
+    bad: list[int] = []
+    if PartialState().is_main_process:
+        with make_progress() as bar:
+            bad = list(_find_broken(run, data, records.conversations, bar))
+    [bad] = broadcast_object_list([bad])
+    numbers = record_numbers(records.conversations)
     return replace(
         records,
-        conversations=select(records.conversations, good),
-        skipped={**records.skipped, "broken_image": len(records.conversations) - len(good)},
+        conversations=select(records.conversations, np.setdiff1d(np.arange(len(numbers)), bad)),
+        skipped={**records.skipped, "broken_image": len(np.unique(numbers[np.array(bad, dtype=np.int64)]))},
     )
 
 
-def check_data(run: Run, processor: TinyLlavaProcessor) -> None:
-    """Read and measure the records of every stage: a defect in the last is reported before the first trains.
+def _find_broken(
+    run: Run, data: DataConfig, conversations: Sequence[Conversation], bar: Progress
+) -> dict[int, ImageError]:
+    """Return the places of conversations with a broken image, each with the reason."""
+    refs, start = list_images(conversations), time.monotonic()
+    task = bar.add_task("decoding images", total=len(refs), note="")
+    images = ImageHashes(run.folder.parent / _IMAGES)
+    broken = images.find_broken(refs, lambda n: bar.advance(task, n))
+    seconds = time.monotonic() - start
+    if seconds > _LONG_SECONDS:
+        files = ", ".join(data.records)
+        say(f"{files}: {images.num_decoded:,} images decoded in {seconds:,.0f} s, once until they change")
+    found: dict[int, ImageError] = {}
+    for place, one in enumerate(conversations if broken else ()):
+        if error := next((broken[ref] for ref in one.images if ref in broken), None):
+            found[place] = error
+    return found
 
-    What is found is kept, so that a stage's own turn costs little.
+
+def _check_images(run: Run, data: DataConfig, conversations: Sequence[Conversation], bar: Progress) -> None:
+    """Raise Defect or Defects for records whose image cannot be decoded, unless they are skipped."""
+    once = distinct(conversations)
+    found = _find_broken(run, data, once, bar)
+    if "broken_image" not in data.skip:
+        defects = [
+            Defect("broken_image", once[place].place, str(error).rstrip("."))
+            for place, error in found.items()
+        ]
+        raise_defects(Path(once[0].source) if len(once) else Path(), defects)
+
+
+def check_data(run: Run, processor: TinyLlavaProcessor) -> None:
+    """Read and measure the records of every stage, and decode their images, before the first stage trains.
+
+    What is found is kept, so that a stage's own turn and later starts cost little.
 
     Raises:
         ConfigError, DataError: see ``read_data`` and ``measure``.
@@ -130,7 +171,11 @@ def check_data(run: Run, processor: TinyLlavaProcessor) -> None:
             for data in files:
                 records = read_data(run, data, decode=False)
                 _say_ignored(data, records)
-                _measure(stage, processor, template, records.conversations, "reading records", bar)
+                examples, _ = _measure(
+                    stage, processor, template, records.conversations, "reading records", bar
+                )
+                if run.hardware.check_images and PartialState().is_main_process:
+                    _check_images(run, data, examples.conversations, bar)
 
 
 def _say_ignored(data: DataConfig, records: Records) -> None:
@@ -256,7 +301,7 @@ def _hash_images(run: Run, examples: Sequence[Examples], bar: Progress) -> dict[
 def _find_hashes(run: Run, conversations: Sequence[Conversation], bar: Progress) -> dict[ImageRef, str]:
     refs = list_images(conversations)
     task = bar.add_task("checking images", total=len(refs), note="")
-    hashes = ImageHashes(run.folder.parent / ".image-hashes.sqlite")
+    hashes = ImageHashes(run.folder.parent / _IMAGES)
     return hashes.find(conversations, lambda n: bar.advance(task, n), refs)
 
 
