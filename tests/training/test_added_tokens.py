@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 import toys
 from conftest import make_records
+from served import serve
 from tinyllava.checkpoints.exporting import export_checkpoint
-from tinyllava.config import FULL, Hardware, from_layer, lora
+from tinyllava.config import FULL, Hardware, Run, from_layer, lora
 from tinyllava.conversation import ask
 from tinyllava.data.dataset import Examples
 from tinyllava.data.records import read_records
@@ -125,23 +128,62 @@ def test_the_loss_is_that_of_a_softmax_over_the_tokens_without_the_image(parts, 
     )
 
 
-def test_a_trained_model_answers_with_them_and_so_does_its_export_and_its_adapter(parts, located, tmp_path):
-    run = run_with(parts, located, tmp_path / "run", lora(8), num_epochs=40)
-    folder = train(run)
+ASKED = "Where? Not <loc_1>."
+
+
+@pytest.fixture(scope="module")
+def answering(parts, located, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """A run with adapters, and its model, which has learned to answer with the new tokens."""
+    run = run_with(parts, located, tmp_path_factory.mktemp("answering") / "run", lora(8), num_epochs=40)
+    return run, train(run)
+
+
+def test_a_trained_model_answers_with_them_and_so_does_its_adapter(answering, located):
+    run, folder = answering
     chat = Chat.open(folder)
     image = next((located.parent / "images").glob("*.png"))
-    answer = chat.ask("Where? Not <loc_1>.", image, max_new_tokens=4)
-    assert "<loc_0>" in answer
-    exported = export_checkpoint(folder, tmp_path / "exported", layout="llava")
-    assert exported is not None
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
-    assert tokenizer.convert_tokens_to_ids(list(TOKENS)) == chat.model.config.added_token_ids
+    assert "<loc_0>" in chat.ask(ASKED, image, max_new_tokens=4)
     start, _ = open_start(run)
-    adapted = PeftModel.from_pretrained(start, str(tmp_path / "run/finetune/adapters/language_model"))
+    adapted = PeftModel.from_pretrained(start, str(Path(run.output) / "finetune/adapters/language_model"))
     inputs = chat._collate(*_prompt(chat, image))
     with torch.no_grad():
         difference = adapted(**inputs).logits - chat.model(**inputs).logits
     assert difference.abs().max() < 1e-4
+
+
+def _answer_stock(exported: Path, image: Path) -> str:
+    model = LlavaForConditionalGeneration.from_pretrained(exported)
+    processor = AutoProcessor.from_pretrained(exported)
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ASKED}]}]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+    inputs = processor(text=prompt, images=Image.open(image).convert("RGB"), return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return str(processor.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _answer_llama_cpp(exported: Path, image: Path) -> str:
+    url = "data:image/png;base64," + b64encode(image.read_bytes()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": ASKED}]
+    with serve(exported, "--engine", "llama.cpp", "--name", "toy") as served:
+        answer = served.post(messages=[{"role": "user", "content": content}], max_tokens=4, temperature=0)
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "answer"),
+    [("llava", {}, _answer_stock), ("gguf", {"quantized": "f32"}, _answer_llama_cpp)],
+)
+def test_exports_keep_them_and_answer_the_same(answering, located, tmp_path, layout, options, answer):
+    _, folder = answering
+    image = next((located.parent / "images").glob("*.png"))
+    expected = Chat.open(folder).ask(ASKED, image, max_new_tokens=4)
+    assert "<loc_0>" in expected
+    assert export_checkpoint(folder, tmp_path / "exported", layout=layout, **options) is not None
+    assert answer(tmp_path / "exported", image).strip() == expected
+    if layout == "llava":
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+        ids = open_checkpoint(folder)[0].config.added_token_ids
+        assert tokenizer.convert_tokens_to_ids(list(TOKENS)) == ids
 
 
 def _prompt(chat: Chat, image: Path):

@@ -9,15 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyllava.checkpoints.exporting import export_checkpoint
-from tinyllava.cli.chat import main as chat
-from tinyllava.cli.train import main as train_command
+from tinyllava.cli import main
 from tinyllava.config import Hardware, Run, lora
 from tinyllava.errors import CheckpointError
+from tinyllava.evaluation.answers import read_predictions
 from tinyllava.inference.chat import Chat
 from tinyllava.model.rebuild import whole_model
 from tinyllava.training.run import train
-from training_toys import toy_run
+from training_toys import toy_run, write_run
 
 
 def kept(parts, records: Path, output: Path, **changes) -> Run:
@@ -40,10 +39,14 @@ def test_the_last_checkpoint_is_the_runs_model_bit_by_bit(parts, records, tmp_pa
     assert not (tmp_path / "run/finetune/checkpoint-1").exists()
 
 
-def test_an_earlier_checkpoint_is_asked_exported_and_trained_on_like_any_model(
+def test_an_earlier_checkpoint_is_asked_evaluated_exported_and_trained_on_like_any_model(
     parts, records, tmp_path, capsys
 ):
-    train(kept(parts, records, tmp_path / "run"))
+    run = kept(parts, records, tmp_path / "run")
+    run = dataclasses.replace(run, hardware=dataclasses.replace(run.hardware, keep_checkpoints=0))
+    assert main(["train", write_run(run, tmp_path), "--keep", "2"]) == 0
+    kept_folders = sorted(path.name for path in (tmp_path / "run/finetune").glob("checkpoint-*"))
+    assert kept_folders == ["checkpoint-2", "checkpoint-3"]
     checkpoint = tmp_path / "run/finetune/checkpoint-2"
     image = next((records.parent / "images").glob("*.png"))
     state = torch.get_rng_state()
@@ -52,19 +55,25 @@ def test_an_earlier_checkpoint_is_asked_exported_and_trained_on_like_any_model(
     stored = load_file(checkpoint / "model.safetensors")
     weights = asked.model.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in stored.items())
-    assert chat([str(image), "What colour is it?", "--model", str(checkpoint)]) == 0
-    assert asked.ask("What colour is it?", image) in capsys.readouterr().out
-    export_checkpoint(checkpoint, tmp_path / "exported", layout="llava")
+    answer = asked.ask("What colour is it?", image, max_new_tokens=6)
+    options = ["--max-tokens", "6"]
+    capsys.readouterr()
+    assert main(["chat", str(image), "What colour is it?", "--model", str(checkpoint), *options]) == 0
+    assert answer in capsys.readouterr().out
+    test = tmp_path / "test.csv"
+    test.write_text(f"image,question,answer\n{image},What colour is it?,red\n")
+    output = ["--output", str(tmp_path / "evaluated")]
+    assert main(["evaluate", str(checkpoint), "--data", str(test), *output, *options]) == 0
+    [prediction] = read_predictions(tmp_path / "evaluated/own-test/predictions.jsonl")
+    assert prediction.answer.strip() == answer.strip()
+    assert main(["export", str(checkpoint), str(tmp_path / "exported"), "--format", "llava"]) == 0
+    exported = load_file(tmp_path / "exported/model.safetensors")
+    name = next(name for name in exported if name.endswith("layers.0.mlp.up_proj.weight"))
+    assert torch.equal(exported[name], asked.model.model.language_model.layers[0].mlp.up_proj.weight)
     options = ["--output", str(tmp_path / "more"), "--images", str(records.parent / "images")]
-    options += [
-        "--hardware.num-workers",
-        "0",
-        "--finetune.max-steps",
-        "1",
-        "--finetune.max-length-tokens",
-        "256",
-    ]
-    assert train_command(["lora", "--from", str(checkpoint), "--data", str(records), *options]) == 0
+    options += ["--hardware.num-workers", "0", "--finetune.max-steps", "1"]
+    options += ["--finetune.max-length-tokens", "256"]
+    assert main(["train", "lora", "--from", str(checkpoint), "--data", str(records), *options]) == 0
     metadata = json.loads((tmp_path / "more/model/run.json").read_text())
     assert metadata["start_from"] == str(checkpoint / "model")
 

@@ -47,7 +47,9 @@ def test_pixels_are_pillows_for_every_shape(
             assert torch.equal(pixels(torch.from_numpy(raw(image))), processor.to_pixels([image])), size
 
 
-def answer_with_graphs(folder: Path, checkpoint: Path, image: Path, suffix: str, num_tokens: int) -> str:
+def answer_with_graphs(
+    folder: Path, checkpoint: Path, image: Path, suffix: str, num_tokens: int, question: str
+) -> str:
     """Answer as a runtime that knows nothing of tinyllava: three graphs and the exported tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
@@ -57,14 +59,14 @@ def answer_with_graphs(folder: Path, checkpoint: Path, image: Path, suffix: str,
         for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    content = [{"type": "image"}, {"type": "text", "text": "How many?"}]
+    content = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
     num_image_tokens = own["num_additional_image_tokens"]
     ids = tokenizer(prompt.replace("<image>", "<image>" * num_image_tokens))["input_ids"]
     model, processor = open_checkpoint(checkpoint)
-    assert ids == processor.encode(ask("How many?", image), open_answer=True).input_ids
+    assert ids == processor.encode(ask(question, image), open_answer=True).input_ids
     features = vision.run(None, {"pixel_values": raw(Image.open(image))})[0]
     expected = model.model.get_image_features(processor.to_pixels([Image.open(image)]))
     assert np.abs(features - expected.detach().numpy()).max() < (1e-4 if not suffix else 1)
@@ -98,7 +100,7 @@ def answer_with_graphs(folder: Path, checkpoint: Path, image: Path, suffix: str,
 @pytest.mark.parametrize(
     ("language", "vision", "precision", "settings"),
     [
-        ("llama", "siglip", "fp32", {}),
+        ("llama", "siglip", "fp32", {"add_tokens": ("<loc_0>", "<loc_1>")}),
         ("phi", "clip", "fp32", {"connector": "resampler"}),
         ("stablelm", "siglip", "fp16", {"connector": "pixel_shuffle", "connector_options": {"block": 2}}),
         ("chatml", "clip", "int8", {"image_aspect": "square"}),
@@ -124,10 +126,14 @@ def test_graphs_answer_as_the_checkpoint(
     (row,) = (row for row in list_formats(checkpoint) if row.name == f"onnx {precision}")
     assert row.num_bytes == pytest.approx(sum(stored), rel=0.03)
     noise(70, 45).save(tmp_path / "image.png")
-    found = answer_with_graphs(out, checkpoint, tmp_path / "image.png", suffix, 6)
+    added = settings.get("add_tokens", ())
+    own = open_checkpoint(checkpoint)[1].tokenizer
+    assert all(len(own(token, add_special_tokens=False)["input_ids"]) == 1 for token in added)
+    question = " ".join(("How many?", *added))
+    found = answer_with_graphs(out, checkpoint, tmp_path / "image.png", suffix, 6, question)
     if precision == "fp32":
         chat = Chat.open(checkpoint)
-        assert found.strip() == chat.answer([ask("How many?", tmp_path / "image.png")], 6)[0]
+        assert found.strip() == chat.answer([ask(question, tmp_path / "image.png")], 6)[0]
     decoder = out / "onnx" / f"decoder_model_merged{suffix}.onnx"
     inputs = onnxruntime.InferenceSession(decoder).get_inputs()
     assert [entry.name for entry in inputs[:4]] == [
