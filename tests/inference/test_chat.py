@@ -69,6 +69,16 @@ def test_a_device_that_is_not_there_is_named(name):
         Chat.open("never looked at", device=name)
 
 
+def test_without_a_folder_the_starters_model_is_opened(tmp_path, images, monkeypatch):
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(CheckpointError, match=r"no model yet.*`tinyllava starter`.*Chat\.open"):
+        Chat.open()
+    chat = make_chat(tmp_path / "parts", "llama")
+    for part in (chat.model, chat.processor):
+        part.save_pretrained(tmp_path / "cache/starter/model")
+    assert Chat.open(device="cpu").ask("What is it?", images[0]) == chat.ask("What is it?", images[0])
+
+
 def test_wrong_requests_are_named(tmp_path, images):
     chat = make_chat(tmp_path, "llama")
     with pytest.raises(ImageError, match="no such image"):

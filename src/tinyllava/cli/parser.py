@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tinyllava.config import DataConfig
-from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import check_checkpoint, is_stage_checkpoint
 
 if TYPE_CHECKING:
@@ -122,14 +121,8 @@ def find_model(name: str, option: str) -> Path:
     Raises:
         CheckpointError: the folder is no checkpoint, or there is no model yet.
     """
-    from tinyllava.starter.packages import default_model
-
     if name:
         return check_model(name)
-    starter = default_model()
-    if not (starter / "config.json").is_file():
-        raise CheckpointError(
-            "there is no model yet. Make a small real one with `tinyllava starter` (minutes on a laptop), "
-            f"or name a checkpoint folder with {option}."
-        )
-    return starter
+    from tinyllava.data.packages import find_default_model  # here: most commands need no package
+
+    return find_default_model(f"name a checkpoint folder with {option}")

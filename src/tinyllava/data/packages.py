@@ -32,7 +32,7 @@ from rich.progress import (
 )
 
 from tinyllava.data.bars import Bars
-from tinyllava.errors import PackageError
+from tinyllava.errors import CheckpointError, PackageError
 from tinyllava.files import sha256_of
 
 if TYPE_CHECKING:
@@ -58,6 +58,29 @@ class Package:
 def cache_folder() -> Path:
     """Return the folder for everything fetched or converted; TINYLLAVA_CACHE moves it."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tinyllava").expanduser()
+
+
+def default_model() -> Path:
+    """Return the folder of the starter's model, which chat, serve and ``Chat.open`` open by default."""
+    return cache_folder() / "starter" / "model"
+
+
+def find_default_model(other: str) -> Path:
+    """Return the folder of the starter's model.
+
+    Args:
+        other: how the caller names another model, for the message.
+
+    Raises:
+        CheckpointError: the starter has not run yet.
+    """
+    folder = default_model()
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            "there is no model yet. Make a small real one with `tinyllava starter` (minutes on a laptop), "
+            f"or {other}."
+        )
+    return folder
 
 
 def fetch_packages(packages: Sequence[Package], cache: Path | None = None) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from transformers import TextIteratorStreamer
 
 from tinyllava.conversation import Answer, Conversation, ImageLike, ask
 from tinyllava.data.images import open_image
+from tinyllava.data.packages import find_default_model
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.inference.dialogue import Dialogue
 from tinyllava.inference.logits import FiniteLogits, stop_ids
@@ -62,11 +63,12 @@ class Chat:
         self.batch_tokens = batch_tokens
 
     @classmethod
-    def open(cls, folder: str | Path, *, device: str = "", dtype: str = "auto", bits: int = 16) -> Self:
+    def open(cls, folder: str | Path = "", *, device: str = "", dtype: str = "auto", bits: int = 16) -> Self:
         """Open a checkpoint, on a GPU if there is one.
 
         Args:
-            folder: the checkpoint's folder, or its name on the Hub (``owner/name``; downloaded once).
+            folder: the checkpoint's folder, or its name on the Hub (``owner/name``; downloaded once);
+                empty means the starter's model.
             device: a torch device, such as ``cuda:1``; empty means a GPU if available.
             dtype: type of the weights, such as ``bfloat16``; ``auto``: see ``choose_dtype``.
             bits: 4 or 8 quantises the linear layers of the language model (needs bitsandbytes).
@@ -77,6 +79,7 @@ class Chat:
             CheckpointError: the folder is missing or incomplete, or is not a checkpoint.
         """
         check_bits(bits)
+        folder = folder or find_default_model("give its folder to Chat.open")
         folder = whole_model(local_folder(folder))
         found = check_device(device or best_device())
         if dtype == "auto":

