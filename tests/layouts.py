@@ -22,6 +22,7 @@ from tinyllava.checkpoints.exporting.compare import example_image
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import ImageRef, ask
 from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.model.token_rows import add_tokens
 
 Tensors = dict[str, Tensor]
 IMAGE_SIZE_PX = 28
@@ -286,6 +287,8 @@ def make_checkpoint(
     torch.manual_seed(3)
     config = ModelConfig(vision_encoder=str(parts[vision]), language_model=str(parts[language]), **settings)
     model, processor = assemble(config)
+    if config.add_tokens:
+        add_tokens(model, processor, config.add_tokens)
     for parameter in model.connector.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
