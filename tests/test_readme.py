@@ -101,3 +101,13 @@ def test_each_guide_is_linked_once_in_the_order_of_the_site(page: str) -> None:
     order = [name for name in re.findall(r": ([\w/]+\.md)$", nav, re.MULTILINE) if name != "index.md"]
     found = [name.removeprefix("docs/") for name in links((ROOT / page).read_text(encoding="utf-8"))]
     assert [name for name in found if name in order] == order
+
+
+def test_the_workflow_has_the_steps_of_the_full_check() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    check = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^make ([\w-]+)", check, re.MULTILINE)) | {"test-newest", "test-lowest"}
+    matrix = re.findall(r"target: \[(.+)\]", workflow)[0].split(", ")
+    assert targets == set(re.findall(r"run: make ([\w-]+)", workflow)) | set(matrix)
+    for step in ("run_readme_example.py", "-m starter tests/starter", "-m kills", "dist/*.whl"):
+        assert (step in check, step in workflow) == (True, True)
