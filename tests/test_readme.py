@@ -99,6 +99,7 @@ def test_the_first_screen_has_the_measured_result_and_the_two_commands() -> None
 def test_each_guide_is_linked_once_in_the_order_of_the_site(page: str) -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     order = [name for name in re.findall(r": ([\w/]+\.md)$", nav, re.MULTILINE) if name != "index.md"]
+    assert {f"guides/{path.name}" for path in (ROOT / "docs/guides").glob("*.md")} <= set(order)
     found = [name.removeprefix("docs/") for name in links((ROOT / page).read_text(encoding="utf-8"))]
     assert [name for name in found if name in order] == order
 
