@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py
 
-Paper: none. The crossing point is where ``tinyllava.training.trainer.fastest_attention`` changes over.
+Paper: none. The crossing point is where ``tinyllava.model.devices.fastest_attention`` changes over.
 """
 
 import time

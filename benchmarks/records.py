@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -82,6 +81,12 @@ def private_megabytes() -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1000
 
 
+def cpu_seconds() -> float:
+    """Return the time that cores have spent on this process and those that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
     """Read and measure the records as a stage does before its first step; a second call is a second start."""
     from transformers import CLIPImageProcessorPil
@@ -103,27 +108,31 @@ def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     before = private_megabytes()
     start = clock = time.perf_counter()
+    spent = first = cpu_seconds()
 
     def lap(name: str) -> None:
-        nonlocal clock
-        found[name], clock = round(time.perf_counter() - clock, 2), time.perf_counter()
+        nonlocal clock, spent
+        found[f"{name}_seconds"], clock = round(time.perf_counter() - clock, 2), time.perf_counter()
+        found[f"{name}_cpu_seconds"], spent = round(cpu_seconds() - spent, 2), cpu_seconds()
+        print(name, found[f"{name}_seconds"], found[f"{name}_cpu_seconds"], file=sys.stderr, flush=True)
 
     data = DataConfig(records=(str(path),))
     records = read_stored(data, "", store)
-    lap("records_seconds")
+    lap("records")
     examples = Examples(conversations=records.conversations, processor=processor)
     examples, _ = measure(examples, 2048, ("too_long",))
-    lap("lengths_seconds")
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processes that counted tokens
-    found["cpu_milliseconds_a_record"] = round(1000 * (spent.ru_utime + spent.ru_stime) / len(examples), 3)
+    lap("lengths")
+    found["lengths_milliseconds_a_record"] = round(1000 * found["lengths_cpu_seconds"] / len(examples), 3)
     talks = examples.conversations
     kept_digest(talks, "records", records_digest)
-    lap("records_digest_seconds")
+    lap("records_digest")
     hashes = ImageHashes(store / "hashes.sqlite").find(talks, refs=list_images(talks))
     kept_digest(talks, "images-benchmark", lambda some: images_digest(some, hashes))
-    lap("images_seconds")
+    lap("images")
     examples.encode(examples.conversations[len(examples) // 2])
     found["seconds"] = round(time.perf_counter() - start, 2)
+    found["cpu_seconds"] = round(cpu_seconds() - first, 2)
+    found["load_average"] = round(os.getloadavg()[0], 1)
     found["private_megabytes"] = round(private_megabytes() - before, 1)
     found["mean_tokens"] = round(sum(examples.lengths) / len(examples), 1)
     found["worker_private_megabytes"] = _worker_memory(examples)
@@ -132,8 +141,11 @@ def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
 
 def _worker_memory(examples: Any) -> float:
     """Return what a forked worker holds for itself after it has read 2,000 records of all the file."""
+    from tinyllava.data.workers import begin_worker
+
     reader, writer = os.pipe()
     if os.fork() == 0:
+        begin_worker()
         before = private_megabytes()
         step = max(1, len(examples) // 2000)
         for place in range(0, len(examples), step):
@@ -160,5 +172,5 @@ if __name__ == "__main__":
         for name in ("first", "second"):  # each start is a process of its own
             command = [sys.executable, __file__, known.folder, known.tokenizer, "--once"]
             command += ["--records", known.records]
-            done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+            done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
             print(name, "start:", done.stdout.strip().splitlines()[-1], flush=True)

@@ -43,11 +43,12 @@ from tinyllava.data.dataset import Collator, Examples, measure
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import open_image
 from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.devices import fastest_attention
 from tinyllava.model.modeling import IGNORED, TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.parts.templates import read_template
-from tinyllava.training.trainer import WINDOW, fastest_attention
+from tinyllava.training.trainer import WINDOW
 from train_samples import SHAPES, Shape, make_samples, make_tokenizer
 
 Way = Literal["stock", "ours", "cached"]

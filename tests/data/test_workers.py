@@ -9,13 +9,17 @@ import sys
 from collections import namedtuple
 
 import pytest
+import torch
 from torch.utils.data import get_worker_info
 
 from tinyllava.config import Hardware, to_json
 from tinyllava.data.dataset import Examples
 from tinyllava.data.workers import naming_dead_workers, usable_workers
 from tinyllava.errors import DataError
-from tinyllava.training.run import train
+from tinyllava.model.assemble import assemble
+from tinyllava.model.tuning import apply_tuning
+from tinyllava.training.prepare import prepare
+from tinyllava.training.run import make_trainer, train
 from training_toys import toy_run
 
 MB = 10**6
@@ -38,13 +42,56 @@ def test_as_many_workers_as_the_shared_memory_serves(
 ):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(free, 0, free))
-    number, why = usable_workers(wanted, batch, held, processes)
-    assert number == usable
+    number, each, why = usable_workers(wanted, batch, held, processes)
+    assert (number, each) == (usable, 2)
     assert bool(why) == (number < wanted)
     if why:
         assert "has 64 MB of shared memory free, 4 workers need " in why
         assert f"MB: {number or 'no'} workers are used. Start the container with --shm-size=1g" in why
     assert (2 * number + held) * batch * processes <= free or number == 0
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "batch", "ahead", "usable", "each"),
+    [
+        (640 * MB, 4, MB, 16, 4, 4),
+        (640 * MB, 4, MB, 128, 4, 32),
+        (640 * MB, 3, MB, 16, 3, 6),  # 18 batches hold the 16
+        (64 * MB, 4, MB, 128, 4, 15),  # 62 batches of the 128
+        (64 * MB, 4, 8 * MB, 128, 3, 2),
+    ],
+)
+def test_workers_prepare_a_step_ahead_or_as_much_as_fits(
+    monkeypatch, free, wanted, batch, ahead, usable, each
+):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(free, 0, free))
+    found = usable_workers(wanted, batch, 2, 1, ahead)
+    assert (found.num_workers, found.prefetch_factor) == (usable, each)
+    assert (usable * each + 2) * batch <= free
+    assert bool(found.why) == (usable * each < ahead)
+    if usable == wanted and found.why:
+        assert f"each prepares {each} batches ahead. Start the container with --shm-size=1g" in found.why
+
+
+def test_a_step_is_taken_out_of_the_shared_memory_and_the_next_one_prepared(parts, records, tmp_path):
+    """And held-out records and those that are trained on come as bytes: a quarter of the memory."""
+    hardware = Hardware(num_workers=2, precision="fp32", device_batch_size=2)
+    run = toy_run(parts, records, tmp_path / "run", hardware=hardware)
+    stage = dataclasses.replace(run.stages["pretrain"], global_batch_size=8)
+    model, processor = assemble(run.model)
+    apply_tuning(model, stage)
+    prepared = prepare(run, stage, model, processor)
+    trainer = make_trainer(run, stage, model, processor, prepared, tmp_path / "stage", [])
+    loader = trainer.get_train_dataloader()
+    assert (loader.num_workers, loader.prefetch_factor) == (2, 2)
+    batches, num_tokens = trainer.get_batch_samples(iter(loader), 4, torch.device("cpu"))
+    assert len(batches) == 4
+    assert not any(
+        value.is_shared() for batch in batches for value in batch.values() if torch.is_tensor(value)
+    )
+    assert {batch["pixel_values"].dtype for batch in batches} == {torch.uint8}
+    assert num_tokens == sum(int((batch["labels"] != -100).sum()) for batch in batches)
 
 
 PROGRAM = """

@@ -13,13 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message, to_chat
 from tinyllava.errors import DataError
 from tinyllava.model.assemble import assemble
 from tinyllava.model.compat import render_template
+from tinyllava.model.packing import ImagePacking
 from tinyllava.model.processing import (
     IMAGE_TOKEN,
     MAX_CROPPED_RATIO,
@@ -373,6 +379,55 @@ for path in sys.argv[3:]:
     processor.to_pixels([open_image(ImageRef(path=Path(path)), processor.background)])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
+
+
+KINDS = {
+    "clip": CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+    "siglip": SiglipImageProcessorPil(size={"height": 28, "width": 28}),
+    "crops more": BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}),
+    "uneven": CLIPImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, rescale_factor=1 / 127, resample=2
+    ),
+}
+
+PACKINGS: dict[tuple[str, str], ImagePacking] = {}
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+@pytest.mark.parametrize("kind", KINDS)
+@given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3))
+@settings(max_examples=25, deadline=None)
+def test_packed_images_are_bytes_and_unpack_to_the_image_processors_pixels(processors, kind, aspect, sizes):
+    processor = copy.copy(processors["chatml"])
+    processor.image_processor, processor.image_aspect = KINDS[kind], aspect
+    if (kind, aspect) not in PACKINGS:
+        PACKINGS[kind, aspect] = ImagePacking(processor)
+    packing = PACKINGS[kind, aspect]
+    noise = np.random.default_rng(len(sizes))
+    images = [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    packed = packing.pack(images)
+    assert packed.dtype == torch.uint8
+    assert packed.nbytes == packing.image_bytes * len(images) == 3 * 28 * 28 * len(images)
+    assert torch.equal(packing.unpack(packed), processor.to_pixels(images))
+
+
+class _Stretching(CLIPImageProcessorPil):
+    """Makes an image's darkest value 0: no table of bytes gives that."""
+
+    def __call__(self, images, **kwargs):
+        found = super().__call__(images, **kwargs)
+        found["pixel_values"] = found["pixel_values"] - found["pixel_values"].min()
+        return found
+
+
+def test_an_image_processor_that_looks_at_the_whole_image_is_asked_itself(processors):
+    processor = copy.copy(processors["chatml"])
+    size = {"height": 28, "width": 28}
+    processor.image_processor = _Stretching(size={"shortest_edge": 28}, crop_size=size)
+    packing = ImagePacking(processor)
+    images = [Image.new("RGB", (40, 30), "red")]
+    assert not packing.is_packed
+    assert torch.equal(packing.unpack(packing.pack(images)), processor.to_pixels(images))
 
 
 @pytest.mark.parametrize("encoder", ["clip", "siglip"])

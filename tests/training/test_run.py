@@ -15,11 +15,12 @@ from tinyllava.config import FROZEN, FULL, Hardware, from_layer, lora
 from tinyllava.data.defects import Defect, Defects
 from tinyllava.errors import TrainingError
 from tinyllava.model.assemble import assemble, open_checkpoint
+from tinyllava.model.devices import fastest_attention
 from tinyllava.model.tuning import apply_tuning, component_of
 from tinyllava.parts.templates import read_template
 from tinyllava.training import checkpoints
 from tinyllava.training.run import train
-from tinyllava.training.trainer import StageTrainer, fastest_attention
+from tinyllava.training.trainer import StageTrainer
 from training_toys import make_captions, plain_loop, toy_run, write_run
 
 

@@ -30,6 +30,7 @@ from tinyllava.data.images import naming_record, open_image
 from tinyllava.data.store import cut, image_counts, question_counts, record_numbers, select
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import IGNORED
+from tinyllava.model.packing import ImagePacking
 from tinyllava.model.processing import Encoded, TinyLlavaProcessor
 
 
@@ -42,7 +43,7 @@ class Example:
     labels: Tensor
     """[N], -100 where not supervised"""
     pixel_values: Tensor | None = None
-    """[I, 3, H, W]"""
+    """[I, 3, H, W]; bytes where the examples have a packing"""
     image_features: Tensor | None = None
     """[I, M, X], in place of pixels"""
     branches: Tensor | None = None
@@ -62,6 +63,8 @@ class Examples(Dataset[Example]):
     separate_questions: bool = False
     """Whether each question of a conversation is a branch of its own (see ``tinyllava.data.dataset``)."""
     features: FeatureCache | None = None
+    packing: ImagePacking | None = None
+    """Turns images into bytes, which the trainer unpacks on the device; None: into pixel values, here."""
     lengths: Sequence[int] = ()
     """Tokens of each example, image tokens included; filled by ``measure``."""
     supervised_lengths: Sequence[int] = ()
@@ -87,9 +90,9 @@ class Examples(Dataset[Example]):
             if conversation.images and self.features is not None:
                 features = torch.stack([self.features.read(ref) for ref in conversation.images])
             elif conversation.images:
-                pixels = self.processor.to_pixels(
-                    [open_image(ref, self.processor.background) for ref in conversation.images]
-                )
+                images = [open_image(ref, self.processor.background) for ref in conversation.images]
+                to_pixels = self.packing.pack if self.packing else self.processor.to_pixels
+                pixels = to_pixels(images)
         return Example(
             input_ids=input_ids,
             labels=labels,
@@ -98,6 +101,12 @@ class Examples(Dataset[Example]):
             branches=branches,
             place=conversation.place,
         )
+
+    def unpacked(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch with the pixel values of its images, made where the batch is."""
+        if self.packing is None or "pixel_values" not in inputs:
+            return inputs
+        return inputs | {"pixel_values": self.packing.unpack(inputs["pixel_values"])}
 
     def select(self, kept: NDArray[np.int64]) -> "Examples":
         """Return some of the examples, by their places."""

@@ -4,41 +4,82 @@ Paper: none. Workers hand tensors over in shared memory; where it is full they w
 container has 64 MB of it by default).
 """
 
+import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from tinyllava.errors import DataError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2
-"""Batches that each worker prepares ahead: PyTorch's default."""
+"""Batches that each worker prepares ahead at least: PyTorch's default."""
+
+
+class Loading(NamedTuple):
+    """How batches are prepared in the background."""
+
+    num_workers: int
+    prefetch_factor: int
+    """Batches that each worker prepares ahead."""
+    why: str
+    """What the shared memory does not allow; empty if nothing."""
 
 
 def usable_workers(
-    wanted: int, batch_bytes: int, num_held: int = 1, num_processes: int = 1
-) -> tuple[int, str]:
+    wanted: int, batch_bytes: int, num_held: int = 1, num_processes: int = 1, ahead: int = 0
+) -> Loading:
     """Return how many workers the shared memory can serve, at most ``wanted``, and why if they are fewer.
+
+    All of them together prepare ``ahead`` batches while the receiver computes. Where that many do not fit,
+    they prepare fewer, and only then are there fewer workers.
 
     Args:
         wanted: number of workers that was asked for.
         batch_bytes: bytes of the largest batch that a worker hands over.
         num_held: batches that the receiver holds at a time.
         num_processes: receivers on this machine that have workers of their own.
+        ahead: batches that the receiver takes at a time; 0 for one after the other.
     """
+    each = max(PREFETCHED, -(-ahead // max(1, wanted)))
     if not wanted or not SHARED_MEMORY.is_dir():
-        return wanted, ""
+        return Loading(wanted, each, "")
     free = shutil.disk_usage(SHARED_MEMORY).free // max(1, num_processes)
-    usable = max(0, (free // max(1, batch_bytes) - num_held) // PREFETCHED)
-    if usable >= wanted:
-        return wanted, ""
-    needed = (wanted * PREFETCHED + num_held) * batch_bytes * num_processes
-    return usable, (
+    room = max(0, free // max(1, batch_bytes) - num_held)
+    if room >= wanted * each:
+        return Loading(wanted, each, "")
+    needed = (wanted * each + num_held) * batch_bytes * num_processes
+    usable, each = min(wanted, room // PREFETCHED), max(PREFETCHED, room // wanted)
+    used = f"{usable or 'no'} workers are used" if usable < wanted else f"each prepares {each} batches ahead"
+    why = (
         f"{SHARED_MEMORY} has {free * num_processes / 1e6:,.0f} MB of shared memory free, {wanted} workers "
-        f"need {needed / 1e6:,.0f} MB: {usable or 'no'} workers are used. Start the container with "
+        f"need {needed / 1e6:,.0f} MB: {used}. Start the container with "
         f"--shm-size={max(1, -(-needed // 10**9))}g for more speed."
     )
+    return Loading(usable, each, why)
+
+
+def begin_worker(number: int = 0) -> None:
+    """Begin a worker that was forked; PyTorch calls it with the worker's number.
+
+    Collecting garbage writes to every object that the parent had made, so that each worker would get a copy
+    of them. What was there at the fork is left out of it.
+    """
+    gc.freeze()
+
+
+def out_of_shared_memory(batch: Any) -> Any:
+    """Return a batch without tensors in shared memory; on a GPU none is there any more."""
+    return {
+        name: value.clone()
+        if isinstance(value, Tensor) and value.is_shared() and not value.is_cuda
+        else value
+        for name, value in batch.items()
+    }
 
 
 @contextmanager

@@ -41,10 +41,19 @@ from tinyllava.evaluation.question import Question, check_images
 from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.score import answers_folder, refuse_other_weights, score
 from tinyllava.files import held
-from tinyllava.inference.batches import Prepared, blank, blank_image, fill_batches, group_by_image, prepare
+from tinyllava.inference.batches import (
+    Prepared,
+    blank,
+    blank_image,
+    fill_batches,
+    group_by_image,
+    prepare,
+    unpacked,
+)
 from tinyllava.inference.chat import Chat, decode
 from tinyllava.inference.logits import stop_ids
 from tinyllava.inference.shared_prefix import answer_groups, can_share
+from tinyllava.model.packing import ImagePacking
 from tinyllava.parts.folders import fingerprint
 
 
@@ -179,7 +188,16 @@ def ask_groups(
             yield list(zip(indices, texts, strict=True))
         return
     num_workers = min(settings.num_workers, len(groups) // 4)
-    prepared = prepare(chat.processor, conversations, groups, num_workers=num_workers)
+    packing = ImagePacking(chat.processor)
+    batch_tokens = settings.batch_tokens or suitable_batch_tokens(chat.model)
+    prepared = prepare(
+        chat.processor,
+        conversations,
+        groups,
+        num_workers=num_workers,
+        packing=packing,
+        batch_tokens=batch_tokens,
+    )
     refused: list[tuple[int, Answer | DataError]] = []
 
     def askable() -> Iterator[Prepared]:
@@ -189,26 +207,26 @@ def ask_groups(
             else:
                 refused.append((one.index, one.error))
 
-    for batch in fill_batches(askable(), settings.batch_tokens or suitable_batch_tokens(chat.model)):
-        yield [answer for part in _answer_batch(chat, batch, max_new_tokens) for answer in part]
+    for batch in fill_batches(askable(), batch_tokens):
+        parts = _answer_batch(chat, batch, packing, max_new_tokens)
+        yield [answer for part in parts for answer in part]
     if refused:
         yield refused
 
 
 def _answer_batch(
-    chat: Chat, batch: list[Prepared], max_new_tokens: int
+    chat: Chat, batch: list[Prepared], packing: ImagePacking, max_new_tokens: int
 ) -> Iterator[list[tuple[int, Answer | DataError]]]:
     """Answer a batch; one that the GPU has no room for is answered in halves."""
     try:
-        ids = answer_groups(
-            chat.model, [prepared.group for prepared in batch], max_new_tokens, chat.context_tokens
-        )
+        groups = [unpacked(prepared, packing, chat.model.device) for prepared in batch]
+        ids = answer_groups(chat.model, groups, max_new_tokens, chat.context_tokens)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
         torch.cuda.empty_cache()
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-            yield from _answer_batch(chat, half, max_new_tokens)
+            yield from _answer_batch(chat, half, packing, max_new_tokens)
         return
     stops = set(stop_ids(chat.model).tolist())
     for prepared, rows in zip(batch, ids, strict=True):

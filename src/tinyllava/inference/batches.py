@@ -7,7 +7,7 @@ import dataclasses
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.images import open_image
-from tinyllava.data.workers import naming_dead_workers, usable_workers
+from tinyllava.data.workers import Loading, begin_worker, naming_dead_workers, usable_workers
 from tinyllava.errors import DataError
 from tinyllava.inference.chat import encode_prompt
 from tinyllava.inference.shared_prefix import ImageGroup, grow_tree
 from tinyllava.model import TinyLlavaProcessor
+from tinyllava.model.packing import ImagePacking
 
 MAX_GROUP = 64  # questions of one group: what more share would gain less than what their attention costs
 _THREADS = "TOKENIZERS_PARALLELISM"
+_FEW_TOKENS = 16  # of a question: an estimate for how many groups a window holds
 _WINDOW = 4  # batches that are gathered before groups of like length are put together
 
 
@@ -59,8 +61,15 @@ def group_by_image(
     ]
 
 
-def prepare_group(processor: TinyLlavaProcessor, conversations: Sequence[Conversation]) -> ImageGroup:
+def prepare_group(
+    processor: TinyLlavaProcessor,
+    conversations: Sequence[Conversation],
+    to_pixels: Callable[[list[Image.Image]], Any] | None = None,
+) -> ImageGroup:
     """Tokenise conversations about the same images and open these.
+
+    Args:
+        to_pixels: what images become; the processor's pixel values if None.
 
     Raises:
         ImageError: an image is missing or broken.
@@ -70,7 +79,7 @@ def prepare_group(processor: TinyLlavaProcessor, conversations: Sequence[Convers
     prompts = [encode_prompt(processor, conversation) for conversation in conversations]
     return ImageGroup(
         tree=grow_tree(prompts, processor.image_token_id),
-        pixel_values=processor.to_pixels(images) if images else None,
+        pixel_values=(to_pixels or processor.to_pixels)(images) if images else None,
     )
 
 
@@ -80,8 +89,10 @@ class _Groups(Dataset[list[Prepared | Refused]]):
         processor: TinyLlavaProcessor,
         conversations: Sequence[Conversation],
         groups: Sequence[tuple[int, ...]],
+        packing: ImagePacking | None = None,
     ) -> None:
         self.processor, self.conversations, self.groups = processor, conversations, groups
+        self.to_pixels = packing.pack if packing else None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -96,7 +107,7 @@ class _Groups(Dataset[list[Prepared | Refused]]):
             return [*refused, *([self._prepare(left)] if left else [])]
 
     def _prepare(self, indices: tuple[int, ...]) -> Prepared:
-        group = prepare_group(self.processor, [self.conversations[i] for i in indices])
+        group = prepare_group(self.processor, [self.conversations[i] for i in indices], self.to_pixels)
         return Prepared(indices=indices, group=group)
 
     def _refuse(self, index: int) -> list[Refused]:
@@ -113,17 +124,28 @@ def prepare(
     groups: Sequence[tuple[int, ...]],
     *,
     num_workers: int,
+    packing: ImagePacking | None = None,
+    batch_tokens: int = 0,
 ) -> Iterator[Prepared | Refused]:
-    """Yield the groups in order, made ready by ``num_workers`` processes a few groups ahead (0: by this one).
+    """Yield the groups in order, made ready by ``num_workers`` processes (0: by this one).
 
     A conversation that cannot be asked is left out of its group and comes by itself.
+
+    Args:
+        packing: what images become, with ``unpacked`` on the device; None for pixel values.
+        batch_tokens: see ``fill_batches``: its next window is made ready while one is answered.
     """
-    dataset = _Groups(processor, conversations, groups)
-    num_workers = _limit_workers(processor, conversations, groups, num_workers)
+    dataset = _Groups(processor, conversations, groups, packing)
+    ahead = _groups_of_window(processor, conversations, groups, batch_tokens)
+    image_bytes = packing.image_bytes if packing else 4 * 3 * processor.image_size_px**2
+    loading = _limit_workers(conversations, groups, num_workers, image_bytes, ahead)
+    num_workers = loading.num_workers
     loader = DataLoader(
         dataset,
         batch_size=None,
         num_workers=num_workers,
+        prefetch_factor=loading.prefetch_factor if num_workers else None,
+        worker_init_fn=begin_worker,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # for the processes' seeds, in place of the caller's
     )
@@ -145,22 +167,41 @@ def _copied(prepared: Prepared) -> Prepared:
     )
 
 
-def _limit_workers(
+def unpacked(prepared: Prepared, packing: ImagePacking, device: torch.device) -> ImageGroup:
+    """Return a prepared group with pixel values, made on the device."""
+    pixels = prepared.group.pixel_values
+    if pixels is None:
+        return prepared.group
+    return dataclasses.replace(prepared.group, pixel_values=packing.unpack(pixels.to(device)))
+
+
+def _groups_of_window(
     processor: TinyLlavaProcessor,
     conversations: Sequence[Conversation],
     groups: Sequence[tuple[int, ...]],
-    num_workers: int,
+    batch_tokens: int,
 ) -> int:
+    """Return about how many groups ``fill_batches`` gathers at a time, rather too many than too few."""
+    num_images = sum(len(conversations[indices[0]].images) for indices in groups)
+    num_questions = sum(map(len, groups))
+    num_tokens = num_images * processor.num_image_tokens + num_questions * _FEW_TOKENS
+    return min(len(groups), -(-_WINDOW * batch_tokens * len(groups) // max(1, num_tokens)))
+
+
+def _limit_workers(
+    conversations: Sequence[Conversation],
+    groups: Sequence[tuple[int, ...]],
+    num_workers: int,
+    image_bytes: int,
+    ahead: int,
+) -> Loading:
     """Take fewer workers where the shared memory cannot hold what they prepare, and say so."""
-    if not num_workers:
-        return 0
-    num_images = max(len(conversations[indices[0]].images) for indices in groups)
+    num_images = max((len(conversations[indices[0]].images) for indices in groups), default=0)
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    size = 4 * 3 * processor.image_size_px**2
-    num_workers, why = usable_workers(num_workers, num_images * size, 1, num_processes)
-    if why and os.environ.get("RANK", "0") == "0":
-        print(why, file=sys.stderr)
-    return num_workers
+    loading = usable_workers(num_workers, num_images * image_bytes, 1, num_processes, ahead)
+    if loading.why and os.environ.get("RANK", "0") == "0":
+        print(loading.why, file=sys.stderr)
+    return loading
 
 
 @contextmanager

@@ -72,6 +72,7 @@ class TinyLlavaModel(ComposedModel):
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return patch features V [I, M, X] of images; without gradient if the encoder is frozen."""
+        assert pixel_values.is_floating_point(), "packed images: see ImagePacking.unpack"
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)

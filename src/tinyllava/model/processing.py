@@ -126,12 +126,16 @@ class TinyLlavaProcessor(ProcessorMixin):
         Very long or large images are cropped or scaled first, so that memory is bounded; see
         ``MAX_PADDED_PX`` and ``MAX_CROPPED_RATIO``. Others keep every pixel.
         """
+        return self.image_processor(self.shape_images(images), return_tensors="pt")["pixel_values"]
+
+    def shape_images(self, images: list[Image.Image]) -> list[Image.Image]:
+        """Return images as the image processor gets them: cropped, scaled or padded where necessary."""
         if self._crops():
             images = [crop_ends(image) for image in images]
         images = [scale_down(image, self.image_processor.resample) for image in images]
         if self.image_aspect == "pad":
             images = [pad_to_square(image, self.mean_colour) for image in images]
-        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+        return images
 
     def _crops(self) -> bool:
         return self.image_aspect == "square" and _crops_centre(self.image_processor)

@@ -17,7 +17,7 @@ from tinyllava.config import Hardware, Run, Stage
 from tinyllava.data.dataset import Collator
 from tinyllava.data.reporting import say
 from tinyllava.data.store import image_counts
-from tinyllava.data.workers import usable_workers
+from tinyllava.data.workers import PREFETCHED, usable_workers
 from tinyllava.errors import TinyLlavaError, TrainingError
 from tinyllava.model.compat import set_checkpointing
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -35,8 +35,10 @@ def fit_hardware(
     model: TinyLlavaForConditionalGeneration,
     processor: TinyLlavaProcessor,
     prepared: Prepared,
-) -> Hardware:
+) -> tuple[Hardware, int]:
     """Return the run's hardware settings with device batch, checkpointing and workers settled.
+
+    With them comes the number of batches that each worker prepares ahead: together the next step's.
 
     The choice is that of the plan which `tinyllava show` prints, for the longest sample that is here. On a
     GPU the largest micro-batch is run before the first step. If it does not fit, the next smaller form is
@@ -111,23 +113,29 @@ def _memory_bytes() -> int:
 
 def _limit_workers(
     stage: Stage, hardware: Hardware, processor: TinyLlavaProcessor, prepared: Prepared
-) -> Hardware:
-    """Take fewer workers where the shared memory cannot hold what they prepare, and say so."""
+) -> tuple[Hardware, int]:
+    """Take fewer workers where the shared memory cannot hold what they prepare, and say so.
+
+    The Trainer takes all micro-batches of a step before it computes the first. They are held outside the
+    shared memory (``StageTrainer.get_batch_samples``), so that only those of the next step are in it.
+    """
     examples = prepared.examples
     num_images = int(image_counts(examples.conversations).max())
-    image_bytes = 4 * 3 * processor.image_size_px**2
+    image_bytes = examples.packing.image_bytes if examples.packing else 4 * 3 * processor.image_size_px**2
     if examples.features is not None:
         image_bytes = 4 * examples.features.shape[0] * examples.features.shape[1]
     size = hardware.device_batch_size
     tokens_bytes = 3 * 8 * max(examples.lengths)
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    num_held = -(-stage.global_batch_size // (size * PartialState().num_processes))
-    num_workers, why = usable_workers(
-        hardware.num_workers, size * (num_images * image_bytes + tokens_bytes), num_held, num_processes
-    )
-    if why:
-        _say(why)
-    return dataclasses.replace(hardware, num_workers=num_workers)
+    num_held = 2  # the one that is taken, and the one that accelerate looks at to find the end
+    if prepared.held_out:  # workers of a validation run beside those of the training, with ready batches
+        num_held += PREFETCHED * hardware.num_workers + 1
+    accumulation = -(-stage.global_batch_size // (size * PartialState().num_processes))
+    num_bytes = size * (num_images * image_bytes + tokens_bytes)
+    loading = usable_workers(hardware.num_workers, num_bytes, num_held, num_processes, accumulation)
+    if loading.why:
+        _say(loading.why)
+    return dataclasses.replace(hardware, num_workers=loading.num_workers), loading.prefetch_factor
 
 
 def _say(text: str) -> None:
@@ -174,7 +182,7 @@ def survives(
             trained = trained_tensors(model).values()
             moments = [torch.empty_like(tensor, device=device) for tensor in [*trained, *trained]]
             for batch in _largest_batches(form.device_batch_size, processor, prepared):
-                inputs = {name: value.to(device) for name, value in batch.items()}
+                inputs = prepared.examples.unpacked({n: value.to(device) for n, value in batch.items()})
                 precision = choose_precision(run.hardware.precision)
                 dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):

@@ -31,6 +31,7 @@ from tinyllava.data.sources import Share
 from tinyllava.data.store import distinct, image_counts, kept_digest, list_images, record_numbers, select
 from tinyllava.errors import DataError, ImageError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.packing import ImagePacking
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.parts.templates import as_published, read_template
 from tinyllava.parts.user_code import is_reference, run_value
@@ -216,6 +217,10 @@ def prepare(
         both = [examples, *([measured] if measured else [])]
         if run.hardware.cache_features and not stage.vision_encoder.trains:
             _fill_features(run, model, processor, both, bar)
+        else:
+            packing = ImagePacking(processor)
+            for part in both:
+                part.packing = packing
         hashes = _hash_images(run, both, bar) if PartialState().is_main_process else None
     images = _digest_images(examples, hashes) if hashes is not None else ""
     return Prepared(

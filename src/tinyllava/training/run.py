@@ -337,10 +337,8 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> StageTrainer:
     """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
-    hardware = fit_hardware(run, stage, model, processor, prepared)
-    arguments = make_arguments(
-        stage, hardware, folder, seed=run.seed, num_samples=len(prepared.examples), report_to=run.report_to
-    )
+    hardware, prefetch_factor = fit_hardware(run, stage, model, processor, prepared)
+    arguments = make_arguments(run, stage, hardware, folder, len(prepared.examples), prefetch_factor)
     trainer = StageTrainer(
         model=model,
         args=arguments,

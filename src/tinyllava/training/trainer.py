@@ -6,8 +6,7 @@ Paper: section 4.1.2.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, cos, isfinite, pi
@@ -19,16 +18,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce, send_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from tinyllava.config import COMPONENTS, Hardware, Sharding, Stage
+from tinyllava.config import COMPONENTS, Hardware, Run, Sharding, Stage
 from tinyllava.data.batches import GroupedSampler
 from tinyllava.data.dataset import Examples
 from tinyllava.data.store import image_counts
+from tinyllava.data.workers import begin_worker, out_of_shared_memory
 from tinyllava.errors import ConfigError, TrainingError
-from tinyllava.model.devices import multiplies_bf16
+from tinyllava.model.devices import fastest_attention, multiplies_bf16
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.quiet import keeping_random_state
 from tinyllava.model.rebuild import RESUMED_TENSORS
@@ -173,11 +172,22 @@ class StageTrainer(Trainer):
             sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=begin_worker,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Take a step's micro-batches out of the shared memory, where workers prepare the next step's."""
+        found: tuple[list[Any], Any] = super().get_batch_samples(
+            map(out_of_shared_memory, epoch_iterator), num_batches, device
+        )
+        return found
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass, in which the host never waits for the device."""
@@ -187,6 +197,8 @@ class StageTrainer(Trainer):
         # Padding stands on the right, where no supervised position looks: without a mask attention is plainly
         # causal, for which PyTorch has its fastest kernels, and the loss is the same.
         inputs.pop("attention_mask", None)
+        if isinstance(self.train_dataset, Examples):
+            inputs = self.train_dataset.unpacked(inputs)
         with fastest_attention(inputs["input_ids"], bf16=self.args.bf16):
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._since_log.append((loss, sample_ids))
@@ -245,6 +257,7 @@ class StageTrainer(Trainer):
             batch_sampler=own + (own or batches)[:1] * num_missing,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),
         )
         total, count = 0.0, 0
@@ -252,7 +265,7 @@ class StageTrainer(Trainer):
             for number, batch in enumerate(loader):
                 for name in ("sample_ids", "num_tokens", "attention_mask"):  # as in a training step
                     batch.pop(name, None)
-                inputs = send_to_device(batch, self.args.device)
+                inputs = examples.unpacked(send_to_device(batch, self.args.device))
                 with fastest_attention(inputs["input_ids"], bf16=self.args.bf16):
                     loss = self.model_wrapped(**inputs, num_items_in_batch=1).loss
                 if number < len(own):
@@ -311,23 +324,13 @@ def make_schedule(stage: Stage, num_steps: int, num_warmup: int) -> Callable[[in
     return lambda step: rate_factor(step, num_steps, num_warmup) if step < num_warmup else float(behind(step))
 
 
-def fastest_attention(input_ids: Tensor, *, bf16: bool) -> AbstractContextManager[None]:
-    """Choose the attention kernel where PyTorch's own choice is a slow one.
-
-    On a CPU its fused kernel goes backward in bf16 up to five times more slowly than plain matrix products,
-    as long as a sequence has no more than about 160 positions (benchmarks/attention.py).
-    """
-    is_slow = bf16 and input_ids.device.type == "cpu" and input_ids.shape[1] <= 160
-    return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
-
-
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors by name, a tied one once."""
     return {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def make_arguments(
-    stage: Stage, hardware: Hardware, folder: Path, *, seed: int, num_samples: int, report_to: tuple[str, ...]
+    run: Run, stage: Stage, hardware: Hardware, folder: Path, num_samples: int, prefetch_factor: int
 ) -> StageArguments:
     """Translate a stage into the Trainer's words."""
     world_size = PartialState().num_processes
@@ -354,11 +357,12 @@ def make_arguments(
         fp16=precision == "fp16",
         use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=hardware.num_workers,
+        dataloader_prefetch_factor=prefetch_factor if hardware.num_workers else None,
         dataloader_persistent_workers=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"non_blocking": torch.cuda.is_available()},  # copies while the device computes
-        seed=seed,
-        data_seed=seed,
+        seed=run.seed,
+        data_seed=run.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
         logging_first_step=True,
@@ -368,7 +372,7 @@ def make_arguments(
         eval_steps=stage.validation.every_steps or max(1, num_steps // 10),
         per_device_eval_batch_size=per_device,
         remove_unused_columns=False,
-        report_to=list(report_to),
+        report_to=list(run.report_to),
         disable_tqdm=True,
         average_tokens_across_devices=True,
         sharding=choose_sharding(hardware),
