@@ -232,6 +232,20 @@ def test_connectors_give_the_tokens_they_announce(name):
     assert name in CONNECTORS
 
 
+def test_slots_drop_features_in_training_only():
+    sizes = {"vision_width": 24, "language_width": 40, "num_patches": 36}
+    plain = build_connector("slots", **sizes, options={"num_slots": 3, "dropout_percent": 0})
+    dropping = build_connector("slots", **sizes, options={"num_slots": 3, "dropout_percent": 50})
+    dropping.load_state_dict(plain.state_dict())
+    kept = []
+    dropping.linear_1.register_forward_hook(lambda module, args, output: kept.append(args[0] != 0))
+    features = torch.randn(500, 36, 24)
+    assert torch.equal(dropping.eval()(features), plain(features))
+    dropping.train()(features)
+    assert kept[0].all()
+    assert kept[1].float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
 def test_pixel_shuffle_keeps_neighbours_together():
     connector = build_connector(
         "pixel_shuffle", vision_width=1, language_width=4, num_patches=16, options={"block": 2}

@@ -300,6 +300,8 @@ def test_ranks_that_do_not_divide_the_batch(toy_run: Run, monkeypatch: pytest.Mo
         ("pool", {"side": 99}, "connector pool: 576 patches are a grid of 24 x 24"),
         ("pixel_shuffle", {"block": 7}, "connector pixel_shuffle: a grid of 576 patches"),
         ("resampler", {"num_queries": 0}, "connector resampler: option num_queries = 0: must be at least 1"),
+        ("slots", {"dropout_percent": -1}, "option dropout_percent = -1: must be at least 0"),
+        ("slots", {"dropout_percent": 100}, "option dropout_percent = 100: must be at most 99"),
     ],
 )
 def test_an_error_of_a_connector_names_that_connector(connector, options, message):

@@ -200,7 +200,7 @@ CONNECTORS: dict[str, Connector] = {
             num_tokens=lambda num_patches, options: options["num_slots"],
             num_parameters=_slots,
             linears=_slots_linears,
-            options={"num_slots": 4},
+            options={"num_slots": 4, "dropout_percent": 0},
         ),
         Connector(
             name="qformer",
@@ -256,15 +256,19 @@ def resolve_options(connector: Connector, options: Options) -> dict[str, int]:
     """Return every option of a connector, defaults filled in.
 
     Raises:
-        ConfigError: an option that the connector does not have, or that is not a positive number, or heads
-            that do not divide the width.
+        ConfigError: an option that the connector does not have, or that is out of its range, or heads that do
+            not divide the width.
     """
     for key, value in options.items():
         if key not in connector.options:
             known = ", ".join(connector.options) or "none"
             raise ConfigError(f"connector {connector.name!r} has no option {key!r}; known: {known}.")
-        if value < 1:
-            raise ConfigError(f"connector {connector.name}: option {key} = {value}: must be at least 1.")
+        least = min(1, connector.options[key])  # an option that is 0 unless it is given can be given as 0
+        wrong = f"connector {connector.name}: option {key} = {value}: must be"
+        if value < least:
+            raise ConfigError(f"{wrong} at least {least}.")
+        if key.endswith("_percent") and value > 99:
+            raise ConfigError(f"{wrong} at most 99.")
     resolved = {**connector.options, **options}
     _check_heads(connector.name, resolved)
     return resolved

@@ -17,7 +17,7 @@ def starter_model(language_model: Path, vision_encoder: Path) -> ModelConfig:
         vision_encoder=str(vision_encoder),
         language_model=str(language_model),
         connector="slots",
-        connector_options={"num_slots": 4},
+        connector_options={"num_slots": 4, "dropout_percent": 50},
     )
 
 

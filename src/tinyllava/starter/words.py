@@ -74,7 +74,7 @@ def fit_words(
     sources = [talk.images[0].name.partition("/")[0] for talk in captions]
     weights = torch.tensor([1 / sources.count(source) for source in sources])
     optimizer = torch.optim.AdamW(model.connector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    model.connector.requires_grad_(True)
+    model.connector.requires_grad_(True).train()
     generator = torch.Generator().manual_seed(seed)
     for step in range(NUM_STEPS):
         for group in optimizer.param_groups:
@@ -84,7 +84,7 @@ def fit_words(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model.connector.requires_grad_(False)
+    model.connector.requires_grad_(False).eval()
 
 
 def _distance(tokens: Tensor, targets: Tensor, embeddings: Tensor) -> Tensor:

@@ -89,18 +89,31 @@ class Slots(nn.Module):
     """[I, M, X] -> [I, T, D]: average the whole grid, normalise, then an MLP with an output for each token.
 
     The starter's connector: each token can represent another word (``tinyllava.starter.words``).
+
+    Args:
+        dropout_percent: share of the averaged features that training drops at random, so that a small set of
+            images is not memorised. It works on cached features, where changing the image does not.
     """
 
-    def __init__(self, vision_width: int, language_width: int, num_patches: int, *, num_slots: int) -> None:
+    def __init__(
+        self,
+        vision_width: int,
+        language_width: int,
+        num_patches: int,
+        *,
+        num_slots: int,
+        dropout_percent: int = 0,
+    ) -> None:
         super().__init__()
         self.num_slots = num_slots
         self.norm = nn.LayerNorm(vision_width, elementwise_affine=False)
+        self.dropout = nn.Dropout(dropout_percent / 100)
         self.linear_1 = nn.Linear(vision_width, language_width)
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(language_width, num_slots * language_width)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map the patch features [I, M, X] of each image to its image tokens [I, T, D]."""
-        hidden = self.act(self.linear_1(self.norm(features.mean(1))))
+        hidden = self.act(self.linear_1(self.dropout(self.norm(features.mean(1)))))
         tokens: Tensor = self.linear_2(hidden).unflatten(-1, (self.num_slots, -1))
         return tokens
