@@ -10,21 +10,26 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from tqdm import tqdm
 
 from chats import make_chat
 from conftest import make_records
 from evaluation.test_run import BENCHMARK, data
-from tinyllava.config import Hardware, lora
+from tinyllava.config import FULL, Hardware, Run, lora
 from tinyllava.evaluation.run import Settings, evaluate
 from tinyllava.inference import file
+from tinyllava.model.rebuild import MANIFEST
 from tinyllava.training.run import train
 from training_toys import toy_run
 
@@ -39,6 +44,7 @@ def in_process(action: Callable[[], object], log: Path) -> multiprocessing.Proce
     """Start an action in a process of its own, whose words go to a file."""
 
     def run() -> None:
+        os.setsid()  # so that it is killed with the processes that it starts
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -53,7 +59,19 @@ def in_process(action: Callable[[], object], log: Path) -> multiprocessing.Proce
     return process
 
 
-def survives(action: Callable[[Path], object], read: Callable[[Path], object], folder: Path) -> None:
+def begun_checkpoints(folder: Path) -> set[tuple[Path, int]]:
+    """Return the checkpoints that a run is writing, or was when it was killed."""
+    begun = set()
+    for path in folder.glob("*/checkpoint-*"):
+        with suppress(FileNotFoundError):
+            if not (path / MANIFEST).is_file():
+                begun.add((path, path.stat().st_ino))
+    return begun
+
+
+def survives(
+    action: Callable[[Path], object], read: Callable[[Path], object], folder: Path, *, aims: bool = False
+) -> None:
     """Do an action undisturbed, and in another folder killed again and again; both have to leave the same.
 
     Where it ends before it is killed, what it left is compared, removed, and it begins again.
@@ -62,6 +80,7 @@ def survives(action: Callable[[Path], object], read: Callable[[Path], object], f
         action: makes something in a folder; done again, it resumes.
         read: returns what counts of that.
         folder: for all of it.
+        aims: every other kill comes in the writing of the checkpoint that follows the random moment.
     """
     moments = random.Random(SEED)
     log = folder / "log.txt"
@@ -72,20 +91,27 @@ def survives(action: Callable[[Path], object], read: Callable[[Path], object], f
     seconds = time.monotonic() - start
     expected = read(folder / "whole" / "run")
     disturbed = folder / "disturbed" / "run"
-    num_kills = num_ends = 0
+    num_kills = num_ends = num_in_checkpoints = 0
     while num_kills < NUM_KILLS or num_ends == 0:
+        before = begun_checkpoints(disturbed)
         process = in_process(lambda: action(disturbed), log)
         process.join(moments.uniform(0, seconds) if num_kills < NUM_KILLS else None)
+        while aims and num_kills % 2 and process.is_alive() and begun_checkpoints(disturbed) <= before:
+            time.sleep(0.002)
         if process.is_alive():
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.join()
             num_kills += 1
+            num_in_checkpoints += not begun_checkpoints(disturbed) <= before
             continue
         assert process.exitcode == 0, f"seed {SEED}, after {num_kills} kills:\n{log.read_text()}"
         assert read(disturbed) == expected, f"seed {SEED}, after {num_kills} kills"
         shutil.rmtree(disturbed.parent)
         num_ends += 1
-    print(f"seed {SEED}: {num_kills} kills, {num_ends} ends")
+    print(
+        f"seed {SEED}: {num_kills} kills, {num_in_checkpoints} of them in the writing of a checkpoint, "
+        f"{num_ends} ends"
+    )
 
 
 def read_run(folder: Path) -> dict[str, object]:
@@ -112,6 +138,36 @@ def test_training(parts, tmp_path, num_workers):
         train(dataclasses.replace(run, stages={**run.stages, "finetune": finetune}))
 
     survives(action, read_run, tmp_path)
+
+
+@pytest.mark.parametrize("sharding", ["none", "gradients", "all"])
+def test_training_in_two_processes(parts, tmp_path, sharding):
+    """With DDP and with FSDP2; both are killed, in the middle of whatever they do together."""
+    records = make_records(tmp_path / "data")
+    hardware = Hardware(num_workers=0, precision="fp32", device_batch_size=1, save_steps=1, sharding=sharding)
+
+    def rank(index: int, port: int, run: Run) -> None:
+        os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        PartialState._reset_state()
+        train(run)
+
+    def action(folder: Path) -> None:
+        run = toy_run(parts, records, folder, hardware=hardware)
+        finetune = dataclasses.replace(
+            run.stages["finetune"], vision_encoder=FULL, language_model=lora(4, dropout=0.2)
+        )
+        run = dataclasses.replace(run, stages={**run.stages, "finetune": finetune})
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        other = FORK.Process(target=rank, args=(1, port, run))
+        other.start()
+        rank(0, port, run)
+        other.join()
+        assert other.exitcode == 0
+
+    survives(action, read_run, tmp_path, aims=True)
 
 
 def test_preparing(parts, tmp_path):

@@ -125,6 +125,11 @@ def test_memory_that_runs_out_later_ends_in_advice_and_resumes(parts, records, t
     assert [step["step"] for step in steps(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_several_processes_are_told_to_divide_the_model():
+    assert "--hardware.sharding all" in devices.out_of_memory(1, True, can_divide=True)
+    assert "sharding" not in devices.out_of_memory(1, True)
+
+
 def test_a_checkpoint_whose_parts_are_not_here_is_trained_all_the_same(parts, records, tmp_path, monkeypatch):
     first = train(finetuning(parts, records, tmp_path / "first", AUTO))
     run = finetuning(parts, records, tmp_path / "second", AUTO)

@@ -50,7 +50,8 @@ def fit_hardware(
     forms = _possible_forms(run, stage, prepared)
     chosen = next((form for form in forms if survives(form, run, model, processor, prepared)), None)
     if chosen is None:
-        raise TrainingError(out_of_memory(forms[-1].device_batch_size, forms[-1].checkpointing))
+        smallest, can_divide = forms[-1], PartialState().num_processes > 1
+        raise TrainingError(out_of_memory(smallest.device_batch_size, smallest.checkpointing, can_divide))
     size, checkpointing = chosen.device_batch_size, chosen.checkpointing
     if chosen is not forms[0]:
         _say(
@@ -143,10 +144,11 @@ def _say(text: str) -> None:
         say(text)
 
 
-def out_of_memory(device_batch_size: int, checkpointing: bool) -> str:
+def out_of_memory(device_batch_size: int, checkpointing: bool, can_divide: bool = False) -> str:
     """Say what helps where the memory of a device does not do."""
     advice = [] if device_batch_size == 1 else [f"--hardware.device-batch-size {device_batch_size // 2}"]
     advice += [] if checkpointing else ["--hardware.gradient-checkpointing True"]
+    advice += ["--hardware.sharding all"] if can_divide else []
     advice += ["a recipe with adapters (lora, qlora)", "a smaller max_length_tokens"]
     return (
         f"out of memory with a device batch of {device_batch_size}"

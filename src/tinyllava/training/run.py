@@ -308,8 +308,9 @@ def _train_stage(
         raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
     except torch.OutOfMemoryError as error:
         size, checkpointing = trainer.args.train_batch_size, model.is_gradient_checkpointing
+        can_divide = trainer.args.world_size > 1 and trainer.args.sharding != "all"
         raise TrainingError(
-            f"{out_of_memory(size, checkpointing)} The same command with it resumes."
+            f"{out_of_memory(size, checkpointing, can_divide)} The same command with it resumes."
         ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_full_disk(error):
