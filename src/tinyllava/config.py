@@ -146,7 +146,8 @@ class DataConfig:
     """The records of one stage and where their images are."""
 
     records: tuple[str, ...] = ()
-    """Mixtures of Table 2 by name, or your own files or folders (see the data guide)."""
+    """Mixtures of Table 2 by name, your own files or folders, or data sets of the hub (``hf:owner/name``);
+    options such as ``,repeat=2`` may follow (see the data guide)."""
     images: str = ""
     """Base folder of image paths; empty means the mixture's own, or the file's folder."""
     columns: tuple[str, ...] = ()

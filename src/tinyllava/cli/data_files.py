@@ -1,6 +1,7 @@
 """``tinyllava data check|convert|split``: look at your own data, write it in another form, hold some out."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,11 +183,13 @@ def convert(arguments: list[str]) -> int:
 
 
 def _evaluation_fields(known: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    from tinyllava.data.mixtures import resolve
     from tinyllava.data.records import evaluation_fields
-    from tinyllava.data.sources import parse_source
 
-    source = Path(parse_source(known.file).name)
-    folder = Path(known.images or (source if source.is_dir() else source.parent))
+    [(_, places)] = resolve(own_data(known, known.file))
+    if len(places) > 1:  # records of several files have the same places in them
+        return {}
+    [(source, folder)] = places
     return evaluation_fields(source, folder, known.reader)
 
 
@@ -212,6 +215,7 @@ def split(arguments: list[str]) -> int:
 
     from tinyllava.data.hashes import sha256_of_image
     from tinyllava.data.held_out import hold_out
+    from tinyllava.data.readers.hub import PREFIX, is_hub_name
     from tinyllava.data.records import read_configured
     from tinyllava.data.sources import parse_source
     from tinyllava.data.writing import write_records
@@ -220,7 +224,8 @@ def split(arguments: list[str]) -> int:
     talks = records.conversations
     hashes = {ref: sha256_of_image(ref) for ref in dict.fromkeys(r for talk in talks for r in talk.images)}
     held_out = set(hold_out(talks, hashes, share))
-    source = Path(parse_source(known.file).name)
+    name = parse_source(known.file).name
+    source = Path(re.sub(r"[:@/]+", "-", name.removeprefix(PREFIX)) if is_hub_name(name) else name)
     fields = _evaluation_fields(known)
     for side, is_held_out in (("train", False), ("held-out", True)):
         path = source.with_name(f"{source.stem}-{side}.json")

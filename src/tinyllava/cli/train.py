@@ -10,6 +10,7 @@ from tinyllava.config import ModelConfig, Run, Stage, Validation
 from tinyllava.data.mixtures import resolve
 from tinyllava.data.readers.containers import SUFFIXES, is_record_file
 from tinyllava.data.readers.folder import is_image_folder
+from tinyllava.data.readers.hub import is_hub_name
 from tinyllava.data.sources import count_samples, parse_source
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.parts.folders import recorded_model, recorded_name
@@ -151,7 +152,10 @@ def _record_files(known: argparse.Namespace) -> tuple[str, ...]:
     return tuple(
         given
         for given, path in ((given, parse_source(given).name) for given in known.data)
-        if is_record_file(path) or is_image_folder(Path(path)) or (known.reader and Path(path).exists())
+        if is_hub_name(path)
+        or is_record_file(path)
+        or is_image_folder(Path(path))
+        or (known.reader and Path(path).exists())
     )
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from tinyllava.config import DataConfig
 from tinyllava.data.readers.containers import is_record_file
+from tinyllava.data.readers.hub import find_records, is_hub_name
 from tinyllava.data.sources import Source, parse_source, refuse_both
 from tinyllava.errors import ConfigError, DataError, look_up
 from tinyllava.files import read_object
@@ -127,7 +128,7 @@ def find_mixture(record: str) -> Mixture | None:
         UnknownNameError: neither a mixture nor a record file or folder.
     """
     name = parse_source(record).name
-    if name not in MIXTURES and (is_record_file(name) or Path(name).exists()):
+    if name not in MIXTURES and (is_hub_name(name) or is_record_file(name) or Path(name).exists()):
         return None
     return look_up(MIXTURES, name, "mixture (or record file or folder)")
 
@@ -162,11 +163,20 @@ def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Source, 
     """
     sources = [parse_source(record) for record in data.records]
     refuse_both(sources)
-    found = [_resolve_one(source.name, data.images, data_root) for source in sources]
-    missing = [line for _, _, lines in found for line in lines]
+    found = [_resolve_source(source.name, data.images, data_root) for source in sources]
+    missing = [line for _, lines in found for line in lines]
     if missing:
         raise DataError("data is missing:\n" + "\n".join(f"  {line}" for line in missing))
-    return [(one, [(records, images)]) for one, (records, images, _) in zip(sources, found, strict=True)]
+    return [(one, places) for one, (places, _) in zip(sources, found, strict=True)]
+
+
+def _resolve_source(name: str, images: str, data_root: str | Path) -> tuple[list[Place], list[str]]:
+    """Return the places of a source, and what is missing of it in words."""
+    if is_hub_name(name):
+        files = find_records(name)
+        return [(file, Path(images or (file if file.is_dir() else file.parent))) for file in files], []
+    path, root, lines = _resolve_one(name, images, data_root)
+    return [(path, root)], lines
 
 
 def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path, Path, list[str]]:

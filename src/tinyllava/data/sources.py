@@ -48,7 +48,8 @@ class Source:
     @property
     def label(self) -> str:
         """How others than the owner of the files see it: a name without folders, with its options."""
-        return Path(self.name).name + self.options
+        is_public = self.name.startswith("hf:")
+        return (self.name if is_public else Path(self.name).name) + self.options
 
 
 _DEFAULTS: dict[str, float | None] = {"weight": None, "repeat": 1, "limit": 0, "seed": 0}

@@ -16,6 +16,7 @@ from typing import Any, TypedDict, Unpack
 
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.readers.columns import listed_texts, reference_answers
+from tinyllava.data.readers.hub import single_file
 from tinyllava.data.records import parse_columns, read_raw, read_records
 from tinyllava.data.store import find_good_images, select
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
@@ -85,7 +86,7 @@ def own_benchmark(
         UnknownNameError: no such metric.
         MissingExtraError: long answers need a package that is not installed.
     """
-    path, table = Path(data), MetricTable()
+    path, table = single_file(data), MetricTable()
     asked, said = _read_asked(path, **reading)
     references = [_reference(one, tolerance) for one in asked]
     default = table.add(metric)
@@ -99,7 +100,7 @@ def own_benchmark(
     )
     used = list(dict.fromkeys(names))
     return replace(
-        from_predictions(name_of(path)),
+        from_predictions(name_of(data)),
         protocol=table.protocol(used),
         metric=_headline([table.metrics[name].title for name in used]),
         num_questions=len(questions),

@@ -5,6 +5,7 @@ Paper: section 4.1.2, Table 2.
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,13 @@ from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
 from tinyllava.data.held_out import hold_out
+from tinyllava.data.readers.hub import is_hub_name, pinned
 from tinyllava.data.records import Records
 from tinyllava.data.reporting import say
 from tinyllava.data.sources import Share
 from tinyllava.data.store import distinct, image_counts, kept_digest, list_images, record_numbers, select
 from tinyllava.errors import DataError, ImageError
+from tinyllava.files import read_object
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.packing import ImagePacking
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -97,6 +100,37 @@ class Prepared:
             "images_digest": self.images_digest,
             **({"held_out": self.held_out.summary()} if self.held_out else {}),
         }
+
+
+def pin(run: Run) -> Run:
+    """Return a run with the commit of each data set of the hub; one that its folder records already stays.
+
+    Raises:
+        ConfigError, DataError: see ``tinyllava.data.readers.hub.pinned``.
+    """
+    before = (read_object(run.folder / "run.json") or {}).get("stages")
+    known: dict[str, str] = {}
+    for text in re.findall(r"hf:[^\",]+@[0-9a-f]{40}", json.dumps(before)):
+        known[text.rpartition("@")[0]] = text
+
+    def pinned_entry(entry: str) -> str:
+        name, comma, options = entry.partition(",")
+        if not is_hub_name(name):
+            return entry
+        if name not in known and not re.search(r"@[0-9a-f]{40}$", name):
+            known[name] = pinned(name)
+        return known.get(name, name) + comma + options
+
+    def pinned_stage(stage: Stage) -> Stage:
+        records = tuple(map(pinned_entry, stage.data.records))
+        held_out = pinned_entry(stage.validation.held_out)
+        return replace(
+            stage,
+            data=replace(stage.data, records=records),
+            validation=replace(stage.validation, held_out=held_out),
+        )
+
+    return replace(run, stages={name: pinned_stage(stage) for name, stage in run.stages.items()})
 
 
 def read_data(run: Run, data: DataConfig, *, decode: bool = True) -> Records:

@@ -44,7 +44,7 @@ from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
 from tinyllava.training.devices import fit_hardware, out_of_memory
 from tinyllava.training.identity import StageIdentity, decisive_settings, differences, identify
-from tinyllava.training.prepare import Prepared, check_data, prepare
+from tinyllava.training.prepare import Prepared, check_data, pin, prepare
 from tinyllava.training.progress import StageProgress
 from tinyllava.training.stopping import StopRequests
 from tinyllava.training.trainer import StageTrainer, make_arguments
@@ -72,6 +72,7 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
         DataError, ImageError, CheckpointError, TrainingError: see the stages.
     """
     run = dataclasses.replace(run, start_from=str(whole_model(run.start_from)) if run.start_from else "")
+    run = pin(run)
     check(run)
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
     with ExitStack() as stack:
