@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import pickle
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.data.features import FeatureCache, encoder_key
 from tinyllava.data.images import open_image
+from tinyllava.data.reporting import reporting
 from tinyllava.errors import DataError, ImageError
 from tinyllava.model.assemble import assemble
 
@@ -141,6 +144,32 @@ def test_a_full_disk_is_said_and_what_was_finished_stays(
         cache.fill(conversations)
     monkeypatch.undo()
     assert cache.read(conversations[0].images[0]).shape == (4, 32)
+
+
+def test_the_size_is_said_before_and_what_the_disk_cannot_hold_is_not_begun(
+    model_and_processor, tmp_path, conversations, counted, monkeypatch, capsys
+):
+    cache = FeatureCache(tmp_path / "kept", *model_and_processor)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 3 * 512 - 1))
+    with pytest.raises(DataError, match=r"features of 3 images need 0\.0 GB, 0\.0 GB are free\. Free some"):
+        cache.fill(conversations)
+    assert counted == []
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 3 * 512))
+    with reporting(is_shown=True):
+        cache.fill(conversations)
+        assert f"keeping features of 3 images: 0.00 GB in {cache.folder}" in capsys.readouterr().out
+        cache.fill(conversations)
+        assert capsys.readouterr().out == ""
+
+
+def test_a_worker_reads_rows_without_the_model(model_and_processor, tmp_path, conversations):
+    cache = FeatureCache(tmp_path / "kept", *model_and_processor)
+    cache.fill(conversations)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 5000
+    [ref] = conversations[1].images
+    assert torch.equal(pickle.loads(sent).read(ref), cache.read(ref))
 
 
 def swap_rows(folder: Path, size: int) -> None:

@@ -7,10 +7,12 @@ An image is known by its content, an encoder by its weights and preprocessing; r
 import hashlib
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Iterable
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.images import naming_record, open_image, read_image_bytes
+from tinyllava.data.reporting import say
 from tinyllava.errors import DataError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -52,6 +55,15 @@ class FeatureCache:
         self.checksums: list[int] = []
         self._digests: dict[str, str] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the model and the processor: a process that only reads rows needs neither."""
+        return {name: value for name, value in vars(self).items() if name not in ("model", "processor")}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one image's features."""
+        return 4 * self.shape[0] * self.shape[1]
+
     def fill(
         self,
         conversations: Iterable[Conversation],
@@ -61,14 +73,17 @@ class FeatureCache:
     ) -> None:
         """Compute what is not there yet; of several processes one computes and the others wait.
 
+        How much they will take is said before.
+
         Raises:
             ImageError: an image is broken; its record is named.
-            DataError: the disk is full; what was finished stays.
+            DataError: they need more than is free on the disk, or it is full; what was finished stays.
         """
         try:
             with FileLock(self.folder / "lock"):
                 self._read_index()
                 todo = self._find_missing(conversations, progress)
+                self._require_space(len(todo))
                 for start in range(0, len(todo), batch_size):
                     batch = todo[start : start + batch_size]
                     self._append(batch)
@@ -78,11 +93,30 @@ class FeatureCache:
                 f"{self.folder}: features cannot be written ({error.strerror}). Free some space."
             ) from error
 
+    def _require_space(self, num_missing: int) -> None:
+        """Say what the missing rows take, and refuse to begin what the disk cannot hold."""
+        used = self.row_bytes * len(self.rows)
+        path = self.folder / "features.f32"
+        left_over = max(0, path.stat().st_size - used) if path.exists() else 0  # is written over
+        needed = num_missing * self.row_bytes
+        free = shutil.disk_usage(self.folder).free + left_over
+        if needed > free:
+            raise DataError(
+                f"{self.folder}: features of {num_missing:,} images need {needed / 1e9:,.1f} GB, "
+                f"{free / 1e9:,.1f} GB are free. Free some space, choose another folder with --output, "
+                "or train without kept features: --hardware.cache-features False."
+            )
+        if needed:
+            say(
+                f"keeping features of {num_missing:,} images: {needed / 1e9:,.2f} GB in {self.folder}, "
+                f"{free / 1e9:,.1f} GB free"
+            )
+
     def _read_index(self) -> None:
         """Learn which rows are there; what a kill or a full disk cut off is taken out of the index."""
         index, path = self.folder / "index.txt", self.folder / "features.f32"
         text = index.read_text(encoding="ascii", errors="replace") if index.exists() else ""
-        num_rows = path.stat().st_size // (4 * self.shape[0] * self.shape[1]) if path.exists() else 0
+        num_rows = path.stat().st_size // self.row_bytes if path.exists() else 0
         whole = takewhile(_LINE.fullmatch, text.splitlines(keepends=True))
         lines = list(islice(whole, num_rows))
         if "".join(lines) != text:
@@ -112,7 +146,7 @@ class FeatureCache:
         """
         row = self.rows[self._digest(ref)]
         size, path = self.shape[0] * self.shape[1], self.folder / "features.f32"
-        values = np.fromfile(path, dtype=np.float32, count=size, offset=4 * size * row)
+        values = np.fromfile(path, dtype=np.float32, count=size, offset=self.row_bytes * row)
         if zlib.crc32(values.tobytes()) != self.checksums[row]:
             raise DataError(f"{path}: row {row} is damaged. Delete {self.folder} to recompute it.")
         return torch.from_numpy(values.reshape(self.shape))
