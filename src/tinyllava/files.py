@@ -18,6 +18,7 @@ from tinyllava.errors import OutputError
 if TYPE_CHECKING:
     import jinja2
 
+CACHE_VARIABLE = "TINYLLAVA_CACHE"
 LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|[\[\]{}]', re.DOTALL)
@@ -43,6 +44,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def cache_folder() -> Path:
+    """Return the folder of everything downloaded or converted; TINYLLAVA_CACHE moves it."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tinyllava").expanduser()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyllava.data.packages import Package, cache_folder, fetch_packages, read_members
+from tinyllava.data.packages import Package, fetch_packages, read_members
 from tinyllava.errors import PackageError
+from tinyllava.files import cache_folder
 
 NAME, VERSION = "tinyllava-sample", "1.2"
 

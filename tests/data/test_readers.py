@@ -293,7 +293,7 @@ def test_images_at_addresses_are_downloaded_once_and_within_a_limit(folder, monk
         def log_message(self, *_):
             self.asked.append(self.path)
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(folder / "cache"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/images/"

@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> int:
     if known.minutes is not None and not 0 < known.minutes <= 10_000:
         parser.error(f"--minutes {known.minutes:g}: must be above 0, such as 12")
 
-    from tinyllava.data.packages import cache_folder
     from tinyllava.errors import look_up
+    from tinyllava.files import cache_folder
     from tinyllava.starter.datasets import OPTIONS
 
     options = tuple(dict.fromkeys(name.strip() for name in known.options.split(",") if name.strip()))

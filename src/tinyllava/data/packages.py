@@ -33,12 +33,11 @@ from rich.progress import (
 
 from tinyllava.data.bars import Bars
 from tinyllava.errors import CheckpointError, PackageError
-from tinyllava.files import sha256_of
+from tinyllava.files import cache_folder, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-CACHE_VARIABLE = "TINYLLAVA_CACHE"
 Client = Literal["pip", "npm", "apt"]
 
 
@@ -53,11 +52,6 @@ class Package:
     archive_bytes: int
     files: tuple[str, ...]
     licence: str
-
-
-def cache_folder() -> Path:
-    """Return the folder for everything fetched or converted; TINYLLAVA_CACHE moves it."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tinyllava").expanduser()
 
 
 def default_model() -> Path:

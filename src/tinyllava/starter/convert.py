@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from tinyllava.data.packages import cache_folder
 from tinyllava.errors import PackageError
+from tinyllava.files import cache_folder
 from tinyllava.parts.folders import written_whole
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from safetensors import safe_open
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message, ask
 from tinyllava.data.mixtures import LICENCES
-from tinyllava.data.packages import cache_folder, default_model, fetch_packages
+from tinyllava.data.packages import default_model, fetch_packages
 from tinyllava.errors import ConfigError, look_up, require
 from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.benchmarks.starter import BENCHMARK, WHOLE, majority_answers
 from tinyllava.evaluation.results import Result
 from tinyllava.evaluation.run import Settings, evaluate
-from tinyllava.files import held, write_json
+from tinyllava.files import cache_folder, held, write_json
 from tinyllava.inference.chat import Chat
 from tinyllava.model.devices import best_device, multiplies_bf16
 from tinyllava.model.quiet import without_loading_bars

@@ -242,7 +242,7 @@ def reproduce(
 def _find_folders(grid: Grid, benchmarks: str) -> dict[str, str]:
     """Return the folder of each benchmark that is here; the plan lists the others as missing."""
     if grid.name == STARTER:
-        from tinyllava.data.packages import cache_folder
+        from tinyllava.files import cache_folder
         from tinyllava.studies.starter import CENTRE, records_folder
 
         return {name: str(records_folder(CENTRE["data"], cache_folder())) for name in grid.benchmarks}

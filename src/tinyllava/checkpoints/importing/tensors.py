@@ -1,9 +1,7 @@
 """Read the weights of a foreign folder, in any form, tensors and nothing else; merge LoRA adapters into them.
 
-Differs: this is the one place of the package that opens a pickle, and only with ``weights_only=True``.
-
-Differs: peft merges modules of a model; here the adapters' names are of another class than ours, and every
-tensor of them has to be accounted for.
+Differs: a pickle is only opened with ``weights_only=True``, which builds tensors and calls nothing. peft
+merges modules of a model; here the adapters have the names of another class, and each tensor needs its place.
 """
 
 import pickle

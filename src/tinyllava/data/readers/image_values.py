@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from tinyllava.conversation import ImageRef, to_ref
 from tinyllava.data.defects import Defect
 from tinyllava.errors import ImageError, first_line
-from tinyllava.files import is_text, whole_file
+from tinyllava.files import cache_folder, is_text, whole_file
 
 MAX_DOWNLOAD_BYTES = 64_000_000
 TIMEOUT_SECONDS = 30
@@ -132,14 +132,8 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).rpartition(".")[0].casefold() or name.casefold()
 
 
-def cache_folder() -> Path:
-    """Return the folder of downloaded images."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tinyllava" / "images"
-
-
 def _download(url: str, where: str, allow_urls: bool) -> ImageRef:
-    path = cache_folder() / hashlib.sha256(url.encode()).hexdigest()
+    path = cache_folder() / "images" / hashlib.sha256(url.encode()).hexdigest()
     if path.is_file():
         return ImageRef(path=path, name=url)
     if not allow_urls:
