@@ -97,6 +97,26 @@ def test_a_wrong_order_of_rows_is_found_in_every_type(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_rounding_of_activations_does_is_told_from_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real models move by more than the limit of the toys; then the same weights are compared in 16 bits."""
+    checkpoint = make(tmp_path, "llama")
+    monkeypatch.setitem(llama_cpp.LARGEST_DIFFERENCE, "q8_0", 1e-6)
+    exported = export_checkpoint(checkpoint, tmp_path / "out", layout="gguf", quantized="q8_0")
+    assert exported.largest_difference is not None
+    assert 1e-6 < exported.largest_difference <= LIMITS["q8_0"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "model.gguf",
+        "mmproj.gguf",
+        "Modelfile",
+        "README.md",
+    }
+    monkeypatch.setattr(llama_cpp, "LARGEST_DIVERGENCE", 1e-12)
+    with pytest.raises(CheckpointError, match=r"diverges by .* nats .*agree in 16 bits.*--quantize f16"):
+        export_checkpoint(checkpoint, tmp_path / "refused", layout="gguf", quantized="q8_0")
+
+
 def test_files_that_llama_cpp_does_not_open_are_refused_with_its_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
