@@ -90,8 +90,8 @@ def test_the_first_screen_has_the_measured_result_and_the_two_commands() -> None
     for kind, name in KINDS.items():
         row = [f"{results[kind][who]['accuracy']:.0%}" for who in ("model", "blanked", "majority")]
         assert f"| {name} | {' | '.join(row)} |" in screen
-    assert f"answers {overall['model']['accuracy']:.0%}" in screen
-    assert f"with the images blanked: {overall['blanked']['accuracy']:.0%}" in screen
+    assert f"answers {overall['model']['accuracy']:.1%}" in screen
+    assert f"with the images blanked: {overall['blanked']['accuracy']:.1%}" in screen
     assert {"make starter", "make test"} <= set(commands(screen))
 
 
