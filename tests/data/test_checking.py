@@ -106,8 +106,13 @@ def test_a_good_file_is_a_success_and_shared_images_are_found(table, capsys):
     other = table.with_name("test.json")
     write_records(read_records(table.parent / "photos", table.parent / "photos").conversations, other)
     skips = [option for name in ("missing_image", "empty_answer") for option in ("--skip", name)]
+    assert main(["data", "check", str(table), *skips]) == 1  # the broken image has no skip
     table.write_text(table.read_text().replace("photos/broken.png,Q,A,\n", ""))
-    assert main(["data", "check", str(table), *skips, "--against", str(other)]) == 1
+    capsys.readouterr()
+    assert main(["data", "check", str(table), *skips, "--against", str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert "skipped: missing_image (2), empty_answer (1)" in shown
+    assert "Fix these records" not in shown
     (table.parent / "photos/broken.png").unlink()
     write_records(read_records(table.parent / "photos", table.parent / "photos").conversations, other)
     capsys.readouterr()

@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,27 +10,38 @@ from threading import Thread
 
 import pyarrow as pa
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 from pyarrow import parquet
 
+from tinyllava.cli import main
+from tinyllava.config import DataConfig
 from tinyllava.data.readers.hub import HubName, parse_hub_name
+from tinyllava.data.records import read_configured
 from tinyllava.errors import ConfigError
+from tinyllava.evaluation.checkpoint import find_questions
+from tinyllava.evaluation.own_data import own_benchmark
 from training_toys import toy_run, write_run
 
 COMMIT = "c0ffee" + "0" * 34
 
 
-def parquet_bytes(*answers: str) -> bytes:
+def image(colour: str) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 0, 0)).save(buffer, "PNG")
-    image = {"bytes": buffer.getvalue(), "path": "a.png"}
-    rows = [{"image": image, "question": f"Q {answer}?", "answer": answer} for answer in answers]
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def parquet_bytes(*answers: str, **fields: object) -> bytes:
+    shown = {"bytes": image("red"), "path": "a.png"}
+    rows = [{"image": shown, "question": f"Q {one}?", "answer": one, **fields} for one in answers]
     out = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist(rows), out)
     return out.getvalue()
 
 
 CARD = """---
+license: cc-by-4.0
 configs:
 - config_name: small
   data_files: [{split: train, path: small/*.parquet}]
@@ -47,14 +55,37 @@ configs:
 FILES = {
     "somebody/mugs": {
         "README.md": CARD.encode(),
-        "full/train-0.parquet": parquet_bytes("a", "b", "c"),
-        "full/train-1.parquet": parquet_bytes("d"),
+        "full/train-0.parquet": parquet_bytes("a", "b", "c", kind="letters"),
+        "full/train-1.parquet": parquet_bytes("d", kind="digits"),
         "full/test-0.parquet": parquet_bytes("e"),
         "small/0.parquet": parquet_bytes("f"),
     },
-    "somebody/plain": {
+    "somebody/looks": {
+        f"{name[0]}.jsonl": json.dumps(
+            {"image": f"{name}.png", "question": "Q?", "answer": name, "kind": name[0]}
+        ).encode()
+        for name in ("red", "blue")
+    }
+    | {f"{name}.png": image(name) for name in ("red", "blue")},
+    "somebody/beside": {
         "test.jsonl": b'{"image": "images/a.png", "question": "Q?", "answer": "A"}',
-        "images/a.png": Image.new("RGB", (8, 8)).tobytes(),
+        "images/a.png": image("red"),
+    },
+    "somebody/folders": {
+        f"data/{split}/{colour}/{number}.png": image(colour)
+        for split, numbers in (("train", (1, 2)), ("test", (3,)))
+        for colour in ("red", "blue")
+        for number in numbers
+    },
+    "somebody/described": {
+        "train/metadata.csv": b"file_name,question,answer\na.png,Which colour?,red\n",
+        "train/a.png": image("red"),
+    },
+    "somebody/mixed": {"train_red_1.png": image("red"), "test_red_2.png": image("red")},
+    "somebody/packed": {
+        "chat.json": b'[{"image": "a.png", "question": "Q?", "answer": "A"}]',
+        "chat_meta.json": b"[]",
+        "images.zip": b"PK",
     },
 }
 
@@ -95,21 +126,27 @@ class Hub(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    places = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
-    yield os.environ | places | {"HF_HUB_OFFLINE": "0"}
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-def run(environment: dict[str, str], *words: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "tinyllava", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def hub(endpoint, tmp_path, monkeypatch) -> Path:
+    """A cache that is empty, and the hub that is asked."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
 
 
 def test_the_parts_of_a_name() -> None:
@@ -121,29 +158,78 @@ def test_the_parts_of_a_name() -> None:
         parse_hub_name("hf:mugs")
 
 
-def test_a_split_is_read_once_from_the_hub_and_then_offline(environment, tmp_path) -> None:
-    status, said = run(environment, "data", "check", "hf:somebody/mugs")
+def tell(capsys, *words: str) -> tuple[int, str]:
+    status = main(list(words))
+    said = capsys.readouterr()
+    return status, " ".join((said.out + said.err).split())
+
+
+def test_a_split_is_read_once_from_the_hub_and_then_offline(hub, monkeypatch, capsys) -> None:
+    status, said = tell(capsys, "data", "check", "hf:somebody/mugs")
     assert (status, "4 records, 4 without a defect" in said) == (0, True), said
-    offline = environment | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    made = tmp_path / "some.json"
-    status, said = run(offline, "data", "convert", "hf:somebody/mugs:train,limit=3", str(made))
+    _, said = tell(capsys, "data", "check", "hf:somebody/mugs:valid")
+    assert "no split 'valid'; it has train, test. Write hf:somebody/mugs:train." in said
+    _, said = tell(capsys, "data", "check", "hf:somebody/none")
+    assert "the hub has no such data set or revision" in said
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    status, said = tell(capsys, "data", "convert", "hf:somebody/mugs:train,limit=3", "some.json")
     assert status == 0, said
-    assert len(json.loads(made.read_text())) == 3
-    status, said = run(offline, "data", "check", "hf:somebody/other")
-    assert status != 0
-    assert "hf:somebody/other: not in the cache" in said
+    assert len(json.loads(Path("some.json").read_text())) == 3
+    status, said = tell(capsys, "data", "check", "hf:somebody/other")
+    assert (status, "hf:somebody/other: not in the cache" in said) == (2, True), said
     assert "HF_HUB_OFFLINE is set" in said
-    status, said = run(environment, "data", "check", "hf:somebody/mugs:valid")
-    assert "no split 'valid'; it has train, test. Write hf:somebody/mugs:train." in " ".join(said.split())
-    status, said = run(environment, "data", "check", "hf:somebody/none")
-    assert "the hub has no such data set or revision" in " ".join(said.split())
 
 
-def test_a_run_records_the_commit_of_its_data(environment, parts, records, tmp_path) -> None:
-    toy = toy_run(parts, records, tmp_path / "run")
-    named = write_run(toy, tmp_path)
+def test_all_files_of_a_split_are_questions_and_sides_of_a_split(hub, capsys) -> None:
+    whole = own_benchmark("hf:somebody/mugs/full:train")
+    questions = whole.load(Path())
+    assert [question.target["answers"] for question in questions] == [["a"], ["b"], ["c"], ["d"]]
+    assert [question.id for question in questions][2:] == [
+        "train-0.parquet: record 2",
+        "train-1.parquet: record 0",
+    ]
+    assert [question.category for question in questions][2:] == ["letters", "digits"]
+    assert len(find_questions("hf:somebody/mugs:test", "all")[0]["own-mugs_test"].load(Path())) == 1
+    assert tell(capsys, "data", "convert", "hf:somebody/mugs", "all.json")[0] == 0
+    written = json.loads(Path("all.json").read_text())
+    assert [record["kind"] for record in written] == ["letters"] * 3 + ["digits"]
+    assert json.loads(Path("licences.json").read_text()) == {"hf:somebody/mugs": "cc-by-4.0"}
+    status, said = tell(capsys, "data", "split", "hf:somebody/looks", "--held-out", "50%")
+    assert status == 0, said
+    sides = [json.loads(Path(f"somebody-looks-{side}.json").read_text()) for side in ("train", "held-out")]
+    assert sorted(len(side) for side in sides) == [1, 1]
+    assert sorted(record["kind"] for side in sides for record in side) == ["b", "r"]
+
+
+def test_images_come_in_folders_beside_records_or_are_refused_with_the_way_out(hub, capsys) -> None:
+    [folder] = read_configured(DataConfig(records=("hf:somebody/folders:train",))).conversations[:1]
+    assert folder.messages[1].text == "blue"
+    status, said = tell(capsys, "data", "check", "hf:somebody/folders:test")
+    assert (status, "2 records, 2 without a defect" in said, "1 50% red" in said) == (0, True, True), said
+    for name in ("beside", "described"):
+        status, said = tell(capsys, "data", "check", f"hf:somebody/{name}")
+        assert (status, "1 records, 1 without a defect" in said) == (0, True), said
+    status, said = tell(capsys, "data", "check", "hf:somebody/mixed:train")
+    assert (status, "test_red_2.png of another split is in the same folder" in said) == (2, True), said
+    status, said = tell(capsys, "data", "check", "hf:somebody/packed/chat.json")
+    assert status == 2
+    assert "its images are in images.zip. Download it with `hf download somebody/packed images.zip" in said
+    Path("unpacked").mkdir()
+    Path("unpacked/a.png").write_bytes(image("red"))
+    status, said = tell(capsys, "data", "check", "hf:somebody/packed/chat.json", "--images", "unpacked")
+    assert (status, "1 records, 1 without a defect" in said) == (0, True), said
+
+
+def test_a_run_records_the_commit_of_its_data_and_its_model_the_licence(
+    hub, parts, records, tmp_path, capsys
+) -> None:
+    named = write_run(toy_run(parts, records, tmp_path / "run"), tmp_path)
     options = ["--data", "hf:somebody/mugs/full:train", "--only", "finetune", "--finetune.max-steps", "1"]
-    status, said = run(environment, "train", named, *options)
+    status, said = tell(capsys, "train", named, *options)
     assert status == 0, said
     kept = json.loads((tmp_path / "run/run.json").read_text())["stages"]["finetune"]["data"]["records"]
     assert kept == [f"hf:somebody/mugs/full:train@{COMMIT}"]
+    status, said = tell(capsys, "export", str(tmp_path / "run/model"), str(tmp_path / "out"))
+    assert status == 0, said
+    assert "| data: hf:somebody/mugs | cc-by-4.0 |" in (tmp_path / "out/README.md").read_text()

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _CHECK = """
 Read every record of a file or folder and decode every image. Prints counts,
 all defects with their places, lengths, the most frequent answers and repeated
-questions. The exit status is 1 if there is a defect.
+questions. The exit status is 1 if there is a defect that --skip does not name.
 
   tinyllava data check my.csv
   tinyllava data check my.json --language-model TinyLlama --page check.html
@@ -67,7 +67,7 @@ def check(arguments: list[str]) -> int:
         _print_contents(found)
     if known.model or known.language_model:
         _print_tokens(found, known)
-    _print_defects(found)
+    is_good = _print_defects(found, known.skip)
     if known.against:
         _print_shared(found, _read(known, known.against), known.against)
     if known.page:
@@ -75,7 +75,7 @@ def check(arguments: list[str]) -> int:
 
         write_page(found, Path(known.page), Path(known.file[0]).name)
         print(f"page: {known.page}")
-    return 1 if found.defects else 0
+    return 0 if is_good else 1
 
 
 def _read(known: argparse.Namespace, *files: str) -> "FileCheck":
@@ -119,7 +119,8 @@ def _print_contents(found: "FileCheck") -> None:
         print(f"  fields that are not used: {_counted(found.ignored)}")
 
 
-def _print_defects(found: "FileCheck") -> None:
+def _print_defects(found: "FileCheck", skip: Sequence[str]) -> bool:
+    """Print all defects; return whether each is skipped by its name."""
     from tinyllava.data.defects import DEFECTS, count_by_name
 
     for name, count in count_by_name(found.defects).items():
@@ -128,9 +129,14 @@ def _print_defects(found: "FileCheck") -> None:
         print("\n".join(places[:_SHOWN]))
         if count > _SHOWN:
             print(f"  and {count - _SHOWN:,} more; --page FILE.html lists all")
-    if found.defects:
-        skips = " ".join(f"--skip {name}" for name in count_by_name(found.defects))
-        print(f"Fix these records, or train with {skips}.")
+    skipped = [defect for defect in found.defects if defect.name in skip]
+    if skipped:
+        _print_left_out(count_by_name(skipped), {})
+    if len(skipped) == len(found.defects):
+        return True
+    skips = " ".join(f"--skip {name}" for name in count_by_name(found.defects))
+    print(f"Fix these records, or train with {skips}.")
+    return False
 
 
 def _print_tokens(found: "FileCheck", known: argparse.Namespace) -> None:
@@ -172,25 +178,39 @@ def convert(arguments: list[str]) -> int:
     from tinyllava.data.sources import parse_source
     from tinyllava.data.writing import write_records
 
-    source = Path(parse_source(known.file).name)
+    name = parse_source(known.file).name
+    source = Path(name)
     if Path(known.output).exists() and source.exists() and Path(known.output).samefile(source):
         raise ConfigError(f"{known.output}: is the file that is read. Choose another name.")
     records = read_configured(own_data(known, known.file, skip=tuple(known.skip)))
     write_records(records.conversations, Path(known.output), known.form, _evaluation_fields(known))
     print(f"{known.output}: {len(records.conversations):,} records")
+    _write_licence(name, Path(known.output).parent)
     _print_left_out(records.skipped, records.ignored)
     return 0
 
 
-def _evaluation_fields(known: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def _evaluation_fields(known: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
     from tinyllava.data.mixtures import resolve
     from tinyllava.data.records import evaluation_fields
 
     [(_, places)] = resolve(own_data(known, known.file))
-    if len(places) > 1:  # records of several files have the same places in them
-        return {}
-    [(source, folder)] = places
-    return evaluation_fields(source, folder, known.reader)
+    return {
+        at: fields
+        for path, folder in places
+        for at, fields in evaluation_fields(path, folder, known.reader).items()
+    }
+
+
+def _write_licence(name: str, folder: Path) -> None:
+    """Write the licence of a data set of the hub beside the records that were made of it."""
+    from tinyllava.data.mixtures import LICENCES, hub_licence, read_licences
+    from tinyllava.data.readers.hub import is_hub_name
+    from tinyllava.files import write_json
+
+    if is_hub_name(name) and (licence := hub_licence(name)):
+        write_json(folder / LICENCES, read_licences(folder) | licence)
+        print(f"{folder / LICENCES}: {', '.join(licence.values())}")
 
 
 def _print_left_out(skipped: Mapping[str, int], ignored: Mapping[str, int]) -> None:
@@ -232,6 +252,7 @@ def split(arguments: list[str]) -> int:
         chosen = [talk for index, talk in enumerate(talks) if (index in held_out) == is_held_out]
         write_records(chosen, path, fields=fields)
         print(f"{path}: {len(chosen):,} records")
+    _write_licence(name, source.parent)
     _print_left_out(records.skipped, records.ignored)
     return 0
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tinyllava.config import DataConfig
 from tinyllava.data.readers.containers import is_record_file
-from tinyllava.data.readers.hub import find_records, is_hub_name
+from tinyllava.data.readers.hub import PREFIX, find_records, is_hub_name, licence_of, parse_hub_name
 from tinyllava.data.sources import Source, parse_source, refuse_both
 from tinyllava.errors import ConfigError, DataError, look_up
 from tinyllava.files import read_object
@@ -173,7 +173,7 @@ def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Source, 
 def _resolve_source(name: str, images: str, data_root: str | Path) -> tuple[list[Place], list[str]]:
     """Return the places of a source, and what is missing of it in words."""
     if is_hub_name(name):
-        files = find_records(name)
+        files = find_records(name, has_images=bool(images))
         return [(file, Path(images or (file if file.is_dir() else file.parent))) for file in files], []
     path, root, lines = _resolve_one(name, images, data_root)
     return [(path, root)], lines
@@ -220,7 +220,14 @@ def read_licences(folder: Path) -> dict[str, str]:
 def gather_licences(records: Iterable[str], start_from: str) -> dict[str, dict[str, str]]:
     """Return what a model's folder keeps: licences by record file, those of its start under an empty name."""
     names = [parse_source(record).name for record in records]
-    files = [Path(name) for name in names if name not in MIXTURES]
+    files = [Path(name) for name in names if name not in MIXTURES and not is_hub_name(name)]
     found = {file.name: read_licences(file.parent) for file in files}
+    found |= {name: hub_licence(name) for name in names if is_hub_name(name)}
     found[""] = read_licences(Path(start_from)) if start_from else {}
     return {name: licences for name, licences in found.items() if licences}
+
+
+def hub_licence(name: str) -> dict[str, str]:
+    """Return the licence of a data set of the hub that was read; empty if its card states none."""
+    licence = licence_of(name)
+    return {PREFIX + parse_hub_name(name).repository: licence} if licence else {}

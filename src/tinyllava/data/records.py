@@ -202,10 +202,10 @@ def read_raw(path: Path, images: Path | None = None, reader: str = "") -> Iterat
     return read_container(path)
 
 
-def evaluation_fields(path: Path, images: Path, reader: str = "") -> dict[str, dict[str, Any]]:
-    """Return what the records of a file say to ``tinyllava evaluate``, by their places in it."""
+def evaluation_fields(path: Path, images: Path, reader: str = "") -> dict[tuple[str, str], dict[str, Any]]:
+    """Return what the records of a file say to ``tinyllava evaluate``, by file and place in it."""
     return {
-        at: {key: raw[key] for key in EVALUATION_KEYS if raw.get(key) not in (None, "")}
+        (str(path), at): {key: raw[key] for key in EVALUATION_KEYS if raw.get(key) not in (None, "")}
         for at, raw in read_raw(path, images, reader)
         if isinstance(raw, dict)
     }

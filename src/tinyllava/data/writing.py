@@ -24,12 +24,12 @@ def write_records(
     conversations: Sequence[Conversation],
     path: Path,
     form: str = "",
-    fields: Mapping[str, Mapping[str, Any]] | None = None,
+    fields: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
 ) -> None:
     """Write conversations to a file.
 
     Args:
-        fields: more fields of the records, by their places (not for Parquet).
+        fields: more fields of the records, by file and place in it (not for Parquet).
         path: ``.json``, ``.jsonl`` or ``.parquet``. Image paths become relative to its folder where they are
             below it; images that are bytes are written into a folder beside it (not for Parquet, which holds
             the bytes of all images).
@@ -48,7 +48,9 @@ def write_records(
         return
     place = _Beside(path)
     more = fields or {}
-    records = ({**more.get(talk.at, {}), **to_record(talk, place.name_of)} for talk in conversations)
+    records = (
+        {**more.get((talk.source, talk.at), {}), **to_record(talk, place.name_of)} for talk in conversations
+    )
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     is_array = path.suffix == ".json"
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n" if is_array else "\n".join(lines) + "\n")

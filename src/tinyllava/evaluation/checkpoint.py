@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from tinyllava.data.readers.folder import is_image_folder
+from tinyllava.data.readers.hub import is_hub_name
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.benchmarks import PAPER_BENCHMARKS, find_benchmark
@@ -196,7 +197,7 @@ def find_questions(
 
 def is_own(data: Path, benchmarks: str | Sequence[str], reader: str) -> bool:
     """Whether data is a user's own: a file, a folder of images, or what their own reader reads."""
-    if data.is_file() or (reader and data.exists()):
+    if is_hub_name(str(data)) or data.is_file() or (reader and data.exists()):
         return True
     names = (name for benchmark in PAPER_BENCHMARKS.values() for name in folder_names(benchmark))
     return benchmarks == "all" and is_image_folder(data) and not any((data / name).is_dir() for name in names)

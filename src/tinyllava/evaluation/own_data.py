@@ -6,6 +6,7 @@ before it. Further fields of a record: ``kind``, ``metric``, ``answers`` (all th
 """
 
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.readers.columns import listed_texts, reference_answers
-from tinyllava.data.readers.hub import single_file
-from tinyllava.data.records import parse_columns, read_raw, read_records
+from tinyllava.data.readers.hub import record_files
+from tinyllava.data.records import open_readings, parse_columns, read_configured, read_raw
 from tinyllava.data.store import find_good_images, select
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, means_by_group
@@ -73,7 +75,7 @@ def own_benchmark(
     """Return a benchmark over a user's own file.
 
     Args:
-        data: records with questions and right answers.
+        data: records with questions and right answers: a file, a folder of images, or a split of the hub.
         metric: a name of ``references.METRICS``, ``judge``, ``auto`` (by what the answers look like), a
             function, or one as ``FILE.py:NAME``. A record's own ``metric`` counts before it.
         tolerance: of numbers: ``0.5``, or ``5%``. A record's own counts before it.
@@ -86,8 +88,8 @@ def own_benchmark(
         UnknownNameError: no such metric.
         MissingExtraError: long answers need a package that is not installed.
     """
-    path, table = single_file(data), MetricTable()
-    asked, said = _read_asked(path, **reading)
+    table = MetricTable()
+    asked, said = _read_asked(data, reading)
     references = [_reference(one, tolerance) for one in asked]
     default = table.add(metric)
     kinds = [_kind_field(one) for one in asked]
@@ -163,55 +165,49 @@ class _Asked:
     """The record as it is in the file."""
 
 
-def _read_asked(
-    path: Path,
-    images: str | Path = "",
-    columns: tuple[str, ...] = (),
-    reader: str = "",
-    allow_urls: bool = False,
-    keep_places: bool = False,
-    skip: tuple[str, ...] = (),
-) -> tuple[list[_Asked], list[str]]:
-    """Return a question for each answer of a file, and what was left out of it in words."""
-    folder = Path(images or (path if path.is_dir() else path.parent))
-    records = read_records(
-        path,
-        folder,
-        tuple(skip),
-        columns=parse_columns(columns),
-        reader=reader,
-        allow_urls=allow_urls,
-        keep_places=keep_places,
+def _read_asked(name: str | Path, reading: ReadingSettings) -> tuple[list[_Asked], list[str]]:
+    """Return a question for each answer of one or more files, and what was left out of them in words."""
+    paths = record_files(name)
+    data = DataConfig(
+        records=tuple(map(str, paths)),
+        images=str(reading.get("images", "")),
+        columns=tuple(reading.get("columns", ())),
+        reader=reading.get("reader", ""),
+        keep_image_places=reading.get("keep_places", False),
+        allow_urls=reading.get("allow_urls", False),
+        skip=tuple(reading.get("skip", ())),
     )
-    if "broken_image" in skip:
+    records = read_configured(data)
+    if "broken_image" in data.skip:
         good = find_good_images(records.conversations)
-        num_broken = len(records.conversations) - len(good)
-        records = replace(
-            records,
-            conversations=select(records.conversations, good),
-            skipped={**records.skipped, "broken_image": num_broken},
-        )
-    conversations = records.conversations
-    fields = {at: raw if isinstance(raw, dict) else {} for at, raw in read_raw(path, folder, reader)}
-    times = Counter(conversation.id for conversation in conversations)
-    chosen = parse_columns(columns)
-    asked = [
-        one
-        for conversation in conversations
-        for one in _split_turns(conversation, fields[conversation.at], times[conversation.id] == 1, chosen)
-    ]
+        skipped = {**records.skipped, "broken_image": len(records.conversations) - len(good)}
+        records = replace(records, conversations=select(records.conversations, good), skipped=skipped)
+    fields = {
+        (str(one.path), at): raw if isinstance(raw, dict) else {}
+        for _, readings in open_readings(data)
+        for one in readings
+        for at, raw in read_raw(one.path, one.images, data.reader)
+    }
+    root = os.path.commonpath([path.parent for path in paths])
+    names = {str(path): f"{path.relative_to(root).as_posix()}: " for path in paths if len(paths) > 1}
+    times = Counter(talk.id for talk in records.conversations)
+    asked: list[_Asked] = []
+    for talk in records.conversations:
+        at = names.get(talk.source, "") + talk.at
+        own = fields[talk.source, talk.at]
+        asked += _split_turns(talk, own, at, times[talk.id] == 1, parse_columns(data.columns))
     said = [f"skipped records ({name}): {number:,}" for name, number in records.skipped.items() if number]
     unused = ", ".join(f"{name} ({num:,})" for name, num in records.ignored.items())
     return asked, said + ([f"fields of the records that are not used: {unused}"] if unused else [])
 
 
 def _split_turns(
-    conversation: Conversation, fields: Mapping[str, Any], is_id: bool, columns: Mapping[str, str]
+    conversation: Conversation, fields: Mapping[str, Any], at: str, is_id: bool, columns: Mapping[str, str]
 ) -> list[_Asked]:
     """Return a question for each answer of a conversation, with the turns before it."""
     messages = conversation.messages
     turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    names = (conversation.id, "" if conversation.id and is_id else conversation.at)
+    names = (conversation.id, "" if conversation.id and is_id else at)
     base = " ".join(name for name in names if name)
     listed = _texts(fields, "answers", conversation) or reference_answers(fields, columns)
     given = listed if len(turns) == 1 else ()

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tinyllava.config import COMPONENTS, DataConfig, Run, Tune, run_from_json
 from tinyllava.data.mixtures import LICENCES, MIXTURES
+from tinyllava.data.readers.hub import is_hub_name
 from tinyllava.data.sources import parse_source
 from tinyllava.errors import CheckpointError
 from tinyllava.evaluation.results import Metric, Result, ResultTable
@@ -306,7 +307,7 @@ def _licences(provenance: Provenance, parts: dict[str, VisionEncoder | LanguageM
     for stage in run.stages.values() if run else ():
         for record in stage.data.records:
             source = parse_source(record).name
-            name = source if source in MIXTURES else Path(source).name
+            name = source if source in MIXTURES or is_hub_name(source) else Path(source).name
             known = {name: MIXTURES[source].licence} if source in MIXTURES else provenance.licences.get(name)
             rows += [[f"data: {data}", licence] for data, licence in (known or {name: _UNKNOWN}).items()]
     rows += [[f"data: {data}", licence] for data, licence in provenance.licences.get("", {}).items()]

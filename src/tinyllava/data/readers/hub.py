@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from posixpath import commonpath
 from typing import Any
 
 from tinyllava.data.readers.containers import is_record_file
@@ -27,6 +28,7 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """What a file or folder is called that belongs to a split."""
+_ARCHIVES = (".zip", ".tar.gz", ".tgz", ".7z", ".rar")
 _CARD = "README.md"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -73,39 +75,79 @@ def pinned(name: str) -> str:
     return str(replace(hub, revision=_list_files(hub)[0]))
 
 
-def find_records(name: str) -> list[Path]:
+def find_records(name: str, *, has_images: bool = False) -> list[Path]:
     """Return the record files of a split, or its folder of images; they are downloaded unless they are here.
+
+    Args:
+        has_images: whether the images are in a folder of the user's.
 
     Raises:
         ConfigError: see ``parse_hub_name``.
-        DataError: no such data set, config or split; nothing in it can be read; or the hub cannot be reached.
+        DataError: no such data set, config or split; nothing in it can be read; its images are in an archive;
+            or the hub cannot be reached.
     """
     hub = parse_hub_name(name)
     commit, files = _list_files(hub)
     chosen = _choose(hub, _splits(hub, commit, files))
     images = [file for file in files if file.lower().endswith(IMAGES)]
     holds_images = all(file.endswith((".parquet", ".tar")) for file in chosen)
-    paths = _download(hub, commit, [*chosen, *([] if holds_images else images)])
-    records = [path for path in paths[: len(chosen)] if is_record_file(path.name)]
-    if records:
-        return records
-    root = _root(paths[0], chosen[0])  # a folder of images: labels are its folders
-    inner = root / chosen[0].partition("/")[0]
-    return [inner if inner.name.lower() in sum(_SPLITS.values(), ()) else root]
+    if not is_record_file(chosen[0]):
+        folder = _image_folder(hub, chosen, images)
+        paths = _download(hub, commit, chosen)
+        return [_root(paths[0], chosen[0]) / folder]
+    archives = [file for file in files if file.lower().endswith(_ARCHIVES)]
+    if archives and not (holds_images or images or has_images):
+        raise DataError(
+            f"{hub}: its images are in {archives[0]}. Download it with `hf download {hub.repository} "
+            f"{archives[0]} --repo-type dataset --local-dir FOLDER`, unpack it, and give --images FOLDER."
+        )
+    return _download(hub, commit, [*chosen, *([] if holds_images or has_images else images)])[: len(chosen)]
 
 
-def single_file(name: str | Path) -> Path:
-    """Return the path of a file of the user's, or the one file of a data set of the hub.
+def record_files(name: str | Path) -> list[Path]:
+    """Return the path of a file of the user's, or the files of a split of the hub in their order.
 
     Raises:
-        ConfigError, DataError: see ``find_records``; or the split has several files.
+        ConfigError, DataError: see ``find_records``.
     """
-    if not is_hub_name(str(name)):
-        return Path(name)
-    files = find_records(str(name))
-    if len(files) > 1:
-        raise DataError(f"{name}: {len(files)} files. Write one: tinyllava data convert {name} test.json.")
-    return files[0]
+    return find_records(str(name)) if is_hub_name(str(name)) else [Path(name)]
+
+
+def licence_of(name: str) -> str:
+    """Return the licence that the card of a downloaded data set states; empty if it states none.
+
+    Raises:
+        ConfigError: see ``parse_hub_name``.
+    """
+    from huggingface_hub import metadata_load, try_to_load_from_cache
+
+    hub = parse_hub_name(name)
+    path = try_to_load_from_cache(hub.repository, _CARD, revision=hub.revision or None, repo_type="dataset")
+    found = (metadata_load(path) if isinstance(path, str) else None) or {}
+    given = found.get("license") or ""
+    listed = given if isinstance(given, list) else [given]
+    named = str(found.get("license_name") or "")
+    return ", ".join(named if named and one == "other" else str(one) for one in listed)
+
+
+def _image_folder(hub: HubName, chosen: Sequence[str], images: Sequence[str]) -> PurePosixPath:
+    """Return the folder of a split whose folders are labels.
+
+    Raises:
+        DataError: images of another split are in it too.
+    """
+    parents = {str(PurePosixPath(file).parent) for file in chosen}
+    folder = PurePosixPath(commonpath(parents) if "." not in parents else ".")
+    if len(parents) == 1 and folder.name.lower() not in sum(_SPLITS.values(), ()):
+        folder = folder.parent
+    others = {file for file in images if folder in PurePosixPath(file).parents} - set(chosen)
+    if others:
+        raise DataError(
+            f"{hub}: {min(others)} of another split is in the same folder. Download the data set with `hf "
+            f"download {hub.repository} --repo-type dataset --local-dir FOLDER`, and give a folder for each "
+            "split."
+        )
+    return folder
 
 
 def _splits(hub: HubName, commit: str, files: Sequence[str]) -> dict[str, list[str]]:
@@ -120,10 +162,10 @@ def _splits(hub: HubName, commit: str, files: Sequence[str]) -> dict[str, list[s
     usable = [file for file in files if is_record_file(file)]
     usable = usable or [file for file in files if file.lower().endswith(IMAGES)]
     if hub.config and hub.config not in configs:
-        usable = [file for file in usable if file.startswith(f"{hub.config}/")]
+        usable = [file for file in usable if file == hub.config or file.startswith(f"{hub.config}/")]
         if not usable:
             known = ", ".join(configs) or "none is named in its card"
-            raise DataError(f"{hub}: no config {hub.config!r}; known: {known}.")
+            raise DataError(f"{hub}: no config or file {hub.config!r}; known configs: {known}.")
         return _by_name(usable)
     defaults = [name for name, one in configs.items() if one.get("default") or name == "default"]
     names = [hub.config] if hub.config else defaults or list(configs)
