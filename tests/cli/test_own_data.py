@@ -147,7 +147,7 @@ def test_a_folder_of_images_in_folders_by_label_asks_for_the_label(model, tmp_pa
     [
         (["--benchmarks", "pope"], "is a file of your own questions, which excludes --benchmarks"),
         (["--metric", "exakt"], "unknown metric 'exakt'.*Did you mean 'exact'"),
-        (["--images", "nowhere"], r"record 0 \(id c0\): no image nowhere.0.jpg"),
+        (["--images", "nowhere"], "nowhere: no such image folder. Set data.images"),
     ],
 )
 def test_wrong_requests_are_told_before_a_model_is_opened(data, more, message, capsys) -> None:
