@@ -4,8 +4,10 @@ import json
 import re
 import shlex
 
+import pytest
 from PIL import Image
 
+from data.test_hub import endpoint, hub  # noqa: F401 (fixtures)
 from documents import ROOT, blocks, commands
 from test_guide_own_data import make_small_model
 from tinyllava.cli import main
@@ -36,6 +38,7 @@ def test_the_example_is_a_good_record(tmp_path):
     assert len(conversation.messages) == 4
 
 
+@pytest.mark.usefixtures("hub")
 def test_its_commands_run_as_they_are(tmp_path, monkeypatch, capsys):
     """Word for word, also those in lists; the language model that is named has the toy's tokenizer here."""
     make_small_model(tmp_path).rename(tmp_path / "CHECKPOINT")

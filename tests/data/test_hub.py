@@ -60,6 +60,12 @@ FILES = {
         "full/test-0.parquet": parquet_bytes("e"),
         "small/0.parquet": parquet_bytes("f"),
     },
+    "owner/name": {  # of the guide
+        "README.md": b"---\nconfigs:\n- {config_name: config, default: true, data_files: "
+        b"[{split: train, path: train.parquet}, {split: test, path: test.parquet}]}\n---\n",
+        "train.parquet": parquet_bytes(*"abcdefgh"),
+        "test.parquet": parquet_bytes("a"),
+    },
     "somebody/looks": {
         f"{name[0]}.jsonl": json.dumps(
             {"image": f"{name}.png", "question": "Q?", "answer": name, "kind": name[0]}
