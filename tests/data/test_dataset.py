@@ -203,7 +203,7 @@ def test_the_run_stops_with_that_line_also_out_of_a_worker_process(parts, tmp_pa
     from tinyllava.training.run import train
     from training_toys import toy_run
 
-    hardware = Hardware(num_workers=num_workers, device_batch_size=2)
+    hardware = Hardware(num_workers=num_workers, device_batch_size=2, check_images=False)
     run = toy_run(parts, broken_records(tmp_path), tmp_path / "run", hardware=hardware)
     data = DataConfig(records=(str(tmp_path / "data.json"),))
     stage = dataclasses.replace(run.stages["finetune"], data=data)

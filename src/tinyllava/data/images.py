@@ -5,6 +5,7 @@ rotation mark; here the first is an error, the second is scaled, the third is ap
 """
 
 import io
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,12 +124,39 @@ def read_size(ref: ImageRef) -> tuple[int, int]:
             return image.size
 
 
+class _Remarks:
+    """Pillow's warnings, silenced while any thread opens an image: their filters belong to the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._filters = warnings.catch_warnings()
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        with self._lock:
+            if not self._num_inside:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_inside -= 1
+                if not self._num_inside:
+                    self._filters.__exit__(None, None, None)
+
+
+_REMARKS = _Remarks()
+
+
 @contextmanager
 def _naming_damage(ref: ImageRef, data: bytes) -> Iterator[None]:
     """Say in one line what is wrong with an image that Pillow cannot open."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on tags; what is an error is raised below
+        with _REMARKS.silenced():  # those on tags; what is an error is raised below
             yield
     except ImageError:
         raise

@@ -16,6 +16,8 @@ from torch import Tensor
 from tinyllava.errors import DataError
 
 SHARED_MEMORY = Path("/dev/shm")
+PAGES_BYTES = 16 * 4096
+"""Of a batch beside its contents: each of its tensors takes whole pages."""
 PREFETCHED = 2
 """Batches that each worker prepares ahead at least: PyTorch's default."""
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.images import open_image
-from tinyllava.data.workers import Loading, begin_worker, naming_dead_workers, usable_workers
+from tinyllava.data.workers import PAGES_BYTES, Loading, begin_worker, naming_dead_workers, usable_workers
 from tinyllava.errors import DataError
 from tinyllava.inference.chat import encode_prompt
 from tinyllava.inference.shared_prefix import ImageGroup, grow_tree
@@ -198,7 +198,7 @@ def _limit_workers(
     """Take fewer workers where the shared memory cannot hold what they prepare, and say so."""
     num_images = max((len(conversations[indices[0]].images) for indices in groups), default=0)
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    loading = usable_workers(num_workers, num_images * image_bytes, 1, num_processes, ahead)
+    loading = usable_workers(num_workers, num_images * image_bytes + PAGES_BYTES, 1, num_processes, ahead)
     if loading.why and os.environ.get("RANK", "0") == "0":
         print(loading.why, file=sys.stderr)
     return loading

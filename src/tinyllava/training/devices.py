@@ -17,7 +17,7 @@ from tinyllava.config import Hardware, Run, Stage
 from tinyllava.data.dataset import Collator
 from tinyllava.data.reporting import say
 from tinyllava.data.store import image_counts
-from tinyllava.data.workers import PREFETCHED, usable_workers
+from tinyllava.data.workers import PAGES_BYTES, PREFETCHED, usable_workers
 from tinyllava.errors import TinyLlavaError, TrainingError
 from tinyllava.model.compat import set_checkpointing
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -126,13 +126,13 @@ def _limit_workers(
     if examples.features is not None:
         image_bytes = 4 * examples.features.shape[0] * examples.features.shape[1]
     size = hardware.device_batch_size
-    tokens_bytes = 3 * 8 * max(examples.lengths)
+    tokens_bytes = 5 * 8 * max(examples.lengths)  # ids, mask, labels, places of images and of what is learned
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_held = 2  # the one that is taken, and the one that accelerate looks at to find the end
     if prepared.held_out:  # workers of a validation run beside those of the training, with ready batches
         num_held += PREFETCHED * hardware.num_workers + 1
     accumulation = -(-stage.global_batch_size // (size * PartialState().num_processes))
-    num_bytes = size * (num_images * image_bytes + tokens_bytes)
+    num_bytes = size * (num_images * image_bytes + tokens_bytes) + PAGES_BYTES
     loading = usable_workers(hardware.num_workers, num_bytes, num_held, num_processes, accumulation)
     if loading.why:
         _say(loading.why)
