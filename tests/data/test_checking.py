@@ -39,9 +39,9 @@ def test_a_check_counts_names_all_defects_and_finds_repeated_questions(table, ca
     assert f"{table}: 12 records, 8 without a defect" in shown
     assert "4 different; 8 records with an image, 0 of text only" in shown
     assert "      4   50%  red" in shown
-    assert "asked again about the same image: 1 (1 answered differently)" in shown
+    assert "repeated questions about the same image: 1 (1 answered differently)" in shown
     assert f"{table}: line 2 | {table}: line 9" in shown
-    assert "fields that are not used: note (12)" in shown
+    assert "unused fields: note (12)" in shown
     assert "missing_image: 2 (an image file that does not exist)" in shown
     for line, detail in (
         (10, "none.png"),

@@ -215,7 +215,7 @@ def test_images_come_in_folders_beside_records_or_are_refused_with_the_way_out(h
     assert (status, "2 records, 2 without a defect" in said, "1 50% red" in said) == (0, True, True), said
     for name in ("beside", "described"):
         status, said = tell(capsys, "data", "check", f"hf:somebody/{name}")
-        assert (status, "1 records, 1 without a defect" in said) == (0, True), said
+        assert (status, "1 record, 1 without a defect" in said) == (0, True), said
     status, said = tell(capsys, "data", "check", "hf:somebody/mixed:train")
     assert (status, "test_red_2.png of another split is in the same folder" in said) == (2, True), said
     status, said = tell(capsys, "data", "check", "hf:somebody/packed/chat.json")
@@ -224,7 +224,7 @@ def test_images_come_in_folders_beside_records_or_are_refused_with_the_way_out(h
     Path("unpacked").mkdir()
     Path("unpacked/a.png").write_bytes(image("red"))
     status, said = tell(capsys, "data", "check", "hf:somebody/packed/chat.json", "--images", "unpacked")
-    assert (status, "1 records, 1 without a defect" in said) == (0, True), said
+    assert (status, "1 record, 1 without a defect" in said) == (0, True), said
 
 
 def test_a_run_records_the_commit_of_its_data_and_its_model_the_licence(

@@ -800,7 +800,8 @@ def test_each_kind_is_read_as_expected_or_refused_with_its_place(form, what, tmp
     assert bool(kind.reads) != bool(kind.says)
     if kind.reads:
         assert status == 0, output
-        assert f"{path}: {len(kind.reads)} records, {len(kind.reads)} without a defect" in output
+        number = len(kind.reads)
+        assert f"{path}: {number} record{'s' * (number > 1)}, {number} without a defect" in output
         read = read_records(path, path if path.is_dir() else path.parent).conversations
         assert [[(m.role, m.text, len(m.images)) for m in one.messages] for one in read] == list(kind.reads)
         return

@@ -84,7 +84,7 @@ def test_the_page_says_what_was_measured(answered, tmp_path: Path) -> None:
     text = make_page(tmp_path, answered).read_text(encoding="utf-8")
     assert "60.0%<small>31.0% to 87.5%</small>" in text
     assert "yes or no: 2 right, 1 wrong" in text
-    assert "right: blue" in text
+    assert "correct: blue" in text
     assert "Which &lt;colour&gt;?" in text  # nothing of a question is markup
     assert make_page(tmp_path, answered).read_text(encoding="utf-8") == text
 

@@ -59,7 +59,7 @@ def check(arguments: list[str]) -> int:
         parser.error("give one of --model CHECKPOINT and --language-model NAME")
 
     found = _read(known, *known.file)
-    counts = f"{found.num_records:,} records, {len(found.conversations):,} without a defect"
+    counts = f"{_records(found.num_records)}, {len(found.conversations):,} without a defect"
     print(f"{', '.join(known.file)}: {counts}")
     if len(found.mixture) > 1 or not all(share.source.is_whole for share in found.mixture):
         print("\n".join(f"  {share}" for share in found.mixture))
@@ -99,7 +99,7 @@ def _print_contents(found: "FileCheck") -> None:
     talks = found.conversations
     with_image = sum(bool(talk.images) for talk in talks)
     images = {key for talk in talks for key in found.image_keys(talk)}
-    counts = f"{with_image:,} records with an image, {len(talks) - with_image:,} of text only"
+    counts = f"{_records(with_image)} with an image, {len(talks) - with_image:,} of text only"
     print(f"  images     {len(images):,} different; {counts}")
     questions = [m.text for talk in talks for m in talk.messages if m.role == "user"]
     words = (len(text.split()) for text in questions)
@@ -112,11 +112,14 @@ def _print_contents(found: "FileCheck") -> None:
     repeated = found.find_repeated()
     if repeated:
         differing = sum(len(set(one.answers)) > 1 for one in repeated)
-        print(f"  asked again about the same image: {len(repeated):,} ({differing:,} answered differently)")
+        print(
+            f"  repeated questions about the same image: {len(repeated):,} "
+            f"({differing:,} answered differently)"
+        )
         for one in repeated[:3]:
             print(f"    {' | '.join(one.places)}")
     if found.ignored:
-        print(f"  fields that are not used: {_counted(found.ignored)}")
+        print(f"  unused fields: {_counted(found.ignored)}")
 
 
 def _print_defects(found: "FileCheck", skip: Sequence[str]) -> bool:
@@ -184,7 +187,7 @@ def convert(arguments: list[str]) -> int:
         raise ConfigError(f"{known.output}: is the file that is read. Choose another name.")
     records = read_configured(own_data(known, known.file, skip=tuple(known.skip)))
     write_records(records.conversations, Path(known.output), known.form, _evaluation_fields(known))
-    print(f"{known.output}: {len(records.conversations):,} records")
+    print(f"{known.output}: {_records(len(records.conversations))}")
     _write_licence(name, Path(known.output).parent)
     _print_left_out(records.skipped, records.ignored)
     return 0
@@ -220,6 +223,10 @@ def _print_left_out(skipped: Mapping[str, int], ignored: Mapping[str, int]) -> N
         print(f"unused fields dropped: {_counted(ignored)}")
 
 
+def _records(count: int) -> str:
+    return f"{count:,} record{'s' * (count != 1)}"
+
+
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count:,})" for name, count in counts.items())
 
@@ -251,7 +258,7 @@ def split(arguments: list[str]) -> int:
         path = source.with_name(f"{source.stem}-{side}.json")
         chosen = [talk for index, talk in enumerate(talks) if (index in held_out) == is_held_out]
         write_records(chosen, path, fields=fields)
-        print(f"{path}: {len(chosen):,} records")
+        print(f"{path}: {_records(len(chosen))}")
     _write_licence(name, source.parent)
     _print_left_out(records.skipped, records.ignored)
     return 0

@@ -42,7 +42,7 @@ class FileCheck:
     """The records without a defect."""
     defects: list[Defect] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    """Fields that are not used, with the number of records that have them."""
+    """Unused fields, with the number of records that have them."""
     hashes: dict[ImageRef, str] = field(default_factory=dict)
     """SHA-256 of each image that could be read."""
     mixture: list[Share] = field(default_factory=list)

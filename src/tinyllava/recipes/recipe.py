@@ -98,4 +98,4 @@ def describe(stage: Stage, num_records: int) -> str:
         f"rate {stage.learning_rate:g}",
         *ranks,
     ]
-    return f"{num_records:,} records: {', '.join(settings)}"
+    return f"{num_records:,} record{'s' * (num_records != 1)}: {', '.join(settings)}"

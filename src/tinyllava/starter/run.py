@@ -317,7 +317,7 @@ def write_report(
     overall = table["overall"]["model"]
     run = RunFacts(
         title="A small multimodal model, trained and evaluated on this machine",
-        facts={f"of {overall['count']:,} held-out questions": f"{overall['accuracy']:.1%}", **facts},
+        facts={f"accuracy on {overall['count']:,} held-out questions": f"{overall['accuracy']:.1%}", **facts},
         commands=next_commands(output / "model", records),
     )
     write_page(
@@ -331,12 +331,12 @@ def next_commands(model: Path, records: Path) -> dict[str, str]:
     """Return what to type next, by what it does; the first two use the model."""
     file = records / "finetune.json"
     return {
-        "Ask it": f"tinyllava chat {_first_image(records)} --model {model}",
-        "Open it in a browser": f"tinyllava serve {model}",
+        "Ask the model": f"tinyllava chat {_first_image(records)} --model {model}",
+        "Open the model in a browser": f"tinyllava serve {model}",
         "Train longer": "tinyllava starter --full",
         "Train on more kinds of images": "tinyllava starter --with cifar10,tux_paint",
-        "Look at the training records": f"tinyllava record {file} --images {records / 'images'}",
-        "Export it for stock transformers": f"tinyllava export {model} starter-llava --format llava",
+        "View the training records": f"tinyllava record {file} --images {records / 'images'}",
+        "Export the model for stock transformers": f"tinyllava export {model} starter-llava --format llava",
     }
 
 

@@ -216,7 +216,7 @@ def check_data(run: Run, processor: TinyLlavaProcessor) -> None:
 def _say_ignored(data: DataConfig, records: Records) -> None:
     if records.ignored and PartialState().is_main_process:
         named = ", ".join(f"{name} ({count:,})" for name, count in records.ignored.items())
-        say(f"{', '.join(data.records)}: fields that are not used: {named}")
+        say(f"{', '.join(data.records)}: unused fields: {named}")
 
 
 def _template_of(run: Run, stage: Stage) -> str | None:

@@ -21,7 +21,7 @@ async function messageOf(response) {
   try {
     return JSON.parse(text).error.message
   } catch {
-    return `the server answered ${response.status}; try again.`
+    return `The server returned status ${response.status}. Try again.`
   }
 }
 
@@ -56,7 +56,7 @@ function readFile(file) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader()
     reader.onload = () => resolve(reader.result)
-    reader.onerror = () => reject(new Error(`${file.name}: cannot be read; choose it again.`))
+    reader.onerror = () => reject(new Error(`${file.name}: cannot be read. Choose it again.`))
     reader.readAsDataURL(file)
   })
 }
@@ -64,7 +64,7 @@ function readFile(file) {
 async function addFiles(files) {
   for (const file of files) {
     if (!file.type.startsWith("image/")) {
-      fail(`${file.name}: not an image; choose a JPEG, PNG or WebP file.`)
+      fail(`${file.name}: not an image. Choose a JPEG, PNG or WebP file.`)
       continue
     }
     try {
@@ -162,15 +162,15 @@ async function answer() {
       said.textContent = text
       at("log").scrollTop = at("log").scrollHeight
     }
-    if (!reason) throw new Error("the connection broke; try again.")
+    if (!reason) throw new Error("The connection was lost. Try again.")
   } catch (error) {
-    if (error.name !== "AbortError") fail(error instanceof TypeError ? "the server cannot be reached; start it and try again." : error.message)
+    if (error.name !== "AbortError") fail(error instanceof TypeError ? "The server cannot be reached. Start it and try again." : error.message)
     else reason = "stopped"
   }
   const notes = { length: " [cut off]", stopped: " [stopped]" }
   if (said) {
     turns.push({ role: "assistant", content: text })
-    said.textContent = text + (notes[reason] ?? (reason ? "" : " [broken off]"))
+    said.textContent = text + (notes[reason] ?? (reason ? "" : " [interrupted]"))
   }
   at("status").textContent = said && reason ? "The answer is complete." : ""
   setRunning(null)

@@ -345,10 +345,7 @@ def draw_anatomy(cells: Sequence[CellAnatomy]) -> "Figure":
                 mark, aside = _MARKS[split.split]
                 left.plot(x * aside, split.false_positive_rate, mark, color=colour, markersize=5)
             right.plot(x, one.anatomy.yes_ratio, "o", color=colour, label=name)
-        for axes, title in (
-            (left, "absent objects seen, percent"),
-            (right, "yes among the answers, percent"),
-        ):
+        for axes, title in ((left, "false positives, percent"), (right, "yes answers, percent")):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:,g}")
             axes.margins(x=0.12)

@@ -37,12 +37,7 @@ from tinyllava.studies.report.tables import (
 )
 from tinyllava.studies.study import Claim, Example, Study, load_examples, load_scores, load_study
 
-WORDS = {
-    "holds": "holds",
-    "reversed": "the other way round",
-    "open": "not decided",
-    "not measured": "not measured",
-}
+WORDS = {"holds": "holds", "reversed": "reversed", "open": "inconclusive", "not measured": "not measured"}
 """What the page says for each outcome of a verdict."""
 
 
@@ -186,19 +181,19 @@ def _draw_all(
     if study.paper == "Figure 1" and radar:
         figures["radar"] = (
             draw_radar(table, radar),
-            "Models over their common benchmarks; the numbers are in the table",
+            "Scores of the models on their common benchmarks. The numbers are in the table.",
         )
     if any(stage.losses for cell in study.cells for stage in cell.stages):
-        figures["losses"] = (draw_losses(study), "Loss of each model over the steps of its stages")
+        figures["losses"] = (draw_losses(study), "Loss of each model over the steps of its stages.")
     if anatomy:
         figures["pope"] = (
             draw_anatomy(anatomy),
-            "Absent objects seen and share of yes over trained parameters; numbers in the table",
+            "False positives and share of yes answers over trained parameters. The numbers are in the table.",
         )
     first_two = [cells[0] for cells in models_of(study) if cells[0].status == "done"][:2]
     if examples and len(first_two) == 2:
         names = {cell.id: cell.label for cell in first_two}
-        figures["answers"] = (draw_answers(examples, folder, names), "Answers of two models")
+        figures["answers"] = (draw_answers(examples, folder, names), "Answers of two models.")
     (folder / "figures").mkdir(exist_ok=True)
     return {name: _save(figure, alt, folder / "figures" / name) for name, (figure, alt) in figures.items()}
 
@@ -207,7 +202,7 @@ def _describe_bars(table: Table, panel: str) -> str:
     """Return what a person who does not see the bars of a panel has to know of them."""
     models = [row.model for row in table.rows if row.panel == panel and not row.source]
     titles = [column.title for column in table.columns]
-    return f"{panel}: bars of {', '.join(models)} on {', '.join(titles)}; the numbers are in the table"
+    return f"{panel}: bars of {', '.join(models)} on {', '.join(titles)}. The numbers are in the table."
 
 
 def _radar_rows(table: Table) -> list[Row]:

@@ -37,7 +37,7 @@ async function answer(turns, limit, told = () => {}) {
   const prompt = processor.apply_chat_template(messages, { add_generation_prompt: true })
   const inputs = image ? await processor(image, prompt) : processor.tokenizer(prompt)
   const length = inputs.input_ids.dims.at(-1)
-  if (length >= settings.context) throw new Error(`${length} tokens: the context has ${settings.context}; start over.`)
+  if (length >= settings.context) throw new Error(`The conversation has ${length} tokens, but the context holds ${settings.context}. Start over.`)
   const streamer = new TextStreamer(processor.tokenizer, {
     skip_prompt: true, skip_special_tokens: true, callback_function: told,
   })
@@ -74,9 +74,9 @@ async function start(wanted) {
     try {
       isRight = await open("webgpu")
       device = isRight ? "webgpu" : device
-      why = isRight ? "" : " (the GPU answers the example otherwise)"
+      why = isRight ? "" : " (the GPU gives a different answer to the example)"
     } catch (error) {
-      why = ` (the GPU does not run it: ${error.message})`
+      why = ` (the GPU cannot run the model: ${error.message})`
     }
     if (!isRight) await model?.dispose()
   }
