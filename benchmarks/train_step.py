@@ -4,10 +4,11 @@
 
 Paper: sections 3.2 and 4.1.2, both stages of the base recipe.
 
-Three ways to train run in three fresh processes, take turns batch by batch, and see the same weights and
-samples. `stock` is transformers' own class, processor and loss; `ours` is this package's step; `cached` is
-ours with the features of the frozen encoder kept and batches of similar length, as the starter trains. The
-optimizer does its whole work at a learning rate of zero, so that the loss of a round must be the same.
+Four ways to train run in fresh processes, take turns batch by batch, and see the same weights and samples.
+`stock` is transformers' own class, processor and loss; `ours` is this package's step; `packed` is ours with
+the samples of a batch in one row; `cached` is ours with the features of the frozen encoder kept and batches
+of similar length, as the starter trains. The optimizer does its whole work at a learning rate of zero, so
+that the loss of a round must be the same.
 """
 
 import json
@@ -18,7 +19,7 @@ import statistics
 import tempfile
 import time
 import zlib
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -42,17 +44,18 @@ from tinyllava.data.batches import GroupedSampler
 from tinyllava.data.dataset import Collator, Examples, measure
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import open_image
+from tinyllava.model.compat import causal_without_looking
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.devices import fastest_attention
 from tinyllava.model.modeling import IGNORED, TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.parts.templates import read_template
-from tinyllava.training.trainer import WINDOW
+from tinyllava.training.packing import WINDOW
 from train_samples import SHAPES, Shape, make_samples, make_tokenizer
 
-Way = Literal["stock", "ours", "cached"]
-WAYS: tuple[Way, ...] = ("stock", "ours", "cached")
+Way = Literal["stock", "ours", "packed", "cached"]
+WAYS: tuple[Way, ...] = ("stock", "ours", "packed", "cached")
 TEMPLATES = {"pretrain": "caption", "finetune": "chatml"}
 STAGES = {
     "pretrain": Stage(learning_rate=0.0, global_batch_size=1, vision_encoder=FROZEN, connector=FULL),
@@ -69,7 +72,7 @@ class Contestant:
     """One way to train: its model, its batches and its step.
 
     Args:
-        way: stock, ours or cached.
+        way: one of ``WAYS``.
         num_batches: batches of a round.
         folder: where features may be kept.
         precision: fp32, or bf16 by autocast as the Trainer does.
@@ -156,9 +159,10 @@ class Contestant:
             batch = self._stock_collation(rows)
         else:
             image_token = self.examples.processor.image_token_id
-            batch = Collator(self.tokenizer.pad_token_id, image_token)([self.examples[i] for i in rows])
-            del batch["sample_ids"], batch["num_tokens"]
-        return {name: value.to(self.device) for name, value in batch.items()}
+            collate = Collator(self.tokenizer.pad_token_id, image_token, packs=self.way == "packed")
+            batch = collate([self.examples[i] for i in rows])
+            batch["samples"] = len(batch.pop("sample_ids"))
+        return send_to_device(batch, self.device)
 
     def _stock_collation(self, rows: list[int]) -> dict[str, Tensor]:
         """LlavaProcessor pads to the longest; labels are the ids, -100 where the assistant does not speak."""
@@ -179,20 +183,21 @@ class Contestant:
             assert ids[: len(e.input_ids)].tolist() == e.input_ids, "both processors give the same tokens"
             supervised = torch.tensor(e.supervised).nonzero()
             row[supervised] = ids[supervised]
-        return {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")} | {
-            "labels": labels
-        }
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        counts = {"samples": len(rows), "num_tokens": int(inputs["attention_mask"].sum())}
+        return given | counts | {"labels": labels}
 
     def step(self, index: int) -> dict[str, float]:
         """Train on one batch and return what it took."""
         batch = dict(self.batches[index])
-        num_tokens = int(batch["attention_mask"].sum())
-        if self.way != "stock":
-            del batch["attention_mask"]  # as StageTrainer does
+        num_samples, num_tokens = batch.pop("samples"), batch.pop("num_tokens")
         wall, cpu = time.perf_counter(), time.process_time()
         bf16 = self.dtype is not torch.float32
-        choice = fastest_attention(batch["input_ids"], bf16=bf16) if self.way != "stock" else nullcontext()
-        with choice:
+        with ExitStack() as choices:
+            if self.way != "stock":  # as StageTrainer does
+                batch.pop("attention_mask", None)
+                choices.enter_context(fastest_attention(batch, bf16=bf16))
+                choices.enter_context(causal_without_looking(self.model.language_model))
             with torch.autocast(self.device.type, self.dtype, enabled=bf16):
                 loss = self.model(**batch).loss
             loss.backward()
@@ -205,7 +210,7 @@ class Contestant:
         return {
             "seconds": wall,
             "cpu_seconds": cpu,
-            "samples": len(batch["labels"]),
+            "samples": num_samples,
             "tokens": num_tokens,
             "positions": batch["labels"].numel(),
             "supervised": num_supervised,

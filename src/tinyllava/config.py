@@ -296,6 +296,9 @@ class Hardware:
     sharding: Sharding = "none"
     """What several processes divide among them (FSDP2): none: each holds all; gradients: gradients and the
     optimizer's state; all: weights too."""
+    packing: bool = False
+    """Pack the samples of a micro-batch into one row without padding, in which none sees another. A
+    micro-batch holds as many tokens as device_batch_size of the longest samples. False: padded rows."""
     num_workers: int = 2
     """Background processes that load images."""
     check_images: bool = True

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllava.data.batches import GroupedSampler
+from tinyllava.data.batches import GroupedSampler, PackedBatches, pack
 
 samples = st.lists(st.tuples(st.integers(1, 500), st.booleans()), min_size=1, max_size=300)
 
@@ -105,3 +105,55 @@ def test_the_trainer_draws_in_this_order_anew_in_each_epoch(parts, records, tmp_
         kinds = [index % 4 == 3 for index in drawn]  # every fourth record has no image
         for epoch in (kinds[:12], kinds[12:]):
             assert [len(set(epoch[start : start + 4])) for start in (0, 4)] == [1, 1]
+
+
+@given(
+    samples=samples,
+    batch_size=st.integers(1, 12),
+    ranks=st.integers(1, 3),
+    longest=st.integers(1, 4),
+    epoch=st.integers(0, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_packed_micro_batches_have_the_steps_of_padded_ones_within_the_budget(
+    samples, batch_size, ranks, longest, epoch
+):
+    lengths, size = [length for length, _ in samples], batch_size * ranks
+    order = GroupedSampler(lengths=lengths, with_image=None, batch_size=size, seed=3)
+    budget = longest * max(lengths)
+    own = [pack(order, lengths, budget, num_epochs=2, num_ranks=ranks, rank=rank) for rank in range(ranks)]
+    passes = own[0].num_passes
+    drawn = []
+    for packed in own:
+        packed.set_epoch(epoch)
+        drawn.append(list(packed))
+    assert len({len(packed) for packed in own} | {len(parts) for parts in drawn}) == 1  # nobody waits
+    assert all(
+        part and packed.size_of(part) <= budget
+        for packed, parts in zip(own, drawn, strict=True)
+        for part in parts
+    )
+    for number, step in enumerate(order.draw_steps(epoch)):
+        mine = [parts[number * passes : (number + 1) * passes] for parts in drawn]
+        found = [index for parts in mine for part in parts for index in part]
+        if len(step) >= ranks * passes:
+            assert sorted(found) == sorted(step)  # every sample once
+        assert set(found) >= set(step)
+    if passes > 1:  # one less would not do
+        assert not PackedBatches(order, lengths, passes - 1, ranks).fits(budget, 2)
+
+
+def test_packing_needs_fewer_micro_batches_and_gives_ranks_the_same_work():
+    lengths = [((n * 7919) % 1900) + 100 for n in range(1024)]
+    order = GroupedSampler(lengths=lengths, with_image=None, batch_size=128, seed=0)
+    own = [pack(order, lengths, 4 * 2000, num_ranks=4, rank=rank) for rank in range(4)]
+    assert own[0].num_passes == 5  # 8 of 4 samples, padded
+    for number in range(8):
+        passes = [list(packed)[number * 5 : number * 5 + 5] for packed in own]
+        work = [
+            sum(packed.size_of(part) for part in parts) for packed, parts in zip(own, passes, strict=True)
+        ]
+        assert max(work) < 1.02 * min(work)
+        sizes = [own[0].size_of(part) for parts in passes for part in parts]
+        assert max(sizes) < 1.1 * min(sizes)
+        assert own[0].size_of(passes[0][0]) == max(sizes)  # what runs out of memory does so at once

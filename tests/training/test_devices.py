@@ -28,8 +28,10 @@ def small_device(monkeypatch):
 
     def forward(self, input_ids=None, **kwargs):
         recomputes = self.language_model.is_gradient_checkpointing
-        passes.append((len(input_ids), recomputes))
-        if len(input_ids) > 1 and not recomputes:
+        segments = kwargs.get("segments")
+        num_samples = len(segments["lengths"]) if segments else len(input_ids)
+        passes.append((num_samples, recomputes))
+        if num_samples > 1 and not recomputes:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return original(self, input_ids=input_ids, **kwargs)
 
@@ -49,12 +51,17 @@ def steps(folder):
 
 
 @pytest.mark.parametrize(
-    ("keep", "tried", "chosen"), [(None, (4, False), (4, True)), (False, (4, False), (1, False))]
+    ("keep", "packing", "tried", "chosen"),
+    [
+        (None, False, (4, False), (4, True)),
+        (None, True, (4, False), (4, True)),
+        (False, False, (4, False), (1, False)),
+    ],
 )
 def test_where_memory_runs_out_a_smaller_form_trains_the_same(
-    parts, records, tmp_path, small_device, monkeypatch, capsys, keep, tried, chosen
+    parts, records, tmp_path, small_device, monkeypatch, capsys, keep, packing, tried, chosen
 ):
-    hardware = dataclasses.replace(AUTO, gradient_checkpointing=keep)
+    hardware = dataclasses.replace(AUTO, gradient_checkpointing=keep, packing=packing)
     with reporting(is_shown=True):
         train(finetuning(parts, records, tmp_path / "small/run", hardware))
     printed = capsys.readouterr().out

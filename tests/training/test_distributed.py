@@ -412,13 +412,16 @@ def test_two_nodes_give_the_weights_of_one_process(parts, tmp_path):
     assert len(steps) == 2  # eight samples, four a step
 
 
-def test_two_processes_measure_held_out_records_as_one_does(parts, records, tmp_path):
+@pytest.mark.parametrize("packs", [False, True])
+def test_two_processes_measure_held_out_records_as_one_does(parts, records, tmp_path, packs):
+    """The one pads; two that pack have other micro-batches, and the same steps."""
     curves = []
     for name, size in (("one", 2), ("two", 1)):
         run = toy_run(parts, records, tmp_path / name / "run")
         wanted = Validation(held_out="34%", every_steps=2, num_answers=1)  # 4 of 12
         stage = dataclasses.replace(run.stages["finetune"], num_epochs=2, validation=wanted)
-        hardware = dataclasses.replace(run.hardware, device_batch_size=size)
+        packing = packs and name == "two"
+        hardware = dataclasses.replace(run.hardware, device_batch_size=size, packing=packing)
         run = dataclasses.replace(run, stages={"finetune": stage}, hardware=hardware)
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(to_json(run))

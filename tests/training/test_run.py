@@ -47,8 +47,12 @@ def test_the_trainer_gives_the_losses_of_a_ten_line_loop(
 @pytest.mark.parametrize(
     ("bf16", "length", "fused"), [(True, 160, False), (True, 161, True), (False, 10, True)]
 )
-def test_the_slow_attention_kernel_is_passed_over_and_nothing_else_is(bf16, length, fused):
-    with fastest_attention(torch.zeros(2, length, dtype=torch.long), bf16=bf16):
+@pytest.mark.parametrize("packs", [False, True])
+def test_the_slow_attention_kernel_is_passed_over_and_nothing_else_is(bf16, length, fused, packs):
+    inputs = {"input_ids": torch.zeros(2, length, dtype=torch.long)}
+    if packs:
+        inputs = {"input_ids": torch.zeros(1, 900), "segments": {"lengths": [7, length]}}
+    with fastest_attention(inputs, bf16=bf16):
         assert torch.backends.cuda.flash_sdp_enabled() == fused
         query = torch.randn(2, 3, 8, 4, dtype=torch.bfloat16)
         chosen = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)

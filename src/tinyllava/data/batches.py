@@ -3,7 +3,7 @@
 Paper: none; LLaVA-1.5's fine-tuning draws so. The samples of a step are random over the whole set, as in its
 published code: a step of similar lengths would be nearly one task, because lengths tell tasks apart. Inside a
 step, samples are sorted by length, which changes no result: micro-batches need less padding, and the ranks of
-a distributed run get equal work.
+a distributed run get equal work. Packed micro-batches need no padding: only their sums count.
 
 Lengths also decide which records are too long.
 """
@@ -14,6 +14,8 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from heapq import heapreplace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,8 @@ class GroupedSampler(Sampler[int]):
         num_ranks: ranks that take the micro-batches of a step in turn.
         window: steps that are sorted by length together. 1 leaves each step a random sample of the set; more
             pad less, and give steps of similar length.
+        shuffles_steps: False for steps in the order of the one random permutation, which is the order of
+            ``torch.utils.data.RandomSampler``.
     """
 
     def __init__(
@@ -51,9 +55,11 @@ class GroupedSampler(Sampler[int]):
         micro_batch: int = 0,
         num_ranks: int = 1,
         window: int = 1,
+        shuffles_steps: bool = True,
     ) -> None:
         self.lengths, self.with_image, self.batch_size, self.seed = lengths, with_image, batch_size, seed
         self.micro_batch, self.num_ranks, self.window = micro_batch or batch_size, num_ranks, window
+        self.shuffles_steps = shuffles_steps
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -64,7 +70,11 @@ class GroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        random = torch.Generator().manual_seed(self.seed + self.epoch)
+        return (index for step in self.draw_steps(self.epoch) for index in self._split(step))
+
+    def draw_steps(self, epoch: int) -> list[list[int]]:
+        """Return the samples of each optimizer step of an epoch."""
+        random = torch.Generator().manual_seed(self.seed + epoch)
         if self.with_image is None:
             groups = [list(range(len(self.lengths)))]
         else:
@@ -77,10 +87,10 @@ class GroupedSampler(Sampler[int]):
                     full.append(batch)
                 else:
                     rest += batch
-        order = torch.randperm(len(full), generator=random).tolist()
-        steps = [full[position] for position in order]
-        steps += [rest[start : start + self.batch_size] for start in range(0, len(rest), self.batch_size)]
-        yield from (index for step in steps for index in self._split(step))
+        if self.shuffles_steps:
+            full = [full[position] for position in torch.randperm(len(full), generator=random).tolist()]
+        rests = [rest[start : start + self.batch_size] for start in range(0, len(rest), self.batch_size)]
+        return full + rests
 
     def _batches(self, group: list[int], random: torch.Generator) -> list[list[int]]:
         shuffled = [group[i] for i in torch.randperm(len(group), generator=random).tolist()]
@@ -104,6 +114,96 @@ class GroupedSampler(Sampler[int]):
         passes = [parts[i : i + self.num_ranks] for i in range(0, len(parts), self.num_ranks)]
         turned = [one[::-1] if number % 2 else one for number, one in enumerate(passes)]
         return [index for one in turned for part in one for index in part]
+
+
+class PackedBatches(Sampler[list[int]]):
+    """Micro-batches of one rank, for samples that share a row: all of a step take about the same.
+
+    The samples of a step are those of ``order``. Each goes, the largest first, where least is so far. Every
+    rank has as many micro-batches as the others. Where the last step of an epoch has fewer samples than
+    micro-batches, the first samples of the epoch fill them, as accelerate does.
+
+    Args:
+        order: which samples a step has.
+        sizes: what each sample takes, such as its tokens.
+        num_passes: micro-batches of a rank in a step.
+        rank: whose micro-batches these are.
+    """
+
+    def __init__(
+        self, order: GroupedSampler, sizes: Sequence[int], num_passes: int, num_ranks: int = 1, rank: int = 0
+    ) -> None:
+        self.order, self.sizes, self.num_passes = order, sizes, num_passes
+        self.num_ranks, self.rank, self.epoch = num_ranks, rank, 0
+
+    def __len__(self) -> int:
+        num_full, num_left = divmod(len(self.order), self.order.batch_size)
+        return num_full * self.num_passes + min(self.num_passes, -(-num_left // self.num_ranks))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is drawn next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        steps = self.order.draw_steps(self.epoch)
+        first = [index for step in steps[: self.num_ranks] for index in step]
+        for step in steps:
+            yield from self.split(step, first)[self.rank :: self.num_ranks]
+
+    def split(self, step: Sequence[int], spare: Sequence[int] = ()) -> list[list[int]]:
+        """Return the micro-batches of a step over all ranks, which take them in turn; the largest is first.
+
+        Args:
+            step: its samples.
+            spare: samples for micro-batches that would be empty.
+        """
+        number = self.num_ranks * min(self.num_passes, -(-len(step) // self.num_ranks))
+        heap = [(0, place) for place in range(number)]
+        parts: list[list[int]] = [[] for _ in range(number)]
+        for index in sorted(step, key=lambda i: self.sizes[i], reverse=True):
+            total, place = heap[0]
+            parts[place].append(index)
+            heapreplace(heap, (total + self.sizes[index], place))
+        for part, index in zip((part for part in parts if not part), cycle(spare), strict=False):
+            part.append(index)
+        return sorted(parts, key=self.size_of, reverse=True)
+
+    def size_of(self, part: Sequence[int]) -> int:
+        """Return what a micro-batch takes."""
+        return sum(self.sizes[index] for index in part)
+
+    def fits(self, budget: int, num_epochs: int) -> bool:
+        """Whether no micro-batch of so many epochs takes more than the budget."""
+        return all(
+            self.size_of(self.split(step)[0]) <= budget
+            for epoch in range(num_epochs)
+            for step in self.order.draw_steps(epoch)
+        )
+
+
+def pack(
+    order: GroupedSampler,
+    sizes: Sequence[int],
+    budget: int,
+    *,
+    num_epochs: int = 1,
+    num_ranks: int = 1,
+    rank: int = 0,
+) -> PackedBatches:
+    """Return the fewest micro-batches in which no sum of sizes is above the budget.
+
+    Args:
+        budget: at least the largest size.
+        num_epochs: which are looked at.
+    """
+    per_rank = -(-order.batch_size // num_ranks)
+    largest = max(
+        sum(sizes[i] for i in step) for epoch in range(num_epochs) for step in order.draw_steps(epoch)
+    )
+    fewest = max(1, min(per_rank, -(-largest // (budget * num_ranks))))
+    tried = (PackedBatches(order, sizes, n, num_ranks, rank) for n in range(fewest, per_rank))
+    one_each = PackedBatches(order, sizes, per_rank, num_ranks, rank)
+    return next((packed for packed in tried if packed.fits(budget, num_epochs)), one_each)
 
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import naming_record, open_image
 from tinyllava.data.store import cut, image_counts, question_counts, record_numbers, select
 from tinyllava.errors import DataError
-from tinyllava.model.modeling import IGNORED
+from tinyllava.model.modeling import IGNORED, Segments
 from tinyllava.model.packing import ImagePacking
 from tinyllava.model.processing import Encoded, TinyLlavaProcessor
 
@@ -262,18 +262,36 @@ def _is_no_caption(conversation: Conversation) -> bool:
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples to one right-padded batch."""
+    """Examples to one batch, right-padded, or packed into one row without padding."""
 
     pad_token_id: int
     image_token_id: int
+    packs: bool = False
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Return input_ids, attention_mask and labels [B, N], all images, and the samples' ids.
 
         Positions of image tokens and supervised tokens, and the number of tokens, are counted here: on a GPU
         the host would have to wait for them (see ``TinyLlavaForConditionalGeneration.forward``). Where a
-        sample has branches, there are ``branches`` [B, N] too.
+        sample has branches, there are ``branches`` [B, N] too. A packed batch has one row [1, N] and
+        ``segments`` in place of mask and branches.
         """
+        batch = _pack(examples) if self.packs else self._pad_rows(examples)
+        for name in ("pixel_values", "image_features"):
+            parts = [value for e in examples if (value := getattr(e, name)) is not None]
+            if parts:
+                batch[name] = torch.cat(parts)
+        at_image = batch["input_ids"] == self.image_token_id
+        batch["image_positions"] = at_image.flatten().nonzero().flatten()
+        followed = batch["labels"][:, 1:].flatten()
+        if self.packs:
+            followed = batch["labels"][0, batch["segments"]["kept"] + 1]
+        batch["supervised_positions"] = (followed != IGNORED).nonzero().flatten()
+        batch["num_tokens"] = sum(len(example.input_ids) for example in examples)
+        batch["sample_ids"] = [example.place for example in examples]
+        return batch
+
+    def _pad_rows(self, examples: Sequence[Example]) -> dict[str, Any]:
         longest = max(len(example.input_ids) for example in examples)
         batch: dict[str, Any] = {
             "input_ids": _pad([e.input_ids for e in examples], longest, self.pad_token_id),
@@ -283,16 +301,25 @@ class Collator:
         if any(example.branches is not None for example in examples):
             rows = [torch.zeros_like(e.input_ids) if e.branches is None else e.branches for e in examples]
             batch["branches"] = _pad(rows, longest, PADDING)
-        for name in ("pixel_values", "image_features"):
-            parts = [value for e in examples if (value := getattr(e, name)) is not None]
-            if parts:
-                batch[name] = torch.cat(parts)
-        at_image = batch["input_ids"] == self.image_token_id
-        batch["image_positions"] = at_image.flatten().nonzero().flatten()
-        batch["supervised_positions"] = (batch["labels"][:, 1:] != IGNORED).flatten().nonzero().flatten()
-        batch["num_tokens"] = sum(len(example.input_ids) for example in examples)
-        batch["sample_ids"] = [example.place for example in examples]
         return batch
+
+
+def _pack(examples: Sequence[Example]) -> dict[str, Any]:
+    """Put samples behind each other into one row [1, N]; see ``Segments``."""
+    lengths = [len(example.input_ids) - 1 for example in examples]
+    starts = [0, *accumulate(len(example.input_ids) for example in examples)]
+    labels = torch.cat([example.labels for example in examples])
+    labels[starts[:-1]] = IGNORED  # no token before it is of the same sample
+    segments: Segments = {
+        "lengths": lengths,
+        "kept": torch.cat([torch.arange(n) + start for n, start in zip(lengths, starts, strict=False)]),
+        "positions": torch.cat([torch.arange(n) for n in lengths])[None],
+    }
+    if any(example.branches is not None for example in examples):
+        rows = [torch.zeros_like(e.input_ids) if e.branches is None else e.branches for e in examples]
+        segments["branches"] = torch.cat([row[:-1] for row in rows])[None]
+    ids = torch.cat([example.input_ids for example in examples])
+    return {"input_ids": ids[None], "labels": labels[None], "segments": segments}
 
 
 def _pad(rows: list[Tensor], length: int, value: int) -> Tensor:

@@ -76,12 +76,10 @@ def begin_worker(number: int = 0) -> None:
 
 def out_of_shared_memory(batch: Any) -> Any:
     """Return a batch without tensors in shared memory; on a GPU none is there any more."""
-    return {
-        name: value.clone()
-        if isinstance(value, Tensor) and value.is_shared() and not value.is_cuda
-        else value
-        for name, value in batch.items()
-    }
+    if isinstance(batch, dict):
+        return {name: out_of_shared_memory(value) for name, value in batch.items()}
+    is_there = isinstance(batch, Tensor) and batch.is_shared() and not batch.is_cuda
+    return batch.clone() if is_there else batch
 
 
 @contextmanager

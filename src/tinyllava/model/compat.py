@@ -3,12 +3,15 @@
 Each has a test in ``tests/model/test_compat.py``, which runs with the lowest, pinned and newest releases.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -55,13 +58,64 @@ CAUSAL = "tinyllava_causal"
 """Attention of training: ``sdpa`` without looking at the batch for a mask, for which the host would wait."""
 
 
+def packed_mask(lengths: Sequence[int]) -> Tensor:
+    """Return what tells this attention that a row holds samples of these lengths behind each other.
+
+    Every architecture hands a mask of four dimensions to its attention as it is, also where layers are
+    computed again in the backward pass; not every one hands on other arguments. It stays on the host, which
+    would wait for a device: [1, 1, 1, S + 1], where each sample begins, and where the last ends.
+    """
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).view(1, 1, 1, -1)
+
+
 def _causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attend causally, or as a mask [B, 1, N, N] says that was made beforehand."""
+    """Attend causally: as a mask [B, 1, N, N] says that was made beforehand, or within ``packed_mask``."""
     attend: Any = AttentionInterface()["sdpa"]
-    output: tuple[Tensor, None] = attend(module, query, key, value, attention_mask, **kwargs)
-    return output
+    inputs = (query, key, value)
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        output: tuple[Tensor, None] = attend(module, *inputs, attention_mask, **kwargs)
+        return output
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    if _has_packed_kernel(query, dtype) and not kwargs.get("dropout"):
+        return _attend_packed([t.to(dtype) for t in inputs], attention_mask, kwargs.get("scaling")), None
+    lengths = [end - start for start, end in pairwise(attention_mask.tolist()[0][0][0])]
+    samples = zip(*(t.split(lengths, dim=2) for t in inputs), strict=True)
+    parts = [attend(module, *sample, None, **kwargs)[0] for sample in samples]
+    return torch.cat(parts, dim=1), None
+
+
+def _has_packed_kernel(query: Tensor, dtype: torch.dtype) -> bool:
+    """Whether PyTorch attends within several samples in one kernel here: FlashAttention's, in half precision.
+
+    Elsewhere each sample is a call of its own, which a CPU does not notice.
+    """
+    if not query.is_cuda or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    width = query.shape[-1]
+    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _attend_packed(inputs: Sequence[Tensor], mask: Tensor, scale: float | None) -> Tensor:
+    """Attend causally within samples: query, key and value [1, H or G, N, E] -> [1, N, H, E]."""
+    query, key, value = (t[0].transpose(0, 1) for t in inputs)
+    longest = int(mask.diff().max())  # a tensor of the host: nothing is waited for
+    offsets = mask.flatten().to(query.device, non_blocking=True)
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        offsets,
+        offsets,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output[None]
 
 
 AttentionInterface.register(CAUSAL, _causal_attention)

@@ -3,10 +3,11 @@
 Paper: none.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyllava.errors import ConfigError
@@ -50,11 +51,17 @@ def multiplies_bf16(device_type: str) -> bool:
     return False
 
 
-def fastest_attention(input_ids: Tensor, *, bf16: bool) -> AbstractContextManager[None]:
+def fastest_attention(inputs: Mapping[str, Any], *, bf16: bool) -> AbstractContextManager[None]:
     """Choose the attention kernel where PyTorch's own choice is a slow one.
 
     On a CPU its fused kernel goes backward in bf16 up to five times more slowly than plain matrix products,
     as long as a sequence has no more than about 160 positions (benchmarks/attention.py).
+
+    Args:
+        inputs: a batch with ``input_ids`` [B, N], and ``segments`` if its samples are packed.
+        bf16: whether it is computed in bf16.
     """
-    is_slow = bf16 and input_ids.device.type == "cpu" and input_ids.shape[1] <= 160
+    input_ids = inputs["input_ids"]
+    longest = max(inputs["segments"]["lengths"]) if "segments" in inputs else input_ids.shape[1]
+    is_slow = bf16 and input_ids.device.type == "cpu" and longest <= 160
     return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()

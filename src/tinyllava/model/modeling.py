@@ -7,7 +7,7 @@ unknown. Both give the same loss for less work.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, Cache, GenerationMixin, GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from tinyllava.model.compat import CACHE_NAME, ComposedModel, attention_of, last_layer_output
+from tinyllava.model.compat import CACHE_NAME, ComposedModel, attention_of, last_layer_output, packed_mask
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.connectors import build_connector
 
@@ -39,6 +39,22 @@ class TinyLlavaOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     image_tokens: Tensor | None = None
     """h [I, T, D]."""
+
+
+class Segments(TypedDict):
+    """Samples behind each other in one row [1, N], of which none sees another.
+
+    The last token of each has no next one and is not run, so P = N - S positions are.
+    """
+
+    lengths: list[int]
+    """Positions that are run of each sample; numbers, so that the host knows them."""
+    kept: Tensor
+    """[P], their places in the row"""
+    positions: Tensor
+    """[1, P], counted from 0 in each sample"""
+    branches: NotRequired[Tensor]
+    """[1, P], see ``branch_attention``"""
 
 
 class TinyLlavaModel(ComposedModel):
@@ -98,6 +114,7 @@ class TinyLlavaModel(ComposedModel):
         inputs_embeds: Tensor | None = None,
         image_positions: Tensor | None = None,
         branches: Tensor | None = None,
+        segments: Segments | None = None,
         without_last: bool = False,
         **kwargs: Any,
     ) -> TinyLlavaOutput:
@@ -107,6 +124,8 @@ class TinyLlavaModel(ComposedModel):
             image_positions: places of the image tokens in the flattened ``input_ids`` [I * T]; without them
                 they are looked for, for which the host has to wait for the device.
             branches: branch of each token [B, N], see ``branch_attention``; takes the place of a mask.
+            segments: of a row [1, N] of several samples; takes the place of a mask and of ``without_last``.
+                The language model has to be within ``causal_without_looking``.
             without_last: run the first N - 1 positions only, as the loss needs them.
 
         Raises:
@@ -120,12 +139,20 @@ class TinyLlavaModel(ComposedModel):
                 if image_positions is None:
                     image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().flatten()
                 inputs_embeds = _splice(inputs_embeds, image_tokens, image_positions)
-        if without_last:
+        if segments is not None:
+            inputs_embeds = inputs_embeds.index_select(1, segments["kept"])
+            branches = segments.get("branches")
+            if branches is None:
+                attention_mask, kwargs["position_ids"] = (
+                    packed_mask(segments["lengths"]),
+                    segments["positions"],
+                )
+        elif without_last:
             inputs_embeds = inputs_embeds[:, :-1]
             attention_mask = None if attention_mask is None else attention_mask[:, :-1]
             branches = None if branches is None else branches[:, :-1]
         if branches is not None:
-            attention_mask, kwargs["position_ids"] = branch_attention(branches)
+            attention_mask, kwargs["position_ids"] = branch_attention(branches, segments)
             if attention_of(self.language_model) == "eager":  # which adds its mask
                 lowest = torch.finfo(inputs_embeds.dtype).min
                 attention_mask = torch.where(attention_mask, 0.0, lowest).to(inputs_embeds.dtype)
@@ -260,6 +287,7 @@ class TinyLlavaForConditionalGeneration(
         supervised_positions: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        segments: Segments | None = None,
         **kwargs: Any,
     ) -> TinyLlavaOutput:
         """Return the loss over supervised positions if there are ``labels``, otherwise logits [B, N, K].
@@ -272,6 +300,8 @@ class TinyLlavaForConditionalGeneration(
                 supervised. Without them they are looked for, for which the host has to wait for the device.
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is the sum divided by
                 it. Without it the mean over this batch.
+            segments: of a row [1, N] of several samples; ``supervised_positions`` are then among those that
+                are run.
         """
         if labels is not None:
             kwargs.setdefault("use_cache", False)  # a loss needs no keys and values of the past
@@ -280,12 +310,15 @@ class TinyLlavaForConditionalGeneration(
             pixel_values=pixel_values,
             image_features=image_features,
             attention_mask=attention_mask,
+            segments=segments,
             without_last=labels is not None,
             **kwargs,
         )
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
             targets = labels[:, 1:].flatten()
+            if segments is not None:
+                targets = targets.index_select(0, segments["kept"])
             if supervised_positions is None:
                 supervised_positions = (targets != IGNORED).nonzero().flatten()
             loss = self._loss(hidden.flatten(0, 1), targets, supervised_positions, num_items_in_batch)
@@ -333,7 +366,7 @@ class TinyLlavaForConditionalGeneration(
         return inputs
 
 
-def branch_attention(branches: Tensor) -> tuple[Tensor, Tensor]:
+def branch_attention(branches: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
     """Return mask [B, 1, N, N] and positions [B, N] of rows whose branches do not see each other.
 
     A token sees the shared beginning (branch 0) and what precedes it in its own branch. Its position is the
@@ -341,7 +374,11 @@ def branch_attention(branches: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         branches: branch of each token [B, N].
+        segments: of a row that holds several samples, each with a beginning of its own.
     """
     own = branches.unsqueeze(2) == branches.unsqueeze(1)
     visible = (own | (branches == 0).unsqueeze(1)).tril()
+    if segments is not None:
+        first = torch.arange(branches.shape[1], device=branches.device) - segments["positions"]
+        visible &= first.unsqueeze(2) == first.unsqueeze(1)
     return visible.unsqueeze(1), visible.sum(-1) - 1

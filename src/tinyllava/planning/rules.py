@@ -197,6 +197,11 @@ def hardware_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
         )
     if hardware.cache_features and stage.vision_encoder.trains:
         yield "vision_encoder: trained, so its features cannot be cached; set hardware.cache_features False."
+    if hardware.packing and stage.loss_norm == "micro":
+        yield (
+            "loss_norm = 'micro': a mean of means depends on which samples share a micro-batch; set "
+            "hardware.packing False, or loss_norm global."
+        )
     yield from sharding_problems(stage, hardware)
 
 
@@ -205,6 +210,8 @@ def sharding_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
     if hardware.sharding == "none":
         return
     asked = f"hardware.sharding = {hardware.sharding!r}"
+    if hardware.packing:
+        yield f"hardware.packing = True: {asked} trains padded rows; set packing False, or sharding none."
     if stage.optimizer in OPTIMIZERS and stage.optimizer not in DIVIDED_OPTIMIZERS:
         yield (
             f"optimizer = {stage.optimizer!r}: {asked} cannot divide its state; choose "

@@ -7,13 +7,14 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch import Tensor
+from accelerate.utils import gather_object, send_to_device
 
 from tinyllava.config import Hardware, Run, Stage
+from tinyllava.data.batches import PackedBatches
 from tinyllava.data.dataset import Collator
 from tinyllava.data.reporting import say
 from tinyllava.data.store import image_counts
@@ -24,6 +25,7 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.planning.memory import Memory
 from tinyllava.planning.plan import Form, Machine, choose_forms, plan_parts
+from tinyllava.training.packing import HALF, check_packing, pack_stage
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.sharding import choose_sharding
 from tinyllava.training.trainer import MOST_SAMPLES, choose_precision, micro_batch, trained_tensors
@@ -35,32 +37,41 @@ def fit_hardware(
     model: TinyLlavaForConditionalGeneration,
     processor: TinyLlavaProcessor,
     prepared: Prepared,
-) -> tuple[Hardware, int]:
+) -> tuple[Hardware, int, PackedBatches | None]:
     """Return the run's hardware settings with device batch, checkpointing and workers settled.
 
-    With them comes the number of batches that each worker prepares ahead: together the next step's.
-
     The choice is that of the plan which `tinyllava show` prints, for the longest sample that is here. On a
-    GPU the largest micro-batch is run before the first step. If it does not fit, the next smaller form is
+    GPU the largest micro-batches are run before the first step. If they do not fit, the next smaller form is
     tried, in all processes alike.
 
+    Returns:
+        The settings; the number of batches that each worker prepares ahead, together the next step's; and
+        this process's micro-batches if samples are packed.
+
     Raises:
+        ConfigError: packing was asked for and cannot be.
         TrainingError: not even the smallest form fits, or the one that was asked for.
     """
     forms = _possible_forms(run, stage, prepared)
-    chosen = next((form for form in forms if survives(form, run, model, processor, prepared)), None)
-    if chosen is None:
+    packs = run.hardware.packing
+    if packs:
+        check_packing(model, choose_precision(run.hardware.precision))
+    for form in forms:
+        packed = pack_stage(form.device_batch_size, run, stage, prepared.examples) if packs else None
+        if survives(form, run, model, processor, prepared, packed):
+            break
+    else:
         smallest, can_divide = forms[-1], PartialState().num_processes > 1
         raise TrainingError(out_of_memory(smallest.device_batch_size, smallest.checkpointing, can_divide))
-    size, checkpointing = chosen.device_batch_size, chosen.checkpointing
-    if chosen is not forms[0]:
+    size, checkpointing = form.device_batch_size, form.checkpointing
+    if form is not forms[0]:
         _say(
-            f"out of memory with {_describe(forms[0])}: trains with {_describe(chosen)} instead, "
+            f"out of memory with {_describe(forms[0])}: trains with {_describe(form)} instead, "
             f"{stage.global_batch_size} samples a step as before"
         )
     set_checkpointing(model, checkpointing)
     hardware = dataclasses.replace(run.hardware, device_batch_size=size, gradient_checkpointing=checkpointing)
-    return _limit_workers(stage, hardware, processor, prepared)
+    return *_limit_workers(stage, hardware, processor, prepared, packed), packed
 
 
 def _describe(form: Form) -> str:
@@ -113,7 +124,11 @@ def _memory_bytes() -> int:
 
 
 def _limit_workers(
-    stage: Stage, hardware: Hardware, processor: TinyLlavaProcessor, prepared: Prepared
+    stage: Stage,
+    hardware: Hardware,
+    processor: TinyLlavaProcessor,
+    prepared: Prepared,
+    packed: PackedBatches | None,
 ) -> tuple[Hardware, int]:
     """Take fewer workers where the shared memory cannot hold what they prepare, and say so.
 
@@ -121,18 +136,22 @@ def _limit_workers(
     shared memory (``StageTrainer.get_batch_samples``), so that only those of the next step are in it.
     """
     examples = prepared.examples
-    num_images = int(image_counts(examples.conversations).max())
+    counts = image_counts(examples.conversations)
     image_bytes = examples.packing.image_bytes if examples.packing else 4 * 3 * processor.image_size_px**2
     if examples.features is not None:
         image_bytes = 4 * examples.features.shape[0] * examples.features.shape[1]
     size = hardware.device_batch_size
-    tokens_bytes = 5 * 8 * max(examples.lengths)  # ids, mask, labels, places of images and of what is learned
+    num_images = size * int(counts.max())
+    tokens_bytes = 5 * 8 * size * max(examples.lengths)  # ids, mask, labels, places
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_held = 2  # the one that is taken, and the one that accelerate looks at to find the end
     if prepared.held_out:  # workers of a validation run beside those of the training, with ready batches
         num_held += PREFETCHED * hardware.num_workers + 1
     accumulation = -(-stage.global_batch_size // (size * PartialState().num_processes))
-    num_bytes = size * (num_images * image_bytes + tokens_bytes) + PAGES_BYTES
+    if packed is not None:
+        num_images = max(int(counts[part].sum()) for part in packed)
+        accumulation = packed.num_passes
+    num_bytes = num_images * image_bytes + tokens_bytes + PAGES_BYTES
     loading = usable_workers(hardware.num_workers, num_bytes, num_held, num_processes, accumulation)
     if loading.why:
         _say(loading.why)
@@ -168,6 +187,7 @@ def survives(
     model: TinyLlavaForConditionalGeneration,
     processor: TinyLlavaProcessor,
     prepared: Prepared,
+    packed: PackedBatches | None = None,
 ) -> bool:
     """Run the largest micro-batches of a form forward and back, and leave everything as it was before.
 
@@ -183,10 +203,9 @@ def survives(
             model.to(device)
             trained = trained_tensors(model).values()
             moments = [torch.empty_like(tensor, device=device) for tensor in [*trained, *trained]]
-            for batch in _largest_batches(form.device_batch_size, processor, prepared):
-                inputs = prepared.examples.unpacked({n: value.to(device) for n, value in batch.items()})
-                precision = choose_precision(run.hardware.precision)
-                dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+            for batch in _largest_batches(form.device_batch_size, processor, prepared, packed):
+                inputs = prepared.examples.unpacked(send_to_device(batch, device))
+                dtype = HALF.get(choose_precision(run.hardware.precision))
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     loss = model(**inputs).loss
                 loss.backward()
@@ -201,15 +220,23 @@ def survives(
 
 
 def _largest_batches(
-    size: int, processor: TinyLlavaProcessor, prepared: Prepared
-) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of the longest sample and of the one with most images, one after the other."""
+    size: int, processor: TinyLlavaProcessor, prepared: Prepared, packed: PackedBatches | None
+) -> Iterator[dict[str, Any]]:
+    """Yield batches of the longest sample and of the one with most images, one after the other.
+
+    Packed ones are those of the first epoch that take most and have most images.
+    """
     examples = prepared.examples
+    counts = image_counts(examples.conversations)
     places = range(len(examples))
     longest = max(places, key=lambda i: examples.lengths[i])
-    fullest = max(places, key=lambda i: (len(examples.conversations[i].images), examples.lengths[i]))
-    for place in (longest, fullest):
-        collate = Collator(processor.tokenizer.pad_token_id, processor.image_token_id)
-        batch = collate([examples[place]] * size)
-        del batch["sample_ids"], batch["num_tokens"], batch["attention_mask"]  # see StageTrainer
+    fullest = max(places, key=lambda i: (counts[i], examples.lengths[i]))
+    batches = [[longest] * size, [fullest] * size]
+    if packed is not None:
+        batches = [max(packed, key=packed.size_of), max(packed, key=lambda part: counts[part].sum())]
+    collate = Collator(processor.tokenizer.pad_token_id, processor.image_token_id, packed is not None)
+    for taken in batches:
+        batch = collate([examples[place] for place in taken])
+        for name in ("sample_ids", "num_tokens", "attention_mask"):  # see StageTrainer
+            batch.pop(name, None)
         yield batch

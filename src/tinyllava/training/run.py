@@ -339,15 +339,19 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> StageTrainer:
     """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
-    hardware, prefetch_factor = fit_hardware(run, stage, model, processor, prepared)
-    arguments = make_arguments(run, stage, hardware, folder, len(prepared.examples), prefetch_factor)
+    hardware, prefetch_factor, packed = fit_hardware(run, stage, model, processor, prepared)
+    num_samples = len(prepared.examples)
+    arguments = make_arguments(run, stage, hardware, folder, num_samples, prefetch_factor, packed)
     trainer = StageTrainer(
         model=model,
         args=arguments,
         train_dataset=prepared.examples,
         eval_dataset=prepared.held_out.examples if prepared.held_out else None,
         stage=stage,
-        data_collator=Collator(processor.tokenizer.pad_token_id, processor.image_token_id),
+        packed=packed,
+        data_collator=Collator(
+            processor.tokenizer.pad_token_id, processor.image_token_id, packed is not None
+        ),
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)

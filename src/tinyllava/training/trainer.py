@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from tinyllava.config import COMPONENTS, Hardware, Run, Sharding, Stage
-from tinyllava.data.batches import GroupedSampler
+from tinyllava.data.batches import PackedBatches
 from tinyllava.data.dataset import Examples
-from tinyllava.data.store import image_counts
 from tinyllava.data.workers import begin_worker, out_of_shared_memory
 from tinyllava.errors import ConfigError, TrainingError
 from tinyllava.model.devices import fastest_attention, multiplies_bf16
@@ -32,6 +31,7 @@ from tinyllava.model.modeling import IGNORED
 from tinyllava.model.quiet import keeping_random_state
 from tinyllava.model.rebuild import RESUMED_TENSORS
 from tinyllava.model.tuning import component_of
+from tinyllava.training.packing import Epochs, make_order
 from tinyllava.training.sharding import (
     MOMENTS,
     choose_sharding,
@@ -43,8 +43,6 @@ from tinyllava.training.sharding import (
     without_moments,
 )
 
-WINDOW = 50
-"""Steps that ``length_windows`` sorts by length together."""
 MOST_SAMPLES = 16
 """Samples of a forward pass where memory does not set the bound: more make nothing faster on a CPU."""
 
@@ -72,9 +70,10 @@ class StageTrainer(Trainer):
 
     Args:
         stage: the stage; its learning rates and grouping are read here, the rest is in ``args``.
+        packed: this process's micro-batches, where samples share a row; None pads them.
     """
 
-    def __init__(self, *args: Any, stage: Stage, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stage: Stage, packed: PackedBatches | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert self.args.n_gpu <= 1, "see StageArguments"
         if self.accelerator.ddp_handler is not None:  # otherwise DDP holds every gradient twice
@@ -86,7 +85,9 @@ class StageTrainer(Trainer):
         """The model that holds all weights; with sharding ``model`` is its divided twin."""
         self.resumed: Path | None = None
         self.control: Any
-        self.stage = stage
+        self.stage, self.packed = stage, packed
+        if packed is not None:
+            self.add_callback(Epochs(packed))
         self.num_tokens = 0
         self.num_samples = 0
         self._since_log: list[tuple[Tensor, list[str]]] = []
@@ -153,23 +154,16 @@ class StageTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's batches of an epoch, in the order that the stage's grouping gives."""
         examples, args = self.train_dataset, self.args
-        if self.stage.group_by == "none" or not isinstance(examples, Examples):
-            loader: DataLoader[Any] = super().get_train_dataloader()
-            return loader
-        by_modality = self.stage.group_by == "modality_length"
-        sampler = GroupedSampler(
-            lengths=examples.lengths,
-            with_image=(image_counts(examples.conversations) > 0).tolist() if by_modality else None,
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            seed=args.seed,
-            micro_batch=args.train_batch_size,
-            num_ranks=args.world_size,
-            window=WINDOW if self.stage.group_by == "length_windows" else 1,
-        )
+        if self.packed is None and (self.stage.group_by == "none" or not isinstance(examples, Examples)):
+            plain: DataLoader[Any] = super().get_train_dataloader()
+            return plain
+        batches: dict[str, Any] = {"batch_sampler": self.packed}  # which are this process's own
+        if self.packed is None:
+            sampler = make_order(self.stage, examples, args.seed, args.train_batch_size, args.world_size)
+            batches = {"batch_size": args.train_batch_size, "sampler": sampler}
         loader = DataLoader(
             examples,
-            batch_size=args.train_batch_size,
-            sampler=sampler,
+            **batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -177,8 +171,7 @@ class StageTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
         )
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-        return prepared
+        return loader if self.packed is not None else self.accelerator.prepare(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -197,9 +190,11 @@ class StageTrainer(Trainer):
         # Padding stands on the right, where no supervised position looks: without a mask attention is plainly
         # causal, for which PyTorch has its fastest kernels, and the loss is the same.
         inputs.pop("attention_mask", None)
+        if self.packed is not None:  # otherwise accelerate has done so
+            inputs = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
         if isinstance(self.train_dataset, Examples):
             inputs = self.train_dataset.unpacked(inputs)
-        with fastest_attention(inputs["input_ids"], bf16=self.args.bf16):
+        with fastest_attention(inputs, bf16=self.args.bf16):
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._since_log.append((loss, sample_ids))
         return loss
@@ -266,7 +261,7 @@ class StageTrainer(Trainer):
                 for name in ("sample_ids", "num_tokens", "attention_mask"):  # as in a training step
                     batch.pop(name, None)
                 inputs = examples.unpacked(send_to_device(batch, self.args.device))
-                with fastest_attention(inputs["input_ids"], bf16=self.args.bf16):
+                with fastest_attention(inputs, bf16=self.args.bf16):
                     loss = self.model_wrapped(**inputs, num_items_in_batch=1).loss
                 if number < len(own):
                     total += float(loss.double())
@@ -330,7 +325,13 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def make_arguments(
-    run: Run, stage: Stage, hardware: Hardware, folder: Path, num_samples: int, prefetch_factor: int
+    run: Run,
+    stage: Stage,
+    hardware: Hardware,
+    folder: Path,
+    num_samples: int,
+    prefetch_factor: int,
+    packed: PackedBatches | None,
 ) -> StageArguments:
     """Translate a stage into the Trainer's words."""
     world_size = PartialState().num_processes
@@ -342,6 +343,7 @@ def make_arguments(
     assert num_passes * per_device * world_size == stage.global_batch_size, (
         "a rule of tinyllava.planning.check"
     )
+    num_passes = num_passes if packed is None else packed.num_passes
     precision = choose_precision(hardware.precision)
     return StageArguments(
         output_dir=str(folder),
