@@ -241,7 +241,7 @@ def test_a_page_whose_example_is_answered_otherwise_says_so(
         with browser.chromium(tmp_path, browser.Page) as page:
             page.call("Page.navigate", url=address)
             page.wait_for("document.body?.dataset.device")
-            assert "do not rely on the answers" in page.run("document.getElementById('error').textContent")
+            assert "Do not rely on its answers" in page.run("document.getElementById('error').textContent")
     finally:
         settings.write_text(whole)
 
