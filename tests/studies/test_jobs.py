@@ -4,6 +4,7 @@ Training is a stand-in too (fake_training): these tests are about who starts wha
 """
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -94,7 +95,8 @@ def test_a_job_that_slurm_ends_is_reported_and_the_others_go_on(workshop, monkey
     output, _ = running.communicate(timeout=200)
     assert running.returncode == 1
     lost = workshop.lines()[0].removeprefix("begin ")
-    assert f"failed: {lost}: the job slurm:1 ended without a result" in output
+    # The job writes its number when it starts to work; it may be ended before.
+    assert re.search(rf"failed: {lost}: the job slurm(:1)? ended without a result", output)
     study = load_study(workshop.folder / "study")
     assert sorted(cell.status for cell in study.cells) == ["done", "done", "failed", "failed"]
     again = workshop.start("--jobs", "slurm")
