@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import subprocess
+import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tinyllava.conversation import ImageRef
+from tinyllava.data import images
 from tinyllava.data.images import MAX_PIXELS, MAX_SIDE_PX, open_image
 from tinyllava.errors import ImageError
 
@@ -324,3 +326,15 @@ def test_postscript_called_jpg_starts_no_program(tmp_path, monkeypatch):
     path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n{} loop\n")
     with pytest.raises(ImageError, match="a PostScript file; replace it"):
         open_image(ImageRef(path=path))
+
+
+def test_threads_that_open_images_leave_the_warnings_of_the_process_alone() -> None:
+    """Each thread used to put back what the other had set, and all warnings stayed silent."""
+    before = list(warnings.filters)
+    first, second = images._REMARKS.silenced(), images._REMARKS.silenced()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert warnings.filters[0][0] == "ignore"
+    second.__exit__(None, None, None)
+    assert warnings.filters == before

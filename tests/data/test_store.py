@@ -144,7 +144,7 @@ def test_a_file_with_a_defect_leaves_nothing_behind(tmp_path):
 
 
 def test_lengths_are_counted_once_by_all_cores_and_kept(data, tmp_path, parts, monkeypatch):
-    monkeypatch.setattr(batches, "_num_cores", lambda: 2)
+    monkeypatch.setattr(batches, "num_cores", lambda: 2)
     processor = assemble(
         ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["chatml"]))
     )[1]

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from tinyllava.conversation import Conversation
+from tinyllava.data.hashes import num_cores
 from tinyllava.data.store import ROWS, StoredConversations
 from tinyllava.files import whole_file
 
@@ -270,7 +271,7 @@ def _measure(
     conversations: Sequence[Conversation], measure: Measure, progress: Callable[[int], None]
 ) -> NDArray[np.int32]:
     starts = range(0, len(conversations), _AT_ONCE)
-    num_processes = min(_num_cores(), len(starts))
+    num_processes = min(num_cores(), len(starts))
     parts = []
     _SHARED.update(conversations=conversations, measure=measure)
     try:
@@ -290,11 +291,6 @@ def _measure(
 
 def _start_methods() -> list[str]:
     return multiprocessing.get_all_start_methods()
-
-
-def _num_cores() -> int:
-    """Cores of this process, shared with the others of the same machine."""
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _use_one_core() -> None:

@@ -85,7 +85,7 @@ class ImageHashes:
         has changed.
         """
         broken: dict[ImageRef, ImageError] = {}
-        with closing(_open_database(self.path)) as database, ThreadPoolExecutor(_num_cores()) as threads:
+        with closing(_open_database(self.path)) as database, ThreadPoolExecutor(num_cores()) as threads:
             for start in range(0, len(refs), _AT_ONCE):
                 part = refs[start : start + _AT_ONCE]
                 known = dict(zip(part, threads.map(_identify, part), strict=True))
@@ -102,7 +102,8 @@ _Identity = tuple[str, _Stamp | None]
 """Name of an image that was decoded, and the stamp under which it counts."""
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
