@@ -13,6 +13,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+# isort: split
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainerCallback
 
