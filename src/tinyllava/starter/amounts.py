@@ -13,6 +13,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import tinyllava.training  # noqa: F401  (first: it imports transformers' Trainer quietly)
+
 # isort: split
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainerCallback
