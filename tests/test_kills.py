@@ -41,10 +41,9 @@ __all__ = ["data"]  # a fixture
 
 
 def in_process(action: Callable[[], object], log: Path) -> multiprocessing.Process:
-    """Start an action in a process of its own, whose words go to a file."""
+    """Start an action in a process group of its own, which is killed whole; its words go to a file."""
 
     def run() -> None:
-        os.setsid()  # so that it is killed with the processes that it starts
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -56,6 +55,7 @@ def in_process(action: Callable[[], object], log: Path) -> multiprocessing.Proce
 
     process = FORK.Process(target=run)
     process.start()
+    os.setpgid(process.pid, process.pid)  # from here on, because it may be killed before its first line
     return process
 
 
