@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from tinyllava import cli
+from tinyllava.starter import run
+from tinyllava.starter.records import Amount
+from tinyllava.starter.run import Work
 
 
 def test_an_unknown_data_set_is_answered_with_the_known_ones(
@@ -28,3 +31,19 @@ def test_a_wrong_name_is_answered_in_less_than_three_tenths_of_a_second_and_with
     assert "known: cifar10, tux_paint" in done.stderr
     assert {"torch", "transformers", "numpy"}.isdisjoint(done.stdout.split())
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+
+
+def test_the_seed_reaches_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Work] = []
+    monkeypatch.setattr(run, "run_starter", lambda output, work: given.append(work) or output)
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path))
+    assert cli.main(["starter"]) == 0
+    assert cli.main(["starter", "--seed", "7", "--captions", "3", "--conversations", "4"]) == 0
+    assert [work.seed for work in given] == [42, 7]
+    assert given[1].total == Amount(captions=3, conversations=4)
+
+
+def test_a_wrong_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["starter", "--seed", "-1"])
+    assert "--seed -1: must be 0 to 4294967295" in capsys.readouterr().err

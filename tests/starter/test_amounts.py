@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tinyllava.data.packages import default_model
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.starter.amounts import (
     FIXED_SECONDS,
@@ -22,7 +23,7 @@ from tinyllava.starter.amounts import (
 from tinyllava.starter.datasets.default import LabelledImage, Question
 from tinyllava.starter.recipe import starter_model
 from tinyllava.starter.records import AMOUNTS, Amount
-from tinyllava.starter.run import StarterParts, Work, choose_amounts
+from tinyllava.starter.run import StarterParts, Work, choose_amounts, offer_model, run_starter
 
 NUM_IMAGES = {"easy_vqa": 3132, "grocery_store": 732}
 FAST = Speed(image_seconds=0.01, caption_seconds=0.015, conversation_seconds=0.2)
@@ -112,6 +113,42 @@ def test_a_folder_that_was_begun_with_something_else_is_refused(work: Work, tmp_
 def test_the_same_minutes_resume_what_was_chosen(tmp_path: Path) -> None:
     save_begun(tmp_path, Begun(amounts=AMOUNTS["full"], minutes=30.0))
     assert choose_amounts(tmp_path, parts_without_images(), Work(minutes=30)) == AMOUNTS["full"]
+
+
+def test_the_starter_replaces_its_own_link_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path))
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    offer_model(first, replace=False)
+    default = default_model()
+    offer_model(second, replace=False)
+    assert default.resolve() == first
+    offer_model(second, replace=True)
+    assert default.resolve() == second
+    second.rmdir()  # a link to nothing
+    offer_model(first, replace=False)
+    assert default.resolve() == first
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_in_the_place_of_the_link_is_kept_and_told_before_training(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path))
+    default = default_model()
+    default.mkdir(parents=True)
+    if kind == "folder":
+        (default / "mine").touch()
+    else:
+        default.rmdir()
+        default.touch()
+    offer_model(tmp_path, replace=False)  # a short run leaves it alone
+    for work in (lambda: offer_model(tmp_path, replace=True), lambda: run_starter(tmp_path / "run", Work())):
+        with pytest.raises(ConfigError, match=rf"starter/model: a {kind}, but .* Move it away.* mv .*-mine"):
+            work()
+    assert (default / "mine").exists() or default.is_file()
+    assert not (tmp_path / "packages").exists()
 
 
 def test_the_speed_is_measured_on_the_runs_own_stages(parts: dict[str, Path], tmp_path: Path) -> None:

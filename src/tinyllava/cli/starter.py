@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
         parser.error(
             "--captions and --conversations must be at least 1, without --minutes, --short or --full"
         )
+    if not 0 <= known.seed < 2**32:
+        parser.error(f"--seed {known.seed}: must be 0 to 4294967295")
     if known.minutes is not None and not 0 < known.minutes <= 10_000:
         parser.error(f"--minutes {known.minutes:g}: must be above 0, such as 12")
 
@@ -51,6 +53,7 @@ def main(arguments: list[str]) -> int:
         options=options,
         minutes=known.minutes or 0.0,
         total=None if None in given else Amount(captions=known.captions, conversations=known.conversations),
+        seed=known.seed,
     )
     folder = "-".join(["run", *([] if work.length == "default" else [work.length]), *options])
     output = Path(known.output) if known.output else cache_folder() / "starter" / folder
@@ -73,6 +76,13 @@ def _make_parser() -> CommandParser:
     )
     parser.add_argument("--captions", type=int, metavar="N", help="captions to pre-train on, without timing")
     parser.add_argument("--conversations", type=int, metavar="N", help="conversations to fine-tune on")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="N",
+        help="seed of training (default 42); the data stay the same",
+    )
     parser.add_argument(
         "--with",
         dest="options",

@@ -10,6 +10,9 @@ from pathlib import Path
 from tinyllava.config import DataConfig, Hardware, ModelConfig, Run, from_layer
 from tinyllava.recipes.paper import BASE
 
+SEED = 42
+"""Of the connector's start, the order of records and the dropped features."""
+
 
 def starter_model(language_model: Path, vision_encoder: Path) -> ModelConfig:
     """Return the starter's parts."""
@@ -21,7 +24,9 @@ def starter_model(language_model: Path, vision_encoder: Path) -> ModelConfig:
     )
 
 
-def starter_run(model: ModelConfig, records: Path, output: Path, start_from: Path | None) -> Run:
+def starter_run(
+    model: ModelConfig, records: Path, output: Path, start_from: Path | None, seed: int = SEED
+) -> Run:
     """Return the run on converted parts and written records: one epoch of each stage's file.
 
     Embeddings stay frozen in fine-tuning: a fifth of the parameters, and few of the words are trained on.
@@ -51,6 +56,7 @@ def starter_run(model: ModelConfig, records: Path, output: Path, start_from: Pat
         model=model,
         stages={"pretrain": pretrain, "finetune": finetune},
         output=str(output),
+        seed=seed,
         start_from=str(start_from or ""),
         # Saving takes longer than a step; what a kill can cost is a minute or two.
         hardware=Hardware(num_workers=0, cache_features=True, save_steps=100),

@@ -45,7 +45,7 @@ from tinyllava.starter.convert import convert_language_model, convert_vision_enc
 from tinyllava.starter.datasets import OPTIONS, licence_of
 from tinyllava.starter.datasets.default import LabelledImage, read_easy_vqa, read_grocery_store
 from tinyllava.starter.packages import DEFAULT_PACKAGES, EASY_VQA, EFFICIENTNET_LITE2, GROCERY_STORE, SMOLLM2
-from tinyllava.starter.recipe import starter_model, starter_run
+from tinyllava.starter.recipe import SEED, starter_model, starter_run
 from tinyllava.starter.records import (
     AMOUNTS,
     DESCRIBE,
@@ -92,6 +92,8 @@ class Work:
     """Minutes of training to fit the default into; 0 means twelve, more with options."""
     total: Amount | None = None
     """Captions and conversations over all data sets, in place of measuring."""
+    seed: int = SEED
+    """Of the connector's start, the order and the dropped features; records and questions stay the same."""
 
 
 @without_loading_bars()  # the parts are converted by transformers' own loaders
@@ -104,10 +106,12 @@ def run_starter(output: Path, work: Work) -> Path:
 
     Raises:
         PackageError: a package cannot be fetched or is not the pinned one.
-        ConfigError: the minutes are too few for this machine.
+        ConfigError: the minutes are too few for this machine, or the place of its link is taken.
         TrainingError: the folder holds another run.
     """
     require("matplotlib", "report", "draws the report")
+    if work.length != "short":
+        check_offer()
     start = time.monotonic()
     parts = prepare_parts(work.options)
     amounts = choose_amounts(output, parts, work)
@@ -118,9 +122,9 @@ def run_starter(output: Path, work: Work) -> Path:
     write_json(records / LICENCES, licences)
     train_start = time.monotonic()
     num_images = 64 if work.length == "short" else NUM_START_IMAGES
-    start_folder = start_from_words(parts, amounts, output, num_images)
+    start_folder = start_from_words(parts, amounts, output, num_images, work.seed)
     write_json(start_folder / LICENCES, {"": licences})
-    run = starter_run(parts.model, records, output, start_folder)
+    run = starter_run(parts.model, records, output, start_folder, work.seed)
     model = train(run)
     trained = time.monotonic()
     offer_model(model, replace=work.length != "short")
@@ -144,7 +148,9 @@ def run_starter(output: Path, work: Work) -> Path:
     return report
 
 
-def start_from_words(parts: StarterParts, sources: Iterable[str], output: Path, num_images: int) -> Path:
+def start_from_words(
+    parts: StarterParts, sources: Iterable[str], output: Path, num_images: int, seed: int
+) -> Path:
     """Return the checkpoint that training starts from, kept in the cache: its image tokens are words.
 
     Args:
@@ -157,9 +163,9 @@ def start_from_words(parts: StarterParts, sources: Iterable[str], output: Path, 
             answer = Message(role="assistant", text=str(image.caption))
             captions.append(Conversation(messages=(*ask(DESCRIBE, ref).messages, answer)))
     shared = cache_folder() / "starter"
-    folder = shared / f"start-{start_key(parts.model, captions)}"
+    folder = shared / f"start-{start_key(parts.model, captions, seed)}"
     with held(shared, wait=True):  # of two runs that need it, one fits and the other waits
-        return make_start(parts.model, captions, folder, features=output.parent / ".features", seed=42)
+        return make_start(parts.model, captions, folder, features=output.parent / ".features", seed=seed)
 
 
 def _num_parameters(model: Path) -> int:
@@ -223,15 +229,31 @@ def _measure_amounts(parts: StarterParts, work: Work, base: Mapping[str, Amount]
 
 
 def offer_model(model: Path, *, replace: bool) -> None:
-    """Make this the model that ``tinyllava chat`` opens by default."""
+    """Make this the model that ``tinyllava chat`` opens by default, by a link from the cache."""
     default = default_model()
     if default.exists() and not replace:
         return
+    check_offer()
     default.parent.mkdir(parents=True, exist_ok=True)
     link = default.with_name("model.new")
     link.unlink(missing_ok=True)
     link.symlink_to(model.resolve())
     link.replace(default)
+
+
+def check_offer() -> None:
+    """Refuse to replace what the starter has not made: its default model is a link.
+
+    Raises:
+        ConfigError: a folder or a file is in the link's place.
+    """
+    default = default_model()
+    if default.exists() and not default.is_symlink():
+        kind = "folder" if default.is_dir() else "file"
+        raise ConfigError(
+            f"{default}: a {kind}, but the starter puts a link to its model there. "
+            f"Move it away, for example: mv {default} {default}-mine"
+        )
 
 
 def prepare_parts(options: Sequence[str] = ()) -> StarterParts:

@@ -49,10 +49,10 @@ def make_start(
     return folder
 
 
-def start_key(config: ModelConfig, captions: Sequence[Conversation]) -> str:
-    """Return a digest of what decides the fit: the connector, the captions and this file."""
+def start_key(config: ModelConfig, captions: Sequence[Conversation], seed: int) -> str:
+    """Return a digest of what decides the fit: the connector, the captions, the seed and this file."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(repr((config, [(talk.images[0].name, _caption(talk)) for talk in captions])).encode())
+    digest.update(repr((config, seed, [(talk.images[0].name, _caption(talk)) for talk in captions])).encode())
     return digest.hexdigest()[:8]
 
 
