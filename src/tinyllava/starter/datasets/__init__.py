@@ -56,5 +56,7 @@ OPTIONS: dict[str, Option] = {
 
 def licence_of(source: str) -> str:
     """Return the licence of a data set by its ``source``."""
+    if source == "drawn":
+        return "Apache-2.0"  # tinyllava's own
     packages = {"easy_vqa": EASY_VQA, "grocery_store": GROCERY_STORE}
     return (packages[source] if source in packages else OPTIONS[source].package).licence

@@ -135,7 +135,7 @@ def read_easy_vqa(package: Path, seed: int = 0) -> list[LabelledImage]:
         for number, asked in sorted(questions.items()):
             caption = _easy_vqa_caption(asked)
             if split == "train" and caption is not None:
-                asked = _balanced_questions(caption, generator)
+                asked = balanced_questions(caption, generator)
             images.append(
                 LabelledImage(
                     name=f"easy_vqa/{split}/{number}.png",
@@ -148,8 +148,8 @@ def read_easy_vqa(package: Path, seed: int = 0) -> list[LabelledImage]:
     return images
 
 
-def _balanced_questions(caption: str, generator: random.Random) -> list[Question]:
-    """Ask for shape and colour in every wording, and for yes and no in turn, about shape and colour alike."""
+def balanced_questions(caption: str, generator: random.Random) -> list[Question]:
+    """Ask for shape and colour of "a red circle" in every wording, and for yes and no about both in turn."""
     colour, shape = caption.split()[1:]
     named: dict[Kind, str] = {"shape": shape, "colour": colour}
     asked = [
