@@ -305,7 +305,8 @@ class Hardware:
     """Decode every image of every stage once, before the first stage trains. Without it, a broken image stops
     the run when it is trained on."""
     cache_features: bool = False
-    """Compute the features of a frozen encoder once per image and cache them on disk."""
+    """Compute the features of a frozen encoder once per image and cache them on disk, in half precision where
+    the connector sees them so."""
     save_steps: int = 0
     """Optimizer steps between checkpoints; 0 means ten per stage."""
     keep_checkpoints: int = 0

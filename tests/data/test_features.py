@@ -66,6 +66,39 @@ def test_rows_are_the_encoders_features(model_and_processor, tmp_path, conversat
         torch.testing.assert_close(cache.read(ref), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("connector", "half", "kept"),
+    [
+        ("mlp", torch.bfloat16, torch.bfloat16),
+        ("mlp", torch.float16, torch.float16),
+        ("mlp", None, torch.float32),
+        ("slots", torch.bfloat16, torch.float32),  # begins with a mean, which autocast does not round
+    ],
+)
+def test_features_take_half_the_disk_where_the_connector_makes_the_same_of_them(
+    parts, tmp_path, conversations, connector, half, kept
+):
+    config = ModelConfig(
+        vision_encoder=str(parts["siglip"]), language_model=str(parts["phi"]), connector=connector
+    )
+    model, processor = assemble(config)
+    caches = [FeatureCache(tmp_path / "kept", model, processor, dtype) for dtype in (None, half)]
+    for cache in caches:
+        cache.fill(conversations)
+    [exact, rounded] = [cache.read(conversations[1].images[0]) for cache in caches]
+    assert (exact.dtype, rounded.dtype) == (torch.float32, kept)
+    assert caches[1].path.stat().st_size == 3 * 4 * 32 * kept.itemsize
+    assert torch.equal(rounded, exact.to(kept))
+    with torch.autocast("cpu", half, enabled=half is not None):
+        results = [model(**one).image_tokens for one in map(step_inputs(model), (exact, rounded))]
+    assert torch.equal(*results)
+
+
+def step_inputs(model):
+    ids = torch.tensor([[*[model.config.image_token_id] * 4, 5, 6]])
+    return lambda features: {"input_ids": ids, "image_features": features[None]}
+
+
 def test_each_content_is_computed_once_and_found_again(model_and_processor, tmp_path, conversations, counted):
     FeatureCache(tmp_path / "kept", *model_and_processor).fill(conversations, batch_size=2)
     assert counted == [2, 1]

@@ -30,6 +30,8 @@ _Missing = tuple[str, ImageRef, Conversation]
 """Digest of an image, where it is, and a record that shows it."""
 
 
+_FORMS = {torch.float32: ("", "f32"), torch.bfloat16: ("-bf16", "bf16"), torch.float16: ("-fp16", "f16")}
+"""What ends the names of folder and file of features in a precision."""
 _LINE = re.compile(r"[0-9a-f]{64} [0-9a-f]{8}\n")
 
 
@@ -42,14 +44,23 @@ class FeatureCache:
 
     Args:
         folder: where features of any encoder may be kept.
+        half: what matrix products of the training compute in, None for fp32. Rows are kept so where the
+            connector makes the same of them, see ``seen_dtype``.
     """
 
     def __init__(
-        self, folder: Path, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor
+        self,
+        folder: Path,
+        model: TinyLlavaForConditionalGeneration,
+        processor: TinyLlavaProcessor,
+        half: torch.dtype | None = None,
     ) -> None:
         self.model, self.processor = model, processor
         self.shape = (model.config.num_patches, model.config.vision_width)
-        self.folder = folder / encoder_key(model, processor)
+        self.dtype = seen_dtype(model, half)
+        name, ending = _FORMS[self.dtype]
+        self.folder = folder / (encoder_key(model, processor) + name)
+        self.path = self.folder / f"features.{ending}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, int] = {}
         self.checksums: list[int] = []
@@ -62,7 +73,7 @@ class FeatureCache:
     @property
     def row_bytes(self) -> int:
         """Bytes of one image's features."""
-        return 4 * self.shape[0] * self.shape[1]
+        return self.dtype.itemsize * self.shape[0] * self.shape[1]
 
     def fill(
         self,
@@ -96,8 +107,7 @@ class FeatureCache:
     def _require_space(self, num_missing: int) -> None:
         """Say what the missing rows take, and refuse to begin what the disk cannot hold."""
         used = self.row_bytes * len(self.rows)
-        path = self.folder / "features.f32"
-        left_over = max(0, path.stat().st_size - used) if path.exists() else 0  # is written over
+        left_over = max(0, self.path.stat().st_size - used) if self.path.exists() else 0  # is written over
         needed = num_missing * self.row_bytes
         free = shutil.disk_usage(self.folder).free + left_over
         if needed > free:
@@ -114,7 +124,7 @@ class FeatureCache:
 
     def _read_index(self) -> None:
         """Learn which rows are there; what a kill or a full disk cut off is taken out of the index."""
-        index, path = self.folder / "index.txt", self.folder / "features.f32"
+        index, path = self.folder / "index.txt", self.path
         text = index.read_text(encoding="ascii", errors="replace") if index.exists() else ""
         num_rows = path.stat().st_size // self.row_bytes if path.exists() else 0
         whole = takewhile(_LINE.fullmatch, text.splitlines(keepends=True))
@@ -145,11 +155,10 @@ class FeatureCache:
             DataError: the row is not the one that was written.
         """
         row = self.rows[self._digest(ref)]
-        size, path = self.shape[0] * self.shape[1], self.folder / "features.f32"
-        values = np.fromfile(path, dtype=np.float32, count=size, offset=self.row_bytes * row)
-        if zlib.crc32(values.tobytes()) != self.checksums[row]:
-            raise DataError(f"{path}: row {row} is damaged. Delete {self.folder} to recompute it.")
-        return torch.from_numpy(values.reshape(self.shape))
+        stored = np.fromfile(self.path, dtype=np.uint8, count=self.row_bytes, offset=self.row_bytes * row)
+        if zlib.crc32(stored.tobytes()) != self.checksums[row]:
+            raise DataError(f"{self.path}: row {row} is damaged. Delete {self.folder} to recompute it.")
+        return torch.from_numpy(stored).view(self.dtype).view(self.shape)
 
     def _append(self, batch: list[_Missing]) -> None:
         images = []
@@ -159,14 +168,14 @@ class FeatureCache:
         pixels = self.processor.to_pixels(images)
         device = next(self.model.vision_encoder.parameters()).device
         with torch.inference_mode():
-            features = self.model.model.encode_images(pixels.to(device)).float().cpu().numpy()
+            features = self.model.model.encode_images(pixels.to(device)).float().to(self.dtype).cpu()
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
-        path = self.folder / "features.f32"
-        with path.open("r+b" if path.exists() else "w+b") as file:
-            file.seek(features[0].nbytes * len(self.rows))
-            file.write(features.tobytes())
+        rows = features.contiguous().flatten(1).view(torch.uint8).numpy()
+        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+            file.seek(self.row_bytes * len(self.rows))
+            file.write(rows.tobytes())
         with (self.folder / "index.txt").open("a", encoding="ascii") as index:
-            sums = [zlib.crc32(row.tobytes()) for row in features]
+            sums = [zlib.crc32(row.tobytes()) for row in rows]
             index.writelines(
                 f"{digest} {sum_:08x}\n" for (digest, _, _), sum_ in zip(batch, sums, strict=True)
             )
@@ -182,6 +191,28 @@ class FeatureCache:
         if key not in self._digests:
             self._digests[key] = hashlib.sha256(read_image_bytes(ref)).hexdigest()
         return self._digests[key]
+
+
+@torch.no_grad()
+def seen_dtype(model: TinyLlavaForConditionalGeneration, half: torch.dtype | None) -> torch.dtype:
+    """Return the precision that the connector sees features in: half where it makes the same of rounded ones.
+
+    Autocast rounds the input of a linear layer anyway. A connector that begins with a norm or a mean sees
+    fp32. It is tried, so that a connector of the user's is known as well.
+    """
+    if half is None:
+        return torch.float32
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, model.config.num_patches, model.config.vision_width)
+    features = 10 * torch.randn(shape, generator=generator)
+    weight, was_training = next(model.connector.parameters()), model.connector.training
+    model.connector.eval()
+    with torch.autocast(weight.device.type, half):
+        tokens, of_rounded = (
+            model.connector(values.to(weight)) for values in (features, features.to(half).float())
+        )
+    model.connector.train(was_training)
+    return half if torch.equal(tokens, of_rounded) else torch.float32
 
 
 def encoder_key(model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor) -> str:

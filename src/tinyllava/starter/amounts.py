@@ -31,8 +31,10 @@ from tinyllava.model.tuning import apply_tuning
 from tinyllava.starter.datasets.default import LabelledImage
 from tinyllava.starter.recipe import starter_run
 from tinyllava.starter.records import Amount, RecordFiles, write_records
+from tinyllava.training.packing import HALF
 from tinyllava.training.prepare import prepare
 from tinyllava.training.run import make_trainer, release
+from tinyllava.training.trainer import choose_precision
 
 FILE = "amounts.json"
 DEFAULT_MINUTES = 12.0
@@ -196,7 +198,8 @@ def _encode(
     run: Run, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor, files: RecordFiles
 ) -> float:
     """Return the seconds that one image takes, and leave the features of all to the stages."""
-    cache = FeatureCache(run.folder.parent / ".features", model, processor)
+    half = HALF.get(choose_precision(run.hardware.precision))
+    cache = FeatureCache(run.folder.parent / ".features", model, processor, half)
     conversations = read_records(files.pretrain, files.images).conversations
     cache.fill(conversations[:8])
     start, before = time.monotonic(), len(cache.rows)

@@ -139,7 +139,7 @@ def _limit_workers(
     counts = image_counts(examples.conversations)
     image_bytes = examples.packing.image_bytes if examples.packing else 4 * 3 * processor.image_size_px**2
     if examples.features is not None:
-        image_bytes = 4 * examples.features.shape[0] * examples.features.shape[1]
+        image_bytes = examples.features.row_bytes
     size = hardware.device_batch_size
     num_images = size * int(counts.max())
     tokens_bytes = 5 * 8 * size * max(examples.lengths)  # ids, mask, labels, places

@@ -38,7 +38,9 @@ from tinyllava.model.packing import ImagePacking
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.parts.templates import as_published, read_template
 from tinyllava.parts.user_code import is_reference, run_value
+from tinyllava.training.packing import HALF
 from tinyllava.training.progress import make_progress
+from tinyllava.training.trainer import choose_precision
 
 _IMAGES = ".image-hashes.sqlite"
 _LONG_SECONDS = 5
@@ -360,7 +362,8 @@ def _fill_features(
 ) -> None:
     """Give the examples the features of their images, computed where they are not there yet."""
     model.vision_encoder.to(PartialState().device)
-    cache = FeatureCache(run.folder.parent / ".features", model, processor)
+    half = HALF.get(choose_precision(run.hardware.precision))
+    cache = FeatureCache(run.folder.parent / ".features", model, processor, half)
     conversations = chain.from_iterable(examples.conversations for examples in parts)
     num_images = sum(int(image_counts(examples.conversations).sum()) for examples in parts)
     task = bar.add_task("encoding images", total=num_images, note="")
