@@ -54,12 +54,16 @@ def kill_at(config: Path, metrics: Path, num_lines: int) -> bool:
     return False
 
 
-def configured(parts, records, folder: Path, bits: int, save_steps: int = 3) -> tuple[Path, Path]:
+def configured(
+    parts, records, folder: Path, bits: int, save_steps: int = 3, num_workers: int = 0
+) -> tuple[Path, Path]:
     run = toy_run(
         parts,
         records,
         folder / "run",
-        hardware=Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=save_steps),
+        hardware=Hardware(
+            num_workers=num_workers, precision="fp32", device_batch_size=2, save_steps=save_steps
+        ),
     )
     stages = {name: dataclasses.replace(stage, num_epochs=8) for name, stage in run.stages.items()}
     stages["finetune"] = dataclasses.replace(
@@ -86,25 +90,30 @@ def test_killed_in_both_stages_and_resumed_gives_the_same_bytes(parts, records, 
 
 
 def end_at(config: Path, metrics: Path, num_lines: int, number: int) -> tuple[int, str]:
-    """Start the run and send it a signal once so many steps are logged; return its exit status and words."""
+    """Start the run and send its whole group a signal once so many steps are logged, as schedulers do.
+
+    Returns:
+        Its exit status and its words.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "tinyllava", "train", f"{config.parent / 'mine.py'}:RUN"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        process_group=0,
     )
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= num_lines):
         time.sleep(0.002)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=200)
+    os.killpg(process.pid, number)
+    _, said = process.communicate()
     return process.returncode, said
 
 
 def test_sigterm_and_ctrl_c_save_before_they_end(parts, records, tmp_path):
     config, whole = configured(parts, records, tmp_path / "whole", 16, save_steps=100)
     assert start(config).wait() == 0
-    config, ended = configured(parts, records, tmp_path / "ended", 16, save_steps=100)
+    config, ended = configured(parts, records, tmp_path / "ended", 16, save_steps=100, num_workers=1)
     (config.parent / "mine.py").write_text(
         "from pathlib import Path\nfrom tinyllava.config import run_from_json\n"
         f"RUN = run_from_json(Path({str(config)!r}).read_text())\n"
@@ -116,7 +125,7 @@ def test_sigterm_and_ctrl_c_save_before_they_end(parts, records, tmp_path):
     ):
         metrics = ended / stage / "metrics.jsonl"
         status, said = end_at(config, metrics, num_lines, number)
-        assert status == 128 + number
+        assert status == 128 + number, said
         assert "stopping: saving after this step" in said
         assert "Traceback" not in said
         num_steps = metrics.read_text().count("\n")

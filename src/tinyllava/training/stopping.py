@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,32 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tinyllava.errors import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_listening = threading.Event()
+
+
+@cache
+def _protect_workers() -> None:
+    """Have SIGTERM end a process that opens images only if its parent, this process, sends it.
+
+    Schedulers, containers and ``timeout`` send it to every process of a run. A worker that ended then would
+    interrupt its parent in the writing of the checkpoint: PyTorch raises an error there as soon as one dies.
+    PyTorch replaces the handler of SIGTERM in its workers, so the signal is blocked and taken by a thread.
+    """
+    if sys.platform == "linux":  # elsewhere nobody can tell who sent a signal
+        os.register_at_fork(after_in_child=_begin_worker)
+
+
+def _begin_worker() -> None:
+    if _listening.is_set():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
 
 
 class StopRequests(TrainerCallback):
@@ -57,9 +84,12 @@ class StopRequests(TrainerCallback):
 
         for number in _SIGNALS:
             signal.signal(number, take)
+        _protect_workers()
+        _listening.set()
         try:
             yield
         finally:
+            _listening.clear()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.received:
