@@ -124,8 +124,8 @@ def test_a_list_of_right_answers_trains_the_most_frequent_and_counts_whole_in_an
             writer.writerows([row["question"], json.dumps(row["answers"])] for row in rows)
     talks = read_records(path, tmp_path).conversations
     assert [talk.messages[1].text for talk in talks] == ["red", "2", "here"]
-    asked, _ = own_data._read_asked(path)
-    assert [one.answers for one in asked] == [tuple(row["answers"]) for row in rows]
+    questions = own_data.own_benchmark(path).load(tmp_path)
+    assert [question.target["answers"] for question in questions] == [row["answers"] for row in rows]
 
 
 @pytest.mark.parametrize("value", [["a", "b"], [0.1, 0.2, 0.3, 0.4]])
