@@ -88,7 +88,8 @@ def test_a_few_records_are_learnt_from(
     if num_records == 1:
         assert steps[-1]["loss"] < steps[0]["loss"]
     printed = capsys.readouterr().out
-    assert f"finetune: {num_records} records: batch {batch}, 5 epochs ({len(steps)} steps), rate " in printed
+    given = f"{num_records} record{'s' * (num_records > 1)}"
+    assert f"finetune: {given}: batch {batch}, 5 epochs ({len(steps)} steps), rate " in printed
     assert ("LoRA rank 16" in printed) == (recipe == "lora")
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, Path("run/model")))
     moved = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
