@@ -58,6 +58,7 @@ FILES = {
         "full/train-0.parquet": parquet_bytes("a", "b", "c", kind="letters"),
         "full/train-1.parquet": parquet_bytes("d", kind="digits"),
         "full/test-0.parquet": parquet_bytes("e"),
+        "full/test-1.parquet": parquet_bytes("g"),
         "small/0.parquet": parquet_bytes("f"),
     },
     "owner/name": {  # of the guide
@@ -196,7 +197,7 @@ def test_all_files_of_a_split_are_questions_and_sides_of_a_split(hub, capsys) ->
         "train-1.parquet: record 0",
     ]
     assert [question.category for question in questions][2:] == ["letters", "digits"]
-    assert len(find_questions("hf:somebody/mugs:test", "all")[0]["own-mugs_test"].load(Path())) == 1
+    assert len(find_questions("hf:somebody/mugs:test", "all")[0]["own-mugs_test"].load(Path())) == 2
     assert tell(capsys, "data", "convert", "hf:somebody/mugs", "all.json")[0] == 0
     written = json.loads(Path("all.json").read_text())
     assert [record["kind"] for record in written] == ["letters"] * 3 + ["digits"]
@@ -232,10 +233,13 @@ def test_a_run_records_the_commit_of_its_data_and_its_model_the_licence(
 ) -> None:
     named = write_run(toy_run(parts, records, tmp_path / "run"), tmp_path)
     options = ["--data", "hf:somebody/mugs/full:train", "--only", "finetune", "--finetune.max-steps", "1"]
+    options += ["--held-out", "hf:somebody/mugs/full:test"]
     status, said = tell(capsys, "train", named, *options)
     assert status == 0, said
     kept = json.loads((tmp_path / "run/run.json").read_text())["stages"]["finetune"]["data"]["records"]
     assert kept == [f"hf:somebody/mugs/full:train@{COMMIT}"]
+    held_out = json.loads((tmp_path / "run/finetune/stage.json").read_text())["data"]["held_out"]
+    assert (held_out["num_samples"], held_out["num_with_seen_image"]) == (2, 2)  # all show one image
     status, said = tell(capsys, "export", str(tmp_path / "run/model"), str(tmp_path / "out"))
     assert status == 0, said
     assert "| data: hf:somebody/mugs | cc-by-4.0 |" in (tmp_path / "out/README.md").read_text()
