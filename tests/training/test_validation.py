@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import make_records
 from tinyllava.config import Hardware, Run, Validation, lora
@@ -66,11 +67,12 @@ def loss_of(folder: Path, file: Path) -> float:
     return total / count
 
 
-def test_the_loss_is_that_of_plain_torch_and_the_weights_are_those_without_validation(
+def test_the_loss_is_that_of_plain_torch_in_a_tracker_too_and_the_weights_are_those_without_both(
     parts, records, held, tmp_path, capfd
 ):
     wanted = Validation(held_out=str(held), every_steps=5, num_answers=2)
-    model = train(validated(parts, records, tmp_path / "with/run", wanted))
+    measured = validated(parts, records, tmp_path / "with/run", wanted)
+    model = train(dataclasses.replace(measured, report_to=("tensorboard",)))
     train(validated(parts, records, tmp_path / "without/run", Validation()))
     name = "run/finetune/trained.safetensors"
     assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
@@ -78,6 +80,12 @@ def test_the_loss_is_that_of_plain_torch_and_the_weights_are_those_without_valid
     assert [step for step, _ in curve] == [0, 5, 10, 12]
     assert curve[-1][1] == pytest.approx(loss_of(model, held), rel=1e-5)
     assert curve[-1][1] < curve[0][1]
+    tracked = EventAccumulator(str(next((tmp_path / "with/run").rglob("events.out.*")).parent)).Reload()
+    kept = [(point.step, point.value) for point in tracked.Scalars("eval/loss")]
+    assert kept == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in curve]
+    lines = map(json.loads, (tmp_path / "with/run/finetune/metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert [point.value for point in tracked.Scalars("train/loss")] == pytest.approx(losses, rel=1e-6)
     metadata = json.loads((tmp_path / "with/run/finetune/stage.json").read_text())
     assert metadata["validation"]["best_step"] == min(curve[1:], key=lambda point: point[1])[0]
     assert metadata["data"]["held_out"]["num_samples"] == 7
