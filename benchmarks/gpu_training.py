@@ -37,9 +37,10 @@ from tinyllava.model.tuning import apply_tuning, merge_adapters
 from tinyllava.parts.templates import read_template
 from tinyllava.planning.plan import GPUS, Machine, choose_forms, count_flops, plan_parts
 from tinyllava.recipes.paper import ADAPTERS_ON_4_BITS, BASE
+from tinyllava.training.precision import choose_precision
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.run import make_trainer, release
-from tinyllava.training.trainer import StageTrainer, choose_precision
+from tinyllava.training.trainer import StageTrainer
 from train_samples import make_tokenizer
 from train_step import matmul_peak
 

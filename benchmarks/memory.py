@@ -140,6 +140,7 @@ def measure(case: Case) -> int:
     from tinyllava.model.configuration import TinyLlavaConfig
     from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
     from tinyllava.model.tuning import apply_tuning
+    from tinyllava.training.precision import hold_frozen_in_half
 
     encoder, language = ENCODERS[case.encoder], LANGUAGES[case.language]
     vision_class = CLIPVisionConfig if case.encoder == "clip" else SiglipVisionConfig
@@ -182,6 +183,10 @@ def measure(case: Case) -> int:
     apply_tuning(model, case.stage)
     if case.options.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch.no_grad():
+        for parameter in model.parameters():  # as those of a published model are
+            parameter.copy_(parameter.bfloat16())
+    hold_frozen_in_half(model, "bf16" if case.bf16 else "fp32")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     for _ in range(2):
         for _ in range(2 if case.options.get("accumulates") else 1):

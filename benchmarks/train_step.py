@@ -52,6 +52,7 @@ from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.parts.templates import read_template
 from tinyllava.training.packing import WINDOW
+from tinyllava.training.precision import hold_frozen_in_half
 from train_samples import SHAPES, Shape, make_samples, make_tokenizer
 
 Way = Literal["stock", "ours", "packed", "cached"]
@@ -93,6 +94,8 @@ class Contestant:
         self.model.config.text_config.use_cache = False  # as the Trainer sets it
         fill_weights(self.model)
         self.examples = self._make_examples(num_batches, folder)
+        if way != "stock":
+            hold_frozen_in_half(self.model, precision)
         self.batches = [self._make_batch(rows) for rows in self._group(num_batches)]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -234,6 +237,7 @@ def fill_weights(model: nn.Module) -> None:
         else:
             generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
             parameter.normal_(0, 0.02, generator=generator)
+            parameter.copy_(parameter.bfloat16())  # as those of a published model are
 
 
 def serve(connection: Connection, *args: Any) -> None:

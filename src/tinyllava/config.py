@@ -288,8 +288,9 @@ class Hardware:
     device_batch_size: int = 0
     """Samples per forward pass and rank; 0 means the largest divisor of the rank's share of a batch that fits
     the device by the estimate of `tinyllava show` (at most 16 on a CPU and with loss_norm micro)."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 if the hardware supports it, otherwise fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """auto: bf16 if the hardware supports it, otherwise fp32. tf32: fp32, but matrix products round their
+    inputs to 10 bits behind the point, on NVIDIA GPUs since Ampere; fp32 never does."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more time. None: only where
     fewer than two samples fit the device without it."""

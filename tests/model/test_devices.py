@@ -10,7 +10,7 @@ from tinyllava.errors import ConfigError
 from tinyllava.inference.chat import Chat, choose_dtype
 from tinyllava.model.devices import check_device, multiplies_bf16
 from tinyllava.parts.folders import saved_dtype
-from tinyllava.training.trainer import choose_precision
+from tinyllava.training.precision import choose_precision
 
 
 def put_in_gpu(monkeypatch, major: int) -> None:

@@ -271,6 +271,10 @@ MACHINE: dict[str, tuple[Callable[[Run], Run], str]] = {
         lambda run: replace(run, hardware=replace(run.hardware, precision="fp16")),
         "needs a CUDA device",
     ),
+    "tf32": (
+        lambda run: replace(run, hardware=replace(run.hardware, precision="tf32")),
+        "needs an NVIDIA GPU since Ampere (A100); choose auto or fp32",
+    ),
     "tracker": (lambda run: replace(run, report_to=("dvclive",)), "'dvclive': not installed"),
 }
 

@@ -284,15 +284,17 @@ def test_every_variant_has_a_form_that_train_runs_on_every_machine() -> None:
         ("V100-32G", "fp16", True),
         ("A100-40G", "auto", True),
         ("A100-40G", "fp32", False),
+        ("A100-40G", "tf32", False),
     ],
 )
 def test_hours_and_memory_are_those_of_the_precision_on_the_gpu(
-    gpu: str, wanted: Literal["auto", "fp16", "fp32"], is_half: bool
+    gpu: str, wanted: Literal["auto", "fp16", "fp32", "tf32"], is_half: bool
 ) -> None:
     run = variant("base-C-TL")
     run = replace(run, hardware=replace(run.hardware, precision=wanted, device_batch_size=1))
     plan = plan_run(run, gpu=gpu).stages[1]
     peak = {"V100-32G": (15.7e12, 125e12), "A100-40G": (19.5e12, 312e12)}[gpu][is_half]
+    peak = 156e12 if wanted == "tf32" else peak
     assert plan.load is not None
     flops = plan.load.flops + plan.load.recomputed_flops * plan.forms["as the recipe"].checkpointing
     assert plan.hours == pytest.approx(flops / (8 * peak * plan.utilisation) / 3600)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import toys
 from tinyllava.config import FULL, Run, Stage, Validation, from_layer, lora
 from tinyllava.planning.rules import DIVIDED_OPTIMIZERS
+from tinyllava.training import run as training
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer
 from training.test_distributed import make_records
@@ -167,3 +168,17 @@ def test_adapters_and_other_optimizers(parts, tmp_path):
         one, two = (load_file(tmp_path / f"{n}/run/{name}/trained.safetensors") for n in ("one", "two"))
         for tensor in one:
             torch.testing.assert_close(two[tensor], one[tensor], rtol=0, atol=1e-5, msg=f"{name} {tensor}")
+
+
+def test_frozen_layers_in_half_precision_are_divided_and_give_the_same_bits(parts, tmp_path, monkeypatch):
+    run = toy_run(parts, make_records(tmp_path, {2}), tmp_path)
+    stages = {
+        "pretrain": run.stages["pretrain"],
+        "finetune": dataclasses.replace(run.stages["finetune"], language_model=lora(4)),
+    }
+    stages = {name: dataclasses.replace(stage, max_steps=1) for name, stage in stages.items()}
+    run = dataclasses.replace(run, stages=stages)
+    train_in(2, sharded(run, "all", tmp_path / "held", precision="bf16"))
+    monkeypatch.setattr(training, "hold_frozen_in_half", lambda model, precision: lambda: None)
+    train_in(2, sharded(run, "all", tmp_path / "plain", precision="bf16"))
+    compare(tmp_path / "held", tmp_path / "plain", exactly=True)

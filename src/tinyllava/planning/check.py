@@ -205,6 +205,12 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def _has_tf32() -> bool:
+    import torch
+
+    return _has_cuda() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def _machine_problems(run: Run, num_ranks: int) -> Iterator[str]:
     if run.start_from and not (Path(run.start_from) / "config.json").is_file():
         try:
@@ -221,6 +227,8 @@ def _machine_problems(run: Run, num_ranks: int) -> Iterator[str]:
         yield from (f"stages.{name}.{p}" for p in rules.bits_problems(stage))
     if run.hardware.precision == "fp16" and not _has_cuda():
         yield "hardware.precision = 'fp16': needs a CUDA device; choose auto, bf16 or fp32."
+    if run.hardware.precision == "tf32" and not _has_tf32():
+        yield "hardware.precision = 'tf32': needs an NVIDIA GPU since Ampere (A100); choose auto or fp32."
 
 
 def _data_problems(run: Run, on_this_machine: bool) -> Iterator[str]:

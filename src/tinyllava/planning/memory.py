@@ -1,14 +1,15 @@
 """Closed form of the peak memory of one training step on one device, before anything is loaded.
 
 Paper: small LMMs are for those with few and small GPUs (section 1); this says which recipe fits which.
-What a layer keeps for its backward pass is counted tensor by tensor below. Weights are held in fp32, as the
-trainer loads them; with bf16 the matrix products run on casts, of which the backward pass keeps a copy.
+What a layer keeps for its backward pass is counted tensor by tensor below. Weights are held in fp32. With
+bf16 frozen linear layers are held in bf16 (``tinyllava.training.precision``), and products with trained ones
+run on casts, of which the backward pass keeps a copy.
 docs/memory.md compares the estimate with measured peaks.
 """
 
 from dataclasses import dataclass, replace
 
-from tinyllava.config import OPTIMIZERS, Component, Sharding, Stage, Tune
+from tinyllava.config import FROZEN, OPTIMIZERS, Component, Sharding, Stage, Tune
 from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES, LanguageFamily, VisionFamily
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
@@ -104,11 +105,11 @@ def estimate_memory(
         num_ranks: with more than one and no sharding, gradients lie in buckets all the time (DDP).
     """
     trained = sum(count_trained(size, tune) for size, tune in _tuned(parts, stage))
-    weights = sum(_weight_bytes(size, tune) for size, tune in _tuned(parts, stage))
+    weights = _all_weight_bytes(parts, stage, bf16)
     is_divided = sharding != "none" and num_ranks > 1
     num_shards = num_ranks if is_divided else 1
     in_buckets = num_ranks > 1 and not is_divided  # of DDP, which hold the gradients all the time
-    whole, gathered = _undivided(parts, stage, sharding) if is_divided else (0, 0)
+    whole, gathered = _undivided(parts, stage, sharding, bf16) if is_divided else (0, 0)
     activations = batch * _sample_bytes(parts, stage, num_tokens, bf16, checkpointing)
     activations += batch * num_supervised * _logit_bytes(parts.language, bf16)
     if bf16 and not checkpointing:
@@ -127,6 +128,29 @@ def _tuned(parts: PlannedParts, stage: Stage) -> list[tuple[PartSize, Tune]]:
     return [(size, stage.tune(component)) for component, size in parts.sizes.items()]
 
 
+def _all_weight_bytes(parts: PlannedParts, stage: Stage, bf16: bool) -> int:
+    """Bytes of all weights; with bf16 those of frozen linear layers, but not the connector's, are halved."""
+    weights = sum(_weight_bytes(size, tune) for size, tune in _tuned(parts, stage))
+    if not bf16:
+        return weights
+    halved = _halved_weights(parts.encoder_size, stage.vision_encoder)
+    halved += _halved_weights(parts.language_size, stage.language_model)
+    if not parts.language.tied and stage.language_model.kind != "full":
+        halved += parts.language.vocab_size * parts.language.width  # the head
+    return weights - (FLOAT_BYTES - HALF_BYTES) * halved
+
+
+def _halved_weights(size: PartSize, tune: Tune) -> int:
+    """Weights of a component's linear layers that are held in half precision, because they are frozen."""
+    if size.members:
+        return sum(_halved_weights(member, tune) for member in size.members)
+    if tune.kind == "full" or tune.bits < 16:
+        return 0
+    if tune.kind == "from_layer":
+        return size.adapted_weights * sum(size.layers[: tune.first_layer]) // max(1, sum(size.layers))
+    return size.adapted_weights
+
+
 def _weight_bytes(size: PartSize, tune: Tune) -> int:
     """Bytes of a component's weights: fp32, or 4 or 8 bits in its linear layers below adapters."""
     if size.members:
@@ -136,7 +160,7 @@ def _weight_bytes(size: PartSize, tune: Tune) -> int:
     return int(held * BITS_BYTES[tune.bits] + (size.total - held + adapters) * FLOAT_BYTES)
 
 
-def _undivided(parts: PlannedParts, stage: Stage, sharding: Sharding) -> tuple[int, int]:
+def _undivided(parts: PlannedParts, stage: Stage, sharding: Sharding, bf16: bool) -> tuple[int, int]:
     """Bytes of weights that sharding leaves whole, and of those that are gathered at one time.
 
     See ``tinyllava.training.sharding.shard``: a frozen encoder and codes are never divided, and with
@@ -144,12 +168,14 @@ def _undivided(parts: PlannedParts, stage: Stage, sharding: Sharding) -> tuple[i
     """
     if sharding == "gradients":
         trained = sum(count_trained(size, tune) for size, tune in _tuned(parts, stage))
-        weights = sum(_weight_bytes(size, tune) for size, tune in _tuned(parts, stage))
-        return weights - FLOAT_BYTES * trained, FLOAT_BYTES * trained
+        return _all_weight_bytes(parts, stage, bf16) - FLOAT_BYTES * trained, FLOAT_BYTES * trained
     held = [
         size.adapted_weights * BITS_BYTES[tune.bits] for size, tune in _tuned(parts, stage) if tune.bits < 16
     ]
-    encoder = 0 if stage.vision_encoder.trains else _weight_bytes(parts.encoder_size, stage.vision_encoder)
+    encoder = 0
+    if not stage.vision_encoder.trains:
+        encoder = _weight_bytes(parts.encoder_size, stage.vision_encoder)
+        encoder -= (FLOAT_BYTES - HALF_BYTES) * bf16 * _halved_weights(parts.encoder_size, FROZEN)
     return int(sum(held)) + encoder, FLOAT_BYTES * _gathered(parts, stage)
 
 
@@ -164,11 +190,13 @@ def _gathered(parts: PlannedParts, stage: Stage) -> int:
 
 
 def _cast_weights(parts: PlannedParts, stage: Stage) -> int:
-    """Weights whose bf16 casts the backward pass keeps: those that a gradient passes."""
+    """Weights whose bf16 casts the backward pass keeps: those that are trained, and a tied head."""
     encoder = count_trained(parts.encoder_size, stage.vision_encoder)
-    head = parts.language.vocab_size * parts.language.width
-    layers = sum(parts.language_size.layers) if stage.language_model.bits == 16 else 0  # else made anew
-    language = layers + head
+    language = count_trained(parts.language_size, stage.language_model)
+    if parts.language.tied and stage.language_model.kind != "full":
+        language += parts.language.vocab_size * parts.language.width
+    if not parts.language.tied and stage.language_model.kind == "full":
+        language -= parts.language.vocab_size * parts.language.width  # the table, which nothing multiplies
     return encoder + parts.connector_size.total + language
 
 

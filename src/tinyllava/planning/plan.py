@@ -28,12 +28,15 @@ class Gpu:
     """Without it 'auto' trains in fp32, as ``training.trainer.choose_precision`` does there."""
 
     def precision(self, wanted: str) -> str:
-        """Return fp32, bf16 or fp16 for what a run asks for."""
+        """Return fp32, tf32, bf16 or fp16 for what a run asks for."""
+        if wanted == "tf32":
+            return wanted if self.has_bf16 else "fp32"  # both came with Ampere
         return ("bf16" if self.has_bf16 else "fp32") if wanted == "auto" else wanted
 
     def flops(self, precision: str) -> float:
-        """Return the peak in a precision."""
-        return self.fp32_flops if precision == "fp32" else self.half_flops
+        """Return the peak in a precision; TF32 has half of bf16's, and no less than fp32's."""
+        tf32 = max(self.fp32_flops, self.half_flops / 2)
+        return {"fp32": self.fp32_flops, "tf32": tf32}.get(precision, self.half_flops)
 
 
 GPUS: dict[str, Gpu] = {
@@ -121,7 +124,7 @@ class Plan:
     parts: PlannedParts
     context_tokens: int
     precision: str
-    """fp32, bf16 or fp16: what the run's comes to on the GPU."""
+    """fp32, tf32, bf16 or fp16: what the run's comes to on the GPU."""
     stages: list[StagePlan]
     model_bytes: int
     """Of the finished model's folder, in fp32."""
@@ -203,7 +206,7 @@ def _plan_form(
         run.hardware,
         Machine(
             memory_bytes=gpu.memory_bytes,
-            is_half=gpu.precision(run.hardware.precision) != "fp32",
+            is_half=gpu.precision(run.hardware.precision) in ("bf16", "fp16"),
             num_ranks=num_gpus,
         ),
         longest,

@@ -31,10 +31,9 @@ from tinyllava.model.tuning import apply_tuning
 from tinyllava.starter.datasets.default import LabelledImage
 from tinyllava.starter.recipe import starter_run
 from tinyllava.starter.records import Amount, RecordFiles, write_records
-from tinyllava.training.packing import HALF
+from tinyllava.training.precision import HALF, choose_precision
 from tinyllava.training.prepare import prepare
 from tinyllava.training.run import make_trainer, release
-from tinyllava.training.trainer import choose_precision
 
 FILE = "amounts.json"
 DEFAULT_MINUTES = 12.0

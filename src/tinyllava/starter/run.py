@@ -68,8 +68,8 @@ from tinyllava.starter.report import (
     write_page,
 )
 from tinyllava.starter.words import make_start, start_key
+from tinyllava.training.precision import choose_precision
 from tinyllava.training.run import train
-from tinyllava.training.trainer import choose_precision
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -25,10 +25,11 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.planning.memory import Memory
 from tinyllava.planning.plan import Form, Machine, choose_forms, plan_parts
-from tinyllava.training.packing import HALF, check_packing, pack_stage
+from tinyllava.training.packing import check_packing, pack_stage
+from tinyllava.training.precision import HALF, choose_precision, computing_in
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.sharding import choose_sharding
-from tinyllava.training.trainer import MOST_SAMPLES, choose_precision, micro_batch, trained_tensors
+from tinyllava.training.trainer import MOST_SAMPLES, micro_batch, trained_tensors
 
 
 def fit_hardware(
@@ -87,7 +88,7 @@ def _possible_forms(run: Run, stage: Stage, prepared: Prepared) -> Sequence[Form
         hardware = dataclasses.replace(hardware, device_batch_size=usual)
     machine = Machine(
         memory_bytes=min(gather_object([_memory_bytes()])),
-        is_half=choose_precision(hardware.precision) != "fp32",
+        is_half=choose_precision(hardware.precision) in HALF,
         num_ranks=PartialState().num_processes,
         most_samples=0 if can_run_out() else MOST_SAMPLES,
     )
@@ -205,8 +206,7 @@ def survives(
             moments = [torch.empty_like(tensor, device=device) for tensor in [*trained, *trained]]
             for batch in _largest_batches(form.device_batch_size, processor, prepared, packed):
                 inputs = prepared.examples.unpacked(send_to_device(batch, device))
-                dtype = HALF.get(choose_precision(run.hardware.precision))
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                with computing_in(choose_precision(run.hardware.precision), device):
                     loss = model(**inputs).loss
                 loss.backward()
                 del inputs, loss

@@ -18,8 +18,9 @@ from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import Ledger, weights_digest
 from tinyllava.parts.folders import resolved
 from tinyllava.parts.user_code import code_digest
+from tinyllava.training.precision import choose_precision
 from tinyllava.training.prepare import Prepared
-from tinyllava.training.trainer import choose_precision, micro_batch
+from tinyllava.training.trainer import micro_batch
 
 FORMAT = 3
 """Of the key; a stage under an older one is trained again."""

@@ -19,9 +19,8 @@ from tinyllava.data.store import image_counts
 from tinyllava.errors import ConfigError
 from tinyllava.model.compat import CAUSAL, attention_of, packed_mask
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.training.precision import computing_in
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What matrix products compute in, by the name of the precision; none for fp32."""
 WINDOW = 50
 """Steps that ``length_windows`` sorts by length together."""
 
@@ -51,8 +50,7 @@ def keeps_apart(
     rows = model.get_input_embeddings().weight.detach()
     embeds = rows[torch.arange(1, 1 + sum(lengths), device=device) % len(rows)].float().requires_grad_()
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-    dtype = HALF.get(precision)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with computing_in(precision, device):
         together = language(
             inputs_embeds=embeds[None],
             attention_mask=packed_mask(lengths),
@@ -66,7 +64,7 @@ def keeps_apart(
     with_respect_to = [torch.autograd.grad((t.float() * weights).sum(), embeds)[0] for t in (together, alone)]
     pairs = [(together.detach(), alone.detach()), (with_respect_to[0], with_respect_to[1])]
     model.train()
-    tolerance = 1e-3 if dtype is None else 5e-2
+    tolerance = 1e-3 if precision == "fp32" else 5e-2
     return all(float((a - b).float().norm() / b.float().norm()) < tolerance for a, b in pairs)
 
 

@@ -38,9 +38,8 @@ from tinyllava.model.packing import ImagePacking
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.parts.templates import as_published, read_template
 from tinyllava.parts.user_code import is_reference, run_value
-from tinyllava.training.packing import HALF
+from tinyllava.training.precision import HALF, choose_precision
 from tinyllava.training.progress import make_progress
-from tinyllava.training.trainer import choose_precision
 
 _IMAGES = ".image-hashes.sqlite"
 _LONG_SECONDS = 5

@@ -19,12 +19,15 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tinyllava.config import COMPONENTS, Stage
 from tinyllava.data.bars import Bars
-from tinyllava.data.reporting import Listeners
+from tinyllava.data.reporting import Listeners, say
 from tinyllava.files import append_lines, whole_objects, write_text
+from tinyllava.model.tuning import Ledger
 from tinyllava.training.validation import best_step, read_curve
 
 if TYPE_CHECKING:
+    from tinyllava.training.prepare import Prepared
     from tinyllava.training.trainer import StageTrainer
 
 
@@ -167,3 +170,30 @@ class StageProgress(TrainerCallback):
                 if isinstance(line.get("step"), int) and line["step"] <= step and step > 0
             ]
             write_text(self.metrics, "".join(kept))
+
+
+def announce(name: str, stage: Stage, ledger: Ledger, prepared: "Prepared") -> None:
+    """Say what is about to be trained on what; the first process does."""
+    if not PartialState().is_main_process:
+        return
+    data = prepared.summary()
+    say(f"\n{name}: {data['num_samples']:,} samples, {data['num_tokens']:,} tokens")
+    for share in prepared.mixture:
+        say(f"  {share}")
+    for component in COMPONENTS:
+        trained = ledger.num_parameters(component, trained_only=True)
+        rate = f" at {stage.learning_rate_of(component):g}" if trained else ""
+        say(f"  {component:<15} {trained:>13,} of {ledger.num_parameters(component):>13,} trained{rate}")
+    if prepared.held_out:
+        held = prepared.held_out.summary()
+        say(f"  held out: {held['num_samples']:,} samples, {held['num_supervised_tokens']:,} answer tokens")
+        if prepared.held_out.num_seen:
+            say(
+                f"  {prepared.held_out.num_seen:,} of them show an image that is trained on: their loss also "
+                "measures memory. `--held-out 10%` keeps images apart."
+            )
+    if prepared.examples.num_truncated:
+        cut = f"{prepared.examples.num_truncated:,} records end behind an earlier answer"
+        say(f"  truncated: {cut}, to fit {stage.max_length_tokens:,} tokens")
+    if prepared.skipped:
+        say("  left out: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items()))

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from tinyllava.config import COMPONENTS, Run, Stage, flatten, to_json
+from tinyllava.config import Run, Stage, flatten, to_json
 from tinyllava.data.dataset import Collator
 from tinyllava.data.reporting import Callback, reporting, say
 from tinyllava.data.workers import naming_dead_workers
@@ -32,20 +32,14 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
 from tinyllava.model.rebuild import RESUMED_TENSORS, describe_origin, open_start, whole_model
-from tinyllava.model.tuning import (
-    Ledger,
-    apply_tuning,
-    check_trained,
-    close_ledger,
-    merge_adapters,
-    open_ledger,
-)
+from tinyllava.model.tuning import apply_tuning, check_trained, close_ledger, merge_adapters, open_ledger
 from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
 from tinyllava.training.devices import fit_hardware, out_of_memory
 from tinyllava.training.identity import StageIdentity, decisive_settings, differences, identify
+from tinyllava.training.precision import choose_precision, hold_frozen_in_half, multiplying
 from tinyllava.training.prepare import Prepared, check_data, pin, prepare
-from tinyllava.training.progress import StageProgress
+from tinyllava.training.progress import StageProgress, announce
 from tinyllava.training.stopping import StopRequests
 from tinyllava.training.trainer import StageTrainer, make_arguments
 from tinyllava.training.validation import Validator
@@ -82,6 +76,7 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
             _refuse_another_run(run)
         processes.wait_for_everyone()
         stack.enter_context(reporting(progress))
+        stack.enter_context(multiplying(choose_precision(run.hardware.precision)))
         try:
             return _train(run, processes)
         except TinyLlavaError:
@@ -190,7 +185,7 @@ def _run_stage(
         checkpoints.load_stage(done, model)
         metadata = checkpoints.read_metadata(done)
     else:
-        _announce(name, stage, ledger, prepared)
+        announce(name, stage, ledger, prepared)
         origin = describe_origin(run, name, before, checkpoints.describe_beside(run))
         keeper = checkpoints.CheckpointKeeper(folder, identity, origin, run.hardware.keep_checkpoints)
         last = checkpoints.load_last(resumed, model, stage.validation) if resumed else None
@@ -339,6 +334,7 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> StageTrainer:
     """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
+    give_back = hold_frozen_in_half(model, choose_precision(run.hardware.precision))
     hardware, prefetch_factor, packed = fit_hardware(run, stage, model, processor, prepared)
     num_samples = len(prepared.examples)
     arguments = make_arguments(run, stage, hardware, folder, num_samples, prefetch_factor, packed)
@@ -354,12 +350,13 @@ def make_trainer(
         ),
         callbacks=callbacks,
     )
+    trainer.give_back = give_back
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
 def release(trainer: StageTrainer) -> None:
-    """Give the model back as it was before accelerate prepared it, so that the next stage's Trainer can.
+    """Give the model back as it was before the Trainer and accelerate prepared it, so that the next can.
 
     Accelerate leaves a model with its mark alone: the next stage would run without autocast.
     """
@@ -368,31 +365,7 @@ def release(trainer: StageTrainer) -> None:
     # The Trainer's own; a model of reused stages is saved without.
     vars(trainer.whole.config).pop("use_cache", None)
     trainer.accelerator.free_memory()
-
-
-def _announce(name: str, stage: Stage, ledger: Ledger, prepared: Prepared) -> None:
-    """Say what is about to be trained on what."""
-    data = prepared.summary()
-    _say(f"\n{name}: {data['num_samples']:,} samples, {data['num_tokens']:,} tokens")
-    for share in prepared.mixture:
-        _say(f"  {share}")
-    for component in COMPONENTS:
-        trained = ledger.num_parameters(component, trained_only=True)
-        rate = f" at {stage.learning_rate_of(component):g}" if trained else ""
-        _say(f"  {component:<15} {trained:>13,} of {ledger.num_parameters(component):>13,} trained{rate}")
-    if prepared.held_out:
-        held = prepared.held_out.summary()
-        _say(f"  held out: {held['num_samples']:,} samples, {held['num_supervised_tokens']:,} answer tokens")
-        if prepared.held_out.num_seen:
-            _say(
-                f"  {prepared.held_out.num_seen:,} of them show an image that is trained on: their loss also "
-                "measures memory. `--held-out 10%` keeps images apart."
-            )
-    if prepared.examples.num_truncated:
-        cut = f"{prepared.examples.num_truncated:,} records end behind an earlier answer"
-        _say(f"  truncated: {cut}, to fit {stage.max_length_tokens:,} tokens")
-    if prepared.skipped:
-        _say("  left out: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items()))
+    trainer.give_back()
 
 
 def _say(text: str) -> None:

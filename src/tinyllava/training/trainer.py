@@ -26,12 +26,13 @@ from tinyllava.data.batches import PackedBatches
 from tinyllava.data.dataset import Examples
 from tinyllava.data.workers import begin_worker, out_of_shared_memory
 from tinyllava.errors import ConfigError, TrainingError
-from tinyllava.model.devices import fastest_attention, multiplies_bf16
+from tinyllava.model.devices import fastest_attention
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.quiet import keeping_random_state
 from tinyllava.model.rebuild import RESUMED_TENSORS
 from tinyllava.model.tuning import component_of
 from tinyllava.training.packing import Epochs, make_order
+from tinyllava.training.precision import choose_precision
 from tinyllava.training.sharding import (
     MOMENTS,
     choose_sharding,
@@ -88,6 +89,8 @@ class StageTrainer(Trainer):
         self.stage, self.packed = stage, packed
         if packed is not None:
             self.add_callback(Epochs(packed))
+        self.give_back: Callable[[], None] = lambda: None
+        """Undoes what ``training.precision`` did to the frozen weights."""
         self.num_tokens = 0
         self.num_samples = 0
         self._since_log: list[tuple[Tensor, list[str]]] = []
@@ -389,10 +392,3 @@ def micro_batch(stage: Stage, hardware: Hardware) -> int:
     """
     per_rank = stage.global_batch_size // PartialState().num_processes
     return hardware.device_batch_size or max(d for d in range(1, MOST_SAMPLES + 1) if per_rank % d == 0)
-
-
-def choose_precision(wanted: str) -> str:
-    """Return fp32, bf16 or fp16; 'auto' is bf16 where the hardware multiplies it faster, otherwise fp32."""
-    if wanted != "auto":
-        return wanted
-    return "bf16" if multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"

@@ -20,6 +20,7 @@ from tinyllava.inference.chat import Chat
 from tinyllava.model.compat import looking_at_padding
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.training.precision import computing_in
 
 if TYPE_CHECKING:
     from tinyllava.training.trainer import StageTrainer
@@ -104,7 +105,9 @@ class Validator(TrainerCallback):
         if is_stopped(curve, self.validation):
             control.should_save = control.should_training_stop = True
         if self.sample and state.is_world_process_zero:
-            self._answer(options["model"], state.global_step)
+            precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            with computing_in(precision, args.device):
+                self._answer(options["model"], state.global_step)
             write_page(self.folder, self.sample, curve)
         PartialState().wait_for_everyone()
 
