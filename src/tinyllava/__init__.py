@@ -2,8 +2,8 @@
 
 Paper: TinyLLaVA: A Framework of Small-scale Large Multimodal Models (arXiv 2402.14289).
 
-Every name below is imported when it is first used, so that ``import tinyllava`` takes no time. What is not in
-``__all__`` is private and may change in any release.
+Every name below is imported on first use, so that ``import tinyllava`` is fast. Names outside ``__all__`` are
+private and may change in any release.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""``python -m tinyllava``: the command line, also under torchrun and accelerate launch."""
+"""The command line as ``python -m tinyllava``, also under torchrun and accelerate launch."""
 
 import sys
 

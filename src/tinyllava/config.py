@@ -1,6 +1,6 @@
-"""The settings of a run: the model's parts, the stages of training, their data, and the use of the machine.
+"""The settings of a run: the model's parts, the stages of training, their data, and the hardware.
 
-Paper: section 4.1. A value here is data only; nothing in this file builds or trains anything.
+Paper: section 4.1. The values are only data. Nothing in this file builds or trains anything.
 """
 
 import dataclasses
@@ -117,11 +117,11 @@ class ModelConfig:
     """The three parts of a model (Figure 2)."""
 
     vision_encoder: str
-    """A name of the table of vision encoders, or a local Hugging Face folder."""
+    """A name from the table of vision encoders, or a local Hugging Face folder."""
     language_model: str
-    """A name of the table of language models, or a local Hugging Face folder."""
+    """A name from the table of language models, or a local Hugging Face folder."""
     connector: str = "mlp"
-    """A name of the table of connectors."""
+    """A name from the table of connectors."""
     connector_options: dict[str, int] = field(default_factory=dict)
     """Options of the connector, such as num_queries of the resampler."""
     image_aspect: Aspect = "pad"
@@ -151,7 +151,7 @@ class DataConfig:
     images: str = ""
     """Base folder of image paths; empty means the mixture's own, or the file's folder."""
     columns: tuple[str, ...] = ()
-    """Of a table: its columns by kind, such as question=Frage (image, question, answer, caption, label)."""
+    """Columns of a table by kind, such as question=Frage (image, question, answer, caption, label)."""
     reader: str = ""
     """FILE.py:NAME of your own function (path, images) that yields records."""
     keep_image_places: bool = False
@@ -174,7 +174,7 @@ _LATER: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Held-out records that measure a stage while it trains, and early stopping by their loss."""
+    """Held-out records that measure a stage during training, and early stopping by their loss."""
 
     held_out: str = ""
     """A record file, or the share of the stage's records to hold out, such as 10%; empty: no validation."""
@@ -220,7 +220,7 @@ class Stage:
     max_steps: int = 0
     """Number of optimizer steps; 0 means num_epochs."""
     schedule: str = "cosine"
-    """How the rate falls behind the warm-up: cosine, linear, constant, or another of ``SCHEDULES``."""
+    """How the rate falls after the warm-up: cosine, linear, constant, or another of ``SCHEDULES``."""
     schedule_options: dict[str, float] = field(default_factory=dict)
     """Options of the schedule, such as num_cycles of cosine_with_restarts."""
     optimizer: str = "adamw"
@@ -231,7 +231,7 @@ class Stage:
     max_length_tokens: int = 2048
     """Max length in tokens, with image tokens; a longer record is an error, or skipped with 'too_long'."""
     truncate: bool = False
-    """A record that is longer ends behind the last answer that fits; how many did is counted."""
+    """A longer record ends after the last answer that fits. Such records are counted."""
     group_by: Literal["none", "length", "modality_length", "length_windows"] = "none"
     """none: steps are random, and so is the order inside a step; length: the same, sorted by length inside a
     step for less padding; modality_length: steps have only images or only text too, as in LLaVA-1.5;
@@ -246,7 +246,7 @@ class Stage:
 
     @property
     def length(self) -> str:
-        """How long it trains, in words."""
+        """Length of the training in words."""
         if self.max_steps:
             return f"{self.max_steps:,} steps"
         return "1 epoch" if self.num_epochs == 1 else f"{self.num_epochs:g} epochs"
@@ -254,7 +254,7 @@ class Stage:
     def decisive(self) -> dict[str, Any]:
         """Return the settings that change what the stage computes, by name.
 
-        Those that came later are left out at their defaults: what was trained before them is still found.
+        Settings that were added later are omitted at their defaults, so that older stages are still found.
         """
         values = dataclasses.asdict(self)
         for name, default in _LATER.items():
@@ -295,8 +295,8 @@ class Hardware:
     """Recompute activations in the backward pass: less memory, about a third more time. None: only where
     fewer than two samples fit the device without it."""
     sharding: Sharding = "none"
-    """What several processes divide among them (FSDP2): none: each holds all; gradients: gradients and the
-    optimizer's state; all: weights too."""
+    """What is sharded over processes (FSDP2). none: every process holds everything; gradients: gradients and
+    optimizer state; all: weights too."""
     packing: bool = False
     """Pack the samples of a micro-batch into one row without padding, in which none sees another. A
     micro-batch holds as many tokens as device_batch_size of the longest samples. False: padded rows."""
@@ -311,8 +311,8 @@ class Hardware:
     save_steps: int = 0
     """Optimizer steps between checkpoints; 0 means ten per stage."""
     keep_checkpoints: int = 0
-    """Checkpoints of each stage that stay when it is done, the newest; the one with the lowest held-out loss
-    stays beside them."""
+    """Number of newest checkpoints that each stage keeps when it is done, in addition to the one with the
+    lowest held-out loss."""
 
 
 @dataclass(frozen=True, kw_only=True)

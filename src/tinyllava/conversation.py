@@ -38,7 +38,7 @@ ImageLike = Union[ImageRef, "PathLike[str]", str, bytes, "Image"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn. Images come before the text, as LLaVA's ``<image>\\n`` puts them, or at places in it."""
+    """One turn. Images come before the text, like LLaVA's ``<image>\\n``, or at places in it."""
 
     role: Role
     text: str
@@ -49,7 +49,7 @@ class Message:
     """Whether training learns this answer; otherwise it is only read, like a question."""
 
     def marked(self, mark: str) -> str:
-        """Return the text with a mark at the place of each image; all in front if they have none."""
+        """Return the text with a mark for each image, at its place or else before the text."""
         edges = [*(self.places or (0,) * len(self.images)), len(self.text)]
         pieces = [self.text[start:end] for start, end in pairwise(edges)]
         return self.text[: edges[0]] + "".join(mark + piece for piece in pieces)
@@ -63,11 +63,11 @@ class Conversation:
     id: str = ""
     source: str = ""
     at: str = ""
-    """Where in ``source`` it is: ``record 12``, ``line 3``."""
+    """Place in ``source``, such as ``record 12`` or ``line 3``."""
 
     @property
     def place(self) -> str:
-        """File, place in the file and id, as far as known: every error names the record by it."""
+        """File, place in the file and id, as far as known. Every error names the record this way."""
         if self.at:
             where = f"{self.at} (id {self.id})" if self.id else self.at
         else:
@@ -97,7 +97,7 @@ def ask(text: str, *images: ImageLike, id: str = "") -> Conversation:
     """Return the conversation of a single question, images first.
 
     Args:
-        images: paths, encoded bytes, data URLs (``data:image/png;base64,...``) or images of Pillow.
+        images: paths, encoded bytes, data URLs (``data:image/png;base64,...``) or Pillow images.
 
     Raises:
         ImageError: a data URL that cannot be read.
@@ -107,7 +107,7 @@ def ask(text: str, *images: ImageLike, id: str = "") -> Conversation:
 
 
 def to_ref(image: ImageLike) -> ImageRef:
-    """Return where an image is, whatever form it is given in.
+    """Return a reference to an image that is given in any supported form.
 
     Raises:
         ImageError: a data URL that cannot be read.

@@ -1,4 +1,4 @@
-"""The exceptions of tinyllava: each message says what is wrong, where, and how to fix it."""
+"""The exceptions of tinyllava. Each message names what is wrong, where, and the fix."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -31,15 +31,15 @@ class ImageError(DataError):
 
 
 class CheckpointError(TinyLlavaError, ValueError):
-    """A checkpoint folder that is incomplete, of an unknown layout, or does not fit what is asked of it."""
+    """A checkpoint folder that is incomplete, of an unknown layout, or does not fit the request."""
 
 
 class PackageError(TinyLlavaError, OSError):
-    """A public package that could not be downloaded, or whose content is not the expected one."""
+    """A public package that could not be downloaded, or has unexpected content."""
 
 
 class OutputError(TinyLlavaError, OSError):
-    """A file or folder that cannot be written: held by another process, read-only, or on a full disk."""
+    """A file or folder that cannot be written: locked by another process, read-only, or on a full disk."""
 
 
 class TrainingError(TinyLlavaError, RuntimeError):
@@ -55,12 +55,12 @@ class MissingExtraError(TinyLlavaError, ImportError):
 
 
 def require(module: str, extra: str, purpose: str) -> None:
-    """Make sure that a package of an extra is there, before the work that needs it.
+    """Check that a package of an extra is installed, before the work that needs it.
 
     Args:
         module: import name, such as ``matplotlib``.
-        extra: extra of this project that brings it.
-        purpose: what it does here, as in "draws the figures".
+        extra: the extra of this project that installs it.
+        purpose: what it is used for, as in "draws the figures".
 
     Raises:
         MissingExtraError: it is not installed; the message has the command that installs it.
@@ -80,7 +80,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def first_line(message: object) -> str:
-    """Return the first line of a library's error, for a message of ours."""
+    """Return the first line of a library's error message."""
     return str(message).strip().partition("\n")[0]
 
 
@@ -88,7 +88,7 @@ def look_up(table: Mapping[str, T], name: str, noun: str) -> T:
     """Return ``table[name]``.
 
     Raises:
-        UnknownNameError: no such name; the message lists the known ones and the closest.
+        UnknownNameError: unknown name; the message lists the known names and the closest one.
     """
     if name in table:
         return table[name]

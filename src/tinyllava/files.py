@@ -1,4 +1,4 @@
-"""Files that survive a kill: written whole, appended by lines, held by one process; JSON read strictly."""
+"""Files that survive a kill: written atomically, appended by lines, locked by one process. Strict JSON."""
 
 import base64
 import errno
@@ -272,7 +272,7 @@ def data_url(content: bytes, kind: str) -> str:
 
 
 def page_environment(folder: Path) -> "jinja2.Environment":
-    """Return what fills the templates of a folder's pages; ``style`` in them is its ``page.css``."""
+    """Return a Jinja environment for the templates of a folder, in which ``style`` is its ``page.css``."""
     import jinja2  # here: quick commands start faster without it
 
     environment = jinja2.Environment(

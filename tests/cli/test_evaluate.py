@@ -236,7 +236,9 @@ def test_a_model_is_told_by_its_weights_however_its_folder_is_written(
     shutil.rmtree("out/pope")
     capsys.readouterr()
     assert main(["evaluate", "m", *asked]) == 2
-    assert re.search(r"results.json: the score of m on pope is of other weights \(", capsys.readouterr().err)
+    assert re.search(
+        r"results.json: the score of m on pope belongs to other weights \(", capsys.readouterr().err
+    )
 
 
 def test_the_default_folder_is_of_one_model_alone(model, data, tmp_path, capsys, monkeypatch):

@@ -93,7 +93,7 @@ def test_a_run_then_its_checkpoint_tuned_on_records_of_ones_own(recipe, records,
     papers = json.loads((tmp_path / "second/finetune/stage.json").read_text())
     assert papers["data"]["num_samples"] == 4
     assert papers["data"]["skipped"] == {"unanswered": 1}
-    assert "left out: 1 unanswered" in capsys.readouterr().out
+    assert "skipped: 1 unanswered" in capsys.readouterr().out
     before, after = (load_file(tmp_path / f"{n}/model/model.safetensors") for n in ("first", "second"))
     assert max((before[name] - after[name]).abs().max().item() for name in before) < 1e-4  # it began there
 
@@ -151,14 +151,14 @@ ERRORS = {
         ("RECIPE", "--data", "FOLDER", "--data", "FOLDER"),
         "give only one folder, with all mixtures in it.",
     ),
-    "output is a file": (("RECIPE", "--output", "FILE"), "cannot be made (File exists); choose another"),
-    "output below a file": (("RECIPE", "--output", "FILE/x"), "cannot be made (Not a directory)"),
+    "output is a file": (("RECIPE", "--output", "FILE"), "cannot be created (File exists). Choose another"),
+    "output below a file": (("RECIPE", "--output", "FILE/x"), "cannot be created (Not a directory)"),
     "images alone": (("RECIPE", "--images", "x"), "--images x: needs --data FILE.json"),
     "file": (("none.py:TOY",), "none.py: no such file."),
     "no run": (("OTHER",), "unknown run or recipe in"),
     "code": (("RECIPE", "--code", "lava"), "Did you mean 'llava'"),
     "skip": (("RECIPE", "--skip", "unanswerd"), "skip 'unanswerd': unknown; known: malformed,"),
-    "checkpoint": (("RECIPE", "--from", "none"), "none: no such folder; give that of a checkpoint"),
+    "checkpoint": (("RECIPE", "--from", "none"), "none: no such folder; give a checkpoint folder"),
     "mixture": (("base-C-TL",), "needs data_root"),
 }
 

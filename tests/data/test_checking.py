@@ -176,7 +176,7 @@ def test_bytes_become_files_and_what_cannot_be_written_is_refused(table):
     chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is <image>?"}]}]}
     chat["messages"].append({"role": "assistant", "content": "A tag."})
     (folder / "chat.json").write_text(json.dumps([chat]))
-    with pytest.raises(DataError, match="a text spells <image>"):
+    with pytest.raises(DataError, match="a text contains <image>"):
         write_records(read_records(folder / "chat.json", folder).conversations, folder / "b.json")
 
 

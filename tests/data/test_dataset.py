@@ -122,7 +122,7 @@ def test_too_long_is_an_error_or_counted(processor):
     conversations = [talk("Q", "A", "short"), talk("Q", "word " * 100, "long"), talk("Q", "A", "end")]
     examples = Examples(conversations=conversations, processor=processor)
     length = len(processor.encode(conversations[1]).input_ids)
-    message = rf"record long: {length} tokens are more than max_length_tokens = {length - 1} \[too_long\]"
+    message = rf"record long: {length} tokens exceed max_length_tokens = {length - 1} \[too_long\]"
     with pytest.raises(Defect, match=message):
         measure(examples, length - 1, ())
     kept, skipped = measure(examples, length - 1, ("too_long",))

@@ -172,7 +172,7 @@ def test_a_full_disk_is_said_and_what_was_finished_stays(
 
     monkeypatch.setattr(FeatureCache, "_append", full)
     with pytest.raises(
-        DataError, match=r"features cannot be written \(No space left on device\)\. Free some space"
+        DataError, match=r"features cannot be written \(No space left on device\)\. Free some disk space"
     ):
         cache.fill(conversations)
     monkeypatch.undo()
@@ -191,7 +191,7 @@ def test_the_size_is_said_before_and_what_the_disk_cannot_hold_is_not_begun(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 3 * 512))
     with reporting(is_shown=True):
         cache.fill(conversations)
-        assert f"keeping features of 3 images: 0.00 GB in {cache.folder}" in capsys.readouterr().out
+        assert f"caching features of 3 images: 0.00 GB in {cache.folder}" in capsys.readouterr().out
         cache.fill(conversations)
         assert capsys.readouterr().out == ""
 

@@ -1,4 +1,4 @@
-"""Files as people have them, each written to disk and checked by the command: read as expected, or refused.
+"""Kinds of files that cause trouble, each written to disk and checked by the command: read, or rejected.
 
 The table in docs/guides/files.md is made of these rows: ``python tests/data/test_kinds.py`` writes it.
 """
@@ -262,10 +262,12 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=lines(llava(), llava("b.jpg"), name="my.json"), reads=(ASKED, ASKED)
         ),
         "an array named `.jsonl`": Kind(write=array(llava(), name="my.jsonl"), reads=(ASKED,)),
-        "one record alone, on several lines": Kind(
+        "a single record on several lines": Kind(
             write=write("my.jsonl", json.dumps(llava(), indent=2)), reads=(ASKED,)
         ),
-        "Windows line ends": Kind(write=lines(llava(), llava("b.jpg"), between="\r\n"), reads=(ASKED, ASKED)),
+        "Windows line endings": Kind(
+            write=lines(llava(), llava("b.jpg"), between="\r\n"), reads=(ASKED, ASKED)
+        ),
         "a byte order mark (BOM)": Kind(
             write=write("my.json", "\ufeff" + json.dumps([llava()])), reads=(ASKED,)
         ),
@@ -278,62 +280,65 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=write("my.json", '[{"question": "Wer?", "answer":\n"Krügel"}]'.encode("latin-1")),
             says=("not UTF-8 (invalid start byte at byte 35, line 2). Save it as UTF-8.",),
         ),
-        "gzipped, whatever its name": Kind(
+        "gzip, with any file name": Kind(
             write=write("my.json", gzip.compress(json.dumps([llava()]).encode())), reads=(ASKED,)
         ),
         "zipped": Kind(
             write=zipped("my.zip", {"my.json": json.dumps([llava()])}),
             says=("a ZIP archive, not a workbook. Unpack it, and give the record file in it.",),
         ),
-        "a list in the list": Kind(
+        "a list inside the list": Kind(
             write=array([llava()], [llava()]),
             says=("expected an object with a non-empty list 'conversations', found a list", "record 1:"),
         ),
-        "records below a key (`data`)": Kind(
+        "records under a key (`data`)": Kind(
             write=write("my.json", json.dumps({"version": 1, "data": [llava()]})),
-            says=("an object with the keys version, data in place of a list of records.", "list of records"),
+            says=(
+                "expected a list of records, found an object with the keys version, data.",
+                "list of records",
+            ),
         ),
-        "COCO's annotations": Kind(
+        "COCO annotations": Kind(
             write=write(
                 "my.json",
                 json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": A}]}, indent=1),
             ),
-            says=("an object with the keys images, annotations in place of a list of records.",),
+            says=("expected a list of records, found an object with the keys images, annotations.",),
         ),
-        "records by their ids": Kind(
+        "an object with records by id": Kind(
             write=write("my.json", json.dumps({"a": llava(), "b": llava()})),
-            says=("an object with the keys a, b in place of a list of records.",),
+            says=("expected a list of records, found an object with the keys a, b.",),
         ),
         "a list of data sets (LLaMA-Factory, InternVL)": Kind(
             write=write("dataset_info.json", json.dumps({"mugs": {"file_name": "my.json"}}, indent=2)),
-            says=("an object with the key mugs in place of a list of records.",),
+            says=("expected a list of records, found an object with the key mugs.",),
         ),
-        "a comma behind the last record": Kind(
+        "a comma after the last record": Kind(
             write=write("my.json", f"[\n{json.dumps(llava())},\n]"),
             says=("a comma without a value after it at line 3 column 1. Remove the comma.",),
         ),
         "lines that end with commas": Kind(
             write=lines(llava(), llava(), between=",\n"),
-            says=("a comma behind a record at line 1", "Remove the commas at the ends of the lines."),
+            says=("a comma after a record at line 1", "Remove the commas at the ends of the lines."),
         ),
         "a missing comma": Kind(
             write=write("my.json", f"[{json.dumps(llava())}\n{json.dumps(llava())}]"),
             says=("not JSON: Expecting ',' delimiter at line 2 column 1.",),
         ),
-        "Python's quotes": Kind(
+        "single quotes": Kind(
             write=write("my.json", repr([llava()])),
-            says=("single quotes at line 1 column 3. Python's print wrote it: write it with json.dump.",),
+            says=("single quotes at line 1 column 3. Write the file with json.dump, not with print.",),
         ),
-        "cut off": Kind(
+        "a truncated file": Kind(
             write=cut(array(llava(), llava()), 40),
             says=("it ends in the middle of a record", "Write or download it again.", "line 1 column"),
         ),
         "a comment": Kind(
             write=write("my.json", f"// mugs\n{json.dumps([llava()])}"),
-            says=("a comment at line 1 column 1. JSON has none: remove it.",),
+            says=("a comment at line 1 column 1. JSON has no comments. Remove it.",),
         ),
         "empty": Kind(write=write("my.json", ""), says=("an empty file. Write the records again.",)),
-        "an empty array": Kind(write=array(), says=("no record in it.",)),
+        "an empty array": Kind(write=array(), says=("no records in it.",)),
         "a Git LFS pointer": Kind(
             write=write("my.json", LFS), says=("a Git LFS pointer. Run `git lfs pull` in its folder.",)
         ),
@@ -345,17 +350,17 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=write("my.pkl", b"\x80\x04]\x94."),
             says=("a pickle, which can run code and is never opened. Write the records as JSON or Parquet.",),
         ),
-        "an image in place of records": Kind(
-            write=lambda folder: folder / "a.jpg", says=("an image. Give its folder, or a file of records.",)
+        "an image file": Kind(
+            write=lambda folder: folder / "a.jpg", says=("an image. Give its folder, or a record file.",)
         ),
-        "a file of another kind": Kind(
+        "an unknown file type": Kind(
             write=write("my.yaml", "- image: a.jpg\n"),
-            says=("neither JSON nor a table by its name. End the name with .json, .jsonl, .csv or .tsv",),
+            says=("not a known file type. Rename it to end with .json, .jsonl, .csv or .tsv",),
         ),
     },
     "A record": {
-        "numbers for text": Kind(write=array(llava(answer=3)), reads=(answered("3"),)),
-        "true or false for text": Kind(
+        "a number instead of text": Kind(write=array(llava(answer=3)), reads=(answered("3"),)),
+        "true or false instead of text": Kind(
             write=array(row(True)), says=("'answer' must be text or a number, found True",)
         ),
         "NaN": Kind(
@@ -365,8 +370,8 @@ KINDS: dict[str, dict[str, Kind]] = {
         "a list of answers": Kind(
             write=array(llava(answer=["A", "B"])), says=("turn 1 has no text 'value': ['A', 'B']", RECORD)
         ),
-        "one id on two records": Kind(write=array(llava(), llava("b.jpg")), reads=(ASKED, ASKED)),
-        "a record twice": Kind(
+        "two records with one id": Kind(write=array(llava(), llava("b.jpg")), reads=(ASKED, ASKED)),
+        "a duplicate record": Kind(
             write=array(llava(), llava()),
             says=("the record 'mug-7' is in the file twice", "record 1 (id mug-7)", "duplicate_id"),
         ),
@@ -377,7 +382,7 @@ KINDS: dict[str, dict[str, Kind]] = {
                 RECORD,
             ),
         ),
-        "a list without a turn": Kind(
+        "an empty list of turns": Kind(
             write=array(llava(conversations=[])), says=("expected an object with a non-empty list", RECORD)
         ),
         "`null`": Kind(write=array(None), says=("found null", "my.json: record 0:")),
@@ -391,7 +396,7 @@ KINDS: dict[str, dict[str, Kind]] = {
         "`Human` and `GPT`": Kind(
             write=array(turns_of(("Human", f"<image>\n{Q}"), ("GPT", A))), reads=(ASKED,)
         ),
-        "another role": Kind(
+        "an unknown role": Kind(
             write=array(turns_of(("human", Q), ("bing", A))),
             says=("turn 1 is from 'bing'; allowed: human, gpt, system", RECORD),
         ),
@@ -399,18 +404,18 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=array(turns_of(("human", f"<image>\n{Q}"), ("human", "Full?"), ("gpt", "yes"))),
             says=("turns do not alternate: user, user, assistant", RECORD),
         ),
-        "an answer first": Kind(
+        "an answer as the first turn": Kind(
             write=array(turns_of(("gpt", "Hello"), ("human", f"<image>\n{Q}"), ("gpt", A))),
             says=("the conversation starts with an answer", RECORD, "--skip leading_answer"),
         ),
-        "a system turn first": Kind(
+        "a system turn at the start": Kind(
             write=array(turns_of(("system", "Be short."), ("human", f"<image>\n{Q}"), ("gpt", A))),
             reads=([("system", "Be short.", 0), *ASKED],),
         ),
         "`system_prompt`": Kind(
             write=array(llava(system_prompt="Be short.")), reads=([("system", "Be short.", 0), *ASKED],)
         ),
-        "a question last": Kind(
+        "a question as the last turn": Kind(
             write=array(turns_of(("human", f"<image>\n{Q}"))),
             says=("the conversation ends with a question", RECORD),
         ),
@@ -420,10 +425,10 @@ KINDS: dict[str, dict[str, Kind]] = {
         "an answer of 50,000 words": Kind(
             write=array(llava(answer="word " * 50_000)), reads=(answered("word " * 50_000),)
         ),
-        "text that spells special tokens": Kind(
+        "text that contains special tokens": Kind(
             write=array(llava(answer="</s><|im_end|>")), reads=(answered("</s><|im_end|>"),)
         ),
-        "half a character": Kind(
+        "an unpaired surrogate": Kind(
             write=write("my.json", json.dumps([llava(answer="x\ud800")])),
             says=("turn 1 contains an unpaired surrogate: 'x\\ud800'", RECORD),
         ),
@@ -447,22 +452,22 @@ KINDS: dict[str, dict[str, Kind]] = {
         "`file_name` and `conversations`": Kind(
             write=array({"file_name": "a.jpg", "conversations": llava()["conversations"]}), reads=(ASKED,)
         ),
-        "preferences (`chosen`, `rejected`)": Kind(
+        "preference pairs (`chosen`, `rejected`)": Kind(
             write=array({"id": ID, "images": ["a.jpg"], "prompt": Q, "chosen": A, "rejected": "A jar."}),
-            says=("'chosen': preferences are not taken; write the better answer as the answer", RECORD),
+            says=("'chosen': preference pairs are not supported; keep only the better answer", RECORD),
         ),
-        "boxes beside the text (ms-swift)": Kind(
+        "boxes in a separate field (ms-swift)": Kind(
             write=lines(
                 chat("<image>Find the mug.", "<bbox>", images=["a.jpg"], objects={"bbox": [[1, 2, 3, 4]]})
             ),
             says=(
-                "<bbox> stands for a place in 'objects'; write the place into the text",
+                "<bbox> refers to a box in 'objects'; write the coordinates into the text",
                 "line 1 (id mug-7)",
             ),
         ),
         "a video": Kind(
             write=array(llava(..., f"<video>\n{Q}", video="a.mp4")),
-            says=("'video' = a.mp4: only images and text are taken", RECORD),
+            says=("'video' = a.mp4: only images and text are supported", RECORD),
         ),
         "an empty `video`": Kind(write=array(llava(video="")), reads=(ASKED,)),
     },
@@ -490,11 +495,11 @@ KINDS: dict[str, dict[str, Kind]] = {
         ),
         "numbered marks (`<image1>`)": Kind(
             write=array(llava(["a.jpg", "b.jpg"], f"<image1><image2>\n{Q}")),
-            says=("'<image1>' is no mark; write <image>", RECORD),
+            says=("'<image1>' is not supported; write <image>", RECORD),
         ),
-        "another model's marks (`<|image|>`, `<|image_pad|>`)": Kind(
+        "marks of another model (`<|image|>`, `<|image_pad|>`)": Kind(
             write=array(chat(f"<|vision_start|><|image_pad|><|vision_end|>{Q}", images=["a.jpg"])),
-            says=("'<|image_pad|>' is no mark; write <image>", RECORD),
+            says=("'<|image_pad|>' is not supported; write <image>", RECORD),
         ),
         "`<img>a.jpg</img>` in the text (Qwen-VL)": Kind(
             write=lines({"query": f"<img>a.jpg</img>{Q}", "response": A}), reads=(ASKED,)
@@ -510,38 +515,47 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=of_image(lambda data: {"bytes": base64.b64encode(data).decode(), "path": None}),
             reads=(ASKED,),
         ),
-        "numbers of pixels": Kind(
+        "pixel values": Kind(
             write=array(row(id=ID, image=[[1, 2], [3, 4]])),
             says=("an image must be a path or a list of paths, found [[1, 2], [3, 4]]", RECORD),
         ),
-        "an address": Kind(
+        "a URL": Kind(
             write=array(llava("https://example.org/a.jpg")),
-            says=("https://example.org/a.jpg is not downloaded; allow it with --allow-urls", RECORD),
+            says=("https://example.org/a.jpg is a URL; allow downloads with --allow-urls", RECORD),
         ),
-        "`s3://`": Kind(
+        "an `s3://` URL": Kind(
             write=array(llava("s3://mugs/a.jpg")),
             says=("s3://mugs/a.jpg cannot be downloaded: only http and https can", RECORD),
         ),
-        "no such file": Kind(
-            write=array(llava("none.jpg")), says=("no image {folder}/none.jpg", RECORD, "missing_image")
+        "a missing file": Kind(
+            write=array(llava("none.jpg")),
+            says=("image not found: {folder}/none.jpg", RECORD, "missing_image"),
         ),
-        "another case or ending": Kind(
-            write=array(llava("A.png")), says=("no image {folder}/A.png; there is a.jpg", RECORD)
+        "a different case or extension": Kind(
+            write=array(llava("A.png")), says=("image not found: {folder}/A.png; did you mean a.jpg?", RECORD)
         ),
         "a path with backslashes": Kind(write=moved("photos/c.jpg", "photos\\c.jpg"), reads=(ASKED,)),
-        "a path of another machine": Kind(
+        "a path from another computer": Kind(
             write=array(llava("/photos-of-ann/a.jpg")),
-            says=("no image /photos-of-ann/a.jpg; {folder} has a.jpg: write paths from there", RECORD),
+            says=(
+                "image not found: /photos-of-ann/a.jpg; {folder} has a.jpg: write paths relative to it",
+                RECORD,
+            ),
         ),
-        "a path of another machine, with Windows": Kind(
+        "a Windows path from another computer": Kind(
             write=array(llava("C:\\Users\\Ann\\a.jpg")),
-            says=("no image C:\\Users\\Ann\\a.jpg; {folder} has a.jpg: write paths from there", RECORD),
+            says=(
+                "image not found: C:\\Users\\Ann\\a.jpg; {folder} has a.jpg: write paths relative to it",
+                RECORD,
+            ),
         ),
-        "blanks around a path": Kind(write=array(llava(" a.jpg ")), reads=(ASKED,)),
-        "blanks and umlauts": Kind(
+        "spaces around a path": Kind(write=array(llava(" a.jpg ")), reads=(ASKED,)),
+        "spaces and umlauts": Kind(
             write=moved("große Tassen/Tasse 1.jpg", "große Tassen/Tasse 1.jpg"), reads=(ASKED,)
         ),
-        "umlauts of a Mac (NFD)": Kind(write=moved("Bu\u0308ro.jpg", "B\u00fcro.jpg"), reads=(ASKED,)),
+        "decomposed umlauts (NFD, macOS)": Kind(
+            write=moved("Bu\u0308ro.jpg", "B\u00fcro.jpg"), reads=(ASKED,)
+        ),
         "rotated by EXIF": Kind(write=shown("r.jpg", rotated), reads=(ASKED,)),
         "transparent": Kind(
             write=shown("t.png", lambda path: photo().convert("RGBA").save(path)), reads=(ASKED,)
@@ -551,7 +565,7 @@ KINDS: dict[str, dict[str, Kind]] = {
             reads=(ASKED,),
         ),
         "CMYK": Kind(write=shown("c.jpg", lambda path: photo().convert("CMYK").save(path)), reads=(ASKED,)),
-        "16 bits a channel": Kind(
+        "16 bits per channel": Kind(
             write=shown("s.png", lambda path: Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(path)),
             reads=(ASKED,),
         ),
@@ -569,7 +583,7 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=shown("v.jpg", b"\0\0\0\x18ftypisom" + bytes(80)),
             says=("v.jpg: a video; extract a frame as JPEG or PNG", RECORD),
         ),
-        "cut off": Kind(
+        "a truncated image": Kind(
             write=shown("c.jpg", lambda path: path.write_bytes((path.parent / "a.jpg").read_bytes()[:-300])),
             says=("c.jpg: damaged (image file is truncated", RECORD, "Replace it"),
         ),
@@ -583,14 +597,14 @@ KINDS: dict[str, dict[str, Kind]] = {
     },
     "Tables": {
         "CSV": Kind(write=write("my.csv", TABLE), reads=(ASKED,)),
-        "CSV of Excel: BOM, semicolons, Windows line ends": Kind(
+        "CSV from Excel: BOM, semicolons, Windows line endings": Kind(
             write=write("my.csv", "\ufeff" + TABLE.replace(",", ";").replace("\n", "\r\n")), reads=(ASKED,)
         ),
         "CSV with a first line `sep=;`": Kind(
             write=write("my.csv", "sep=;\r\n" + TABLE.replace(",", ";")), reads=(ASKED,)
         ),
-        "line ends of an old Mac": Kind(write=write("my.csv", TABLE.replace("\n", "\r")), reads=(ASKED,)),
-        "Excel's Unicode text (UTF-16, tabs)": Kind(
+        "old Mac line endings": Kind(write=write("my.csv", TABLE.replace("\n", "\r")), reads=(ASKED,)),
+        "Unicode text from Excel (UTF-16, tabs)": Kind(
             write=write("my.csv", TABLE.replace(",", "\t").encode("utf-16")), reads=(ASKED,)
         ),
         "TSV": Kind(write=write("my.tsv", TABLE.replace(",", "\t")), reads=(ASKED,)),
@@ -602,23 +616,23 @@ KINDS: dict[str, dict[str, Kind]] = {
         "a column of row numbers (pandas)": Kind(
             write=write("my.csv", ",image,question,answer\n0,a.jpg,What is it?,A mug.\n"), reads=(ASKED,)
         ),
-        "no line of names": Kind(
+        "no header line": Kind(
             write=write("my.csv", "a.jpg,What is it?,A mug.\nb.jpg,What is it?,A jar.\n"),
-            says=("no columns for question and answer among: a.jpg, What is it?, A mug..", "first line"),
+            says=("no columns for question and answer among 'a.jpg', 'What is it?', 'A mug.'.", "first line"),
         ),
-        "two columns of one name": Kind(
+        "two columns with one name": Kind(
             write=write("my.csv", "image,answer,answer\na.jpg,A,B\n"),
-            says=("two columns are named 'answer'. Rename one of them; the first row",),
+            says=("two columns are named 'answer'. Rename one of them. The first row",),
         ),
-        "an image column of another name": Kind(
+        "an image column with an unknown name": Kind(
             write=write("my.csv", "Bild,question,answer\na.jpg,What is it?,A mug.\n"),
             says=("'Bild' = a.jpg looks like an image; name the column with --column image=Bild", "line 2"),
         ),
-        "a comma without quotes": Kind(
+        "an unquoted comma": Kind(
             write=write("my.csv", f"{TABLE}b.jpg,What, then?,A mug.\n"),
             says=("line 3: 4 values for 3 columns (image, question, answer).", "between quotes"),
         ),
-        "an open quote": Kind(
+        "an unclosed quote": Kind(
             write=write("my.csv", f'{TABLE}b.jpg,"What,A mug.\n'),
             says=("line 3: not CSV (unexpected end of data). Fix the quotes of this line.",),
         ),
@@ -626,13 +640,13 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=write("my.csv", f"{TABLE}b.jpg,What is it?,\n"),
             says=("my.csv: line 3: an answer has no text", "--skip empty_answer"),
         ),
-        "a row that ends early": Kind(
+        "a row with too few cells": Kind(
             write=write("my.csv", f"{TABLE}b.jpg,What is it?\n"),
             says=("my.csv: line 3: an answer has no text",),
         ),
         "a cell `NaN` (pandas) or `#N/A` (Excel)": Kind(
             write=write("my.csv", f"{TABLE}b.jpg,What is it?,NaN\n"),
-            says=("my.csv: line 3: 'answer' is NaN, which stands for an empty or a failed cell", "malformed"),
+            says=("my.csv: line 3: 'answer' is NaN, which marks an empty or failed cell", "malformed"),
         ),
         "empty lines": Kind(
             write=write("my.csv", f"{TABLE}\n,,\nb.jpg,What is it?,A mug.\n"), reads=(ASKED, ASKED)
@@ -640,13 +654,15 @@ KINDS: dict[str, dict[str, Kind]] = {
         "turns as JSON in a cell": Kind(
             write=write("my.csv", quoted([["image", "conversations"], ["a.jpg", AS_JSON]])), reads=(ASKED,)
         ),
-        "turns as Python prints them in a cell": Kind(
+        "turns as a printed Python list in a cell": Kind(
             write=write("my.csv", quoted([["image", "conversations"], ["a.jpg", AS_REPR]])),
-            says=("'conversations' is a list as Python prints it; write it with json.dumps", "line 2"),
+            says=("'conversations' is a Python list, not JSON; write it with json.dumps", "line 2"),
         ),
-        "names alone": Kind(write=write("my.csv", "image,question,answer\n"), says=("no record in it.",)),
+        "only a header line": Kind(
+            write=write("my.csv", "image,question,answer\n"), says=("no records in it.",)
+        ),
         "empty": Kind(
-            write=write("my.csv", ""), says=("empty. Write the names of the columns into its first",)
+            write=write("my.csv", ""), says=("an empty file. Write the column names into its first",)
         ),
         "XLSX": Kind(write=sheet(HEAD, ["a.jpg", Q, A]), reads=(ASKED,)),
         "XLSX named `.csv`": Kind(write=sheet(HEAD, ["a.jpg", Q, A], name="my.csv"), reads=(ASKED,)),
@@ -658,19 +674,22 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=sheet(HEAD, ["a.jpg", Q, DATE]),
             says=("row 2: 'answer' is a date (2024-03-05 00:00:00); write it as text", "malformed"),
         ),
-        "a title above the names": Kind(
+        "a title above the column names": Kind(
             write=sheet(["Our mugs"], HEAD, ["a.jpg", Q, A], merged="A1:C1"),
-            says=("two columns are named 'Our mugs'. Rename one of them; the first row", "nothing above it"),
+            says=(
+                "two columns are named 'Our mugs'. Rename one of them. The first row",
+                "with nothing above it",
+            ),
         ),
-        "a name over two columns": Kind(
+        "a merged name cell over two columns": Kind(
             write=sheet(["image", "question", None], ["a.jpg", Q, A], merged="B1:C1"),
-            says=("two columns are named 'question'. Rename one of them; the first row",),
+            says=("two columns are named 'question'. Rename one of them. The first row",),
         ),
-        "an image over two rows": Kind(
+        "a merged image cell over two rows": Kind(
             write=sheet(HEAD, ["a.jpg", Q, A], [None, Q, A], merged="A2:A3"), reads=(ASKED, ASKED)
         ),
-        "pictures in cells": Kind(
-            write=pasted, says=("has pictures in its cells. Save them as files, and write their names",)
+        "images in cells": Kind(
+            write=pasted, says=("has images in its cells. Save them as files, and write their names",)
         ),
         "data in the second sheet, the first is empty": Kind(
             write=sheet(HEAD, ["a.jpg", Q, A], second=True), reads=(ASKED,)
@@ -683,10 +702,10 @@ KINDS: dict[str, dict[str, Kind]] = {
         "NaN in Parquet": Kind(
             write=columns(row(1.5), row(math.nan)), says=("record 1: an answer has no text",)
         ),
-        "a time in Parquet": Kind(
+        "a timestamp in Parquet": Kind(
             write=columns(row(DATE)), says=("record 0: 'answer' is a date (2024-03-05 00:00:00)",)
         ),
-        "Parquet, cut off": Kind(
+        "truncated Parquet": Kind(
             write=cut(columns(row()), 20), says=("cannot be read as Parquet", "Download it again.")
         ),
         "Arrow": Kind(write=arrow, reads=(ASKED,)),
@@ -711,14 +730,14 @@ KINDS: dict[str, dict[str, Kind]] = {
         "an empty caption": Kind(
             write=tree("1.jpg", **{"1__txt": ""}), says=("file 1.jpg: an answer has no text",)
         ),
-        "names of a camera": Kind(
+        "images with camera names (`IMG_0001.jpg`)": Kind(
             write=tree("IMG_0001.jpg", "IMG_0002.jpg"),
             says=(
-                "no image in it has a label or a caption.",
+                "no image in this folder has a label or a caption.",
                 "Put images into folders named by their labels",
             ),
         ),
-        "`train` and `test` above the labels": Kind(
+        "`train` and `test` folders above the labels": Kind(
             write=tree("train/beetle/1.jpg", "test/moth/2.jpg"),
             says=(
                 "has the splits test, train. Give one of them: {folder}/mugs/test or {folder}/mugs/train.",
@@ -727,16 +746,16 @@ KINDS: dict[str, dict[str, Kind]] = {
         "`metadata.jsonl` of the hub": Kind(
             write=tree("1.jpg", metadata__jsonl=json.dumps(llava(..., file_name="1.jpg"))), reads=(ASKED,)
         ),
-        "a table beside the images": Kind(
+        "a table next to the images": Kind(
             write=tree("a.jpg", labels__csv=TABLE),
             says=("has the record file labels.csv. Give that file, or move it out of the folder.",),
         ),
         "no image": Kind(write=tree(), says=("no image in this folder.",)),
-        "parts of Parquet": Kind(
+        "Parquet shards": Kind(
             write=tree(**{"train-0__parquet": b"PAR1"}),
             says=("has the record file train-0.parquet. Give that file",),
         ),
-        "files of a Mac and of Windows between them": Kind(
+        "system files of macOS and Windows among them": Kind(
             write=tree("beetle/1.jpg", "__MACOSX/beetle/._1.jpg", Thumbs__db=b"x", __DS_Store=b"x"),
             reads=(
                 answered(
@@ -757,29 +776,29 @@ KINDS: dict[str, dict[str, Kind]] = {
             write=archive({"0.jpg": "a.jpg", "0.txt": A.encode()}, "my.tgz"),
             reads=(answered(A, "Describe the image."),),
         ),
-        "WebDataset, two images a sample": Kind(
+        "WebDataset, two images per sample": Kind(
             write=archive(
                 {"0.left.jpg": "a.jpg", "0.right.jpg": "b.jpg", "0.json": json.dumps(row()).encode()}
             ),
             reads=(answered(A, images=2),),
         ),
-        "WebDataset, images and texts apart": Kind(
+        "WebDataset, images and texts not adjacent": Kind(
             write=archive({"0.jpg": "a.jpg", "1.jpg": "b.jpg", "0.txt": b"A", "1.txt": b"B"}),
             says=("sample 0 is in two places. Write the files of a sample one after the other",),
         ),
-        "WebDataset, JSON that is no object": Kind(
+        "WebDataset, JSON that is not an object": Kind(
             write=archive({"0.jpg": "a.jpg", "0.json": b"[]"}),
-            says=("my.tar: 0.json: no JSON object. Write one record into it.",),
+            says=("my.tar: 0.json: not a JSON object. Write one record into it.",),
         ),
         "WebDataset, Latin-1": Kind(
             write=archive({"0.jpg": "a.jpg", "0.txt": "Krügel".encode("latin-1")}),
             says=("my.tar: 0.txt: cannot be read ('utf-8' codec", "Fix this member."),
         ),
-        "WebDataset, cut off": Kind(
+        "WebDataset, truncated": Kind(
             write=cut(archive({"0.jpg": "a.jpg", "0.txt": b"A"}), 10_000),
             says=("cannot be read as a tar file",),
         ),
-        "WebDataset, empty": Kind(write=archive({}), says=("no record in it.",)),
+        "WebDataset, empty": Kind(write=archive({}), says=("no records in it.",)),
         "no such file": Kind(write=lambda f: f / "none.json", says=("no such record file. Check the path.",)),
     },
 }
@@ -790,7 +809,7 @@ for number, buffer in enumerate(BYTES.values()):
 
 
 @pytest.mark.parametrize(("form", "what"), CASES)
-def test_each_kind_is_read_as_expected_or_refused_with_its_place(form, what, tmp_path, capsys) -> None:
+def test_each_kind_is_read_as_expected_or_rejected_with_its_place(form, what, tmp_path, capsys) -> None:
     for name, buffer in BYTES.items():
         (tmp_path / name).write_bytes(buffer.getvalue())
     kind = KINDS[form][what]
@@ -822,7 +841,8 @@ def table() -> str:
         for what, kind in kinds.items():
             number = len(kind.reads)
             said = kind.says[0].replace("{folder}", "FOLDER").replace("|", "\\|") if kind.says else ""
-            result = f'refused: "{said}"' if said else f"read: {number} record{'s' * (number > 1)}"
+            cut = "" if said.endswith(".") else " ..."
+            result = f'rejected: "{said}{cut}"' if said else f"{number} record{'s' * (number > 1)}"
             written.append(f"| {what.replace('|', chr(92) + '|')} | {result.replace('<', '&lt;')} |")
     return "\n".join(written) + "\n"
 

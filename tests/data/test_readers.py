@@ -169,14 +169,16 @@ def test_each_kind_of_table(folder, name):
 
 def test_a_spreadsheet_with_columns_of_its_own_names(folder):
     (folder / "my.csv").write_text("Bild;Frage;Antwort;Farbe\nimages/a.png;Was?;Käfer;rot\n")
-    with pytest.raises(DataError, match=r"no columns for question and answer among: Bild, Frage, Antwort"):
+    with pytest.raises(DataError, match=r"no columns for question and answer among 'Bild', 'Frage'"):
         read_records(folder / "my.csv", folder)
     columns = ("image=Bild", "question=frage", "answer=Antwort")
     records = read_configured(DataConfig(records=(str(folder / "my.csv"),), columns=columns))
     assert said(records.conversations[0]) == [("user", "Was?", 1), ("assistant", "Käfer", 0)]
     assert records.ignored == {"Farbe": 1}
     assert records.conversations[0].place == f"{folder / 'my.csv'}: line 2"
-    with pytest.raises(DataError, match="--column answer=Reply: give one of image"):
+    with pytest.raises(
+        DataError, match=r"--column answer=Reply: unknown\. Give KIND=NAME, with KIND one of image"
+    ):
         read_configured(DataConfig(records=(str(folder / "my.csv"),), columns=("answer=Reply",)))
     with pytest.raises(ConfigError, match="write KIND=NAME"):
         read_configured(DataConfig(records=(str(folder / "my.csv"),), columns=("answer",)))
@@ -250,12 +252,12 @@ FOREIGN = {
     "index": (
         chat([{"type": "image", "index": 3}, TEXT], images=["images/a.png"]),
         "image_count",
-        "shows image 3 of 1",
+        "refers to image 3, but the record has 1",
     ),
     "address": (
         {**TABLE, "image": "https://example.org/a.png"},
         "missing_image",
-        "example.org/a.png is not downloaded; allow it with --allow-urls",
+        "example.org/a.png is a URL; allow downloads with --allow-urls",
     ),
     "several answers": ({"question": "Q", "answer": ["A", "B"]}, "malformed", "found a list of 2"),
     "broken data url": ({**TABLE, "image": "data:image/png;base64,@"}, "malformed", "cannot be read"),
@@ -317,8 +319,8 @@ ODD = {
     "too many cells": (b"question,answer\nQ,A, B\n", r"line 2: 3 values for 2 columns"),
     "open quote": (b'question,answer\nQ,A\n"Q,A\n', r"line 3: not CSV \(unexpected end of data\)"),
     "two columns of a name": (b"answer,answer\nQ,A\n", r"two columns are named 'answer'"),
-    "empty": (b"", r"odd\.csv: empty"),
-    "names alone": (b"question,answer\n", "no record in it"),
+    "empty": (b"", r"odd\.csv: an empty file"),
+    "names alone": (b"question,answer\n", "no records in it"),
 }
 
 
@@ -377,7 +379,7 @@ def test_a_weight_that_cannot_be_followed_is_a_named_defect(tmp_path, turn, said
     with pytest.raises(Defect, match=re.escape(said)):
         read_records(tmp_path / "a.json", tmp_path)
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": [{**question, "loss": 1}, turn]}]))
-    with pytest.raises(Defect, match="turn 0 of the user has loss 1: only answers train"):
+    with pytest.raises(Defect, match=r"turn 0 \(user\) has loss 1; only answers can be trained"):
         read_records(tmp_path / "a.json", tmp_path)
 
 

@@ -173,7 +173,7 @@ DEFECTIVE: dict[str, tuple[str, object, str]] = {
     "missing image": (
         "missing_image",
         record("<image>Q", "A", image="x/none.png"),
-        r"no image .*x/none\.png",
+        r"image not found: .*x/none\.png",
     ),
     "folder as image": (
         "missing_image",
@@ -233,7 +233,7 @@ def test_all_defects_of_a_file_are_in_one_report(tmp_path, images):
     file = tmp_path / "data.json"
     assert lines[0] == f"{file}: 6 records have defects:"
     assert lines[1] == "  missing_image (an image file that does not exist): 5"
-    assert lines[2] == f"    {file}: record 3 (id r1): no image {images / 'gone0.png'}"
+    assert lines[2] == f"    {file}: record 3 (id r1): image not found: {images / 'gone0.png'}"
     assert lines[5] == "    and 2 more"
     assert lines[-1].endswith("or skip such records with --skip missing_image --skip unanswered.")
 
@@ -269,9 +269,9 @@ FILES = {
         '[{"id": "1", "conv',
         r"middle of a record \(Unterminated.*\) at line 1 column 14\. Write or download",
     ),
-    "an object": ({"data": GOOD}, "an object with the key data in place of a list"),
+    "an object": ({"data": GOOD}, "expected a list of records, found an object with the key data"),
     "empty file": ("", "an empty file. Write the records again"),
-    "empty array": ("[]", "no record in it"),
+    "empty array": ("[]", "no records in it"),
 }
 
 
@@ -313,7 +313,7 @@ def test_a_pipe_is_not_waited_for_and_damaged_gzip_is_told(tmp_path):
 
 
 def test_all_records_skipped_is_an_error_with_the_counts(tmp_path, images):
-    with pytest.raises(DataError, match=r"no record left after skips \{'unanswered': 1\}"):
+    with pytest.raises(DataError, match=r"no records left after skips \{'unanswered': 1\}"):
         read(tmp_path, [record("Q")], ("unanswered",))
 
 

@@ -301,7 +301,7 @@ def test_a_users_own_metric_grades_and_its_errors_show_their_line(write, tmp_pat
         score("fails", "x", "y")
     with pytest.raises(ConfigError, match=r"returned 7 for the answer 'x'\. Return a score from 0 to 1"):
         score("wrong", "x", "y")
-    with pytest.raises(ConfigError, match="int found; a function is needed"):
+    with pytest.raises(ConfigError, match="expected a function, found int"):
         own_benchmark(data, metric=f"{tmp_path / 'mine.py'}:VALUE")
 
 

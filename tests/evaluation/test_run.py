@@ -277,7 +277,7 @@ def test_a_model_saved_again_keeps_its_answers_and_a_changed_one_does_not(chat, 
     ask_again()
     weights.write_bytes(b"weightz")
     os.utime(weights, (1, 1))
-    with pytest.raises(ConfigError, match="is of other weights"):
+    with pytest.raises(ConfigError, match="belongs to other weights"):
         ask_again()
 
 

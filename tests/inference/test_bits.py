@@ -52,7 +52,7 @@ def test_only_the_language_model_is_held_and_its_logits_stay_close(
 def test_it_is_stored_so_and_opens_so(toy: Path, tmp_path: Path, bits: int) -> None:
     out = tmp_path / "out"
     assert main(["export", str(toy), str(out), "--bits", str(bits)]) == 0
-    assert f"language model in {bits} bits; largest difference of a logit" in (out / "README.md").read_text()
+    assert f"language model in {bits} bits; largest logit difference" in (out / "README.md").read_text()
     sizes = {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
     assert set(sizes) == {"model.safetensors", "quantised.safetensors"}
     assert sum(sizes.values()) < (toy / "model.safetensors").stat().st_size
@@ -64,7 +64,7 @@ def test_it_is_stored_so_and_opens_so(toy: Path, tmp_path: Path, bits: int) -> N
     assert quantised_layers(model) == {}
     for name, layer in quantised_layers(stored.model).items():
         assert torch.equal(model.get_submodule(name.removesuffix(".weight")).weight, layer.dequantise())
-    with pytest.raises(ConfigError, match=f"stored in {bits} bits; leave bits out"):
+    with pytest.raises(ConfigError, match=f"stored in {bits} bits. Remove bits"):
         Chat.open(out, bits=12 - bits)
     export_checkpoint(out, tmp_path / "whole")
     assert not (tmp_path / "whole" / "quantised.safetensors").exists()
@@ -137,7 +137,7 @@ def test_other_numbers_and_a_missing_package_are_refused(
         Chat.open(toy, bits=5)
     with pytest.raises(SystemExit):
         main(["export", str(toy), str(tmp_path / "out"), "--format", "onnx", "--bits", "4"])
-    assert "--bits is for the layout of tinyllava" in capsys.readouterr().err
+    assert "--bits works only with --format tinyllava" in capsys.readouterr().err
     monkeypatch.setattr("tinyllava.errors.find_spec", lambda name: None)
     for call in (lambda: Chat.open(toy, bits=8), lambda: export_checkpoint(toy, tmp_path / "out", bits=4)):
         with pytest.raises(MissingExtraError, match=r"bitsandbytes, .*pip install 'tinyllava\[quantized\]'"):

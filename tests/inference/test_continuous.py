@@ -83,7 +83,7 @@ def test_a_model_that_keeps_other_things_than_keys_is_refused() -> None:
         get_input_embeddings=model.get_input_embeddings,
         config=SimpleNamespace(text_config=model.config),
     )
-    with pytest.raises(ConfigError, match="'mamba': 0 of 2 layers attend"):
+    with pytest.raises(ConfigError, match="'mamba': only 0 of 2 layers use plain"):
         RaggedModel(wrapped)
 
 

@@ -151,7 +151,9 @@ def test_adapters_on_convolutions_are_refused_before_and_in_training(
     assert problem.startswith("stages.finetune.vision_encoder.kind = 'lora'")
     assert says in problem
     model, processor = assemble(config)
-    with pytest.raises(ConfigError, match="vision_encoder: lora needs a linear layer, and it has none"):
+    with pytest.raises(
+        ConfigError, match="vision_encoder: lora needs a linear layer, but this component has none"
+    ):
         apply_tuning(model, stage(lora(3)))
     model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")

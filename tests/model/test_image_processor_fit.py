@@ -15,7 +15,7 @@ from training_toys import toy_run
 WRONG = {
     "size": (
         "siglip", "pad", {"size": {"height": 28, "width": 56}},
-        r"makes 56 x 28 of an image, but the encoder takes 28 x 28 px",
+        r"produces images of 56 x 28, but the encoder takes 28 x 28 px",
     ),
     "larger": ("siglip", "pad", {"size": {"height": 56, "width": 56}}, "makes 56 x 56 of an image"),
     "no crop": (

@@ -282,7 +282,7 @@ def test_a_truncated_weight_file_is_a_checkpoint_error(parts, tmp_path):
     with pytest.raises(CheckpointError, match="elsewhere: no such folder"):
         open_checkpoint(tmp_path / "elsewhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no tinyllava checkpoint there"):
+    with pytest.raises(CheckpointError, match="not a tinyllava checkpoint"):
         open_checkpoint(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="'phi', not 'tinyllava'"):
         open_checkpoint(parts["phi"])

@@ -280,12 +280,12 @@ def test_a_stage_may_bring_its_own_template(processors):
 def test_a_token_over_the_edge_of_an_answer_is_refused_with_the_record(processors):
     template = "{% for m in messages %}{{ 'r' }}{% generation %}{{ 'ed' }}{% endgeneration %}{% endfor %}"
     one = Conversation(messages=(Message(role="assistant", text="x"),), id="r7", source="a.json")
-    with pytest.raises(DataError, match=r"a\.json: record r7: the token 're' joins prompt and answer"):
+    with pytest.raises(DataError, match=r"a\.json: record r7: the token 're' spans the end of the prompt"):
         processors["phi"].encode(one, template=template)
 
 
 def test_images_and_marks_in_the_prompts_must_agree(processors):
-    with pytest.raises(DataError, match="1 images for 2 <image> in the prompts"):
+    with pytest.raises(DataError, match="1 images for 2 <image> tokens in the prompts"):
         processors["phi"](images=[Image.new("RGB", (4, 4))], text=["<image>", "<image>"])
 
 

@@ -190,8 +190,8 @@ def test_any_text_is_split_as_sentencepiece_splits_it(
     ("field", "value", "message"),
     [
         ("trainer_spec.model_type", 1, "model type 1, not BPE"),
-        ("normalizer_spec.remove_extra_whitespaces", True, "superfluous blanks are removed"),
-        ("trainer_spec.treat_whitespace_as_suffix", True, "blanks as suffixes"),
+        ("normalizer_spec.remove_extra_whitespaces", True, "extra spaces are removed"),
+        ("trainer_spec.treat_whitespace_as_suffix", True, "spaces as suffixes"),
         ("normalizer_spec.precompiled_charsmap", b"x", "a table of normalised characters"),
     ],
 )
@@ -217,7 +217,7 @@ def test_damaged_and_missing_vocabularies(tmp_path: Path, monkeypatch: pytest.Mo
         open_tokenizer(tmp_path)
     folder = write_llama(tmp_path / "llama", None)
     (folder / "tokenizer.model").write_bytes(b"\xff\xff no pieces")
-    with pytest.raises(CheckpointError, match="no SentencePiece model; download the file again"):
+    with pytest.raises(CheckpointError, match="not a SentencePiece model; download the file again"):
         open_tokenizer(folder)
     folder = write_bpe(tmp_path / "phi", "phi")
     config = json.loads((folder / "tokenizer_config.json").read_text())

@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[Run, str, str]] = {
             hardware(sharding="all"),
             stages={"pretrain": replace(RUN.stages["pretrain"], optimizer="adafactor")},
         ),
-        "optimizer = 'adafactor': hardware.sharding = 'all' cannot divide its state",
+        "optimizer = 'adafactor': hardware.sharding = 'all' cannot shard its state",
         "choose adamw, sgd, adagrad, rmsprop",
     ),
     "workers": (hardware(num_workers=-1), "hardware.num_workers = -1", "not be negative"),
@@ -126,7 +126,11 @@ WRONG: dict[str, tuple[Run, str, str]] = {
         "choose another folder",
     ),
     "alpha": (finetune(language_model=Tune(kind="lora", rank=8)), "model.alpha = 0: lora", "twice the rank"),
-    "device batch": (hardware(device_batch_size=200), "128: smaller than hardware.device", "lower that one"),
+    "device batch": (
+        hardware(device_batch_size=200),
+        "128: smaller than hardware.device",
+        "lower the device batch size",
+    ),
     "seed": (replace(RUN, seed=-1), "seed = -1", "from 0 to 4294967295"),
     "large seed": (replace(RUN, seed=2**32), "seed = 4294967296", "from 0 to 4294967295"),
     "epochs": (finetune(num_epochs=0.0), "num_epochs = 0.0: must be above 0", "at most"),
@@ -301,7 +305,7 @@ def test_ranks_that_do_not_divide_the_batch(toy_run: Run, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("connector", "options", "message"),
     [
-        ("pool", {"side": 99}, "connector pool: 576 patches are a grid of 24 x 24"),
+        ("pool", {"side": 99}, "connector pool: 576 patches form a grid of 24 x 24"),
         ("pixel_shuffle", {"block": 7}, "connector pixel_shuffle: a grid of 576 patches"),
         ("resampler", {"num_queries": 0}, "connector resampler: option num_queries = 0: must be at least 1"),
         ("slots", {"dropout_percent": -1}, "option dropout_percent = -1: must be at least 0"),

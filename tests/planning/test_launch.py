@@ -79,7 +79,7 @@ def test_under_a_launcher_no_further_processes_are_started(monkeypatch, environm
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert choose_processes(0, run_of(256)) == 1
-    with pytest.raises(ConfigError, match=r"--gpus 2: the launcher has started [18] process"):
+    with pytest.raises(ConfigError, match=r"--gpus 2: the launcher has already started [18] process"):
         choose_processes(2, run_of(256))
 
 
@@ -90,7 +90,7 @@ def test_wrong_numbers_of_gpus_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="--gpus -1: must be 1 or more"):
         choose_processes(-1)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(ConfigError, match="srun has started 8 tasks, which do not know of each other"):
+    with pytest.raises(ConfigError, match="srun has started 8 independent tasks"):
         choose_processes(0)
 
 

@@ -128,5 +128,5 @@ def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, "mmproj.gguf: missing." in done.stderr) == (2, True)
     shutil.copy(folder / "model.gguf", tmp_path / "mmproj.gguf")
-    with pytest.raises(CheckpointError, match="does not say how images are prepared"):
+    with pytest.raises(CheckpointError, match="does not record how images are prepared"):
         PreparedImages(tmp_path)

@@ -65,9 +65,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "address": (
         ask_about("http://127.0.0.1/a.png"),
         "messages.0.content.0.image_url.url",
-        "this server opens no file, and addresses only at the hosts that it was given",
+        "this server never opens files, and downloads images only from allowed hosts",
     ),
-    "file": (ask_about("/etc/hostname"), "messages.0.content.0.image_url.url", "this server opens no file"),
+    "file": (
+        ask_about("/etc/hostname"),
+        "messages.0.content.0.image_url.url",
+        "this server never opens files",
+    ),
     "file address": (ask_about("file:///etc/hostname"), "messages.0.content.0.image_url.url", "data URL"),
     "no base64": (ask_about("data:image/png;base64,%%"), "messages.0.content.0.image_url.url", "data URL"),
     "no image": (

@@ -78,7 +78,7 @@ def test_amounts_are_saved_and_read_and_damage_is_named(tmp_path: Path) -> None:
     assert read_begun(tmp_path) == begun
     for damage in ("{", "[1]", json.dumps({"amounts": {"easy_vqa": {"captions": 1}}})):
         (tmp_path / "amounts.json").write_text(damage)
-        with pytest.raises(DataError, match=r"amounts\.json: not the amounts of a run"):
+        with pytest.raises(DataError, match=r"amounts\.json: does not contain the amounts of a run"):
             read_begun(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_given_amounts_are_taken_as_they_are_and_nothing_is_timed(tmp_path: Path
 def test_a_folder_that_was_begun_with_something_else_is_refused(work: Work, tmp_path: Path) -> None:
     save_begun(tmp_path, Begun(amounts=AMOUNTS["default"], minutes=12.0))
     before = (tmp_path / "amounts.json").read_text()
-    with pytest.raises(ConfigError, match=r"begun with 1,600 captions and 1,600 .*, chosen for 12 minutes"):
+    with pytest.raises(ConfigError, match=r"started with 1,600 captions and 1,600 .*, chosen for 12 minutes"):
         choose_amounts(tmp_path, parts_without_images(), work)
     assert (tmp_path / "amounts.json").read_text() == before
 

@@ -206,7 +206,7 @@ def test_one_image_on_both_sides_is_refused(easy_vqa: list[LabelledImage], tmp_p
         buffer = io.BytesIO()
         image.save(buffer, "BMP")  # other bytes, same pixels
     copy = replace(easy_vqa[0], name="easy_vqa/test/copy.bmp", data=buffer.getvalue(), is_held_out=True)
-    with pytest.raises(DataError, match=r"train/0\.png and easy_vqa/test/copy\.bmp are one image"):
+    with pytest.raises(DataError, match=r"train/0\.png and easy_vqa/test/copy\.bmp are the same image"):
         write([*easy_vqa, copy], tmp_path, easy_vqa=Amount(captions=1, conversations=1))
 
 

@@ -199,7 +199,7 @@ def test_tokens_without_a_row_are_refused_by_name_and_get_rows_when_they_are_nam
     mine = {**parts, "llama": folder}
     run = run_with(mine, located, tmp_path / "run")
     with pytest.raises(
-        CheckpointError, match=r"none for 2 of its tokens \(<loc_0> <loc_1>\).*--add-tokens <loc_0>"
+        CheckpointError, match=r"2 of its tokens have none \(<loc_0> <loc_1>\).*--add-tokens <loc_0>"
     ):
         assemble(dataclasses.replace(run.model, add_tokens=()))
     model, processor = open_start(run)

@@ -65,8 +65,8 @@ def test_where_memory_runs_out_a_smaller_form_trains_the_same(
     with reporting(is_shown=True):
         train(finetuning(parts, records, tmp_path / "small/run", hardware))
     printed = capsys.readouterr().out
-    assert "out of memory with a device batch of 4 and activations kept: trains with a device" in printed
-    assert "4 samples a step as before" in printed
+    assert "out of memory with a device batch of 4 and activations kept; training with a device" in printed
+    assert "still 4 samples per step" in printed
     assert small_device[0] == tried
     assert small_device[-1] == chosen
     monkeypatch.undo()

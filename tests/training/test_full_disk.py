@@ -57,7 +57,7 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["said"] == (
-        f"{disk / 'run' / 'pretrain'}: the disk is full; free some space and run the same command again."
+        f"{disk / 'run' / 'pretrain'}: the disk is full. Free some space and run the same command again."
     )
     assert 1 <= report["num_steps"] < 48  # it was stopped on the way
     assert "model.safetensors" in report["files"]

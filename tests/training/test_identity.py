@@ -188,7 +188,7 @@ def test_what_changes_nothing_is_allowed_on_resume_and_said(parts, data, tmp_pat
     said = capsys.readouterr().out
     assert steps == {"pretrain": 0, "finetune": 1}
     assert "finetune: resuming from " in said
-    assert "hardware.num_workers = 0 there, 1 now: it does not change the result" in said
+    assert "hardware.num_workers = 0 before, 1 now: it does not change the result" in said
     assert weights(tmp_path / "moved/run") == weights(tmp_path / "whole/run")
 
 
@@ -204,17 +204,17 @@ def test_another_batch_of_the_device_is_allowed_except_where_it_decides(parts, d
     )
     with killed_at("pretrain", 2):
         train(micro)
-    with pytest.raises(TrainingError, match=r"stages\.pretrain\.micro_batch_size = 2 there, 1 now"):
+    with pytest.raises(TrainingError, match=r"stages\.pretrain\.micro_batch_size = 2 before, 1 now"):
         train(dataclasses.replace(micro, hardware=smaller))
 
 
 DECISIVE = {
-    "seed": (lambda run: dataclasses.replace(run, seed=1), r"stages\.pretrain\.seed = 42 there, 1 now"),
+    "seed": (lambda run: dataclasses.replace(run, seed=1), r"stages\.pretrain\.seed = 42 before, 1 now"),
     "learning rate": (
         lambda run: dataclasses.replace(
             run, stages={n: dataclasses.replace(s, learning_rate=0.5) for n, s in run.stages.items()}
         ),
-        r"stages\.pretrain\.learning_rate = 0\.01 there, 0\.5 now\n.*finetune\.learning_rate = 0\.001 there",
+        r"stages\.pretrain\.learning_rate = 0\.01 before, 0\.5 now\n.*finetune\.learning_rate = 0\.001",
     ),
     "adapters": (
         lambda run: dataclasses.replace(
@@ -224,15 +224,15 @@ DECISIVE = {
                 "finetune": dataclasses.replace(run.stages["finetune"], language_model=lora(2)),
             },
         ),
-        r"language_model\.kind = 'full' there, 'lora' now",
+        r"language_model\.kind = 'full' before, 'lora' now",
     ),
     "stages": (
         lambda run: dataclasses.replace(run, stages={"pretrain": run.stages["pretrain"]}),
-        r"stages = pretrain, finetune there, pretrain now",
+        r"stages = pretrain, finetune before, pretrain now",
     ),
     "connector": (
         lambda run: dataclasses.replace(run, model=dataclasses.replace(run.model, connector="linear")),
-        r"model\.connector = 'mlp' there, 'linear' now",
+        r"model\.connector = 'mlp' before, 'linear' now",
     ),
     "length": (
         lambda run: dataclasses.replace(
@@ -244,7 +244,7 @@ DECISIVE = {
                 for n, s in run.stages.items()
             },
         ),
-        r"max_length_tokens = 256 there, 72 now",
+        r"max_length_tokens = 256 before, 72 now",
     ),
 }
 
@@ -275,10 +275,10 @@ def test_other_records_by_another_name_are_refused_and_the_same_ones_are_not(par
     with pytest.raises(TrainingError) as caught:
         train(often(parts, other, folder))
     captions = data.with_name("captions.json"), other.with_name("captions.json")
-    assert f"stages.pretrain.data.records = ['{captions[0]}'] there, ['{captions[1]}'] now" in str(
+    assert f"stages.pretrain.data.records = ['{captions[0]}'] before, ['{captions[1]}'] now" in str(
         caught.value
     )
-    with pytest.raises(TrainingError, match=r"model\.language_model = '.*llama' there, '.*phi' now"):
+    with pytest.raises(TrainingError, match=r"model\.language_model = '.*llama' before, '.*phi' now"):
         train(often(parts, data, folder, llm="phi"))
     shutil.copytree(data.parent, tmp_path / "copy")
     copied = shutil.copytree(parts["llama"], tmp_path / "llama")
@@ -370,7 +370,7 @@ def test_with_every_checkpoint_damaged_the_stage_starts_over_and_says_so(parts, 
     assert count_steps(lambda: train(run))["pretrain"] == 3
     said = capsys.readouterr().out
     assert said.count("optimizer.pt is missing; skipped") == 2
-    assert "pretrain: nothing whole is left of it; starting over" in said
+    assert "pretrain: its files are missing or damaged; starting over" in said
 
 
 def test_old_checkpoints_go_by_step_not_by_date_and_all_go_at_the_end(parts, data, tmp_path):

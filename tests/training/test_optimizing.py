@@ -99,7 +99,7 @@ def test_adapters_sit_on_the_chosen_layers_and_modules(parts, records, tmp_path)
         ({"schedule": "step"}, "schedule = 'step': unknown; known: cosine, linear, constant"),
         ({"schedule": "warmup_stable_decay"}, "warmup_stable_decay needs num_decay_steps"),
         ({"optimizer": "adam"}, "optimizer = 'adam': unknown; known: adamw, adafactor"),
-        ({"language_model": lora(2, layers=(2,))}, "language_model.layers = [2]: its layers are 0 to 1"),
+        ({"language_model": lora(2, layers=(2,))}, "language_model.layers = [2]: must be from 0 to 1"),
         ({"connector": lora(2, layers=(0,))}, "connector.layers = (0,): this component has no numbered"),
     ],
 )

@@ -292,7 +292,9 @@ def test_packing_that_cannot_be_is_refused_and_padding_trains(parts, records, tm
     with pytest.raises(ConfigError, match=r"loss_norm = 'micro'.*set hardware\.packing False"):
         train(toy(parts, records, tmp_path / "micro", packing=True, loss_norm="micro"))
     divided = {"sharding": "gradients"}
-    with pytest.raises(ConfigError, match=r"hardware\.packing = True: .*'gradients' trains padded rows"):
+    with pytest.raises(
+        ConfigError, match=r"hardware\.packing = True: .*'gradients' supports only padded rows"
+    ):
         train(toy(parts, records, tmp_path / "divided", packing=True, hardware=divided))
     sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     windows = tmp_path / "windows"
@@ -305,6 +307,6 @@ def test_packing_that_cannot_be_is_refused_and_padding_trains(parts, records, tm
     run = toy(parts, records, tmp_path / "run", packing=True)
     model = dataclasses.replace(run.model, language_model=str(windows), template="llama")
     run = dataclasses.replace(run, model=model, stages={"finetune": run.stages["finetune"]})
-    with pytest.raises(ConfigError, match="'mistral' attends in windows"):
+    with pytest.raises(ConfigError, match="'mistral' has attention windows"):
         train(run)
     train(dataclasses.replace(run, hardware=dataclasses.replace(run.hardware, packing=False)))

@@ -144,7 +144,7 @@ def test_a_full_disk_is_said_before_the_first_step(parts, records, tmp_path, mon
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(TrainingError, match="GB free, checkpoints and model need"):
+    with pytest.raises(TrainingError, match="GB free, but checkpoints and model need"):
         train(toy_run(parts, records, tmp_path / "run"))
 
 
@@ -174,7 +174,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_the_reason_whatever_is_written(
         with pytest.raises(TrainingError) as caught:
             train(run)
     assert str(caught.value) == (
-        f"{tmp_path / name}: the disk is full; free some space and run the same command again."
+        f"{tmp_path / name}: the disk is full. Free some space and run the same command again."
     )
     assert (train(run) / "model.safetensors").is_file()
 

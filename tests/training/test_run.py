@@ -387,7 +387,7 @@ def test_a_stage_says_how_many_records_it_cut_at_a_turns_end(parts, records, tmp
     stage = dataclasses.replace(run.stages["finetune"], truncate=True, max_steps=1)
     run = dataclasses.replace(run, stages={"finetune": stage})
     assert main(["train", write_run(run, tmp_path)]) == 0
-    assert "truncated: 3 records end behind an earlier answer, to fit 256 tokens" in capsys.readouterr().out
+    assert "truncated: 3 records end after an earlier answer, to fit 256 tokens" in capsys.readouterr().out
     data = json.loads((tmp_path / "run/finetune/stage.json").read_text())["data"]
     assert data["truncated"] == 3
     assert data["num_samples"] == len(listed)

@@ -184,10 +184,10 @@ def test_what_is_held_out_decides_the_result_only_where_it_changes_the_training(
     parts, records, held, tmp_path
 ):
     train(validated(parts, records, tmp_path / "run", Validation()))
-    with pytest.raises(TrainingError, match=r"validation\.held_out = '' there, '25%' now"):
+    with pytest.raises(TrainingError, match=r"validation\.held_out = '' before, '25%' now"):
         train(validated(parts, records, tmp_path / "run", Validation(held_out="25%")))
     train(validated(parts, records, tmp_path / "run", Validation(held_out=str(held))))  # reused
-    with pytest.raises(TrainingError, match=r"validation\.patience = None there, 1 now"):
+    with pytest.raises(TrainingError, match=r"validation\.patience = None before, 1 now"):
         train(validated(parts, records, tmp_path / "run", Validation(held_out=str(held), patience=1)))
 
 
@@ -210,4 +210,4 @@ def test_validation_that_cannot_be_is_refused_before_anything_is_loaded(
 
 def test_images_that_are_on_both_sides_are_counted_and_said(parts, records, tmp_path, capfd):
     train(validated(parts, records, tmp_path / "run", Validation(held_out=str(records)), num_epochs=1))
-    assert "9 of them show an image that is trained on" in capfd.readouterr().out
+    assert "9 of them show an image that is also trained on" in capfd.readouterr().out

@@ -1,1 +1,1 @@
-"""Checkpoints in and out: other layouts are imported, ours are exported."""
+"""Import checkpoints of other layouts, and export checkpoints for other programs."""

@@ -49,7 +49,7 @@ RESUMED = ("starter", "train", "evaluate", "reproduce")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status; errors of ours are printed without a traceback."""
+    """Run a command and return its exit status. Errors of this package are printed without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -118,7 +118,7 @@ def _describe(error: Exception) -> str:
 
 
 def _drop_output() -> bool:
-    """Whether the output itself cannot be written; what is still to be printed then goes nowhere."""
+    """Return whether the output itself cannot be written; the rest of the output is then discarded."""
     try:
         print(flush=True)
     except OSError:
@@ -149,7 +149,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _run_own_code(arguments: list[str]) -> list[str]:
-    """Run what ``--with FILE.py`` names, which any command takes, and return the other arguments."""
+    """Run the code named by ``--with FILE.py``, which any command takes, and return the other arguments."""
     rest = list(arguments)
     while "--with" in rest[1:] and rest[0] != "starter":  # whose --with names data sets
         at = rest.index("--with", 1)
@@ -176,7 +176,7 @@ def _refuse_bytes(arguments: list[str]) -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads the output any more; what is still to be printed then goes nowhere."""
+    """Return whether the reader of the output is gone; the rest of the output is then discarded."""
     try:
         print(flush=True)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""``tinyllava compare A B``: two evaluations, question by question."""
+"""``tinyllava compare A B``: compare two evaluations question by question."""
 
 from pathlib import Path
 

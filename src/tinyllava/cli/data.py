@@ -1,4 +1,4 @@
-"""``tinyllava data``: which files a benchmark or a mixture needs; your own data checked and converted."""
+"""``tinyllava data``: list the files that a benchmark or mixture needs; check and convert your own data."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""``tinyllava data check|convert|split``: look at your own data, write it in another form, hold some out."""
+"""``tinyllava data check|convert|split``: check your own data, convert it, or hold out records."""
 
 import argparse
 import re
@@ -42,7 +42,7 @@ _SHOWN = 20
 
 
 def check(arguments: list[str]) -> int:
-    """Print what a file holds and what is wrong with it."""
+    """Print the contents and the defects of a file."""
     parser = CommandParser("data check", _CHECK)
     parser.add_argument("file", nargs="+", help="record file, or folder of images")
     add_data_options(parser)
@@ -206,7 +206,7 @@ def _evaluation_fields(known: argparse.Namespace) -> dict[tuple[str, str], dict[
 
 
 def _write_licence(name: str, folder: Path) -> None:
-    """Write the licence of a data set of the hub beside the records that were made of it."""
+    """Write the licence of a data set of the Hub next to the records made from it."""
     from tinyllava.data.mixtures import LICENCES, hub_licence, read_licences
     from tinyllava.data.readers.hub import is_hub_name
     from tinyllava.files import write_json

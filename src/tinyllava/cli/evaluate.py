@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _take_answers(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
-    """Return what puts another program's answers to a benchmark into ``output``, where some were named."""
+    """Return a function that puts given answers of another program into ``output``."""
     from tinyllava.evaluation.checkpoint import take_answers
 
     def take(benchmark: "Benchmark", data: Path) -> bool:
@@ -95,7 +95,7 @@ def _take_answers(known: argparse.Namespace, output: Path) -> Callable[["Benchma
 
 
 def _open_model(known: argparse.Namespace, output: Path) -> Callable[["Benchmark", Path], bool]:
-    """Return what has a benchmark answered and tells whether this process is to score it."""
+    """Return a function that answers a benchmark and returns whether this process scores it."""
     from tinyllava.evaluation.run import Settings, answer_benchmark, processes
     from tinyllava.inference.chat import Chat
 
@@ -185,7 +185,7 @@ def _write_page(
 
 
 def describe_readings(predictions: Sequence["Prediction"]) -> list[str]:
-    """Return lines that say what was read out of the answers, and quote some that could not be read."""
+    """Return lines with the most frequent readings of the answers, and some unreadable answers."""
     answered = [one for one in predictions if one.answer.strip()]
     counts = Counter(_shorten(one.parsed) for one in answered if one.is_clear and one.parsed)
     listed = ", ".join(f"{text} {number:,}" for text, number in counts.most_common(_MOST_SHOWN))
@@ -212,7 +212,7 @@ def describe_answers(result: "Result", benchmark: "Benchmark") -> str:
 
 
 def describe_metrics(result: "Result") -> list[str]:
-    """Return the numbers beside the headline, each kind of group (``kind=value``) on lines of its own."""
+    """Return the metrics other than the headline, each kind of group (``kind=value``) on its own lines."""
     lines: dict[str, list[str]] = {}
     for metric in result.metrics:
         kind, _, group = metric.name.rpartition("=")

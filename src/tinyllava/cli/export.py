@@ -101,11 +101,11 @@ def main(arguments: list[str]) -> int:
     if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", options.max_shard_size.upper()):
         parser.error(f"--max-shard-size {options.max_shard_size}: give a number and KB, MB, GB or TB: 5GB")
     if options.quantize and options.layout != "gguf":
-        parser.error("--quantize is for --format gguf")
+        parser.error("--quantize works only with --format gguf")
     if options.bits != 16 and options.layout != "tinyllava":
-        parser.error("--bits is for the layout of tinyllava: leave it out, or leave out --format")
+        parser.error("--bits works only with --format tinyllava: remove --bits or --format")
     if options.dtype != "auto" and options.layout == "gguf":
-        parser.error("--dtype is not for --format gguf: leave it out, or use --quantize f16, q8_0 or q4_0")
+        parser.error("--dtype does not work with --format gguf: use --quantize f16, q8_0 or q4_0")
     if options.dtype != "auto" and (options.dtype in _PRECISIONS) != (options.layout in _GRAPHS):
         types = ", ".join(_PRECISIONS) if options.layout in _GRAPHS else "float32, bfloat16, float16"
         parser.error(f"--dtype {options.dtype}: with --format {options.layout} give {types}")
@@ -183,10 +183,13 @@ def _describe_comparison(exported: "Exported") -> str:
     agreement = exported.agreement
     if agreement:
         return (
-            f"opened in llama.cpp (xllamacpp {agreement.version}) and compared: largest difference of a "
-            f"log-probability {agreement.text:.2g} after text, {agreement.image:.2g} after an image; against "
-            f"the weights before rounding {agreement.text_rounding:.2g} and {agreement.image_rounding:.2g}"
+            f"opened in llama.cpp (xllamacpp {agreement.version}) and compared: largest log-probability "
+            f"difference {agreement.text:.2g} (text) and {agreement.image:.2g} (image); with the weights "
+            f"before rounding {agreement.text_rounding:.2g} and {agreement.image_rounding:.2g}"
         )
     if exported.largest_difference is None:
-        return "not compared: xllamacpp is not installed; `pip install tinyllava[gguf]` and export again"
+        return (
+            "not compared, because xllamacpp is not installed. Run `pip install tinyllava[gguf]` and export "
+            "again."
+        )
     return f"reloaded and compared: largest logit difference {exported.largest_difference:.2g}"

@@ -1,4 +1,4 @@
-"""What the commands share: their argument parser, and the model of those that name none."""
+"""Shared by all commands: the argument parser, and the default model."""
 
 import argparse
 import re
@@ -75,7 +75,7 @@ def own_data(known: argparse.Namespace, *files: str, skip: tuple[str, ...] = ())
 
 
 def reading_settings(known: argparse.Namespace) -> "ReadingSettings":
-    """Return what those options say, as the evaluation of own questions takes it."""
+    """Return the values of these options in the form that the evaluation of own questions takes."""
     return {
         "images": known.images,
         "columns": tuple(known.column),

@@ -1,6 +1,6 @@
-"""``tinyllava record``: show a record as training sees it.
+"""``tinyllava record``: show records as training sees them.
 
-Paper: section 3.2; what is green is the set A of equation 3.
+Paper: section 3.2. The green text is the set A of equation 3.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def _print_refusal(
 
 
 def print_record(conversation: "Conversation", processor: "TinyLlavaProcessor", template: str | None) -> None:
-    """Print the text that the model sees, with what is supervised marked, and its number of tokens."""
+    """Print the text that the model sees, with supervised parts marked, and its number of tokens."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""``tinyllava serve MODEL``: answer over HTTP, to programs and in a web page."""
+"""``tinyllava serve MODEL``: serve a model over HTTP, to programs and on a web page."""
 
 import argparse
 import json
@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _read_examples(file: Path) -> bytes:
-    """Return the images with questions of the report beside a model, as JSON; none where there are none."""
+    """Return the images and questions of the report next to a model, as JSON; empty if there is no report."""
     try:
         examples = json.loads(file.read_bytes()) if file.stat().st_size < _MAX_EXAMPLES_BYTES else []
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What ``tinyllava show VARIANT`` prints: the resolved run, and its plan in tables."""
+"""The output of ``tinyllava show VARIANT``: the resolved run, and its estimates in tables."""
 
 from tinyllava.cli.show import TABLES, Rows, format_table
 from tinyllava.config import COMPONENTS, Component, Run, Stage, to_json
@@ -63,7 +63,7 @@ def _without_bf16(run: Run, gpu: str) -> str:
 
 
 def _without_record(run: Run, plan: Plan) -> str:
-    """Name the trained parts whose family has no record: what their layers keep is only estimated."""
+    """Name the trained parts whose family has no record, because their activations are only estimated."""
     encoder, language = plan.parts.encoder, plan.parts.language
     encoders = [member.family for member in encoder.members or (encoder,)]
     is_trained = any(stage.vision_encoder.trains for stage in run.stages.values())

@@ -1,4 +1,4 @@
-"""``tinyllava starter``: the main job on real parts and images that anybody can download."""
+"""``tinyllava starter``: the end-to-end demo on public weights and images."""
 
 from pathlib import Path
 

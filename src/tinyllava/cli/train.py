@@ -47,7 +47,7 @@ options with their values. Run the same command again to resume.
 
 
 def _make_parser() -> CommandParser:
-    """Return the parser of what is no setting of a run."""
+    """Return the parser of the options that are not settings of a run."""
     parser = CommandParser("train", _HELP)
     parser.add_argument("variant", help="variant, FILE.py:NAME, or a recipe with --from")
     parser.add_argument(
@@ -148,7 +148,7 @@ def _batch_sizes(run: Run) -> str:
 
 
 def _record_files(known: argparse.Namespace) -> tuple[str, ...]:
-    """Return what --data names of record files and folders of images; the rest are roots of mixtures."""
+    """Return the record files and image folders named by --data; the rest are roots of mixtures."""
     return tuple(
         given
         for given, path in ((given, parse_source(given).name) for given in known.data)
@@ -205,7 +205,7 @@ def _with_shortcuts(run: Run, known: argparse.Namespace) -> Run:
 
 
 def _with_validation(last: tuple[str, Stage], known: argparse.Namespace) -> dict[str, Stage]:
-    """Return the last stage by name, with what --held-out and --early-stopping ask for."""
+    """Return the last stage by name, with the settings of --held-out and --early-stopping."""
     name, stage = last
     changes: dict[str, object] = {"held_out": known.held_out} if known.held_out else {}
     if known.early_stopping:

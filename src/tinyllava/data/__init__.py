@@ -1,1 +1,1 @@
-"""Records to batches: LLaVA's JSON, images, examples, padding."""
+"""From records to batches: readers, images, examples and padding."""

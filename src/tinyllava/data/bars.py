@@ -1,4 +1,4 @@
-"""Bars of long work, drawn in a command and told to the callback of a library call; see ``reporting``."""
+"""Progress bars of long work: drawn by commands, passed to the callback of library calls (``reporting``)."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ LINE_SECONDS = 60.0
 
 
 class Bars(Progress):
-    """Bars of several tasks: shown in a command, told to the callback, a line a minute in a file."""
+    """Bars of several tasks: drawn by a command, passed to the callback, or one line per minute in a file."""
 
     def __init__(self, *columns: str | ProgressColumn, disable: bool = False, **options: Any) -> None:
         self._is_told = not disable

@@ -1,9 +1,10 @@
-"""Tokens of every record, counted once by all cores, and the order of samples that is made with them.
+"""Token counts of every record, computed once on all cores, and the order of samples that follows from them.
 
-Paper: none; LLaVA-1.5's fine-tuning draws so. The samples of a step are random over the whole set, as in its
-published code: a step of similar lengths would be nearly one task, because lengths tell tasks apart. Inside a
-step, samples are sorted by length, which changes no result: micro-batches need less padding, and the ranks of
-a distributed run get equal work. Packed micro-batches need no padding: only their sums count.
+Paper: none; the order is that of LLaVA-1.5's fine-tuning. The samples of a step are random over the whole
+set, as in its published code. A step of similar lengths would be nearly one task, because tasks differ in
+length. Inside a step, samples are sorted by length, which changes no result: micro-batches need less padding,
+and the ranks of a distributed run get equal work. Packed micro-batches need no padding, so only their sums
+matter.
 
 Lengths also decide which records are too long.
 """
@@ -170,7 +171,7 @@ class PackedBatches(Sampler[list[int]]):
         return sorted(parts, key=self.size_of, reverse=True)
 
     def size_of(self, part: Sequence[int]) -> int:
-        """Return what a micro-batch takes."""
+        """Return the size of a micro-batch."""
         return sum(self.sizes[index] for index in part)
 
     def fits(self, budget: int, num_epochs: int) -> bool:
@@ -253,7 +254,7 @@ def measure_all(
 
 
 def processor_key(processor: Any, *others: object) -> str:
-    """Return a digest of what decides how text becomes tokens, and of other settings."""
+    """Return a digest of everything that decides how text becomes tokens, and of other settings."""
     tokenizer = processor.tokenizer
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
     pipeline |= {"padding": None, "truncation": None}  # what the last call asked of it

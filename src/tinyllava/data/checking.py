@@ -1,4 +1,4 @@
-"""What a file of records holds and what is wrong with it, before anything is trained on it.
+"""Check a record file before training: its contents and its defects.
 
 Paper: none.
 """
@@ -36,7 +36,7 @@ class Repeated:
 
 @dataclass(kw_only=True)
 class FileCheck:
-    """What was found in one or more files of records."""
+    """The result of checking one or more record files."""
 
     conversations: list[Conversation] = field(default_factory=list)
     """The records without a defect."""

@@ -1,4 +1,4 @@
-"""A file of records becomes Arrow: every check in one pass, done again only where something has changed.
+"""Convert a record file to Arrow, with all checks in one pass. A repeated run converts only what changed.
 
 Paper: none.
 """
@@ -29,7 +29,7 @@ FORMAT = 2
 
 
 def open_store(reading: Reading, reader: str, folder: Path) -> StoreFile:
-    """Return a converted file of records; it is converted first where that was not done before.
+    """Return a converted record file, after converting it if needed.
 
     Of several processes one converts and the others wait. It is converted again where the file, the folder of
     images or a setting has changed, an image is gone, or one that was missing is there.
@@ -47,7 +47,7 @@ def open_store(reading: Reading, reader: str, folder: Path) -> StoreFile:
             return _find(place, reading) or _convert(place, reading, reader)
     except OSError as error:
         raise DataError(
-            f"{place}: converted records cannot be written ({error.strerror or error}). Free some space."
+            f"{place}: converted records cannot be written ({error.strerror or error}). Free some disk space."
         ) from error
 
 
@@ -87,7 +87,7 @@ def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
         skipped = dict(reading.skipped)
         if not num_rows:
             raise DataError(
-                f"{reading.path}: no record left" + (f" after skips {skipped}." if skipped else ".")
+                f"{reading.path}: no records left" + (f" after skips {skipped}." if skipped else ".")
             )
     about = {"skipped": skipped, "ignored": dict(reading.ignored), "missing": missing}
     write_json(place / "about.json", about)
@@ -128,7 +128,7 @@ def _path(ref: ImageRef, images: Path) -> str | None:
 
 
 def _key(reading: Reading, reader: str) -> str:
-    """Return a name for all that decides what a file is converted to."""
+    """Return a key of everything that determines the converted file."""
     decisive = [
         FORMAT,
         _fingerprint(reading.path),

@@ -1,11 +1,10 @@
-"""Conversations to examples: token ids, what is supervised, pixels; questions of one image as branches.
+"""From conversations to examples: token ids, supervised positions and pixels; questions as branches.
 
-Paper: section 3.2, (X, Y) and the set A; in pre-training the template 'caption' reduces Y to Y_a (equation
+Paper: section 3.2, (X, Y) and the set A. In pre-training, the template 'caption' reduces Y to Y_a (equation
 1).
-Differs: with ``separate_questions`` the questions about one image share a row without seeing each other.
-
-Paper: none; section 3.2 trains a conversation turn by turn, where later answers can be copied from
-earlier ones instead of being learned from the image.
+Differs: with ``separate_questions``, the questions about one image share a row without seeing each other. The
+paper trains a conversation turn by turn, where later answers can be copied from earlier ones instead of being
+learned from the image.
 """
 
 from array import array
@@ -69,7 +68,7 @@ class Examples(Dataset[Example]):
     """Tokens of each example, image tokens included; filled by ``measure``."""
     supervised_lengths: Sequence[int] = ()
     num_truncated: int = 0
-    """Records that were too long and end behind an earlier answer; filled by ``measure``."""
+    """Records that were too long and end after an earlier answer; filled by ``measure``."""
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -179,7 +178,7 @@ def measure(
             f"{questions[i]} questions, but the template of this stage drops them and trains on captions"
         ),
         "text_only": lambda i: "no image, but this stage trains on image captions",
-        "too_long": lambda i: f"{lengths[i]} tokens are more than max_length_tokens = {max_length_tokens}",
+        "too_long": lambda i: f"{lengths[i]} tokens exceed max_length_tokens = {max_length_tokens}",
     }
     once = {name: _first_places(conversations, found) for name, found in wrong.items()}
     defects = [
@@ -248,7 +247,7 @@ def _last_end(
 
 
 def _drops_questions(examples: Examples) -> bool:
-    """Whether the template leaves out what the user says, so that an answer can only describe the image."""
+    """Whether the template drops the user's text, so that an answer can only describe the image."""
     question = "Which question?"
     talk = Conversation(
         messages=(Message(role="user", text=question), Message(role="assistant", text="An answer."))
@@ -305,7 +304,7 @@ class Collator:
 
 
 def _pack(examples: Sequence[Example]) -> dict[str, Any]:
-    """Put samples behind each other into one row [1, N]; see ``Segments``."""
+    """Join samples into one row [1, N]; see ``Segments``."""
     lengths = [len(example.input_ids) - 1 for example in examples]
     starts = [0, *accumulate(len(example.input_ids) for example in examples)]
     labels = torch.cat([example.labels for example in examples])

@@ -1,6 +1,7 @@
-"""What can be wrong with a record, by name, and the report about all that is wrong with a file.
+"""The defects that a record can have, by name, and the report of all defects of a file.
 
-Paper: none. Nothing after the readers changes text: a record is read there, or its defect is named here.
+Paper: none. Nothing after the readers changes text, so a record is either read there or rejected with a
+defect of this table.
 """
 
 from collections import Counter
@@ -72,7 +73,7 @@ class Defects(DataError):  # noqa: N818 (as above)
 
 
 def raise_defects(path: Path, defects: Sequence[Defect]) -> None:
-    """Raise the defect of a file, or the report of several; nothing if there is none."""
+    """Raise the defect of a file, or the report of several. Does nothing without defects."""
     if len(defects) == 1:
         raise defects[0]
     if defects:

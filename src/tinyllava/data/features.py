@@ -1,7 +1,8 @@
-"""Features of a frozen encoder, computed once per image and kept on disk.
+"""Features of a frozen encoder, computed once per image and cached on disk.
 
-Paper: section 4.1.2; in the base recipe V_phi is frozen in both stages, so V(X) of an image never changes.
-An image is known by its content, an encoder by its weights and preprocessing; runs share the rows.
+Paper: section 4.1.2. In the base recipe, V_phi is frozen in both stages, so the features V(X) of an image
+never change. An image is identified by its content, and an encoder by its weights and preprocessing. Runs
+share the cache.
 """
 
 import hashlib
@@ -82,7 +83,7 @@ class FeatureCache:
         batch_size: int = 8,
         progress: Callable[[int], None] = lambda n: None,
     ) -> None:
-        """Compute what is not there yet; of several processes one computes and the others wait.
+        """Compute the missing features. Of several processes, one computes and the others wait.
 
         How much they will take is said before.
 
@@ -101,11 +102,11 @@ class FeatureCache:
                     progress(len(batch))
         except OSError as error:
             raise DataError(
-                f"{self.folder}: features cannot be written ({error.strerror}). Free some space."
+                f"{self.folder}: features cannot be written ({error.strerror}). Free some disk space."
             ) from error
 
     def _require_space(self, num_missing: int) -> None:
-        """Say what the missing rows take, and refuse to begin what the disk cannot hold."""
+        """Report the size of the missing rows, and fail if the disk does not have the space."""
         used = self.row_bytes * len(self.rows)
         left_over = max(0, self.path.stat().st_size - used) if self.path.exists() else 0  # is written over
         needed = num_missing * self.row_bytes
@@ -113,17 +114,17 @@ class FeatureCache:
         if needed > free:
             raise DataError(
                 f"{self.folder}: features of {num_missing:,} images need {needed / 1e9:,.1f} GB, "
-                f"{free / 1e9:,.1f} GB are free. Free some space, choose another folder with --output, "
-                "or train without kept features: --hardware.cache-features False."
+                f"{free / 1e9:,.1f} GB are free. Free some disk space, choose another folder with --output, "
+                "or train without cached features: --hardware.cache-features False."
             )
         if needed:
             say(
-                f"keeping features of {num_missing:,} images: {needed / 1e9:,.2f} GB in {self.folder}, "
+                f"caching features of {num_missing:,} images: {needed / 1e9:,.2f} GB in {self.folder}, "
                 f"{free / 1e9:,.1f} GB free"
             )
 
     def _read_index(self) -> None:
-        """Learn which rows are there; what a kill or a full disk cut off is taken out of the index."""
+        """Read which rows exist. Rows that a kill or a full disk truncated are removed from the index."""
         index, path = self.folder / "index.txt", self.path
         text = index.read_text(encoding="ascii", errors="replace") if index.exists() else ""
         num_rows = path.stat().st_size // self.row_bytes if path.exists() else 0
@@ -195,7 +196,7 @@ class FeatureCache:
 
 @torch.no_grad()
 def seen_dtype(model: TinyLlavaForConditionalGeneration, half: torch.dtype | None) -> torch.dtype:
-    """Return the precision that the connector sees features in: half where it makes the same of rounded ones.
+    """Return the precision of features for the connector: half if rounding does not change its result.
 
     Autocast rounds the input of a linear layer anyway. A connector that begins with a norm or a mean sees
     fp32. It is tried, so that a connector of the user's is known as well.
@@ -216,7 +217,7 @@ def seen_dtype(model: TinyLlavaForConditionalGeneration, half: torch.dtype | Non
 
 
 def encoder_key(model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor) -> str:
-    """Return a name for what decides the features: the encoder's weights and the preprocessing."""
+    """Return a key of everything that determines the features: encoder weights and preprocessing."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.vision_encoder.state_dict().items()):
         digest.update(name.encode())

@@ -1,6 +1,7 @@
-"""What records and images say, as digests: the same data has the same digest in every folder.
+"""Digests of records and images: the same data has the same digest in every folder.
 
-Paper: none. An image is read once; its hash is kept by path, size and times, so that the next run only looks.
+Paper: none. An image is read once. Its hash is stored by path, size and times, so that the next run only
+compares these.
 """
 
 import hashlib
@@ -163,7 +164,7 @@ def _hash(ref: ImageRef) -> str | ImageError:
 
 
 def _open_database(path: Path) -> sqlite3.Connection:
-    """Open the database at a path; where there cannot be one, one in memory."""
+    """Open the database at a path, or one in memory if that is not possible."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(2):
@@ -198,7 +199,7 @@ def _look_up(database: sqlite3.Connection, ref: ImageRef, stamp: _Stamp | None) 
 
 
 def _keep(database: sqlite3.Connection, hashed: Sequence[tuple[ImageRef, _Stamp | None, str]]) -> None:
-    """Write hashes down; what cannot be written is read again next time."""
+    """Save hashes. Those that cannot be saved are computed again next time."""
     now = time.time_ns()
     rows = [
         (_key(ref), *stamp, sha256)
@@ -214,7 +215,7 @@ def _key(ref: ImageRef) -> str:
 
 
 def records_digest(conversations: Sequence[Conversation]) -> str:
-    """Return a digest of what conversations say, in order; ids and places of files are left out."""
+    """Return a digest of the content of conversations in order, without ids and places of files."""
     digest = hashlib.sha256()
     for conversation in conversations:
         turns = [_describe(message) for message in conversation.messages]
@@ -223,7 +224,7 @@ def records_digest(conversations: Sequence[Conversation]) -> str:
 
 
 def _describe(message: Message) -> list[object]:
-    """Return what a turn says; what most turns do not have is left out, so that their digest stays."""
+    """Return the content of a turn. Rare fields are omitted at their defaults, which keeps old digests."""
     places = [list(message.places)] if message.places else []
     return [
         message.role,

@@ -1,6 +1,6 @@
-"""Hold records out of training by their images, so that no image is on both sides.
+"""Hold out records by their images, so that no image is in both training and held-out data.
 
-Paper: none. Questions about an image that was trained on would measure memory.
+Paper: none. Questions about an image of the training data would measure memorisation.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from tinyllava.errors import DataError
 def hold_out(
     conversations: Sequence[Conversation], hashes: Mapping[ImageRef, str], share: float
 ) -> list[int]:
-    """Choose which records are held out: about a share of them, by what their images show.
+    """Choose the held-out records: about a share of them, by the content of their images.
 
     Records that share an image, directly or through others, stay together; records without an image stay
     together when they say the same. The choice follows from the contents alone: neither order, names, folders
@@ -47,7 +47,7 @@ def hold_out(
 def _group(
     conversations: Sequence[Conversation], hashes: Mapping[ImageRef, str]
 ) -> list[tuple[str, list[int]]]:
-    """Return the connected groups of records, each with a digest of what connects it and its indices."""
+    """Return the connected groups of records, each with a digest of its content and its indices."""
     parent: dict[str, str] = {}
 
     def root(key: str) -> str:

@@ -1,7 +1,7 @@
-"""Open an image as RGB, or say exactly what is wrong with it. Image bytes are decoded here and nowhere else.
+"""Open an image as RGB, or report exactly what is wrong with it. Image bytes are decoded only here.
 
-Differs: the published code decodes truncated files to grey, clips 16-bit images and ignores a camera's
-rotation mark; here the first is an error, the second is scaled, the third is applied.
+Differs: the published code decodes truncated files to grey, clips 16-bit images and ignores the EXIF
+orientation. Here a truncated file is an error, 16-bit images are scaled, and the orientation is applied.
 """
 
 import io
@@ -154,7 +154,7 @@ _REMARKS = _Remarks()
 
 @contextmanager
 def _naming_damage(ref: ImageRef, data: bytes) -> Iterator[None]:
-    """Say in one line what is wrong with an image that Pillow cannot open."""
+    """Raise an error with one line about the damage of an image that Pillow cannot open."""
     try:
         with _REMARKS.silenced():  # those on tags; what is an error is raised below
             yield
@@ -216,7 +216,7 @@ def _turn_upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def _name_kind(data: bytes) -> str:
-    """Say what bytes are that are no image of a known format, with the fix."""
+    """Describe bytes that are not an image of a known format, with the fix."""
     head = data[:512]
     if not head:
         return "an empty file. Replace it."

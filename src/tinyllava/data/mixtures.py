@@ -1,8 +1,8 @@
-"""Table 2: the four files that the paper trains on, and where records and images lie under one data root.
+"""Table 2: the four mixtures of the paper, and the places of their records and images under one data root.
 
 Paper: section 4.1.2, Table 2.
-The layout is the published one: the record files in ``text_files/``, the images of every source in its own
-folder beside it. ``tinyllava show data`` prints what to download and where to put it.
+The layout is the published one: record files in ``text_files/``, and next to it one folder of images per
+source. ``tinyllava show data`` prints what to download and where to put it.
 """
 
 from collections.abc import Iterable
@@ -134,7 +134,7 @@ def find_mixture(record: str) -> Mixture | None:
 
 
 def missing_files(mixture: Mixture, data_root: Path) -> list[tuple[Path, str]]:
-    """Return what a mixture needs below a data root and does not find there, each with what it is."""
+    """Return the files of a mixture that are missing below a data root, each with a description."""
     places = [data_root / mixture.records, data_root / Path(mixture.records).name]
     missing = (
         []
@@ -171,7 +171,7 @@ def resolve(data: DataConfig, data_root: str | Path = "") -> list[tuple[Source, 
 
 
 def _resolve_source(name: str, images: str, data_root: str | Path) -> tuple[list[Place], list[str]]:
-    """Return the places of a source, and what is missing of it in words."""
+    """Return the places of a source, and a description of what is missing."""
     if is_hub_name(name):
         files = find_records(name, has_images=bool(images))
         return [(file, Path(images or (file if file.is_dir() else file.parent))) for file in files], []
@@ -180,7 +180,7 @@ def _resolve_source(name: str, images: str, data_root: str | Path) -> tuple[list
 
 
 def _resolve_one(record: str, images: str, data_root: str | Path) -> tuple[Path, Path, list[str]]:
-    """Return record file, image root, and what is missing of them in words."""
+    """Return record file, image root, and a description of what is missing."""
     mixture = find_mixture(record)
     if mixture is None:
         path = Path(record)
@@ -218,7 +218,7 @@ def read_licences(folder: Path) -> dict[str, str]:
 
 
 def gather_licences(records: Iterable[str], start_from: str) -> dict[str, dict[str, str]]:
-    """Return what a model's folder keeps: licences by record file, those of its start under an empty name."""
+    """Return the licences to save with a model: by record file, those of its start under an empty name."""
     names = [parse_source(record).name for record in records]
     files = [Path(name) for name in names if name not in MIXTURES and not is_hub_name(name)]
     found = {file.name: read_licences(file.parent) for file in files}

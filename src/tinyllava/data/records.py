@@ -1,4 +1,4 @@
-"""Record files to conversations: the form of each record is found, and all defects are reported at once.
+"""From record files to conversations: detect the form of each record, and report all defects at once.
 
 Paper: section 4.1.2 (the four data sets of Table 2 are LLaVA's JSON; see ``tinyllava.data.readers``).
 """
@@ -26,7 +26,7 @@ from tinyllava.parts.user_code import locate, run_value
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """The conversations of one or more files, and what was left out by name."""
+    """The conversations of one or more files, and the skipped defects by name."""
 
     conversations: Sequence[Conversation]
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def read_records(
     raise_defects(path, defects)
     skipped = dict(reading.skipped)
     if not conversations:
-        raise DataError(f"{path}: no record left" + (f" after skips {skipped}." if skipped else "."))
+        raise DataError(f"{path}: no records left" + (f" after skips {skipped}." if skipped else "."))
     return Records(conversations=tuple(conversations), skipped=skipped, ignored=dict(reading.ignored))
 
 
@@ -164,7 +164,7 @@ def parse_columns(columns: tuple[str, ...]) -> dict[str, str]:
 
 
 def iter_conversations(reading: Reading, reader: str = "") -> Iterator[Conversation | Defect]:
-    """Yield the conversation of each record, or what is wrong with it, in the order of the file.
+    """Yield the conversation or the defect of each record, in the order of the file.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -186,7 +186,7 @@ def iter_conversations(reading: Reading, reader: str = "") -> Iterator[Conversat
         except Defect as defect:
             yield defect
     if is_empty:
-        raise DataError(f"{path}: no record in it. Write the records again, or give another file.")
+        raise DataError(f"{path}: no records in it. Write the records again, or give another file.")
 
 
 def read_raw(path: Path, images: Path | None = None, reader: str = "") -> Iterator[tuple[str, Any]]:
@@ -203,7 +203,7 @@ def read_raw(path: Path, images: Path | None = None, reader: str = "") -> Iterat
 
 
 def evaluation_fields(path: Path, images: Path, reader: str = "") -> dict[tuple[str, str], dict[str, Any]]:
-    """Return what the records of a file say to ``tinyllava evaluate``, by file and place in it."""
+    """Return the fields of a file's records for ``tinyllava evaluate``, by file and place in it."""
     return {
         (str(path), at): {key: raw[key] for key in EVALUATION_KEYS if raw.get(key) not in (None, "")}
         for at, raw in read_raw(path, images, reader)
@@ -225,9 +225,9 @@ def _fallback(reading: Reading) -> Form:
     _, first = next(read_container(reading.path), ("", {}))
     if first and _form_of(first, reading) is None:
         raise DataError(
-            f"{reading.path}: no columns for question and answer among: {', '.join(map(str, first))}. Name "
+            f"{reading.path}: no columns for question and answer among {', '.join(map(repr, first))}. Name "
             "them: --column question=NAME --column answer=NAME --column image=NAME. The first line must have "
-            "the names of the columns."
+            "the column names."
         )
     return table.read_record
 
@@ -256,7 +256,7 @@ def _convert(raw: Any, at: str, reading: Reading, fallback: Form) -> Conversatio
 
 
 def _read_by_user(path: Path, images: Path, reader: str) -> Iterator[tuple[str, Any]]:
-    """Yield what a user's function makes of a file: records of a known form, or conversations.
+    """Yield the results of a user's function for a file: records of a known form, or conversations.
 
     Raises:
         ConfigError: it is no function, or it fails; its file and line are named.
@@ -264,7 +264,8 @@ def _read_by_user(path: Path, images: Path, reader: str) -> Iterator[tuple[str, 
     function = run_value(reader)
     if not callable(function):
         raise ConfigError(
-            f"{reader}: a {type(function).__name__}; give a function (path, images) of records."
+            f"{reader}: expected a function (path, images) that returns records, found a "
+            f"{type(function).__name__}."
         )
     try:
         yield from ((f"record {index}", raw) for index, raw in enumerate(function(path, images)))

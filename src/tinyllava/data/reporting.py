@@ -1,7 +1,7 @@
-"""What long work says while it runs: a library call is silent, a command shows bars and lines.
+"""Progress of long work: library calls are silent, and commands show bars and lines.
 
-A caller of a library function may pass a callback, which is called with every step. In a terminal a
-command draws bars; where its output goes to a file, it writes a line a minute.
+A caller of a library function may pass a callback, which is called with every step. A command draws bars in a
+terminal. If its output goes to a file, it writes one line per minute.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """How far one task of long work is."""
+    """Progress of one task."""
 
     task: str
-    """What is done, such as ``pretrain`` or ``reading records``."""
+    """Name of the task, such as ``pretrain`` or ``reading records``."""
     done: int
     total: int
     note: str = ""
@@ -25,7 +25,7 @@ Callback = Callable[[Step], None]
 
 
 class Listeners:
-    """The callbacks that are told of progress."""
+    """The callbacks that receive progress."""
 
     is_shown = False
     callback: Callback | None = None
@@ -33,7 +33,7 @@ class Listeners:
 
 @contextmanager
 def reporting(callback: Callback | None = None, *, is_shown: bool | None = None) -> Iterator[None]:
-    """Show the work inside, or tell a callback of it; what was set outside holds where nothing is given."""
+    """Show progress of the work inside, or pass it to a callback. Without arguments, outer settings stay."""
     before = (Listeners.is_shown, Listeners.callback)
     if is_shown is not None:
         Listeners.is_shown = is_shown
@@ -46,7 +46,7 @@ def reporting(callback: Callback | None = None, *, is_shown: bool | None = None)
 
 
 def say(text: str) -> None:
-    """Print a line of a command; nothing in a library call."""
+    """Print a line in a command, and nothing in a library call."""
     if Listeners.is_shown:
         from rich.console import Console  # here: quick commands start faster without it
 

@@ -1,4 +1,4 @@
-"""What a stage is trained on, source by source: how much of each file, how often, drawn by which seed.
+"""The sources of a stage: how much of each record file is used, how often, and with which seed.
 
 Paper: none; each stage of the paper trains on one whole file.
 """
@@ -38,7 +38,7 @@ class Source:
 
     @property
     def options(self) -> str:
-        """The options as they are written after the name: ``,limit=500,seed=1``; empty if there is none."""
+        """The options as written after the name: ``,limit=500,seed=1``; empty if there are none."""
         given = {"weight": self.weight, "repeat": self.repeat, "limit": self.limit, "seed": self.seed}
         changed = {key: value for key, value in given.items() if value != _DEFAULTS[key]}
         return "".join(
@@ -91,7 +91,7 @@ _MOST = 1e6
 
 
 def refuse_both(sources: Sequence[Source]) -> None:
-    """Refuse weights beside repeats.
+    """Reject stages with both weights and repeats.
 
     Raises:
         ConfigError: a stage has both.
@@ -101,7 +101,7 @@ def refuse_both(sources: Sequence[Source]) -> None:
     if weighted and repeated:
         raise ConfigError(
             f"{weighted.name}{weighted.options} and {repeated.name}{repeated.options}: weight and repeat "
-            "both say how often records are samples. Use one of them in a stage."
+            "both set how often records are sampled. Use only one of them in a stage."
         )
 
 
@@ -136,14 +136,14 @@ def count_samples(sources: Sequence[Source], num_records: Sequence[int]) -> list
     for source, count, had in zip(sources, counts, used, strict=True):
         if had and not count:
             raise ConfigError(
-                f"{source.name}{source.options}: no sample of its {had:,} records. Raise its weight or "
-                "repeat, or leave it out."
+                f"{source.name}{source.options}: no sample of its {had:,} records is used. Raise its "
+                "weight or repeat, or remove it."
             )
     return counts
 
 
 def draw_rows(source: Source, num_records: int, num_samples: int) -> "NDArray[np.int64]":
-    """Return the records of a source that are its samples, by their places: whole passes, then what is drawn.
+    """Return the records of a source that are its samples, by index: whole passes, then drawn ones.
 
     The draw depends on the seed and the number of records alone. A larger limit keeps what a smaller drew.
     """
@@ -162,7 +162,7 @@ def draw_rows(source: Source, num_records: int, num_samples: int) -> "NDArray[np
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one source gives to a stage."""
+    """The contribution of one source to a stage."""
 
     source: Source
     num_records: int
@@ -181,7 +181,7 @@ class Share:
 def mix(
     sources: Sequence[Source], num_records: Sequence[int]
 ) -> tuple[list[Share], "NDArray[np.int64] | None"]:
-    """Return what each source gives, and which of all records, one after the other, are the samples.
+    """Return the share of each source, and the indices of the samples in the joined records.
 
     Returns:
         One share a source, and [N] places; None where each record is one sample.

@@ -1,7 +1,7 @@
-"""Records at rest: converted once into a memory-mapped Arrow file, with every check in that pass.
+"""Records on disk: converted once into a memory-mapped Arrow file, with every check in the same pass.
 
-Paper: none; the sets of Table 2 have up to 1.2 million records. A process that trains and its workers map
-the file: none holds the records as Python objects.
+Paper: none. The sets of Table 2 have up to 1.2 million records. The process that trains and its workers map
+the file, so none of them holds the records as Python objects.
 """
 
 import hashlib
@@ -311,7 +311,7 @@ def list_images(conversations: Sequence[Conversation]) -> list[ImageRef]:
 def kept_digest(
     conversations: Sequence[Conversation], name: str, digest: Callable[[Sequence[Conversation]], str]
 ) -> str:
-    """Return a digest of conversations, which is kept beside converted ones.
+    """Return a digest of conversations, which is saved with converted ones.
 
     Of several processes one computes it and the others wait.
 
@@ -332,7 +332,7 @@ def kept_digest(
 def find_good_images(
     conversations: Sequence[Conversation], progress: Callable[[int], None] = lambda n: None
 ) -> NDArray[np.int64]:
-    """Decode every image once and return the places of the conversations whose images are whole."""
+    """Decode every image once and return the places of the conversations with intact images."""
     good = []
     is_whole: dict[ImageRef, bool] = {}
     for place, conversation in enumerate(conversations):

@@ -1,7 +1,7 @@
-"""Background processes that open images: how many the shared memory can serve, and what if one dies.
+"""Background processes that open images: how many of them shared memory allows, and what happens if one dies.
 
-Paper: none. Workers hand tensors over in shared memory; where it is full they wait without an end (a Docker
-container has 64 MB of it by default).
+Paper: none. Workers pass tensors in shared memory. If it is full, they wait forever. (A Docker container has
+64 MB of it by default.)
 """
 
 import gc

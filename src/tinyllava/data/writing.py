@@ -1,4 +1,4 @@
-"""Write conversations as LLaVA's JSON, as ``messages`` or as Parquet: what was read comes back the same.
+"""Write conversations as LLaVA's JSON, as ``messages`` or as Parquet; read back, they are the same.
 
 Paper: none.
 """
@@ -94,14 +94,16 @@ def _loss(message: Message) -> dict[str, bool]:
 
 def _marked(message: Message, place: str) -> str:
     if IMAGE_MARK in message.text:
-        raise DataError(f"{place}: a text spells {IMAGE_MARK}, which would be read as an image. Rewrite it.")
+        raise DataError(
+            f"{place}: a text contains {IMAGE_MARK}, which would be read as an image mark. Rewrite it."
+        )
     if message.places:
         return message.marked(IMAGE_MARK)
     return f"{IMAGE_MARK}\n" * len(message.images) + message.text
 
 
 class _Beside:
-    """Names images from the folder of a file; those that are bytes are written beside it first."""
+    """Names images relative to the folder of a file. Images in bytes are first written next to the file."""
 
     def __init__(self, path: Path) -> None:
         self.folder = path.parent.resolve()

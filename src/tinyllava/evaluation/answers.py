@@ -1,7 +1,7 @@
-"""Answers on disk: ours as they come and as they were scored, and the answer files of LLaVA's scripts.
+"""Answers on disk: raw answers, scored predictions, and the answer files of LLaVA's scripts.
 
 Paper: section 4.1.3. A line is complete or missing, whenever a run is killed. Scoring starts from the answers
-and needs no model; comparing starts from the scored ones (predictions.jsonl).
+and needs no model. Comparing starts from the scored predictions (predictions.jsonl).
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class AnswerFile:
 
 
 def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, Answer]:
-    """Return what a folder already has of the answers to these questions, by question id.
+    """Return the saved answers of a folder to these questions, by question id.
 
     Raises:
         DataError: a line is damaged, was given to another prompt, or answers a question a second time.
@@ -79,7 +79,7 @@ def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, Answe
 
 
 def write_refusals(folder: Path, refused: Sequence[tuple[Question, Exception]], process: int = 0) -> None:
-    """Write down which questions this process could not ask, and why; nothing if there are none."""
+    """Record the questions that this process could not ask, with the reasons."""
     if not refused:
         return
     lines = [{"question_id": question.id, "error": str(error)} for question, error in refused]
@@ -88,7 +88,7 @@ def write_refusals(folder: Path, refused: Sequence[tuple[Question, Exception]], 
 
 
 def forget_refusals(folder: Path) -> None:
-    """Drop the notes of an earlier run: what could not be asked is asked again."""
+    """Delete the refusals of an earlier run, because these questions are asked again."""
     for path in folder.glob("refused-*.jsonl"):
         path.unlink()
 
@@ -243,7 +243,7 @@ def check_edited(folder: Path, questions: Sequence[Question], *, blind: bool) ->
 
 
 def _hash_asked(question: Question, blind: bool) -> str:
-    """Return a hash of the turns and, unless they are blanked, of what the images' files hold."""
+    """Return a hash of the turns and, unless they are blanked, of the content of the images."""
     digest = hashlib.sha256()
     for message in question.conversation.messages:
         digest.update(json.dumps([message.role, message.text, len(message.images)]).encode())

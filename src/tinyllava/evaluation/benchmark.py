@@ -1,10 +1,10 @@
-"""What a benchmark is: questions from files, a grade for each answer, a score over the grades.
+"""The definition of a benchmark: questions from files, a grade for each answer, a score over the grades.
 
 Paper: section 4.1.3 (which benchmarks) and appendix A (what each measures).
 
-The way of the data: ``load`` gives questions; the model answers; ``score`` grades every answer and sums up.
-Grading reads text only, so that saved predictions are scored again without a model. ``summarise`` needs
-nothing but the predictions, so that two files of predictions can be compared without the data set.
+Data flow: ``load`` returns questions, the model answers, and ``score`` grades every answer and summarises.
+Grading reads only text, so saved predictions are scored again without a model. ``summarise`` needs only the
+predictions, so two files of predictions can be compared without the data set.
 """
 
 import datetime
@@ -48,12 +48,12 @@ class Prediction:
 
     @property
     def cluster(self) -> str:
-        """What the prediction shares its error with: its image, or itself where there is none."""
+        """The image that shares the prediction's error, or the prediction itself if it has no image."""
         return self.image or f"question {self.question_id}"
 
 
 class Grade(NamedTuple):
-    """What was understood of an answer, and its score in [0, 1] (None: not to be scored here)."""
+    """The parsed answer, and its score in [0, 1] (None: not scored locally)."""
 
     parsed: str
     score: float | None

@@ -1,4 +1,4 @@
-"""Measure a checkpoint on several benchmarks: what ``tinyllava evaluate`` does, for a program.
+"""Evaluate a checkpoint on benchmarks: the Python form of ``tinyllava evaluate``.
 
 Paper: section 4.1.3.
 """
@@ -39,24 +39,25 @@ def evaluate(
 ) -> "dict[str, Result]":
     """Ask a checkpoint the questions of benchmarks or of a user's own file; return the results by name.
 
-    Earlier answers are not asked again. Under ``torchrun`` every process calls it; the first has results.
+    Questions with saved answers are not asked again. Under ``torchrun``, every process calls this function,
+    and the first one returns results.
 
     Args:
-        model: checkpoint folder, or its name on the hub.
-        data: folder with a folder for each benchmark, or a file of records with questions and right answers.
+        model: checkpoint folder, or its name on the Hub.
+        data: folder with one subfolder per benchmark, or a record file with questions and right answers.
         benchmarks: names, or ``all``: the nine of the paper.
         output: folder of answers and results; empty means ``evaluations/NAME-HASH``.
         limit: ask only the first questions; 0 means all.
         blind: replace every image by one of the mean colour.
-        device: of torch; empty means a GPU if there is one.
-        dtype: of the weights; ``auto`` suits the device.
-        bits: 4 or 8 hold the linear layers of the language model in that many.
-        judge: grades MM-Vet and LLaVA-W; without one their answers are saved and not scored.
-        progress: told of every step; without it the call is silent.
-        own: of a file: metric, tolerance, max_tokens, how it is read; see ``own_data.own_benchmark``.
+        device: a torch device; empty means a GPU if available.
+        dtype: type of the weights; ``auto`` chooses one for the device.
+        bits: 4 or 8 quantises the linear layers of the language model.
+        judge: grades MM-Vet and LLaVA-W; without one, their answers are saved but not scored.
+        progress: called with every step; without it, nothing is reported.
+        own: settings of a record file, such as metric and tolerance; see ``own_data.own_benchmark``.
 
     Raises:
-        CheckpointError: no checkpoint there, or logits that are not numbers.
+        CheckpointError: the folder is not a checkpoint, or logits are NaN or infinite.
         ConfigError: the output folder holds answers of another model.
         JudgeError: the judge does not answer.
         DataError, UnknownNameError: see ``find_questions``.
@@ -96,17 +97,17 @@ def score_answers(
     judge: "Judge | Reviews | None" = None,
     **own: Unpack[OwnSettings],
 ) -> "dict[str, Result]":
-    """Score answers that exist, without a model: ``tinyllava evaluate --score-only`` for a program.
+    """Score saved answers without a model: the Python form of ``tinyllava evaluate --score-only``.
 
     Args:
-        model: whose answers they are.
-        data: see ``evaluate``, as for all that is not named here.
-        answers: of LLaVA's scripts: a file, or a folder with one for each benchmark; by default those that
-            are in ``output``.
-        reviews: recorded reviews of the judge: a file, or a folder with one for each benchmark.
+        model: name of the model that gave the answers.
+        data: see ``evaluate``, also for all other arguments.
+        answers: answers written by LLaVA's scripts: a file, or a folder with one file per benchmark; by
+            default those in ``output``.
+        reviews: recorded reviews of the judge: a file, or a folder with one file per benchmark.
 
     Raises:
-        DataError: answers are missing or damaged, or are not to these questions.
+        DataError: answers are missing or damaged, or belong to other questions.
         ConfigError, JudgeError, UnknownNameError: see ``evaluate``.
     """
     from tinyllava.evaluation.score import score
@@ -128,11 +129,11 @@ def take_answers(benchmark: Benchmark, data: Path, output: Path, *, model: str, 
     """Put another program's answers to a benchmark into an output folder.
 
     Args:
-        model: its name; the last part of it is the name of its file.
+        model: name of that program's model; its last part is the name of the file.
         answers: a file, or a folder with ``NAME.jsonl`` or ``NAME/answers/MODEL.jsonl`` per benchmark.
 
     Raises:
-        DataError: there are none, or they are to other questions.
+        DataError: there are no answers, or they belong to other questions.
     """
     from tinyllava.evaluation.answers import find_llava_answers, take_llava_answers
     from tinyllava.evaluation.score import answers_folder
@@ -145,14 +146,14 @@ def take_answers(benchmark: Benchmark, data: Path, output: Path, *, model: str, 
 def find_recorded(
     benchmarks: Mapping[str, Benchmark], reviews: str | Path, judge: str = ""
 ) -> "dict[str, Reviews | None]":
-    """Return the recorded reviews of each benchmark that a judge grades; None where there are none.
+    """Return the recorded reviews of each benchmark that a judge grades, or None if there are none.
 
     Args:
         reviews: a file, or a folder with ``NAME.jsonl``, ``NAME.json`` or ``NAME/reviews-JUDGE.jsonl``.
-        judge: their author, where they do not say it.
+        judge: name of their author, if the reviews do not contain it.
 
     Raises:
-        DataError: no such path, or reviews that cannot be read.
+        DataError: the path does not exist, or the reviews cannot be read.
     """
     from tinyllava.evaluation.judge import find_reviews, read_reviews
 
@@ -164,16 +165,16 @@ def find_recorded(
 def find_questions(
     data: str | Path, benchmarks: str | Sequence[str], **own: Unpack[OwnSettings]
 ) -> tuple[dict[str, Benchmark], dict[str, Path]]:
-    """Return the benchmarks by name and where the data of each is: of a folder, or of a user's own file.
+    """Return benchmarks by name with the path of their data: a folder, or a user's own file.
 
     Args:
         data: folder of the benchmarks, or the file.
         benchmarks: see ``find_benchmarks``.
-        own: of a file, see ``own_data.own_benchmark``.
+        own: settings of a file, see ``own_data.own_benchmark``.
 
     Raises:
         UnknownNameError: no such benchmark, or no such metric.
-        ConfigError: a file, but benchmarks were named; or a folder with a setting of a file.
+        ConfigError: benchmarks were named for a file, or settings of a file were given for a folder.
         DataError: a folder is missing, or a record of the file has a defect.
     """
     if is_own(Path(data), benchmarks, own.get("reader", "")):
@@ -196,7 +197,7 @@ def find_questions(
 
 
 def is_own(data: Path, benchmarks: str | Sequence[str], reader: str) -> bool:
-    """Whether data is a user's own: a file, a folder of images, or what their own reader reads."""
+    """Whether the data is a user's own: a file, a folder of images, or the input of the user's reader."""
     if is_hub_name(str(data)) or data.is_file() or (reader and data.exists()):
         return True
     names = (name for benchmark in PAPER_BENCHMARKS.values() for name in folder_names(benchmark))
@@ -204,7 +205,7 @@ def is_own(data: Path, benchmarks: str | Sequence[str], reader: str) -> bool:
 
 
 def find_benchmarks(names: str | Sequence[str]) -> dict[str, Benchmark]:
-    """Return benchmarks by name: a list of names, names with commas between, or ``all``.
+    """Return benchmarks by name: a list of names, names separated by commas, or ``all``.
 
     Raises:
         UnknownNameError: no such benchmark.
@@ -217,10 +218,10 @@ def find_benchmarks(names: str | Sequence[str]) -> dict[str, Benchmark]:
 
 
 def find_folders(benchmarks: Mapping[str, Benchmark], data: Path) -> dict[str, Path]:
-    """Return each benchmark's folder in ``data``; a further protocol uses the folder of its benchmark.
+    """Return each benchmark's folder in ``data``. Another protocol uses the folder of its benchmark.
 
     Raises:
-        DataError: a folder is missing; all of them are listed.
+        DataError: folders are missing; the error lists all of them.
     """
     folders, missing = {}, []
     for name, benchmark in benchmarks.items():
@@ -236,6 +237,6 @@ def find_folders(benchmarks: Mapping[str, Benchmark], data: Path) -> dict[str, P
 
 
 def folder_names(benchmark: Benchmark) -> tuple[str, ...]:
-    """Return what the folder of a benchmark may be called: as itself, as its base, or as LLaVA calls it."""
+    """Return the possible folder names of a benchmark: its own, that of its base, or LLaVA's."""
     bases = (base for base in PAPER_BENCHMARKS if benchmark.name.startswith(f"{base}-"))
     return (benchmark.name, *bases, *benchmark.folders)

@@ -1,7 +1,7 @@
-"""Two models on the same questions: the difference with its error, and the questions that flipped.
+"""Compare two models on the same questions: the difference with its error, and the questions that flipped.
 
-Paper: none; Tables 3 and A1 compare single numbers. A difference over the same questions is known better than
-either number, because the questions that both models get right or wrong cancel.
+Paper: none; Tables 3 and A1 compare single numbers. A difference over the same questions has a smaller error
+than either number, because questions that both models get right or wrong cancel.
 """
 
 from collections.abc import Sequence

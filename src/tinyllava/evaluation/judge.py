@@ -1,8 +1,7 @@
 """A judge model behind any OpenAI-compatible endpoint, or its recorded reviews.
 
-Paper: appendix A; GPT-4 grades MM-Vet and LLaVA-W. A local model behind a server that speaks OpenAI's
-protocol comes through the same door. Replies are kept on disk as they arrive: a killed run resumes,
-and nothing is paid twice.
+Paper: appendix A; GPT-4 grades MM-Vet and LLaVA-W. A local model behind an OpenAI-compatible server works in
+the same way. Replies are saved as they arrive, so a killed run resumes and nothing is paid twice.
 """
 
 import hashlib
@@ -48,7 +47,7 @@ class Endpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a judge would be asked, before it is: calls, tokens in and out (estimates), and their price."""
+    """The estimated cost of judging: calls, tokens in and out, and their price."""
 
     num_requests: int
     num_cached: int
@@ -124,7 +123,7 @@ class Judge:
         price_in: float | None = None,
         price_out: float | None = None,
     ) -> Cost:
-        """Return what judging would cost if every first reply is readable; prices per million tokens."""
+        """Return the cost of judging if every first reply is readable, with prices per million tokens."""
         judging, wording, needed = _prepare(benchmark, questions, answers, folder)
         requests = [judging.ask(wording, question, answers.get(question.id, ""), 0) for question in needed]
         new = [one for one in requests if self.cache.find(ReplyCache.key(self.endpoint.model, one)) is None]

@@ -1,7 +1,7 @@
 """The adapter for lmms-eval: ``lmms-eval --model tinyllava --model_args pretrained=FOLDER --tasks ...``.
 
-Paper: none. lmms-eval finds ``manifest`` by the entry point group ``lmms_eval.models``; the class is made
-when it is asked for, so that this module can be imported without lmms-eval.
+Paper: none. lmms-eval finds ``manifest`` by the entry point group ``lmms_eval.models``. The class is created
+on first access, so that this module can be imported without lmms-eval.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 
 def manifest() -> Any:
-    """Return what lmms-eval registers; our model takes the place of its own of the same name."""
+    """Return the manifest for lmms-eval. This model replaces lmms-eval's own of the same name."""
     return import_module("lmms_eval.models.registry_v2").ModelManifest(
         model_id="tinyllava", simple_class_path=f"{__name__}.TinyLlava"
     )
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
 
 class Answering:
-    """What the adapter does; lmms-eval's base class is joined to it. Images are written to a folder once.
+    """The work of the adapter, to be combined with lmms-eval's base class. Images are written once.
 
     Args:
         pretrained: checkpoint folder.

@@ -1,7 +1,7 @@
-"""A user's own questions as a benchmark: graded by a metric that fits the answers, or that the user chose.
+"""A user's own questions as a benchmark, graded by a metric that fits the answers or that the user chose.
 
-Paper: none. The file is read as training reads it. Each answer of a record is asked for, after the turns
-before it. Further fields of a record: ``kind``, ``metric``, ``answers`` (all that are right), ``choices``,
+Paper: none. The file is read as in training. Each answer of a record is asked for, after the turns before it.
+Further fields of a record: ``kind``, ``metric``, ``answers`` (all that are right), ``choices``,
 ``tolerance``.
 """
 
@@ -353,7 +353,7 @@ def _grade(table: MetricTable, question: Question, answer: str) -> Grade:
 def beside_the_score(
     grade: Callable[[Question, str], Grade], questions: Sequence[Question], predictions: Sequence[Prediction]
 ) -> list[Metric]:
-    """Return F1 over all labels, and what the most frequent right answer of each kind would score."""
+    """Return F1 over all labels, and the score of the most frequent right answer of each kind."""
     metrics = _label_f1(questions, predictions)
     if any(question.target["metric"] == JUDGE for question in questions):
         return metrics

@@ -1,4 +1,4 @@
-"""Which metric grades a user's own questions: by name, by what right answers look like, or their own code.
+"""The metric of a user's own questions: by name, by the form of the right answers, or the user's own code.
 
 Paper: none.
 """
@@ -73,7 +73,7 @@ class MetricTable:
             )
         function = run_value(metric) if isinstance(metric, str) else metric
         if not callable(function):
-            raise ConfigError(f"metric {metric}: {type(function).__name__} found; a function is needed.")
+            raise ConfigError(f"metric {metric}: expected a function, found {type(function).__name__}.")
         name = metric if isinstance(metric, str) else str(getattr(metric, "__name__", "metric"))
         self.digests[name] = code_digest(name)[:12]
         self.metrics[name] = AnswerMetric(
@@ -113,7 +113,7 @@ def _ask_user(function: Any, name: str, answer: str, reference: Reference) -> Re
 
 
 def choose_metrics(references: Sequence[Reference], kinds: Sequence[str]) -> list[str]:
-    """Return a metric for each question by what its right answers look like.
+    """Return a metric for each question that fits the form of its right answers.
 
     Whether texts are short or long is decided for all of a kind together.
     """

@@ -1,6 +1,6 @@
-"""A question of a benchmark, the list that the loaders fill, and what a judge is asked about an answer.
+"""Questions of a benchmark, the list that loaders fill, and the questions to a judge.
 
-Paper: section 4.1.3 and appendix A; the suffixes are those of LLaVA-1.5's evaluation, which the paper
+Paper: section 4.1.3 and appendix A. The suffixes are those of LLaVA-1.5's evaluation, which the paper
 follows.
 """
 
@@ -22,7 +22,7 @@ _NO_META: Mapping[str, Any] = {}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """One question, ready to be asked, with what is needed to grade the answer.
+    """One question with everything needed to ask it and to grade the answer.
 
     ``image`` names the image, also where several questions share one ("" for a question without image);
     ``target`` is JSON-able; ``groups`` are the breakdowns that the question counts in, each ``kind=value``.
@@ -167,7 +167,7 @@ class Judging:
     """Whether the official tool takes the mean of several runs of the judge."""
 
     def grade_runs(self, question: Question, reply: Reply) -> tuple[str, float]:
-        """Return what was understood in each run, blanks between, and the mean score."""
+        """Return the parsed answers of all runs, joined by spaces, and the mean score."""
         runs = (reply,) if isinstance(reply, str) else reply
         parsed, scores = zip(*(self.grade(question, one) for one in runs), strict=True)
         return " ".join(parsed), fmean(scores)

@@ -1,6 +1,6 @@
-"""The files of benchmarks: which are needed, and reading them; each record knows its place.
+"""The files of benchmarks: which are needed, and how they are read. Each record knows its place.
 
-Every fault becomes a DataError that names the file, the line, the field, what is allowed and what to do.
+Every fault becomes a DataError that names the file, the line, the field, the allowed values and the fix.
 """
 
 import ast
@@ -307,7 +307,7 @@ class NeededFile:
 
 @dataclass(frozen=True, kw_only=True)
 class FileStatus:
-    """What was found of a needed file: the paths, and what is wrong with them, if anything."""
+    """The state of a needed file: its paths, and what is wrong with them."""
 
     needed: NeededFile
     found: tuple[Path, ...]
@@ -317,7 +317,7 @@ class FileStatus:
 
     @property
     def is_present(self) -> bool:
-        """Whether the file is there and whole, as far as can be told."""
+        """Whether the file exists and looks complete."""
         return bool(self.found) and not self.problem
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The results of evaluations, typed and versioned: the JSON that every number of a table comes from.
+"""The results of evaluations, typed and versioned: the JSON behind every number of a table.
 
 Paper: the cells of Tables 3 and A1.
 """
@@ -19,9 +19,9 @@ _AGAIN = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """One number, in the unit of the benchmark's table (mostly percent), with what is known of its error.
+    """One number, in the unit of the benchmark's table (mostly percent), with its uncertainty.
 
-    ``interval`` is the 95% confidence interval; where questions share an image, it is clustered by image.
+    ``interval`` is the 95% confidence interval, clustered by image if questions share images.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one model scored on one benchmark, with all that is needed to trust and to repeat the number."""
+    """The score of one model on one benchmark, with everything needed to trust and repeat the number."""
 
     benchmark: str
     protocol: str
@@ -47,15 +47,15 @@ class Result:
     metric: str
     """Name of the headline metric among ``metrics``."""
     metrics: tuple[Metric, ...]
-    """Empty where the answers are not public and the score comes from a server."""
+    """Empty if the answers are not public and the score comes from a server."""
     num_questions: int
     num_images: int
     num_missing: int = 0
     """Questions without an answer; each counts as wrong."""
     num_unclear: int = 0
-    """Answers that were not understood, such as neither yes nor no; counted as the official tool does."""
+    """Answers that could not be parsed, such as neither yes nor no; counted as in the official tool."""
     num_cut: int = 0
-    """Answers that ran into their limit of tokens."""
+    """Answers that reached their max length."""
     num_expected: int | None = None
     """Questions in the published set; fewer in ``num_questions`` means a partial set."""
     data_sha256: str = ""
@@ -64,13 +64,13 @@ class Result:
     judge: str | None = None
     date: str = ""
     weights: str = ""
-    """Hash of the checkpoint, which tells the model wherever its folder is; empty where it is not known."""
+    """Hash of the checkpoint, which identifies the model wherever its folder is; empty if unknown."""
     notes: tuple[str, ...] = ()
     version: int = FORMAT_VERSION
 
     @property
     def value(self) -> float | None:
-        """The headline number, or None where there is no local score."""
+        """The headline number, or None if there is no local score."""
         return next((metric.value for metric in self.metrics if metric.name == self.metric), None)
 
     @property
@@ -79,13 +79,13 @@ class Result:
         return self.num_missing > 0 or (self.num_expected or 0) > self.num_questions
 
     def metric_named(self, name: str) -> Metric:
-        """Return one metric; an unknown name is answered with the known ones."""
+        """Return one metric; the error for an unknown name lists the known ones."""
         return look_up({metric.name: metric for metric in self.metrics}, name, f"metric of {self.benchmark}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultTable:
-    """Results of models (rows) on benchmarks (columns): in a column one protocol, one data set, one judge."""
+    """Results of models (rows) on benchmarks (columns). A column has one protocol, data set and judge."""
 
     results: tuple[Result, ...] = ()
 
@@ -111,23 +111,23 @@ class ResultTable:
         return tuple(dict.fromkeys(result.benchmark for result in self.results))
 
     def cell(self, model: str, benchmark: str) -> Result | None:
-        """Return the result of one cell, or None where nothing was measured."""
+        """Return the result of one cell, or None if nothing was measured."""
         found = (r for r in self.results if r.model == model and r.benchmark == benchmark)
         return next(found, None)
 
     def with_result(self, result: Result) -> "ResultTable":
-        """Return a table in which ``result`` takes the place of an older one in its cell."""
+        """Return a table in which ``result`` replaces an older result of its cell."""
         cell = (result.model, result.benchmark)
         kept = tuple(r for r in self.results if (r.model, r.benchmark) != cell)
         return ResultTable(results=(*kept, result))
 
     def fitting(self, result: Result) -> "ResultTable":
-        """Return the table without results of other data or another judge than ``result``."""
+        """Return the table without results from other data or another judge than ``result``."""
         kept = tuple(r for r in self.results if r.benchmark != result.benchmark or not _find_clash(r, result))
         return ResultTable(results=kept)
 
     def save(self, path: Path) -> None:
-        """Write the table as JSON, whole or not at all."""
+        """Write the table as JSON, atomically."""
         save_results(self.results, path)
 
     @staticmethod
@@ -135,7 +135,7 @@ class ResultTable:
         """Read a table from JSON.
 
         Raises:
-            DataError: not a results file, of a later version, or with columns that mix judges or protocols.
+            DataError: not a results file, a later version, or a column that mixes judges or protocols.
         """
         return ResultTable(results=load_results(path))
 
@@ -160,7 +160,7 @@ def _check_same_column(first: Result, other: Result) -> None:
 
 
 def save_results(results: Iterable[Result], path: Path) -> None:
-    """Write results as JSON, whole or not at all."""
+    """Write results as JSON, atomically."""
     document = {"version": FORMAT_VERSION, "results": [asdict(result) for result in results]}
     write_json(path, document)
 
@@ -191,7 +191,7 @@ def load_results(path: Path) -> tuple[Result, ...]:
 
 
 def parse_result(values: dict[str, Any]) -> Result:
-    """Return a result out of its JSON; a missing or unknown field is a KeyError or a TypeError."""
+    """Return a result from its JSON; a missing or unknown field raises KeyError or TypeError."""
     metrics = tuple(
         Metric(**{**metric, "interval": tuple(metric["interval"]) if metric.get("interval") else None})
         for metric in values["metrics"]

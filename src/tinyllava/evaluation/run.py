@@ -1,8 +1,8 @@
-"""Measure a checkpoint on a benchmark: ask what is not answered yet, score, and write results.json.
+"""Run a benchmark: ask the questions without an answer, score, and write results.json.
 
-Paper: section 4.1.3. Folder of a benchmark: ``answers-*.jsonl`` (as they come), ``predictions.jsonl``
-(scored), ``run.json`` (whose answers these are) and ``upload/`` (what official servers and tools read).
-Differs: a run that was stopped resumes; several processes share the images among them.
+Paper: section 4.1.3. Folder of a benchmark: ``answers-*.jsonl`` (raw answers), ``predictions.jsonl``
+(scored), ``run.json`` (which model gave the answers) and ``upload/`` (files for official servers and tools).
+Differs: a stopped run resumes, and several processes share the images.
 """
 
 import datetime

@@ -1,4 +1,4 @@
-"""Score the answers in a folder; needs no model, and a judge only where the benchmark asks for one.
+"""Score the answers in a folder. Needs no model, and a judge only if the benchmark uses one.
 
 Paper: section 4.1.3 and appendix A.
 """
@@ -51,7 +51,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 def set_aside_if_damaged(output: Path) -> Path | None:
-    """Rename a results.json that cannot be read, and return its new name; None if there is nothing wrong."""
+    """Rename a results.json that cannot be read, and return its new name; None if it is fine."""
     path = output / "results.json"
     try:
         if path.exists():
@@ -72,8 +72,8 @@ def refuse_other_weights(output: Path, model: str, weights: str) -> None:
     for result in load_results(path) if path.exists() else ():
         if result.model.removesuffix(BLANK) == model and result.weights and result.weights != weights:
             raise ConfigError(
-                f"{path}: the score of {model} on {result.benchmark} is of other weights ({result.weights}, "
-                f"now {weights}). Choose another --output, or delete {output}."
+                f"{path}: the score of {model} on {result.benchmark} belongs to other weights "
+                f"({result.weights}, now {weights}). Choose another --output, or delete {output}."
             )
 
 

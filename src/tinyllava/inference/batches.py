@@ -1,6 +1,6 @@
-"""Questions to batches: grouped by image, prepared by background processes, filled by length.
+"""From questions to batches: grouped by image, prepared by background processes, filled by length.
 
-Paper: section 4.1.3; ``blank`` makes the baseline that shows what a benchmark tells without its images.
+Paper: section 4.1.3. ``blank`` makes the baseline that shows how much of a score needs no image.
 """
 
 import dataclasses

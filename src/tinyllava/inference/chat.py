@@ -1,6 +1,6 @@
-"""Ask a model: conversations in, text out, in batches or word by word.
+"""Ask a model: conversations in, text out, in batches or as a stream.
 
-Paper: section 3.1; decoding is greedy, as in the published evaluation.
+Paper: section 3.1. Decoding is greedy, as in the published evaluation.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ OPTIONS = (
 
 
 class Chat:
-    """A model with its processor, ready to answer. ``Chat.open`` makes one from a checkpoint.
+    """A model with its processor, ready to answer. ``Chat.open`` opens a checkpoint.
 
     Args:
         batch_tokens: max tokens of one batch, including padding and answers; limits the memory.
@@ -64,7 +64,7 @@ class Chat:
 
     @classmethod
     def open(cls, folder: str | Path = "", *, device: str = "", dtype: str = "auto", bits: int = 16) -> Self:
-        """Open a checkpoint, on a GPU if there is one.
+        """Open a checkpoint, on a GPU if available.
 
         Args:
             folder: the checkpoint's folder, or its name on the Hub (``owner/name``; downloaded once);
@@ -91,7 +91,7 @@ class Chat:
 
     @property
     def dtype(self) -> str:
-        """Name of the type of the weights, such as bfloat16, and the bits of quantised ones: float32-4bit."""
+        """Type of the weights, such as bfloat16; quantised weights add their bits, as in float32-4bit."""
         held = quantised_bits(self.model)
         return str(self.model.dtype).removeprefix("torch.") + (f"-{held}bit" if held < 16 else "")
 
@@ -141,7 +141,7 @@ class Chat:
     def answer_each(
         self, conversations: Sequence[Conversation], max_new_tokens: int = 128, **options: Any
     ) -> list[Answer | DataError]:
-        """Answer like ``answer``; a conversation that cannot be asked gets its error instead of an answer."""
+        """Answer like ``answer``, but return the error of a conversation that cannot be asked."""
         try:
             return [*self.answer(conversations, max_new_tokens, **options)]
         except DataError:
@@ -175,13 +175,13 @@ class Chat:
     def shorten(self, conversation: Conversation, num_answer_tokens: int) -> tuple[Conversation, int]:
         """Drop a conversation's oldest questions, and their answers, until the next answer has room.
 
-        Images of dropped questions move to the oldest that is kept; a system message stays.
+        Images of dropped questions move to the oldest question that is kept. A system message stays.
 
         Args:
             num_answer_tokens: room for the answer; at most a quarter of the context is kept free for it.
 
         Returns:
-            What is left, with at least the last question, and how many questions were dropped.
+            The shortened conversation, with at least the last question, and the number of dropped questions.
         """
         room = min(num_answer_tokens, self.context_tokens // 4)
         num_system = sum(message.role == "system" for message in conversation.messages[:1])
@@ -290,7 +290,7 @@ def encode_prompt(processor: TinyLlavaProcessor, conversation: Conversation) -> 
     if num_marks != len(conversation.images):
         raise DataError(
             f"conversation {name} has {len(conversation.images)} images, but its chat template writes "
-            f"{num_marks:g} times {processor.image_token}. Fix chat_template.jinja in the checkpoint."
+            f"{processor.image_token} {num_marks:g} times. Fix chat_template.jinja in the checkpoint."
         )
     if len(input_ids) >= processor.tokenizer.model_max_length:
         raise DataError(
@@ -383,7 +383,7 @@ class Strip:
         self._held, self._is_first = "", True
 
     def feed(self, piece: str) -> str:
-        """Return what can be given out, now that a piece has come."""
+        """Return the text that can be passed on after a new piece."""
         text = self._held + (piece.lstrip() if self._is_first else piece)
         kept = text.rstrip()
         self._held = text[len(kept) :]  # blanks are given out once something follows them

@@ -1,7 +1,7 @@
-"""Many conversations answered by one decoding loop: each joins when it comes and leaves when it is done.
+"""Continuous batching: each conversation joins the decoding loop when it arrives and leaves when it is done.
 
-Paper: none; an answer is the one that ``Chat`` gives. An image is encoded once while it is remembered, and
-what a prompt shares with another one, or with an earlier turn, is not computed again.
+Paper: none. Answers are those of ``Chat``. An image is encoded once while it is cached, and the part that a
+prompt shares with another prompt or an earlier turn is not computed again.
 """
 
 from collections import OrderedDict, deque
@@ -82,7 +82,7 @@ class ContinuousDecoder:
             self.ragged.close()
             raise ConfigError(
                 f"a cache of {cache_tokens:,} tokens cannot hold one conversation: the context of the model "
-                f"is {chat.context_tokens:,}. Give at least that many, or leave it out."
+                f"is {chat.context_tokens:,}. Give at least that many, or remove the option."
             )
         self.prefill_tokens = prefill_tokens or (128 if chat.model.device.type == "cpu" else 1_024)
         self.waiting: deque[Sequence] = deque()
@@ -160,7 +160,7 @@ class ContinuousDecoder:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Stop a sequence, wherever it is; what was computed is remembered."""
+        """Stop a sequence in any state. Computed keys and values stay in the cache."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence in self.running:

@@ -17,7 +17,7 @@ class Dialogue:
 
     Args:
         images: images of the first question; later questions may have more.
-        system: system text; empty means that of the template.
+        system: system text; empty means the template's.
     """
 
     def __init__(self, chat: "Chat", *images: ImageLike, system: str = "") -> None:

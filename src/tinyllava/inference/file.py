@@ -129,9 +129,7 @@ def answer_file(
     """
     is_device = Path("/dev") in output.absolute().parents  # also where the shell has a file in its place
     if is_device or (output.exists() and not output.is_file()):
-        raise DataError(
-            f"{output}: not a regular file. Answers need one, to resume later. Give another path."
-        )
+        raise DataError(f"{output}: not a regular file, which is needed to resume later. Give another path.")
     with held(output, is_folder=False):
         yield from _answer(answer, lines, output, run)
 
@@ -278,7 +276,7 @@ def claim_answers(
     told_by: Mapping[str, str] | None = None,
     noted: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write down whose answers these will be, or make sure that those which are there are of the same run.
+    """Record which run owns these answers, or verify that existing ones belong to it.
 
     Args:
         answers: file or folder that holds them, named in errors.
@@ -317,7 +315,8 @@ def _write(identity: Path, values: Mapping[str, Any]) -> None:
             partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{identity}: cannot be written ({error.strerror}). Free some space, or choose another output."
+            f"{identity}: cannot be written ({error.strerror}). Free some disk space, or choose another "
+            "output."
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""Logits out of which an answer can be chosen: NaN or infinity is an error, never an answer.
+"""Check logits before an answer is chosen: NaN or infinity is an error, never an answer.
 
-Paper: none; every way to an answer passes here, batches, streams and shared prefixes alike.
+Paper: none. Every path to an answer passes this check: batches, streams and shared prefixes.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from tinyllava.model import TinyLlavaForConditionalGeneration
 
 
 class FiniteLogits(LogitsProcessor):
-    """Refuses logits that are not finite, but those that follow a finished answer, which nobody reads."""
+    """Rejects logits that are not finite, except after a finished answer."""
 
     def __init__(
         self, model: TinyLlavaForConditionalGeneration, num_prompt_tokens: int, *, can_forbid: bool

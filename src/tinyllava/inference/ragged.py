@@ -1,7 +1,7 @@
-"""One forward pass over new tokens of several sequences, each with keys and values of its own.
+"""One forward pass over new tokens of several sequences, each with its own keys and values.
 
-Paper: none. The linear layers see the new tokens of all sequences as one long row; attention is computed for
-each sequence with its own past. So nothing is padded, and a sequence joins or leaves without a copy.
+Paper: none. The linear layers see the new tokens of all sequences as one long row. Attention is computed for
+each sequence with its own past. Nothing is padded, and a sequence joins or leaves without a copy.
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ class _Part:
         return self.past.length + self.end - self.start
 
     def mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        """Which keys each new token sees [N, K]; None where it sees all of them."""
+        """Which keys each new token sees [N, K]; None if it sees all of them."""
         if window is not None and window >= self.num_keys:
             window = None
         if window not in self._masks:
@@ -191,9 +191,9 @@ class RaggedModel:
         if tried.num_layers != config.num_hidden_layers:
             self.close()
             raise ConfigError(
-                f"language model {config.model_type!r}: {tried.num_layers} of {config.num_hidden_layers} "
-                "layers attend by keys and values alone; a server can batch only models in which all do. "
-                "Answer with `tinyllava chat` or `Chat` instead."
+                f"language model {config.model_type!r}: only {tried.num_layers} of "
+                f"{config.num_hidden_layers} layers use plain key-value attention; a server can batch only "
+                "models in which all layers do. Answer with `tinyllava chat` or `Chat` instead."
             )
         return tried.num_bytes // _BLOCK
 

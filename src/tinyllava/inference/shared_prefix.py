@@ -1,13 +1,12 @@
-"""Answer all questions about an image together: a tree of prompts, whose shared parts are computed once.
+"""Answer all questions about an image together: a tree of prompts whose shared parts are computed once.
 
-Paper: none; most benchmarks ask many questions about an image, and its tokens come before all of them.
-
-Paper: none; greedy decoding as in section 4.1.3's protocols, with the answers of one question at a time.
-Differs: the published evaluation encodes the image and its tokens again for every question. Here a
-image is a row of the batch. Its prompts form a tree; the trunk (system text and image) is a causal
-forward pass, the branches are a second one in which a token sees its own branch only, and each step of
-decoding computes the next token of every unfinished question against the one cache of the row. Nothing is
-repeated or copied.
+Paper: none; greedy decoding as in section 4.1.3's protocols, with the answers of one question at a time. Most
+benchmarks ask many questions about an image, and its tokens come before all of them.
+Differs: the published evaluation encodes the image and its tokens again for every question. Here an image is
+a row of the batch, and its prompts form a tree. A causal forward pass computes the trunk (system text and
+image). A second pass computes the branches, in which a token sees only its own branch. Each decoding step
+computes the next token of every unfinished question against the one cache of the row. Nothing is repeated or
+copied.
 """
 
 import sys
@@ -31,7 +30,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTree:
-    """A trunk of P tokens that all the prompts begin with, and M nodes for what follows, parents first.
+    """A trunk of P tokens that all prompts share, and M nodes for the rest, parents first.
 
     ``image_slots`` [P + M] holds, for an image token, which one of the images' tokens it is, else -1.
     """
@@ -50,7 +49,7 @@ class PromptTree:
 
     @property
     def num_tokens(self) -> int:
-        """P + M: what has to be computed."""
+        """Number of tokens to compute, P + M."""
         return len(self.trunk) + len(self.tokens)
 
 

@@ -1,6 +1,6 @@
-"""The model of Figure 2: vision encoder, connector, small language model, and the processor in front of it.
+"""The model of Figure 2: vision encoder, connector, small language model, and their processor.
 
-Importing this package makes transformers' Auto classes know a tinyllava folder.
+Importing this package registers tinyllava folders with transformers' Auto classes.
 """
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor

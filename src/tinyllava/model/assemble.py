@@ -1,4 +1,4 @@
-"""Put a model together from its three parts, open one that exists, save one.
+"""Assemble a model from its three parts, open an existing one, save one.
 
 Paper: section 3.1 and Table 1.
 """
@@ -145,8 +145,8 @@ def open_checkpoint(
     require_rows(str(folder), processor.tokenizer, model.get_input_embeddings().num_embeddings)
     if model.config.num_image_tokens != processor.num_image_tokens:
         raise CheckpointError(
-            f"{folder}: processor_config.json says {processor.num_image_tokens} tokens for an image, the "
-            f"connector in config.json makes {model.config.num_image_tokens}; copy the folder again."
+            f"{folder}: processor_config.json says {processor.num_image_tokens} tokens per image, but the "
+            f"connector in config.json produces {model.config.num_image_tokens}; copy the folder again."
         )
     ends = model.generation_config.eos_token_id
     model.generation_config = greedy_generation(model.generation_config, processor.tokenizer)
@@ -243,9 +243,9 @@ def _try_image(processor: TinyLlavaProcessor) -> None:
     torch.set_num_threads(1)
     pixels = processor.to_pixels([Image.new("RGB", (64, 48))])
     if not (isinstance(pixels, torch.Tensor) and pixels.ndim == 4 and pixels.shape[:2] == (1, 3)):
-        raise ValueError("it does not make an image of three colours")
+        raise ValueError("it does not produce an image with three channels")
     if not pixels.is_floating_point() or not bool(pixels.isfinite().all()):
-        raise ValueError("it makes numbers that are not finite")
+        raise ValueError("it produces values that are not finite")
 
 
 def load_tokenizer(language: LanguageModel, *, older_first: bool = False) -> Any:
@@ -284,7 +284,8 @@ def load_encoder(encoder: VisionEncoder, dtype: torch.dtype) -> Any:
         )
     if report["missing_keys"]:
         raise CheckpointError(
-            f"{encoder.path}: lacks tensors of {type(tower).__name__}: {sorted(report['missing_keys'])}"
+            f"{encoder.path}: tensors of {type(tower).__name__} are missing: "
+            f"{', '.join(sorted(report['missing_keys']))}. Download the folder again."
         )
     return tower
 
@@ -297,7 +298,7 @@ def cut_encoder(vision_tower: Any, encoder: VisionEncoder) -> Any:
     num_kept = len(layers) + 1 + encoder.feature_layer if encoder.feature_layer < 0 else encoder.feature_layer
     if not 1 <= num_kept <= len(layers):
         raise ConfigError(
-            f"feature layer {encoder.feature_layer} of {encoder.name}: it has {len(layers)} layers."
+            f"{encoder.name} has no feature layer {encoder.feature_layer}: it has {len(layers)} layers."
         )
     del layers[num_kept:]
     vision_tower.config.num_hidden_layers = num_kept

@@ -1,4 +1,4 @@
-"""What of transformers and torch is private or differs between releases and classes, layers' places included.
+"""Access to private or changing details of transformers and torch, such as the place of layers in a class.
 
 Each has a test in ``tests/model/test_compat.py``, which runs with the lowest, pinned and newest releases.
 """
@@ -25,7 +25,7 @@ CACHE_NAME = "cache" if "cache" in _FIELDS else "past_key_values"
 
 
 class ComposedModel(PreTrainedModel):
-    """A model whose attention is all in the models that it is made of.
+    """A model whose attention is only in its submodels.
 
     The flags say that it sets no limits of its own: each part checks for itself which attention it can run.
     transformers documents them for authors of models but has no public way to set them.
@@ -59,7 +59,7 @@ CAUSAL = "tinyllava_causal"
 
 
 def packed_mask(lengths: Sequence[int]) -> Tensor:
-    """Return what tells this attention that a row holds samples of these lengths behind each other.
+    """Return the mask for a row that holds samples of these lengths one after another.
 
     Every architecture hands a mask of four dimensions to its attention as it is, also where layers are
     computed again in the backward pass; not every one hands on other arguments. It stays on the host, which
@@ -226,7 +226,7 @@ def _layers(model: nn.Module, place: str) -> nn.ModuleList:
 
 
 def last_layer_output(vision_tower: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Return what the last layer gives, before the norm that some encoders apply after it.
+    """Return the output of the last layer, before the norm that some encoders apply after it.
 
     ``output_hidden_states=True`` would give the same and keep every other layer's output in memory too.
     """

@@ -1,7 +1,7 @@
-"""The configuration that a checkpoint carries: the parts, the connector, and how features are taken.
+"""The configuration in a checkpoint: the parts, the connector, and how features are taken.
 
-Differs: has what transformers' LlavaConfig has, under the same names, and also a named connector, a head bias
-(Phi-2) and the number of prefix tokens of the encoder, which that class cannot express.
+Differs: has the fields of transformers' LlavaConfig under the same names, and also a named connector, a head
+bias (Phi-2) and the encoder's number of prefix tokens, which that class cannot express.
 """
 
 from typing import Any, ClassVar, Literal
@@ -77,7 +77,7 @@ class TinyLlavaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return what ``config.json`` holds: parts with their names, without every model's defaults."""
+        """Return the content of ``config.json``: the parts with their names, without default values."""
         values: dict[str, Any] = super().to_diff_dict()
         for name in self.sub_configs:
             config = getattr(self, name)

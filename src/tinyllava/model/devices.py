@@ -1,4 +1,4 @@
-"""Which device there is, and which precision and attention it computes with by itself.
+"""The available device, and its default precision and attention implementation.
 
 Paper: none.
 """

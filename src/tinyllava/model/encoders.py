@@ -1,11 +1,10 @@
-"""Vision encoders that transformers does not have: EfficientNet-Lite, and two encoders fused into one.
+"""Vision encoders that transformers does not have: EfficientNet-Lite, and two fused encoders.
 
-Paper: section 3.1, the second kind of vision encoder: a CNN whose output grid of features is reshaped.
-Differs: the paper's experiments use CLIP and SigLIP only; this encoder serves the starter.
+Paper: section 3.1 allows any encoder that gives patch features. EfficientNet-Lite is its second kind, a CNN
+whose output grid is reshaped. A fused encoder combines the features of two encoders.
+Differs: the paper's experiments use only CLIP and SigLIP, one encoder per model. EfficientNet-Lite serves the
+starter.
 Source: EfficientNet-Lite of TensorFlow Lite (no squeeze-and-excitation, ReLU6, stem and head not scaled).
-
-Paper: section 3.1 allows any encoder that gives patch features; this one gives those of two.
-Differs: the paper's models have one encoder each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sizes of models without a record of their family: built on the meta device, where weights take no memory.
+"""Sizes of models whose family has no record, counted on the meta device, where weights take no memory.
 
 Paper: none; Table 1's models have closed forms (``tinyllava.planning.sizes``).
 """
@@ -22,7 +22,7 @@ from tinyllava.parts.vision import VisionEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """What was counted of one component."""
+    """The counts of one component."""
 
     total: int
     layers: tuple[int, ...]

@@ -1,9 +1,9 @@
-"""The model: image through encoder and connector into the language model's sequence, and the loss.
+"""The model: an image passes encoder and connector into the language model's sequence; the loss.
 
 Paper: section 3.1 (V, P, F), equations 1-3.
-Differs: unlike transformers' LLaVA it takes any connector and keeps the language model's own head bias. The
-head is applied to supervised positions only, and training does not run the last position, whose next token is
-unknown. Both give the same loss for less work.
+Differs: unlike transformers' LLaVA, it takes any connector and keeps the language model's own head bias. The
+head is applied only to supervised positions, and training skips the last position, whose next token is
+unknown. The loss is the same for less work.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ IGNORED = -100  # label of a position that is not supervised, as everywhere in t
 
 @dataclass
 class TinyLlavaOutput(ModelOutput):
-    """Result of a forward pass; what was not computed is None."""
+    """Result of a forward pass. Values that were not computed are None."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -42,7 +42,7 @@ class TinyLlavaOutput(ModelOutput):
 
 
 class Segments(TypedDict):
-    """Samples behind each other in one row [1, N], of which none sees another.
+    """Samples one after another in one row [1, N], none of which sees another.
 
     The last token of each has no next one and is not run, so P = N - S positions are.
     """
@@ -367,7 +367,7 @@ class TinyLlavaForConditionalGeneration(
 
 
 def branch_attention(branches: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
-    """Return mask [B, 1, N, N] and positions [B, N] of rows whose branches do not see each other.
+    """Return mask [B, 1, N, N] and positions [B, N] of rows with branches that do not see each other.
 
     A token sees the shared beginning (branch 0) and what precedes it in its own branch. Its position is the
     number of tokens before it that it sees, so each branch runs as if it alone followed the prefix.

@@ -1,8 +1,8 @@
-"""Images as bytes on their way to the device, where they become the numbers that the encoder takes.
+"""Images travel to the device as bytes and become the encoder's input there.
 
-Paper: none. Workers hand over a quarter of the memory, and the cores that open images neither rescale nor
-normalise. What the image processor makes of each byte is looked up in a table of its own values, so that the
-pixels are its own, bit by bit.
+Paper: none. Workers pass a quarter of the memory, and the cores that open images neither rescale nor
+normalise. The value of each byte is looked up in a table made by the image processor itself, so the pixels
+are exactly the image processor's.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class ImagePacking:
         return 3 * self._side**2 * (1 if self.is_packed else 4)
 
     def pack(self, images: list[Image.Image]) -> Tensor:
-        """Return RGB images as bytes [I, 3, S, S], or as pixel values where they cannot be packed."""
+        """Return RGB images as bytes [I, 3, S, S], or as pixel values if they cannot be packed."""
         if self._resize is None:
             pixels: Tensor = self._processor.to_pixels(images)
             return pixels

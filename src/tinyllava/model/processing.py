@@ -1,8 +1,8 @@
-"""From a conversation to token ids and pixels: template, expansion of ``<image>``, shape of the image.
+"""From a conversation to token ids and pixels: template, expansion of ``<image>``, image size.
 
 Paper: section 3.2; ``Encoded.supervised`` is the indicator of equation 3.
-Differs: the published code finds the answers by tokenising every turn again and comparing lengths; here the
-template marks them, and the tokenizer's offsets carry the mark to tokens.
+Differs: the published code finds the answers by tokenising every turn again and comparing lengths. Here the
+template marks them, and the tokenizer's offsets map the marks to tokens.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ MAX_CROPPED_RATIO = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoded:
-    """A conversation as the model sees it: N token ids, image tokens expanded, and what is supervised."""
+    """A conversation as the model sees it: N token ids, image tokens expanded, and the supervised mask."""
 
     text: str
     """The rendered text, with one ``<image>`` for each image."""
@@ -100,7 +100,10 @@ class TinyLlavaProcessor(ProcessorMixin):
         images = [images] if isinstance(images, Image.Image) else list(images or [])
         num_expected = sum(t.count(IMAGE_TOKEN) for t in texts)
         if num_expected != len(images):
-            raise DataError(f"{len(images)} images for {num_expected} {IMAGE_TOKEN} in the prompts.")
+            raise DataError(
+                f"{len(images)} images for {num_expected} {IMAGE_TOKEN} tokens in the prompts. Give one "
+                "image for each."
+            )
         kwargs = {key: value for key, value in kwargs.items() if key != "return_tensors"}
         kwargs.setdefault("add_special_tokens", False)
         kwargs.setdefault("verbose", False)  # a text that is too long is an error of ours, which says more
@@ -239,8 +242,8 @@ class TinyLlavaProcessor(ProcessorMixin):
             if joining is not None and not open_answer:  # training needs an exact mask, an open answer none
                 start, end = offsets[joining]
                 raise DataError(
-                    f"{conversation.place}: the token {read[start:end]!r} joins prompt and answer; give the "
-                    "template a separator that the tokenizer keeps apart."
+                    f"{conversation.place}: the token {read[start:end]!r} spans the end of the prompt and "
+                    "the start of the answer. Put a separator between them in the template."
                 )
             input_ids = np.array(ids, dtype=np.int64)
             repeats = np.where(input_ids == self.image_token_id, self.num_image_tokens, 1)
@@ -288,8 +291,8 @@ def _trained_spans(conversation: Conversation, spans: Spans) -> Spans:
         return spans
     if len(spans) != len(answers):
         raise DataError(
-            f"{conversation.place}: {len(answers)} answers, not all of which add to the loss, but the "
-            f"template marks {len(spans)}; let it mark each one with generation marks of its own."
+            f"{conversation.place}: {len(answers)} answers, of which only some add to the loss, but the "
+            f"template marks {len(spans)}. Give each answer its own generation marks in the template."
         )
     return [span for span, answer in zip(spans, answers, strict=True) if answer.is_trained]
 
@@ -317,7 +320,7 @@ def locate_tokens(offsets: Ints, spans: Spans) -> tuple[Bools, int | None]:
 
 @lru_cache(maxsize=16)
 def leading_bos(tokenizer: Any, chat_template: str) -> str:
-    """Return what a caption begins with: BOS if the checkpoint's conversations do, otherwise nothing.
+    """Return the start of a caption: BOS if the checkpoint's conversations start with it, otherwise nothing.
 
     A language model that saw BOS in front of every text rests its attention on it (docs/log.md has what was
     seen without).
@@ -347,7 +350,7 @@ def try_image_processor(image_processor: Any, aspect: Aspect, side: int) -> str:
         return ""
     hint = " With image_aspect 'square' it must crop the centre." if shape[-1] != shape[-2] else ""
     made = " x ".join(map(str, shape[2:][::-1] if shape[:2] == (1, 3) else shape))
-    return f"its image processor makes {made} of an image, but the encoder takes {side} x {side} px.{hint}"
+    return f"its image processor produces images of {made}, but the encoder takes {side} x {side} px.{hint}"
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

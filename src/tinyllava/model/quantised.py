@@ -1,9 +1,9 @@
-"""Linear layers whose frozen weights are held in 4 or 8 bits, below the adapters of a stage or to answer.
+"""Linear layers whose frozen weights are stored in 4 or 8 bits, for QLoRA and for inference.
 
-Differs: the paper trains on weights in 16 bits or more. In 4 bits the form is QLoRA's (NF4 in blocks of 64
-whose scales are quantised too), in 8 bits LLM.int8's (one scale for each row). bitsandbytes chooses the
-codes and multiplies, except in 4 bits on a CPU: there its kernels read scales of the wrong block wherever a
-row is no whole number of blocks (0.50.2, CPUs with AVX-512), so the codes are read here.
+Differs: the paper trains on weights in 16 bits or more. The 4-bit form is QLoRA's (NF4 in blocks of 64 with
+quantised scales), the 8-bit form LLM.int8's (one scale per row). bitsandbytes chooses the codes and
+multiplies, except in 4 bits on a CPU. There its kernels (0.50.2, CPUs with AVX-512) read the scale of the
+wrong block if a row is not a whole number of blocks, so this module dequantises the codes itself.
 """
 
 from abc import ABC, abstractmethod
@@ -41,7 +41,7 @@ def quantise(model: nn.Module, names: Iterable[str], bits: int) -> None:
 
 
 def check_bits(bits: int) -> None:
-    """Say before long work that a model cannot be held in so many bits.
+    """Fail before long work if this number of bits is not supported.
 
     Raises:
         ConfigError: not 4, 8 or 16.
@@ -63,14 +63,14 @@ def quantise_language_model(model: nn.Module, bits: int) -> None:
     """
     held = quantised_bits(model)
     if bits < 16 and held not in (bits, 16):
-        raise ConfigError(f"bits = {bits}: the checkpoint is stored in {held} bits; leave bits out.")
+        raise ConfigError(f"bits = {bits}: the checkpoint is stored in {held} bits. Remove bits.")
     if bits < held:
         names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         quantise(model, [name for name in names if ".language_model." in f".{name}"], bits)
 
 
 def quantised_bits(model: nn.Module) -> int:
-    """Return in how many bits the quantised layers of a model are held; 16 if it has none."""
+    """Return the number of bits of a model's quantised layers; 16 if it has none."""
     return min((layer.bits for layer in quantised_layers(model).values()), default=16)
 
 
@@ -87,7 +87,7 @@ def dequantise(model: nn.Module) -> None:
 
 
 def save_quantised(model: nn.Module, path: Path) -> set[str]:
-    """Write the codes of the quantised layers and what gives them their meaning.
+    """Write the codes of the quantised layers and the tables that decode them.
 
     Returns:
         Names of the weights that are written there, and need not be written elsewhere.
@@ -126,7 +126,7 @@ def load_quantised(model: nn.Module, path: Path) -> None:
 
 
 class QuantisedLinear(nn.Linear, ABC):
-    """A frozen linear layer from [*, in] to [*, out] whose ``weight`` holds integer codes.
+    """A frozen linear layer from [*, in] to [*, out] with integer codes as its ``weight``.
 
     The tables of the codes are buffers; the bias stays as it was. Gradients flow to the input. Products are
     computed in the precision of autocast, without it in that of the input.
@@ -156,7 +156,7 @@ class QuantisedLinear(nn.Linear, ABC):
         return self.out_features, self.in_features
 
     def stored(self) -> list[Tensor]:
-        """Return the codes and what gives them their meaning, without the bias."""
+        """Return the codes and the tables that decode them, without the bias."""
         return [self.weight, *self.buffers()]
 
     def to_linear(self) -> nn.Linear:

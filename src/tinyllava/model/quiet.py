@@ -1,7 +1,7 @@
-"""Change what all of a process shares for as long as our own call runs, and no longer.
+"""Change process-wide state only while a call of this package runs.
 
-Other libraries' messages and bars are kept out of the way, and random numbers given back. Each of these is a
-block; as a decorator, it makes a whole function one.
+Messages and bars of other libraries are suppressed, and the random state is restored. Each is a context
+manager, and also works as a decorator.
 """
 
 import logging
@@ -35,7 +35,7 @@ class _Silent(logging.Filter):
 
 
 def quiet_bitsandbytes_import() -> AbstractContextManager[None]:
-    """Return a block in which to import bitsandbytes, or what imports it: peft, and transformers' Trainer.
+    """Return a block for importing bitsandbytes, or a package that imports it (peft, transformers' Trainer).
 
     On CPUs that multiply in bf16 it warns of a missing kernel, which nothing here uses.
     """

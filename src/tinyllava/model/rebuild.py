@@ -1,6 +1,7 @@
-"""Start a run's model, and build the model of a stage's checkpoint, which holds only what the stage trains.
+"""Create the model that a run starts from, or rebuild a model from a stage's checkpoint.
 
-Paper: section 3.2, where the stages of a run follow on each other.
+Paper: section 3.2, where the stages of a run follow each other. A stage's checkpoint holds only what the
+stage trains.
 """
 
 import dataclasses
@@ -57,7 +58,7 @@ def open_start(run: Run) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaPr
 def describe_origin(
     run: Run, stage: str, before: Mapping[str, Path], beside: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what a checkpoint's manifest says, so that its model can be built again.
+    """Return the content of a checkpoint's manifest that is needed to rebuild its model.
 
     Args:
         stage: of the run, by name.

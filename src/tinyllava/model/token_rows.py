@@ -1,8 +1,8 @@
-"""New tokens of a task, such as ``<loc_0>``: their place in the tokenizer, their rows, their training.
+"""New tokens of a task, such as ``<loc_0>``: in the tokenizer, as rows of the embedding, and in training.
 
 Paper: none; its models keep the vocabulary of their language model.
-Differs: PEFT trains chosen rows too, but leaves out a head's bias (Phi-2 has one) and copies the whole table
-in every pass; here only the new rows are computed beside it.
+Differs: PEFT trains chosen rows too, but omits a head's bias (Phi-2 has one) and copies the whole table in
+every pass. Here only the new rows are computed separately.
 """
 
 import json
@@ -30,7 +30,7 @@ def find_tokens_without_row(tokenizer: Any, num_rows: int) -> list[str]:
 
 
 def require_rows(place: str, tokenizer: Any, num_rows: int, given: Sequence[str] = ()) -> None:
-    """Refuse a folder whose tokenizer knows tokens that its embedding has no row for.
+    """Reject a folder if its tokenizer has tokens without a row in the embedding.
 
     Args:
         place: of the folder, for the message.
@@ -43,8 +43,8 @@ def require_rows(place: str, tokenizer: Any, num_rows: int, given: Sequence[str]
     if missing:
         shown = " ".join(missing[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
         raise CheckpointError(
-            f"{place}: its embedding has {num_rows:,} rows, none for {len(missing)} of its tokens ({shown}). "
-            f"Give them rows: --add-tokens {shown}. Or take them out of tokenizer.json."
+            f"{place}: its embedding has {num_rows:,} rows, but {len(missing)} of its tokens have none "
+            f"({shown}). Add rows with --add-tokens {shown}, or remove the tokens from tokenizer.json."
         )
 
 
@@ -88,10 +88,13 @@ def _refuse_tokens(tokenizer: Any, template: str, tokens: Sequence[str]) -> None
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     for token in tokens:
         if not token.strip() or token != token.strip():
-            raise ConfigError(f"add_tokens = {token!r}: a token needs text and no outer blanks.")
+            raise ConfigError(
+                f"add_tokens = {token!r}: a token must have text, and no spaces at its start or end."
+            )
         if token in kept or (token in special and token in template):
             raise ConfigError(
-                f"add_tokens = {token!r}: the prompt template needs it as a special token. Choose another."
+                f"add_tokens = {token!r}: the prompt template uses it as a special token. Choose another "
+                "token."
             )
 
 
@@ -157,7 +160,7 @@ class TrainedRows(nn.Module):
         return bias
 
     def state_when_merged(self) -> dict[str, Tensor]:
-        """Return what the layer's state will be once it is merged."""
+        """Return the layer's state after merging."""
         weight = self.weight.detach().clone()
         weight[self.ids] = self.rows.detach().to(weight.dtype)
         return {"weight": weight, **({} if self.bias is None else {"bias": self.bias.detach()})}

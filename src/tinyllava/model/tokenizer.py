@@ -71,8 +71,8 @@ def open_tokenizer(source: str | Path, *, older_first: bool = False) -> Any:
     if not has_pieces and not has_merges:
         if ranks := sorted(folder.glob("*.tiktoken")):
             raise CheckpointError(
-                f"{ranks[0]}: a tiktoken vocabulary alone does not say how a text is split or what the "
-                f"special tokens are. The publisher's code does, and it is never run. Copy {_PIPELINE}, or "
+                f"{ranks[0]}: a tiktoken vocabulary does not define how text is split or which tokens are "
+                f"special. The publisher's code does, but it is never run. Copy {_PIPELINE}, or "
                 f"{' with '.join(_MERGES)}, of the same language model into the folder."
             )
         raise CheckpointError(
@@ -109,7 +109,7 @@ def fit_template(template: str, tokenizer: Any) -> str:
 
 
 def gap_of(template: str) -> str:
-    """Return what a template puts between an image and the text after it, if that is a blank."""
+    """Return the text that a template puts between an image and the text after it, if that is a space."""
     return " " if _GAP in template else ""
 
 
@@ -126,8 +126,8 @@ def _open_pipeline(folder: Path, where: Path) -> Any:
         found = tokenizer.convert_tokens_to_ids(token["content"])
         if str(found) != number:
             raise CheckpointError(
-                f"{where / _SETTINGS[0]}: {token['content']!r} is token {number} there and {found} in the "
-                "vocabulary; copy the language model's tokenizer files again."
+                f"{where / _SETTINGS[0]}: {token['content']!r} is token {number} in this file, but {found} "
+                "in the vocabulary; copy the language model's tokenizer files again."
             )
     return tokenizer
 
@@ -146,9 +146,9 @@ def _convert_pieces(folder: Path, target: Path) -> None:
     obstacles = {
         f"model type {trained.model_type}, not BPE": trained.model_type != _BPE,
         "a table of normalised characters": bool(rules.precompiled_charsmap),
-        "superfluous blanks are removed": rules.remove_extra_whitespaces,
-        "blanks as suffixes": trained.treat_whitespace_as_suffix,
-        "user-defined pieces beside a leading blank": bool(symbols) and rules.add_dummy_prefix,
+        "extra spaces are removed": rules.remove_extra_whitespaces,
+        "spaces as suffixes": trained.treat_whitespace_as_suffix,
+        "user-defined pieces next to a leading space": bool(symbols) and rules.add_dummy_prefix,
     }
     if reasons := [reason for reason, holds in obstacles.items() if holds]:
         raise CheckpointError(
@@ -198,7 +198,7 @@ def _read_pieces(folder: Path) -> Any:
         model.ParseFromString((folder / PIECES).read_bytes())
     except DecodeError as error:
         raise CheckpointError(
-            f"{folder / PIECES}: no SentencePiece model; download the file again."
+            f"{folder / PIECES}: not a SentencePiece model; download the file again."
         ) from error
     return model
 
@@ -232,7 +232,7 @@ def find_special_tokens(tokenizer: Any, template: str) -> "SpecialTokens":
 
 
 class SpecialTokens:
-    """What only a template may write.
+    """The tokens that only a template may write.
 
     These are the tokenizer's special tokens and whichever of its other added tokens the template names.
     Added tokens that are neither (runs of blanks in Phi-2, places such as ``<loc_12>``) are vocabulary for

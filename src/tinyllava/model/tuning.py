@@ -1,4 +1,4 @@
-"""Apply a stage's plan of what is trained, and keep the ledger that proves it.
+"""Apply a stage's plan of trained parts, and keep the ledger that proves it.
 
 Paper: sections 3.2 (theta' and phi') and 4.1.2, Figure 3.
 """
@@ -87,11 +87,11 @@ def reached_by_features(model: TinyLlavaForConditionalGeneration) -> set[str]:
 def _train_from_layer(model: TinyLlavaForConditionalGeneration, component: Component, tune: Tune) -> None:
     """Train only ``layers.N``, N >= first_layer; embeddings and outer norms stay frozen (ShareGPT4V)."""
     if component == "connector":
-        raise ConfigError("connector: from_layer has no meaning for it; choose full or frozen.")
+        raise ConfigError("connector: from_layer does not apply to connectors; choose full or frozen.")
     if component == "vision_encoder" and model.config.encoder_kind == "cnn":
         raise ConfigError(
             "vision_encoder: from_layer needs one transformer encoder; a CNN or two fused encoders can be "
-            "full, frozen or with adapters."
+            "full, frozen or lora."
         )
     layers = (
         encoder_layers(model.vision_encoder)
@@ -129,7 +129,9 @@ def _add_adapters(model: TinyLlavaForConditionalGeneration, component: Component
         and (reached is None or f"{name}.weight" in reached)
     ]
     if not targets:
-        raise ConfigError(f"{component}: lora needs a linear layer, and it has none; choose full or frozen.")
+        raise ConfigError(
+            f"{component}: lora needs a linear layer, but this component has none; choose full or frozen."
+        )
     if tune.bits < 16:
         quantise(model, targets, tune.bits)
     targets = _choose_targets(model, component, tune, targets)
@@ -216,7 +218,7 @@ class LedgerRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Every tensor of the model: what was to be trained, and what really moved."""
+    """For every tensor of the model: whether it should be trained, and whether it changed."""
 
     rows: tuple[LedgerRow, ...]
 
@@ -254,7 +256,7 @@ class Ledger:
 
 
 def load_trained(path: Path, model: TinyLlavaForConditionalGeneration) -> None:
-    """Put tensors that a stage trained into a model whose plan was applied.
+    """Load tensors that a stage trained into a model with the same plan.
 
     Raises:
         CheckpointError: see ``check_trained``.
@@ -279,7 +281,8 @@ def check_trained(path: Path, model: TinyLlavaForConditionalGeneration) -> None:
     wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
     if wrong:
         raise CheckpointError(
-            f"{path}: does not fit the stage's plan: {', '.join(wrong[:5])} ({len(wrong)} tensors). {delete}"
+            f"{path}: does not match the stage's plan: {', '.join(wrong[:5])} ({len(wrong)} tensors). "
+            f"{delete}"
         )
 
 
@@ -292,7 +295,7 @@ def weights_digest(ledger: Ledger, model: nn.Module) -> str:
 
 
 def open_ledger(model: nn.Module) -> Ledger:
-    """Record what is to be trained and a digest of every tensor.
+    """Record which tensors should be trained, and a digest of each.
 
     A quantised layer counts with the shape of its weights; the digest is of its codes and their scales.
     """

@@ -1,1 +1,1 @@
-"""Table 1 and what belongs to it, before any weights are loaded: needs no torch."""
+"""The parts of Table 1 before any weights are loaded. Needs no torch."""

@@ -1,8 +1,8 @@
 """The connectors P_phi: from M patch features of width X to T image tokens of width D.
 
 Paper: section 3.1 (h_j = P_phi(v_j)), section 4.1.1 and Figure 6.
-This table is the one owner of how many tokens an image takes; it imports no torch, so that a plan can
-be made before anything is loaded. The modules are imported when a connector is built.
+This table alone defines the number of image tokens. It imports no torch, so that a plan can be made before
+anything is loaded. The modules are imported when a connector is built.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Linears = list[tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Connector:
-    """What is known of a connector before it is built."""
+    """The properties of a connector before it is built."""
 
     name: str
     module: str | type
@@ -49,8 +49,8 @@ def _one_per_block(num_patches: int, options: Options) -> int:
     side, block = isqrt(num_patches), options["block"]
     if side * side != num_patches or side % block:
         raise ConfigError(
-            f"a grid of {num_patches} patches ({side} x {side}) does not divide "
-            f"into blocks of {block} x {block}; choose one of {_divisors(side)}."
+            f"a grid of {num_patches} patches ({side} x {side}) cannot be divided into blocks of {block} x "
+            f"{block}; choose one of {_divisors(side)}."
         )
     return (side // block) ** 2
 
@@ -59,8 +59,8 @@ def _one_per_cell(num_patches: int, options: Options) -> int:
     grid, side = isqrt(num_patches), options["side"]
     if grid**2 != num_patches or side > grid:
         raise ConfigError(
-            f"{num_patches} patches are a grid of {grid} x {grid}, which has no "
-            f"{side} x {side} cells to average; choose a side of at most {grid}."
+            f"{num_patches} patches form a grid of {grid} x {grid}, which is too small for {side} x {side} "
+            f"cells; choose a side of at most {grid}."
         )
     return side**2
 
@@ -144,7 +144,7 @@ CONNECTORS: dict[str, Connector] = {
         Connector(
             name="linear",
             module="per_patch:Linear",
-            summary="one linear layer, a token for each patch",
+            summary="one linear layer, one token per patch",
             num_tokens=_one_per_patch,
             num_parameters=_linear,
             linears=_linear_linears,
@@ -152,7 +152,7 @@ CONNECTORS: dict[str, Connector] = {
         Connector(
             name="mlp",
             module="per_patch:MLP",
-            summary="two linear layers with GELU between (the paper's)",
+            summary="two linear layers with GELU in between (the paper's)",
             num_tokens=_one_per_patch,
             num_parameters=_mlp,
             linears=_mlp_linears,
@@ -169,7 +169,7 @@ CONNECTORS: dict[str, Connector] = {
         Connector(
             name="bench_resampler",
             module="queries:BenchResampler",
-            summary="TinyLLaVABench's resampler: learned queries attend to the patches alone",
+            summary="TinyLLaVABench's resampler: learned queries attend only to the patches",
             num_tokens=_one_per_query,
             num_parameters=_bench_resampler,
             linears=_bench_resampler_linears,
@@ -196,7 +196,7 @@ CONNECTORS: dict[str, Connector] = {
         Connector(
             name="slots",
             module="per_patch:Slots",
-            summary="average the whole grid, then an MLP with an output of its own for each token",
+            summary="average the whole grid, then an MLP with a separate output for each token",
             num_tokens=lambda num_patches, options: options["num_slots"],
             num_parameters=_slots,
             linears=_slots_linears,
@@ -205,7 +205,7 @@ CONNECTORS: dict[str, Connector] = {
         Connector(
             name="qformer",
             module="queries:QFormer",
-            summary="BLIP-2's Q-Former: queries through a small BERT that looks at the patches",
+            summary="BLIP-2's Q-Former: queries in a small BERT that attends to the patches",
             num_tokens=_one_per_query,
             num_parameters=_qformer,
             linears=_qformer_linears,
@@ -281,8 +281,8 @@ def _check_heads(name: str, options: Options) -> None:
     width, num_heads = options["width"], options["num_heads"]
     if width % num_heads:
         raise ConfigError(
-            f"connector {name}: width = {width} does not divide by num_heads = {num_heads}; choose "
-            f"num_heads out of {_divisors(width)}."
+            f"connector {name}: width = {width} is not divisible by num_heads = {num_heads}; choose "
+            f"num_heads from {_divisors(width)}."
         )
 
 

@@ -1,8 +1,8 @@
-"""What the framework knows of an architecture: one record for each family of encoders and language models.
+"""The properties of each architecture: one record per family of encoders and language models.
 
 Paper: section 3.1 and Table 1 name the models; their families are transformers' ``model_type``.
-A family without a record is built on the meta device and counted (``tinyllava.model.measure``); it is never
-taken for another one.
+A family without a record is built on the meta device and counted (``tinyllava.model.measure``). It is never
+treated as another family.
 """
 
 from collections.abc import Mapping
@@ -91,7 +91,7 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageFamily:
-    """How the layers of one architecture differ from Llama's, and what others call it."""
+    """How the layers of one architecture differ from Llama's, and its names in other programs."""
 
     gated: bool = True
     """Three matrices in the feed-forward block and SiLU, or two and an approximate GELU."""

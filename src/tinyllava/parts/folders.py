@@ -1,4 +1,4 @@
-"""The files of a model folder: its JSON settings, and the faults that they can have."""
+"""The files of a model folder: its JSON settings, and the faults that are detected in them."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{folder}: no {name} there; give a Hugging Face model folder.") from error
+        raise CheckpointError(f"{folder}: has no {name}; give a Hugging Face model folder.") from error
     except ValueError as error:
         why = describe_damage(path) or f"not JSON ({error}); download the folder again"
         raise CheckpointError(f"{path}: {why}.") from error
@@ -44,7 +44,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def describe_damage(path: Path) -> str:
-    """Say what a file is that cannot be read, with the fix; empty if nothing is known to be wrong with it.
+    """Describe a file that cannot be read, with the fix; empty if no damage is found.
 
     Told are: a pointer of Git LFS, a web page, an empty file, weights that are cut short.
     """
@@ -58,10 +58,13 @@ def describe_damage(path: Path) -> str:
         return "is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return (
-            "is a web page, perhaps an error message of the server; download it again, logged in if need be"
+            "is a web page, possibly an error message of the server; log in if needed, and download it again"
         )
     if path.suffix == ".bin" and head.startswith(b"PK") and not is_zipfile(path):
-        return f"is cut short: its end is not among its {path.stat().st_size:,} bytes; download it again"
+        return (
+            f"is truncated: its {path.stat().st_size:,} bytes do not include the end of the file; download "
+            "it again"
+        )
     return _cut_short(path) if path.suffix == ".safetensors" else ""
 
 
@@ -84,7 +87,7 @@ def _cut_short(path: Path) -> str:
             expected = 8 + head_bytes + max(ends, default=0)
     if size >= expected:
         return ""
-    return f"is cut short: {size:,} of at least {expected:,} bytes; download it again"
+    return f"is truncated: {size:,} of at least {expected:,} bytes; download it again"
 
 
 def local_folder(name: str | Path) -> Path:
@@ -134,7 +137,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Name the weight file of a folder that is not what it should be; whether all are there is not looked at.
+    """Reject a folder with a damaged weight file. Whether all files exist is not checked.
 
     Raises:
         CheckpointError: one is damaged.
@@ -153,11 +156,11 @@ def check_new_folder(folder: Path) -> None:
     """
     if folder.is_dir():
         if any(folder.iterdir()):
-            raise CheckpointError(f"{folder}: is not empty; name a new folder.")
+            raise CheckpointError(f"{folder}: is not empty; choose a new folder.")
         return
     in_the_way = next((place for place in (folder, *folder.parents) if place.exists()), None)
     if in_the_way is not None and not in_the_way.is_dir():
-        raise CheckpointError(f"{folder}: {in_the_way} is a file; name a new folder.")
+        raise CheckpointError(f"{folder}: {in_the_way} is a file; choose a new folder.")
 
 
 @contextmanager
@@ -173,7 +176,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error}); name another place.") from error
+        raise CheckpointError(f"{folder}: cannot be written ({error}); choose another folder.") from error
     with held(folder, is_folder=False):
         try:
             with whole_folder(folder) as partial:
@@ -182,23 +185,23 @@ def written_whole(folder: Path) -> Iterator[Path]:
                     folder.rmdir()  # what came into it meanwhile is not replaced
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{folder}: cannot be written ({error}); nothing is left of it. Make room, or name another "
-                "place."
+                f"{folder}: cannot be written ({error}). The incomplete folder was removed. Free some disk "
+                "space, or choose another folder."
             ) from error
 
 
 def resolved(path: str) -> str:
-    """Return a path in one spelling; what is no path here, such as a part's name, stays."""
+    """Return a path in one spelling. Other values, such as a part's name, are returned unchanged."""
     return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def is_stage_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of a stage that is training or was, which holds what that trains."""
+    """Whether a folder is a checkpoint of a stage, which holds only the tensors that the stage trains."""
     return all((folder / name).is_file() for name in ("trainer_state.json", "manifest.json"))
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Say what a folder lacks before anything is loaded from it.
+    """Reject an incomplete folder before anything is loaded from it.
 
     Raises:
         CheckpointError: no folder, no config, another kind of model, a weight file that is not there, or
@@ -214,7 +217,7 @@ def check_checkpoint(folder: Path) -> None:
             if kind != "tinyllava"
             else "connector_type, which is Factory's"
         )
-        raise CheckpointError(f"{folder}: config.json says {layout}; bring it in with `tinyllava import`.")
+        raise CheckpointError(f"{folder}: config.json has {layout}; convert it with `tinyllava import`.")
     if is_reference(connector := str(config.get("connector", ""))):
         recall_value(connector, str(folder))  # of a checkpoint nothing is run: the user has to name the code
     index = folder / "model.safetensors.index.json"
@@ -235,14 +238,14 @@ def check_checkpoint(folder: Path) -> None:
             check_settings(folder / name, read_config(folder, name), num_tensors)
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{folder / 'adapter_config.json'}: adapters of another folder's model; merge them with "
-            "`tinyllava export`, or take the file out."
+            f"{folder / 'adapter_config.json'}: adapters of a model in another folder; merge them with "
+            "`tinyllava export`, or remove this file."
         )
     for name in ("vision_config", "text_config"):
         if not isinstance(config.get(name), dict):
             raise CheckpointError(
-                f"{folder / 'config.json'}: {name} = {config.get(name)!r}: an object is needed; copy the "
-                "file again."
+                f"{folder / 'config.json'}: {name} = {config.get(name)!r}: must be an object; copy the file "
+                "again."
             )
     _check_generation(folder)
 
@@ -269,15 +272,14 @@ def _check_generation(folder: Path) -> None:
     for key in ("bos_token_id", "pad_token_id"):
         if settings.get(key) is not None and type(settings[key]) is not int:
             raise CheckpointError(
-                f"{folder / name}: {key} = {settings[key]!r}: the id of a token is needed; copy the file "
-                "again."
+                f"{folder / name}: {key} = {settings[key]!r}: must be the id of a token; copy the file again."
             )
     end = settings.get("eos_token_id")
     ids = end if isinstance(end, list) else [end]
     if not ids or not all(type(token) is int and token >= 0 for token in ids):
         raise CheckpointError(
-            f"{folder / name}: eos_token_id = {end!r}: the id of the token that ends an answer, or a list of "
-            "ids, is needed; copy the file again, or delete it: the tokenizer's token then ends an answer."
+            f"{folder / name}: eos_token_id = {end!r}: must be the id of the token that ends an answer, or "
+            "a list of ids. Copy the file again, or delete it to use the tokenizer's end token."
         )
 
 
@@ -298,10 +300,10 @@ def check_processor_files(folder: Path) -> None:
 
 def _why_there_is_none(folder: Path) -> str:
     if not folder.is_dir():
-        return "no such folder; give that of a checkpoint."
+        return "no such folder; give a checkpoint folder."
     if (folder / "model" / "config.json").is_file():
         return f"a run folder; its checkpoint is {folder / 'model'}."
-    return "no tinyllava checkpoint there (no config.json). Train one, or import one."
+    return "not a tinyllava checkpoint (no config.json). Train one, or import one."
 
 
 def recorded_model(folder: Path) -> ModelConfig:
@@ -391,6 +393,6 @@ def _hash_files(stamps: tuple[tuple[str, int, int, int], ...]) -> str:
 
 
 def default_name(folder: Path) -> str:
-    """Return a name for what is made of a checkpoint: of its run or folder, and of its content."""
+    """Return a name for results of a checkpoint, from its run or folder and its content."""
     name, content = short_name(folder), fingerprint(folder)
     return f"{name}-{content[:8]}" if content else name

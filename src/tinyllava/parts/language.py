@@ -17,7 +17,7 @@ from tinyllava.parts.user_code import is_reference, recall_as
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """What the framework must know of a language model before its weights are there."""
+    """The properties of a language model that are needed before its weights are loaded."""
 
     name: str
     abbreviation: str
@@ -339,8 +339,8 @@ def _describe_folder(folder: Path, template: str) -> LanguageModel:
     template = template or TEMPLATE_OF_END.get(eos_token, "")
     if not template:
         raise ConfigError(
-            f"{folder}: no template is known for a tokenizer that ends a turn with {eos_token!r}; "
-            "name one with model.template (see `tinyllava show templates`)."
+            f"{folder}: no template is known for a tokenizer that ends a turn with {eos_token!r}; choose "
+            "one with model.template (see `tinyllava show templates`)."
         )
     try:
         return describe_config(
@@ -360,7 +360,7 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"
 def describe_config(
     config: Mapping[str, Any], *, name: str, path: str, template: str, eos_token: str
 ) -> LanguageModel:
-    """Describe the language model of a config.json; raises KeyError where it lacks a size."""
+    """Describe the language model of a config.json. Raises KeyError if a size is missing."""
     num_heads, family = int(config["num_attention_heads"]), str(config.get("model_type", ""))
     return LanguageModel(
         name=name,

@@ -1,6 +1,6 @@
-"""Names, folders and hub paths of a model's parts, looked up once: everything else reads the value made here.
+"""Resolve the names, folders and Hub paths of a model's parts, once. All other code reads the result.
 
-Paper: Figure 2, before any weight is there.
+Paper: Figure 2, before any weights are loaded.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ Part = TypeVar("Part", VisionEncoder, LanguageModel)
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a model: what ``ModelConfig`` names, found and fitted to each other."""
+    """The parts of a model: the names of ``ModelConfig``, resolved and matched to each other."""
 
     encoder: VisionEncoder
     connector: Connector
@@ -41,7 +41,7 @@ class Parts:
 
 @dataclass(kw_only=True)
 class Found:
-    """What could be found of a model's parts, None for the rest, and why the rest could not."""
+    """The parts of a model that could be resolved, None for the others, and the reasons."""
 
     encoder: VisionEncoder | None = None
     connector: Connector | None = None
@@ -54,7 +54,7 @@ class Found:
     """Field of ``ModelConfig`` -> what is wrong with it."""
 
     def look(self, name: str, find: Callable[[], T]) -> T | None:
-        """Return what ``find`` returns; the first error of it is noted under the field's name."""
+        """Return the result of ``find``. Its first error is recorded under the field's name."""
         if name in self.errors:
             return None
         try:

@@ -1,7 +1,7 @@
-"""A checkpoint is data of somebody else: its settings are held to bounds before a library acts on them.
+"""Checkpoints are untrusted data: check their settings before a library acts on them.
 
-Paper: none. What is refused: settings of a wrong type, more layers than the weights have, paths that leave
-the folder, code of the folder's own, and templates that do not end. Nothing in a folder is ever executed.
+Paper: none. Rejected are settings of a wrong type, more layers than the weights have, paths that leave the
+folder, code in the folder, and templates that do not end. Nothing in a folder is ever executed.
 """
 
 import json
@@ -31,20 +31,20 @@ _TRIAL_SECONDS = 10.0
 
 
 def check_weight_map(path: Path, index: Mapping[str, Any]) -> set[str]:
-    """Return the weight files that an index names; each has to be a file beside it.
+    """Return the weight files that an index names. Each must be a file in the same folder.
 
     Raises:
         CheckpointError: the index is of another form, or names a path elsewhere.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata", {}), dict):
-        raise CheckpointError(f"{path}: weight_map and metadata have to be objects; copy the file again.")
+        raise CheckpointError(f"{path}: weight_map and metadata must be objects; copy the file again.")
     for tensor, name in weight_map.items():
         is_name = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
         if not is_name or PurePosixPath(name).name != name or "\\" in name:
             raise CheckpointError(
-                f"{path}: {tensor!r} is in {name!r}: the name of a .safetensors file in this folder is "
-                "needed; copy the file again."
+                f"{path}: {tensor!r} is in {name!r}, which is not the name of a .safetensors file in this "
+                "folder; copy the file again."
             )
     return set(weight_map.values())
 
@@ -74,7 +74,7 @@ def check_settings(path: Path, settings: Mapping[str, Any], num_tensors: int | N
             most = _MOST_IMAGE_TOKENS
         if not -most <= value <= most:
             where = f"{path}: {'.'.join(place)}"
-            raise CheckpointError(f"{where} = {value!r}: at most {most:,} here; copy the file again.")
+            raise CheckpointError(f"{where} = {value!r}: at most {most:,} allowed; copy the file again.")
 
 
 def _walk(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -98,13 +98,13 @@ def refusing(folder: Path, what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, on one line and not without end."""
+    """Return the message of an error on one line, with limited length."""
     text = " ".join(f"{error}".split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def try_out(trial: Callable[[], object], template: str = "", chats: Sequence[Any] = ()) -> str:
-    """Run something in a process of its own, bounded in time and memory; return what is wrong, or nothing.
+    """Run a function in a separate process with limited time and memory; return the problem, or nothing.
 
     A template can loop for ever or fill the memory. Only Linux forks safely beside the threads of libraries:
     elsewhere a fresh process renders the template first, and what ends there runs here.
@@ -144,7 +144,7 @@ _TOO_LARGE = "it needs too much memory"
 
 
 def _endless() -> str:
-    return f"it does not end within {_TRIAL_SECONDS:.0f} seconds"
+    return f"it does not finish within {_TRIAL_SECONDS:.0f} seconds"
 
 
 def _try_elsewhere(template: str, chats: Sequence[Any]) -> str:
@@ -212,7 +212,7 @@ def find_trap(template: str) -> str:
         return any(isinstance(call.node, nodes.Name) and call.node.name == "range" for call in calls)
 
     nested = any(counts(loop) and any(map(counts, loop.find_all(nodes.For))) for loop in loops)
-    return "loops over range() within each other" if nested else ""
+    return "nested loops over range()" if nested else ""
 
 
 def render_alone() -> None:

@@ -1,7 +1,7 @@
-"""Values of a user's own code, named ``FILE.py:NAME`` or ``package.module:NAME``.
+"""Values from a user's own code, named ``FILE.py:NAME`` or ``package.module:NAME``.
 
-Code runs where the user names it: in a setting, or with ``--with``. What a checkpoint or a saved run names is
-data: ``recall_value`` finds it among the code that has run already, and never runs any.
+Code runs only if the user names it, in a setting or with ``--with``. A name in a checkpoint or a saved run is
+data: ``recall_value`` looks it up among the code that has already run, and never runs any.
 """
 
 import hashlib
@@ -114,7 +114,7 @@ def recall_value(reference: str, where: str = "") -> object:
     module = _MODULES.get(_key(place))
     if module is None:
         raise CheckpointError(
-            f"{where or reference}: needs your code {reference!r}, which is run only where you name it; add "
+            f"{where or reference}: needs your code {reference!r}, which runs only if you name it; add "
             f"--with {place} (in Python: tinyllava.run_code({place!r}))."
         )
     return look_up({key: v for key, v in vars(module).items() if key[0] != "_"}, name, f"name in {place}")
@@ -128,7 +128,7 @@ def recall_as(reference: str, kind: type[T]) -> T:
     """
     value = recall_value(reference)
     if not isinstance(value, kind):
-        raise ConfigError(f"{reference}: {type(value).__name__} found; a {kind.__name__} is needed.")
+        raise ConfigError(f"{reference}: expected a {kind.__name__}, found a {type(value).__name__}.")
     return value
 
 
@@ -138,7 +138,7 @@ def loaded_values() -> list[object]:
 
 
 def reference_of(value: object) -> str:
-    """Return what names a value of code that has run, a file by its whole path; empty for any other value."""
+    """Return the reference of a value of code that has run, with the full path of a file; else empty."""
     for place, module in _MODULES.items():
         for name, own in vars(module).items():
             if own is value and name[0] != "_":
@@ -147,7 +147,7 @@ def reference_of(value: object) -> str:
 
 
 def code_digest(reference: str) -> str:
-    """Return a hash of the file that holds a value; empty for what is no reference."""
+    """Return a hash of the file that defines a value; empty if it is not a reference."""
     module = _MODULES.get(_key(reference.rpartition(":")[0])) if is_reference(reference) else None
     if module is None or module.__file__ is None:
         return ""

@@ -17,7 +17,7 @@ from tinyllava.parts.user_code import is_reference, recall_as
 
 @dataclass(frozen=True, kw_only=True)
 class VisionEncoder:
-    """What the framework must know of an encoder before its weights are there."""
+    """The properties of an encoder that are needed before its weights are loaded."""
 
     name: str
     abbreviation: str
@@ -193,7 +193,9 @@ def find_vision_encoder(name: str, code: str = "") -> VisionEncoder:
     if "+" in name:
         first, _, second = name.partition("+")
         if "+" in second:
-            raise ConfigError(f"vision encoder {name!r}: two can be fused; name two, as in 'DINOv2+SigLIP'.")
+            raise ConfigError(
+                f"vision encoder {name!r}: only two encoders can be fused; name two, as in 'DINOv2+SigLIP'."
+            )
         return join_encoders(find_vision_encoder(first), find_vision_encoder(second))
     if is_reference(name):
         return recall_as(name, VisionEncoder)
@@ -227,7 +229,9 @@ def join_encoders(first: VisionEncoder, second: VisionEncoder) -> VisionEncoder:
         first, second = second, first
     for encoder in (first, second):
         if encoder.members or encoder.family == "fused_vision":
-            raise ConfigError(f"{encoder.name}: it is two fused encoders already; two can be fused.")
+            raise ConfigError(
+                f"{encoder.name}: it already consists of two fused encoders, and only two can be fused."
+            )
         if encoder.kind == "cnn":
             raise ConfigError(f"{encoder.name}: a CNN cannot be fused; choose two transformer encoders.")
     grid = first.grid_side()
@@ -235,8 +239,9 @@ def join_encoders(first: VisionEncoder, second: VisionEncoder) -> VisionEncoder:
         second = replace(second, image_size_px=grid * second.patch_size_px)
     if second.grid_side() != grid:
         raise ConfigError(
-            f"{first.name} sees {grid} x {grid} patches and {second.name} {second.grid_side()} x "
-            f"{second.grid_side()}; fuse encoders with equal grids, or one of any size with another."
+            f"{first.name} has {grid} x {grid} patches and {second.name} has {second.grid_side()} x "
+            f"{second.grid_side()}; fuse encoders with equal grids, or use one that supports any image "
+            "size."
         )
     return VisionEncoder(
         name=f"{first.name}+{second.name}",
@@ -333,7 +338,7 @@ def _inner_parts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             )
         }
     except KeyError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: lacks {error}; download it again.") from error
+        raise CheckpointError(f"{folder / 'config.json'}: has no {error}; download it again.") from error
 
 
 def _saved_parameters(folder: Path) -> int:
@@ -345,7 +350,9 @@ def _saved_parameters(folder: Path) -> int:
         with path.open("rb") as file:
             tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     except (ValueError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{path}: its head cannot be read; download the folder again.") from error
+        raise CheckpointError(
+            f"{path}: the file's header cannot be read; download the folder again."
+        ) from error
     names = (name for name in tensors if name != "__metadata__" and "running_" not in name)
     return sum(prod(tensors[name]["shape"]) for name in names if tensors[name]["shape"])
 

@@ -1,1 +1,1 @@
-"""What a run may be and what it takes, told before anything is downloaded."""
+"""Check runs and estimate their cost before anything is downloaded."""

@@ -1,6 +1,6 @@
-"""Every rule that joins two fields of a run, looked at together and raised once, before anything is loaded.
+"""Check all rules about a run's fields together, and raise one error, before anything is loaded.
 
-Paper: section 4.1.2 sets most values; the rules are what an architecture of Figure 2 can and cannot do.
+Paper: section 4.1.2 sets most values. The rules are the limits of the architectures of Figure 2.
 """
 
 import os
@@ -37,14 +37,14 @@ TRACKERS = (
 
 
 def check(run: Run, *, on_this_machine: bool = True, num_ranks: int = 0) -> None:
-    """Refuse a run that cannot work.
+    """Check a run, and reject it if it cannot work.
 
     Args:
-        on_this_machine: also look at what is here: record files, ranks, trackers, CUDA.
-        num_ranks: processes that are to train; 0 means those that a launcher has started, otherwise one.
+        on_this_machine: also check this machine: record files, ranks, trackers and CUDA.
+        num_ranks: number of training processes; 0 means those of a launcher, or else one.
 
     Raises:
-        ConfigError: every problem found, one a line, each with the field, the value and the fix.
+        ConfigError: lists every problem on a line of its own, with the field, the value and the fix.
     """
     problems = find_problems(run, on_this_machine=on_this_machine, num_ranks=num_ranks)
     if problems:
@@ -53,7 +53,7 @@ def check(run: Run, *, on_this_machine: bool = True, num_ranks: int = 0) -> None
 
 
 def find_problems(run: Run, *, on_this_machine: bool = True, num_ranks: int = 0) -> list[str]:
-    """Return what is wrong with a run, in words; see ``check``."""
+    """Return the problems of a run in words; see ``check``."""
     problems: list[str] = []
     limits = _limits_of_checkpoint(run, problems) or _limits_of_parts(run, problems)
     problems += _run_problems(run)
@@ -71,7 +71,7 @@ def find_problems(run: Run, *, on_this_machine: bool = True, num_ranks: int = 0)
 
 
 def _limits_of_checkpoint(run: Run, problems: list[str]) -> Limits | None:
-    """Return what the checkpoint that a run starts from allows; None if there is none to be read."""
+    """Return the limits of the checkpoint that a run starts from; None if it cannot be read."""
     folder = Path(run.start_from)
     if not run.start_from or not (folder / "config.json").is_file():
         return None
@@ -101,7 +101,7 @@ def _limits_of_checkpoint(run: Run, problems: list[str]) -> Limits | None:
 
 
 def _limits_of_parts(run: Run, problems: list[str]) -> Limits:
-    """Look the parts up; a part that is not there is a problem, and the rules about it are left out."""
+    """Resolve the parts. A missing part is a problem, and the rules about it are skipped."""
     model, found = run.model, find_parts(run.model)
     problems += [
         f"model.{name}: empty; give a name or a folder (`tinyllava show` lists names)."
@@ -166,7 +166,7 @@ def _run_problems(run: Run) -> Iterator[str]:
     if not run.name and not run.output:
         yield "name: empty; give a name, which also names the run folder."
     if not 0 <= run.seed < 2**32:
-        yield f"seed = {run.seed}: must be from 0 to {2**32 - 1}, as random generators take it."
+        yield f"seed = {run.seed}: must be from 0 to {2**32 - 1}."
     if run.start_from and run.folder.resolve() in (
         Path(run.start_from).resolve(),
         *Path(run.start_from).resolve().parents,
@@ -181,8 +181,8 @@ def _run_problems(run: Run) -> Iterator[str]:
             yield f"report_to = {tracker!r}: unknown tracker; known: {', '.join(TRACKERS)}."
     if run.hardware.sharding != "none" and run.hardware.precision == "fp16":
         yield (
-            f"hardware.sharding = {run.hardware.sharding!r}: fp16 needs its loss scaled, which sharding does "
-            "not do; set hardware.precision to bf16 or fp32."
+            f"hardware.sharding = {run.hardware.sharding!r}: fp16 needs loss scaling, which sharding does "
+            "not support; set hardware.precision to bf16 or fp32."
         )
 
 
@@ -252,7 +252,8 @@ def _data_problems(run: Run, on_this_machine: bool) -> Iterator[str]:
             if stage.template == "caption" and mixture.num_text_only:
                 yield (
                     f"stages.{name}.template = 'caption': {mixture.name} has {mixture.num_text_only:,} "
-                    "records without an image; which would keep only the answer. Leave the template empty."
+                    "records without an image, of which only the answers would remain. Leave the template "
+                    "empty."
                 )
 
 

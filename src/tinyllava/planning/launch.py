@@ -1,6 +1,6 @@
-"""How many processes a command uses on this machine, one for each GPU, and how it starts them.
+"""How many processes a command uses on this machine, one per GPU, and how it starts them.
 
-Paper: section 4.1.2; the batch of an optimizer step is shared among the processes.
+Paper: section 4.1.2; the processes share the batch of an optimizer step.
 """
 
 import logging
@@ -42,7 +42,8 @@ def choose_processes(gpus: int, run: Run | None = None) -> int:
     if here:
         if gpus not in (0, here):
             raise ConfigError(
-                f"--gpus {gpus}: the launcher has started {here} process(es) here. Leave --gpus out."
+                f"--gpus {gpus}: the launcher has already started {here} process(es) on this machine. "
+                "Remove --gpus."
             )
         return 1
     visible = visible_gpus()
@@ -82,8 +83,8 @@ def _num_launched(environment: Mapping[str, str]) -> int:
     num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if num_tasks > 1:
         raise ConfigError(
-            f"srun has started {num_tasks} tasks, which do not know of each other. Start one task per "
-            "node with torchrun in it: srun --ntasks-per-node=1 torchrun --nproc-per-node 8 -m tinyllava ..."
+            f"srun has started {num_tasks} independent tasks. Start one task per node that runs torchrun: "
+            "srun --ntasks-per-node=1 torchrun --nproc-per-node 8 -m tinyllava ..."
         )
     return int("ACCELERATE_MIXED_PRECISION" in environment)  # accelerate launch with a single process
 
@@ -129,8 +130,8 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             if failure.exitcode < 0:
                 name = signal.Signals(-failure.exitcode).name
                 raise TrainingError(
-                    f"process {rank} of {num_processes} was killed by {name}, perhaps for lack of memory. "
-                    "Run the same command again to resume."
+                    f"process {rank} of {num_processes} was killed by {name}, possibly because memory ran "
+                    "out. Run the same command again to resume."
                 ) from error
             return failure.exitcode
     return 0

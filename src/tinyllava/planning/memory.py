@@ -1,4 +1,4 @@
-"""Closed form of the peak memory of one training step on one device, before anything is loaded.
+"""Peak memory of one training step on one device, in closed form, before anything is loaded.
 
 Paper: small LMMs are for those with few and small GPUs (section 1); this says which recipe fits which.
 What a layer keeps for its backward pass is counted tensor by tensor below. Weights are held in fp32. With
@@ -23,7 +23,7 @@ In 8 bits one fp32 scale for each row is left out. 16 means not quantised, which
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedParts:
-    """The three components of a model: what they are and how large."""
+    """The three components of a model with their sizes."""
 
     encoder: VisionEncoder
     language: LanguageModel
@@ -64,7 +64,7 @@ def count_trained(size: PartSize, tune: Tune) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device at the peak of a step, by what they are for."""
+    """Bytes on one device at the peak of a step, by purpose."""
 
     weights: int
     optimizer: int

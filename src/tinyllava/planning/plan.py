@@ -1,4 +1,4 @@
-"""Estimates of a run before anything is downloaded: parameters, tokens, steps, FLOPs, memory, disk, hours.
+"""Estimate a run before any download: parameters, tokens, steps, FLOPs, memory, disk space, hours.
 
 Paper: sections 4.1.2 (batches, epochs, data) and Table A1 (sizes). Everything is a closed form of the specs.
 """
@@ -102,7 +102,7 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What one stage takes."""
+    """The estimated cost of one stage."""
 
     name: str
     trained: dict[Component, int]
@@ -119,7 +119,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run takes."""
+    """The estimated cost of a run."""
 
     parts: PlannedParts
     context_tokens: int
@@ -127,7 +127,7 @@ class Plan:
     """fp32, tf32, bf16 or fp16: what the run's comes to on the GPU."""
     stages: list[StagePlan]
     model_bytes: int
-    """Of the finished model's folder, in fp32."""
+    """Size of the finished model's folder, in fp32."""
 
 
 def plan_parts(run: Run) -> PlannedParts:
@@ -216,7 +216,7 @@ def _plan_form(
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the choice of a form needs to know of the devices."""
+    """The properties of the devices that the choice of a form needs."""
 
     memory_bytes: int
     """Of one device."""

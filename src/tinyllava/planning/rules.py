@@ -1,4 +1,4 @@
-"""The rules about one stage of a run: what it trains, how long its sequences are, how its batch divides.
+"""The rules about one stage of a run: what it trains, sequence lengths, batch sizes.
 
 Paper: section 3.2 (which parts a stage may train) and section 4.1.2.
 """
@@ -29,7 +29,7 @@ DIVIDED_OPTIMIZERS = ("adamw", "sgd", "adagrad", "rmsprop")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the model's parts allow, as far as it is known by their names or by a checkpoint."""
+    """The limits of a model's parts, as far as names or a checkpoint tell them."""
 
     num_layers: Mapping[Component, int | None]
     """Layers that a stage can count in a component; 0 if there are none to count."""
@@ -94,8 +94,8 @@ def _validation_problems(stage: Stage) -> Iterator[str]:
         )
     if wanted.num_answers and stage.template:
         yield (
-            f"validation.num_answers = {wanted.num_answers}: template {stage.template!r} is for training "
-            "only, the model answers with its own; set it to 0 in this stage."
+            f"validation.num_answers = {wanted.num_answers}: template {stage.template!r} is only for "
+            "training, and the model answers with its own; set it to 0 in this stage."
         )
 
 
@@ -116,7 +116,7 @@ def length_problems(stage: Stage, limits: Limits) -> Iterator[str]:
 
 
 def tuning_problems(stage: Stage, limits: Limits) -> Iterator[str]:
-    """A plan of what is trained that does not fit its component."""
+    """Check that a tuning plan fits its component."""
     if not any(stage.tune(component).trains for component in COMPONENTS):
         yield "connector: frozen like all other components; train at least one component."
     for component in COMPONENTS:
@@ -150,7 +150,7 @@ def _tune_problems(tune: Tune, component: Component, limits: Limits) -> Iterator
         if num_layers == 0:
             yield "kind = 'from_layer': this component has no numbered layers; choose full or frozen."
         elif num_layers and not 0 <= tune.first_layer < num_layers:
-            yield f"first_layer = {tune.first_layer}: its layers are 0 to {num_layers - 1}; share uses 12."
+            yield f"first_layer = {tune.first_layer}: must be from 0 to {num_layers - 1}; share uses 12."
     elif tune.first_layer:
         yield f"first_layer = {tune.first_layer}: only valid for from_layer; set kind to 'from_layer'."
 
@@ -169,7 +169,7 @@ def _layer_problems(tune: Tune, component: Component, num_layers: int | None) ->
     elif num_layers is not None and (
         wrong := [number for number in tune.layers if not 0 <= number < num_layers]
     ):
-        yield f"layers = {wrong}: its layers are 0 to {num_layers - 1}."
+        yield f"layers = {wrong}: must be from 0 to {num_layers - 1}."
 
 
 def source_problems(stage: Stage, connector_is_trained: bool) -> Iterator[str]:
@@ -193,7 +193,7 @@ def hardware_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
     if hardware.device_batch_size > stage.global_batch_size:
         yield (
             f"global_batch_size = {stage.global_batch_size}: smaller than hardware.device_batch_size = "
-            f"{hardware.device_batch_size}; lower that one."
+            f"{hardware.device_batch_size}; lower the device batch size."
         )
     if hardware.cache_features and stage.vision_encoder.trains:
         yield "vision_encoder: trained, so its features cannot be cached; set hardware.cache_features False."
@@ -206,15 +206,18 @@ def hardware_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
 
 
 def sharding_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
-    """What cannot be divided among processes."""
+    """Check the settings that sharding does not support."""
     if hardware.sharding == "none":
         return
     asked = f"hardware.sharding = {hardware.sharding!r}"
     if hardware.packing:
-        yield f"hardware.packing = True: {asked} trains padded rows; set packing False, or sharding none."
+        yield (
+            f"hardware.packing = True: {asked} supports only padded rows; set packing False, or sharding "
+            "none."
+        )
     if stage.optimizer in OPTIMIZERS and stage.optimizer not in DIVIDED_OPTIMIZERS:
         yield (
-            f"optimizer = {stage.optimizer!r}: {asked} cannot divide its state; choose "
+            f"optimizer = {stage.optimizer!r}: {asked} cannot shard its state; choose "
             f"{', '.join(DIVIDED_OPTIMIZERS)}, or set hardware.sharding none."
         )
     if stage.validation.num_answers:
@@ -230,7 +233,10 @@ def batch_problems(stage: Stage, hardware: Hardware, num_ranks: int) -> Iterator
     if size < 1 or per_pass > size:
         return
     if size % num_ranks:
-        yield f"global_batch_size = {size}: not divisible by {num_ranks} ranks; start a divisor of it."
+        yield (
+            f"global_batch_size = {size}: not divisible by {num_ranks} ranks; start a number of ranks that "
+            "divides it."
+        )
     elif per_pass > 0 and size % (per_pass * num_ranks):
         fits = [d for d in range(1, size // num_ranks + 1) if size // num_ranks % d == 0]
         yield (

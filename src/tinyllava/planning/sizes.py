@@ -1,7 +1,7 @@
-"""Sizes of the parts: parameters, and the linear layers that adapters are put on.
+"""Sizes of the parts: parameters, and the linear layers that can have adapters.
 
-Paper: Table 1 and Table A1 name sizes; here they follow from the specs, so that nothing need be downloaded.
-Families with a record (``tinyllava.parts.families``) have closed forms; any other model is built on the meta
+Paper: Table 1 and Table A1 name sizes. Here they follow from the specs, so nothing needs to be downloaded.
+Families with a record (``tinyllava.parts.families``) have closed forms. Any other model is built on the meta
 device and counted, which takes the seconds of importing torch.
 """
 

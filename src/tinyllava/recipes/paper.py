@@ -1,12 +1,11 @@
-"""The paper's two recipes, their forms with low-rank adapters, and what published code sets otherwise.
+"""The paper's two recipes, their LoRA variants, and the different settings of published code.
 
 Paper: section 4.1.2, Figure 3. ``base`` is adopted from LLaVA-1.5: warm-up, clipping, the schedule and AdamW
-without weight decay are the defaults of ``tinyllava.config.Stage``. ``share`` follows ShareGPT4V.
+without weight decay are the defaults of ``tinyllava.config.Stage``. ``share`` follows ShareGPT4V. Section
+4.1.2 gives rates, batches, epochs and the trained parts; the rest is the choice of each code base.
 Differs: the paper's models are all fine-tuned in full. Rank, alpha and rates of the adapters are those of
-LLaVA-1.5's LoRA script, the dropout is TinyLLaVA Factory's.
-
-Paper: section 4.1.2 says rates, batches, epochs and what is trained; the rest is each code base's choice.
-Differs: docs/recipes.md explains every row. None of these is a default here.
+LLaVA-1.5's LoRA script, and the dropout is TinyLLaVA Factory's. docs/recipes.md explains every setting of
+published code. None of these is a default here.
 """
 
 from collections.abc import Mapping
@@ -102,7 +101,7 @@ SHARE_LORA = _with_adapters("share_lora", SHARE, ADAPTERS, "share, with LoRA in 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedCode:
-    """What one code base sets beside the paper's settings."""
+    """The settings of one code base that differ from the paper's."""
 
     source: str
     max_length_tokens: int

@@ -1,9 +1,9 @@
-"""What a recipe is: its stages and their dataset of Table 2; how a stage is fitted to few records.
+"""The definition of a recipe: its stages and their dataset of Table 2, and its adaptation to few records.
 
-Paper: section 4.1.2 and Table 2.
-
-Paper: none; its fine-tuning has 665,000 records. A batch of 128 would make one step of 100 of them.
-Differs: batch, epochs, rate and rank follow from the number of records; the rest of the recipe stays.
+Paper: section 4.1.2 and Table 2. Its fine-tuning has 665,000 records, and a batch of 128 would make a single
+step of 100 records.
+Differs: batch size, epochs, learning rate and rank follow from the number of records. The rest of the recipe
+stays.
 """
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The variants by name: recipe, vision encoder and language model, with data and connector as further axes.
+"""The variants by name: recipe, vision encoder and language model, optionally with data and connector.
 
 Paper: section 4.2.3 for the names, Table A1 for the twelve.
 
@@ -69,10 +69,10 @@ def make_run(
     connector: str = "mlp",
     connector_options: Mapping[str, int] | None = None,
 ) -> Run:
-    """Return the run of a recipe on parts, named after the axes that are not the recipe's own.
+    """Return the run of a recipe with the given parts. Its name has the choices that differ from the recipe.
 
     Args:
-        vision_encoder: an abbreviation of the table of vision encoders, or two with a plus between.
+        vision_encoder: an abbreviation of the table of vision encoders, or two, joined by a plus sign.
         language_model: an abbreviation of the table of language models.
         dataset: of Table 2; empty means the recipe's own.
     """
@@ -227,7 +227,9 @@ def find_run(name: str, checkpoint: ModelConfig | None = None) -> Run:
             return tuned_run(value, checkpoint)
         return run_of(f"{value.name}-{parts}", RECIPES | {value.name: value})
     if parts:
-        raise ConfigError(f"{name}: {key} is a complete run without parts in its name; write {path}:{key}.")
+        raise ConfigError(
+            f"{name}: {key} is a complete run, which takes no parts in its name; write {path}:{key}."
+        )
     made = value() if callable(value) else value
     if not isinstance(made, Run):
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""Our own engine: one thread decodes all answers together and hands their text to the event loop.
+"""The default engine: one thread decodes all answers together and passes their text to the event loop.
 
-Paper: none. Differs: nothing; an answer is the one that ``Chat`` gives for the same question.
+Paper: none. An answer is the same as that of ``Chat``.
 """
 
 import asyncio
@@ -82,7 +82,7 @@ class OwnEngine:
         )
 
     def close(self) -> None:
-        """Stop all answers, which nobody reads any more."""
+        """Stop all answers, because nothing reads them any more."""
         self._commands.put(("close", None))
         self._thread.join()
         self._preparing.shutdown(wait=True, cancel_futures=True)

@@ -1,6 +1,6 @@
-"""Images from the hosts of an allow-list: which address is opened, how large an image may be, where it leads.
+"""Download images from allowed hosts: checks of the URL, of redirects, and of the size.
 
-Paper: none. A client chooses the address; the rules keep it from reaching what only this machine can reach.
+Paper: none. A client chooses the URL. The rules keep it from reaching what only this machine can reach.
 """
 
 import socket
@@ -72,7 +72,7 @@ class ImageHosts:
             following = urljoin(address, location)
             if address.startswith("https:") and not following.startswith("https:"):
                 raise ImageError(
-                    f"image_url {name!r}: leads from https to {following[:100]!r}. Give that address."
+                    f"image_url {name!r}: redirects from https to {following[:100]!r}. Give that address."
                 )
             address = following
         raise ImageError(f"image_url {name!r}: more than {_MAX_REDIRECTS} redirects. Give the last address.")
@@ -82,16 +82,16 @@ class ImageHosts:
             parts = urlsplit(address)
             host, port, has_user = _normal(parts.hostname or ""), parts.port, "@" in parts.netloc
         except ValueError as error:  # a port that is none, brackets without an address
-            raise ImageError(f"image_url {name!r}: not an address ({error}).") from error
+            raise ImageError(f"image_url {name!r}: not a valid address ({error}).") from error
         place = (host, port or _PORTS.get(parts.scheme, 0))
         if parts.scheme in _PORTS and not has_user and place in self._allowed:
             return
-        where = f" (leads to {address[:100]!r})" if address[:100] != name else ""
+        where = f" (redirects to {address[:100]!r})" if address[:100] != name else ""
         allowed = ", ".join(sorted({host for host, _ in self._allowed})) or "none"
         raise ImageError(
-            f"image_url {name!r}{where}: this server opens no file, and addresses only at the hosts that it "
-            f"was given (http or https, usual ports, no user name): {allowed}. Send the image itself as a "
-            "data URL, data:image/png;base64,iVBORw0..."
+            f"image_url {name!r}{where}: this server never opens files, and downloads images only from "
+            f"allowed hosts (http or https, standard ports, no user name): {allowed}. Send the image itself "
+            "as a data URL, data:image/png;base64,iVBORw0..."
         )
 
     def _get(self, address: str, name: str, until: float) -> tuple[bytes, str | None]:
@@ -137,7 +137,7 @@ class _PublicAddresses(httpcore.NetworkBackend):
             raise httpcore.ConnectError(f"{host}: no such host") from error
         addresses = [str(entry[4][0]) for entry in found]
         if not _is_number(host) and not all(map(_is_public, addresses)):
-            raise httpcore.ConnectError(f"{host} leads to an address that is not public")
+            raise httpcore.ConnectError(f"{host} resolves to an address that is not public")
         return self._backend.connect_tcp(addresses[0], port, *given, **options)
 
 
@@ -177,7 +177,7 @@ def _read_entry(entry: str) -> list[tuple[str, int]]:
         host, port = "", None
     if not host or parts.path or "@" in entry or "*" in host:
         raise ConfigError(
-            f"--allow-image-hosts {entry!r}: a host is needed, such as images.example.com or "
+            f"--allow-image-hosts {entry!r}: expected a host, such as images.example.com or "
             "images.example.com:8080, without http:// and without a path."
         )
     return [(host, port)] if port else [(host, 80), (host, 443)]

@@ -1,7 +1,7 @@
-"""Serve a GGUF export through llama.cpp: what is read of its folder, and its own engine.
+"""Serve a GGUF export with llama.cpp: read the folder, and start the engine.
 
-Paper: none. Differs: images are prepared here as in training and sent at the encoder's size, for llama.cpp
-resizes first and pads then. The folder's card has the measured agreement.
+Paper: none. Differs: images are prepared here as in training and sent at the encoder's size, because
+llama.cpp resizes first and then pads. The model card in the folder has the measured agreement.
 """
 
 import asyncio
@@ -110,7 +110,7 @@ class LlamaCppEngine:
         }
 
     def close(self) -> None:
-        """Stop all answers, which nobody reads any more."""
+        """Stop all answers, because nothing reads them any more."""
         for stopped in tuple(self._running):
             stopped.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -147,7 +147,7 @@ class _Reader:
             TinyLlavaError: it did not.
         """
         if self._error is None and not self._usage and not self.stopped.is_set():
-            self._error = CheckpointError("llama.cpp gave no answer; its log says why.")
+            self._error = CheckpointError("llama.cpp gave no answer. See its log.")
         if self._error is not None:
             raise self._error
         return End(
@@ -178,7 +178,9 @@ def _start(folder: Path, num_slots: int, context_tokens: int) -> Any:
     try:
         return llama.Server(settings)
     except Exception as error:  # a RuntimeError today; none is documented
-        raise CheckpointError(f"{folder}: llama.cpp does not open it ({error}). Export it again.") from error
+        raise CheckpointError(
+            f"{folder}: llama.cpp cannot open the model ({error}). Export it again."
+        ) from error
 
 
 MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
@@ -199,7 +201,7 @@ class PreparedImages:
         prepared = fields.get(IMAGE_RULES)
         if prepared is None:
             raise CheckpointError(
-                f"{folder / MMPROJ}: does not say how images are prepared ({IMAGE_RULES}); write it "
+                f"{folder / MMPROJ}: does not record how images are prepared ({IMAGE_RULES}). Export it "
                 "again with `tinyllava export MODEL OUT --format gguf`."
             )
         aspect, transparency, resample = str(prepared).split()
@@ -251,8 +253,8 @@ def read_fields(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         raise CheckpointError(
-            f"{file}: missing. --engine llama.cpp serves a folder that `tinyllava export MODEL OUT "
-            "--format gguf` has written; without --engine a checkpoint is served as it is."
+            f"{file}: missing. --engine llama.cpp serves only folders written by `tinyllava export MODEL "
+            "OUT --format gguf`. Remove --engine to serve a checkpoint."
         )
     try:
         fields = gguf.GGUFReader(file).fields

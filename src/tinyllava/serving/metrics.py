@@ -1,4 +1,4 @@
-"""Counts of requests, tokens and seconds, in the form that Prometheus reads."""
+"""Counts of requests, tokens and seconds in the format of Prometheus."""
 
 from collections.abc import Callable, Iterable, Mapping
 

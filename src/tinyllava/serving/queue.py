@@ -1,4 +1,4 @@
-"""Places for requests, too many of which are refused, and answers that come in pieces.
+"""The queue of requests, which rejects new ones when it is full, and answers that arrive in pieces.
 
 Paper: none.
 """
@@ -26,7 +26,7 @@ class End:
 
 
 class Engine(Protocol):
-    """What answers questions, many at once."""
+    """An engine that answers many questions at once."""
 
     context_tokens: int
 
@@ -71,8 +71,8 @@ class Places:
             seconds = max(1, round(self._seconds))
             raise RequestError(
                 429,
-                f"{self.num_taken} requests are being answered or wait already, the most that this server "
-                f"holds; try again in {seconds} s.",
+                f"the server is full: {self.num_taken} requests are running or waiting. Try again in "
+                f"{seconds} s.",
                 code="queue_full",
                 headers={"Retry-After": str(seconds)},
             )
@@ -86,7 +86,7 @@ class Places:
 
 
 class UntilStop:
-    """Passes text on up to the first stop text; what may be the beginning of one is held back."""
+    """Passes on text up to the first stop text. A possible start of a stop text is withheld."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops, self.is_found, self._held = stops, False, ""
@@ -103,7 +103,7 @@ class UntilStop:
         return text[: len(text) - num_held]
 
     def rest(self) -> str:
-        """Return what was held back, when nothing follows."""
+        """Return the withheld text when nothing follows."""
         held, self._held = self._held, ""
         return held
 

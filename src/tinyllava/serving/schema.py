@@ -1,4 +1,4 @@
-"""What a client sends: OpenAI's chat completions, checked field by field, as a conversation and its options.
+"""Requests of OpenAI's chat completions, checked field by field and converted to a conversation and options.
 
 Paper: none. Differs: images come before the text of their message, as the model was trained.
 """
@@ -77,7 +77,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one request may ask for, and how many may wait."""
+    """The limits of one request, and the number of requests that may wait."""
 
     max_body_bytes: int = 32 * 2**20
     max_pixels: int = 50_000_000
@@ -171,7 +171,7 @@ class Question:
 
 
 def read_request(body: bytes, model: str, limits: Limits, hosts: ImageHosts) -> Question:
-    """Check a request and return what it asks.
+    """Check a request and return its contents.
 
     Args:
         body: JSON.
@@ -242,7 +242,7 @@ def _read_conversation(request: ChatRequest, limits: Limits, hosts: ImageHosts) 
 
 
 def _check_whole(messages: list[ChatMessage], limits: Limits) -> None:
-    """Refuse what can be told from the messages together, before an image is opened for them."""
+    """Reject requests by their messages alone, before an image is opened."""
     parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
     texts = [message.content for message in messages if isinstance(message.content, str)]
     texts += [part.text for part in parts if isinstance(part, TextPart)]
@@ -252,7 +252,8 @@ def _check_whole(messages: list[ChatMessage], limits: Limits) -> None:
         raise RequestError(
             400,
             f"messages have the roles {', '.join(roles[:20])}; a conversation is: system (optional), then "
-            "user and assistant in turn, with a user's message at the end. Join messages of one role.",
+            "user and assistant in turn, with a user's message at the end. Merge consecutive messages of "
+            "one role.",
             code="invalid_value",
             param="messages",
         )
@@ -376,7 +377,7 @@ def _describe(error: ValidationError) -> RequestError:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid" or not steps:
         return RequestError(
-            400, f"the body is no request: {message}. Send a JSON object.", code="invalid_json"
+            400, f"the body is not a valid request: {message}. Send a JSON object.", code="invalid_json"
         )
     if first["type"] == "missing":
         return RequestError(

@@ -1,6 +1,6 @@
-"""The HTTP server: chat completions and models as OpenAI's, health, metrics, and the web page.
+"""The HTTP server: OpenAI's chat completions and models, health, metrics, and the web page.
 
-Paper: none. It opens no file that a client names, and addresses only at hosts that it was told.
+Paper: none. The server never opens a file that a client names, and connects only to allowed hosts.
 """
 
 import asyncio
@@ -76,7 +76,7 @@ def is_loopback(host: str) -> bool:
 
 
 class _Service:
-    """What the routes share."""
+    """State shared by the routes."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings, self.limits = engine, settings, settings.limits
@@ -95,8 +95,8 @@ class _Service:
         if is_loopback(self.settings.host) and not is_loopback(host):
             raise RequestError(
                 403,
-                f"host {host[:60]!r}: this server answers to localhost and 127.0.0.1 only; use one of "
-                "them, or start it with --host.",
+                f"host {host[:60]!r}: this server accepts only localhost and 127.0.0.1. Use one of them, or "
+                "start the server with --host.",
                 code="host_not_allowed",
             )
         if not self.settings.api_keys or not request.url.path.startswith(("/v1/", "/metrics", "/examples")):
@@ -207,7 +207,7 @@ class _Service:
 
 
 def _internal() -> RequestError:
-    return RequestError(500, "the server failed; its log says how. Try again.", code="internal_error")
+    return RequestError(500, "internal error; see the server's log. Try again.", code="internal_error")
 
 
 def _event(value: dict[str, Any]) -> bytes:
@@ -223,7 +223,7 @@ def _usage(end: End) -> dict[str, int]:
 
 
 def run(engine: Engine, settings: Settings, listening: socket, drain_seconds: int) -> None:
-    """Serve until Ctrl-C or SIGTERM, finish what is running, and raise it again.
+    """Serve until Ctrl-C or SIGTERM, finish running requests, and raise it again.
 
     Args:
         listening: the socket that clients connect to.

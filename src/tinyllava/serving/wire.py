@@ -1,6 +1,7 @@
-"""Requests on the wire: body, time, clients that go away, and what ``/openapi.json`` says of all of it.
+"""HTTP details: request bodies, time limits, disconnected clients, and ``/openapi.json``.
 
-Paper: none. The routes read bodies by themselves, with errors in OpenAI's form, so FastAPI cannot tell.
+Paper: none. The routes read bodies themselves and return errors in OpenAI's form, so FastAPI cannot describe
+them.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ class GoneError(Exception):
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; whatever becomes of the client, what the answer holds is given back."""
+    """Server-sent events. Whatever happens to the client, the answer is closed."""
 
     def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -47,8 +48,8 @@ async def before(deadline: float, limits: Limits, work: Awaitable[T]) -> T:
     except TimeoutError as error:
         raise RequestError(
             504,
-            f"not answered within {limits.timeout_seconds:g} s, the most that this server gives a request; "
-            "ask for a shorter answer, or try again later.",
+            f"not answered within the server's time limit of {limits.timeout_seconds:g} s. Ask for a "
+            "shorter answer, or try again later.",
             code="timeout",
         ) from error
 
@@ -108,7 +109,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 
 _ERRORS = {
-    400: "The request, an image or its length is refused.",
+    400: "The request is invalid, has an unusable image, or is too long.",
     401: "A key is missing or wrong.",
     403: "The request names another host.",
     404: "No such model.",

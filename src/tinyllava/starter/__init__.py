@@ -1,1 +1,1 @@
-"""The starter: a small real model, downloaded, trained, evaluated and shown by one command."""
+"""The starter: one command that downloads, trains and evaluates a small real model and shows the results."""

@@ -1,7 +1,8 @@
-"""How much the starter trains: fixed amounts, given ones, or what fits into some minutes on this machine.
+"""How much the starter trains: fixed amounts, given amounts, or what fits into some minutes on this machine.
 
-Paper: none. A CPU that multiplies bf16 trains twice as fast as one that does not, so the default amount is
-measured: one batch of each kind is encoded, pre-trained and fine-tuned, and the rest is arithmetic.
+Paper: none. A CPU with bf16 arithmetic trains twice as fast as one without, so the default amount is
+measured: one batch of each kind is encoded, pre-trained and fine-tuned, and the total is computed from their
+times.
 """
 
 import time
@@ -86,7 +87,7 @@ def fit_amounts(
     if least > 60 * minutes:
         raise ConfigError(
             f"--minutes {minutes:g}: this machine needs {least / 60:.1f} minutes for the smallest amount; "
-            "give more minutes, or use --short to see only that everything works."
+            "give more minutes, or use --short for a quick check."
         )
     while high - low > 0.002:
         middle = (low + high) / 2
@@ -131,7 +132,7 @@ def total(amounts: Mapping[str, Amount]) -> Amount:
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """What a run folder was begun with."""
+    """The amounts with which a run folder was started."""
 
     amounts: dict[str, Amount]
     minutes: float = 0.0
@@ -139,7 +140,7 @@ class Begun:
 
 
 def read_begun(folder: Path) -> Begun | None:
-    """Return what a run folder was begun with; None where it was not.
+    """Return the amounts with which a run folder was started; None if it was not.
 
     Raises:
         DataError: the file has another form.
@@ -150,7 +151,9 @@ def read_begun(folder: Path) -> Begun | None:
     try:
         return TypeAdapter(Begun).validate_json(path.read_bytes())
     except ValidationError as error:
-        raise DataError(f"{path}: not the amounts of a run; delete {folder} to start over.") from error
+        raise DataError(
+            f"{path}: does not contain the amounts of a run; delete {folder} to start over."
+        ) from error
 
 
 def save_begun(folder: Path, begun: Begun) -> None:

@@ -1,7 +1,7 @@
 """Convert the starter's weights, once, into ordinary local Hugging Face folders.
 
-Paper: section 3.1; the parts V and F that the starter is assembled from.
-Everything after this step uses `from_pretrained` on a folder and knows nothing of packages.
+Paper: section 3.1; the parts V and F of the starter's model.
+Everything after this step uses ``from_pretrained`` on a folder and does not depend on packages.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def convert_vision_encoder(
 
 
 def _convert_once(name: str, cache: Path | None, save: Callable[[Path], None]) -> Path:
-    """Let `save` fill the folder where it is not there yet: one that exists is complete."""
+    """Let `save` fill the folder if it does not exist. An existing folder is complete."""
     folder = (cache or cache_folder()) / "models" / name
     if not folder.is_dir():
         with written_whole(folder) as partial:

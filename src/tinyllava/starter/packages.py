@@ -1,6 +1,6 @@
-"""The public packages that the starter's weights and images come from.
+"""The public packages of the starter's weights and images.
 
-Paper: none; this is how the starter gets a vision encoder, a small LLM and images without a model hub.
+Paper: none; the starter gets a vision encoder, a small LLM and images this way, without a model hub.
 """
 
 from tinyllava.data.packages import Package

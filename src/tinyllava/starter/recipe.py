@@ -1,7 +1,7 @@
-"""The starter's run: the base recipe at the size of two CPU cores and twelve minutes.
+"""The starter's run: the base recipe, sized for two CPU cores and twelve minutes.
 
-Paper: section 4.1.2, base. What is trained in which stage is the paper's; batch sizes and learning rates are
-those of a set a thousand times smaller, found by trying (docs/log.md).
+Paper: section 4.1.2, base. The trained parts of each stage are the paper's. Batch sizes and learning rates
+are for a set a thousand times smaller and were found by experiments (docs/log.md).
 """
 
 from dataclasses import replace

@@ -63,7 +63,7 @@ AMOUNTS: dict[Length, dict[str, Amount]] = {
 
 
 def records_key(amounts: Mapping[str, Amount]) -> str:
-    """Return a digest of what decides the records: amounts, and the code that draws and writes them.
+    """Return a digest of everything that determines the records: amounts, and the code that writes them.
 
     Record folders have it in their name, so that files of another version are never used.
     """
@@ -132,7 +132,7 @@ def write_records(
 
 
 def prove_disjoint(images: Iterable[LabelledImage]) -> None:
-    """Check by the hash of the decoded pixels that no image is both trained on and held out.
+    """Check by the hash of the decoded pixels that no image is in both training and held-out data.
 
     Raises:
         DataError: names the first two files that show the same image.
@@ -143,7 +143,7 @@ def prove_disjoint(images: Iterable[LabelledImage]) -> None:
             pixels = hashlib.sha256(opened.convert("RGB").tobytes()).hexdigest()
         other = seen.setdefault(pixels, image)
         if other.is_held_out != image.is_held_out:
-            raise DataError(f"{other.name} and {image.name} are one image on both sides of the split")
+            raise DataError(f"{other.name} and {image.name} are the same image, on both sides of the split")
 
 
 def _write(file: Path, records: list[Record]) -> Path:

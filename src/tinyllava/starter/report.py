@@ -1,9 +1,7 @@
-"""The starter's report: results, loss curves, a sheet of images with answers, and all of it as one HTML page.
-
-Paper: none; the form of Figure 9 (answered images) for the starter's own model.
+"""The starter's report: results, loss curves, a sheet of answered images, and an HTML page with all of it.
 
 Paper: none; the form of Figure 9 (answered images) and of the tables, for the starter's own model. The page
-needs no other file and no network; the same run gives the same bytes.
+needs no other file and no network. The same run gives the same bytes.
 """
 
 import io
@@ -198,7 +196,7 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What the page says about the run."""
+    """The facts about the run that the page shows."""
 
     title: str
     facts: Mapping[str, str]
@@ -208,7 +206,7 @@ class RunFacts:
 
 
 def confusion(predictions: Sequence[Prediction], truths: Mapping[str, str], kind: str) -> Confusion:
-    """Count the parsed answers to the questions of a kind, by what is right.
+    """Count the parsed answers to the questions of a kind by their right answers.
 
     Args:
         truths: right answer of each question, by its id.

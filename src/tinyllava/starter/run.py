@@ -1,6 +1,6 @@
-"""The main job, end to end: real parts and images fetched, a model trained, measured and shown.
+"""The starter from end to end: download real parts and images, train a model, evaluate and show it.
 
-Paper: the framework of Figure 2 and the base recipe, at the size of two CPU cores.
+Paper: the framework of Figure 2 and the base recipe, sized for two CPU cores.
 """
 
 import json
@@ -76,7 +76,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True, kw_only=True)
 class StarterParts:
-    """What the starter works with: the parts in local folders, and all images with their questions."""
+    """The inputs of the starter: parts in local folders, and all images with their questions."""
 
     model: ModelConfig
     images: tuple[LabelledImage, ...]
@@ -84,7 +84,7 @@ class StarterParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How much is trained and asked: a fixed length, or for the default what user or machine decide."""
+    """The amount of training and questions: a fixed length, or one chosen by the user or for the machine."""
 
     length: Length = "default"
     options: tuple[str, ...] = ()
@@ -208,7 +208,7 @@ def _begun_otherwise(output: Path, saved: Begun) -> str:
     whole = total(saved.amounts)
     chosen = f", chosen for {saved.minutes:g} minutes" if saved.minutes else ""
     return (
-        f"{output}: begun with {whole.captions:,} captions and {whole.conversations:,} conversations"
+        f"{output}: started with {whole.captions:,} captions and {whole.conversations:,} conversations"
         f"{chosen}. "
         f"Choose another --output, or delete {output} to start over."
     )
@@ -258,7 +258,7 @@ def check_offer() -> None:
 
 
 def prepare_parts(options: Sequence[str] = ()) -> StarterParts:
-    """Fetch and convert what is not in the cache yet, and read the images.
+    """Download and convert what the cache does not have, and read the images.
 
     Raises:
         UnknownNameError: an option that is not in ``OPTIONS``.
@@ -286,7 +286,7 @@ def _prepare_parts(options: Sequence[str]) -> StarterParts:
 def measure(
     model: Path, benchmark: Benchmark, records: Path, output: Path, limit: int = 0
 ) -> dict[str, Result]:
-    """Ask the held-out questions with and without seeing, and score the majority's answers."""
+    """Ask the held-out questions with and without images, and score the most frequent answers."""
     chat = Chat.open(model, dtype=answering_dtype())
     results = {}
     for name, blind in (("model", False), ("blanked", True)):

@@ -1,6 +1,6 @@
-"""Start the connector from words: each image token is fitted to the embedding of a word of the caption.
+"""Initialise the connector from words: each image token is fitted to the embedding of a word of the caption.
 
-Paper: none; a step before pre-training (equation 1), whose connector starts at random. It only reads the
+Paper: none; a step before pre-training (equation 1), whose connector would start at random. It reads only the
 language model's embedding table, so it takes seconds. A question's word is easier to find among image tokens
 that are words than among tokens that merely make the language model say the word
 (docs/decisions/0018-starter-tokens-start-as-words.md).
@@ -31,7 +31,7 @@ WEIGHT_DECAY = 1.0
 def make_start(
     config: ModelConfig, captions: Sequence[Conversation], folder: Path, features: Path, seed: int
 ) -> Path:
-    """Assemble a model, fit its connector to the captions, and save it; one that is there is complete.
+    """Assemble a model, fit its connector to the captions, and save it. An existing folder is complete.
 
     Args:
         config: the parts; its connector gives every image the same number of tokens.
@@ -50,7 +50,7 @@ def make_start(
 
 
 def start_key(config: ModelConfig, captions: Sequence[Conversation], seed: int) -> str:
-    """Return a digest of what decides the fit: the connector, the captions, the seed and this file."""
+    """Return a digest of everything that determines the fit: connector, captions, seed and this file."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     digest.update(repr((config, seed, [(talk.images[0].name, _caption(talk)) for talk in captions])).encode())
     return digest.hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""The paper as a program: grids of runs, expanded into stages and evaluations that are done once each.
+"""The paper's experiments: grids of runs, expanded into stages and evaluations that are done once each.
 
-Paper: section 4. A grid is a value; ``tinyllava reproduce`` runs what is missing of it and writes its study.
+Paper: section 4. A grid is a value. ``tinyllava reproduce`` runs its missing nodes and writes the study.
 """

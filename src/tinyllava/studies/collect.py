@@ -1,4 +1,4 @@
-"""From finished nodes to the study that the report reads: results, losses, sizes, examples.
+"""Collect finished nodes into the study that the report reads: results, losses, sizes, examples.
 
 Paper: Figures 1 and 4 to 9, Tables 3 and A1.
 """
@@ -164,7 +164,7 @@ def _image_tokens(cell: SeededCell) -> int:
 
 
 def _environment(graph: Graph, states: Mapping[str, State]) -> dict[str, str]:
-    """Return what the runs say of the machines; where they differ, each of the values."""
+    """Return the environments of the runs; if they differ, each of the values."""
     found: dict[str, dict[str, None]] = {}
     for id_, node in graph.nodes.items():
         path = node.run.folder / "environment.json"

@@ -1,8 +1,7 @@
-"""Run what is missing of a graph, each node after the one it needs, here or as jobs of a scheduler.
+"""Run the missing nodes of a graph in order of their dependencies, locally or as jobs of a scheduler.
 
-Paper: none. All knowledge is in the nodes' state files: killed and started again, a grid resumes.
-
-Paper: none. A job runs one node; with several devices it starts one process for each through torchrun.
+Paper: none. The whole state is in the nodes' state files, so a killed grid resumes. A job runs one node. With
+several devices, it starts one process for each through torchrun.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ States = dict[str, State]
 
 
 class Launcher(Protocol):
-    """What starts a node; it returns when the node is done or has been handed over."""
+    """Starts a node, and returns when it is done or submitted."""
 
     num_at_once: int
 
@@ -183,7 +182,7 @@ def _job_file(node: Node) -> Path:
 
 
 def run_task(path: str, cluster: str, num_devices: int) -> None:
-    """Do the node of a task file: what a job runs."""
+    """Run the node of a task file, inside a job."""
     variable = "SLURM_JOB_ID" if cluster == "slurm" else "SUBMITIT_LOCAL_JOB_ID"
     job = f"{cluster}:{os.environ.get(variable, '')}"
     do_in_processes(load_node(Path(path)), num_devices, job=job)

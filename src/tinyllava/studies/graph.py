@@ -1,4 +1,4 @@
-"""From cells to the work they need: a graph in which equal stages and evaluations are one node.
+"""From cells to a graph of work, in which equal stages and evaluations are a single node.
 
 Paper: Figure 5 inherits Figure 4's models; the recipes of Figure 8 share their first stage.
 """
@@ -56,7 +56,7 @@ class Node:
 
     @property
     def folder(self) -> Path:
-        """Where the state of the node and what it makes are kept."""
+        """Folder of the node's state and results."""
         if self.kind == "stage":
             return self.run.folder
         suffix = f"-first-{self.limit}" if self.limit else ""
@@ -107,7 +107,7 @@ class Places:
 
 
 def expand(grid: Grid, places: Places) -> Graph:
-    """Return the graph of a grid; cells whose stages begin alike share those nodes.
+    """Return the graph of a grid. Cells with equal first stages share those nodes.
 
     Raises:
         UnknownNameError: a benchmark that is not known.

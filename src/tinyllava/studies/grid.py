@@ -1,6 +1,6 @@
-"""What a grid is: the runs that a comparison needs, each with its place on every axis.
+"""The definition of a grid: the runs of a comparison, each with its place on every axis.
 
-Paper: the ablations of section 4.2; everything but the axis under study is equal.
+Paper: the ablations of section 4.2; only the axis under study varies.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class GridCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What was measured on the machine that a grid is meant for, to tell how long it takes."""
+    """Measured times of the machine that a grid is meant for, used to estimate its duration."""
 
     seconds_per_sample: Mapping[str, float] = field(default_factory=dict)
     """By stage."""

@@ -1,6 +1,6 @@
-"""What a person sees while a grid runs: a table of cells with their stages, progress and remaining time.
+"""The live view of a running grid: a table of cells with their stages, progress and remaining time.
 
-Paper: none. The table looks at the nodes' files itself, because a node may run in this very process.
+Paper: none. The table reads the nodes' files itself, because a node may run in this very process.
 """
 
 import json
@@ -24,7 +24,7 @@ _LINES_AROUND = 8
 
 
 class LiveView:
-    """Draws the table on a terminal; elsewhere it prints a line for every node that ends.
+    """Draws the table on a terminal, or prints a line for every finished node.
 
     Args:
         needs: the plan, for the expected seconds and steps.
@@ -87,7 +87,7 @@ class LiveView:
         return Group(table, *more, foot)
 
     def _choose(self, room: int) -> list[SeededCell]:
-        """Return as many cells as there is room for: what runs or failed first, what is done last."""
+        """Return as many cells as there is room for: running and failed ones first, finished ones last."""
         cells = list(self.graph.cells)
         if len(cells) <= room:
             return cells

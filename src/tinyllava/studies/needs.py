@@ -1,7 +1,7 @@
-"""What a graph needs: files, memory, and the steps, seconds and memory of its nodes.
+"""The needs of a graph: files, and the steps, seconds and memory of its nodes.
 
-Paper: sections 4.1.2 and 4.1.3. Estimated seconds follow from the plan of a run on GPUs; what nodes of the
-same graph took on this machine corrects them.
+Paper: sections 4.1.2 and 4.1.3. Estimated seconds follow from the plan of a run on GPUs. Measured times of
+finished nodes of the same graph correct them.
 """
 
 import json
@@ -39,7 +39,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one node takes; None for what is not known."""
+    """The cost of one node; None for unknown values."""
 
     num_steps: int | None = None
     seconds: float | None = None
@@ -50,7 +50,7 @@ class Cost:
 
 
 def expect(node: Node, costs: Costs, machine: Machine) -> Cost:
-    """Return what a node takes by measured costs where they are given, and as computed for GPUs elsewhere."""
+    """Return the cost of a node from measured costs if given, or else computed for GPUs."""
     return (
         _of_evaluation(node, costs, machine) if node.kind == "evaluation" else _of_stage(node, costs, machine)
     )
@@ -102,7 +102,7 @@ def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
 
 
 def count_samples(node: Node) -> int | None:
-    """Return the number of samples of a stage, of files as they are here; None where that is not known."""
+    """Return the number of samples of a stage from the existing files; None if unknown."""
     data = node.run.stages[node.name].data
     sources = [parse_source(record) for record in data.records]
     mixtures = [find_mixture(record) for record in data.records]
@@ -134,7 +134,7 @@ def learn(finished: Iterable[tuple[Node, Cost, float]]) -> dict[Kind, float]:
 
 
 def correct(node: Node, cost: Cost, learned: Mapping[Kind, float]) -> float | None:
-    """Return the seconds of a node by what others of its kind took; None where none has finished."""
+    """Return the seconds of a node from finished nodes of its kind; None if none has finished."""
     kind, weight = _weigh(node, cost)
     return learned[kind] * weight if kind in learned else None
 
@@ -176,7 +176,7 @@ class Need:
 
 
 def plan_graph(graph: Graph, costs: Costs | None = None, *, machine: Machine | None = None) -> list[Need]:
-    """Return what every node needs and takes, in the order in which they run.
+    """Return the needs and costs of every node, in the order in which they run.
 
     Args:
         costs: what was measured on the machine that the grid is meant for.
@@ -214,7 +214,7 @@ def _basis_of(cost: Cost) -> str:
 
 
 def _corrected(needs: list[Need]) -> list[Need]:
-    """Put what finished nodes of the same kind took in the place of what was computed."""
+    """Replace computed times by those of finished nodes of the same kind."""
     learned = learn((n.node, n.cost, n.seconds) for n in needs if n.status == "done" and n.seconds)
     changed = []
     for need in needs:
@@ -224,12 +224,12 @@ def _corrected(needs: list[Need]) -> list[Need]:
 
 
 def as_fetched(needs: list[Need]) -> list[Need]:
-    """Return the plan of a grid that fetches what it needs: nothing of it is missing."""
+    """Return the plan of a grid that downloads its files, so that nothing counts as missing."""
     return [replace(n, status="to do", missing=()) if n.status == "missing" else n for n in needs]
 
 
 def find_missing(node: Node) -> list[str]:
-    """Return in words what keeps a node from being run on this machine."""
+    """Return what keeps a node from running on this machine, in words."""
     if node.kind == "evaluation":
         return _missing_benchmark(node)
     problems = find_problems(node.run)
@@ -303,7 +303,7 @@ def _sum_up(needs: Iterable[Need]) -> str:
 
 
 def cell_rows(needs: Sequence[Need], graph: Graph) -> list[Sequence[object]]:
-    """Return what every model takes, by stage and in all, done or not; the last row counts each node once."""
+    """Return the cost of every model, by stage and in total. The last row counts each node once."""
     by_id = {need.node.id: need for need in needs}
     longest_first = sorted(graph.cells, key=lambda cell: -len(cell.stages))
     stages = list(dict.fromkeys(by_id[id_].node.name for cell in longest_first for id_ in cell.stages))
@@ -319,7 +319,7 @@ def _by_stage(needs: Sequence[Need], stages: Sequence[str]) -> list[str]:
 
 
 def explain_costs(needs: Sequence[Need], machine: Machine) -> list[str]:
-    """Return what the words in the plan's column of times mean, those that occur."""
+    """Return the meaning of the words that occur in the plan's column of times."""
     gpus = f"{machine.num_gpus} x {machine.gpu}"
     seen = {need.basis for need in needs}
     meanings = {
@@ -333,7 +333,7 @@ def explain_costs(needs: Sequence[Need], machine: Machine) -> list[str]:
 
 
 def summarise(needs: Sequence[Need], graph: Graph) -> list[str]:
-    """Return lines that say how much there is to do, what it takes and what is missing."""
+    """Return lines with the amount of work, its cost, and what is missing."""
     open_ = [need for need in needs if need.status != "done"]
     stages = sum(need.node.kind == "stage" for need in needs)
     once = sum(len(cell.nodes) for cell in graph.cells)

@@ -1,10 +1,10 @@
-"""The paper's own comparisons as grids (Figures 1 and 4 to 9, Tables 3 and A1), and what its text claims.
+"""The paper's comparisons as grids (Figures 1 and 4 to 9, Tables 3 and A1), and the claims of its text.
 
-Paper: section 4. Tables 1 and 2 list parts and data; they are printed, not run (``list_table_1``,
-``list_table_2``). Each claim is one sentence of sections 4.2.1 to 4.2.3 or appendix B in our own words, with
-the two sides of the comparison; "significantly" and "slightly" are left to the intervals. Where two sides are
-called comparable, the smaller model may be behind by ``COMPARABLE`` points; the paper gives no number for it,
-nor does it name the pairs of variants, which are chosen here.
+Paper: section 4. Tables 1 and 2 list parts and data. They are printed, not run (``list_table_1``,
+``list_table_2``). Each claim is one sentence of sections 4.2.1 to 4.2.3 or appendix B in this project's own
+words, with the two sides of the comparison. "Significantly" and "slightly" are left to the intervals. If two
+sides are called comparable, the smaller model may be lower by ``COMPARABLE`` points. The paper gives no
+number for it and does not name the pairs of variants, so both are chosen here.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Numbers that others printed: the paper's Tables 1 to 3 and A1, and rows of the later code base.
+"""Published numbers: the paper's Tables 1 to 3 and A1, and rows of the later code base.
 
-Paper: Tables 1, 2, 3 and A1. Cells are kept as they are printed. A published number is a value of a type of
-its own, so that it can be next to a measured ``Result`` but never among them.
+Paper: Tables 1, 2, 3 and A1. Cells are kept as printed. A published number has its own type, so that it can
+be next to a measured ``Result`` but never among them.
 """
 
 import json
@@ -70,7 +70,7 @@ class PublishedTable:
         )
 
     def scores(self, model: str) -> dict[str, PublishedScore]:
-        """Return the numbers of one model by benchmark, empty where the table does not have it."""
+        """Return the numbers of one model by benchmark, empty if the table does not have it."""
         rows = [row for row in self.rows if row[0].removeprefix("TinyLLaVA-") == model]
         found = {name: self.score(row, name) for row in rows for name in self.protocols}
         return {name: score for name, score in found.items() if score is not None}

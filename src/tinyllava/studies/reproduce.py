@@ -1,8 +1,7 @@
-"""Reproduce a comparison, or a share of its data: what it needs, the run of what is missing, its report.
+"""Reproduce a comparison, optionally on a share of its data: find what is missing, run it, report.
 
-Paper: section 4. ``tinyllava reproduce`` parses and prints; all that it does is here.
-
-Paper: none. Table 2's mixtures hold images of several sources in known shares; a smaller run keeps them.
+Paper: section 4. Table 2's mixtures contain images of several sources in known shares, and a smaller run
+keeps these shares. ``tinyllava reproduce`` only parses and prints; all its work is here.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ from tinyllava.studies.work import State
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What of a grid is run, on which data, and where its work is kept."""
+    """The cells of a grid to run, their data, and the folders for the work."""
 
     data: str = ""
     """Folder of Table 2's mixtures."""
@@ -44,13 +43,13 @@ class Choices:
     only: Sequence[str] = ()
     """Cells to run, by id, subplot or label, with ``*``; empty for all."""
     seeds: Sequence[int] = ()
-    """Seeds in place of the grid's."""
+    """Seeds to use instead of the grid's."""
     limit: int = 0
     """Ask only the first questions of each benchmark; 0 for all."""
     scale: float = 1.0
     """Share of the records of every source to train on."""
     parts: Mapping[str, str] = field(default_factory=dict)
-    """Encoder or language model of the grid -> the name or folder that replaces it."""
+    """Replacements: encoder or language model of the grid -> name or folder to use instead."""
     judge: Mapping[str, str] = field(default_factory=dict)
     """``url``, ``model`` and ``key`` (an environment variable) of the judge of MM-Vet and LLaVA-W."""
 
@@ -63,7 +62,7 @@ class Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class GridPlan:
-    """A grid with its work: which nodes are done, what the others need and take."""
+    """A grid with its work: finished nodes, and the needs and costs of the others."""
 
     grid: Grid
     graph: Graph
@@ -76,14 +75,14 @@ class GridPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduced:
-    """A study and its report, and what is missing in them."""
+    """A study, its report, and what is missing in them."""
 
     study: Study
     report: Path
     failed: Mapping[str, State]
-    """Failed nodes by id; the error is in the state, the log in ``log.txt`` of the node's folder."""
+    """Failed nodes by id. The state has the error, and ``log.txt`` in the node's folder has the log."""
     incomplete: tuple[str, ...]
-    """Models that could not run, because files are missing."""
+    """Models that could not run because files are missing."""
     unanswered: Mapping[tuple[str, str], int]
     """(Model, benchmark) -> number of questions without an answer, which count as wrong."""
 
@@ -96,7 +95,7 @@ class Reproduced:
 def plan_grid(
     grid: str | Grid, choices: Choices, *, gpu: str = "", num_gpus: int = 0, will_run: bool = False
 ) -> GridPlan:
-    """Return what a grid still needs and takes; nothing is trained.
+    """Return the open needs and costs of a grid, without training anything.
 
     Args:
         grid: figure, table, ``starter``, ``FILE.py``, ``FILE.py:NAME``, or a grid.
@@ -157,7 +156,7 @@ def run_grid(
     retry: int = 0,
     watch: Callable[[States], None] = lambda states: None,
 ) -> Reproduced:
-    """Run what is missing of a planned grid, collect its study and draw the report.
+    """Run the missing nodes of a planned grid, collect its study and draw the report.
 
     Args:
         plan: of ``plan_grid`` with ``will_run``.
@@ -212,14 +211,14 @@ def reproduce(
     launcher: Launcher | None = None,
     retry: int = 0,
 ) -> Reproduced:
-    """Reproduce a figure or table of the paper, or run a grid of your own: what ``tinyllava reproduce`` does.
+    """Reproduce a figure or table of the paper, or run your own grid, as ``tinyllava reproduce`` does.
 
     Finished stages and evaluations in ``runs`` are reused. Call it again to resume after a stop.
 
     Args:
         grid: figure, table, ``starter``, ``FILE.py``, ``FILE.py:NAME``, or a grid.
-        output: folder of the study and its report; see ``run_grid``, as for ``launcher`` and ``retry``.
-        data: folder of the training data; see ``Choices``, as for all that is not named here.
+        output: folder of the study and its report; see ``run_grid``, also for ``launcher`` and ``retry``.
+        data: folder of the training data; see ``Choices``, also for all other arguments.
 
     Raises:
         UnknownNameError, ConfigError, DataError: see ``plan_grid`` and ``run_grid``.

@@ -1,6 +1,6 @@
-"""The run folders of a machine as a table, and what two of them differ in: settings, environment, results.
+"""The run folders of a machine as a table, and the differences of two runs: settings, environment, results.
 
-Paper: none. Reads what runs leave (run.json, environment.json, stage.json, results.json); needs no torch.
+Paper: none. Reads the files of runs (run.json, environment.json, stage.json, results.json). Needs no torch.
 """
 
 import operator
@@ -145,7 +145,7 @@ def _suggest(runs: Sequence[FoundRun], path: str) -> str:
 
 
 def run_rows(runs: Sequence[FoundRun]) -> Rows:
-    """Return the table: what each run is, how far it is, and its scores."""
+    """Return the table of runs: parts, progress and scores."""
     benchmarks = list(dict.fromkeys(name for run in runs for name in run.scores))
     rows: Rows = [
         ("run", "recipe", "encoder", "connector", "LLM", "seed", "stages", "last loss", *benchmarks)

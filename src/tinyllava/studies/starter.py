@@ -1,7 +1,8 @@
-"""Small real versions of Figures 5, 6, 7 and 8 on the starter's parts and images: an hour of two cores.
+"""Small real versions of Figures 5 to 8 on the starter's parts and images, in an hour on two cores.
 
 Paper: Figures 5 (encoder), 6 (connector, at a similar number of parameters), 7 (data) and 8 (recipe).
-Differs: a CNN, a language model of 135M, drawn shapes and fruits; the settings were not searched again.
+Differs: a CNN, a language model of 135M parameters, drawn shapes and fruits. The settings were not searched
+again.
 """
 
 from dataclasses import dataclass, replace
@@ -198,7 +199,7 @@ def records_folder(data: str, cache: Path) -> Path:
 
 
 def prepare_starter_grid(cache: Path | None = None) -> Path:
-    """Fetch, convert and write what the cells need; return the folder of the held-out questions."""
+    """Download, convert and write the needs of the cells; return the folder of the held-out questions."""
     from tinyllava.starter import packages
     from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
     from tinyllava.starter.datasets.default import read_easy_vqa, read_grocery_store

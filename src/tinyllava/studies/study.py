@@ -1,7 +1,7 @@
-"""What a grid leaves in its folder and a report is drawn from: cells, scores of questions, examples.
+"""The files of a grid that its report is drawn from: cells, scores of questions, examples.
 
-Paper: the runs behind Figures 4 to 8 and Tables 3 and A1. The files hold nothing of the machine and no date
-of writing, so that a committed folder gives the same report byte for byte.
+Paper: the runs behind Figures 4 to 8 and Tables 3 and A1. The files contain no details of the machine and no
+date, so a committed folder gives the same report byte for byte.
 """
 
 import json
@@ -92,7 +92,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A grid and what came of it: the content of ``study.json``."""
+    """A grid and its results: the content of ``study.json``."""
 
     name: str
     title: str
@@ -149,7 +149,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkScores:
-    """What every cell scored on every question of one benchmark, in columns: small enough to be committed."""
+    """The scores of every cell on every question of one benchmark, in columns, small enough to commit."""
 
     questions: tuple[str, ...]
     images: tuple[str, ...]
@@ -254,7 +254,7 @@ def load_study(folder: Path) -> Study:
 
 
 def save_scores(scores: Mapping[str, BenchmarkScores], folder: Path) -> None:
-    """Write ``scores.json``: by benchmark, what every cell scored on every question."""
+    """Write ``scores.json``: by benchmark, the score of every cell on every question."""
     _write(folder / "scores.json", {"benchmarks": {name: asdict(one) for name, one in scores.items()}})
 
 
@@ -268,7 +268,7 @@ def load_scores(folder: Path) -> dict[str, BenchmarkScores]:
 
 
 def save_examples(examples: Sequence[Example], folder: Path) -> None:
-    """Write ``examples.json``; the images are written beside it by the caller."""
+    """Write ``examples.json``. The caller writes the images next to it."""
     _write(folder / "examples.json", {"examples": [asdict(one) for one in examples]})
 
 

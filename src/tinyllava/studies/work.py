@@ -1,7 +1,7 @@
-"""Do one node: train the stage, or ask and score the benchmark; write what came of it.
+"""Run one node: train the stage, or ask and score the benchmark, and write the result.
 
-Paper: sections 3.2 and 4.1.3. ``python -m tinyllava.studies.work NODE.json`` is what a job runs,
-under torchrun where it has several devices.
+Paper: sections 3.2 and 4.1.3. A job runs ``python -m tinyllava.studies.work NODE.json``, under torchrun if it
+has several devices.
 """
 
 import json
@@ -58,7 +58,7 @@ class State:
 
 
 def load_state(node: Node) -> State:
-    """Return the state of a node; one that was never begun, or whose file is damaged, is waiting."""
+    """Return the state of a node. A node without a file, or with a damaged one, is waiting."""
     try:
         return State(**(read_object(_path(node)) or {}))
     except TypeError:  # fields of another program
@@ -206,7 +206,7 @@ def _measure(node: Node) -> None:
 
 
 def main() -> None:
-    """Do the node whose file is named: one rank of a distributed job; the first keeps the state."""
+    """Run the node of a task file, as one rank of a distributed job. The first rank writes the state."""
     node = load_node(Path(sys.argv[1]))
     job = sys.argv[2] if len(sys.argv) > 2 else ""
     if os.environ.get("RANK", "0") == "0":

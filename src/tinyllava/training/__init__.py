@@ -1,4 +1,4 @@
-"""Training: a run is its stages in order, each one a transformers Trainer with three hooks."""
+"""Training: a run is its stages in order, each a transformers Trainer with three hooks."""
 
 from tinyllava.model.quiet import quiet_bitsandbytes_import
 

@@ -1,9 +1,9 @@
-"""What a stage leaves on disk: checkpoints on the way, in the end its trained tensors and metadata.
+"""The files of a stage: checkpoints during training, then its trained tensors and metadata.
 
-Differs: the published code tells a stage by its folder's name; here each carries the key of what went in.
+Differs: the published code identifies a stage by its folder's name. Here each stage has a key of its inputs.
 
-Adapters are saved merged, and once more by themselves in PEFT's two files, for servers that load adapters:
-they cannot be taken out of merged weights.
+Adapters are saved merged, and also separately in PEFT's two files for servers that load adapters, because
+they cannot be recovered from merged weights.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ def keep_newest(folder: Path, count: int, best: int | None = None) -> None:
 
 
 def drop_newer(folder: Path, checkpoint: Path) -> None:
-    """Remove what was passed over for a checkpoint; it would be taken for the newest."""
+    """Remove checkpoints newer than the chosen one, because they would be taken for the newest."""
     for _, path in _checkpoints(folder):
         if path == checkpoint:
             return
@@ -123,7 +123,7 @@ def drop_newer(folder: Path, checkpoint: Path) -> None:
 
 
 def find_checkpoint(folder: Path, key: str, say: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that is whole and was made from the same; say what is passed over.
+    """Return the newest intact checkpoint made from the same inputs, and report skipped ones.
 
     Args:
         folder: of the stage.
@@ -143,14 +143,14 @@ def find_checkpoint(folder: Path, key: str, say: Callable[[str], None]) -> Path 
 
 
 def recorded_identity(folder: Path) -> StageIdentity | None:
-    """Return what decided the result of the work in a stage's folder, finished or not; None for no work."""
+    """Return the inputs that determined the work in a stage's folder, finished or not; None without work."""
     files = [path / MANIFEST for _, path in _checkpoints(folder)] + [folder / METADATA]
     found = (StageIdentity.read((read_object(path) or {}).get("identity")) for path in files)
     return next((identity for identity in found if identity is not None), None)
 
 
 def find_stage(folder: Path, key: str, say: Callable[[str], None] = lambda text: None) -> Path | None:
-    """Return the folder of a finished stage with that key: this one, or one of any run beside its run.
+    """Return the folder of a finished stage with that key, in this run or in a run next to it.
 
     Args:
         folder: of the stage in its own run.
@@ -183,13 +183,13 @@ def save_stage(
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a finished stage, less what only finding it again needs."""
+    """Return the metadata of a finished stage, without the fields used only to find it."""
     metadata = read_object(folder / METADATA) or {}
     return {name: value for name, value in metadata.items() if name not in ("files", "identity")}
 
 
 def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
-    """Put a finished stage's tensors into a model whose plan was applied.
+    """Load a finished stage's tensors into a model with the same plan.
 
     Raises:
         CheckpointError: the tensors are not exactly those that the plan trains, or the file is damaged.
@@ -200,7 +200,7 @@ def load_stage(folder: Path, model: TinyLlavaForConditionalGeneration) -> None:
 def load_last(
     checkpoint: Path, model: TinyLlavaForConditionalGeneration, validation: Validation
 ) -> dict[str, Any] | None:
-    """Take a stage's result from the checkpoint of its last step; None if there are steps left.
+    """Load a stage's result from the checkpoint of its last step; None if steps are left.
 
     A kill may come between that checkpoint and the stage's own files; the Trainer, which resumes within an
     epoch, would do one step too many.
@@ -241,7 +241,7 @@ def describe_beside(run: Run) -> dict[str, Any]:
 
 
 def require_space(folder: Path, model: TinyLlavaForConditionalGeneration, num_checkpoints: int = 2) -> None:
-    """Refuse to begin what cannot be saved.
+    """Fail early if the disk has no room for the checkpoints.
 
     Args:
         num_checkpoints: as many as there are at one time.
@@ -260,8 +260,8 @@ def require_space(folder: Path, model: TinyLlavaForConditionalGeneration, num_ch
     free = shutil.disk_usage(folder).free + kept  # these make room as new ones come
     if free < needed:
         raise TrainingError(
-            f"{folder}: {free / 1e9:.1f} GB free, checkpoints and model need {needed / 1e9:.1f} GB; "
-            "free some space, or choose another folder with --output."
+            f"{folder}: {free / 1e9:.1f} GB free, but checkpoints and model need {needed / 1e9:.1f} GB. "
+            "Free some disk space, or choose another folder with --output."
         )
 
 

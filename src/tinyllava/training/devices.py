@@ -1,6 +1,6 @@
-"""How a stage uses the devices of this run: device batch, recomputed activations, workers, and its trial.
+"""How a stage uses the devices of this run: device batch, activation checkpointing, workers, and a trial.
 
-Paper: section 4.1.2 gives the samples of an optimizer step, which stay the same whatever is chosen here.
+Paper: section 4.1.2 gives the samples of an optimizer step, which never depend on these choices.
 """
 
 import dataclasses
@@ -67,8 +67,8 @@ def fit_hardware(
     size, checkpointing = form.device_batch_size, form.checkpointing
     if form is not forms[0]:
         _say(
-            f"out of memory with {_describe(forms[0])}: trains with {_describe(form)} instead, "
-            f"{stage.global_batch_size} samples a step as before"
+            f"out of memory with {_describe(forms[0])}; training with {_describe(form)} instead, still "
+            f"{stage.global_batch_size} samples per step"
         )
     set_checkpointing(model, checkpointing)
     hardware = dataclasses.replace(run.hardware, device_batch_size=size, gradient_checkpointing=checkpointing)
@@ -131,7 +131,7 @@ def _limit_workers(
     prepared: Prepared,
     packed: PackedBatches | None,
 ) -> tuple[Hardware, int]:
-    """Take fewer workers where the shared memory cannot hold what they prepare, and say so.
+    """Use fewer workers if shared memory cannot hold their batches, and report this.
 
     The Trainer takes all micro-batches of a step before it computes the first. They are held outside the
     shared memory (``StageTrainer.get_batch_samples``), so that only those of the next step are in it.
@@ -165,7 +165,7 @@ def _say(text: str) -> None:
 
 
 def out_of_memory(device_batch_size: int, checkpointing: bool, can_divide: bool = False) -> str:
-    """Say what helps where the memory of a device does not do."""
+    """Return advice for a device that ran out of memory."""
     advice = [] if device_batch_size == 1 else [f"--hardware.device-batch-size {device_batch_size // 2}"]
     advice += [] if checkpointing else ["--hardware.gradient-checkpointing True"]
     advice += ["--hardware.sharding all"] if can_divide else []

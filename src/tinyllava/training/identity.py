@@ -1,7 +1,7 @@
-"""What decides a stage's result, written down: by it a stage is resumed, reused, refused or started over.
+"""The inputs that determine a stage's result. They decide whether a stage is resumed, reused or started over.
 
-Paper: none. Contents count (records, images, weights, template), and settings that change what is computed;
-paths, and how the machine is used, do not.
+Paper: none. Contents count (records, images, weights, template), and settings that change the computation.
+Paths and hardware settings do not.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ class StageIdentity:
 
     @classmethod
     def read(cls, value: Any) -> Self | None:
-        """Return what a file holds; None where it is of another form."""
+        """Return the content of a file; None if it has another form."""
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(value, dict) or not all(isinstance(value.get(name), dict) for name in names):
             return None
@@ -103,9 +103,9 @@ class StageIdentity:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return, in words, each name whose value is another one now."""
+    """Return, in words, each name whose value has changed."""
     return [
-        f"{name} = {before.get(name)!r} there, {now.get(name)!r} now"
+        f"{name} = {before.get(name)!r} before, {now.get(name)!r} now"
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
     ]
@@ -131,7 +131,7 @@ def identify(
     model: TinyLlavaForConditionalGeneration,
     processor: TinyLlavaProcessor,
 ) -> StageIdentity:
-    """Return what decides the result of a stage that is about to begin.
+    """Return the inputs that determine the result of a stage.
 
     Args:
         model: with the stage's plan applied. Its weights alone do not tell it: connectors that average to 1

@@ -1,4 +1,4 @@
-"""Samples of a micro-batch in one row without padding: whether the model allows it, and which share a row.
+"""Pack the samples of a micro-batch into rows without padding, if the model allows it.
 
 Paper: none; the published code pads. Loss and gradients are equal, see ``tinyllava.model.modeling.Segments``.
 """
@@ -33,7 +33,7 @@ def check_packing(model: TinyLlavaForConditionalGeneration, precision: str) -> N
     """
     if not all(gather_object([keeps_apart(model, PartialState().device, precision)])):
         raise ConfigError(
-            f"hardware.packing: {model.config.text_config.model_type!r} attends in windows, or has layers in "
+            f"hardware.packing: {model.config.text_config.model_type!r} has attention windows, or layers in "
             "which samples of one row would see each other; set hardware.packing False."
         )
 

@@ -1,4 +1,4 @@
-"""What is decided of a stage before its first step: records, lengths, features, digests of the data.
+"""Prepare a stage before its first step: records, lengths, features, digests of the data.
 
 Paper: section 4.1.2, Table 2.
 """
@@ -170,7 +170,10 @@ def _find_broken(
     seconds = time.monotonic() - start
     if seconds > _LONG_SECONDS:
         files = ", ".join(data.records)
-        say(f"{files}: {images.num_decoded:,} images decoded in {seconds:,.0f} s, once until they change")
+        say(
+            f"{files}: {images.num_decoded:,} images checked in {seconds:,.0f} s (repeated only if they "
+            "change)"
+        )
     found: dict[int, ImageError] = {}
     for place, one in enumerate(conversations if broken else ()):
         if error := next((broken[ref] for ref in one.images if ref in broken), None):
@@ -179,7 +182,7 @@ def _find_broken(
 
 
 def _check_images(run: Run, data: DataConfig, conversations: Sequence[Conversation], bar: Progress) -> None:
-    """Raise Defect or Defects for records whose image cannot be decoded, unless they are skipped."""
+    """Raise Defect or Defects for records with images that cannot be decoded, unless they are skipped."""
     once = distinct(conversations)
     found = _find_broken(run, data, once, bar)
     if "broken_image" not in data.skip:
@@ -241,13 +244,13 @@ def prepare(
         trained, held = _hold_out(run, stage, records, bar)
         examples, skipped = _measure(stage, processor, template, trained, "reading records", bar)
         if not len(examples):
-            raise DataError(f"{', '.join(stage.data.records)}: no record left after skips {dict(skipped)}.")
+            raise DataError(f"{', '.join(stage.data.records)}: no records left after skips {dict(skipped)}.")
         measured, held_skipped = None, Counter[str]()
         if held is not None:
             measured, held_skipped = _measure(stage, processor, template, held, "held-out records", bar)
             if not len(measured):
                 raise DataError(
-                    f"{stage.validation.held_out}: no held-out record left after skips {dict(held_skipped)}."
+                    f"{stage.validation.held_out}: no held-out records left after skips {dict(held_skipped)}."
                 )
         both = [examples, *([measured] if measured else [])]
         if run.hardware.cache_features and not stage.vision_encoder.trains:
@@ -359,7 +362,7 @@ def _fill_features(
     parts: Sequence[Examples],
     bar: Progress,
 ) -> None:
-    """Give the examples the features of their images, computed where they are not there yet."""
+    """Give the examples the features of their images, after computing missing ones."""
     model.vision_encoder.to(PartialState().device)
     half = HALF.get(choose_precision(run.hardware.precision))
     cache = FeatureCache(run.folder.parent / ".features", model, processor, half)

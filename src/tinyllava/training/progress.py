@@ -1,4 +1,4 @@
-"""What a person sees of a stage while it trains (a bar with rates) and a program reads (metrics.jsonl)."""
+"""Progress of a stage during training: a bar with rates for people, and metrics.jsonl for programs."""
 
 import json
 import time
@@ -63,7 +63,7 @@ def rates_note(
     tokens_per_second: float,
     held_out_loss: float | None = None,
 ) -> str:
-    """Return the note beside the bar of a stage, short in a narrow terminal."""
+    """Return the note next to the bar of a stage, short in a narrow terminal."""
     held = "" if held_out_loss is None else f"  held-out {held_out_loss:.3f}"
     if held and console.width < _WIDE:
         return f"loss {loss:.3f}{held}"
@@ -189,11 +189,11 @@ def announce(name: str, stage: Stage, ledger: Ledger, prepared: "Prepared") -> N
         say(f"  held out: {held['num_samples']:,} samples, {held['num_supervised_tokens']:,} answer tokens")
         if prepared.held_out.num_seen:
             say(
-                f"  {prepared.held_out.num_seen:,} of them show an image that is trained on: their loss also "
-                "measures memory. `--held-out 10%` keeps images apart."
+                f"  {prepared.held_out.num_seen:,} of them show an image that is also trained on, so their "
+                "loss also measures memorisation. `--held-out 10%` separates by image."
             )
     if prepared.examples.num_truncated:
-        cut = f"{prepared.examples.num_truncated:,} records end behind an earlier answer"
+        cut = f"{prepared.examples.num_truncated:,} records end after an earlier answer"
         say(f"  truncated: {cut}, to fit {stage.max_length_tokens:,} tokens")
     if prepared.skipped:
-        say("  left out: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items()))
+        say("  skipped: " + ", ".join(f"{count} {defect}" for defect, count in prepared.skipped.items()))

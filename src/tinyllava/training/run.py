@@ -1,4 +1,4 @@
-"""A run: the stages in order, each resumed, reused or trained; at the end one self-contained folder.
+"""A run: the stages in order, each resumed, reused or trained, and a self-contained folder as the result.
 
 Paper: section 3.2, pre-training for feature alignment, then supervised fine-tuning.
 """
@@ -53,7 +53,7 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
     Calling it again after a kill resumes from the last checkpoint and gives the same weights, bit by bit.
     A finished stage of this run, or of another run next to it, is reused if its inputs are the same. If
     its records, images or weights have changed, a stage starts over. Under ``torchrun``, every process
-    calls it and the first writes.
+    calls this function, and the first one writes.
 
     Args:
         run: what to train.
@@ -63,7 +63,7 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
     Raises:
         ConfigError: the run cannot work; the error lists all problems.
         OutputError: another process trains in the same folder.
-        DataError, ImageError, CheckpointError, TrainingError: see the stages.
+        DataError, ImageError, CheckpointError, TrainingError: a stage failed.
     """
     run = dataclasses.replace(run, start_from=str(whole_model(run.start_from)) if run.start_from else "")
     run = pin(run)
@@ -85,7 +85,7 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
             if not is_full_disk(error):
                 raise
             raise TrainingError(
-                f"{run.folder}: the disk is full; free some space and run the same command again."
+                f"{run.folder}: the disk is full. Free some space and run the same command again."
             ) from error
 
 
@@ -116,12 +116,12 @@ def _make_folder(run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(
-            f"{run.folder}: cannot be made ({error.strerror}); choose another folder with --output."
+            f"{run.folder}: cannot be created ({error.strerror}). Choose another folder with --output."
         ) from error
 
 
 def _refuse_another_run(run: Run) -> None:
-    """Refuse to overwrite what a run with other decisive settings has trained in this folder.
+    """Fail rather than overwrite a run with other settings in this folder.
 
     Where nothing was trained there is nothing to lose. What else may differ is known only when a stage's
     contents are: see ``_refuse_or_start_over``.
@@ -139,7 +139,7 @@ def _refuse_another_run(run: Run) -> None:
     known = list(recorded["stages"]) if isinstance(recorded.get("stages"), dict) else []
     trained = [name for name in known if checkpoints.recorded_identity(run.folder / name) is not None]
     if any(name not in run.stages for name in trained):
-        problems.append(f"stages = {', '.join(known)} there, {', '.join(run.stages)} now")
+        problems.append(f"stages = {', '.join(known)} before, {', '.join(run.stages)} now")
     if problems:
         raise TrainingError(_other_run(run, problems))
     if trained:
@@ -251,7 +251,7 @@ def _refuse_or_start_over(run: Run, name: str, identity: StageIdentity) -> None:
     why = (
         f"{', '.join(changed)} changed since it was trained here"
         if changed
-        else "nothing whole is left of it"
+        else "its files are missing or damaged"
     )
     _say(f"{name}: {why}; starting over")
     checkpoints.keep_newest(run.folder / name, 0)
@@ -306,7 +306,7 @@ def _train_stage(
         size, checkpointing = trainer.args.train_batch_size, model.is_gradient_checkpointing
         can_divide = trainer.args.world_size > 1 and trainer.args.sharding != "all"
         raise TrainingError(
-            f"{out_of_memory(size, checkpointing, can_divide)} The same command with it resumes."
+            f"{out_of_memory(size, checkpointing, can_divide)} Run the same command with it to resume."
         ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_full_disk(error):

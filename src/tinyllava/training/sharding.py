@@ -1,8 +1,8 @@
-"""Divide weights, gradients and the optimizer's state of a stage among the processes (PyTorch's FSDP2).
+"""Shard weights, gradients and optimizer state of a stage over the processes (PyTorch's FSDP2).
 
-Paper: none; the published code divides the same three with DeepSpeed's ZeRO.
-Differs: the model itself stays whole on the host and a twin of it is divided, so that digests, adapters,
-files and the next stage see ordinary tensors, and nothing of FSDP has to be undone.
+Paper: none; the published code shards the same three with DeepSpeed's ZeRO.
+Differs: the model itself stays whole on the host, and a twin of it is sharded. Digests, adapters, files and
+the next stage see ordinary tensors, and nothing of FSDP has to be undone.
 """
 
 import copy
@@ -33,12 +33,12 @@ MOMENTS = "moments"
 
 
 def choose_sharding(hardware: Hardware) -> Sharding:
-    """Return what a run divides: with a single process there is nothing to divide it among."""
+    """Return what a run shards. A single process shards nothing."""
     return hardware.sharding if PartialState().num_processes > 1 else "none"
 
 
 def shard(model: TinyLlavaForConditionalGeneration, sharding: Sharding) -> TinyLlavaForConditionalGeneration:
-    """Return a twin of a model whose tensors are divided among the processes, on their devices.
+    """Return a twin of a model whose tensors are sharded over the processes, on their devices.
 
     A layer's weights are gathered when it runs. What stays whole everywhere: an encoder that is not trained,
     which ranks without images do not run; codes in 4 and 8 bits; with ``gradients`` all that is not trained.
@@ -146,8 +146,8 @@ def load_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> No
         key, _, owner = name.partition(".")
         if owner not in trained or found.size != trained[owner].shape:
             raise CheckpointError(
-                f"{folder}: {name} is not of a parameter that the stage trains. Delete {checkpoint} and run "
-                "the command again."
+                f"{folder}: {name} does not belong to a parameter that this stage trains. Delete "
+                f"{checkpoint} and run the command again."
             )
         parameter = trained[owner]
         tensors[name] = torch.empty_like(parameter, dtype=found.properties.dtype, requires_grad=False)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while a stage trains: the step is finished, a checkpoint written, then the run ends."""
+"""SIGTERM and Ctrl-C during training: finish the step, write a checkpoint, then end the run."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def _end_for_parent(parent: int) -> None:
 
 
 class StopRequests(TrainerCallback):
-    """Listens for the two signals while a stage trains, and has it end after the step that is being computed.
+    """Listens for the two signals during training, and ends the stage after the current step.
 
     Every process of a run learns of it at the same step: they save together.
     """
@@ -58,7 +58,7 @@ class StopRequests(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals; at the end they are as before, and what was asked for is done.
+        """Handle the signals inside; afterwards restore the old handlers and act on a received signal.
 
         Raises:
             Stopped: a signal came.

@@ -1,6 +1,6 @@
-"""transformers' Trainer with what the paper needs.
+"""transformers' Trainer with the additions that the paper needs.
 
-A learning rate for each component, lean checkpoints, grouped batches, and a stop when the loss is no number.
+A learning rate per component, lean checkpoints, grouped batches, and a stop if the loss is NaN or infinite.
 
 Paper: section 4.1.2.
 """
@@ -62,7 +62,7 @@ class StageArguments(TrainingArguments):
 
     @property
     def place_model_on_device(self) -> bool | None:
-        """False: the Trainer leaves the model on the host, where it stays whole while its twin is divided."""
+        """False: the Trainer leaves the model on the host, whole, while its twin is sharded."""
         return None if self.sharding == "none" else False
 
 
@@ -275,7 +275,7 @@ class StageTrainer(Trainer):
         return float(summed[0] / summed[1])
 
     def save_model(self, output_dir: str | None = None, *_: Any, **__: Any) -> None:
-        """Write the trained tensors only: the frozen ones are where they came from; no pickle.
+        """Write only the trained tensors, because the frozen ones exist elsewhere; no pickle.
 
         With sharding every process also writes its share of the optimizer's state.
         """

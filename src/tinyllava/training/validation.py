@@ -1,8 +1,8 @@
-"""Measure a stage on held-out records while it trains: loss, best checkpoint, early stopping, answers.
+"""Measure a stage on held-out records during training: loss, best checkpoint, early stopping, answers.
 
 Paper: none; its stages run one epoch and are measured by benchmarks afterwards.
-Nothing here changes the weights that the steps compute: random numbers are given back, and the model returns
-to the mode it was in.
+Validation does not change the weights that the steps compute: the random state is restored, and the model
+returns to its previous mode.
 """
 
 import json
@@ -41,7 +41,7 @@ _ANSWER_TOKENS = 128
 
 
 def read_curve(log_history: Sequence[Mapping[str, Any]]) -> Curve:
-    """Return the held-out loss of each validation, out of the Trainer's log; step 0 is before the first."""
+    """Return the held-out loss of each validation from the Trainer's log. Step 0 is before the first."""
     return [(int(entry["step"]), float(entry["eval_loss"])) for entry in log_history if "eval_loss" in entry]
 
 
@@ -57,7 +57,7 @@ def is_stopped(curve: Curve, validation: Validation) -> bool:
 
 
 class Validator(TrainerCallback):
-    """Asks for validations, keeps what is best, stops early, and writes a sample's answers.
+    """Requests validations, keeps the best checkpoint, stops early, and writes the answers to a sample.
 
     Args:
         validation: of the stage.

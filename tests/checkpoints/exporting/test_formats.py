@@ -66,7 +66,7 @@ def test_sizes_are_those_of_the_files_and_the_agreement_is_measured(
     assert 0 <= weights - rows["tinyllava"].num_bytes < 20_000  # the file's head
     measured = measure_format(checkpoint, rows["tinyllava"])
     assert measured.num_bytes > weights
-    assert measured.agreement == "logit within 0"
+    assert measured.agreement == "logits within 0"
     assert measured.size.endswith(" MB")
     assert not measured.size.startswith("about")
 
@@ -89,7 +89,7 @@ def test_the_command_prints_the_table_before_any_work(
     named = {line.split("  ")[0]: line for line in lines[2:]}
     assert "yes, if it passes the comparison in llama.cpp (#25814, #25817)" in named["gguf q8_0"]
     assert named["tinyllava"].rstrip().endswith("not measured")
-    assert "not llava: the head's bias (Phi-2): the class has none, and the logits would differ" in lines
+    assert "not llava: LLaVA has no bias in the output head (Phi-2), so the logits would differ" in lines
     for arguments in (["out", "--formats"], ["--measure"]):
         with pytest.raises(SystemExit):
             main(["export", str(checkpoint), *arguments])
@@ -102,7 +102,7 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_a_reason(parts: dict[str, Path], tm
     pipeline["normalizer"] = {"type": "Lowercase"}
     file.write_text(json.dumps(pipeline))
     (row,) = (row for row in list_formats(checkpoint) if row.layout == "gguf")
-    assert "llama.cpp has no name for this rule" in row.reasons[0]
+    assert "the GGUF export does not support this rule" in row.reasons[0]
 
 
 def test_the_card_has_the_table_with_the_agreement_of_what_was_written(
@@ -111,8 +111,8 @@ def test_the_card_has_the_table_with_the_agreement_of_what_was_written(
     checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip", connector="linear")
     export_checkpoint(checkpoint, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| tinyllava | yes | logit within 0 |" in card
-    assert "| llava | no: connector 'linear': the class has the two-layer MLP only |  |" in card
+    assert "| tinyllava | yes | logits within 0 |" in card
+    assert "| llava | no: connector 'linear': LLaVA supports only the two-layer MLP |  |" in card
     assert "| onnx | yes | not measured |" in card
 
 

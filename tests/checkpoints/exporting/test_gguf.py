@@ -39,11 +39,11 @@ def test_the_command_says_what_it_measured_and_the_card_how_to_send_images(
     assert main(["export", str(checkpoint), str(out), "--format", "gguf", "--quantize", "q4_0"]) == 0
     printed = capsys.readouterr().out
     assert "opened in llama.cpp (xllamacpp " in printed
-    assert "against the weights before rounding" in printed
+    assert "with the weights before rounding" in printed
     card = (out / "README.md").read_text()
-    assert "Weights: q4_0." in card
-    assert "llama.cpp resizes first and pads then" in card
-    assert "best at 28 x 28 pixels" in card
+    assert "The weights are q4_0." in card
+    assert "llama.cpp first resizes and then pads" in card
+    assert "ideally at 28 x 28 pixels" in card
     assert "llama-server -m out/model.gguf --mmproj out/mmproj.gguf" in card
     assert str(tmp_path) not in card
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(out / "model.gguf").tensors}
@@ -79,8 +79,10 @@ def test_without_xllamacpp_nothing_is_said_to_be_compared(
     monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
     checkpoint = make(tmp_path, "chatml")
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--format", "gguf"]) == 0
-    assert "not compared: xllamacpp is not installed" in capsys.readouterr().out
-    assert "Not measured: `xllamacpp` was not installed." in (tmp_path / "out" / "README.md").read_text()
+    assert "not compared, because xllamacpp is not installed" in capsys.readouterr().out
+    assert (
+        "Not measured, because `xllamacpp` was not installed." in (tmp_path / "out" / "README.md").read_text()
+    )
     clip = make(tmp_path / "second", "llama", "clip")
     with pytest.raises(CheckpointError, match=r"(?s)pip install tinyllava\[gguf\].*#25814"):
         export_checkpoint(clip, tmp_path / "clip", layout="gguf")
@@ -141,8 +143,8 @@ def test_what_does_not_fit_is_refused_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--quantize", "f16"], "--quantize is for --format gguf"),
-        (["--format", "gguf", "--dtype", "float16"], "--dtype is not for --format gguf"),
+        (["--quantize", "f16"], "--quantize works only with --format gguf"),
+        (["--format", "gguf", "--dtype", "float16"], "--dtype does not work with --format gguf"),
     ],
 )
 def test_options_of_other_formats_are_refused(

@@ -96,9 +96,9 @@ def test_transformers_4_computes_the_same(
 @pytest.mark.parametrize(
     ("language", "vision", "told"),
     [
-        ("qwen2", "siglip", "transformers 4.57 computes the same: "),
+        ("qwen2", "siglip", "transformers 4.57 gives the same results: "),
         ("gemma", "siglip", "transformers 4 multiplies the image tokens of Gemma"),
-        ("llama", "dinov2", "Not compared in transformers 4"),
+        ("llama", "dinov2", "has not been tested in transformers 4"),
     ],
 )
 def test_the_card_names_the_versions_that_compute_the_same(
@@ -111,7 +111,7 @@ def test_the_card_names_the_versions_that_compute_the_same(
     checkpoint = make_checkpoint(parts, tmp_path / "own", language, vision)
     export_checkpoint(checkpoint, tmp_path / "out", layout="llava")
     card = (tmp_path / "out/README.md").read_text()
-    assert f"Compared with the checkpoint in transformers {transformers.__version__}" in card
+    assert f"compared with the checkpoint in transformers {transformers.__version__}" in card
     assert told in card
 
 

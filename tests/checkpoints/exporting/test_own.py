@@ -62,7 +62,7 @@ def test_adapters_that_do_not_fit(parts: dict[str, Path], tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="the adapter does not fit"):
         export_checkpoint(tmp_path / "adapter", tmp_path / "out")
     config = tmp_path / "adapter" / "adapter_config.json"
-    for named, match in ((None, "give --base DIR"), ("/gone", "/gone, which is not here; .*--base DIR")):
+    for named, match in ((None, "Give --base DIR"), ("/gone", "/gone, which does not exist. .*--base DIR")):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
         with pytest.raises(CheckpointError, match=match):
             export_checkpoint(tmp_path / "adapter", tmp_path / "out")
@@ -138,12 +138,12 @@ def test_the_card_tells_parts_training_scores_and_licences(parts: dict[str, Path
     assert "| POPE | accuracy | not recorded |  | 900 | llava | 900 of 1000 questions; judge gpt-4 |" in lines
     assert any(
         line.startswith(
-            "| pretrain | ShareGPT4V-PT-1246k | vision encoder from layer 12; connector full; language"
+            "| pretrain | ShareGPT4V-PT-1246k | vision encoder from layer 12, connector full, language"
         )
         for line in lines
     )
     assert any(
-        "| finetune | own.json |" in line and "language model lora of rank 128" in line for line in lines
+        "| finetune | own.json |" in line and "language model LoRA of rank 128" in line for line in lines
     )
     assert "| data: ShareGPT4V-PT-1246k | CC-BY-NC-4.0 |" in lines
     assert "| language model | Apache-2.0 |" in lines
@@ -174,7 +174,7 @@ def test_the_card_says_what_is_not_recorded(
     checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
     export_checkpoint(checkpoint, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Not recorded: there was no run.json" in card
+    assert "Not recorded: the checkpoint has no run.json" in card
     assert follow_console(card, tmp_path, capsys)
     (checkpoint / "import.json").write_text(json.dumps({"kind": "TinyLLaVABench, LoRA"}))
     save_results([result("GQA")], checkpoint / "results.json")
@@ -195,7 +195,7 @@ def test_the_card_of_an_import_names_the_parts_that_its_source_names(tmp_path: P
     assert "| language model | MIT |" in card
     assert "| vision encoder | someone/their-siglip |" in card
     assert "| vision encoder | not recorded |" in card
-    assert "| the checkpoint that it came from, and its data | not recorded |" in card
+    assert "| the source checkpoint and its data | not recorded |" in card
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["microsoft/phi-2"]
 
 
@@ -210,7 +210,7 @@ def test_the_card_of_a_merged_adapter_claims_no_score_of_what_is_below_it(
     make_adapter(checkpoint, tmp_path / "adapter")
     export_checkpoint(tmp_path / "adapter", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "a LORA adapter of rank 4, its training not recorded" in card
+    assert "A LORA adapter of rank 4 was merged into the weights. Its training is not recorded." in card
     assert "started from the checkpoint `a`, whose own training is not listed" in card
     assert "/far" not in card
     assert "61.2" not in card
@@ -254,14 +254,14 @@ def test_adapters_are_not_merged_twice(parts: dict[str, Path], tmp_path: Path) -
     checkpoint = make_checkpoint(parts, tmp_path / "run" / "model", "llama", "clip")
     adapter = tmp_path / "run" / "finetune" / "adapters" / "language_model"
     make_adapter(checkpoint, adapter)
-    with pytest.raises(CheckpointError, match=r"merged in already.*--base DIR"):
+    with pytest.raises(CheckpointError, match=r"already contains these adapters.*--base DIR"):
         export_checkpoint(adapter, tmp_path / "out", base=checkpoint)
 
 
 def test_weights_and_origins_that_are_damaged_are_named(parts: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
     (checkpoint / "import.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"import\.json: lacks 'kind'"):
+    with pytest.raises(CheckpointError, match=r"import\.json: has no 'kind'"):
         export_checkpoint(checkpoint, tmp_path / "out")
     (checkpoint / "model.safetensors").write_bytes(LFS)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is a pointer of Git LFS"):
@@ -275,7 +275,7 @@ def test_wrong_places_and_sizes_are_told_at_once(
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         assert main(["export", str(checkpoint), str(place)]) == 2
-        assert f"{tmp_path / 'file'} is a file; name a new folder" in capsys.readouterr().err
+        assert f"{tmp_path / 'file'} is a file; choose a new folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["export", str(checkpoint), str(tmp_path / "out"), "--max-shard-size", "huge"])
     assert "--max-shard-size huge: give a number and KB, MB, GB or TB" in capsys.readouterr().err
@@ -338,7 +338,7 @@ def test_the_card_has_the_licences_of_the_records_and_of_the_start(
     assert all(row in of_first and row in of_second for row in inherited)
     assert "data: records.json" not in of_first
     assert "| data: more.json | not recorded |" in of_second
-    assert "the checkpoint that it came from" not in of_first + of_second
+    assert "the source checkpoint" not in of_first + of_second
     assert {name: licence_of(name) for name in ("easy_vqa", "cifar10", "tux_paint")} == {
         "easy_vqa": "MIT", "cifar10": "MIT", "tux_paint": "GPL-2.0",
     }  # fmt: skip

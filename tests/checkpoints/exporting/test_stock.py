@@ -180,7 +180,10 @@ def test_encoders_that_vllm_does_not_have_are_refused(tmp_path: Path) -> None:
     save_file(renamed, source / "model.safetensors", {"format": "pt"})
     import_checkpoint(source, tmp_path / "own")
     refused(
-        tmp_path / "own", tmp_path / "out", "vllm", "'dinov2': vLLM's LLaVA has clip_vision_model and siglip"
+        tmp_path / "own",
+        tmp_path / "out",
+        "vllm",
+        "'dinov2': vLLM's LLaVA supports clip_vision_model and siglip",
     )
     assert export_checkpoint(tmp_path / "own", tmp_path / "out", layout="llava").largest_difference == 0.0
 
@@ -207,7 +210,7 @@ def test_a_folder_that_answers_otherwise_is_not_left_behind(
 
 
 def test_folders_that_are_no_checkpoint_or_no_target(parts: dict[str, Path], tmp_path: Path) -> None:
-    refused(tmp_path, tmp_path / "out", "llava", "no tinyllava checkpoint there")
+    refused(tmp_path, tmp_path / "out", "llava", "not a tinyllava checkpoint")
     checkpoint = make_checkpoint(parts, tmp_path / "own", "llama", "clip")
     with pytest.raises(CheckpointError, match="is not empty"):
         export_checkpoint(checkpoint, checkpoint)

@@ -127,11 +127,11 @@ def test_a_resampler_that_does_not_fit_its_config_is_listed(tmp_path: Path) -> N
     message = str(caught.value)
     assert "connector bench_resampler" in message
     assert "1 tensor missing: layers.1.to_v.weight" in message
-    assert "1 tensor without a place in the model: layers.0.to_v.bias" in message
+    assert "1 tensor without a counterpart in the model: layers.0.to_v.bias" in message
     uneven = write_bench(
         toy, tmp_path / "uneven", mm_projector_type="resampler", **SIZES | {"resampler_hidden_size": 50}
     )
-    with pytest.raises(CheckpointError, match="width = 50 does not divide by num_heads = 12"):
+    with pytest.raises(CheckpointError, match="width = 50 is not divisible by num_heads = 12"):
         import_checkpoint(uneven, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -198,7 +198,9 @@ def test_a_qformer_with_tensors_missing_or_left_over(tmp_path: Path) -> None:
 
     refused({n: t for n, t in whole.items() if n != "query_tokens"}, "a", "query_tokens .* is missing")
     refused(
-        whole | {"bert.pooler.bias": torch.ones(2)}, "b", "without a place in the model: bert.pooler.bias"
+        whole | {"bert.pooler.bias": torch.ones(2)},
+        "b",
+        "without a counterpart in the model: bert.pooler.bias",
     )
     short = {n: t for n, t in whole.items() if "layer.1.output_query.dense.bias" not in n}
     refused(short, "c", "missing: .*layer.1.output_query.dense.bias")

@@ -52,12 +52,12 @@ def refused(
 BENCH = {
     "pointer": (put(WEIGHTS, LFS), WEIGHTS, "is a pointer of Git LFS", "`git lfs pull`"),
     "page as weights": (put(WEIGHTS, PAGE), WEIGHTS, "is a web page", "download it again"),
-    "cut weights": (halve(WEIGHTS), WEIGHTS, "is cut short: ", " of at least ", "download it again"),
+    "cut weights": (halve(WEIGHTS), WEIGHTS, "is truncated: ", " of at least ", "download it again"),
     "no weights": (put(WEIGHTS, b""), WEIGHTS, "is empty", "download it again"),
     "page as config": (put("config.json", PAGE), "config.json: is a web page", "download it again"),
     "pointer as tokenizer": (put("tokenizer.json", LFS), "tokenizer.json: is a pointer of Git LFS"),
     "page as index": (put(INDEX, PAGE), f"{INDEX}: is a web page"),
-    "empty index": (put(INDEX, b"{}"), f"{INDEX}: weight_map, the file of each tensor, is missing"),
+    "empty index": (put(INDEX, b"{}"), f"{INDEX}: weight_map (the file of each tensor) is missing"),
     "list as index": (put(INDEX, b'{"weight_map": ["a"]}'), f"{INDEX}: weight_map"),
     "page as encoder's config": (put("some_tower/config.json", PAGE), "some_tower/config.json: is a web"),
     "heads": (change(num_attention_heads=5), "source: config.json of the language model", "heads (5)"),
@@ -69,7 +69,7 @@ BENCH = {
 FOLDERS = {
     "pointer": (put("connector/pytorch_model.bin", LFS), "connector/pytorch_model.bin: is a pointer of Git"),
     "page": (put("connector/pytorch_model.bin", PAGE), "connector/pytorch_model.bin: is a web page"),
-    "cut": (halve("connector/pytorch_model.bin"), "connector/pytorch_model.bin: is cut short"),
+    "cut": (halve("connector/pytorch_model.bin"), "connector/pytorch_model.bin: is truncated"),
     "junk": (put("connector/pytorch_model.bin", b"junk" * 99), "connector/pytorch_model.bin: is damaged, or"),
     "text": (change(text_config=[1]), "config.json has no text_config"),
     "vision": (change(vision_config="x", text_config=1), "no text_config and no vision_config"),
@@ -124,7 +124,7 @@ TENSORS = {
     "all faults of a part at once": (
         reshape,
         "language model",
-        "1 tensor without a place in the model: model.layers.1.extra",
+        "1 tensor without a counterpart in the model: model.layers.1.extra",
         "1 tensor missing: model.norm.weight",
         "model.layers.1.mlp.up_proj.weight [3, 3], not [64, 32]",
     ),
@@ -180,7 +180,7 @@ def test_places_that_cannot_be_written_are_told_before_anything_is_read(
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         assert main(["import", str(tmp_path), str(place)]) == 2
-        assert f"{tmp_path / 'file'} is a file; name a new folder" in capsys.readouterr().err
+        assert f"{tmp_path / 'file'} is a file; choose a new folder" in capsys.readouterr().err
 
 
 def test_a_stopped_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

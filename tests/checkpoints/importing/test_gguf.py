@@ -130,7 +130,7 @@ def test_what_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match=r"one file with mmproj in its name.*found model\.gguf"):
         import_checkpoint(alone, back)
     (alone / "mmproj.gguf").write_bytes((tmp_path / "pair" / "mmproj.gguf").read_bytes()[:64])
-    with pytest.raises(CheckpointError, match=r"mmproj\.gguf: no readable GGUF file"):
+    with pytest.raises(CheckpointError, match=r"mmproj\.gguf: not a readable GGUF file"):
         import_checkpoint(alone, back)
     shutil.copyfile(tmp_path / "pair" / "model.gguf", alone / "mmproj.gguf")
     with pytest.raises(CheckpointError, match=r"projector type None; allowed: janus_pro, mlp"):

@@ -179,7 +179,8 @@ def test_templates_are_recognised_by_their_tokens_or_asked_for(
         write_stock(make_toy(tmp_path / language, language), tmp_path / language / "source")
         (tmp_path / language / "source" / "chat_template.jinja").unlink()
     with pytest.raises(
-        CheckpointError, match=r"does not name its prompt template, and '</s>'.*--template NAME"
+        CheckpointError,
+        match=r"no prompt template is named, and several templates end a turn with '</s>'.*--template NAME",
     ):
         import_checkpoint(tmp_path / "llama" / "source", tmp_path / "out")
     report = import_checkpoint(tmp_path / "chatml" / "source", tmp_path / "out")

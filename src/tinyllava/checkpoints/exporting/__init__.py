@@ -1,4 +1,4 @@
-"""Write checkpoints for others: transformers' LLaVA, vLLM, llama.cpp, a hub; with a model card."""
+"""Export checkpoints with a model card: transformers' LLaVA, vLLM, llama.cpp, ONNX, browser page, Hub."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -46,29 +46,29 @@ __all__ = ["Exported", "export_checkpoint", "measure_format"]
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written and how exactly it computes what the checkpoint does."""
+    """The written folder, and how closely it agrees with the checkpoint."""
 
     folder: Path
     largest_difference: float | None
-    """Of a logit, over a prompt with an image, between the checkpoint and the folder opened anew.
+    """Largest logit difference between the checkpoint and the reopened folder, on a prompt with an image.
 
-    For GGUF of a log-probability, with the weights as written; None where xllamacpp is not installed."""
+    For GGUF, the largest difference of a log-probability with the written weights; None without xllamacpp."""
     agreement: Agreement | None = None
-    """For GGUF: every difference that was measured in llama.cpp."""
+    """For GGUF: every difference measured in llama.cpp."""
     measured: str = ""
-    """Agreement in more words, for a format whose arithmetic is not the checkpoint's."""
+    """The agreement in words, for formats whose arithmetic differs from the checkpoint's."""
     run_difference: float | None = None
-    """The same between adapters on their base and the finished model of their run; None without one."""
+    """The same between adapters on their base and the finished model of their run; None without a run."""
 
     @property
     def in_short(self) -> str:
-        """The agreement as a cell of a table."""
+        """The agreement in short, for a table."""
         if self.agreement:
             text, image = self.agreement.text_rounding, self.agreement.image_rounding
-            return f"log-probability within {text:.2g} after text, {image:.2g} after an image"
+            return f"log-probabilities within {text:.2g} (text) and {image:.2g} (image)"
         if self.largest_difference is None:
             return NOT_MEASURED
-        return f"logit within {self.largest_difference:.2g}"
+        return f"logits within {self.largest_difference:.2g}"
 
 
 @keeping_random_state()
@@ -88,23 +88,24 @@ def export_checkpoint(
     quantized: Quantized = "f32",
     bits: int = 16,
 ) -> Exported:
-    """Write a checkpoint in a layout, open it again as its reader would, and compare.
+    """Write a checkpoint in a layout, reopen it as its reader would, and compare.
 
     Args:
-        checkpoint: a folder of ours, or a peft adapter over one.
-        folder: where to write; it must not exist, or be empty. It appears whole or not at all.
-        layout: ours; transformers' LlavaForConditionalGeneration; the same for vLLM, with vLLM's limits; ONNX
-            graphs; the same with a page that answers in the browser; a pair of GGUF files for llama.cpp.
-        base: the checkpoint below an adapter; None takes the one that the adapter names.
-        name: what the model card calls the model; empty means the folder's name.
-        results: results.json with scores for the card; None takes one beside the weights (or the adapter).
-        dtype: type of the weights; auto keeps theirs. Not for ONNX, the page and GGUF.
-        precision: of ONNX graphs.
-        quantized: type of the language model's matrices in GGUF.
-        bits: 4 or 8 store the linear layers of the language model in that many; for our layout only.
+        checkpoint: a tinyllava checkpoint, or a peft adapter of one.
+        folder: where to write; it must not exist, or be empty. It is written atomically.
+        layout: tinyllava; llava: transformers' LlavaForConditionalGeneration; vllm: the same within vLLM's
+            limits; onnx: ONNX graphs; web: ONNX graphs with a page that answers in the browser; gguf: a pair
+            of files for llama.cpp.
+        base: base checkpoint of an adapter; None means the one that the adapter names.
+        name: name of the model in its card; empty means the folder's name.
+        results: results.json with scores for the card; None means the one next to the weights (or adapter).
+        dtype: type of the weights; auto keeps the checkpoint's. Not for onnx, web and gguf.
+        precision: type of the weights for onnx and web.
+        quantized: type of the language model's matrices for gguf.
+        bits: 4 or 8 quantises the linear layers of the language model; only for tinyllava.
 
     Raises:
-        CheckpointError: no checkpoint, a model that the layout cannot hold, or one that answers otherwise.
+        CheckpointError: the folder is not a checkpoint, the layout cannot hold the model, or results differ.
     """
     checkpoint, folder = whole_model(checkpoint), Path(folder)
     check_new_folder(folder)
@@ -181,7 +182,7 @@ def _write_own(
     max_shard_size: str,
     bits: int,
 ) -> Exported:
-    """Write our layout, quantised in place first where that is asked for, and compare."""
+    """Write the tinyllava layout, quantised first if requested, and compare."""
     for config in (model.config.text_config, model.config.vision_config):
         config.name_or_path = ""  # the folder of somebody's machine
     measured, tensors = "", None
@@ -190,8 +191,8 @@ def _write_own(
         quantise_language_model(model, bits)
         difference = float((example_logits(model, processor) - expected).abs().max())
         measured = (
-            f"language model in {bits} bits; largest difference of a logit {difference:.2g} (the logits' "
-            f"standard deviation is {float(expected.std()):.2g})"
+            f"language model in {bits} bits; largest logit difference {difference:.2g} (standard "
+            f"deviation of the logits: {float(expected.std()):.2g})"
         )
         held = save_quantised(model, folder / QUANTISED_FILE)
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in held}
@@ -216,7 +217,7 @@ def _write_gguf(
 
 
 def _refuse_before_loading(checkpoint: Path, layout: Layout) -> None:
-    """Look at the config alone.
+    """Check only the config.
 
     Raises:
         MissingExtraError: a package that writes the layout is not installed.
@@ -236,7 +237,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may writ
 
 
 def check_repository(repository: str) -> None:
-    """Say before long work when a repository's name cannot be one, or nobody is logged in.
+    """Fail before long work if a repository's name is invalid, or no user is logged in.
 
     Raises:
         CheckpointError: not of the form owner/name, characters that the hub does not allow, or no token.
@@ -252,7 +253,7 @@ def check_repository(repository: str) -> None:
 
 
 def push(folder: Path, repository: str, *, private: bool = False, message: str = "Upload model") -> str:
-    """Make the repository if it is not there, upload a folder in one commit, and return its address.
+    """Create the repository if needed, upload a folder in one commit, and return its URL.
 
     Raises:
         CheckpointError: not logged in, not allowed, or no connection.

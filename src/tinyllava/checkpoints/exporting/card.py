@@ -1,6 +1,6 @@
-"""The model card: what the model is made of and under which licences, how it was trained, what it scored.
+"""The model card: the parts of a model and their licences, its training, and its scores.
 
-Everything in it comes from files beside the checkpoint: config.json, run.json, import.json and results.json.
+All of it comes from files next to the checkpoint: config.json, run.json, import.json and results.json.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,9 +23,13 @@ from tinyllava.parts.resolve import known_parts
 from tinyllava.parts.vision import VISION_ENCODERS, VisionEncoder
 
 _UNKNOWN = "not recorded"
+_FORMATS = (
+    "`tinyllava export` can write the model in these formats. Agreement is the largest difference between "
+    "the export and the original checkpoint on an example prompt.\n\n"
+)
 _SUMMARY = (
-    "A small multimodal model that answers questions about images: vision encoder, connector, small "
-    "language model (TinyLLaVA, arXiv:2402.14289)."
+    "A small multimodal model that answers questions about images. It consists of a vision encoder, a "
+    "connector and a small language model (TinyLLaVA, arXiv:2402.14289)."
 )
 _USE = {
     "llava": """```python
@@ -33,7 +37,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 model = LlavaForConditionalGeneration.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}")
-content = [{{"type": "image", "path": "image.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
+content = [{{"type": "image", "path": "image.jpg"}}, {{"type": "text", "text": "What is in the image?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True,
     return_tensors="pt",
@@ -51,7 +55,7 @@ import {{ AutoProcessor, AutoModelForImageTextToText, load_image }} from "@huggi
 
 const processor = await AutoProcessor.from_pretrained("{name}");
 const model = await AutoModelForImageTextToText.from_pretrained("{name}");
-const content = [{{ type: "image" }}, {{ type: "text", text: "What is in the picture?" }}];
+const content = [{{ type: "image" }}, {{ type: "text", text: "What is in the image?" }}];
 const messages = [{{ role: "user", content }}];
 const prompt = processor.apply_chat_template(messages, {{ add_generation_prompt: true }});
 const inputs = await processor(await load_image("image.jpg"), prompt);
@@ -60,29 +64,30 @@ const answer = output.slice(null, [inputs.input_ids.dims.at(-1), null]);
 console.log(processor.batch_decode(answer, {{ skip_special_tokens: true }})[0]);
 ```
 
-`onnx/vision_encoder` takes the pixels of an image of any size as they are (`[1, 3, height, width]`, RGB,
-0 to 255): padding, resizing and normalising are in the graph. Scale images longer than 4096 pixels to that
-side first, and put transparent images on a background. Give images of different sizes one by one. OpenVINO
-opens the graphs too; set `INFERENCE_PRECISION_HINT` to `f32`, or it computes in 16 bits on some CPUs.""",
+`onnx/vision_encoder` takes the raw pixels of an image of any size (`[1, 3, height, width]`, RGB, 0 to 255).
+The graph pads, resizes and normalises them. Scale images down to at most 4096 pixels a side first, and put
+transparent images on a background. Pass images of different sizes one at a time. OpenVINO can run the graphs
+too. Set its `INFERENCE_PRECISION_HINT` to `f32`, because it computes in 16 bits on some CPUs otherwise.""",
     "web": """```console
 {fetch}$ python -m http.server --bind 127.0.0.1 --directory {folder} 8000
 ```
 
-Open http://127.0.0.1:8000 in a browser. Any web server will do. Nothing is loaded from elsewhere, and
-images and questions stay on the device. WebGPU is used where the browser has it and it answers the
-example as at the export, WebAssembly otherwise (`?device=wasm` chooses it).""",
+Open http://127.0.0.1:8000 in a browser. Any web server works. The page loads nothing from other sites, and
+images and questions stay on the device. The page uses WebGPU if the browser supports it and if it gives the
+same answer to a built-in example as the exported model. Otherwise it uses WebAssembly. `?device=wasm` forces
+WebAssembly.""",
     "gguf": """```console
 {fetch}$ llama-server -m {folder}/model.gguf --mmproj {folder}/mmproj.gguf --jinja
 ```""",
     "tinyllava": """```console
-{fetch}$ tinyllava chat image.jpg "What is in the picture?" --model {folder}
+{fetch}$ tinyllava chat image.jpg "What is in the image?" --model {folder}
 ```""",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What the folder of a checkpoint says of its origin."""
+    """The origin of a checkpoint, read from the files of its folder."""
 
     run: Run | None
     imported_from: str
@@ -97,7 +102,7 @@ class Provenance:
 
 
 def read_provenance(folder: Path, results: Path | None, adapter: Path | None = None) -> Provenance:
-    """Read the files beside a checkpoint.
+    """Read the files next to a checkpoint.
 
     Args:
         folder: of the checkpoint, or of the one below an adapter.
@@ -111,7 +116,9 @@ def read_provenance(folder: Path, results: Path | None, adapter: Path | None = N
     run = run_from_json(run_file.read_text(encoding="utf-8"), str(run_file)) if run_file.is_file() else None
     imported = read_config(folder, "import.json") if import_file.is_file() else {"kind": ""}
     if "kind" not in imported:
-        raise CheckpointError(f"{import_file}: lacks 'kind', the layout of the source; import it again.")
+        raise CheckpointError(
+            f"{import_file}: has no 'kind', the layout of the source. Import the checkpoint again."
+        )
     beside = (adapter or folder) / "results.json"
     if results is None and beside.is_file():
         results = beside
@@ -155,19 +162,19 @@ def write_card(
         f"# {folder}",
         _SUMMARY,
         "## Use\n\n" + _USE[layout].format(name=name, folder=folder, fetch=fetch),
-        *([f"## Agreement\n\nCompared with the checkpoint when written: {measured}."] if measured else []),
+        *([f"## Agreement\n\nThe export was compared with the checkpoint: {measured}."] if measured else []),
         *([told] if told else []),
         "## Parts\n\n" + _parts_table(model, parts, _given_names(provenance)),
         "## Training\n\n" + _training(provenance),
         "## Scores\n\n" + _scores(provenance.results),
-        "## Formats\n\n" + _table(formats[0], formats[1:]),
+        "## Formats\n\n" + _FORMATS + _table(formats[0], formats[1:]),
         "## Licences\n\n" + _licences(provenance, parts),
     ]
     return f"---\n{_metadata(name, layout, provenance, parts)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _given_names(provenance: Provenance) -> dict[str, str]:
-    """Return what the run or the import calls encoder and language model, without anybody's folders."""
+    """Return the names of encoder and language model in the run or import, without local folders."""
     model = provenance.run.model if provenance.run else None
     if model is None:
         return provenance.names
@@ -204,7 +211,7 @@ def _parts_table(
 ) -> str:
     names = {
         "vision_encoder": model.config.vision_config.model_type,
-        "connector": f"{model.config.connector}, {model.config.num_image_tokens} image tokens an image",
+        "connector": f"{model.config.connector}, {model.config.num_image_tokens} tokens per image",
         "language_model": model.config.text_config.model_type,
     }
     rows = []
@@ -215,7 +222,7 @@ def _parts_table(
         parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
         label = _label(part) if part else _named(given.get(component, ""), names[component])
         rows.append([component.replace("_", " "), label, f"{sum(parameters.values()):,}"])
-    return _table(["part", "what it is", "parameters"], rows)
+    return _table(["part", "model", "parameters"], rows)
 
 
 def _named(name: str, family: str) -> str:
@@ -238,15 +245,15 @@ def _training(provenance: Provenance) -> str:
     told = _trained(provenance)
     if not provenance.adapter:
         return told
-    return f"{told}\n\nAfterwards merged into the weights: a {provenance.adapter}, its training {_UNKNOWN}."
+    return f"{told}\n\nA {provenance.adapter} was merged into the weights. Its training is {_UNKNOWN}."
 
 
 def _trained(provenance: Provenance) -> str:
     run = provenance.run
     if run is None:
         if provenance.imported_from:
-            return f"Imported from {provenance.imported_from}; see its publisher for data and recipe."
-        return f"{_UNKNOWN.capitalize()}: there was no run.json beside the checkpoint."
+            return f"Imported from {provenance.imported_from}. See the publisher for data and recipe."
+        return f"{_UNKNOWN.capitalize()}: the checkpoint has no run.json."
     start = Path(run.start_from)
     start_name = start.parent.name if start.name == "model" else start.name
     before = (
@@ -259,7 +266,7 @@ def _trained(provenance: Provenance) -> str:
         [
             name,
             ", ".join(_data_names(stage.data)) or _UNKNOWN,
-            "; ".join(f"{c.replace('_', ' ')} {_tuning(stage.tune(c))}" for c in COMPONENTS),
+            ", ".join(f"{c.replace('_', ' ')} {_tuning(stage.tune(c))}" for c in COMPONENTS),
             f"{stage.learning_rate:g}",
             str(stage.global_batch_size),
             stage.length,
@@ -271,13 +278,14 @@ def _trained(provenance: Provenance) -> str:
 
 
 def _data_names(data: DataConfig) -> list[str]:
-    """Return names of mixtures, or of files without the folders of somebody's machine."""
+    """Return names of mixtures, or of files without their local folders."""
     return [parse_source(record).label for record in data.records]
 
 
 def _tuning(tune: Tune) -> str:
-    detail = {"from_layer": f" {tune.first_layer}", "lora": f" of rank {tune.rank}"}.get(tune.kind, "")
-    return tune.kind.replace("_", " ") + detail
+    if tune.kind == "lora":
+        return f"LoRA of rank {tune.rank}"
+    return f"from layer {tune.first_layer}" if tune.kind == "from_layer" else tune.kind
 
 
 def _scores(results: Iterable[Result]) -> str:
@@ -312,9 +320,9 @@ def _licences(provenance: Provenance, parts: dict[str, VisionEncoder | LanguageM
             rows += [[f"data: {data}", licence] for data, licence in (known or {name: _UNKNOWN}).items()]
     rows += [[f"data: {data}", licence] for data, licence in provenance.licences.get("", {}).items()]
     if "" not in provenance.licences and (provenance.imported_from or (run and run.start_from)):
-        rows.append(["the checkpoint that it came from, and its data", _UNKNOWN])
+        rows.append(["the source checkpoint and its data", _UNKNOWN])
     unique = list(dict.fromkeys(map(tuple, rows)))
-    note = "The model is a work made from all of these; each licence binds whoever uses it."
+    note = "The model is derived from all of these. Each of their licences applies to its use."
     return _table(["part or data", "licence"], [list(row) for row in unique]) + f"\n\n{note}"
 
 

@@ -1,4 +1,4 @@
-"""Hold an exported folder against the model: the same prompt, the same pixels, the same logits."""
+"""Compare an exported folder with the model: the same prompt, the same pixels, the same logits."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def compare_with_stock(
         )
         stock_processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: transformers does not open what was written: {error}") from error
+        raise CheckpointError(f"{folder}: transformers cannot open the exported folder: {error}") from error
     for fault in ("missing_keys", "unexpected_keys"):
         if report[fault]:
             raise CheckpointError(f"{folder}: {fault.replace('_', ' ')}: {', '.join(sorted(report[fault]))}.")
@@ -96,9 +96,10 @@ def compare_with_run(
     except CheckpointError as error:
         why = str(error).partition("not exported: ")[2]
         raise CheckpointError(
-            f"{adapters} on the given base is not {own}, the model of their run: {why} Give the checkpoint "
-            f"that the stage {stage.name!r} started from as --base, or export {own} itself (adapters on 4 or "
-            "8 bits, and adapters of two components, are whole only there)."
+            f"{adapters} on the given base differs from {own}, the model of the same run: {why} Give the "
+            "checkpoint "
+            f"that the stage {stage.name!r} started from as --base, or export {own} itself (it is the only "
+            "complete form for adapters on 4 or 8 bits and for adapters of two components)."
         ) from error
 
 
@@ -140,8 +141,8 @@ def _compare_logits(model: Any, other: Any, inputs: Any, folder: Path) -> float:
 def _require_same(what: str, expected: Tensor, found: Tensor, tolerance: float, folder: Path) -> float:
     if expected.shape != found.shape:
         raise CheckpointError(
-            f"{folder}: not exported: {what} have shape {tuple(found.shape)} there, "
-            f"{tuple(expected.shape)} here."
+            f"{folder}: not exported: {what} have shape {tuple(found.shape)} in the export, "
+            f"{tuple(expected.shape)} in the checkpoint."
         )
     difference = float((expected.double() - found.double()).abs().max())
     if not difference <= tolerance:

@@ -1,6 +1,7 @@
-"""Which formats a model can go into, or why not, and the table that says so with sizes.
+"""Which formats can hold a model, or why not, and the table of formats with their sizes.
 
-The reasons are those of the modules that write the formats: what refuses a model also fills every table.
+The reasons come from the modules that write the formats. The same reasons reject an export and fill every
+table.
 """
 
 import math
@@ -71,7 +72,8 @@ def refuse_what_does_not_fit(config: TinyLlavaConfig, layout: Layout) -> None:
         lines = "\n".join(f"  - {reason}" for reason in reasons)
         raise CheckpointError(
             f"{_READERS.get(layout, 'ONNX')} cannot hold this model:\n{lines}\n"
-            "`--format tinyllava` writes the layout that can; `tinyllava export DIR --formats` lists all."
+            "Use `--format tinyllava`, which can hold every model. `tinyllava export DIR --formats` lists "
+            "all formats."
         )
 
 
@@ -91,7 +93,7 @@ def format_rows(config: TinyLlavaConfig, written: Layout, agreement: str) -> lis
 
 
 def part_rows() -> list[list[str]]:
-    """Return which formats take each part of the tables, beside parts that all formats take.
+    """Return which formats support each part of the tables, if all other parts are supported.
 
     Parts to which the same applies share a row.
     """
@@ -137,7 +139,7 @@ def _config_of(encoder: VisionEncoder, connector: str, language: LanguageModel) 
 
 
 def fault_of(config: TinyLlavaConfig, layout: Layout) -> str:
-    """Return on what an export depends that is tried rather than known."""
+    """Return the condition of an export that only a trial decides; empty if there is none."""
     return EXTRA_CHECK.get(config.vision_config.model_type, "") if layout == "gguf" else ""
 
 
@@ -171,7 +173,7 @@ class Format:
 
     @property
     def size(self) -> str:
-        """The size in words, empty for what cannot be."""
+        """The size in words, empty if the format is not possible."""
         size = f"{self.num_bytes / 1e6:,.1f} MB" if not self.reasons else ""
         return f"about {size}" if size and self.agreement == NOT_MEASURED else size
 
@@ -204,8 +206,8 @@ def _condition(config: TinyLlavaConfig, layout: Layout) -> str:
     if not missing:
         return fault_of(config, layout)
     if layout == "gguf":
-        return "to compare it: pip install 'tinyllava[gguf]'"
-    return "with pip install 'tinyllava[onnx]'"
+        return "not compared without pip install 'tinyllava[gguf]'"
+    return "after pip install 'tinyllava[onnx]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +222,7 @@ class _Tensor:
 
 
 def _read_shapes(folder: Path) -> Iterator[_Tensor]:
-    """Yield what the heads of a checkpoint's weight files say."""
+    """Yield the tensors in the headers of a checkpoint's weight files."""
     item_bytes = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:

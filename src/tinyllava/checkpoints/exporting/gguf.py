@@ -1,9 +1,9 @@
-"""Write a model as a pair of GGUF files for llama.cpp and what is built on it: language model and mmproj.
+"""Write a model as a pair of GGUF files (language model and mmproj) for llama.cpp and programs built on it.
 
-The format and the names of its tensors are llama.cpp's; whether they mean the same there as here is measured
-(llama_cpp.py), never assumed. SigLIP with the two-layer MLP is projector type ``janus_pro``: it runs every
-layer that is stored, and pads with SigLIP's mean. CLIP is type ``mlp``.
-Differs: llama.cpp's GELU in the connector is the tanh form, ours is exact.
+The format and its tensor names are llama.cpp's. Whether they have the same meaning is measured in
+llama_cpp.py, not assumed. SigLIP with the two-layer MLP is projector type ``janus_pro``, which runs every
+stored layer and pads with SigLIP's mean. CLIP is type ``mlp``.
+Differs: the GELU of llama.cpp's connector is the tanh approximation, and this package's is exact.
 """
 
 import json
@@ -95,19 +95,17 @@ _FILE_TYPES = {
 
 
 def reasons_against_gguf(config: TinyLlavaConfig) -> list[str]:
-    """Return for what in a model llama.cpp has no operations; nothing if it has all."""
+    """Return why llama.cpp cannot compute a model; empty if it can."""
     text, vision = config.text_config, config.vision_config
     reasons = [*_text_reasons(config, text)]
     if config.connector != "mlp" or (config.connector_options or {}).get("depth", 2) != 2:
-        reasons.append(f"connector {config.connector!r}: only the two-layer MLP fits")
+        reasons.append(f"connector {config.connector!r}: llama.cpp supports only the two-layer MLP")
     if config.encoder_kind == "cnn" or vision.model_type not in CONNECTOR_LAYERS:
-        reasons.append(f"encoder {vision.model_type!r}: only SigLIP and CLIP fit")
+        reasons.append(f"encoder {vision.model_type!r}: llama.cpp supports only SigLIP and CLIP")
     elif config.num_prefix_tokens != (prefix := int(vision.model_type == "clip_vision_model")):
-        reasons.append(
-            f"{config.num_prefix_tokens} of the encoder's first tokens are dropped: llama.cpp drops {prefix}"
-        )
+        reasons.append(f"{config.num_prefix_tokens} prefix tokens are dropped: llama.cpp drops {prefix}")
     elif vision.hidden_act not in GELUS:
-        reasons.append(f"the encoder's activation {vision.hidden_act!r}: it has {', '.join(GELUS)}")
+        reasons.append(f"encoder activation {vision.hidden_act!r}: llama.cpp supports {', '.join(GELUS)}")
     return reasons
 
 
@@ -130,21 +128,22 @@ def bytes_in_gguf(shape: Sequence[int], kind: str, *, is_text: bool, is_table: b
 
 def _text_reasons(config: TinyLlavaConfig, text: Any) -> Iterator[str]:
     if text.model_type not in ARCHITECTURES:
-        yield f"language model {text.model_type!r}: only {', '.join(ARCHITECTURES)} are written"
+        yield f"language model {text.model_type!r}: the GGUF export supports {', '.join(ARCHITECTURES)}"
         return
     if config.lm_head_bias and text.model_type != "phi":
-        yield f"the head's bias: {text.model_type!r} has none there"
+        yield f"bias of the output head: llama.cpp has none for {text.model_type!r}"
     for name in ("qk_layernorm", "use_parallel_residual", "use_sliding_window"):
         if getattr(text, name, False):
-            yield f"{name} of {text.model_type!r}"
+            yield f"{name} of {text.model_type!r}: not supported by llama.cpp"
     if (text.model_type == "stablelm" or text.model_type == "phi") and config.tie_word_embeddings:
-        yield f"a head that shares the embedding of {text.model_type!r}"
+        yield f"an output head that shares the embedding of {text.model_type!r}: not supported by llama.cpp"
     kind = (text.rope_parameters or {}).get("rope_type", "default")
     if kind != "default" and not (kind in ("linear", "llama3") and text.model_type == "llama"):
-        yield f"rotary embedding of type {kind!r} in {text.model_type!r}"
+        yield f"rotary embedding of type {kind!r} in {text.model_type!r}: not supported by llama.cpp"
     expected = {"phi": ("gelu_new",), "gemma": ("gelu_pytorch_tanh", "gelu")}.get(text.model_type, ("silu",))
     if text.hidden_act not in expected:
-        yield f"activation {text.hidden_act!r}: {text.model_type!r} has {' or '.join(expected)} there"
+        allowed = " or ".join(expected)
+        yield f"activation {text.hidden_act!r}: llama.cpp supports {allowed} for {text.model_type!r}"
 
 
 def write_gguf(
@@ -154,7 +153,7 @@ def write_gguf(
     name: str,
     quantized: Quantized,
 ) -> None:
-    """Write both files, and round the model's weights to what was written.
+    """Write both files, and round the model's weights to the written values.
 
     Matrices of the language model are written as ``quantized``; with 4 bits, embedding and head have 8. Those
     of encoder and connector have at least 16, vectors and the patch embedding 32.
@@ -232,7 +231,7 @@ def _text_tensors(model: TinyLlavaForConditionalGeneration) -> Iterator[tuple[st
 def _known(names: dict[str, str], here: str, tensor: str) -> str:
     if here not in names:
         raise CheckpointError(
-            f"tensor {tensor!r}: llama.cpp has no place for it; `--format tinyllava` keeps it."
+            f"tensor {tensor!r}: llama.cpp has no counterpart for it. Use `--format tinyllava`."
         )
     return names[here]
 
@@ -295,7 +294,7 @@ def _write_mmproj(
 def _add_settings(
     writer: gguf.GGUFWriter, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor
 ) -> None:
-    """Add what llama.cpp has no words for and an import needs to make the same model again."""
+    """Add the settings that llama.cpp does not have but an import needs to rebuild the same model."""
     values = {
         "chat_template": processor.chat_template,
         "image_processor": json.loads(processor.image_processor.to_json_string()),

@@ -1,4 +1,4 @@
-"""What a GGUF file says about text: tokens, how a text is split into them, and the chat template."""
+"""The text part of a GGUF file: tokens, the rules that split text into them, and the chat template."""
 
 import json
 from typing import Any
@@ -48,7 +48,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, processor: TinyLlavaProcessor, num_ro
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
     if pipeline["model"]["type"] != "BPE":
         raise CheckpointError(
-            f"tokenizer of type {pipeline['model']['type']!r}: only BPE is written as GGUF."
+            f"tokenizer of type {pipeline['model']['type']!r}: the GGUF export supports only BPE."
         )
     merges = [m if isinstance(m, str) else " ".join(m) for m in pipeline["model"]["merges"]]
     tokens, types = _tokens(tokenizer, pipeline, num_rows)
@@ -73,7 +73,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, processor: TinyLlavaProcessor, num_ro
 def _tokens(tokenizer: Any, pipeline: dict[str, Any], num_rows: int) -> tuple[list[str], list[int]]:
     known = {number: token for token, number in tokenizer.get_vocab().items()}
     if max(known) >= num_rows:
-        raise CheckpointError(f"the tokenizer has token {max(known)}, the embedding {num_rows} rows.")
+        raise CheckpointError(
+            f"the tokenizer has token {max(known)}, but the embedding has only {num_rows} rows."
+        )
     added = {token["id"]: token["special"] for token in pipeline["added_tokens"]}
     has_bytes = bool(pipeline["model"].get("byte_fallback"))
     tokens, types = [], []
@@ -120,8 +122,8 @@ def _name_split(pipeline: dict[str, Any]) -> str:
     if kinds == ("Split", "ByteLevel") and pattern in _SPLITS:
         return _SPLITS[pattern]
     raise CheckpointError(
-        f"the tokenizer splits texts by {pattern or kinds!r}: llama.cpp has no name for this rule that is "
-        f"known here ({', '.join([*_BYTE_LEVEL.values(), *_SPLITS.values()])})."
+        f"the tokenizer splits texts by {pattern or kinds!r}: the GGUF export does not support this "
+        f"rule (supported: {', '.join([*_BYTE_LEVEL.values(), *_SPLITS.values()])})."
     )
 
 
@@ -137,8 +139,8 @@ def template_there(processor: TinyLlavaProcessor) -> str:
     head, found, tail = template.partition(_STRING)
     if not found:
         raise CheckpointError(
-            "the chat template reads no plain text (content is string), and llama.cpp gives it nothing else; "
-            "give the model one of the templates that `tinyllava show templates` lists."
+            "the chat template does not accept plain text (content is string), which is all that llama.cpp "
+            "passes. Give the model one of the templates that `tinyllava show templates` lists."
         )
     calls = "{%- if content is string and '<__media_' in content -%}{{- said_there(content) -}}"
     return said + head + calls + "{%- elif content is string -%}" + tail

@@ -1,11 +1,11 @@
-"""The three graphs of an exported model, as modules that torch traces: images, tokens, decoder.
+"""The three graphs of an exported model, as modules that torch traces: images, tokens and decoder.
 
-The image graph takes the pixels of an image of any size, 0-255, and does what the image processor does:
-padding, Pillow's resize, centre crop, rescaling and normalisation. So every runtime feeds the encoder the
-same values, however its own image library resizes.
-Sums are of whole numbers that single precision holds exactly. Their weights need more: doubles, or whole
-numbers of 64 bits for browsers, whose runtime has no doubles (OpenVINO, in turn, cuts 64 bits to 32).
-Source: the fixed-point arithmetic is that of Pillow's ``ImagingResample`` for 8-bit images.
+The image graph takes the pixels (0-255) of an image of any size and repeats the image processor's steps:
+padding, Pillow's resize, centre crop, rescaling and normalisation. The encoder therefore gets the same values
+in every runtime, whatever image library the runtime uses.
+Sums are whole numbers that single precision holds exactly. Their weights need more: doubles, or 64-bit
+integers for browsers, whose runtime has no doubles. (OpenVINO truncates 64-bit integers to 32 bits.)
+Source: the fixed-point arithmetic of Pillow's ``ImagingResample`` for 8-bit images.
 """
 
 from collections.abc import Callable

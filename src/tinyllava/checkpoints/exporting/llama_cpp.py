@@ -1,8 +1,8 @@
-"""Hold a pair of GGUF files against the model: the same prompts in llama.cpp, the same log-probabilities.
+"""Compare a pair of GGUF files with the model: the same prompts in llama.cpp, the same log-probabilities.
 
-Two prompts: a text as llama.cpp's server would take it from anybody, rendered by the template in the file and
-split by the tokens in the file; and a question about an image of the encoder's own size, which nothing
-resizes.
+There are two prompts. One is text, as a client sends it to llama.cpp's server: the template in the file
+renders it, and the tokens in the file split it. The other is a question about an image of the encoder's own
+size, so that nothing resizes it.
 """
 
 import json
@@ -46,10 +46,9 @@ weights have to agree in 16 bits, and the distribution of the next token has to 
 LARGEST_DIVERGENCE = 0.1
 """Kullback-Leibler divergence in nats that activations of 8 bits explain; largest measured: 0.016."""
 _CLIP_FAULTS = (
-    " CLIP in llama.cpp: the class token is put behind the patches (ggml-org/llama.cpp #25814, fix #25844) "
-    "and one layer fewer is run (#25817, fix #25845). Once the installed llama.cpp (`pip install -U "
-    "xllamacpp`) has both fixes, this export goes through; until then use a SigLIP encoder, or "
-    "`--format llava`."
+    " llama.cpp puts the class token of CLIP after the patches (ggml-org/llama.cpp #25814, fix #25844) "
+    "and runs one layer too few (#25817, fix #25845). The export works once the installed llama.cpp "
+    "(`pip install -U xllamacpp`) has both fixes. Until then use a SigLIP encoder, or `--format llava`."
 )
 
 
@@ -88,8 +87,8 @@ def write_and_compare(
     can_compare = find_spec("xllamacpp") is not None
     if is_clip and not can_compare:
         raise CheckpointError(
-            "CLIP is written for llama.cpp only when it can be compared there: `pip install tinyllava[gguf]`."
-            + _CLIP_FAULTS
+            "CLIP is exported for llama.cpp only if it can be compared in llama.cpp: `pip install "
+            "tinyllava[gguf]`." + _CLIP_FAULTS
         )
     image = example_image(processor.image_size_px, processor.image_size_px)
     original = _our_logprobs(model, processor, image) if can_compare else []
@@ -153,7 +152,7 @@ def _find_divergence(ours: Logprobs, theirs: Logprobs) -> str:
             return (
                 f"after a prompt with {what}, the next token's distribution in llama.cpp diverges by "
                 f"{divergence:.3g} nats (allowed: {LARGEST_DIVERGENCE:g}), although the same weights agree "
-                "in 16 bits: this model is not exact with activations of 8 bits. Use --quantize f16."
+                "in 16 bits. This model is not exact with 8-bit activations. Use --quantize f16."
             )
     return ""
 
@@ -183,7 +182,7 @@ def _our_logprobs(
 def _their_logprobs(
     folder: Path, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor, image: Image.Image
 ) -> list[np.ndarray[Any, Any]]:
-    """Return what llama.cpp says to the same: a rendered text, a chat of text, a chat with the image.
+    """Return llama.cpp's log-probabilities after a rendered text, a chat of text, and a chat with the image.
 
     Raises:
         CheckpointError: it ends with an error.
@@ -236,31 +235,35 @@ def describe_gguf(processor: TinyLlavaProcessor, quantized: Quantized, agreement
     colour = "rgb({}, {}, {})".format(*processor.mean_colour)
     if agreement is None:
         measured = (
-            "Not measured: `xllamacpp` was not installed. `pip install tinyllava[gguf]` and export again to "
-            "compare the files with the model in llama.cpp."
+            "Not measured, because `xllamacpp` was not installed. To compare the files with the model in "
+            "llama.cpp, run `pip install tinyllava[gguf]` and export again."
         )
     else:
         measured = (
-            f"Weights: {quantized}. Largest difference of a log-probability, over the whole vocabulary after "
-            f"one prompt, measured in llama.cpp (xllamacpp {agreement.version}) with a 32-bit cache:\n\n"
-            "| llama.cpp against | text | text and an image |\n| --- | --- | --- |\n"
+            f"The weights are {quantized}. The table has the largest difference of a log-probability over "
+            "the whole "
+            f"vocabulary after one prompt, measured in llama.cpp (xllamacpp {agreement.version}) with a "
+            "32-bit "
+            "cache:\n\n| llama.cpp compared with | text | text and an image |\n| --- | --- | --- |\n"
             f"| tinyllava with the same rounded weights | {agreement.text:.2g} | {agreement.image:.2g} |\n"
             f"| the model before rounding | {agreement.text_rounding:.2g} | "
             f"{agreement.image_rounding:.2g} |\n\n"
-            "llama.cpp's default cache has 16 bits and adds to these."
+            "llama.cpp's default 16-bit cache increases these differences."
         )
     shaped = (
-        f"The model was trained on images padded to a square with {colour} first and resized then."
+        f"The model was trained on images that were first padded to a square with {colour} and then resized."
         if processor.image_aspect == "pad"
         else "The model was trained on images resized or cropped to a square without padding."
     )
     images = (
-        f"{shaped} llama.cpp resizes first and pads then, which changes answers about images that are not "
-        f"square. For exact answers send square images that were prepared so, best at {side} x {side} pixels."
+        f"{shaped} llama.cpp first resizes and then pads, which changes answers about images that are not "
+        f"square. For exact answers, prepare square images in the same way, ideally at {side} x {side} "
+        "pixels."
     )
     ollama = (
-        "`ollama create NAME -f Modelfile` reads both files. The Modelfile was made from the chat template "
-        "and was not run in Ollama. Ollama puts the image straight in front of the question; the model "
-        "was trained with a line break between them, so begin a question about an image with one."
+        "`ollama create NAME -f Modelfile` reads both files. The Modelfile was generated from the chat "
+        "template "
+        "and was not tested in Ollama. Ollama puts the image directly before the question, but the model "
+        "was trained with a line break between them. Start a question about an image with a line break."
     )
     return f"## Agreement\n\n{measured}\n\n## Images\n\n{images}\n\n## Ollama\n\n{ollama}"

@@ -1,9 +1,9 @@
-"""Ask llama.cpp for the log-probabilities of every token of its vocabulary, in a process of its own.
+"""Get the log-probabilities of llama.cpp's whole vocabulary, in a separate process.
 
-llama.cpp ends its process over a file that it does not like; the exporting one must not go with it. Run as a
-script with a JSON request on standard input: {model, mmproj, output, num_threads, context, num_rows,
-next_token, questions}, each question a list of chat messages or a text. Written to ``output``: one list of
-log-probabilities a question.
+llama.cpp ends its process if it cannot open a file, and the exporting process must survive that. Run this
+file as a script with a JSON request on standard input: {model, mmproj, output, num_threads, context,
+num_rows, next_token, questions}. Each question is a text or a list of chat messages. The script writes one
+list of log-probabilities per question to ``output``.
 """
 
 import json

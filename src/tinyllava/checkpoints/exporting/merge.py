@@ -1,4 +1,4 @@
-"""Open a checkpoint of ours, or merge an adapter that peft saved into the one that it was trained on."""
+"""Open a checkpoint, or merge an adapter saved by peft into the checkpoint that it was trained on."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ def open_merged(
     wrong = sorted(stored.keys() ^ taken.keys())
     if wrong:
         raise CheckpointError(
-            f"{folder}: adapter tensors without a counterpart in {base}: {', '.join(wrong)}."
+            f"{folder}: adapter tensors without a counterpart in {base}: {', '.join(wrong)}. Give the "
+            "checkpoint that it was trained on: --base DIR."
         )
     merged: TinyLlavaForConditionalGeneration = adapted.merge_and_unload()
     merged.requires_grad_(False)
@@ -59,7 +60,7 @@ def fold_image_scale(model: TinyLlavaForConditionalGeneration) -> None:
 
 
 def base_of(folder: Path, base: str | Path | None) -> Path:
-    """Return the checkpoint below an adapter, or the folder itself where it is a checkpoint.
+    """Return the base checkpoint of an adapter, or the folder itself if it is a checkpoint.
 
     Args:
         base: as a user names it; None takes the one that the adapter names.
@@ -70,7 +71,7 @@ def base_of(folder: Path, base: str | Path | None) -> Path:
     if not (folder / "adapter_config.json").is_file():
         if base is not None:
             raise CheckpointError(
-                f"--base {base}: {folder} is not an adapter (no adapter_config.json); leave out --base."
+                f"--base {base}: {folder} is not an adapter (no adapter_config.json). Remove --base."
             )
         check_checkpoint(folder)
         return folder
@@ -83,12 +84,10 @@ def _named_base(folder: Path) -> str:
     """Return the checkpoint that an adapter says it was trained on."""
     base = read_config(folder, "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise CheckpointError(
-            f"{folder}: the adapter does not name the checkpoint below it; give --base DIR."
-        )
+        raise CheckpointError(f"{folder}: the adapter does not name its base checkpoint. Give --base DIR.")
     if not Path(base).is_dir():
         raise CheckpointError(
-            f"{folder}: the adapter was trained on {base}, which is not here; give its folder: --base DIR."
+            f"{folder}: the adapter was trained on {base}, which does not exist. Give its folder: --base DIR."
         )
     return base
 
@@ -101,6 +100,6 @@ def _check_adapter(folder: Path, base: Path) -> None:
         raise CheckpointError(f"{weights}: {why}.")
     if base.name == "model" and base.resolve().parent in folder.resolve().parents:
         raise CheckpointError(
-            f"{folder}: {base} is the result of the same run and has these adapters merged in already; "
-            "export it as it is, or give the checkpoint that they were trained on: --base DIR."
+            f"{folder}: {base} is the result of the same run and already contains these adapters. "
+            "Export it without them, or give the checkpoint that they were trained on: --base DIR."
         )

@@ -57,13 +57,13 @@ class Agreement:
     def __str__(self) -> str:
         """Return it in one line."""
         return (
-            f"largest difference of a logit {self.largest_difference:.2g} (the logits' standard deviation is "
-            f"{self.deviation:.2g}); most likely token equal at {self.num_equal} of {self.num_tokens} steps"
+            f"largest logit difference {self.largest_difference:.2g} (standard deviation of the logits: "
+            f"{self.deviation:.2g}); same most likely token at {self.num_equal} of {self.num_tokens} steps"
         )
 
 
 def reasons_against_onnx(config: TinyLlavaConfig) -> list[str]:
-    """Return why the graphs would not compute what a model does; nothing if they would."""
+    """Return why the graphs would not compute the same as a model; empty if they would."""
     text: Any = config.text_config
     other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
@@ -71,7 +71,7 @@ def reasons_against_onnx(config: TinyLlavaConfig) -> list[str]:
     if not other and not (window and window < limit):
         return []
     what = f"layers of kind {', '.join(other)}" if other else f"a window of {window} tokens"
-    return [f"language model {text.model_type!r} has {what}: the graph has full attention only"]
+    return [f"language model {text.model_type!r} has {what}: the graph supports only full attention"]
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def write_onnx(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what torch and onnxruntime say while they write: the graphs are compared afterwards."""
+    """Suppress messages of torch and onnxruntime, because the graphs are compared afterwards."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -191,7 +191,7 @@ def _describe_graphs(
 
 
 def _save(graph: Any, path: Path, *, quantized: bool) -> None:
-    """Write a graph, its weights in a file beside it (``.onnx_data``) where one file would be too large."""
+    """Write a graph. If one file would be too large, its weights are in a second one (``.onnx_data``)."""
     import onnx_ir
 
     if quantized:
@@ -221,7 +221,7 @@ def _write_configs(
     processor: TinyLlavaProcessor,
     precision: Precision,
 ) -> None:
-    """Write what transformers.js reads beside the graphs."""
+    """Write the files that transformers.js reads next to the graphs."""
     config = model.config
     text = {**config.text_config.to_dict(), "_name_or_path": ""}
     heads = text.setdefault("num_key_value_heads", text["num_attention_heads"])
@@ -284,7 +284,7 @@ def _raw(image: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Reference:
-    """What the model itself computes."""
+    """The results of the model itself."""
 
     sequence: Tensor
     """[1, N]: the prompt, and a greedy answer."""
@@ -354,7 +354,7 @@ class OpenGraphs:
                 for name in names
             )
         except Exception as error:  # onnxruntime's errors have no base of their own
-            raise CheckpointError(f"onnxruntime does not open what was written: {error}") from error
+            raise CheckpointError(f"onnxruntime cannot open the exported graphs: {error}") from error
         self.image_token_id = config.image_token_id
         self.length = 0
         self.cached = {

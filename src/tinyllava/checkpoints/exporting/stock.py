@@ -1,11 +1,12 @@
 """Write a model in the layout of transformers' LlavaForConditionalGeneration, which vLLM reads too.
 
-The tensors have the names of the files on the hub (``vision_tower.vision_model.*``,
-``language_model.model.*``): every version of transformers knows them, and vLLM's encoders know no others.
-The encoder is stored cut, so ``vision_feature_layer`` is -1: transformers takes the last layer's output
-before its final norm, and vLLM builds that many layers and leaves the norm out. transformers 4 gives
-SigLIP's last layer after the norm. So SigLIP gets one layer more, of zeros, and -2 takes its input.
-The files are written so that transformers 4.57 reads them as 5 does; see ``_suit_older_versions``.
+The tensors are named as in the files on the Hub (``vision_tower.vision_model.*``,
+``language_model.model.*``). Every version of transformers reads these names, and vLLM's encoders read no
+others.
+The encoder is stored without its unused layers, so ``vision_feature_layer`` is -1. transformers takes the
+last layer's output before the final norm. vLLM builds that many layers and omits the norm. transformers 4
+returns SigLIP's last layer after the norm, so SigLIP gets one more layer, of zeros, and -2 selects its input.
+transformers 4.57 reads the files as 5 does; see ``_suit_older_versions``.
 """
 
 import json
@@ -38,16 +39,16 @@ def reasons_against_stock(config: TinyLlavaConfig, layout: str) -> list[str]:
     vision: Any = config.vision_config
     reasons = []
     if config.connector != "mlp":
-        reasons.append(f"connector {config.connector!r}: the class has the two-layer MLP only")
+        reasons.append(f"connector {config.connector!r}: LLaVA supports only the two-layer MLP")
     if config.lm_head_bias:
-        reasons.append("the head's bias (Phi-2): the class has none, and the logits would differ")
+        reasons.append("LLaVA has no bias in the output head (Phi-2), so the logits would differ")
     if config.encoder_kind == "cnn":
         what = "two fused encoders" if vision.model_type == "fused_vision" else "a CNN"
-        reasons.append(f"encoder {vision.model_type!r}: {what}, the class has one transformer")
+        reasons.append(f"encoder {vision.model_type!r}: {what}; LLaVA supports one transformer")
     elif config.num_prefix_tokens not in (0, 1):
-        reasons.append(f"{config.num_prefix_tokens} prefix tokens are dropped: the class drops 1 or none")
+        reasons.append(f"{config.num_prefix_tokens} prefix tokens are dropped: LLaVA drops 0 or 1")
     if layout == "vllm" and vision.model_type not in _VLLM_ENCODERS:
-        reasons.append(f"encoder {vision.model_type!r}: vLLM's LLaVA has {' and '.join(_VLLM_ENCODERS)}")
+        reasons.append(f"encoder {vision.model_type!r}: vLLM's LLaVA supports {' and '.join(_VLLM_ENCODERS)}")
     return reasons
 
 
@@ -65,7 +66,7 @@ def write_stock(
 
 
 def _suit_older_versions(folder: Path) -> None:
-    """Write what transformers 4 reads beside what 5 reads, and let the template alone write BOS.
+    """Add the settings that transformers 4 reads, and let only the template write BOS.
 
     Without it 4.57 takes 10000 for every rotary base and a default for the rotary part, knows no class for
     the tokenizer, and pads on the right.
@@ -141,15 +142,18 @@ def describe_versions(config: TinyLlavaConfig, difference: float) -> str:
     if text.startswith("gemma"):
         older = (
             "transformers 4 multiplies the image tokens of Gemma by the square root of its width, which "
-            "gives other answers: use transformers 5."
+            "changes the answers. Use transformers 5."
         )
     elif text in _SAME_IN_4[0] and vision in _SAME_IN_4[1]:
-        older = "transformers 4.57 computes the same: token ids, pixels and logits of this layout are tested."
+        older = (
+            "transformers 4.57 gives the same results: the project's tests compare token ids, pixels and "
+            "logits of this layout."
+        )
     else:
-        older = "Not compared in transformers 4: use transformers 5."
+        older = "This kind of model has not been tested in transformers 4. Use transformers 5."
     return (
-        f"## Agreement\n\nCompared with the checkpoint in transformers {transformers.__version__} when "
-        f"written: the largest difference of a logit is {difference:.2g}. {older}"
+        "## Agreement\n\nThe export was compared with the checkpoint in transformers "
+        f"{transformers.__version__}. The largest logit difference is {difference:.2g}. {older}"
     )
 
 

@@ -1,8 +1,8 @@
-"""Write a folder that answers in a browser: ONNX graphs, their runtime and one page, nothing from elsewhere.
+"""Write a self-contained folder that answers in a browser: ONNX graphs, their runtime and one page.
 
-The runtime is transformers.js with its WebAssembly files, taken as they are out of two pinned npm packages.
-The page answers an example first, which was answered when the folder was written: a GPU that computes
-something else is not used.
+The runtime is transformers.js with its WebAssembly files, copied unchanged from two pinned npm packages. On
+start, the page answers an example whose answer was stored at export. If a GPU gives a different answer, it is
+not used.
 """
 
 import json

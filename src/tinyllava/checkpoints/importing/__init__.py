@@ -1,4 +1,4 @@
-"""Bring in checkpoints of other layouts: Bench, Factory, LLaVA-1.5 and NeXT, stock transformers, GGUF."""
+"""Import checkpoints of other layouts: TinyLLaVABench, TinyLLaVA Factory, LLaVA, stock transformers, GGUF."""
 
 import dataclasses
 import json
@@ -28,16 +28,16 @@ _KINDS = (
 def import_checkpoint(
     source: str | Path, folder: str | Path, *, given: Given | None = None, dtype: torch.dtype | None = None
 ) -> ImportReport:
-    """Read a checkpoint of another layout and write it as ours, complete in itself.
+    """Read a checkpoint of another layout and write it as a self-contained tinyllava checkpoint.
 
     Args:
-        source: its folder, the file of a connector alone, one of two GGUF files, or its name on the hub.
+        source: its folder, a connector file, one of two GGUF files, or its name on the Hub.
         folder: where to write; it must not exist, or be empty.
-        given: local folders for the parts that the source only names, and another template.
-        dtype: type of the weights; None keeps the widest of the source's types, which loses nothing.
+        given: local folders of parts that the source only names, and a template to use instead.
+        dtype: type of the weights; None keeps the widest of the source's types, which is lossless.
 
     Raises:
-        CheckpointError: an unknown layout, a part that cannot be had, tensors left over or missing.
+        CheckpointError: the layout is unknown, a part is not available, or tensors are left over or missing.
     """
     folder, given = Path(folder), given or Given()
     check_new_folder(folder)
@@ -71,9 +71,10 @@ def read_parts(source: str | Path, given: Given) -> SourceParts:
             return parts
     model_type = config.get("model_type")
     if model_type == "tinyllava":
-        raise CheckpointError(f"{path}: is a tinyllava checkpoint already; nothing to import.")
+        raise CheckpointError(f"{path}: is already a tinyllava checkpoint and needs no import.")
     raise CheckpointError(
-        f"{path}: config.json (model_type {model_type!r}) is not of a known kind; known: {_KINDS}."
+        f"{path}: config.json has model_type {model_type!r}, which is not a known layout. Known layouts: "
+        f"{_KINDS}."
     )
 
 

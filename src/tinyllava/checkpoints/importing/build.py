@@ -1,6 +1,6 @@
-"""Build our model from a checkpoint's parts and hold every tensor to account: none left over, none made up.
+"""Build a model from the parts of a checkpoint, and account for every tensor: none left over, none invented.
 
-Paper: section 3.1. The encoder is cut at its feature layer, as ``assemble`` does; what lay above is listed.
+Paper: section 3.1. The encoder is cut at its feature layer, as in ``assemble``; cut layers are listed.
 """
 
 import re
@@ -49,7 +49,7 @@ _MOVED = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImportReport:
-    """What became of a checkpoint's tensors; saved as import.json."""
+    """What happened to the tensors of a checkpoint; saved as import.json."""
 
     kind: str
     source: str
@@ -138,8 +138,8 @@ def _widest_type(parts: SourceParts, dtype: torch.dtype | None) -> torch.dtype:
     coded = sorted(n for n, t in tensors.items() if t.dtype not in _WEIGHT_TYPES and not _is_constant(n))
     if coded:
         raise CheckpointError(
-            f"{parts.where}: {count(coded)} of type {tensors[coded[0]].dtype}, which is that of a quantised "
-            f"model; save it dequantised and import that: {', '.join(coded)}."
+            f"{parts.where}: the model is quantised: {count(coded)} of type {tensors[coded[0]].dtype} "
+            f"({', '.join(coded)}). Save it dequantised, and import that copy."
         )
     types = {tensor.dtype for name, tensor in tensors.items() if not _is_constant(name)}
     return dtype or reduce(torch.promote_types, types or {torch.float32})
@@ -179,13 +179,13 @@ def _drop_duplicate_head(parts: SourceParts, text_config: Any) -> list[str]:
     if not torch.equal(head, embedding):
         raise CheckpointError(
             f"{parts.where}: config.json ties the head to the embedding (tie_word_embeddings), but "
-            "lm_head.weight and model.embed_tokens.weight differ; correct config.json."
+            "lm_head.weight and model.embed_tokens.weight differ. Correct config.json."
         )
     return drop(parts.text, r"^lm_head\.weight$")
 
 
 def _load_encoder(parts: SourceParts, dtype: torch.dtype) -> tuple[nn.Module, VisionEncoder, list[str]]:
-    """Return the encoder cut at its feature layer, its description, and the names of what was cut."""
+    """Return the encoder cut at its feature layer, its description, and the names of removed tensors."""
     values, where = parts.vision_config, f"{parts.where}: vision encoder"
     family = str(values.get("model_type", "clip_vision_model"))
     known = [name for name, record in VISION_FAMILIES.items() if record.kind == "transformer"]
@@ -224,8 +224,8 @@ def _at_size(encoder: VisionEncoder, side_px: int, where: str) -> VisionEncoder:
     """Return the encoder at the side of its images, which may be another where positions are interpolated."""
     if not encoder.any_size and side_px != encoder.image_size_px:
         raise CheckpointError(
-            f"{where}: the image processor makes images of {side_px} pixels, the encoder takes "
-            f"{encoder.image_size_px}; give the folder of the right encoder: --vision-encoder DIR."
+            f"{where}: the image processor makes images of {side_px} pixels, but the encoder needs "
+            f"{encoder.image_size_px}. Give the folder of the right encoder: --vision-encoder DIR."
         )
     return replace(encoder, image_size_px=side_px)
 
@@ -248,7 +248,7 @@ def _load_part(auto_class: Any, config: Any, tensors: Tensors, dtype: torch.dtyp
     """Load one part with transformers' own class, which also knows the older names of tensors.
 
     Raises:
-        CheckpointError: lists every tensor that is left over, missing, or of another shape.
+        CheckpointError: lists every tensor that is left over, missing, or of the wrong shape.
     """
     try:
         with torch.device("meta"):
@@ -267,7 +267,10 @@ def _load_part(auto_class: Any, config: Any, tensors: Tensors, dtype: torch.dtyp
     # The loader's report leaves out names that its class thinks harmless; a count of numbers does not.
     num_given, num_there = sum(t.numel() for t in tensors.values()), sum(p.numel() for p in part.parameters())
     if num_given != num_there:
-        raise CheckpointError(f"{where}: {num_given:,} numbers were given and {num_there:,} have a place.")
+        raise CheckpointError(
+            f"{where}: the weights have {num_given:,} values, but the model has {num_there:,}. Compare "
+            "config.json and the weights with the publisher's."
+        )
     return part
 
 
@@ -307,7 +310,7 @@ def _load_connector(parts: SourceParts, config: TinyLlavaConfig) -> nn.Module:
         for name in given.keys() & wanted.keys()
         if given[name].shape != wanted[name].shape
     ]
-    where = f"{parts.where}: connector {found.name} (names as in tinyllava's)"
+    where = f"{parts.where}: connector {found.name} (tensor names of tinyllava)"
     _refuse_misfits(where, given.keys() - wanted.keys(), wanted.keys() - given.keys(), shapes)
     connector.load_state_dict(given, strict=True)
     return connector
@@ -322,12 +325,12 @@ def _refuse_misfits(
         CheckpointError: lists them all.
     """
     other = [f"{name} {list(given)}, not {list(wanted)}" for name, given, wanted in shapes]
-    faults = {"without a place in the model": left, "missing": missing, "of another shape": other}
+    faults = {"without a counterpart in the model": left, "missing": missing, "of the wrong shape": other}
     told = [f"{count(n)} {what}: {', '.join(n)}" for what, names in faults.items() if (n := sorted(names))]
     if told:
         raise CheckpointError(
-            f"{where}: config.json and weights do not fit each other: {'; '.join(told)}. Compare both files "
-            "with the publisher's; if they are the same, the import does not know this form of the layout."
+            f"{where}: config.json and the weights do not match: {'; '.join(told)}. Compare both files with "
+            "the publisher's. If they are the same, the import does not support this variant."
         )
 
 
@@ -351,8 +354,9 @@ def _describe(
     config = make_config(found, vision_tower.config, llm, tokenizer)
     if parts.image_token_id not in (None, config.image_token_id):
         raise CheckpointError(
-            f"{parts.where}: config.json says that <image> is token {parts.image_token_id}, the tokenizer "
-            f"says {config.image_token_id}; give the folder with the right tokenizer: --language-model DIR."
+            f"{parts.where}: <image> is token {parts.image_token_id} in config.json, but "
+            f"{config.image_token_id} in the tokenizer. Give the folder with the right tokenizer: "
+            "--language-model DIR."
         )
     return config
 
@@ -376,7 +380,7 @@ def _take_constants(tensors: Tensors) -> Tensors:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what an error of a library says, on one line."""
+    """Return the message of a library's error on one line."""
     return " ".join(str(error).split())
 
 
@@ -391,5 +395,5 @@ def _check_constants(constants: Tensors, llm: nn.Module, where: str) -> None:
             or not torch.allclose(flat, expected.float(), rtol=1e-2)
         ):
             raise CheckpointError(
-                f"{where}: {name} is not what the model computes; config.json does not fit."
+                f"{where}: the stored constant {name} does not match config.json. Download both again."
             )

@@ -1,7 +1,7 @@
-"""The published connectors as ours: which of ours each is, with which options, and its tensors' new names.
+"""Match published connectors to this package's: the name, the options, and the new tensor names of each.
 
-Differs: two of theirs lack a layer that ours has, where ours is the more general one; that layer is filled in
-so that it changes nothing, and the report names it.
+Differs: two published connectors lack a layer of the more general connector here. That layer is filled in so
+that it changes nothing, and the report names it.
 """
 
 import re
@@ -43,7 +43,7 @@ _BERT_HEAD_WIDTH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A connector of ours that computes what the source's does."""
+    """The connector of this package that computes the same as the source's."""
 
     name: str
     options: dict[str, int] = field(default_factory=dict)
@@ -64,7 +64,7 @@ def name_connector(kind: str, tensors: Tensors, where: str) -> Found:
     if kind in ("linear", "mlp1x_gelu"):
         return Found(name="linear", tensors=_rename_starts(tensors, _LINEAR))
     raise CheckpointError(
-        f"{where}: its connector {kind!r} does not exist here; importable: linear, mlp1x_gelu, mlp2x_gelu, "
+        f"{where}: connector {kind!r} cannot be imported; allowed: linear, mlp1x_gelu, mlp2x_gelu, "
         "resampler, and TinyLLaVA Factory's qformer."
     )
 

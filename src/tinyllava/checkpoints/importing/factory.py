@@ -1,7 +1,7 @@
-"""TinyLLaVA Factory: one file, or a folder for each part, these also with adapters.
+"""TinyLLaVA Factory: a single file, or a folder for each part, optionally with adapters.
 
-Differs: its code drops the first feature of every encoder, which for SigLIP is a patch (728 image tokens
-instead of 729); checkpoints trained so are imported so.
+Differs: its code drops the first feature of every encoder. In SigLIP that is a patch, which leaves 728 image
+tokens instead of 729. An import reproduces this.
 """
 
 from pathlib import Path
@@ -98,7 +98,9 @@ def _read_tensors(source: Path) -> tuple[Tensors, str, list[str]]:
         return read_folder(source), "one file", []
     missing = [name for name in _PREFIXES if not (source / name).is_dir()]
     if missing:
-        raise CheckpointError(f"{source}: neither weights nor the folders {', '.join(missing)}.")
+        raise CheckpointError(
+            f"{source}: no weights, and no folders {', '.join(missing)}. Download the folder again."
+        )
     tensors: Tensors = {}
     for name, prefix in _PREFIXES.items():
         tensors |= {

@@ -1,9 +1,10 @@
-"""TinyLLaVABench, LLaVA-1.5 and LLaVA-NeXT: encoder and connector among the language model's names.
+"""TinyLLaVABench, LLaVA-1.5 and LLaVA-NeXT: encoder and connector among the language model's tensors.
 
-Three forms: the whole model; the connector of stage 1 (``mm_projector.bin``), which needs the language model;
-LoRA adapters with ``non_lora_trainables.bin``, which need the model that they were trained on.
-TinyLLaVABench declares the head without a bias and loads every Phi-2 that way, so its models have none.
-Differs: what TinyLLaVABench decides by the folder's name is decided here by config.json and the tensors.
+There are three forms: the whole model; the connector of stage 1 (``mm_projector.bin``), which needs the
+language model; and LoRA adapters with ``non_lora_trainables.bin``, which need the model that they were
+trained on. TinyLLaVABench declares the head without a bias and loads every Phi-2 that way, so its models have
+none.
+Differs: TinyLLaVABench decides the form by the folder's name. Here config.json and the tensors decide.
 """
 
 from pathlib import Path
@@ -137,8 +138,9 @@ def _llava_code(config: dict[str, Any], *, is_siglip: bool) -> str:
 def _refuse_whole_siglip(vision_config: dict[str, Any], num_layers: int, where: str) -> None:
     if num_layers == vision_config.get("num_hidden_layers", 12):
         raise CheckpointError(
-            f"{where}: has all {num_layers} layers of its SigLIP encoder. LLaVA-NeXT's code removes the last "
-            "one. Other code wrote this, and which layer it reads is not known."
+            f"{where}: has all {num_layers} layers of its SigLIP encoder, but LLaVA-NeXT's code removes the "
+            "last one. Other code wrote this checkpoint, so its feature layer is unknown and it cannot be "
+            "imported."
         )
 
 
@@ -156,7 +158,7 @@ def _refuse_options(config: dict[str, Any], where: str) -> None:
         )
     if config.get("mm_resampler_type"):
         raise CheckpointError(
-            f"{where}: mm_resampler_type = {config['mm_resampler_type']!r} thins out the features of an "
+            f"{where}: mm_resampler_type = {config['mm_resampler_type']!r} reduces the features of an "
             "image, which is not supported; allowed: null."
         )
     if config.get("mm_patch_merge_type") not in (None, "flat"):

@@ -1,7 +1,8 @@
-"""A pair of GGUF files as llama.cpp reads them: language model, and mmproj with SigLIP or CLIP and an MLP.
+"""A pair of GGUF files for llama.cpp: the language model, and an mmproj with SigLIP or CLIP and an MLP.
 
-Weights in 16 and 32 bits are taken as they are, quantised ones as the gguf package dequantises them. Files
-that tinyllava wrote have their tokenizer, template and image processor; for others the user gives them.
+Weights in 16 and 32 bits are read unchanged, and quantised ones are dequantised by the gguf package. Files
+that tinyllava wrote contain their tokenizer, template and image processor. For other files, the user provides
+them.
 """
 
 import json
@@ -46,7 +47,9 @@ class _File:
             self.reader = gguf.GGUFReader(path)
         except (ValueError, OSError, IndexError, KeyError) as error:
             reason = first_line(error)
-            raise CheckpointError(f"{path}: no readable GGUF file ({reason}); download it again.") from error
+            raise CheckpointError(
+                f"{path}: not a readable GGUF file ({reason}). Download it again."
+            ) from error
         self.path = path
         self.left = {tensor.name: tensor for tensor in self.reader.tensors}
 
@@ -61,7 +64,7 @@ class _File:
     def need(self, name: str) -> Any:
         """Return a setting that has to be there."""
         if (found := self.value(name)) is None:
-            raise CheckpointError(f"{self.path}: has no {name}; download it again.")
+            raise CheckpointError(f"{self.path}: has no {name}. Download it again.")
         return found
 
     def take(self, name: str) -> Tensor:
@@ -73,7 +76,7 @@ class _File:
         except RuntimeError as error:  # a type without a rule here
             raise CheckpointError(
                 f"{self.path}: {name} is of type {stored.tensor_type.name}, which the gguf package cannot "
-                "dequantise; give a file in F16, BF16, Q8_0 or Q4_0."
+                "dequantise. Give a file in F16, BF16, Q8_0 or Q4_0."
             ) from error
         return torch.from_numpy(np.array(values, dtype=np.float32).reshape(shape))
 
@@ -120,7 +123,12 @@ def read(path: Path, given: Given) -> SourceParts:
         template=given.template or settings.get("chat_template", ""),
         notes=()
         if settings
-        else ("images are padded to a square, as LLaVA does; the files do not say how it was trained",),
+        else (
+            (
+                "images are padded to a square as in LLaVA, because the files do not record how the model "
+                "was trained"
+            ),
+        ),
     )
     weakref.finalize(parts, shutil.rmtree, scratch, ignore_errors=True)
     return parts
@@ -154,8 +162,8 @@ def _read_language_model(file: _File) -> tuple[dict[str, Any], Tensors]:
         )
     if "rope_freqs.weight" in file.left:
         raise CheckpointError(
-            f"{file.path}: its rotary frequencies are scaled (rope_freqs), and the file does not say by "
-            "which rule; import the model from the folder that it was made of."
+            f"{file.path}: its rotary frequencies are scaled (rope_freqs), but the file does not name the "
+            "rule. Import the folder from which the file was made."
         )
     config = _text_config(file, there, family)
     other = _NOT_PHI if family == "phi" else _PHI
@@ -322,8 +330,8 @@ def _write_tokenizer(scratch: Path, file: _File) -> Path:
     stored = file.value(gguf.Keys.Tokenizer.HF_JSON)
     if stored is None:
         raise CheckpointError(
-            f"{file.path}: its tokens are there, but not every rule of the tokenizer; give a folder with the "
-            "language model's tokenizer.json: --language-model DIR."
+            f"{file.path}: the file has the tokens, but not every rule of the tokenizer. Give a folder with "
+            "the language model's tokenizer.json: --language-model DIR."
         )
     tokens = file.need("tokenizer.ggml.tokens")
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

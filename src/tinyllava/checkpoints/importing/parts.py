@@ -1,4 +1,4 @@
-"""What every layout is brought to before a model is built: three parts and a processor."""
+"""The common form of every imported layout before a model is built: three parts and a processor."""
 
 import re
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attentio
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What the user gives besides the source: local folders for the parts that it refers to by hub path."""
+    """Parts given by the user: local folders for the parts that the source names by Hub path."""
 
     vision_encoder: Path | None = None
     language_model: Path | None = None
@@ -86,7 +86,7 @@ class SourceParts:
 
 
 def hub_name(value: object) -> str:
-    """Return a name of the form owner/model; empty for anything else, such as somebody's folder."""
+    """Return a name of the form owner/model, or an empty text for anything else, such as a local folder."""
     return value if isinstance(value, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) else ""
 
 
@@ -135,8 +135,8 @@ def recognise_template(tokenizer: Any, parts: SourceParts) -> str:
         name = _TEMPLATE_OF_END[end]
         return parts.chatml if name == "chatml" else name
     raise CheckpointError(
-        f"{parts.where}: it does not name its prompt template, and {end!r}, the end of a turn, is that of "
-        f"several; give one with --template NAME (known: {', '.join(template_names())})."
+        f"{parts.where}: no prompt template is named, and several templates end a turn with {end!r}. Choose "
+        f"one with --template NAME (known: {', '.join(template_names())})."
     )
 
 
@@ -157,15 +157,15 @@ def find_base(given: Path | None, reference: str, config: dict[str, Any], *, nou
     named = Path(reference)
     if reference and named.is_dir() and named.resolve() != given.resolve():
         raise CheckpointError(
-            f"{option} {given}: the source was trained on {reference}, which is here; leave the option out, "
-            "or give a folder that holds only a tokenizer."
+            f"{option} {given}: the source was trained on {reference}, which is available. Remove the "
+            "option, or give a folder that contains only a tokenizer."
         )
     found = read_config(given)
     others = [key for key in _SIZES if key in config and key in found and config[key] != found[key]]
     if others:
         sizes = ", ".join(f"{key} {found[key]}, not {config[key]}" for key in others)
         raise CheckpointError(
-            f"{option} {given}: not the {noun} that the source was trained on ({sizes}); give that one"
+            f"{option} {given}: not the {noun} that the source was trained on ({sizes}). Give that one"
             + (f": {reference}." if reference else ".")
         )
     return given
@@ -184,9 +184,7 @@ def find_part(given: Path | None, reference: str, *, option: str, noun: str) -> 
     if reference and Path(reference).is_dir():
         return Path(reference)
     if not reference:
-        raise CheckpointError(
-            f"the source does not say which {noun} it was made with; give its folder: {option} DIR."
-        )
+        raise CheckpointError(f"the source does not name its {noun}. Give its folder: {option} DIR.")
     try:
         return download_source(reference)
     except CheckpointError as error:
@@ -224,7 +222,8 @@ def load_processor(parts: SourceParts, encoder: VisionEncoder, text_config: Any)
         processor.render(ask(""))
     except (TemplateError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{parts.where}: its chat template cannot be used ({error}); give one of ours: --template NAME."
+            f"{parts.where}: its chat template cannot be used ({error}). Give one of tinyllava's: "
+            "--template NAME."
         ) from error
     return processor
 
@@ -239,7 +238,7 @@ def _make_template(parts: SourceParts, tokenizer: Any) -> str:
 
 
 def _with_bos(template: str, tokenizer: Any) -> str:
-    """Return a template that writes BOS where it leaves that to the tokenizer: here it is the template's."""
+    """Return a template that writes BOS itself, if the original leaves BOS to the tokenizer."""
     bos = tokenizer.bos_token
     if not bos or tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
         return template
@@ -272,13 +271,13 @@ def _load_tokenizer(parts: SourceParts, text_config: Any) -> Any:
     num_rows = int(text_config.vocab_size)
     if len(tokenizer) > num_rows and IMAGE_TOKEN not in tokenizer.get_vocab():
         raise CheckpointError(
-            f"{parts.tokenizer}: the tokenizer has {len(tokenizer):,} tokens for {num_rows:,} rows of the "
-            "embedding; give the folder of the right language model: --language-model DIR."
+            f"{parts.tokenizer}: the tokenizer has {len(tokenizer):,} tokens, but the embedding has only "
+            f"{num_rows:,} rows. Give the folder of the right language model: --language-model DIR."
         )
     if tokenizer.eos_token is None:
         raise CheckpointError(
-            f"{parts.tokenizer}: tokenizer_config.json has no eos_token, the mark at which an answer ends; "
-            "name it there, or give the language model's own folder: --language-model DIR."
+            f"{parts.tokenizer}: tokenizer_config.json has no eos_token, which ends an answer. Add it, or "
+            "give the language model's own folder: --language-model DIR."
         )
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     tokenizer.model_max_length = int(text_config.max_position_embeddings)
@@ -303,6 +302,6 @@ def _load_image_processor(parts: SourceParts, encoder: VisionEncoder) -> Any:
     if kind == "siglip":
         return SiglipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     raise CheckpointError(
-        f"{parts.where}: no preprocessor_config.json for its {encoder.name}; give the encoder's folder: "
+        f"{parts.where}: no preprocessor_config.json for its {encoder.name}. Give the encoder's folder: "
         "--vision-encoder DIR."
     )

@@ -1,4 +1,4 @@
-"""Folders of transformers' own LlavaForConditionalGeneration, of every version's tensor names."""
+"""Folders of transformers' own LlavaForConditionalGeneration, with the tensor names of every version."""
 
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,9 @@ def read(source: Path, config: dict[str, Any], given: Given) -> SourceParts:
         image_token_id=config.get("image_token_index", config.get("image_token_id")),
         vision_name=vision_config.get("_name_or_path"),
         language_name=text_config.get("_name_or_path"),
-        notes=("the chat template is the source's own: it answers, but to train give --template",)
+        notes=(
+            "the source's own chat template works for inference only; to train the model, give --template",
+        )
         if own_template and "endgeneration" not in own_template
         else (),
     )

@@ -1,7 +1,8 @@
-"""Read the weights of a foreign folder, in any form, tensors and nothing else; merge LoRA adapters into them.
+"""Read the weights of a third-party folder in any form, tensors only, and merge LoRA adapters into them.
 
-Differs: a pickle is only opened with ``weights_only=True``, which builds tensors and calls nothing. peft
-merges modules of a model; here the adapters have the names of another class, and each tensor needs its place.
+Differs: a pickle is opened only with ``weights_only=True``, which builds tensors and calls nothing. peft
+merges modules of a model. Here the adapters have the names of another class, so each tensor is matched by
+name.
 """
 
 import pickle
@@ -50,30 +51,36 @@ def _read_shards(folder: Path, index: str) -> Tensors:
     weight_map = read_config(folder, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(
-            f"{folder / index}: weight_map, the file of each tensor, is missing or of another form; download "
-            "the file again."
+            f"{folder / index}: weight_map (the file of each tensor) is missing or malformed. Download the "
+            "file again."
         )
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder}: weight files are missing: {', '.join(missing)}; download the folder again."
+            f"{folder}: weight files are missing: {', '.join(missing)}. Download the folder again."
         )
     tensors: Tensors = {}
     for file in files:
         shard = read_file(folder / file)
         twice = sorted(shard.keys() & tensors.keys())
         if twice:
-            raise CheckpointError(f"{folder / file}: tensors that another shard has too: {', '.join(twice)}.")
+            raise CheckpointError(
+                f"{folder / file}: tensors that another shard has too: {', '.join(twice)}. Download the "
+                "folder again."
+            )
         tensors.update(shard)
     absent = sorted(weight_map.keys() - tensors.keys())
     if absent:
-        raise CheckpointError(f"{folder}: {index} names tensors that no shard has: {', '.join(absent)}.")
+        raise CheckpointError(
+            f"{folder}: {index} names tensors that no shard has: {', '.join(absent)}. Download the folder "
+            "again."
+        )
     return tensors
 
 
 def read_file(path: Path) -> Tensors:
-    """Read the tensors of one file; what the file's name ends with tells its format.
+    """Read the tensors of one file, whose format follows from the end of its name.
 
     Raises:
         CheckpointError: it cannot be read, or holds something other than named tensors.
@@ -86,12 +93,12 @@ def read_file(path: Path) -> Tensors:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise CheckpointError(
-            f"{path}: is damaged, or holds Python objects, which could run code when opened; only tensors "
-            "are read. Download the file again, or save it as safetensors where you trust it."
+            f"{path}: is damaged, or contains Python objects, which could run code when opened. Only "
+            "tensors are read. Download the file again, or convert it to safetensors if you trust it."
         ) from error
     except (OSError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
         why = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({why}); download the file again.") from error
+        raise CheckpointError(f"{path}: cannot be read ({why}). Download the file again.") from error
     return _only_tensors(path, values)
 
 
@@ -105,7 +112,7 @@ def _only_tensors(path: Path, values: Any) -> Tensors:
 
 
 def take(tensors: Tensors, prefixes: Mapping[str, str]) -> Tensors:
-    """Move what starts with one of the prefixes out of ``tensors`` and return it under its new names."""
+    """Move the tensors that start with one of the prefixes out of ``tensors``, and return them renamed."""
     taken: Tensors = {}
     for name in list(tensors):
         for old, new in prefixes.items():
@@ -131,11 +138,13 @@ def refuse_left_over(names: Iterable[str], where: str) -> None:
     """
     left = sorted(names)
     if left:
-        raise CheckpointError(f"{where}: {count(left)} without a place in the model: {', '.join(left)}.")
+        raise CheckpointError(
+            f"{where}: {count(left)} without a counterpart in the model: {', '.join(left)}."
+        )
 
 
 def count(names: Iterable[str]) -> str:
-    """Return how many tensors there are, in words."""
+    """Return the number of tensors in words."""
     number = len(list(names))
     return "1 tensor" if number == 1 else f"{number:,} tensors"
 
@@ -165,7 +174,7 @@ def objects(config: dict[str, Any], *names: str, where: str) -> list[dict[str, A
     absent = [name for name, value in zip(names, values, strict=True) if not isinstance(value, dict)]
     if absent:
         raise CheckpointError(
-            f"{where}: config.json has no {' and no '.join(absent)}, the settings of a part; download the "
+            f"{where}: config.json has no {' and no '.join(absent)}, the settings of a part. Download the "
             "folder again."
         )
     return [value for value in values if isinstance(value, dict)]
@@ -195,8 +204,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], Tensors]:
     for key, unused in _UNUSED.items():
         if config.get(key) not in unused:
             raise CheckpointError(
-                f"{folder}: adapter_config.json has {key} = {config[key]!r}, which is not merged here; "
-                "merge the adapter with peft where it was trained and import the whole model."
+                f"{folder}: adapter_config.json has {key} = {config[key]!r}, which is not supported. Merge "
+                "the adapter with peft where it was trained, and import the merged model."
             )
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
@@ -224,8 +233,8 @@ def merge_lora(tensors: Tensors, config: dict[str, Any], adapter: Tensors, where
         down_matrix, up_matrix, old = left.pop(name).float(), left.pop(up).float(), tensors[weight]
         if down_matrix.shape != (rank, old.shape[1]) or up_matrix.shape != (old.shape[0], rank):
             raise CheckpointError(
-                f"{where}: adapter of {weight} {tuple(old.shape)}: A {tuple(down_matrix.shape)} and "
-                f"B {tuple(up_matrix.shape)} do not fit it with rank {rank} = r; give the model that the "
+                f"{where}: adapter of {weight} {tuple(old.shape)}: A {tuple(down_matrix.shape)} and B "
+                f"{tuple(up_matrix.shape)} do not fit it with rank {rank} = r. Give the model that the "
                 "adapters were trained on: --language-model DIR."
             )
         scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)

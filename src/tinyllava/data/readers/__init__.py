@@ -1,1 +1,1 @@
-"""Readers of training data: a file of any known form to (place, conversation), every defect collected."""
+"""Readers of training data: from a file of any known form to (place, conversation), collecting defects."""

@@ -1,6 +1,7 @@
-"""Data sets as libraries keep them: WebDataset's tar files, and folders of the library ``datasets``.
+"""Data sets in library formats: WebDataset's tar files, and folders saved by the library ``datasets``.
 
-Both are read without those libraries: a tar file of samples, and Arrow streams beside a state.json.
+Both are read without those libraries: the first as tar files of samples, the second as Arrow streams with a
+state.json.
 """
 
 import json
@@ -134,7 +135,7 @@ def _add(sample: dict[str, Any], end: str, data: bytes, where: str) -> None:
         except ValueError as error:
             raise DataError(f"{where}: cannot be read ({error}). Fix this member.") from error
         if not isinstance(value, dict):
-            raise DataError(f"{where}: no JSON object. Write one record into it.")
+            raise DataError(f"{where}: not a JSON object. Write one record into it.")
         if "images" in sample:
             value.pop("image", None)
             value.pop("images", None)

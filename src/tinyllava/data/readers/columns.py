@@ -1,9 +1,9 @@
-"""Records of a table: an image, a question and an answer, each in a field or column of its own.
+"""Records of a table: image, question and answer in separate fields or columns.
 
-A caption or a label in place of an answer needs no question: the usual one is asked.
+A caption or a label instead of an answer needs no question. The usual question is asked.
 
-Differs: published multiple-choice sets keep options apart from the question; here they become lines of it, as
-LLaVA asks ScienceQA, so that training and evaluation ask the same.
+Differs: published multiple-choice sets keep options apart from the question. Here the options become lines of
+the question, as LLaVA asks ScienceQA, so that training and evaluation ask in the same way.
 """
 
 import json
@@ -71,8 +71,8 @@ def find_columns(names: Iterable[str], chosen: Mapping[str, str]) -> dict[str, s
     for kind, column in chosen.items():
         if kind not in _NAMES or column.strip().lower() not in by_lower:
             raise DataError(
-                f"--column {kind}={column}: give one of {', '.join(_NAMES)}, and one of the columns "
-                f"{', '.join(by_lower.values())}."
+                f"--column {kind}={column}: unknown. Give KIND=NAME, with KIND one of {', '.join(_NAMES)}, "
+                f"and NAME one of the columns {', '.join(by_lower.values())}."
             )
         found[kind] = by_lower[column.strip().lower()]
     for kind, known in _NAMES.items():
@@ -163,10 +163,10 @@ def _history(raw: Mapping[str, Any], where: str) -> list[Turn]:
 
 
 def _text(raw: Mapping[str, Any], column: str, where: str) -> str:
-    """Return a cell as text, but for what programs write in place of an empty or a failed one."""
+    """Return a cell as text, unless its text marks an empty or failed cell."""
     text = as_text(raw[column], repr(column), where)
     if text.strip() in _NO_VALUES:
-        detail = f"{column!r} is {text.strip()}, which stands for an empty or a failed cell; write the text"
+        detail = f"{column!r} is {text.strip()}, which marks an empty or failed cell; write the text"
         raise Defect("malformed", where, detail)
     return text
 
@@ -222,7 +222,7 @@ def option_columns(raw: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def find_options(raw: Mapping[str, Any], where: str) -> list[str]:
-    """Return the texts of a row's options; empty where it has none.
+    """Return the texts of a row's options; empty if it has none.
 
     Raises:
         Defect: options that are no texts.

@@ -1,6 +1,6 @@
-"""Files that hold records, opened by their content: JSON, JSON lines, CSV, TSV, XLSX, Parquet; also gzipped.
+"""Open record files by their content: JSON, JSON lines, CSV, TSV, XLSX, Parquet and Arrow, also gzipped.
 
-Each yields (place in the file, record). What a record says is read by its own form.
+Each yields (place in the file, record). The readers of the forms interpret the records.
 """
 
 import csv
@@ -31,7 +31,7 @@ _SEPARATORS = (",", ";", "\t", "|")
 _ROWS_AT_ONCE = 64
 _ARROW = (b"ARROW1", b"\xff\xff\xff\xff")
 _NO_RECORDS: tuple[tuple[tuple[bytes, ...], str], ...] = (
-    ((b"\xff\xd8\xff", b"\x89PNG", b"GIF8"), "an image. Give its folder, or a file of records."),
+    ((b"\xff\xd8\xff", b"\x89PNG", b"GIF8"), "an image. Give its folder, or a record file."),
     ((b"\xd0\xcf\x11\xe0",), "an old Excel file. Save it as .xlsx or .csv."),
     (
         (b"\x80\x03", b"\x80\x04", b"\x80\x05"),
@@ -41,7 +41,7 @@ _NO_RECORDS: tuple[tuple[tuple[bytes, ...], str], ...] = (
         (b"(\xb5/\xfd", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ", b"Rar!"),
         "a compressed file. Unpack it, and give the record file.",
     ),
-    ((b"%PDF",), "a PDF file. Give a file of records."),
+    ((b"%PDF",), "a PDF file. Give a record file."),
     ((b"version https://git-lfs",), "a Git LFS pointer. Run `git lfs pull` in its folder."),
     ((b"<!doctype html", b"<!DOCTYPE html", b"<html"), "a web page. Download the file itself."),
 )
@@ -57,7 +57,7 @@ def is_record_file(name: str) -> bool:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file has columns with names: what they are is known from its first row."""
+    """Whether a file has named columns, which its first row defines."""
     return path.is_file() and (
         _name(path).endswith(TABLES) or _head(path).startswith((b"PAR1", b"PK\x03\x04", *_ARROW))
     )
@@ -84,7 +84,7 @@ def read_raw(path: Path) -> Raw:
     elif kind := next((kind for starts, kind in _NO_RECORDS if head.lstrip().startswith(starts)), ""):
         raise DataError(f"{path}: {kind}")
     elif name.endswith((".xlsx", ".parquet", ".arrow")):
-        kind = "not a workbook" if name.endswith(".xlsx") else "not what its name says"
+        kind = "not a workbook" if name.endswith(".xlsx") else "its content does not match its name"
         raise DataError(f"{path}: {kind}. If it is CSV, rename it to .csv.")
     elif name.endswith(TABLES):
         yield from _csv(path, _read_text(path))
@@ -98,7 +98,7 @@ def _name(path: Path) -> str:
 
 def _head(path: Path) -> bytes:
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise DataError(f"{path}: not a regular file. Save the records in one, and give its path.")
+        raise DataError(f"{path}: not a regular file. Save the records to a file, and give its path.")
     try:
         with path.open("rb") as file:
             return file.read(512)
@@ -159,12 +159,12 @@ def _names(row: list[Any], path: Path) -> list[str]:
     while names and not names[-1]:
         names.pop()
     if not any(names):
-        raise DataError(f"{path}: empty. Write the names of the columns into its first line.")
+        raise DataError(f"{path}: an empty file. Write the column names into its first line.")
     twice = next((name for name in names if name and names.count(name) > 1), "")
     if twice:
         raise DataError(
-            f"{path}: two columns are named {twice!r}. Rename one of them; the first row must have the names "
-            "of the columns, and nothing above it."
+            f"{path}: two columns are named {twice!r}. Rename one of them. The first row must contain the "
+            "column names, with nothing above it."
         )
     return names
 
@@ -172,8 +172,8 @@ def _names(row: list[Any], path: Path) -> list[str]:
 def _cells(names: list[str], row: list[Any], where: str) -> dict[str, Any]:
     if len(row) > len(names) and any(cell not in (None, "") for cell in row[len(names) :]):
         raise DataError(
-            f"{where}: {len(row)} values for {len(names)} columns ({', '.join(names)}). Put a value "
-            "that holds the separator between quotes."
+            f"{where}: {len(row)} values for {len(names)} columns ({', '.join(names)}). Put "
+            "values that contain the separator between quotes."
         )
     return {name: cell for name, cell in zip_longest(names, row[: len(names)], fillvalue="") if name}
 
@@ -206,7 +206,7 @@ def _xlsx(path: Path) -> Raw:
             continue
         if has_pictures and not any(str(cell).lower().endswith(IMAGES) for cell in row):
             raise DataError(
-                f"{path}: row {number}: names no image, but the workbook has pictures in its cells. Save "
+                f"{path}: row {number}: names no image, but the workbook has images in its cells. Save "
                 "them as files, and write their names into a column."
             )
         yield f"row {number}", _cells(names, row, f"{path}: row {number}")

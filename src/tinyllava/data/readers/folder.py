@@ -1,6 +1,6 @@
-"""A folder of images: each is named by its folder or by its file name, or described in a ``.txt`` beside it.
+"""A folder of images, labelled by their folders or file names, or described in ``.txt`` files next to them.
 
-A ``metadata.csv``, ``.jsonl`` or ``.parquet`` in the folder, as the hub has it, counts before all of these.
+A ``metadata.csv``, ``.jsonl`` or ``.parquet`` in the folder, as on the Hub, takes precedence.
 """
 
 import re
@@ -60,8 +60,9 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         path.with_suffix(".txt").is_file() for path in paths
     ):
         raise DataError(
-            f"{folder}: no image in it has a label or a caption. Put images into folders named by their "
-            "labels, name them (beetle_1.jpg), or write captions into .txt files beside them."
+            f"{folder}: no image in this folder has a label or a caption. Put images into folders named "
+            "by their labels, name the files by them (beetle_1.jpg), or write captions into .txt files next "
+            "to them."
         )
     for path in paths:
         name = path.relative_to(folder).as_posix()
@@ -77,7 +78,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _refuse_other_data(folder: Path) -> None:
-    """Name what says more of the images than their names do: a record file beside them, or splits."""
+    """Reject a folder with other data about its images: a record file next to them, or splits."""
     record = next((path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in _RECORDS), "")
     if record:
         raise DataError(
@@ -98,7 +99,7 @@ def _is_shown(path: Path) -> bool:
 
 
 def _label_of(stem: str) -> str:
-    """Return what the name of an image says without its number; empty for what a camera calls it."""
+    """Return the name of an image without its number; empty for the names that cameras give."""
     label = _NUMBER.sub("", stem)
     return "" if label.lower().strip("_- ") in _CAMERA else label
 

@@ -1,4 +1,4 @@
-"""What every reader hands over, turns and images, and the one place where they are checked.
+"""The common result of all readers, turns and images, and the single place where they are checked.
 
 Paper: section 3.2; a record is Y = (Y_q^1, Y_a^1, ..., Y_q^T, Y_a^T) with its image X.
 """
@@ -53,7 +53,7 @@ _KNOWN = {
 
 @dataclass(kw_only=True)
 class Reading:
-    """One pass over a file: where its images are, what is skipped, and what was met on the way."""
+    """One pass over a file: the image folder, skipped defects, and findings."""
 
     path: Path
     images: Path
@@ -79,7 +79,7 @@ class Reading:
 
 @dataclass(slots=True)
 class ImageValue:
-    """An image in a turn, in whatever form its file has it; without a value, the next one of the record."""
+    """An image in a turn, in the form of its file; without a value, the record's next image."""
 
     value: Any = None
 
@@ -118,7 +118,7 @@ def split_marks(text: str) -> list[str | ImageValue]:
 
 
 def as_text(value: Any, name: str, where: str) -> str:
-    """Return a value as text; a number is what it looks like, and none or NaN is empty.
+    """Return a value as text. None and NaN become an empty text.
 
     Args:
         name: how errors name it, such as ``'answer'``.
@@ -152,7 +152,7 @@ def decode_list(raw: Mapping[str, Any], key: str, where: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        detail = f"is a list as Python prints it; write it with json.dumps: {value[:80]}"
+        detail = f"is a Python list, not JSON; write it with json.dumps: {value[:80]}"
         if "'" not in value[:3]:
             detail = f"is not JSON ({error}): {value[:80]}"
         raise Defect("malformed", where, f"{key!r} {detail}") from error
@@ -199,7 +199,9 @@ def read_trained(turn: Mapping[str, Any], role: Role, number: int, where: str) -
         if value not in (0, 1):
             raise Defect("unsupported", where, f"turn {number} has {key} {value!r}; allowed: 0 and 1")
         if value and role != "assistant":
-            raise Defect("unsupported", where, f"turn {number} of the {role} has {key} 1: only answers train")
+            raise Defect(
+                "unsupported", where, f"turn {number} ({role}) has {key} 1; only answers can be trained"
+            )
     if len(set(map(bool, given.values()))) > 1:
         raise Defect("malformed", where, f"turn {number} has {given}, which contradict each other")
     return role == "assistant" and all(given.values())
@@ -242,7 +244,7 @@ def refuse_preferences(raw: Mapping[str, Any], where: str) -> None:
     """Raise Defect for a better and a worse answer, of which neither is the answer of a record."""
     key = next((key for key in _PREFERENCES if raw.get(key)), "")
     if key:
-        detail = f"{key!r}: preferences are not taken; write the better answer as the answer"
+        detail = f"{key!r}: preference pairs are not supported; keep only the better answer"
         raise Defect("unsupported", where, detail)
 
 
@@ -250,10 +252,10 @@ def _refuse_unsupported(raw: Mapping[str, Any], turns: list[Turn], where: str) -
     refuse_preferences(raw, where)
     for key in _UNSUPPORTED:
         if key in raw and not _is_empty(raw[key]):
-            detail = f"{key!r} = {str(raw[key])[:80]}: only images and text are taken"
+            detail = f"{key!r} = {str(raw[key])[:80]}: only images and text are supported"
             raise Defect("unsupported", where, detail)
     if raw.get("objects") and (mark := next((m for t in turns for m in _BOXES if m in t.text), "")):
-        detail = f"{mark} stands for a place in 'objects'; write the place into the text"
+        detail = f"{mark} refers to a box in 'objects'; write the coordinates into the text"
         raise Defect("unsupported", where, detail)
     if raw.get("weight") not in (None, 1):
         detail = f"'weight' = {str(raw['weight'])[:80]}: records have no weight; repeat them instead"
@@ -261,11 +263,11 @@ def _refuse_unsupported(raw: Mapping[str, Any], turns: list[Turn], where: str) -
     question = next((turn.text.strip() for turn in turns if turn.role == "user"), "")
     for mark in ("<video>", "<audio>"):
         if question.startswith(f"{mark}\n") or question.endswith(f"\n{mark}") or question == mark:
-            raise Defect("unsupported", where, f"{mark} in a question: only images and text are taken")
+            raise Defect("unsupported", where, f"{mark} in a question: only images and text are supported")
 
 
 def _add_system(raw: Mapping[str, Any], turns: list[Turn], where: str) -> None:
-    """Use the field ``system``, which some forms have beside the turns."""
+    """Add the system turn of a field ``system``, which some forms have next to the turns."""
     key = next((key for key in _SYSTEM if not _is_empty(raw.get(key))), "")
     if not key:
         return
@@ -335,12 +337,12 @@ def _describe_counts(num_marks: int, refs: list[ImageRef], turns: list[Turn]) ->
     names = ", ".join(str(ref) for ref in refs[:3]) + ", ..." * (len(refs) > 3)
     images = f"{len(refs)} image{'s' * (len(refs) > 1)} ({names})" if refs else "no image"
     foreign = find_foreign_mark(turns)
-    fix = f"{foreign!r} is no mark; write {IMAGE_MARK}" if foreign else "write one mark for each image"
+    fix = f"{foreign!r} is not supported; write {IMAGE_MARK}" if foreign else "write one mark for each image"
     return f"{marks} for {images}; {fix}"
 
 
 def find_foreign_mark(turns: Iterable[Turn]) -> str:
-    """Return the first mark of an image in the questions that is not ours; empty if there is none."""
+    """Return the first image mark of another format in the questions; empty if there is none."""
     found = (_FOREIGN_MARK.search(turn.text) for turn in turns if turn.role == "user")
     return next((mark[0] for mark in found if mark), "")
 

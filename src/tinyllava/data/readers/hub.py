@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub by name: the record files of a split, downloaded once, by their revision.
+"""Data sets of the Hugging Face Hub by name: the record files of a split, downloaded once per revision.
 
-Paper: none. The files are read like a user's own. The data set's card says which of them are a split, or the
+Paper: none. The files are read like a user's own files. The data set's card defines the splits, or else the
 names of files and folders do.
 """
 
@@ -66,7 +66,7 @@ def parse_hub_name(name: str) -> HubName:
 
 
 def pinned(name: str) -> str:
-    """Return a name with the commit that it stands for now.
+    """Return a name with the commit that it currently refers to.
 
     Raises:
         ConfigError, DataError: see ``parse_hub_name`` and ``find_records``.
@@ -218,7 +218,7 @@ def _choose(hub: HubName, splits: dict[str, list[str]]) -> list[str]:
 
 
 def _list_files(hub: HubName) -> tuple[str, list[str]]:
-    """Return the commit of a data set and its files: those of the hub, or those here where it is offline."""
+    """Return the commit of a data set and its files, from the Hub or, if offline, from the cache."""
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, constants
 
@@ -231,8 +231,8 @@ def _list_files(hub: HubName) -> tuple[str, list[str]]:
             reason = f"{type(error).__name__}: {first_line(error)}"
             if getattr(getattr(error, "response", None), "status_code", 500) < 500:
                 raise DataError(
-                    f"{hub}: the hub has no such data set or revision for you ({reason}). Check the name; a "
-                    "private or gated one needs `hf auth login`."
+                    f"{hub}: the hub has no such data set or revision ({reason}). Check the name. A "
+                    "private or gated data set needs `hf auth login`."
                 ) from error
     return _list_cached(hub, reason)
 
@@ -249,7 +249,7 @@ def _list_cached(hub: HubName, reason: str) -> tuple[str, list[str]]:
     )
     if not files:
         raise DataError(
-            f"{hub}: not in the cache ({place}), and the hub cannot be asked ({reason}). Run the command "
+            f"{hub}: not in the cache ({place}), and the hub cannot be reached ({reason}). Run the command "
             "once with a network, or give a file of your own."
         )
     return commit, files

@@ -1,8 +1,8 @@
-"""Where an image of a record is: a path, an address, bytes, or the text that spells them.
+"""Find the image of a record from a path, a URL, bytes, or text that encodes bytes.
 
 Paper: none.
 
-Addresses are downloaded once, into a cache, and only where the user allows it.
+URLs are downloaded once, into a cache, and only if the user allows it.
 """
 
 import base64
@@ -100,7 +100,7 @@ def _find_file(path: str, images: Path, where: str, name: str) -> ImageRef:
     if not is_text(path):
         raise Defect("malformed", where, f"'image' contains an unpaired surrogate: {name[:80]!a}")
     if found is None:
-        what = "a folder, not an image:" if place.is_dir() else "no image"
+        what = "a folder, not an image:" if place.is_dir() else "image not found:"
         shown = path if _WINDOWS.match(path) else place
         defect = Defect("missing_image", where, f"{what} {shown}{_similar(path, images)}")
         defect.path = str(place)
@@ -115,9 +115,9 @@ def _similar(path: str, images: Path) -> str:
         if place.is_dir():
             known = _names_in(place, place.stat().st_mtime_ns).get(_plain(name))
             if known and place != images / folder:
-                return f"; {images} has {known}: write paths from there"
+                return f"; {images} has {known}: write paths relative to it"
             if known:
-                return f"; there is {known}"
+                return f"; did you mean {known}?"
     return ""
 
 
@@ -128,7 +128,7 @@ def _names_in(folder: Path, changed: int) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    """Return a file name without what is often written in another way: its case and its ending."""
+    """Return a file name without its usual variations: case and extension."""
     return unicodedata.normalize("NFC", name).rpartition(".")[0].casefold() or name.casefold()
 
 
@@ -137,7 +137,7 @@ def _download(url: str, where: str, allow_urls: bool) -> ImageRef:
     if path.is_file():
         return ImageRef(path=path, name=url)
     if not allow_urls:
-        raise Defect("missing_image", where, f"{url[:200]} is not downloaded; allow it with --allow-urls")
+        raise Defect("missing_image", where, f"{url[:200]} is a URL; allow downloads with --allow-urls")
     import httpx2
 
     try:

@@ -1,4 +1,4 @@
-"""JSON and JSON lines, told apart by what the text is; what is wrong with it is said with the fix.
+"""JSON and JSON lines, distinguished by their content. Errors name the place and the fix.
 
 Paper: none.
 """
@@ -42,7 +42,7 @@ def read_json(path: Path, text: str, name: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: an empty file. Write the records again.")
     if start not in "[{" and not name.endswith(SUFFIXES):
         raise DataError(
-            f"{path}: neither JSON nor a table by its name. End the name with .json, .jsonl, .csv or .tsv, "
+            f"{path}: not a known file type. Rename it to end with .json, .jsonl, .csv or .tsv, "
             "or read it with --reader FILE.py:NAME."
         )
     if start != "{":
@@ -83,8 +83,8 @@ def _refuse_wrapped(path: Path, raw: Any) -> None:
     if any(isinstance(value, dict) or (isinstance(value, list) and value) for value in raw.values()):
         keys = ", ".join(map(str, list(raw)[:8]))
         raise DataError(
-            f"{path}: an object with the key{'s' * (len(raw) > 1)} {keys} in place of a list of records. "
-            "Write the list of records alone into the file."
+            f"{path}: expected a list of records, found an object with the key{'s' * (len(raw) > 1)} {keys}. "
+            "Write only the list of records into the file."
         )
 
 
@@ -99,7 +99,7 @@ def _parse(text: str, path: Path, first_line: int = 1) -> Any:
 
 
 def _explain(text: str, error: json.JSONDecodeError) -> tuple[str, str, int]:
-    """Return what is wrong, its fix, and where."""
+    """Return the problem, its fix, and its place."""
     place, rest = error.pos, text[error.pos :].lstrip()
     if "trailing comma" in error.msg:  # Python 3.13 gives the place of the comma
         place += 1 + len(text[place + 1 :]) - len(text[place + 1 :].lstrip())
@@ -109,13 +109,13 @@ def _explain(text: str, error: json.JSONDecodeError) -> tuple[str, str, int]:
     if "trailing comma" in error.msg or (rest[:1] in ("]", "}") and text[:place].rstrip().endswith(",")):
         return "a comma without a value after it", "Remove the comma.", place
     if error.msg == "Extra data" and rest.startswith(","):
-        return "a comma behind a record", "Remove the commas at the ends of the lines.", place
+        return "a comma after a record", "Remove the commas at the ends of the lines.", place
     if error.msg == "Extra data":
         return error.msg, "Write one record on each line, or one array with all of them.", place
     if rest.startswith("'"):
-        return "single quotes", "Python's print wrote it: write it with json.dump.", place
+        return "single quotes", "Write the file with json.dump, not with print.", place
     if rest.startswith(("//", "/*", "#")):
-        return "a comment", "JSON has none: remove it.", place
+        return "a comment", "JSON has no comments. Remove it.", place
     if not rest or (error.msg.startswith("Unterminated") and '"' not in text[place + 1 :]):
         return f"it ends in the middle of a record ({error.msg})", "Write or download it again.", place
     return error.msg, "Fix the file.", place

@@ -1,6 +1,6 @@
-"""LLaVA's records: ``conversations`` with ``from`` and ``value``, ``<image>`` for each of their images.
+"""LLaVA's records: ``conversations`` with ``from`` and ``value``, and one ``<image>`` for each image.
 
-Paper: section 4.1.2 (the four data sets of Table 2 come in this form).
+Paper: section 4.1.2 (the four data sets of Table 2 have this form).
 """
 
 from typing import Any

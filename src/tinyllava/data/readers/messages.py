@@ -1,6 +1,6 @@
 """Records of ``messages`` with ``role`` and ``content``: OpenAI, TRL, LLaMA-Factory, ms-swift, the Cauldron.
 
-Content is text, in which ``<image>`` marks the next image of the record, or a list of texts and images.
+Content is text in which ``<image>`` marks the next image of the record, or a list of texts and images.
 """
 
 from collections.abc import Mapping
@@ -82,13 +82,15 @@ def _turn(turn: Any, number: int, listed: list[Any], where: str) -> Turn:
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise Defect("malformed", where, f"turn {number} has no 'role': {str(turn)[:80]}")
     if turn["role"] in ("tool", "function", "observation", "function_call", "tool_call"):
-        raise Defect("unsupported", where, f"turn {number} is from {turn['role']!r}: tools are not taken")
+        raise Defect(
+            "unsupported", where, f"turn {number} is from {turn['role']!r}: tool calls are not supported"
+        )
     if turn["role"].lower() not in _ROLES:
         allowed = "user, assistant, system"
         raise Defect("malformed", where, f"turn {number} is from {turn['role']!r}; allowed: {allowed}")
     for key in ("tool_calls", "function_call"):
         if turn.get(key):
-            raise Defect("unsupported", where, f"turn {number} has {key!r}: tools are not taken")
+            raise Defect("unsupported", where, f"turn {number} has {key!r}: tool calls are not supported")
     content = turn.get("content")
     items = content if isinstance(content, list) else [content]
     parts: list[str | ImageValue] = []
@@ -121,7 +123,11 @@ def _part(item: Any, number: int, listed: list[Any], where: str) -> list[str | I
     index = item.get("index")
     if value is None and isinstance(index, int) and listed:
         if not 0 <= index < len(listed):
-            raise Defect("image_count", where, f"turn {number} shows image {index} of {len(listed)}")
+            raise Defect(
+                "image_count",
+                where,
+                f"turn {number} refers to image {index}, but the record has {len(listed)}",
+            )
         value = listed[index]
     return [ImageValue(value)]
 

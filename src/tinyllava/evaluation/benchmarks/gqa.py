@@ -1,7 +1,8 @@
 """GQA: compositional questions about Visual Genome images, one gold answer each (testdev_balanced).
 
 Paper: appendix A; the column GQA of Tables 3 and A1.
-Differs: the official validity, plausibility and consistency need files that the release does not have.
+Differs: the official validity, plausibility and consistency are left out, because they need files that the
+release does not contain.
 """
 
 import json

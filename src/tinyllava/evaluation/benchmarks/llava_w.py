@@ -1,7 +1,7 @@
-"""LLaVA-Bench (in the wild): 60 questions on 24 images; a judge compares the answer with GPT-4's.
+"""LLaVA-Bench (in the wild): 60 questions on 24 images; a judge compares the answers with GPT-4's.
 
 Paper: appendix A; the column LLaVA-W of Tables 3 and A1 is the ratio of the mean scores over all questions.
-Differs: ``llava-w-own-prompt`` asks the judge in our own words, for those without LLaVA's files.
+Differs: ``llava-w-own-prompt`` uses this project's own judge prompt, for users without LLaVA's files.
 """
 
 import ast

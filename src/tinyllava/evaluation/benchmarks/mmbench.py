@@ -1,8 +1,8 @@
 """MMBench (dev, English): multiple choice, each question asked once for every rotation of its options.
 
 Paper: appendix A; the column MMB of Table 3 came from the server of early 2024, which no longer runs.
-Differs: scored locally; letters and option texts are read by VLMEvalKit's rules, and what they cannot read
-is wrong, never guessed. ``mmbench-judge`` asks a judge, in our own words, what an unreadable answer means.
+Differs: scored locally. VLMEvalKit's rules read letters and option texts. An answer that they cannot read is
+wrong, never guessed. ``mmbench-judge`` asks a judge with this project's own prompt what such an answer means.
 """
 
 import re
@@ -93,7 +93,7 @@ def load(folder: Path) -> list[Question]:
 
 
 def find_table(folder: Path) -> Path | None:
-    """Return the TSV of the English dev set, if there is one; other languages may lie beside it.
+    """Return the TSV of the English dev set, if there is one. Tables of other languages may be next to it.
 
     Raises:
         DataError: there are several releases, whose scores differ.

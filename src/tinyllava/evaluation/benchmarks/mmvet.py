@@ -1,7 +1,7 @@
-"""MM-Vet: 218 open questions that join six capabilities, graded by a judge model from 0 to 1.
+"""MM-Vet: 218 open questions that combine six capabilities, graded by a judge model from 0 to 1.
 
 Paper: appendix A; the column MM-Vet of Tables 3 and A1, judged by GPT-4.
-Differs: ``mmvet-own-prompt`` asks the judge in our own words, for those without the official evaluator.
+Differs: ``mmvet-own-prompt`` uses this project's own judge prompt, for users without the official evaluator.
 """
 
 import ast

@@ -1,10 +1,10 @@
-"""POPE: is there an object of this kind in the image? Asked of COCO val2014 in three splits.
+"""POPE: is there an object of this kind in the image? Three splits of questions on COCO val2014.
 
-Paper: appendix A. The paper says "POPE accuracy"; its numbers follow LLaVA's script, which is the mean F1
-of the adversarial, popular and random splits, at the pinned release with 2,910 random questions. Differs:
-answers and labels are joined by id, not by order. ``pope-pooled`` is lmms-eval's protocol: 9,000 questions
-in one pool, exact match; but ``yes_ratio`` is the share of yes among the answers here, as in POPE's own tool,
-and among the labels there.
+Paper: appendix A. The paper says "POPE accuracy", but its numbers follow LLaVA's script: the mean F1 of the
+adversarial, popular and random splits, at the pinned release with 2,910 random questions.
+Differs: answers and labels are joined by id, not by order. ``pope-pooled`` is lmms-eval's protocol: 9,000
+questions in one pool, exact match. Here ``yes_ratio`` is the share of yes among the answers, as in POPE's own
+tool. In lmms-eval it is the share among the labels.
 """
 
 import json
@@ -82,7 +82,7 @@ def _read_records(folder: Path) -> Iterator[tuple[str, Record, ImageRef]]:
 
 
 def grade(question: Question, answer: str) -> Grade:
-    """Compare yes or no; what is unclear counts as yes."""
+    """Compare yes or no. An unclear answer counts as yes."""
     parsed = parse_pope(answer)
     return Grade(parsed, float(parsed == question.target), says_yes_or_no(answer))
 

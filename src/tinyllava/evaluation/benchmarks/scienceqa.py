@@ -1,7 +1,8 @@
 """ScienceQA: school questions with two to five choices; the paper reports those with an image (test).
 
-Paper: appendix A, ScienceQA-IMG; the column SQA-I of Tables 3 and A1 is the accuracy over questions with a
-image. Differs: an unanswered question is wrong in both numbers; LLaVA's script drops it from the second.
+Paper: appendix A, ScienceQA-IMG; the column SQA-I of Tables 3 and A1 is the accuracy over questions with an
+image.
+Differs: an unanswered question is wrong in both numbers. LLaVA's script drops it from the second.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""The starter's held-out questions: benchmark number ten, about images that everybody can download.
+"""The starter's held-out questions, as a tenth benchmark on images that everybody can download.
 
 Paper: none; the starter's own images (easy-VQA and the Grocery Store photographs, official test splits).
-``starter`` is a fixed sample of 1,500 questions, ``starter-small`` 360 of it, ``starter-whole`` all of them.
+``starter`` is a fixed sample of 1,500 questions, ``starter-small`` 360 of them, ``starter-whole`` all
+questions.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ SMALL_SHARE = 0.24
 
 
 def load(folder: Path) -> list[Question]:
-    """Read all held-out questions; the folder holds ``held_out.json`` and ``images``.
+    """Read all held-out questions from a folder with ``held_out.json`` and ``images``.
 
     Raises:
         DataError: the file is missing, or a record of it has another form.

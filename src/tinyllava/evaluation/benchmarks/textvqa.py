@@ -1,7 +1,7 @@
 """TextVQA: questions about text in images, ten human answers each (val 0.5.1).
 
 Paper: appendix A; the column VQA-T of Tables 3 and A1, asked with the line of OCR tokens that LLaVA-1.5 adds.
-Differs: ``textvqa-no-ocr`` is the second protocol, without that line; it reads several points lower.
+Differs: ``textvqa-no-ocr`` is a second protocol without that line. Its scores are several points lower.
 """
 
 from collections.abc import Iterator

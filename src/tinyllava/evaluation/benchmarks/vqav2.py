@@ -1,8 +1,8 @@
 """VQAv2: open questions about COCO images, ten human answers each.
 
 Paper: appendix A; the column VQA-v2 of Tables 3 and A1 is test-dev, whose answers only the server knows.
-Differs: ``vqav2-val`` scores locally on val2014, answers normalised first as for the upload; it reads about
-two points lower than test-dev.
+Differs: ``vqav2-val`` scores locally on val2014, with answers normalised as for the upload. Its scores are
+about two points lower than on test-dev.
 """
 
 import json
@@ -109,7 +109,7 @@ def _add(questions: QuestionList, record: Record, image: ImageRef, annotation: R
 
 
 def grade(question: Question, answer: str) -> Grade:
-    """Grade what would be uploaded by the official tool; without public answers, show it."""
+    """Grade the uploaded form of the answer as the official tool does; without public answers, show it."""
     uploaded = normalise_evalai(answer)
     if question.target is None:
         return Grade(uploaded, None)
@@ -126,7 +126,7 @@ def _is_of_its_kind(question: Question, answer: str) -> bool:
 def export_upload(
     questions: Sequence[Question], answers: Mapping[str, str], folder: Path, out: Path
 ) -> Sequence[Path]:
-    """Write the JSON for EvalAI (challenge 830): all test2015 ids, "" where there is no answer.
+    """Write the JSON for EvalAI (challenge 830): all test2015 ids, with "" for missing answers.
 
     Without a file that lists them all, the server will refuse what is written, and its name says so.
     """

@@ -1,1 +1,1 @@
-"""Normalisers, parsers, metrics and their errors: pure functions over text and numbers."""
+"""Normalisers, parsers, metrics and their errors: pure functions of text and numbers."""

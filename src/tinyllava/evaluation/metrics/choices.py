@@ -1,8 +1,6 @@
-"""What an answer says: an option, yes or no, a number, words.
+"""Parse an answer: an option, yes or no, a number, or words.
 
-Paper: appendix A, ScienceQA-IMG and MMBench.
-
-Paper: appendix A, POPE and MME.
+Paper: appendix A: ScienceQA-IMG, MMBench, POPE and MME.
 """
 
 import math
@@ -76,7 +74,7 @@ def _extract_text(answer: str, options: Mapping[str, str]) -> str:
 
 
 def find_choice(answer: str, choices: Mapping[str, str]) -> str:
-    """Return the letter of the option that an answer means; empty where it means none or several.
+    """Return the letter of the option that an answer means; empty for none or several.
 
     A letter alone or in front (``B``, ``(b)``, ``B. a dog``), then ``the answer is B``, then the text of an
     option: the whole answer, or the only one that the answer has.
@@ -132,7 +130,7 @@ _NAMES = _NAMES_IN_ORDER.split()
 
 
 def find_numbers(text: str) -> list[float]:
-    """Return the numbers in a text; words up to twenty where it has no digits.
+    """Return the numbers in a text, or number words up to twenty if it has no digits.
 
     ``1,234`` is a thousand, ``3,5`` three and a half; a unit may follow a number, no letter may precede it.
     """
@@ -147,7 +145,7 @@ def find_numbers(text: str) -> list[float]:
 
 
 def parse_tolerance(tolerance: str) -> tuple[float, bool]:
-    """Return a tolerance as a number and whether it is a share; ValueError for what is none."""
+    """Return a tolerance as a number and whether it is a share. Raises ValueError for anything else."""
     is_share = tolerance.strip().endswith("%")
     value = float(tolerance.strip().removesuffix("%"))
     if not 0 <= value < math.inf:
@@ -172,7 +170,7 @@ def says_yes_or_no(answer: str) -> bool:
 
 
 def parse_exact(answer: str) -> str:
-    """Return the whole answer in lower case: what lmms-eval compares with "yes" and "no"."""
+    """Return the whole answer in lower case, which lmms-eval compares with "yes" and "no"."""
     return answer.lower().strip()
 
 

@@ -1,7 +1,7 @@
-"""How an answer is compared with the reference answers of a user's own question.
+"""Compare an answer with the reference answers of a user's own question.
 
-Paper: none. Each metric says what it reads out of an answer, so that an answer without a readable one is
-counted as unreadable and not only as wrong.
+Paper: none. Each metric returns what it read from an answer, so that unreadable answers are counted
+separately from wrong ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from tinyllava.evaluation.metrics.vqa import grade_vqa
 
 
 class Reading(NamedTuple):
-    """What was read out of an answer, its score in [0, 1], and whether it could be read at all."""
+    """The value read from an answer, its score in [0, 1], and whether the answer could be read."""
 
     parsed: str
     score: float
@@ -32,7 +32,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What is right: one answer or several, and what reading an answer needs."""
+    """The right answers, and the settings for reading an answer."""
 
     answers: Sequence[str]
     choices: Mapping[str, str] = field(default_factory=dict)

@@ -1,10 +1,10 @@
 """VQA accuracy: how many of ten annotators gave the same answer, once both are normalised.
 
-Paper: appendix A, VQAv2 and TextVQA. Each has its own normaliser: the official tool's, and that of EvalAI and
-M4C. They share constants and rules, and differ in what comes before and in the comma pattern. The oddities
-are part of the published numbers and are kept: the period rule looks only at the following character and
-removes at most 32; an apostrophe is no punctuation mark; contractions with a capital I never match, because
-text is lower-cased first.
+Paper: appendix A, VQAv2 and TextVQA. Each has its own normaliser: that of the official tool, and that of
+EvalAI and M4C. They share constants and rules, and differ in the first steps and in the comma pattern. Their
+oddities are part of the published numbers, so they are kept: the period rule looks only at the following
+character and removes at most 32 periods; an apostrophe is not a punctuation mark; contractions with a capital
+I never match, because text is lower-cased first.
 """
 
 import re
@@ -86,7 +86,7 @@ _ODD = {
 
 
 def build_contractions() -> dict[str, str]:
-    """Return the table of contractions: what a careless writer types -> how it is spelt."""
+    """Return the table of contractions: misspelling -> correct spelling."""
     table = {target.replace("'", ""): target for target in _ONE_APOSTROPHE.split()}
     for target in _TWO_APOSTROPHES.split():
         first, second = target.index("'"), target.rindex("'")
@@ -102,7 +102,7 @@ _EVALAI_COMMA = re.compile(r"(?<=\d),+(?=\d)")
 
 
 def clean(text: str) -> str:
-    """Turn newlines and tabs into spaces and strip: what precedes every comparison of the official tool."""
+    """Turn newlines and tabs into spaces and strip, as the official tool does before every comparison."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 

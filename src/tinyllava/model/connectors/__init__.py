@@ -1,4 +1,4 @@
-"""The modules of the connectors: those that map patches one by one, and those with learned queries."""
+"""The modules of the connectors: those that map each patch, and those with learned queries."""
 
 from importlib import import_module
 

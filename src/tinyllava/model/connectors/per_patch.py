@@ -1,7 +1,7 @@
 """Connectors that map each patch, or each block of patches, to one image token.
 
 Paper: section 3.1 and section 4.1.1. Section 4.2.1 asks for "further exploration of diverse connectors":
-pixel shuffle and pooling make fewer tokens.
+pixel shuffle and pooling produce fewer tokens.
 """
 
 from math import isqrt

@@ -1,8 +1,8 @@
-"""Prompt templates: one Jinja file each, marked with what the assistant says.
+"""Prompt templates: one Jinja file each, with marks around the model's answers.
 
-Paper: section 3.2; the text between ``{% generation %}`` and ``{% endgeneration %}`` is the set A of
-equation 3. A template is saved into the checkpoint, so training, chat, evaluation and serving read the same.
-What several templates share is written once, in a ``.part`` file; a template that is read holds it.
+Paper: section 3.2; the text between ``{% generation %}`` and ``{% endgeneration %}`` is the set A of equation
+3. A template is saved in the checkpoint, so training, chat, evaluation and serving use the same one.
+Text that several templates share is in a ``.part`` file, which is inserted when a template is read.
 """
 
 import re
@@ -54,8 +54,8 @@ def find_template(name: str) -> Template:
         text = recall_value(name)
         if not isinstance(text, str) or "endgeneration" not in text:
             raise ConfigError(
-                f"{name}: no template: give a text with {{% generation %}} and {{% endgeneration %}} around "
-                "what the model says (docs/guides/models.md)."
+                f"{name}: not a template; write a Jinja text with {{% generation %}} and {{% endgeneration "
+                f"%}} around the model's answers (docs/guides/models.md)."
             )
         return Template(name=name, text=text)
     entry = look_up({known: f"{known}.jinja" for known in template_names()}, name, "template")

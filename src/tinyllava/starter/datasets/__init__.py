@@ -1,6 +1,7 @@
-"""The labelled images of the starter, out of public packages.
+"""The labelled images of the starter, from public packages.
 
-Paper: none. An option adds a data set to both sides; it changes nothing of the default's held-out part.
+Paper: none. An option adds a data set to both training and evaluation. The default held-out part stays the
+same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The starter's labelled images, read out of fetched packages: what each shows and what is asked about it.
+"""The starter's labelled images, read from downloaded packages: their labels and the questions about them.
 
 Paper: none; both data sets are public and keep their official split.
 Source: easy-VQA (coloured shapes with questions) and the Grocery Store data set (photographs from shops).
@@ -173,7 +173,7 @@ def _easy_vqa_kind(answer: str) -> Kind:
 
 
 def _easy_vqa_caption(questions: list[Question]) -> str | None:
-    """Say what the questions with their answers tell about the image: "a red triangle"."""
+    """Return the caption that follows from the questions and answers: "a red triangle"."""
     words: dict[Kind, str] = {q.kind: q.answer for q in questions if q.kind != "yes_no"}
     for question in questions:
         is_negated = re.search(r"\b(not|no)\b", question.text) is not None

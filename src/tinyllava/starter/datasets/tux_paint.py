@@ -1,7 +1,7 @@
-"""Tux Paint's stamps for the starter: cut-out photographs and drawings of things, with captions.
+"""Tux Paint's stamps for the starter: cut-out photographs and drawings of objects, with captions.
 
-The public collection has no split of its own, so the hash of the pixels decides. Letters, signs and coins are
-left out, because the starter's model cannot read.
+The public collection has no split, so the hash of the pixels decides. Letters, signs and coins are left out,
+because the starter's model cannot read.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ YES_NO_QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Stamp:
-    """A stamp on white, what it is called, and the group it belongs to."""
+    """A stamp on white, its name, and its group."""
 
     data: bytes
     pixels_sha256: str

@@ -1,11 +1,11 @@
-"""What the answers of a study show beside its scores: which claims of the paper hold, and how POPE fails.
+"""Analyse the answers of a study: which claims of the paper hold, and the errors on POPE.
 
-Paper: sections 4.2.1 and 4.2.2 compare single numbers. Here the images are resampled, the same ones for
-both sides and for all seeds, and the seeds are examined one by one: a claim holds when the interval leaves
-zero on the claimed side and no seed points the other way. Section 4.2.3 compares with other groups' models,
-whose printed number is taken as exact. Section 4.2.2 leaves open whether more trained parameters cost small
-models accuracy on POPE. F1 alone does not tell a model that says yes too often from one that says no too
-often; the anatomy of its answers does: how often it says yes, to which absent objects, and how splits differ.
+Paper: sections 4.2.1 and 4.2.2 compare single numbers. Here the images are resampled, the same ones for both
+sides and for all seeds, and each seed is also examined alone. A claim holds if the interval is on the claimed
+side of zero and no seed contradicts it. Section 4.2.3 compares with other groups' models, whose printed
+number is taken as exact. Section 4.2.2 leaves open whether more trained parameters cost small models accuracy
+on POPE. F1 alone does not distinguish a model that says yes too often from one that says no too often. The
+anatomy of its answers does: how often it says yes, to which absent objects, and how splits differ.
 """
 
 import re
@@ -242,7 +242,7 @@ class Anatomy:
 
     @property
     def split_gap(self) -> float | None:
-        """F1 on random minus F1 on adversarial questions: what co-occurrence of objects costs."""
+        """F1 on random minus F1 on adversarial questions: the cost of objects that occur together."""
         f1 = {one.split: one.f1 for one in self.splits}
         return f1["random"] - f1["adversarial"] if {"random", "adversarial"} <= f1.keys() else None
 
@@ -299,7 +299,7 @@ def _percent(part: int, whole: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class CellAnatomy:
-    """The anatomy of a cell beside the number of parameters that its stages trained."""
+    """The anatomy of a cell with the number of parameters that its stages trained."""
 
     cell: StudyCell
     anatomy: Anatomy

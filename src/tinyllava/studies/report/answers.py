@@ -1,8 +1,6 @@
 """The answers to one benchmark or to a user's own questions, as one HTML page with the images in it.
 
 Paper: none; the details of a number of Table 3: its parts, confusions, right and wrong answers.
-
-Paper: none.
 """
 
 import io
@@ -119,7 +117,7 @@ def _choose_cards(pairs: Sequence[tuple[Question, Prediction]]) -> dict[str, Any
 
 
 def _thumbnail(ref: Any) -> str:
-    """Return an image as a small data URL; empty where it cannot be opened."""
+    """Return an image as a small data URL; empty if it cannot be opened."""
     try:
         image = open_image(ref)
     except ImageError:

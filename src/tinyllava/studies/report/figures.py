@@ -1,7 +1,8 @@
-"""The figures of a study: grouped bars, radar, answered images, loss curves, in the form of the paper's.
+"""The figures of a study in the paper's form: grouped bars, radar, answered images, loss curves.
 
 Paper: Figures 4 to 8 (bars), Figure 1 (radar), Figure 9 (answered images of two models). Differs: bars have
-error bars, published values are hollow marks next to it, and a cell that was not measured is an empty frame.
+error bars, published values are hollow marks next to them, and a cell without a measurement is an empty
+frame.
 """
 
 import io
@@ -353,7 +354,7 @@ def _write_answers(axes: Any, example: Example, names: Mapping[str, str]) -> Non
 
 
 def printable(text: str) -> str:
-    """Return a model's answer with a mark for what cannot be shown: XML forbids control characters."""
+    """Return a model's answer with a mark for control characters, which XML forbids."""
     return "".join(mark if mark.isprintable() or mark in "\n\t" else "\ufffd" for mark in text)
 
 

@@ -1,6 +1,6 @@
 """The questions on which two models differ, as one HTML page with the images in it.
 
-Paper: none; the page shows the answers that make a difference between two cells of Tables 3 and A1.
+Paper: none; the page shows the answers behind a difference between two cells of Tables 3 and A1.
 """
 
 import mimetypes

@@ -1,7 +1,7 @@
-"""The report of a grid: one HTML page out of a study's folder, and its tables and figures as files.
+"""The report of a grid: one HTML page from a study's folder, and its tables and figures as files.
 
-Paper: Figures 1 and 4 to 9, Tables 3 and A1, drawn from what was measured. The page needs no other file and
-no network; the same folder gives the same bytes.
+Paper: Figures 1 and 4 to 9, Tables 3 and A1, drawn from measured numbers. The page needs no other file and no
+network. The same folder gives the same bytes.
 """
 
 from collections import Counter
@@ -172,7 +172,7 @@ def _tally(verdicts: Sequence[Verdict]) -> str:
 def _draw_all(
     study: Study, table: Table, anatomy: Sequence[CellAnatomy], examples: Sequence[Example], folder: Path
 ) -> dict[str, EmbeddedImage]:
-    """Draw every figure of the study, write it as SVG and PNG, and return what the page shows."""
+    """Draw every figure of the study, write it as SVG and PNG, and return those for the page."""
     figures: dict[str, tuple[Any, str]] = {}
     if table.columns:
         for number, panel in enumerate(study.panels, start=1):
@@ -199,7 +199,7 @@ def _draw_all(
 
 
 def _describe_bars(table: Table, panel: str) -> str:
-    """Return what a person who does not see the bars of a panel has to know of them."""
+    """Return the alternative text for the bars of a panel."""
     models = [row.model for row in table.rows if row.panel == panel and not row.source]
     titles = [column.title for column in table.columns]
     return f"{panel}: bars of {', '.join(models)} on {', '.join(titles)}. The numbers are in the table."

@@ -1,7 +1,7 @@
-"""The table of a study, measured beside published: as Markdown, LaTeX and CSV.
+"""The table of a study, measured next to published numbers, as Markdown, LaTeX and CSV.
 
-Paper: Tables 3 and A1. A measured row and a published row are rows of two kinds; only measured ones compete
-for the best of a column. A cell that was not measured stays visibly open.
+Paper: Tables 3 and A1. Measured and published rows are of two types, and only measured ones can be the best
+of a column. A cell without a measurement stays visibly empty.
 """
 
 import csv
@@ -91,7 +91,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows in the order of the study, below each measured one what was published of the same model."""
+    """Rows in the order of the study, with published numbers of the same model below each measured row."""
 
     title: str
     columns: tuple[Column, ...]
@@ -119,7 +119,7 @@ def study_table(study: Study) -> Table:
 
 
 def _others(paper: str, columns: Sequence[Column]) -> list[Row]:
-    """Return the rows of other groups' models, where the paper puts its own beside them."""
+    """Return the rows of other groups' models, for tables in which the paper compares with them."""
     printed = published_table("table-3")
     return [
         Row(
