@@ -16,6 +16,7 @@ the import stops and lists it. DIR is self-contained.
   tinyllava import ./factory imported --vision-encoder ./siglip
   tinyllava import ./lora imported --language-model ./base
   tinyllava import ./pair/model.gguf imported
+  tinyllava import model.gguf imported --mmproj ../encoders/mmproj.gguf
 """
 
 
@@ -35,6 +36,12 @@ def main(arguments: list[str]) -> int:
         metavar="DIR",
         type=Path,
         help="base language model (or base model) of the source, or a folder with its tokenizer",
+    )
+    parser.add_argument(
+        "--mmproj",
+        metavar="FILE",
+        type=Path,
+        help="GGUF file with the vision encoder (default: the one beside the source with mmproj in its name)",
     )
     parser.add_argument(
         "--template", default="", metavar="NAME", help="prompt template to use instead of the source's"
@@ -57,6 +64,7 @@ def main(arguments: list[str]) -> int:
         vision_encoder=options.vision_encoder,
         language_model=options.language_model,
         template=options.template,
+        mmproj=options.mmproj,
     )
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     report = import_checkpoint(options.source, options.folder, given=given, dtype=dtype)
@@ -69,7 +77,5 @@ def main(arguments: list[str]) -> int:
             print(f"{name}: {len(values)} tensors, {values[0]}{others} (see import.json)")
     if report.num_new_rows:
         print(f"new: {report.num_new_rows} zero rows in embedding and head, for <image>")
-    for note in report.notes:
-        print(note)
-    print(f"written: {options.folder}")
+    print(*report.notes, f"written: {options.folder}", sep="\n")
     return 0

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, TokenType
 
 from exporting_toys import make
 from tinyllava.checkpoints import exporting
@@ -15,6 +15,35 @@ from tinyllava.errors import CheckpointError
 
 # What was measured (F32: text 1e-3, image 2e-3), with room for another CPU's order of sums.
 LIMITS = {"f32": 5e-3, "f16": 0.02, "q8_0": 0.3, "q4_0": 0.3}
+# The keys that llama.cpp's own converter writes of the same models: convert_hf_to_gguf.py as it comes with
+# llama_cpp_python 0.3.36, run by hand on these toys. All tensors were bit by bit ours.
+THEIRS_ALWAYS = {
+    *(f"general.{name}" for name in ("architecture", "file_type", "name", "quantization_version")),
+    *("general.size_label", "general.type", "*.attention.head_count", "*.attention.head_count_kv"),
+    *("*.block_count", "*.context_length", "*.embedding_length", "*.feed_forward_length"),
+    *(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding")),
+    *(f"tokenizer.ggml.{name}" for name in ("model", "pre", "token_type", "tokens")),
+}
+_RMS = {"*.attention.key_length", "*.attention.value_length", "*.attention.layer_norm_rms_epsilon"}
+_MERGES, _SCORES = {"tokenizer.ggml.merges"}, {"tokenizer.ggml.scores"}
+_LLAMA = {*_RMS, "*.rope.dimension_count", "*.rope.freq_base", "*.vocab_size"}
+_LAYER_NORM = {"*.attention.layer_norm_epsilon", "*.rope.dimension_count"}
+THEIRS = {
+    "llama": {*_LLAMA, *_SCORES, "tokenizer.ggml.add_bos_token", "tokenizer.ggml.unknown_token_id"},
+    "chatml": _LLAMA | _MERGES,
+    "phi": {*_LAYER_NORM, *_MERGES, "tokenizer.ggml.add_bos_token"},
+    "stablelm": {*_LAYER_NORM, *_MERGES, "*.use_parallel_residual"},
+    "qwen2": {*_RMS, *_MERGES, "*.rope.freq_base"},
+    "qwen3": {*_RMS, *_MERGES, "*.rope.freq_base"},
+    "gemma": {*_RMS, *_SCORES, "tokenizer.ggml.add_space_prefix"},  # and eot = 107, which is CodeGemma's
+}
+# Ours say besides: defaults of llama.cpp, spelt out; that the template writes BOS and blanks; the rest of the
+# tokenizer; and the template, which their converter takes from files that the toys do not have.
+OURS_BESIDES = {
+    *("*.rope.dimension_count", "*.rope.freq_base", "*.vocab_size", "tokenizer.ggml.unknown_token_id"),
+    *("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix"),
+    *("tokenizer.huggingface.json", "tokenizer.chat_template"),
+}
 
 
 @pytest.mark.parametrize("quantized", ["f32", "f16", "q8_0", "q4_0"])
@@ -29,6 +58,23 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, language: str, quantized: A
         assert max(found.text_rounding, found.image_rounding) <= 0.05
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"model.gguf", "mmproj.gguf", "Modelfile", "README.md"}
+    if quantized == "f32":
+        check_keys(tmp_path / "out", language)
+
+
+def check_keys(folder: Path, language: str) -> None:
+    """Compare the keys with those of llama.cpp's converter, and what a user's <image> would be read as."""
+    fields = GGUFReader(folder / "model.gguf").fields
+    prefix = f"{fields['general.architecture'].contents()}."
+    keys = {name.replace(prefix, "*.", 1) if name.startswith(prefix) else name for name in fields}
+    keys = {name for name in keys if not name.startswith("GGUF.")}
+    theirs = THEIRS_ALWAYS | THEIRS[language]
+    assert theirs - keys == set()
+    assert keys - theirs <= OURS_BESIDES
+    tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert types[tokens.index("<image>")] == TokenType.UNUSED
+    kinds = [fields["general.type"], GGUFReader(folder / "mmproj.gguf").fields["general.type"]]
+    assert [kind.contents() for kind in kinds] == ["model", "mmproj"]
 
 
 def test_the_command_says_what_it_measured_and_the_card_how_to_send_images(

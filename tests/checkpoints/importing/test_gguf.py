@@ -1,9 +1,11 @@
 """A pair of GGUF files becomes a checkpoint again: our own exports, of every family and every type."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, dequantize
@@ -75,13 +77,17 @@ def test_prompts_and_pixels_are_the_same(tmp_path: Path) -> None:
 def rewrite_as_others(file: Path) -> None:
     """Name everything as llama.cpp's own converter for LLaVA's encoders does.
 
-    Its real files, of toys of every family, were imported with differences of 0 once.
+    Its real files, of toys of every family, were imported with differences of 0 once, Gemma with a tokenizer
+    of SentencePiece's among them. Of SigLIP it writes the pooling head, and no GELU: only "gelu" counts.
     """
     reader = GGUFReader(file)
     writer = GGUFWriter(file.with_name("mmproj-model-f32.gguf"), "clip")
     writer.add_bool("clip.has_llava_projector", True)
     writer.add_string("clip.projector_type", "mlp")
-    writer.add_bool("clip.use_gelu", "clip.use_gelu" in reader.fields)
+    is_clip = any(tensor.name == "v.class_embd" for tensor in reader.tensors)
+    writer.add_bool("clip.use_gelu", is_clip and "clip.use_gelu" in reader.fields)
+    if not is_clip:
+        writer.add_tensor("v.head.probe", np.zeros((1, 1, 32), np.float32))
     for name, field in reader.fields.items():
         if name.startswith("clip.vision.") and not name.endswith(("feature_layer", "projector_type")):
             writer.add_key_value(name, field.contents(), *field.types[:2])
@@ -99,10 +105,23 @@ def rewrite_as_others(file: Path) -> None:
 def test_an_encoder_as_others_convert_it_is_imported_exactly(tmp_path: Path, vision: str) -> None:
     model, processor = written(tmp_path / "pair", make(tmp_path, "llama", vision))
     rewrite_as_others(tmp_path / "pair" / "mmproj.gguf")
-    given = Given(template="llama")
-    import_checkpoint(tmp_path / "pair", tmp_path / "back", given=given)
+    for name in ("mmproj-of-another-model.gguf", "one-more.gguf"):
+        (tmp_path / "pair" / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"one language model.*Give the path of the language model's"):
+        import_checkpoint(tmp_path / "pair", tmp_path / "back")
+    model_file = tmp_path / "pair" / "model.gguf"
+    with pytest.raises(CheckpointError, match=r"one file with mmproj in its name.*--mmproj FILE"):
+        import_checkpoint(model_file, tmp_path / "back")
+    encoder = (tmp_path / "pair" / "mmproj-model-f32.gguf").rename(tmp_path / "encoder.gguf")
+    arguments = ["--mmproj", str(encoder), "--template", "llama"]
+    assert main(["import", str(model_file), str(tmp_path / "back"), *arguments]) == 0
+    report = json.loads((tmp_path / "back" / "import.json").read_text())
+    assert report["dropped"] == ([] if vision == "clip" else ["head.probe"])
+    assert ("SigLIP's (tanh GELU)" in " ".join(report["notes"])) == (vision == "siglip")
     other, other_processor = open_checkpoint(tmp_path / "back")
     assert torch.equal(example_logits(other, other_processor), example_logits(model, processor))
+    with pytest.raises(CheckpointError, match=r"--mmproj .*is not a GGUF file"):
+        import_checkpoint(tmp_path / "model", tmp_path / "again", given=Given(mmproj=encoder))
 
 
 @pytest.mark.parametrize("quantized", ["f16", "q8_0", "q4_0"])

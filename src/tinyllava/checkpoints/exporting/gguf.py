@@ -175,7 +175,7 @@ def _write_language_model(
 ) -> None:
     text: Any = model.config.text_config
     writer = gguf.GGUFWriter(path, ARCHITECTURES[text.model_type])
-    writer.add_name(name)
+    _add_kind(writer, "model", name, model.model.language_model, model.lm_head)
     writer.add_file_type(_FILE_TYPES[quantized])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_text_metadata(writer, text)
@@ -188,6 +188,14 @@ def _write_language_model(
     if (factors := _rope_factors(model)) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
     _close(writer)
+
+
+def _add_kind(writer: gguf.GGUFWriter, kind: str, name: str, *modules: torch.nn.Module) -> None:
+    """Add what programs list of a file before they open it: its kind, name and size."""
+    sizes = {weight.data_ptr(): weight.numel() for module in modules for weight in module.parameters()}
+    writer.add_type(kind)
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(sum(sizes.values()), 0, 0, 0))
 
 
 def _add_text_metadata(writer: gguf.GGUFWriter, text: Any) -> None:
@@ -264,7 +272,8 @@ def _write_mmproj(
 ) -> None:
     vision: Any = model.config.vision_config
     writer = gguf.GGUFWriter(path, "clip")
-    writer.add_name(f"{name} (vision)")
+    encoder, connector = model.model.vision_tower, model.model.multi_modal_projector
+    _add_kind(writer, "mmproj", f"{name} (vision)", encoder, connector)
     writer.add_file_type(_FILE_TYPES[quantized])
     writer.add_clip_has_vision_encoder(True)
     is_clip = vision.model_type == "clip_vision_model"

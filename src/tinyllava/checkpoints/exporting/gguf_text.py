@@ -51,7 +51,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, processor: TinyLlavaProcessor, num_ro
             f"tokenizer of type {pipeline['model']['type']!r}: the GGUF export supports only BPE."
         )
     merges = [m if isinstance(m, str) else " ".join(m) for m in pipeline["model"]["merges"]]
-    tokens, types = _tokens(tokenizer, pipeline, num_rows)
+    tokens, types = _tokens(tokenizer, pipeline, num_rows, processor.image_token_id)
     if pipeline["model"].get("byte_fallback"):
         _add_pieces(writer, processor, tokens, merges)
     else:
@@ -70,7 +70,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, processor: TinyLlavaProcessor, num_ro
     writer.add_string(gguf.Keys.Tokenizer.HF_JSON, json.dumps(pipeline, ensure_ascii=False))
 
 
-def _tokens(tokenizer: Any, pipeline: dict[str, Any], num_rows: int) -> tuple[list[str], list[int]]:
+def _tokens(
+    tokenizer: Any, pipeline: dict[str, Any], num_rows: int, image_token: int
+) -> tuple[list[str], list[int]]:
     known = {number: token for token, number in tokenizer.get_vocab().items()}
     if max(known) >= num_rows:
         raise CheckpointError(
@@ -82,8 +84,8 @@ def _tokens(tokenizer: Any, pipeline: dict[str, Any], num_rows: int) -> tuple[li
     for number in range(num_rows):
         token = known.get(number, f"<unused row {number}>")
         kind = gguf.TokenType.NORMAL
-        if number not in known:
-            kind = gguf.TokenType.UNUSED
+        if number not in known or number == image_token:
+            kind = gguf.TokenType.UNUSED  # an image needs no token there, and one typed by a user is text
         elif token == tokenizer.unk_token and has_bytes:
             kind = gguf.TokenType.UNKNOWN
         elif number in added:

@@ -64,6 +64,11 @@ def read_parts(source: str | Path, given: Given) -> SourceParts:
     path = Path(source) if Path(source).exists() else download_source(str(source))
     if gguf.recognises(path):
         return gguf.read(path, given)
+    if given.mmproj is not None:
+        raise CheckpointError(
+            f"--mmproj {given.mmproj}: {path} is not a GGUF file. Give the language model's .gguf, or leave "
+            "--mmproj out."
+        )
     config = read_config(_config_folder(path))
     for kind in (flat, factory, stock):
         if kind.recognises(config):

@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def read(path: Path, given: Given) -> SourceParts:
     Raises:
         CheckpointError: one of both is missing or damaged, an architecture that is not here, or no tokenizer.
     """
-    model, mmproj = _find_pair(path)
+    model, mmproj = _find_pair(path, given.mmproj)
     settings = json.loads(mmproj.value(SETTINGS_KEY, "{}"))
     text_config, text = _read_language_model(model)
     vision_config, vision, connector, feature_layer = _read_mmproj(mmproj)
@@ -121,34 +122,48 @@ def read(path: Path, given: Given) -> SourceParts:
         transparency=settings.get("transparency"),
         num_language_rows=settings.get("num_language_rows", 0),
         template=given.template or settings.get("chat_template", ""),
-        notes=()
-        if settings
-        else (
-            (
-                "images are padded to a square as in LLaVA, because the files do not record how the model "
-                "was trained"
-            ),
-        ),
+        notes=() if settings else tuple(_notes(mmproj, is_clip=is_clip)),
     )
     weakref.finalize(parts, shutil.rmtree, scratch, ignore_errors=True)
     return parts
 
 
-def _find_pair(path: Path) -> tuple[_File, _File]:
+def _notes(mmproj: _File, *, is_clip: bool) -> Iterator[str]:
+    """Say what files of others leave open."""
+    yield (
+        "images are padded to a square as in LLaVA, because the files do not record how the model was trained"
+    )
+    if not is_clip and mmproj.value("clip.has_llava_projector") and not mmproj.value("clip.use_gelu"):
+        yield (
+            "the encoder's activation is SigLIP's (tanh GELU); llama.cpp's converter writes use_gelu = false "
+            "for it, and llama.cpp computes the quick GELU"
+        )
+
+
+def _find_pair(path: Path, mmproj: Path | None) -> tuple[_File, _File]:
     folder = path if path.is_dir() else path.parent
     files = sorted(folder.glob("*.gguf"))
     projectors = [file for file in files if "mmproj" in file.name]
-    models = [file for file in files if file not in projectors]
-    if path.suffix == ".gguf" and path in models:
-        models = [path]
-    if path.suffix == ".gguf" and path in projectors:
+    models = [file for file in files if file not in projectors and file != mmproj]
+    if path.suffix == ".gguf" and path in projectors and mmproj is None:
         projectors = [path]
-    if len(projectors) != 1 or len(models) != 1:
-        names = ", ".join(file.name for file in files)
+    elif path.suffix == ".gguf":
+        models = [path]
+    if mmproj is not None:
+        projectors = [mmproj]
+    names = ", ".join(file.name for file in files)
+    if len(models) != 1:
         raise CheckpointError(
-            f"{path}: expected a language model and one file with mmproj in its name, side by side; "
-            f"found {names}. Put the two into a folder of their own."
+            f"{path}: expected one language model beside its mmproj; found {names}. Give the path of the "
+            "language model's file in place of the folder."
         )
+    if len(projectors) != 1:
+        raise CheckpointError(
+            f"{path}: expected one file with mmproj in its name in {folder}; found {names}. Give the file "
+            "with the encoder: --mmproj FILE."
+        )
+    if not projectors[0].is_file():
+        raise CheckpointError(f"--mmproj {projectors[0]}: no such file. Give the path of a GGUF file.")
     return _File(models[0]), _File(projectors[0])
 
 
@@ -244,6 +259,8 @@ def _read_mmproj(file: _File) -> tuple[dict[str, Any], Tensors, Tensors, int]:
     if file.value("clip.use_silu"):
         raise CheckpointError(f"{file.path}: an encoder with SiLU cannot be imported; allowed: GELU.")
     gelu = "gelu" if is_clip else "gelu_pytorch_tanh"
+    # That converter writes false for every activation but "gelu", SigLIP's tanh form too.
+    has_gelu = file.value("clip.use_gelu") or (not is_clip and file.value("clip.has_llava_projector"))
     config = {
         "model_type": family,
         "hidden_size": file.need("clip.vision.embedding_length"),
@@ -253,7 +270,7 @@ def _read_mmproj(file: _File) -> tuple[dict[str, Any], Tensors, Tensors, int]:
         "image_size": file.need("clip.vision.image_size"),
         "patch_size": file.need("clip.vision.patch_size"),
         "layer_norm_eps": file.need("clip.vision.attention.layer_norm_epsilon"),
-        "hidden_act": gelu if file.value("clip.use_gelu") else "quick_gelu",
+        "hidden_act": gelu if has_gelu else "quick_gelu",
     }
     names = {there: here for here, there in VISION_NAMES.items()}
     inner_names = {there: here for here, there in VISION_LAYER_NAMES.items()}
@@ -267,6 +284,8 @@ def _read_mmproj(file: _File) -> tuple[dict[str, Any], Tensors, Tensors, int]:
             vision[names[name]] = file.take(name)
         elif part in _VISION_END:
             vision[f"{_VISION_END[part]}.{kind}"] = file.take(name)
+        elif name.startswith("v.head."):  # SigLIP's pooling, which is not on the way of the features
+            vision[name.removeprefix("v.")] = file.take(name)
         elif part in layers:
             connector[f"{layers[part]}.{kind}"] = file.take(name)
         elif part.startswith("v.blk."):

@@ -33,6 +33,8 @@ class Given:
     language_model: Path | None = None
     template: str = ""
     """Prompt template; empty means the one that the source was trained with."""
+    mmproj: Path | None = None
+    """Of a GGUF pair, the file with the encoder; None finds it beside the language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
