@@ -1,6 +1,7 @@
 """Workers: no more than the shared memory serves, on a really small one too; a dead one ends in one line."""
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
 import signal
@@ -141,6 +142,7 @@ def test_a_dead_worker_ends_in_one_line(parts, records, tmp_path, monkeypatch):
     ) as caught:
         train(toy_run(parts, records, tmp_path / "run", hardware=hardware))
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()  # as one of them ended, PyTorch would raise its error again
 
 
 def test_other_errors_stay_what_they_are():

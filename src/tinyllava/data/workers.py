@@ -6,6 +6,9 @@ Paper: none. Workers pass tensors in shared memory. If it is full, they wait for
 
 import gc
 import shutil
+import signal
+import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +98,23 @@ def naming_dead_workers(option: str) -> Iterator[None]:
         if "DataLoader worker (pid" not in str(error):  # what one raises is handed over, and is no death
             raise
         first = str(error).partition("\n")[0]
+        _end_others(error)
         raise DataError(
             f"a process that loads images died, possibly because memory ran out ({first}). Run the same "
             f"command again to resume. {option} 0 loads images without such processes."
         ) from error
+
+
+def _end_others(error: RuntimeError) -> None:
+    """End the other workers, which the frames of the error keep alive.
+
+    As long as PyTorch knows the dead one, it raises the same error again wherever the program is when
+    another process ends.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one is interrupted so
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
