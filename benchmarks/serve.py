@@ -4,9 +4,12 @@
 of its own (the model is a copy of MODEL with another end token: every answer has the asked length); the first
 text of a conversation's first and second turn; and a streamed answer over HTTP against ``Chat.stream`` here.
 With ``--language-model`` the turns are measured again, with that model behind a random ViT of 576
-image tokens. ``load`` lets clients ask for minutes, some of which leave early, and counts what was lost.
+image tokens. ``passes`` compares forward passes with linear layers as torch has them and packed, as
+``Chat.open`` does on AMD CPUs and in 16 bits. ``load`` lets clients ask for minutes, some of which leave
+early, and counts what was lost.
 
     OMP_NUM_THREADS=1 python benchmarks/serve.py speed MODEL
+    OMP_NUM_THREADS=1 python benchmarks/serve.py passes MODEL
     OMP_NUM_THREADS=2 python benchmarks/serve.py load MODEL --clients 200 --minutes 5
 """
 
@@ -210,6 +213,33 @@ def measure_overhead(server: Server, model: str, num_tokens: int, rounds: int) -
     print(f"whole answer {statistics.median(rest):+.1f} ms (medians of {rounds})")
 
 
+def measure_passes(model: str, rounds: int) -> None:
+    """Print the processor time of passes over new tokens behind 50 others; plain and packed alternate."""
+    import torch
+
+    from tinyllava.inference.chat import Chat
+    from tinyllava.inference.ragged import KeysValues, RaggedModel
+    from tinyllava.model.assemble import open_checkpoint
+
+    print("| weights | new tokens | as torch has them | packed | ratio |\n|---|---|---|---|---|")
+    for dtype in ("float32", "bfloat16"):
+        plain = open_checkpoint(model, dtype=dtype)[0].eval()
+        models = [RaggedModel(plain), RaggedModel(Chat.open(model, device="cpu", dtype=dtype).model)]
+        embeds = plain.get_input_embeddings().weight.detach()
+        pasts = [KeysValues(512), KeysValues(512)]
+        with torch.inference_mode():
+            for num_new in (50, 1, 4, 16, 40, 200):
+                took: list[list[float]] = [[], []]
+                for times, ragged, past in zip(took * rounds, models * rounds, pasts * rounds, strict=True):
+                    start = time.process_time()
+                    plain.lm_head(ragged.forward([(past, embeds[:num_new])]))
+                    times.append(1000 * (time.process_time() - start))
+                    past.length = 50
+                before, after = map(min, took)
+                row = f"| {dtype} | {num_new} | {before:.0f} ms | {after:.0f} ms | {before / after:.2f} |"
+                print(row, flush=True)
+
+
 @dataclass
 class Load:
     """What became of the requests of a load; threads share it."""
@@ -281,7 +311,7 @@ def main(stack: ExitStack) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["speed", "load"])
+    parser.add_argument("what", choices=["speed", "passes", "load"])
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48, help="longest answer")
@@ -294,6 +324,9 @@ def main(stack: ExitStack) -> None:
         f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads, load {os.getloadavg()[0]:.1f}", file=sys.stderr
     )
     options = known.options.split()
+    if known.what == "passes":
+        measure_passes(known.model, 4 * known.rounds)
+        return
     if known.what == "load":
         with serving(known.model, *options) as server:
             load = run_load(server, known.clients, 60 * known.minutes, known.tokens)

@@ -1,6 +1,7 @@
 """Models that answer in 4 or 8 bits: close to the model, as the codes say, told apart, and stored so."""
 
 import json
+import logging
 import shlex
 import shutil
 from pathlib import Path
@@ -56,7 +57,13 @@ def test_it_is_stored_so_and_opens_so(toy: Path, tmp_path: Path, bits: int) -> N
     sizes = {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
     assert set(sizes) == {"model.safetensors", "quantised.safetensors"}
     assert sum(sizes.values()) < (toy / "model.safetensors").stat().st_size
+    logged: list[str] = []
+    listener = logging.StreamHandler()
+    listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(listener)
     stored, made = Chat.open(out, device="cpu"), Chat.open(toy, bits=bits, device="cpu")
+    logging.getLogger("transformers").removeHandler(listener)
+    assert logged == []  # not that the quantised weights are missing
     assert stored.dtype == made.dtype
     expected = example_logits(made.model, made.processor)
     assert torch.equal(example_logits(stored.model, stored.processor), expected)

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor
 
 from tinyllava.errors import CheckpointError
 from tinyllava.model import TinyLlavaForConditionalGeneration
+from tinyllava.model.compat import named_weights
 
 
 class FiniteLogits(LogitsProcessor):
@@ -58,7 +59,7 @@ def check_logits(
     if bool(usable.all()):
         return
     what = f"{model.name_or_path or 'the model'}: the logits are NaN or infinite"
-    if broken := _broken_weight(chain(model.named_parameters(), model.named_buffers())):
+    if broken := _broken_weight(chain(named_weights(model), model.named_buffers())):
         raise CheckpointError(f"{what}: {broken}. {_COPY}")
     dtype = str(model.dtype).removeprefix("torch.")
     fix = "Load it in bfloat16 or float32." if model.dtype == torch.float16 else "Train the model again."
@@ -71,7 +72,7 @@ def refuse_broken_weights(model: TinyLlavaForConditionalGeneration) -> None:
     Raises:
         CheckpointError: a weight with values that are NaN or infinite.
     """
-    if broken := _broken_weight(model.named_parameters()):
+    if broken := _broken_weight(named_weights(model)):
         raise CheckpointError(f"{model.name_or_path or 'the model'}: {broken}. {_COPY}")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import torch
 from PIL import Image
 
 from tinyllava.conversation import Conversation, ImageRef
@@ -168,6 +169,8 @@ def _start(folder: Path, num_slots: int, context_tokens: int) -> Any:
     settings = llama.CommonParams()
     settings.model.path, settings.mmproj.path = str(folder / MODEL), str(folder / MMPROJ)
     settings.n_parallel, settings.n_ctx = num_slots, num_slots * context_tokens
+    # By itself it takes one for each core of the machine, whatever this process may use.
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     # As the export was compared: keys and values in 32 bits.
     settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
