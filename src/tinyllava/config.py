@@ -18,6 +18,8 @@ Aspect = Literal["pad", "square"]
 Transparency = Literal["blend", "drop"]
 Sharding = Literal["none", "gradients", "all"]
 Component = Literal["vision_encoder", "connector", "language_model"]
+LOSS_POSITIONS = 1024
+"""Supervised positions whose logits a training step holds at one time."""
 COMPONENTS: tuple[Component, ...] = ("vision_encoder", "connector", "language_model")
 
 

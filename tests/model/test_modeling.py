@@ -18,6 +18,7 @@ from transformers import (
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError, ConfigError
+from tinyllava.model import modeling
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.connectors import build_connector
 from tinyllava.model.modeling import TinyLlavaOutput
@@ -111,6 +112,37 @@ def test_loss_is_cross_entropy_over_supervised_positions(parts):
         input_ids=ids, labels=labels, num_items_in_batch=2 * int((labels[:, 1:] != -100).sum())
     ).loss
     torch.testing.assert_close(halved, expected / 2)
+
+
+def test_logits_of_many_positions_are_held_in_parts_with_the_same_loss_and_gradients(parts, monkeypatch):
+    model, _ = make(parts, "phi", "clip")
+    model.requires_grad_(True)
+    ids = torch.randint(0, 200, (3, 20))
+    rows, weights = model.lm_head.out_features, model.lm_head.weight.untyped_storage().data_ptr()
+    results = []
+    for limit in (1024, 7):
+        monkeypatch.setattr(modeling, "LOSS_POSITIONS", limit)
+        kept: dict[int, int] = {}
+
+        def pack(tensor, kept=kept):
+            place = tensor.untyped_storage().data_ptr()
+            if tensor.shape[-1:] == (rows,) and place != weights:
+                kept[place] = len(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(input_ids=ids, labels=ids).loss
+        in_forward = sum(kept.values())
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((in_forward, loss.detach(), gradients))
+        model.zero_grad()
+    (whole, loss, gradients), (in_parts, loss_in_parts, gradients_in_parts) = results
+    assert (whole, in_parts) == (3 * 19, 0)
+    torch.testing.assert_close(loss_in_parts, loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == gradients_in_parts.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_in_parts[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("llm", LLMS)

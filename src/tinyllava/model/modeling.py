@@ -12,9 +12,11 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, GenerationMixin, GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from tinyllava.config import LOSS_POSITIONS
 from tinyllava.model.compat import CACHE_NAME, ComposedModel, attention_of, last_layer_output, packed_mask
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.connectors import build_connector
@@ -339,13 +341,27 @@ class TinyLlavaForConditionalGeneration(
     def _loss(
         self, hidden: Tensor, targets: Tensor, positions: Tensor, num_items: Tensor | int | None
     ) -> Tensor:
-        """Equation 3: cross-entropy at the positions whose next token is supervised."""
-        rows = self.config.num_language_rows or None
-        logits = self.lm_head(hidden.index_select(0, positions))[:, :rows].float()
+        """Equation 3: cross-entropy at the positions whose next token is supervised.
+
+        The logits of more than ``LOSS_POSITIONS`` are computed again in the backward pass, part by part.
+        """
+        hidden, targets = hidden.index_select(0, positions), targets.index_select(0, positions)
+        parts = list(zip(hidden.split(LOSS_POSITIONS), targets.split(LOSS_POSITIONS), strict=True))
+        if len(parts) == 1:
+            total = self._sum_losses(*parts[0])
+        else:
+            sums = [
+                checkpoint(self._sum_losses, *part, use_reentrant=False, preserve_rng_state=False)
+                for part in parts
+            ]
+            total = torch.stack(sums).sum()
+        return total / (len(positions) if num_items is None else num_items)
+
+    def _sum_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)[:, : self.config.num_language_rows or None].float()
         if self.config.leaves_out_image:
             logits[:, self.config.image_token_id] = -torch.inf
-        total = cross_entropy(logits, targets.index_select(0, positions), reduction="sum")
-        return total / (len(positions) if num_items is None else num_items)
+        return cross_entropy(logits, targets, reduction="sum")
 
     def prepare_inputs_for_generation(
         self,

@@ -9,7 +9,7 @@ docs/memory.md compares the estimate with measured peaks.
 
 from dataclasses import dataclass, replace
 
-from tinyllava.config import FROZEN, OPTIMIZERS, Component, Sharding, Stage, Tune
+from tinyllava.config import FROZEN, LOSS_POSITIONS, OPTIMIZERS, Component, Sharding, Stage, Tune
 from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES, LanguageFamily, VisionFamily
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
@@ -111,7 +111,7 @@ def estimate_memory(
     in_buckets = num_ranks > 1 and not is_divided  # of DDP, which hold the gradients all the time
     whole, gathered = _undivided(parts, stage, sharding, bf16) if is_divided else (0, 0)
     activations = batch * _sample_bytes(parts, stage, num_tokens, bf16, checkpointing)
-    activations += batch * num_supervised * _logit_bytes(parts.language, bf16)
+    activations += min(batch * num_supervised, LOSS_POSITIONS) * _logit_bytes(parts.language, bf16)
     if bf16 and not checkpointing:
         activations += HALF_BYTES * _cast_weights(parts, stage)
     reduced = FLOAT_BYTES * min(trained, _gathered(parts, stage)) if is_divided else 0
