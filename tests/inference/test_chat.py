@@ -167,7 +167,7 @@ def test_what_follows_a_finished_answer_may_overflow(tmp_path):
     [
         (
             {"num_return_sequences": 2},
-            r"num_return_sequences = 2 is not supported \(there is one answer per question",
+            r"num_return_sequences = 2 is not supported \(only one answer per question",
         ),
         ({"max_length": 9}, "option max_length = 9 is not supported; supported: do_sample"),
         ({"temperature": 0.5}, "temperature = 0.5 has no effect without do_sample=True"),

@@ -65,7 +65,7 @@ def test_an_image_of_a_listed_host_is_opened(host: str) -> None:
     [
         ("/round", "more than 3 redirects"),
         ("/to-file", r"redirects to 'file:///etc/hostname'\): this server never opens files"),
-        ("/to-other", r"leads to 'http://169\.254\.169\.254/latest/meta-data'\)"),
+        ("/to-other", r"redirects to 'http://169\.254\.169\.254/latest/meta-data'\)"),
         ("/page", "answered 200 with 'text/html'"),
         ("/gone", "answered 404"),
         ("/zipped", "gzip"),

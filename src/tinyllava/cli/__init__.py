@@ -154,7 +154,7 @@ def _run_own_code(arguments: list[str]) -> list[str]:
     while "--with" in rest[1:] and rest[0] != "starter":  # whose --with names data sets
         at = rest.index("--with", 1)
         if at + 1 == len(rest):
-            raise ConfigError("--with: name a file of yours, or a module: --with FILE.py.")
+            raise ConfigError("--with needs a Python file or a module, as in --with FILE.py.")
         place = rest[at + 1]
         run_code(place.rpartition(":")[0] if is_reference(place) else place)
         del rest[at : at + 2]

@@ -91,10 +91,10 @@ def main(arguments: list[str]) -> int:
     parser = _make_parser()
     options = parser.parse_args(arguments)
     if options.measure and not options.formats:
-        parser.error("--measure is for --formats")
+        parser.error("--measure works only with --formats")
     if options.formats:
         if options.folder or options.push:
-            parser.error("--formats writes nothing: leave out OUT and --push")
+            parser.error("--formats writes nothing: remove OUT and --push")
         return _list_formats(options)
     if options.folder is None and not options.push:
         parser.error("give OUT, or --push OWNER/NAME")

@@ -79,7 +79,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if not 0 < getattr(known, name) < 10**12:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if known.bits != 16 and known.engine != "own":
-        parser.error("--bits is for --engine own; export with --quantize for llama.cpp")
+        parser.error("--bits works only with --engine own; for llama.cpp, export with --quantize")
     if known.cache_tokens < 0:
         parser.error("--cache-tokens must be above 0")
     if not 0 <= known.port < 2**16:
@@ -87,9 +87,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     environment = os.environ.get(KEY_VARIABLE, "").split(",")
     known.api_keys = tuple(key.strip() for key in known.api_key or environment if key.strip())
     if not all(key.isascii() and key.isprintable() and " " not in key for key in known.api_keys):
-        parser.error("an API key may have printable ASCII characters only, and no blank")
+        parser.error("an API key may contain only printable ASCII characters, and no spaces")
     if known.api_key and not known.api_keys:
-        parser.error("--api-key is empty; give a key, or leave it out")
+        parser.error("--api-key is empty; give a key, or remove the option")
     return known
 
 
@@ -139,7 +139,8 @@ def main(arguments: list[str]) -> int:
         host = f"[{known.host}]" if ":" in known.host else known.host
         print(f"http://{host}:{listening.getsockname()[1]}", flush=True)
         print(
-            f"serves {name}: a page at the address, the API below /v1, metrics at /metrics; Ctrl-C ends it.",
+            f"serving {name}: web page at this address, API under /v1, metrics at /metrics. Ctrl-C stops "
+            "the server.",
             file=sys.stderr,
         )
         try:

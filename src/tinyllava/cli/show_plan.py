@@ -71,8 +71,8 @@ def _without_record(run: Run, plan: Plan) -> str:
     # The gradient of a connector passes the language model's layers, trained or not.
     unknown += [language.family] if language.family not in LANGUAGE_FAMILIES else []
     return "".join(
-        f"\nThe architecture {family!r} is not known here: its activations are estimated as those of a usual "
-        "one of its widths."
+        f"\nThe architecture {family!r} is unknown. Its activations are estimated like those of a typical "
+        "architecture of its size."
         for family in dict.fromkeys(unknown)
     )
 

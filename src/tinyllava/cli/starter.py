@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     known = parser.parse_args(arguments)
     given = [known.captions, known.conversations]
     if None in given and given != [None, None]:
-        parser.error("--captions and --conversations belong together")
+        parser.error("--captions and --conversations must be given together")
     if None not in given and (min(given) < 1 or known.minutes is not None or known.short or known.full):
         parser.error(
             "--captions and --conversations must be at least 1, without --minutes, --short or --full"

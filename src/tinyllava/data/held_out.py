@@ -33,8 +33,8 @@ def hold_out(
     groups = sorted(_group(conversations, hashes), key=lambda group: group[0])
     if len(groups) < 2:
         raise DataError(
-            f"{conversations[0].source if conversations else 'no records'}: all records are connected by the "
-            "images that they share, so none can be held out. Give a record file: --held-out FILE."
+            f"{conversations[0].source if conversations else 'no records'}: all records are connected by "
+            "shared images, so none can be held out. Give a record file: --held-out FILE."
         )
     wanted = max(1, round(share * len(conversations)))
     taken: list[int] = []

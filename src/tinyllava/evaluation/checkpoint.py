@@ -181,7 +181,7 @@ def find_questions(
         if benchmarks != "all":
             raise ConfigError(
                 f"--data {data} is a file of your own questions, which excludes --benchmarks. Give the "
-                "folder of the benchmarks, or leave out --benchmarks."
+                "folder of the benchmarks, or remove --benchmarks."
             )
         benchmark = own_benchmark(data, **own)
         return {benchmark.name: benchmark}, {benchmark.name: Path(data)}
@@ -190,8 +190,8 @@ def find_questions(
     if given := [name for name, value in own.items() if value != usual.get(name, type(value)())]:
         option = given[0].replace("_", "-")
         raise ConfigError(
-            f"--{option} is for a file of your own questions, but --data {data} is not a file. Leave it "
-            "out, or give the file."
+            f"--{option} is for a file of your own questions, but --data {data} is not a file. Remove the "
+            "option, or give the file."
         )
     return chosen, find_folders(chosen, Path(data))
 

@@ -160,8 +160,8 @@ def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tu
             raise DataError(f"{left if not of_a else right}:1: no predictions. Evaluate the model first.")
         if of_a[0].benchmark != of_b[0].benchmark:
             raise DataError(
-                f"{left} is of {of_a[0].benchmark!r}, {right} of {of_b[0].benchmark!r}; "
-                "give two files of one benchmark."
+                f"{left} has answers to {of_a[0].benchmark!r}, but {right} to {of_b[0].benchmark!r}; give "
+                "two files of one benchmark."
             )
         name = of_a[0].benchmark
         is_own = name.startswith(PREFIX)

@@ -198,7 +198,7 @@ def _read_asked(name: str | Path, reading: ReadingSettings) -> tuple[list[_Asked
         asked += _split_turns(talk, own, at, times[talk.id] == 1, parse_columns(data.columns))
     said = [f"skipped records ({name}): {number:,}" for name, number in records.skipped.items() if number]
     unused = ", ".join(f"{name} ({num:,})" for name, num in records.ignored.items())
-    return asked, said + ([f"fields of the records that are not used: {unused}"] if unused else [])
+    return asked, said + ([f"unused fields: {unused}"] if unused else [])
 
 
 def _split_turns(

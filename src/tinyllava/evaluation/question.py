@@ -86,7 +86,7 @@ class QuestionList:
     def finish(self, source: Path) -> list[Question]:
         """Return the questions; there has to be at least one."""
         if not self._questions:
-            raise DataError(f"{source}:1: no question of this benchmark. {FIX}")
+            raise DataError(f"{source}:1: contains no question of this benchmark. {FIX}")
         return self._questions
 
 

@@ -327,7 +327,7 @@ def check_options(options: Mapping[str, Any], *, is_streamed: bool = False) -> N
     for name, value in options.items():
         if name not in OPTIONS:
             why = (
-                "there is one answer per question; ask again for another"
+                "only one answer per question; ask again for another"
                 if name == "num_return_sequences"
                 else ""
             )

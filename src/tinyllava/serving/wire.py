@@ -110,8 +110,8 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 _ERRORS = {
     400: "The request is invalid, has an unusable image, or is too long.",
-    401: "A key is missing or wrong.",
-    403: "The request names another host.",
+    401: "The API key is missing or wrong.",
+    403: "The request is for another host.",
     404: "No such model.",
     413: "The body is too large.",
     415: "The body is not JSON.",

@@ -334,7 +334,7 @@ def _scale_data(data: DataConfig, data_root: str, scale: float, folder: Path) ->
     for source, places in resolve(data, data_root):
         if not source.is_whole:
             raise ConfigError(
-                f"{source.name}{source.options}: a scaled study takes whole files. Leave out the options."
+                f"{source.name}{source.options}: a scaled study takes whole files. Remove the options."
             )
         for file, images in places:
             path = folder / f"{file.stem}-{sha256_of(file)[:10]}-{scale:g}.json"

@@ -129,7 +129,7 @@ def test_rouge_is_the_f_of_the_longest_common_subsequence_in_any_script() -> Non
     [
         ("number", "some", {}, "'some' is not one number"),
         ("choice", "B", {}, "has no choices"),
-        ("choice", "a cow", OPTIONS, "'a cow' is none of its choices: A. a cat, B. a dog"),
+        ("choice", "a cow", OPTIONS, "'a cow' is not one of its choices: A. a cat, B. a dog"),
         ("yes_no", "red", {}, "'red' is neither yes nor no"),
     ],
 )

@@ -113,7 +113,11 @@ def _check_choice(reference: Reference) -> str:
         )
     wrong = [one for one in reference.answers if not find_choice(one, reference.choices)]
     listed = ", ".join(f"{letter}. {text}" for letter, text in reference.choices.items())
-    return f"the right answer {wrong[0]!r} is none of its choices: {listed}. Fix either." if wrong else ""
+    return (
+        f"the right answer {wrong[0]!r} is not one of its choices: {listed}. Fix the answer or the choices."
+        if wrong
+        else ""
+    )
 
 
 def _read_f1(answer: str, reference: Reference) -> Reading:
