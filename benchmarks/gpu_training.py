@@ -35,7 +35,8 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import apply_tuning, merge_adapters
 from tinyllava.parts.templates import read_template
-from tinyllava.planning.plan import GPUS, Machine, choose_forms, count_flops, plan_parts
+from tinyllava.planning.plan import Machine, choose_forms, count_flops, plan_parts
+from tinyllava.planning.speed import find_gpu
 from tinyllava.recipes.paper import ADAPTERS_ON_4_BITS, BASE
 from tinyllava.training.precision import choose_precision
 from tinyllava.training.prepare import Prepared
@@ -278,9 +279,8 @@ def _against_plan(run: Run, stage: Stage, examples: Examples, rate: float) -> di
         "share_of_matmul_peak": rate * flops / matmul_peak(dtype),
     }
     name = torch.cuda.get_device_name() if CUDA else ""
-    known = [gpu for key, gpu in GPUS.items() if all(word in name for word in key.split("-"))]
-    if known:
-        found["mfu"] = rate * flops / known[0].half_flops
+    if gpu := find_gpu(name):
+        found["mfu"] = rate * flops / gpu.half_flops
     return found
 
 

@@ -10,7 +10,8 @@ import torch
 
 from tinyllava.config import ModelConfig, Run
 from tinyllava.data.dataset import Examples, measure
-from tinyllava.planning.plan import plan_parts
+from tinyllava.errors import ConfigError
+from tinyllava.planning.plan import measured_speed, plan_parts
 from tinyllava.recipes.paper import BASE
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -80,10 +81,20 @@ def test_the_command_writes_one_json_and_its_table(tmp_path):
     found = json.loads(path.read_text())
     assert json.loads(done.stdout) == found
     assert found["parts"]["decode"]["batch 1"]["tokens_per_second"] > 0
+    with pytest.raises(ConfigError, match="written with --tiny"):  # read by the plan, and not taken for speed
+        measured_speed(path)
     shown = subprocess.run(
         [*command, "--table-of", str(path)], capture_output=True, text=True, check=True
     ).stdout
     assert "| decode batch 1 tokens per second | " in shown
+
+
+def test_the_page_has_the_table_of_the_last_measurement(gpu):
+    docs = BENCHMARKS.parent / "docs"
+    page, path = (docs / "guides/performance.md").read_text(), docs / "gpu-results.json"
+    is_measured = path.exists()
+    assert ("No GPU has been measured yet" in page) is not is_measured
+    assert not is_measured or gpu.table(json.loads(path.read_text())) in page
 
 
 def test_a_part_that_fails_is_named_and_the_limits_are_eight_minutes(gpu, monkeypatch):

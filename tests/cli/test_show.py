@@ -17,7 +17,7 @@ from tinyllava.parts.connectors import CONNECTORS
 from tinyllava.parts.language import LANGUAGE_MODELS
 from tinyllava.parts.templates import template_names
 from tinyllava.parts.vision import VISION_ENCODERS
-from tinyllava.planning.plan import GPUS
+from tinyllava.planning.speed import GPUS
 from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
 
 NAMES = {

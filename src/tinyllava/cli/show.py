@@ -8,7 +8,7 @@ from tinyllava.parts.connectors import CONNECTORS
 from tinyllava.parts.language import LANGUAGE_MODELS
 from tinyllava.parts.templates import read_template, template_names
 from tinyllava.parts.vision import VISION_ENCODERS
-from tinyllava.planning.plan import GPUS
+from tinyllava.planning.speed import GPUS
 from tinyllava.recipes.paper import PUBLISHED
 from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
 
@@ -38,6 +38,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
     parser.add_argument("--code", default="", help=f"settings of published code: {', '.join(PUBLISHED)}")
     parser.add_argument("--json", action="store_true", help="print only the resolved config")
+    parser.add_argument(
+        "--measured", default="", help="JSON of benchmarks/gpu.py, to estimate hours by its speed"
+    )
     known = parser.parse_args(arguments)
     if not known.what:
         print(_HELP.strip())
@@ -46,7 +49,8 @@ def main(arguments: list[str]) -> int:
     else:
         from tinyllava.cli.show_plan import show_run
 
-        print(show_run(known.what, gpu=known.gpu, num_gpus=known.gpus, code=known.code, as_json=known.json))
+        options = {"code": known.code, "as_json": known.json, "measured": known.measured}
+        print(show_run(known.what, gpu=known.gpu, num_gpus=known.gpus, **options))
     return 0
 
 

@@ -1,22 +1,30 @@
 """The output of ``tinyllava show VARIANT``: the resolved run, and its estimates in tables."""
 
+from pathlib import Path
+
 from tinyllava.cli.show import TABLES, Rows, format_table
 from tinyllava.config import COMPONENTS, Component, Run, Stage, to_json
 from tinyllava.errors import UnknownNameError
 from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from tinyllava.planning.check import find_problems
-from tinyllava.planning.plan import GPUS, Plan, plan_run
+from tinyllava.planning.plan import Plan, measured_speed, plan_run
 from tinyllava.planning.rules import batch_problems
+from tinyllava.planning.speed import GPUS, REACHED
 from tinyllava.recipes.paper import as_published
 from tinyllava.recipes.variants import find_run
 
 
-def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: bool = False) -> str:
+def show_run(
+    name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: bool = False, measured: str = ""
+) -> str:
     """Return the text for one variant or run of a user's file.
+
+    Args:
+        measured: file of ``benchmarks/gpu.py`` whose speed takes the place of the one that is expected.
 
     Raises:
         UnknownNameError: no such variant, GPU or published code.
-        ConfigError: a part of the run is wrong in a way that leaves nothing to plan.
+        ConfigError: a part of the run is wrong in a way that leaves nothing to plan, or the file is.
     """
     try:
         run = find_run(name)
@@ -25,7 +33,8 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
     run = as_published(run, code) if code else run
     if as_json:
         return to_json(run).rstrip()
-    plan = plan_run(run, gpu=gpu, num_gpus=num_gpus)
+    reached = measured_speed(Path(measured)) if measured else REACHED
+    plan = plan_run(run, gpu=gpu, num_gpus=num_gpus, reached=reached)
     sections = [
         f"{run.name}: {run.model.vision_encoder} + {run.model.connector} + {run.model.language_model}",
         _model(run, plan),
@@ -33,6 +42,7 @@ def show_run(name: str, *, gpu: str, num_gpus: int, code: str = "", as_json: boo
         format_table(_settings(run, plan.precision)),
         format_table(_parameters(plan)),
         format_table(_loads(plan)),
+        *_times(plan, measured),
         f"on {num_gpus} x {gpu}; memory per GPU at the max length:"
         + _without_bf16(run, gpu)
         + _without_record(run, plan),
@@ -197,6 +207,20 @@ def _loads(plan: Plan) -> Rows:
             )
         )
     return rows
+
+
+def _times(plan: Plan, measured: str) -> list[str]:
+    """Return what the time of each stage goes into, and how it is known; nothing for files of the user's."""
+    rows: Rows = [("time, min", "computing", "loading", "start-up", "checkpoints", "all")]
+    for stage in plan.stages:
+        if stage.seconds:
+            seconds = (getattr(stage.seconds, name) for name in _TIMES)
+            rows.append((stage.name, *(f"{s / 60:,.0f}" for s in seconds)))
+    how = f"speed as measured in {measured}" if measured else "speed by a roofline and published times"
+    return [f"{format_table(rows)}\n{how}"] if len(rows) > 1 else []
+
+
+_TIMES = ("computing", "images", "start_up", "checkpoints", "total")
 
 
 def _forms(plan: Plan) -> Rows:

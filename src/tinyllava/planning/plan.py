@@ -3,9 +3,12 @@
 Paper: sections 4.1.2 (batches, epochs, data) and Table A1 (sizes). Everything is a closed form of the specs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
 
-from tinyllava.config import COMPONENTS, FULL, Component, Hardware, Run, Sharding, Stage
+from tinyllava.config import COMPONENTS, FULL, Component, Hardware, ModelConfig, Run, Sharding, Stage
 from tinyllava.data.mixtures import find_mixture
 from tinyllava.data.sources import count_samples, parse_source
 from tinyllava.errors import look_up
@@ -13,54 +16,27 @@ from tinyllava.parts.resolve import resolve
 from tinyllava.planning.memory import Memory, PlannedParts, count_trained, estimate_memory
 from tinyllava.planning.rules import sharding_problems
 from tinyllava.planning.sizes import connector_size, language_model_size, vision_encoder_size
-from tinyllava.recipes.paper import ADAPTERS, ADAPTERS_ON_4_BITS
+from tinyllava.planning.speed import (
+    GPUS,
+    OPTIMIZER_BYTES,
+    REACHED,
+    Gpu,
+    Kind,
+    Model,
+    Seconds,
+    checkpoint_seconds,
+    compare_measured,
+    copy_seconds,
+    image_seconds,
+    read_measured,
+    start_up_seconds,
+    utilisation,
+)
+from tinyllava.recipes.paper import ADAPTERS, ADAPTERS_ON_4_BITS, BASE
 
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """A kind of GPU: memory, and the peaks of its dense matrix products as its maker states them."""
-
-    memory_bytes: int
-    half_flops: float
-    """In bf16 or fp16."""
-    fp32_flops: float
-    has_bf16: bool = True
-    """Without it 'auto' trains in fp32, as ``training.trainer.choose_precision`` does there."""
-
-    def precision(self, wanted: str) -> str:
-        """Return fp32, tf32, bf16 or fp16 for what a run asks for."""
-        if wanted == "tf32":
-            return wanted if self.has_bf16 else "fp32"  # both came with Ampere
-        return ("bf16" if self.has_bf16 else "fp32") if wanted == "auto" else wanted
-
-    def flops(self, precision: str) -> float:
-        """Return the peak in a precision; TF32 has half of bf16's, and no less than fp32's."""
-        tf32 = max(self.fp32_flops, self.half_flops / 2)
-        return {"fp32": self.fp32_flops, "tf32": tf32}.get(precision, self.half_flops)
-
-
-GPUS: dict[str, Gpu] = {
-    "V100-32G": Gpu(memory_bytes=32 * 2**30, half_flops=125e12, fp32_flops=15.7e12, has_bf16=False),
-    "RTX-3090": Gpu(memory_bytes=24 * 2**30, half_flops=71e12, fp32_flops=35.6e12),
-    "RTX-4090": Gpu(memory_bytes=24 * 2**30, half_flops=165e12, fp32_flops=82.6e12),
-    "A100-40G": Gpu(memory_bytes=40 * 2**30, half_flops=312e12, fp32_flops=19.5e12),
-    "A100-80G": Gpu(memory_bytes=80 * 2**30, half_flops=312e12, fp32_flops=19.5e12),
-    "L40S": Gpu(memory_bytes=48 * 2**30, half_flops=362e12, fp32_flops=91.6e12),
-    "H100-80G": Gpu(memory_bytes=80 * 2**30, half_flops=989e12, fp32_flops=67e12),
-    "H200": Gpu(memory_bytes=141 * 10**9, half_flops=989e12, fp32_flops=67e12),
-}
 FORMS = {"full": FULL, "LoRA, rank 128": ADAPTERS, "QLoRA, rank 128": ADAPTERS_ON_4_BITS}
 """How a stage could train its language model: in full, or with the adapters of recipes lora and qlora."""
 SHARDINGS: tuple[Sharding, ...] = ("gradients", "all")
-MATMUL_SHARE = 0.68
-"""Share of the peak that large matrix products reach."""
-ELEMENTWISE_WIDTH = 4000
-"""Width at which norms, casts and launches take as long as matrix products at the peak. Their work grows
-with the width of the language model, that of matrix products with its square."""
-TRAINED_SHARE = 0.66
-"""Speed that is left where the language model is trained: optimizer, exchange of gradients, padding.
-
-This and the width are fitted to hours that LLaVA and users of TinyLLaVA Factory report for A100."""
 USABLE_MEMORY = 0.92
 """Share of a GPU's memory that tensors can have beside the CUDA context and fragmentation."""
 
@@ -70,6 +46,10 @@ class Load:
     """How much one stage reads and computes."""
 
     num_samples: int
+    num_images: float
+    """Of all samples, each once."""
+    num_images_seen: float
+    """Over the whole stage."""
     num_steps: int
     mean_tokens: float
     """Of a sequence: image tokens where there is an image, and text."""
@@ -111,10 +91,16 @@ class StagePlan:
     forms: dict[str, Form]
     """The run's own form, and where they differ from it those of ``FORMS``; then divided (FSDP2)."""
     utilisation: float
-    """Share of the GPUs' peak that is expected."""
+    """Share of the GPUs' peak that is expected while they compute."""
     checkpoint_bytes: int
     """Of one resumable checkpoint: trained weights and both moments in fp32."""
-    hours: float
+    seconds: Seconds | None
+    """None where the load is not known."""
+
+    @property
+    def hours(self) -> float:
+        """The whole stage; 0 where it is not known."""
+        return self.seconds.total / 3600 if self.seconds else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,23 +138,39 @@ def plan_parts(run: Run) -> PlannedParts:
     )
 
 
-def plan_run(run: Run, *, gpu: str = "A100-80G", num_gpus: int = 8) -> Plan:
+def plan_run(
+    run: Run, *, gpu: str = "A100-80G", num_gpus: int = 8, reached: Mapping[Kind, float] = REACHED
+) -> Plan:
     """Estimate the cost of a run on a number of GPUs of one type.
+
+    Args:
+        reached: part of the roofline's speed, see ``measured_speed``.
 
     Raises:
         UnknownNameError: no such GPU, or see ``plan_parts``.
     """
     chosen, parts = look_up(GPUS, gpu, "GPU"), plan_parts(run)
+    stages = [
+        _plan_stage(run, name, stage, parts, chosen, num_gpus, reached) for name, stage in run.stages.items()
+    ]
     return Plan(
         parts=parts,
         context_tokens=parts.language.context_tokens,
         precision=chosen.precision(run.hardware.precision),
-        stages=[_plan_stage(run, name, stage, parts, chosen, num_gpus) for name, stage in run.stages.items()],
+        stages=stages,
         model_bytes=4 * parts.total,
     )
 
 
-def _plan_stage(run: Run, name: str, stage: Stage, parts: PlannedParts, gpu: Gpu, num_gpus: int) -> StagePlan:
+def _plan_stage(
+    run: Run,
+    name: str,
+    stage: Stage,
+    parts: PlannedParts,
+    gpu: Gpu,
+    num_gpus: int,
+    reached: Mapping[Kind, float],
+) -> StagePlan:
     load = measure_load(stage, parts)
     forms = {"as the recipe": _plan_form(run, stage, stage, parts, load, gpu, num_gpus)}
     others = FORMS if stage.language_model.trains else {}
@@ -181,18 +183,68 @@ def _plan_stage(run: Run, name: str, stage: Stage, parts: PlannedParts, gpu: Gpu
         if sharding != run.hardware.sharding and not list(sharding_problems(stage, divided.hardware)):
             forms[f"sharding {sharding}"] = _plan_form(divided, stage, stage, parts, load, gpu, num_gpus)
     trained = {c: count_trained(size, stage.tune(c)) for c, size in parts.sizes.items()}
-    share = utilisation(parts, stage.language_model.trains)
-    speed = num_gpus * gpu.flops(gpu.precision(run.hardware.precision)) * share
-    executed = load.flops + load.recomputed_flops * forms["as the recipe"].checkpointing if load else 0.0
+    recomputed, precision = forms["as the recipe"].checkpointing, gpu.precision(run.hardware.precision)
+    share = utilisation(
+        parts,
+        is_trained=stage.language_model.trains,
+        balance=gpu.balance(precision),
+        recomputed=recomputed,
+        reached=reached,
+    )
+    size = 12 * sum(trained.values())
+    seconds = None
+    if load:
+        executed = load.flops + load.recomputed_flops * recomputed
+        computing = executed / (num_gpus * gpu.flops(precision) * share)
+        computing += load.num_steps * copy_seconds(OPTIMIZER_BYTES * sum(trained.values()), gpu.bandwidth)
+        images = image_seconds(load.num_images_seen, num_gpus, run.hardware.num_workers)
+        steps = run.hardware.save_steps or max(1, load.num_steps // 10)
+        seconds = Seconds(
+            computing=computing,
+            images=max(0.0, images - computing),
+            start_up=start_up_seconds(
+                4 * parts.total, load.num_samples, load.num_images * run.hardware.check_images, num_gpus
+            ),
+            checkpoints=checkpoint_seconds(size, load.num_steps // steps),
+        )
     return StagePlan(
         name=name,
         trained=trained,
         load=load,
         forms=forms,
-        checkpoint_bytes=12 * sum(trained.values()),
+        checkpoint_bytes=size,
         utilisation=share,
-        hours=executed / speed / 3600,
+        seconds=seconds,
     )
+
+
+def measured_speed(path: Path) -> dict[Kind, float]:
+    """Return the part of the roofline's speed that ``benchmarks/gpu.py`` measured, for ``plan_run``.
+
+    Raises:
+        ConfigError: see ``read_measured`` and ``compare_measured``.
+    """
+    found, gpu = read_measured(path)
+    expected: dict[tuple[Model, Kind, bool], float] = {}
+    names: tuple[Model, Model] = ("C-TL", "Sig-Phi")
+    kinds: tuple[Kind, Kind] = ("pretrain", "finetune")
+    for name, kind, recomputed in product(names, kinds, (False, True)):
+        encoder, language = name.split("-")
+        model = ModelConfig(vision_encoder=encoder, language_model=language)
+        parts = plan_parts(Run(name=name, model=model, stages={}))
+        load = measure_load(BASE.stages[kind], parts)
+        assert load is not None  # the mixtures of Table 2
+        share = utilisation(
+            parts,
+            is_trained=kind == "finetune",
+            balance=gpu.balance("bf16"),
+            recomputed=recomputed,
+            reached={"pretrain": 1.0, "finetune": 1.0},
+        )
+        expected[name, kind, recomputed] = (
+            share * load.flops / (load.flops + load.recomputed_flops * recomputed)
+        )
+    return compare_measured(path, found, expected)
 
 
 def _plan_form(
@@ -297,22 +349,14 @@ def measure_load(stage: Stage, parts: PlannedParts) -> Load | None:
     flops = seen * count_flops(parts, stage, mean, text, num_images / num_samples)
     return Load(
         num_samples=num_samples,
+        num_images=num_images,
+        num_images_seen=seen * num_images / num_samples,
         num_steps=num_steps,
         mean_tokens=mean,
         longest_tokens=longest,
         flops=flops,
         recomputed_flops=seen * sum(_layer_flops(parts, mean)),
     )
-
-
-def utilisation(parts: PlannedParts, is_trained: bool) -> float:
-    """Return the share of a GPU's peak that a stage, or answering, is expected to reach.
-
-    Args:
-        is_trained: whether the language model is.
-    """
-    share = 1 / (1 / MATMUL_SHARE + ELEMENTWISE_WIDTH / parts.language.width)
-    return share * TRAINED_SHARE if is_trained else share
 
 
 def _layer_flops(parts: PlannedParts, num_tokens: float) -> tuple[float, float]:

@@ -18,7 +18,8 @@ from tinyllava.errors import TinyLlavaError, look_up
 from tinyllava.evaluation.read import check_files
 from tinyllava.parts.resolve import find_parts
 from tinyllava.planning.check import find_problems
-from tinyllava.planning.plan import GPUS, count_flops, plan_parts, plan_run, utilisation
+from tinyllava.planning.plan import count_flops, plan_parts, plan_run
+from tinyllava.planning.speed import GPUS, utilisation
 from tinyllava.studies.graph import Graph, Node, read_once
 from tinyllava.studies.grid import Costs
 from tinyllava.studies.work import load_state
@@ -97,8 +98,9 @@ def _of_evaluation(node: Node, costs: Costs, machine: Machine) -> Cost:
     untrained = replace(stage, vision_encoder=FROZEN, connector=FROZEN, language_model=FROZEN)
     flops = count * count_flops(parts, untrained, tokens, PROMPT_TOKENS)
     gpu = GPUS[machine.gpu]
-    speed = machine.num_gpus * gpu.flops(gpu.precision("auto")) * utilisation(parts, False)
-    return Cost(seconds=flops / speed, is_computed=True)
+    precision = gpu.precision("auto")
+    share = utilisation(parts, is_trained=False, balance=gpu.balance(precision))
+    return Cost(seconds=flops / (machine.num_gpus * gpu.flops(precision) * share), is_computed=True)
 
 
 def count_samples(node: Node) -> int | None:
