@@ -107,7 +107,8 @@ def test_an_address_elsewhere_is_refused_before_anything_is_opened(
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "::1", "fe80::1%eth0",
-     "fc00::1", "::ffff:127.0.0.1", "2002:7f00:1::", "0.0.0.0", "224.0.0.1"],
+     "fc00::1", "::ffff:127.0.0.1", "2002:7f00:1::", "0.0.0.0", "224.0.0.1",
+     "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "::127.0.0.1", "::"],
 )  # fmt: skip
 def test_a_listed_name_that_leads_to_a_private_address_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch

@@ -130,6 +130,8 @@ def test_other_refusals(served: Served) -> None:
         broken = served.post(content=body)
         assert broken.status_code == 400, body
         assert broken.json()["error"]["message"]
+    many = served.post(content=b'{"x": [' + b"[]," * 300_000 + b"[]]}").json()["error"]
+    assert "commas and brackets; at most 200,000" in many["message"]
     address = f"{served.address}/v1/chat/completions"
     assert httpx.post(address, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
     assert httpx.get(address).status_code == 405
@@ -252,6 +254,9 @@ def test_keys_are_asked_for(toy: Path) -> None:
         refused = httpx.get(address)
         assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
         assert httpx.get(f"{served.address}/metrics").status_code == 401
+        for host in ("localhost/health?", "localhost?", "localhost#", "localhost/health\\", "a@localhost/x"):
+            named = httpx.get(address, headers={"Host": host})  # some frameworks read the path behind it
+            assert named.status_code in (401, 403), host
         assert served.post().status_code == 401
         assert httpx.get(f"{served.address}/health").status_code == 200
         assert httpx.get(served.address).status_code == 200, "the page asks for the key itself"

@@ -7,7 +7,7 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Network, ip_address
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -18,6 +18,8 @@ from tinyllava.errors import ConfigError, ImageError
 
 _PORTS = {"http": 80, "https": 443}
 _MAX_REDIRECTS = 3
+_HOLDING_IPV4 = (IPv6Network("64:ff9b::/96"), IPv6Network("::/96"))
+"""What a gateway (NAT64) sends to the IPv4 address in the last 32 bits, and the form before it (RFC 4291)."""
 _SECONDS = 10.0  # for one image, redirects included
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": f"tinyllava/{__version__}"}
 
@@ -144,6 +146,8 @@ class _PublicAddresses(httpcore.NetworkBackend):
 def _is_public(address: str) -> bool:
     number: Any = ip_address(address.partition("%")[0])
     number = getattr(number, "ipv4_mapped", None) or getattr(number, "sixtofour", None) or number
+    if any(number in network for network in _HOLDING_IPV4):
+        number = IPv4Address(int(number) % 2**32)
     return bool(number.is_global and not number.is_multicast)
 
 

@@ -29,13 +29,23 @@ from tinyllava.serving.fetch import ImageHosts
 from tinyllava.serving.metrics import Metrics
 from tinyllava.serving.queue import End, Engine, Places
 from tinyllava.serving.schema import Limits, Question, RequestError, read_request
-from tinyllava.serving.wire import EventStream, GoneError, before, describe, read_body, while_connected
+from tinyllava.serving.wire import (
+    EventStream,
+    GoneError,
+    ImpatientProtocol,
+    before,
+    describe,
+    read_body,
+    while_connected,
+)
 
 _PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
+_WITH_KEY = ("/v1/", "/metrics", "/examples")
+"""Beginnings of paths that need a key; compared with the path by which the route is found, see ``check``."""
 _PAGE_HEADERS = {
     # Nothing from another host, no inline script; images are those that the user has chosen.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -99,7 +109,8 @@ class _Service:
                 "start the server with --host.",
                 code="host_not_allowed",
             )
-        if not self.settings.api_keys or not request.url.path.startswith(("/v1/", "/metrics", "/examples")):
+        # The path of request.url is read from a text with the client's Host header in it.
+        if not self.settings.api_keys or not request.scope["path"].startswith(_WITH_KEY):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         matches = [
@@ -133,7 +144,7 @@ class _Service:
                 return JSONResponse(await while_connected(request, self._whole(pieces)))
             # What is refused is known with the first piece: the status can still say it.
             first = await while_connected(request, anext(pieces))
-            return EventStream(self._events(question, first, pieces), stack.pop_all())
+            return EventStream(self._events(question, first, pieces), stack.pop_all(), deadline)
 
     async def _answer(self, question: Question, deadline: float) -> AsyncGenerator[str | End, None]:
         """Yield the pieces of an answer, with what the model refuses as an error of the request."""
@@ -234,6 +245,8 @@ def run(engine: Engine, settings: Settings, listening: socket, drain_seconds: in
     """
     config = uvicorn.Config(
         make_app(engine, settings),
+        http=ImpatientProtocol,
+        ws="none",
         log_level="warning",
         timeout_graceful_shutdown=drain_seconds,
         timeout_keep_alive=75,  # longer than clients keep a connection: none asks on one that is being closed
@@ -272,9 +285,8 @@ def _add_errors(app: FastAPI, service: _Service) -> None:
     async def refuse_path(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         phrase = HTTPStatus(status).phrase.lower()
-        message = (
-            f"{request.method} {request.url.path[:100]}: {phrase}; POST /v1/chat/completions asks the model."
-        )
+        asked = f"{request.method} {request.scope['path'][:100]}"
+        message = f"{asked}: {phrase}; POST /v1/chat/completions asks the model."
         return _refuse(RequestError(status, message, code=phrase.replace(" ", "_")))
 
     async def hide(request: Request, error: Exception) -> Response:

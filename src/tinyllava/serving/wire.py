@@ -6,34 +6,80 @@ them.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import StreamingResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinyllava.serving.schema import ChatRequest, Limits, RequestError
 
 T = TypeVar("T")
+_HEADER_SECONDS = 20.0  # from a connection's first moment, or a request's first byte, to its headers' end
+_BODY_SECONDS, _BODY_BYTES_PER_SECOND = 15.0, 16_384  # what a body may take: so long, and this much more
+_UNREAD_SECONDS = 10.0  # from a request's deadline until an answer that nobody reads is given up
 
 
 class GoneError(Exception):
     """The client closed the connection."""
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events. Whatever happens to the client, the answer is closed."""
+class ImpatientProtocol(H11Protocol):
+    """uvicorn's HTTP, except that connections without a whole header are closed: it would keep them open."""
 
-    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack) -> None:
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, and wait for the rest if a request has begun."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        cycle: Any = self.cycle  # None before the first request
+        if cycle is not None and not cycle.response_complete:
+            self._stop_waiting()  # a request is being answered, which has limits of its own
+        elif self._waiting is None:
+            self._waiting = self.loop.call_later(_HEADER_SECONDS, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. Whatever happens to the client, the answer is closed.
+
+    Args:
+        events: their bytes; the last of them come at the deadline at the latest.
+        held: what the answer holds.
+        deadline: of the event loop's clock. A client that reads nothing keeps the server from sending, and is
+            left ten seconds later.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack, deadline: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._held = held
+        self._held, self._deadline = held, deadline
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events."""
         async with self._held:
-            await super().__call__(scope, receive, send)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(self._deadline + _UNREAD_SECONDS):
+                    await super().__call__(scope, receive, send)
 
 
 async def before(deadline: float, limits: Limits, work: Awaitable[T]) -> T:
@@ -58,7 +104,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Return the body of a request.
 
     Raises:
-        RequestError: it is not JSON by its header, or too large.
+        RequestError: it is not JSON by its header, too large, or too slow.
         GoneError: the client went away.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -66,9 +112,20 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         raise RequestError(
             415, f"content type {kind[:60]!r}; send application/json.", code="unsupported_media_type"
         )
-    body, is_more = bytearray(), True
+    body, is_more, started = bytearray(), True, asyncio.get_running_loop().time()
     while is_more:
-        message = await request.receive()
+        until = started + _BODY_SECONDS + len(body) / _BODY_BYTES_PER_SECOND
+        try:
+            async with asyncio.timeout_at(until):
+                message = await request.receive()
+        except TimeoutError as error:
+            raise RequestError(
+                408,
+                f"{len(body):,} bytes of the body came within {until - started:.0f} s; send at least "
+                f"{_BODY_BYTES_PER_SECOND:,} a second, or a smaller image.",
+                code="body_too_slow",
+                headers={"Connection": "close"},
+            ) from error
         if message["type"] == "http.disconnect":
             raise GoneError
         body += message.get("body", b"")
@@ -113,6 +170,7 @@ _ERRORS = {
     401: "The API key is missing or wrong.",
     403: "The request is for another host.",
     404: "No such model.",
+    408: "The body comes too slowly.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "Too many requests; Retry-After has the seconds to wait.",
@@ -137,7 +195,7 @@ _ERROR = {
 }
 _ALWAYS = (401, 403)
 _OF_PATH: dict[str, tuple[int, ...]] = {
-    "/v1/chat/completions": (400, 404, 413, 415, 429, 500, 504),
+    "/v1/chat/completions": (400, 404, 408, 413, 415, 429, 500, 504),
     "/v1/models/{name}": (404,),
 }
 

@@ -1,0 +1,112 @@
+"""Clients that mean harm: slow headers and bodies, answers that nobody reads, paths out of the page."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+from served import Served
+from tinyllava.serving import wire
+from tinyllava.serving.schema import RequestError
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Read a body as the server does, and say how long it is."""
+    try:
+        response = JSONResponse(len(await wire.read_body(Request(scope, receive), 10**6)))
+    except RequestError as error:
+        response = JSONResponse(error.body, status_code=error.status, headers=error.headers)
+    await response(scope, receive, send)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """A server that waits for a second where the real one waits for many."""
+    for name in ("_HEADER_SECONDS", "_BODY_SECONDS"):
+        monkeypatch.setattr(wire, name, 1.0)
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http=wire.ImpatientProtocol, lifespan="off", log_level="critical")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    yield listening.getsockname()
+    server.should_exit = True
+    thread.join()
+
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def test_slow_headers_and_bodies_are_given_up(impatient: tuple[str, int]) -> None:
+    with (
+        socket.create_connection(impatient, timeout=60) as silent,
+        socket.create_connection(impatient, timeout=60) as slow_header,
+        socket.create_connection(impatient, timeout=60) as slow_body,
+        socket.create_connection(impatient, timeout=60) as kept,
+    ):
+        slow_header.sendall(HEAD)
+        slow_body.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
+        for body in (b"1", b"23"):
+            kept.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            said = kept.recv(10_000)
+            while not said.endswith(b"%d" % len(body)) or b"\r\n\r\n" not in said:
+                said += kept.recv(10_000)
+            assert said.startswith(b"HTTP/1.1 200")
+        said = b""
+        while piece := slow_body.recv(10_000):  # and closed behind it
+            said += piece
+        assert said.startswith(b"HTTP/1.1 408")
+        assert b"1 bytes of the body came within 1 s; send at least 16,384 a second" in said
+        kept.sendall(HEAD[:20])  # a connection that was good before
+        for connection in (silent, slow_header, kept):
+            with suppress(ConnectionResetError):
+                assert connection.recv(10_000) == b""
+
+
+def test_headers_without_end_are_refused(impatient: tuple[str, int]) -> None:
+    with socket.create_connection(impatient, timeout=60) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 70_000)
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 400")
+
+
+def test_an_answer_that_nobody_reads_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_UNREAD_SECONDS", 0.1)
+    freed: list[str] = []
+
+    async def events() -> AsyncIterator[bytes]:
+        while True:
+            yield b"data: x\n\n"
+
+    async def send(message: Any) -> None:
+        await asyncio.Event().wait()  # as when the client's window is full
+
+    async def answer() -> None:
+        held = AsyncExitStack()
+        held.callback(freed.append, "place")
+        response = wire.EventStream(events(), held, asyncio.get_running_loop().time() + 0.1)
+        await asyncio.wait_for(response({"type": "http", "asgi": {}}, asyncio.Event().wait, send), 30)
+
+    asyncio.run(answer())
+    assert freed == ["place"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/../../../etc/hostname", "/page/..%2f..%2fserver.py", "/%2e%2e/server.py", "//etc/hostname",
+     "/page.js/", "/page.js%00.html", "/..\\server.py",
+     "http://localhost/page.css/../index.html", "/page/index.html"],
+)  # fmt: skip
+def test_no_path_leads_out_of_the_page(served: Served, path: str) -> None:
+    host, port = served.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        said = b"".join(iter(lambda: connection.recv(10_000), b""))
+    assert said.split(b" ")[1] in (b"404", b"400", b"307")
+    assert b"import " not in said
