@@ -95,6 +95,16 @@ WRONG: dict[str, tuple[Run, str, str]] = {
         "share_pretrain.vision_encoder: trained",
         "cache_features False",
     ),
+    "compiled and recomputed": (
+        hardware(compile=True, gradient_checkpointing=True),
+        "compile: not with hardware.gradient_checkpointing True",
+        "set hardware.compile False",
+    ),
+    "compiled and divided": (
+        hardware(compile=True, sharding="all"),
+        "compile: not with hardware.sharding",
+        "set hardware.compile False",
+    ),
     "sharding in fp16": (hardware(sharding="all", precision="fp16"), "sharding = 'all': fp16", "to bf16"),
     "sharding and answers": (
         replace(

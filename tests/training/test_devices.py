@@ -124,7 +124,7 @@ def test_memory_that_runs_out_later_ends_in_advice_and_resumes(parts, records, t
     monkeypatch.setattr(TinyLlavaForConditionalGeneration, "forward", forward)
     hardware = dataclasses.replace(AUTO, save_steps=1)
     with pytest.raises(
-        TrainingError, match=r"device batch of 4\. Try --hardware.device-batch-size 2.*resumes"
+        TrainingError, match=r"device batch of 4\. Try --hardware.device-batch-size 2.*to resume"
     ):
         train(finetuning(parts, records, tmp_path / "run", hardware))
     assert (tmp_path / "run/finetune/checkpoint-2").is_dir()

@@ -85,10 +85,18 @@ def _causal_attention(
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     if _has_packed_kernel(query, dtype) and not kwargs.get("dropout"):
         return _attend_packed([t.to(dtype) for t in inputs], attention_mask, kwargs.get("scaling")), None
+    return _attend_each(module, inputs, attention_mask, kwargs), None
+
+
+@torch.compiler.disable(reason="lengths differ in each row")  # type: ignore[untyped-decorator]
+def _attend_each(
+    module: nn.Module, inputs: Sequence[Tensor], attention_mask: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    attend: Any = AttentionInterface()["sdpa"]
     lengths = [end - start for start, end in pairwise(attention_mask.tolist()[0][0][0])]
     samples = zip(*(t.split(lengths, dim=2) for t in inputs), strict=True)
     parts = [attend(module, *sample, None, **kwargs)[0] for sample in samples]
-    return torch.cat(parts, dim=1), None
+    return torch.cat(parts, dim=1)
 
 
 def _has_packed_kernel(query: Tensor, dtype: torch.dtype) -> bool:
@@ -102,6 +110,7 @@ def _has_packed_kernel(query: Tensor, dtype: torch.dtype) -> bool:
     return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
+@torch.compiler.disable(reason="lengths differ in each row")  # type: ignore[untyped-decorator]
 def _attend_packed(inputs: Sequence[Tensor], mask: Tensor, scale: float | None) -> Tensor:
     """Attend causally within samples: query, key and value [1, H or G, N, E] -> [1, N, H, E]."""
     query, key, value = (t[0].transpose(0, 1) for t in inputs)

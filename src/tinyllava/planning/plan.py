@@ -320,7 +320,7 @@ def choose_forms(
             fits=memory.peak <= USABLE_MEMORY * machine.memory_bytes,
         )
 
-    wanted = hardware.gradient_checkpointing
+    wanted = False if hardware.compile else hardware.gradient_checkpointing
     kept = [] if wanted is True else [form(size, False) for size in sizes]
     if wanted is None:  # one sample at a time only where there are no two
         kept = [f for f in kept if f.device_batch_size > 1 or len(sizes) == 1]

@@ -96,7 +96,7 @@ def _possible_forms(run: Run, stage: Stage, prepared: Prepared) -> Sequence[Form
         parts = plan_parts(run)
     except TinyLlavaError:  # a checkpoint need not say what its parts are
         sizes = [n for n in range(usual, 0, -1) if usual % n == 0 and hardware.device_batch_size in (0, n)]
-        wanted = hardware.gradient_checkpointing
+        wanted = False if hardware.compile else hardware.gradient_checkpointing
         each = itertools.product([False, True] if wanted is None else [wanted], sizes)
         per_rank = stage.global_batch_size // machine.num_ranks
         return [_unplanned(size, per_rank // size, checkpointing) for checkpointing, size in each]

@@ -35,6 +35,7 @@ from tinyllava.model.rebuild import RESUMED_TENSORS, describe_origin, open_start
 from tinyllava.model.tuning import apply_tuning, check_trained, close_ledger, merge_adapters, open_ledger
 from tinyllava.planning.check import check
 from tinyllava.training import checkpoints
+from tinyllava.training.compiling import check_compiler, compile_layers
 from tinyllava.training.devices import fit_hardware, out_of_memory
 from tinyllava.training.identity import StageIdentity, decisive_settings, differences, identify
 from tinyllava.training.precision import choose_precision, hold_frozen_in_half, multiplying
@@ -78,6 +79,8 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
         stack.enter_context(reporting(progress))
         stack.enter_context(multiplying(choose_precision(run.hardware.precision)))
         try:
+            if run.hardware.compile:
+                check_compiler(processes.device)
             return _train(run, processes)
         except TinyLlavaError:
             raise
@@ -334,7 +337,7 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> StageTrainer:
     """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
-    give_back = hold_frozen_in_half(model, choose_precision(run.hardware.precision))
+    undo = [hold_frozen_in_half(model, choose_precision(run.hardware.precision))]
     hardware, prefetch_factor, packed = fit_hardware(run, stage, model, processor, prepared)
     num_samples = len(prepared.examples)
     arguments = make_arguments(run, stage, hardware, folder, num_samples, prefetch_factor, packed)
@@ -350,7 +353,7 @@ def make_trainer(
         ),
         callbacks=callbacks,
     )
-    trainer.give_back = give_back
+    trainer.undo = [*undo, compile_layers(model)] if hardware.compile else undo
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -365,7 +368,8 @@ def release(trainer: StageTrainer) -> None:
     # The Trainer's own; a model of reused stages is saved without.
     vars(trainer.whole.config).pop("use_cache", None)
     trainer.accelerator.free_memory()
-    trainer.give_back()
+    for undo in trainer.undo:
+        undo()
 
 
 def _say(text: str) -> None:

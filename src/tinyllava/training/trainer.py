@@ -31,6 +31,7 @@ from tinyllava.model.modeling import IGNORED
 from tinyllava.model.quiet import keeping_random_state
 from tinyllava.model.rebuild import RESUMED_TENSORS
 from tinyllava.model.tuning import component_of
+from tinyllava.training.compiling import not_compiled
 from tinyllava.training.packing import Epochs, make_order
 from tinyllava.training.precision import choose_precision
 from tinyllava.training.sharding import (
@@ -89,8 +90,8 @@ class StageTrainer(Trainer):
         self.stage, self.packed = stage, packed
         if packed is not None:
             self.add_callback(Epochs(packed))
-        self.give_back: Callable[[], None] = lambda: None
-        """Undoes what ``training.precision`` did to the frozen weights."""
+        self.undo: list[Callable[[], None]] = []
+        """Gives the model back as it was: its frozen weights, and layers that are not compiled."""
         self.num_tokens = 0
         self.num_samples = 0
         self._since_log: list[tuple[Tensor, list[str]]] = []
@@ -227,7 +228,7 @@ class StageTrainer(Trainer):
         The training continues as if it had not happened: the random state is restored, and no layer uses it.
         """
         start, was_training = time.monotonic(), self.model.training
-        with keeping_random_state():
+        with keeping_random_state(), not_compiled():
             self.model.eval()
             mean = self._held_out_loss()
             metrics = {"eval_loss": mean, "eval_seconds": round(time.monotonic() - start, 3)}

@@ -1,0 +1,112 @@
+"""Compiled layers give the losses and gradients of the others, and what cannot be compiled is said."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tinyllava.config import FULL, Hardware, ModelConfig, Stage, Validation, lora
+from tinyllava.errors import ConfigError
+from tinyllava.model.assemble import assemble
+from tinyllava.model.compat import causal_without_looking
+from tinyllava.model.tuning import apply_tuning
+from tinyllava.training import compiling
+from tinyllava.training.compiling import check_compiler, compile_layers
+from tinyllava.training.run import train
+from training.test_distributed import make_records
+from training.test_sharding import compare, sharded, train_in
+from training_toys import toy_run
+
+STAGE = Stage(learning_rate=1e-3, global_batch_size=2, language_model=FULL)
+ADAPTERS = dataclasses.replace(STAGE, language_model=lora(4, dropout=0.2))
+
+
+@pytest.fixture(autouse=True)
+def without_code(monkeypatch):
+    """Trace and differentiate the layers as always, but run the graphs without making C++ of them."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+
+
+def padded(model, num_samples, length):
+    ids = torch.randint(10, 60, (num_samples, length))
+    ids[:, 1:5] = model.config.image_token_id
+    labels = ids.clone()
+    labels[:, :6] = -100
+    return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(num_samples, 3, 28, 28)}
+
+
+def packed(model, *lengths):
+    samples = [padded(model, 1, length) for length in lengths]
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    kept = [torch.arange(start, start + length - 1) for start, length in zip(starts, lengths, strict=False)]
+    segments = {
+        "lengths": [length - 1 for length in lengths],
+        "kept": torch.cat(kept),
+        "positions": torch.cat([torch.arange(length - 1) for length in lengths])[None],
+    }
+    row = {name: torch.cat([s[name] for s in samples], dim=1) for name in ("input_ids", "labels")}
+    return row | {"pixel_values": torch.cat([s["pixel_values"] for s in samples]), "segments": segments}
+
+
+def step(model, batch):
+    torch.manual_seed(3)  # of dropout
+    with causal_without_looking(model.language_model):
+        loss = model(**batch).loss
+        loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize(("stage", "backend"), [(STAGE, "inductor"), (ADAPTERS, "aot_eager")])
+def test_losses_and_gradients_are_equal(parts, monkeypatch, stage, backend):
+    """For batches of several lengths, padded and packed; layers of one form share their graphs."""
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    config = ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["llama"]))
+    model, _ = assemble(config)
+    apply_tuning(model, stage)
+    batches = [padded(model, 2, 12), padded(model, 3, 17), packed(model, 9, 12), packed(model, 8, 14, 10)]
+    expected = [step(model, batch) for batch in batches]
+    counters.clear()
+    undo = compile_layers(model)
+    for batch, (loss, gradients) in zip(batches, expected, strict=True):
+        found_loss, found = step(model, batch)
+        torch.testing.assert_close(found_loss, loss, rtol=0, atol=1e-5)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert 0 < counters["stats"]["unique_graphs"] <= 8  # below the limit at which nothing more is compiled
+    undo()
+    assert all("forward" not in vars(layer) for layer in model.language_model.layers)
+
+
+def test_two_processes_train_and_validate_compiled(parts, tmp_path):
+    check_compiler(torch.device("cpu"))  # what it imports, the two need not
+    records = make_records(tmp_path, {2})
+    run = toy_run(parts, records, tmp_path)
+    validation = Validation(held_out=str(records))
+    stage = dataclasses.replace(run.stages["finetune"], max_steps=2, validation=validation)
+    run = dataclasses.replace(run, stages={"finetune": stage})
+    train_in(2, sharded(run, "none", tmp_path / "compiled", compile=True))
+    train_in(2, sharded(run, "none", tmp_path / "plain"))
+    compare(tmp_path / "compiled", tmp_path / "plain")
+    settings = json.loads((tmp_path / "compiled/run/run.json").read_text())
+    assert settings["hardware"]["compile"] is True
+
+
+def test_a_machine_that_cannot_compile_is_told_before_anything_is_read(parts, records, tmp_path, monkeypatch):
+    def no_compiler(graph, inputs):
+        raise OSError("no C++ compiler found: g++")
+
+    monkeypatch.setattr(compiling, "BACKEND", no_compiler)
+    run = toy_run(parts, records, tmp_path / "run", hardware=Hardware(num_workers=0, compile=True))
+    with pytest.raises(
+        ConfigError, match=r"hardware\.compile: this machine cannot compile \(.*g\+\+.*\)\. Set"
+    ):
+        train(run)
+    assert not (tmp_path / "run/pretrain").exists()
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    check_compiler(torch.device("cpu"))
