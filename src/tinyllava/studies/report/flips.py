@@ -27,8 +27,8 @@ pre { white-space: pre-wrap; margin: 0; font: inherit }
 dl { margin: 0; font-size: .92rem }
 dt { color: var(--soft); font-size: .82rem; margin-top: .4rem }
 dd { margin: 0 }
-.right::after { content: " (right)"; color: #1d6b34 }
-.wrong::after { content: " (wrong)"; color: #a3231c }
+.right::after { content: " (right)"; color: var(--good) }
+.wrong::after { content: " (wrong)"; color: var(--bad) }
 </style>
 </head>
 <body>
