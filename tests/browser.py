@@ -66,7 +66,7 @@ class Page:
         return done["result"].get("value")
 
     def wait_for(self, code: str) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not self.run(code):
             assert time.monotonic() < until, (code, self.run("document.body.innerText"), self.console)
             time.sleep(0.05)

@@ -44,14 +44,14 @@ class Served:
         body = {"model": "toy", "messages": [{"role": "user", "content": "Is there a dog?"}], "max_tokens": 8}
         sent = json.dumps({**body, **fields}).encode() if content is None else content
         headers = {"Content-Type": "application/json"}
-        return httpx.post(f"{self.address}/v1/chat/completions", content=sent, headers=headers, timeout=120)
+        return httpx.post(f"{self.address}/v1/chat/completions", content=sent, headers=headers, timeout=600)
 
     def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.address}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.address}/metrics", timeout=600).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
     def wait_for(self, name: str, value: float) -> None:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while self.metric(name) != value:
             assert time.monotonic() < until, f"{name} is {self.metric(name)}, not {value}"
             time.sleep(0.05)

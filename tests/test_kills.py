@@ -6,27 +6,22 @@ nothing doubled. Run by ``pytest -m kills``; ``TINYLLAVA_SEED`` repeats the mome
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
-import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from accelerate import PartialState
-from tqdm import tqdm
 
 from chats import make_chat
 from conftest import make_records
 from evaluation.test_run import BENCHMARK, data
-from tinyllava.config import FULL, Hardware, Run, lora
+from processes import in_ranks, start
+from tinyllava.config import FULL, Hardware, lora
 from tinyllava.evaluation.run import Settings, evaluate
 from tinyllava.inference import file
 from tinyllava.model.rebuild import MANIFEST
@@ -34,29 +29,9 @@ from tinyllava.training.run import train
 from training_toys import toy_run
 
 pytestmark = [pytest.mark.kills, pytest.mark.timeout(3600)]
-FORK = multiprocessing.get_context("fork")
 NUM_KILLS = int(os.environ.get("TINYLLAVA_KILLS", "20"))
 SEED = int(os.environ.get("TINYLLAVA_SEED") or random.SystemRandom().randrange(10**6))
 __all__ = ["data"]  # a fixture
-
-
-def in_process(action: Callable[[], object], log: Path) -> multiprocessing.Process:
-    """Start an action in a process group of its own, which is killed whole; its words go to a file."""
-
-    def run() -> None:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        tqdm.set_lock(
-            threading.RLock()
-        )  # its own is shared with the others, of which one may be killed in it
-        action()
-
-    process = FORK.Process(target=run)
-    process.start()
-    os.setpgid(process.pid, process.pid)  # from here on, because it may be killed before its first line
-    return process
 
 
 def begun_checkpoints(folder: Path) -> set[tuple[Path, int]]:
@@ -84,17 +59,17 @@ def survives(
     """
     moments = random.Random(SEED)
     log = folder / "log.txt"
-    start = time.monotonic()
-    whole = in_process(lambda: action(folder / "whole" / "run"), log)
+    begun = time.monotonic()
+    whole = start(lambda: action(folder / "whole" / "run"), log)
     whole.join()
     assert whole.exitcode == 0, log.read_text()
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - begun
     expected = read(folder / "whole" / "run")
     disturbed = folder / "disturbed" / "run"
     num_kills = num_ends = num_in_checkpoints = 0
     while num_kills < NUM_KILLS or num_ends == 0:
         before = begun_checkpoints(disturbed)
-        process = in_process(lambda: action(disturbed), log)
+        process = start(lambda: action(disturbed), log)
         process.join(moments.uniform(0, seconds) if num_kills < NUM_KILLS else None)
         while aims and num_kills % 2 and process.is_alive() and begun_checkpoints(disturbed) <= before:
             time.sleep(0.002)
@@ -146,26 +121,13 @@ def test_training_in_two_processes(parts, tmp_path, sharding):
     records = make_records(tmp_path / "data")
     hardware = Hardware(num_workers=0, precision="fp32", device_batch_size=1, save_steps=1, sharding=sharding)
 
-    def rank(index: int, port: int, run: Run) -> None:
-        os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        PartialState._reset_state()
-        train(run)
-
     def action(folder: Path) -> None:
         run = toy_run(parts, records, folder, hardware=hardware)
         finetune = dataclasses.replace(
             run.stages["finetune"], vision_encoder=FULL, language_model=lora(4, dropout=0.2)
         )
         run = dataclasses.replace(run, stages={**run.stages, "finetune": finetune})
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        other = FORK.Process(target=rank, args=(1, port, run))
-        other.start()
-        rank(0, port, run)
-        other.join()
-        assert other.exitcode == 0
+        assert in_ranks(2, lambda _: train(run)) == [0, 0]
 
     survives(action, read_run, tmp_path, aims=True)
 

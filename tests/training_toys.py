@@ -1,6 +1,8 @@
 """A small run on toy parts, and the ten-line loop that training is held against."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import RandomSampler
 from tinyllava.config import FROZEN, FULL, DataConfig, Hardware, ModelConfig, Run, Stage, to_json
 from tinyllava.data.dataset import Collator, Examples
 from tinyllava.data.records import read_records
+from tinyllava.training.progress import StageProgress
 
 
 def toy_run(
@@ -74,6 +77,19 @@ def make_captions(records: Path) -> Path:
     path = records.with_name("captions.json")
     path.write_text(json.dumps(captions))
     return path
+
+
+def signalled_at(stage: str, num_steps: int, number: int, action: Callable[[], object]) -> object:
+    """Do an action whose process gets a signal in a stage, as soon as so many steps of it are logged."""
+    log = StageProgress.on_log
+
+    def logging(self, args, state, control, **kwargs):
+        log(self, args, state, control, **kwargs)
+        if Path(args.output_dir).name == stage and state.global_step == num_steps:
+            os.kill(os.getpid(), number)
+
+    StageProgress.on_log = logging
+    return action()
 
 
 def sampled_order(num_samples: int, seed: int) -> list[int]:

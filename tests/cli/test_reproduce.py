@@ -1,16 +1,17 @@
 """``tinyllava reproduce`` on toy parts: from a grid file to the page, after a kill, what it says before."""
 
 import json
-import os
 import signal
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import grid_toys
+from processes import start
 from tinyllava.cli import main
 from tinyllava.studies.study import load_examples, load_scores, load_study
+from training_toys import signalled_at
 
 
 @pytest.fixture
@@ -73,29 +74,14 @@ def test_what_could_not_be_run_for_want_of_data_is_named_at_the_end_too(places, 
 
 def test_a_grid_that_is_killed_goes_on_and_loses_no_finished_stage(places, parts, records):
     grid = str(grid_toys.write_grid(places, parts, records, epochs=6))
-    options = [
-        grid,
-        "--only",
-        "MLP",
-        "--benchmarks",
-        str(places / "benchmarks"),
-        "--runs",
-        str(places / "runs"),
-    ]
-    options += ["--output", str(places / "study")]
-    killed = grid_toys.start(*options)
-    while not any(
-        (path.parent / "metrics.jsonl").exists() for path in places.glob("runs/finetune-*/finetune/*")
-    ):
-        assert killed.poll() is None, killed.stdout.read()
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    command = ["reproduce", grid, "--only", "MLP", "--benchmarks", str(places / "benchmarks")]
+    command += ["--runs", str(places / "runs"), "--output", str(places / "study")]
+    killed = start(partial(signalled_at, "finetune", 4, signal.SIGKILL, lambda: main(command)))
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     before = times(places)
     assert [name.split("-")[0] for name in before] == ["pretrain"]
-    again = grid_toys.start(*options)
-    output, _ = again.communicate(timeout=250)
-    assert again.returncode == 0, output
+    assert main(command) == 0
     after = times(places)
     assert {name: after[name] for name in before} == before
     assert len(after) == 3

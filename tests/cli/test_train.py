@@ -220,9 +220,7 @@ def test_a_bad_record_ends_the_program_with_its_name_and_no_traceback(recipe, tm
         "--output",
         str(tmp_path / "run"),
     ]
-    result = subprocess.run(
-        [*command, "--only", "finetune"], capture_output=True, text=True, timeout=250, check=False
-    )
+    result = subprocess.run([*command, "--only", "finetune"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     line = result.stderr[result.stderr.index("error: ") :]
     assert line == (

@@ -120,7 +120,6 @@ def test_training_ends_on_a_small_shared_memory_and_says_how_it_is_faster(parts,
         capture_output=True,
         text=True,
         check=False,
-        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     assert "/dev/shm has 0 MB of shared memory free, 2 workers need 0 MB: no workers are used" in done.stdout

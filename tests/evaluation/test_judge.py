@@ -182,7 +182,7 @@ def test_requests_run_at_the_same_time(tmp_path: Path) -> None:
         find = called.cache.find
 
         def meet(key: str) -> str | None:
-            together.wait(timeout=10)
+            together.wait(timeout=600)
             return find(key)
 
         called.cache.find = meet  # type: ignore[method-assign]

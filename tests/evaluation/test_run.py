@@ -1,20 +1,24 @@
 """A run that is killed, resumed, shared by processes or cut short gives the answers of one that was not."""
 
+import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
-import time
+import shutil
+import signal
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from PIL import Image
 
+import tinyllava
 from chats import make_chat
+from processes import FORK, in_ranks, start
 from tinyllava.conversation import Answer, ImageRef, ask
 from tinyllava.errors import CheckpointError, ConfigError, DataError
 from tinyllava.evaluation.answers import AnswerFile, read_answers, read_predictions, read_refusals
@@ -26,7 +30,6 @@ from tinyllava.evaluation.run import Settings, evaluate, suitable_batch_tokens
 from tinyllava.inference.chat import Chat, encode_prompt
 
 SMALL = Settings(batch_tokens=200, num_workers=0)
-FORK = multiprocessing.get_context("fork")
 
 
 def load(folder: Path) -> list[Question]:
@@ -100,30 +103,47 @@ def test_answers_are_scored_and_recorded(chat, data, tmp_path, expected):
     assert len(lines(tmp_path / "toy")) == 60
 
 
-def test_killed_at_20_moments_it_loses_nothing_and_asks_nothing_twice(
-    chat, data, tmp_path, expected, monkeypatch
-):
-    generator = random.Random(0)
-    answer_groups = torch.inference_mode()(lambda *a: (time.sleep(0.02), original(*a))[1])
-    import tinyllava.evaluation.run as module
+def kill_in(num_written: int, num_lines: int) -> None:
+    """Have this process kill itself so many lines of the package's code behind a writing of answers."""
+    package, append = str(Path(tinyllava.__file__).parent), AnswerFile.append
+    writings, passed = itertools.count(), itertools.count()
 
-    original = module.answer_groups
-    monkeypatch.setattr(module, "answer_groups", answer_groups)
+    def trace(frame, event, _):
+        if event == "line" and next(passed) == num_lines:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace if frame.f_code.co_filename.startswith(package) else None
+
+    def writing(self, answers):
+        if next(writings) == num_written:
+            sys.settrace(trace)
+        append(self, answers)
+
+    AnswerFile.append = writing
+
+
+def test_killed_at_20_moments_it_loses_nothing_and_asks_nothing_twice(chat, data, tmp_path, expected):
+    """The moments are lines of code, not times: they are the same on every machine."""
+    generator = random.Random(0)
     folder = tmp_path / "toy"
     num_seen = [0]
-    for _ in range(20):
-        settings = Settings(batch_tokens=100, num_workers=0)
-        process = FORK.Process(target=run, args=(chat, data, tmp_path, settings))
-        process.start()
-        # Somewhere before the next answers are written, or after: by count, for the machine may be slow.
-        awaited = num_seen[-1] + generator.choice([0, 0, 1])
-        while process.is_alive() and len(lines(folder)) < awaited:
-            time.sleep(0.002)
-        time.sleep(generator.uniform(0.0, 0.1))
-        process.kill()
+
+    def killed(num_written: int, num_lines: int) -> None:
+        kill_in(num_written, num_lines)
+        run(chat, data, tmp_path, Settings(batch_tokens=100, num_workers=0))
+
+    num_kills = 0
+    while num_kills < 20:
+        process = start(partial(killed, generator.choice([0, 0, 0, 1]), generator.randrange(90)))
         process.join()
+        assert len(lines(folder)) >= num_seen[-1]
         num_seen.append(len(lines(folder)))
-    assert num_seen == sorted(num_seen)
+        if process.exitcode == 0:  # it came to its end before
+            assert read_answers(folder, load(data)) == expected
+            shutil.rmtree(folder)
+            num_seen.append(0)
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            num_kills += 1
     assert len(set(num_seen)) >= 5, "the kills have to fall on different stages of the run"
     run(chat, data, tmp_path)
     assert sorted(json.loads(line)["question_id"] for line in lines(tmp_path / "toy")) == sorted(expected)
@@ -146,30 +166,14 @@ def test_a_line_cut_short_at_any_byte_is_asked_again(data, tmp_path):
         assert (tmp_path / "answers-000.jsonl").read_bytes() == whole
 
 
-def run_as(rank: int, port: int, *arguments) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    vars(PartialState()).clear()  # what the parent process knew of itself
-    run(*arguments)
-
-
 def test_two_processes_share_the_images(chat, data, tmp_path, expected):
     run(chat, data, tmp_path / "one")
-    port = 20_000 + os.getpid() % 10_000
-    ranks = [
-        FORK.Process(target=run_as, args=(rank, port, chat, data, tmp_path / "two")) for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+
+    def rank(_: int) -> None:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        run(chat, data, tmp_path / "two")
+
+    assert in_ranks(2, rank) == [0, 0]
     parts = [path.read_text().splitlines() for path in sorted((tmp_path / "two" / "toy").glob("answers-*"))]
     assert sorted(len(part) for part in parts) > [15, 15]
     one, two = ((tmp_path / name / "toy" / "predictions.jsonl").read_text() for name in ("one", "two"))
@@ -187,11 +191,9 @@ def unpack(folder: Path, images: list[bytes], begin) -> None:
 
 def test_processes_unpack_the_same_images_side_by_side(tmp_path):
     images, begin = [bytes([number]) * 20_000 for number in range(200)], FORK.Barrier(4)
-    processes = [FORK.Process(target=unpack, args=(tmp_path, images, begin)) for _ in range(4)]
+    processes = [start(lambda: unpack(tmp_path, images, begin)) for _ in range(4)]
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+        process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     written = {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
     assert written == {f"{number}.jpg": data for number, data in enumerate(images)}

@@ -3,8 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from filelock import FileLock
 from PIL import Image
 
 from chats import make_chat
+from processes import start
 from tinyllava.cli import main
 from tinyllava.conversation import ask
 from tinyllava.errors import DataError, OutputError
@@ -350,13 +349,16 @@ def test_of_two_real_processes_one_writes_every_answer_once(
     lines = [json.loads(line) for line in questions.read_text().split("\n") if line]
     questions.write_text("".join(json.dumps(line | {"id": n}) + "\n" for n, line in enumerate(lines * 30)))
     output = tmp_path / "answers.jsonl"
-    command = [sys.executable, "-m", "tinyllava", "chat", "--file", str(questions), "--output", str(output)]
-    command += ["--model", str(checkpoint), "--max-tokens", "4", "--device", "cpu"]
-    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
-    said = [process.communicate(timeout=250)[1].decode() for process in both]
-    ends = sorted(process.returncode for process in both)
-    assert ends in ([0, 0], [0, 2]), said  # the second may have come when the first was done
-    assert ends == [0, 0] or any("another process is writing there" in text for text in said)
+    command = ["chat", "--file", str(questions), "--output", str(output), "--model", str(checkpoint)]
+    command += ["--max-tokens", "4", "--device", "cpu"]
+    said = [tmp_path / f"said-{n}" for n in range(2)]
+    both = [start(lambda: main(command), path) for path in said]
+    for process in both:
+        process.join()
+    ends = sorted(process.exitcode for process in both)
+    texts = [path.read_text() for path in said]
+    assert ends in ([0, 0], [0, 2]), texts  # the second may have come when the first was done
+    assert ends == [0, 0] or any("another process is writing there" in text for text in texts)
     ids = [json.loads(line)["id"] for line in output.read_text().splitlines()]
     assert ids == list(range(90))
 

@@ -71,7 +71,6 @@ def change(folder: Path, name: str, place: tuple[Any, ...], value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.timeout(240)
 def test_a_changed_setting_is_taken_or_refused_in_one_line(copy: Path, name: str) -> None:
     generator = random.Random(name)
     original = (copy / name).read_text()

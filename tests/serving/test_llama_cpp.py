@@ -105,7 +105,7 @@ def test_a_client_that_goes_away_frees_its_place(served: Served) -> None:
         "max_tokens": 450,
         "stream": True,
     }
-    with httpx.stream("POST", f"{served.address}/v1/chat/completions", json=body, timeout=120) as got:
+    with httpx.stream("POST", f"{served.address}/v1/chat/completions", json=body, timeout=600) as got:
         next(got.iter_lines())
     served.wait_for("tinyllava_places", 0)
     served.wait_for("tinyllava_running", 0)
@@ -125,7 +125,7 @@ def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path) -> 
         "--port",
         "0",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, "mmproj.gguf: missing." in done.stderr) == (2, True)
     shutil.copy(folder / "model.gguf", tmp_path / "mmproj.gguf")
     with pytest.raises(CheckpointError, match="does not record how images are prepared"):

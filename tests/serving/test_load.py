@@ -26,7 +26,7 @@ def benchmark() -> ModuleType:
 def test_a_load_of_clients_loses_nothing(toy: Path, benchmark: ModuleType) -> None:
     options = ("--name", "m", "--max-waiting", "6", "--max-running", "4", "--cache-tokens", "2000")
     with serve(toy, *options) as served:
-        client = httpx.Client(base_url=served.address, timeout=120, limits=benchmark.NO_LIMITS)
+        client = httpx.Client(base_url=served.address, timeout=600, limits=benchmark.NO_LIMITS)
         server = benchmark.Server(served.address, served.process, client)
         benchmark.run_load(server, 8, 1.0, 20)
         before = server.memory_mib

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from select import select
 from typing import Any
 
 import httpx2 as httpx
@@ -149,7 +150,7 @@ def streaming(served: Served, max_tokens: int = 400) -> Iterator[Iterator[str]]:
     messages = [{"role": "user", "content": "Is there a dog?"}]
     body = {"model": "toy", "messages": messages, "max_tokens": max_tokens, "stream": True}
     with httpx.stream(
-        "POST", f"{served.address}/v1/chat/completions", content=json.dumps(body), headers=JSON, timeout=120
+        "POST", f"{served.address}/v1/chat/completions", content=json.dumps(body), headers=JSON, timeout=600
     ) as response:
         assert response.status_code == 200
         lines = response.iter_lines()
@@ -190,17 +191,21 @@ def test_a_client_that_does_not_wait_for_a_whole_answer_frees_its_place(small: S
         {"model": "toy", "messages": [{"role": "user", "content": "Is there a dog?"}], "max_tokens": 480}
     )
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    gone = 'tinyllava_requests_total{path="/v1/chat/completions",status="499"}'
+    ended = 'tinyllava_requests_total{path="/v1/chat/completions"'
+    gone = f'{ended},status="499"}}'
     for sent in (
         f"{head}Content-Length: {len(body)}\r\n\r\n{body}",
         f"{head}Content-Length: 100000\r\n\r\n{body}",
     ):
         before = small.metric(gone)
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(sent.encode())
-            small.wait_for("tinyllava_places", 1)
-        small.wait_for("tinyllava_places", 0)
-        small.wait_for(gone, before + 1)
+        while small.metric(gone) == before:  # again where the whole answer came before the client went
+            num_ended = small.metric(ended)
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(sent.encode())
+                while small.metric("tinyllava_places") != 1 and not select([connection], [], [], 0.05)[0]:
+                    pass
+            small.wait_for("tinyllava_places", 0)
+            small.wait_for(ended, num_ended + 1)
     assert small.post().status_code == 200
 
 
@@ -211,12 +216,13 @@ def test_a_body_that_is_too_large_is_refused(small: Served) -> None:
 
 
 def test_a_request_has_its_time(toy: Path) -> None:
-    with serve(toy, "--timeout", "0.25", "--name", "toy") as served:
+    with serve(toy, "--timeout", "0.05", "--name", "toy") as served:
         whole = served.post(max_tokens=480)
         assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
         served.wait_for("tinyllava_places", 0)
         host, port = served.address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=60) as connection:  # a body that never comes
+        with socket.create_connection((host, int(port)), timeout=600) as connection:
+            # A body that never comes.
             connection.sendall(
                 b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
                 b"Content-Type: application/json\r\n\r\n{"
@@ -236,11 +242,11 @@ def test_sigterm_finishes_what_is_running_and_takes_nothing_new(toy: Path) -> No
     with serve(toy) as served:
         with streaming(served, 480) as lines:
             served.process.send_signal(signal.SIGTERM)
-            until = time.monotonic() + 60
+            until = time.monotonic() + 600
             while accepts(served):  # until uvicorn has seen the signal
                 assert time.monotonic() < until, "still takes new requests"
             assert list(lines)[-2] == "data: [DONE]"
-        assert served.process.wait(60) == 0
+        assert served.process.wait(600) == 0
         assert served.process.stderr
         assert served.process.stderr.read().endswith("stopped.\n")
 
@@ -264,7 +270,7 @@ def test_keys_are_asked_for(toy: Path) -> None:
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "tinyllava", "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_what_is_sent_in_pieces_does_not_wait_for_the_client() -> None:

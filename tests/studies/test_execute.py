@@ -145,7 +145,6 @@ def test_a_state_is_read_back_and_an_unknown_node_waits(graph, tmp_path):
     assert [path.name for path in Path(node.folder).iterdir()] == ["node.json"]
 
 
-@pytest.mark.timeout(600)
 def test_a_node_is_done_by_as_many_processes_as_its_batches_divide_by(graph, records, monkeypatch):
     """The batch is 4: of three processes two are taken. They are real, and train."""
     started = []

@@ -30,6 +30,7 @@ class Workshop:
         self.environment = {
             **slurm_stand_in.install(folder / "slurm"),
             "FAKE_LOG": str(folder / "log"),
+            "FAKE_GATE": str(folder / "gate"),
             "PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")]),
         }
 
@@ -52,9 +53,12 @@ class Workshop:
         return log.read_text().splitlines() if log.exists() else []
 
     def wait_for(self, *, begun: int) -> None:
-        """Wait until so much work has begun."""
+        """Wait until so much work has begun; none goes on before the gate is opened."""
         while sum(line.startswith("begin") for line in self.lines()) < begun:
             time.sleep(0.05)
+
+    def open_gate(self) -> None:
+        (self.folder / "gate").touch()
 
 
 @pytest.fixture
@@ -68,12 +72,13 @@ def jobs_of(workshop: Workshop) -> list[str]:
 
 
 def test_slurm_runs_each_node_as_one_job_also_when_the_submitter_is_killed(workshop):
-    first = workshop.start("--jobs", "slurm", "--job", "slurm_partition=small", FAKE_SECONDS="1")
+    first = workshop.start("--jobs", "slurm", "--job", "slurm_partition=small")
     workshop.wait_for(begun=2)  # both connectors' first stages run at the same time
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    second = workshop.start("--jobs", "slurm", "--job", "slurm_partition=small", FAKE_SECONDS="0")
-    output, _ = second.communicate(timeout=200)
+    workshop.open_gate()
+    second = workshop.start("--jobs", "slurm", "--job", "slurm_partition=small")
+    output, _ = second.communicate()
     assert second.returncode == 0, output
     assert output.splitlines()[-1] == str(workshop.folder / "study" / "report.html")
     counts = Counter(workshop.lines())
@@ -89,10 +94,11 @@ def test_slurm_runs_each_node_as_one_job_also_when_the_submitter_is_killed(works
 
 def test_a_job_that_slurm_ends_is_reported_and_the_others_go_on(workshop, monkeypatch):
     environment = {**os.environ, **workshop.environment}
-    running = workshop.start("--jobs", "slurm", "--at-once", "1", FAKE_SECONDS="2")
+    running = workshop.start("--jobs", "slurm", "--at-once", "1")
     workshop.wait_for(begun=1)
     subprocess.run(["scancel", "1"], env=environment, check=True)
-    output, _ = running.communicate(timeout=200)
+    workshop.open_gate()
+    output, _ = running.communicate()
     assert running.returncode == 1
     lost = workshop.lines()[0].removeprefix("begin ")
     # The job writes its number when it starts to work; it may be ended before.
@@ -100,13 +106,14 @@ def test_a_job_that_slurm_ends_is_reported_and_the_others_go_on(workshop, monkey
     study = load_study(workshop.folder / "study")
     assert sorted(cell.status for cell in study.cells) == ["done", "done", "failed", "failed"]
     again = workshop.start("--jobs", "slurm")
-    output, _ = again.communicate(timeout=200)
+    output, _ = again.communicate()
     assert again.returncode == 0, output
 
 
 def test_processes_of_this_machine_and_a_failing_cell(workshop):
+    workshop.open_gate()
     running = workshop.start("--jobs", "local", "--at-once", "2", FAKE_FAILURE="finetune")
-    output, _ = running.communicate(timeout=200)
+    output, _ = running.communicate()
     assert running.returncode == 1
     assert sum(line.startswith("failed: finetune-") for line in output.splitlines()) == 4
     assert "was told to fail" in output
@@ -119,7 +126,7 @@ def test_processes_of_this_machine_and_a_failing_cell(workshop):
 
 def test_what_the_scheduler_refuses_is_said(workshop):
     running = workshop.start("--jobs", "slurm", "--job", "no_such_option=1")
-    output, _ = running.communicate(timeout=200)
+    output, _ = running.communicate()
     assert running.returncode == 2
     assert "error: --jobs slurm:" in output
     assert "no_such_option" in output

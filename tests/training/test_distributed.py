@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -14,79 +13,48 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import toys
-from tinyllava.config import FULL, Run, Validation, lora, to_json
+from processes import in_ranks
+from tinyllava.config import FULL, Run, Validation, lora
 from tinyllava.errors import ConfigError, Stopped
 from tinyllava.files import held
 from tinyllava.training.run import train
-from tinyllava.training.trainer import StageTrainer
+from tinyllava.training.trainer import StageTrainer, trained_tensors
 from training_toys import sampled_order, toy_run, write_run
 
-PROGRAM = """
-import json, os, sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-from tinyllava.config import run_from_json
-from tinyllava.data.reporting import reporting
-from tinyllava.training.run import train
-from tinyllava.training.trainer import StageTrainer, trained_tensors
 
-torch.set_num_threads(1)
-config, rank, seen = Path(sys.argv[1]), os.environ.get("RANK", "0"), []
-train_stage, step = StageTrainer.train, StageTrainer.training_step
+def train_in_two(run: Run) -> list[str]:
+    """Train in two processes and return what each printed; what each saw is written beside the run."""
+    folder = run.folder.parent
+    folder.mkdir(exist_ok=True)
 
-def noting(self, model, inputs, *args, **kwargs):
-    seen.append("pixel_values" in inputs or "image_features" in inputs)
-    return step(self, model, inputs, *args, **kwargs)
+    def train_rank(rank: int) -> None:
+        seen: list[bool] = []
+        train_stage, step = StageTrainer.train, StageTrainer.training_step
 
-def saving(self, *args, **kwargs):
-    train_stage(self, *args, **kwargs)
-    file = config.parent / f"{Path(self.args.output_dir).name}-{rank}.safetensors"
-    save_file(trained_tensors(self.whole), file)
+        def noting(self, model, inputs, *args, **kwargs):
+            seen.append("pixel_values" in inputs or "image_features" in inputs)
+            return step(self, model, inputs, *args, **kwargs)
 
-StageTrainer.training_step, StageTrainer.train = noting, saving
-with reporting(is_shown=True):
-    folder = train(run_from_json(config.read_text(), str(config)))
-assert (folder / "model.safetensors").is_file()  # whole, whichever rank asks
-(config.parent / f"seen-{rank}.json").write_text(json.dumps(seen))
-"""
+        def saving(self, *args, **kwargs):
+            train_stage(self, *args, **kwargs)
+            name = f"{Path(self.args.output_dir).name}-{rank}.safetensors"
+            save_file(trained_tensors(self.whole), folder / name)
 
+        StageTrainer.training_step, StageTrainer.train = noting, saving
+        model = train(run)
+        assert (model / "model.safetensors").is_file()  # whole, whichever rank asks
+        (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
 
-def start_two(config: Path) -> list[str]:
-    """Train in two processes and return what each printed; a hang is a failure."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(config)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=500) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "".join(
-        errors[-2000:] for _, errors in outputs
-    )
-    return [output for output, _ in outputs]
+    said = [folder / f"said-{rank}" for rank in (0, 1)]
+    for path in said:
+        path.unlink(missing_ok=True)
+    ends = in_ranks(2, train_rank, folder / "said")
+    assert ends == [0, 0], "".join(path.read_text()[-2000:] for path in said)
+    return [path.read_text() for path in said]
 
 
 def seen(folder: Path, rank: int) -> list[bool]:
@@ -135,15 +103,12 @@ def compare_models(folder: Path) -> None:
 
 def compare_one_with_two(run: Run, folder: Path) -> set[str]:
     """Train the stage of a run in two processes and in one; return the names of the trained tensors."""
-    (folder / "two").mkdir()
-    (folder / "two/run.json").write_text(to_json(run))
-    start_two(folder / "two/run.json")
+    train_in_two(run)
     train(dataclasses.replace(run, output=str(folder / "one/run")))
     compare_models(folder)
     return compare_stage(folder, *run.stages)
 
 
-@pytest.mark.timeout(1100)
 def test_a_rank_without_images_neither_hangs_nor_changes_the_result(parts, tmp_path):
     """The connector alone in pre-training, encoder, connector and language model in fine-tuning."""
     order = sampled_order(8, seed=42)
@@ -154,9 +119,7 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_result(parts, tmp_p
     # that keeps the questions.
     pretrain = dataclasses.replace(run.stages["pretrain"], data=finetune.data, template="")
     run = dataclasses.replace(run, stages={"pretrain": pretrain, "finetune": finetune})
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two/run.json").write_text(to_json(run))
-    start_two(tmp_path / "two/run.json")
+    train_in_two(run)
     train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
 
     assert seen(tmp_path / "two", 0) == [True] * 4  # two steps in each of two stages
@@ -173,11 +136,10 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_result(parts, tmp_p
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # and written by one rank only
     compare_models(tmp_path)
 
-    again = start_two(tmp_path / "two/run.json")
+    again = train_in_two(run)
     assert [output.count("already trained, reusing") for output in again] == [2, 0]  # both stages, said once
 
 
-@pytest.mark.timeout(1100)
 def test_dinov2_trained_in_two_processes_gives_the_weights_of_one(parts, tmp_path):
     """Its mask token never gets a gradient: two processes that wait for one would stop."""
     dino = toys.make_dino(tmp_path / "dino")
@@ -206,7 +168,6 @@ def start_command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.timeout(1100)
 def test_train_starts_its_processes_itself_and_gives_the_weights_of_one(parts, tmp_path):
     records = make_records(tmp_path, {2, 5})
     printed = {}
@@ -214,7 +175,7 @@ def test_train_starts_its_processes_itself_and_gives_the_weights_of_one(parts, t
         (tmp_path / name).mkdir()
         run = toy_run(parts, records, tmp_path / name / "run")
         command = start_command("train", write_run(run, tmp_path / name), "--gpus", gpus)
-        printed[name], errors = command.communicate(timeout=500)
+        printed[name], errors = command.communicate()
         assert command.returncode == 0, errors[-3000:]
     compare_models(tmp_path)
     assert printed["two"].splitlines()[0] == "2 processes share each batch of 4 samples"
@@ -227,12 +188,11 @@ def test_train_starts_its_processes_itself_and_gives_the_weights_of_one(parts, t
             assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
 
-@pytest.mark.timeout(600)
 def test_what_a_process_is_refused_for_is_said_once(parts, tmp_path):
     records = make_records(tmp_path, set())
     run = write_run(toy_run(parts, records, tmp_path / "run"), tmp_path)
     command = start_command("train", run, "--gpus", "3")
-    printed, errors = command.communicate(timeout=300)
+    printed, errors = command.communicate()
     assert command.returncode == 2
     assert errors.count("not divisible by 3 ranks") == 2  # in two stages
     assert (printed, errors.count("error: ")) == ("", 1)
@@ -240,13 +200,12 @@ def test_what_a_process_is_refused_for_is_said_once(parts, tmp_path):
     held_by.mkdir()
     with held(held_by):  # known to the first process only
         command = start_command("train", run, "--gpus", "2")
-        _, errors = command.communicate(timeout=300)
+        _, errors = command.communicate()
     assert command.returncode == 2
     assert errors.count("error: ") == 1
     assert "Traceback" not in errors
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_command_saves_in_all_processes(parts, tmp_path, number):
     records = make_records(tmp_path, set())
@@ -259,7 +218,7 @@ def test_a_signal_to_the_command_saves_in_all_processes(parts, tmp_path, number)
         assert command.poll() is None, command.communicate()[1][-3000:]
         time.sleep(0.05)
     command.send_signal(number)
-    _, errors = command.communicate(timeout=300)
+    _, errors = command.communicate()
     assert command.returncode == 128 + number
     assert "stopping: saving after this step" in errors
     assert "Traceback" not in errors
@@ -268,23 +227,20 @@ def test_a_signal_to_the_command_saves_in_all_processes(parts, tmp_path, number)
     assert (tmp_path / f"run/finetune/checkpoint-{num_steps}/manifest.json").is_file()
 
 
-def fork_two(run: Run, signalled: dict[int, int], *, number: int = 0, step: int = -1) -> list[int]:
-    """Train in two processes forked from this one and return their exit statuses; a hang is a failure.
+def signal_two(run: Run, signalled: dict[int, int], *, number: int = 0, step: int = -1) -> list[int | None]:
+    """Train in two processes and return their exit statuses.
 
     Args:
         run: what they train.
         signalled: how often each rank gets the signal, while it computes that step.
     """
 
-    def rank(index: int, port: int) -> None:
-        PartialState._reset_state()  # of this process, which may have trained alone
-        os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    def train_rank(rank: int) -> int:
         compute = StageTrainer.training_step
 
         def computing(self, *args, **kwargs):
             if self.state.global_step == step:
-                for _ in range(signalled.get(index, 0)):
+                for _ in range(signalled.get(rank, 0)):
                     os.kill(os.getpid(), number)
             return compute(self, *args, **kwargs)
 
@@ -292,25 +248,12 @@ def fork_two(run: Run, signalled: dict[int, int], *, number: int = 0, step: int 
         try:
             train(run)
         except Stopped as stop:
-            os._exit(128 + stop.number)
-        os._exit(0)
+            return 128 + stop.number
+        return 0
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank, args=(index, port)) for index in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(200)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
+    return in_ranks(2, train_rank)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_signal_to_one_process_or_to_all_stops_them_at_one_step_and_the_run_resumes(parts, tmp_path):
     """Launchers also signal twice: their own, and the one that is passed on."""
     records = make_records(tmp_path, set())
@@ -324,11 +267,11 @@ def test_a_signal_to_one_process_or_to_all_stops_them_at_one_step_and_the_run_re
         (7, signal.SIGINT, {0: 2, 1: 1}, [130, 130]),
     )
     for step, number, signalled, ends in cases:
-        assert fork_two(run, signalled, number=number, step=step) == ends
+        assert signal_two(run, signalled, number=number, step=step) == ends
         checkpoints = sorted(path.name for path in (tmp_path / "two/run/finetune").glob("checkpoint-*"))
         assert checkpoints[-1] == f"checkpoint-{step + 1}"
         assert (tmp_path / "two/run/finetune" / checkpoints[-1] / "manifest.json").is_file()
-    assert fork_two(run, {}) == [0, 0]
+    assert signal_two(run, {}) == [0, 0]
     steps = (tmp_path / "two/run/finetune/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in steps] == list(range(1, 9))  # none lost, none twice
     train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
@@ -341,7 +284,6 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(parts, records
         train(toy_run(parts, records, tmp_path / "run"))
 
 
-@pytest.mark.timeout(1100)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_over_weights_in_few_bits_two_processes_give_the_weights_of_one(parts, tmp_path, bits):
     records = make_records(tmp_path, set())
@@ -371,7 +313,6 @@ def make_slurm(folder: Path) -> None:
         (folder / name).chmod(0o755)
 
 
-@pytest.mark.timeout(600)
 def test_two_nodes_give_the_weights_of_one_process(parts, tmp_path):
     """The guide's own script, with one process a node, this machine as both nodes and a toy run."""
     records = make_records(tmp_path, {1, 6})
@@ -402,7 +343,7 @@ def test_two_nodes_give_the_weights_of_one_process(parts, tmp_path):
         "SLURM_JOB_NODELIST": "here[1-2]",
     }
     done = subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=500, check=False
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("model: ") == 1  # the first process of the first node speaks
@@ -423,9 +364,7 @@ def test_two_processes_measure_held_out_records_as_one_does(parts, records, tmp_
         packing = packs and name == "two"
         hardware = dataclasses.replace(run.hardware, device_batch_size=size, packing=packing)
         run = dataclasses.replace(run, stages={"finetune": stage}, hardware=hardware)
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(to_json(run))
-        train(run) if name == "one" else start_two(tmp_path / name / "run.json")
+        train(run) if name == "one" else train_in_two(run)
         lines = map(json.loads, (run.folder / "finetune/metrics.jsonl").read_text().splitlines())
         curves.append([(one["step"], one["validation_loss"]) for one in lines if "validation_loss" in one])
     assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] == [0, 2, 4]

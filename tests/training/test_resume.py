@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from processes import start
 from tinyllava.cli import main
-from tinyllava.config import Hardware, lora, to_json
+from tinyllava.config import Hardware, Run, lora
 from tinyllava.data.sources import draw_rows, parse_source
 from tinyllava.errors import CheckpointError, TrainingError
 from tinyllava.model.assemble import assemble
@@ -23,120 +22,84 @@ from tinyllava.model.rebuild import RESUMED_TENSORS
 from tinyllava.model.tuning import check_trained
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer, trained_tensors
-from training_toys import toy_run, write_run
-
-PROGRAM = """
-import sys, torch
-from pathlib import Path
-from tinyllava.config import run_from_json
-from tinyllava.training.run import train
-torch.set_num_threads(1)
-train(run_from_json(Path(sys.argv[1]).read_text(), sys.argv[1]))
-"""
+from training_toys import signalled_at, toy_run, write_run
 
 
-def start(config: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(config)], env=environment, stdout=subprocess.DEVNULL
-    )
+def end_of(action: Callable[[], object], said: Path) -> int | None:
+    """Do an action in a process of its own and return its exit status."""
+    process = start(action, said)
+    process.join()
+    return process.exitcode
 
 
-def kill_at(config: Path, metrics: Path, num_lines: int) -> bool:
-    """Start the run and kill it without warning once so many steps are logged; False if it ended before."""
-    process = start(config)
-    while process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= num_lines:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.002)
-    return False
-
-
-def configured(
-    parts, records, folder: Path, bits: int, save_steps: int = 3, num_workers: int = 0
-) -> tuple[Path, Path]:
+def configured(parts, records, folder: Path, bits: int, save_steps: int = 3) -> Run:
     run = toy_run(
         parts,
         records,
         folder / "run",
-        hardware=Hardware(
-            num_workers=num_workers, precision="fp32", device_batch_size=2, save_steps=save_steps
-        ),
+        hardware=Hardware(num_workers=0, precision="fp32", device_batch_size=2, save_steps=save_steps),
     )
     stages = {name: dataclasses.replace(stage, num_epochs=8) for name, stage in run.stages.items()}
     stages["finetune"] = dataclasses.replace(
         stages["finetune"], language_model=lora(4, dropout=0.2, bits=bits)
     )  # draws random numbers
-    folder.mkdir()
-    (folder / "run.json").write_text(to_json(dataclasses.replace(run, stages=stages)))
-    return folder / "run.json", folder / "run"
+    return dataclasses.replace(run, stages=stages)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(parts, records, tmp_path_factory) -> Callable[[int], Path]:
+    """Return the folder of a run over weights of so many bits that nobody stopped."""
+
+    @cache
+    def trained(bits: int) -> Path:
+        run = configured(parts, records, tmp_path_factory.mktemp("whole"), bits)
+        train(run)
+        return run.folder
+
+    return trained
+
+
+def same_as(whole: Path, folder: Path) -> None:
+    """A run that was stopped has the bytes of the whole one, no step lost and none twice."""
+    for name in ("model/model.safetensors", "pretrain/trained.safetensors", "finetune/trained.safetensors"):
+        assert (whole / name).read_bytes() == (folder / name).read_bytes(), name
+    for stage in ("pretrain", "finetune"):
+        lines = (folder / stage / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 25))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_killed_in_both_stages_and_resumed_gives_the_same_bytes(parts, records, tmp_path, bits):
-    config, whole = configured(parts, records, tmp_path / "whole", bits)
-    assert start(config).wait() == 0
-    config, broken = configured(parts, records, tmp_path / "broken", bits)
-    assert kill_at(config, broken / "pretrain/metrics.jsonl", 8)
-    assert kill_at(config, broken / "finetune/metrics.jsonl", 11)
-    assert not (broken / "model").exists()
-    assert start(config).wait() == 0
-    for name in ("model/model.safetensors", "pretrain/trained.safetensors", "finetune/trained.safetensors"):
-        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
-    steps = [line.split(",")[0] for line in (broken / "finetune/metrics.jsonl").read_text().splitlines()]
-    assert steps == [f'{{"step": {n}' for n in range(1, 25)]  # no step lost, none twice
+def test_killed_in_both_stages_and_resumed_gives_the_same_bytes(parts, records, undisturbed, tmp_path, bits):
+    whole = undisturbed(bits)
+    run = configured(parts, records, tmp_path, bits)
+    for stage, step in (("pretrain", 8), ("finetune", 11)):
+        killed = partial(signalled_at, stage, step, signal.SIGKILL, lambda: train(run))
+        assert end_of(killed, tmp_path / "said") == -signal.SIGKILL
+        assert len((run.folder / stage / "metrics.jsonl").read_text().splitlines()) == step
+    assert not (run.folder / "model").exists()
+    assert end_of(lambda: train(run), tmp_path / "said") == 0
+    same_as(whole, run.folder)
 
 
-def end_at(config: Path, metrics: Path, num_lines: int, number: int) -> tuple[int, str]:
-    """Start the run and send its whole group a signal once so many steps are logged, as schedulers do.
-
-    Returns:
-        Its exit status and its words.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tinyllava", "train", f"{config.parent / 'mine.py'}:RUN"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        process_group=0,
-    )
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= num_lines):
-        time.sleep(0.002)
-    os.killpg(process.pid, number)
-    _, said = process.communicate()
-    return process.returncode, said
-
-
-def test_sigterm_and_ctrl_c_save_before_they_end(parts, records, tmp_path):
-    config, whole = configured(parts, records, tmp_path / "whole", 16, save_steps=100)
-    assert start(config).wait() == 0
-    config, ended = configured(parts, records, tmp_path / "ended", 16, save_steps=100, num_workers=1)
-    (config.parent / "mine.py").write_text(
-        "from pathlib import Path\nfrom tinyllava.config import run_from_json\n"
-        f"RUN = run_from_json(Path({str(config)!r}).read_text())\n"
-    )
-    for number, stage, num_lines in (
+def test_sigterm_and_ctrl_c_save_before_they_end(parts, records, undisturbed, tmp_path):
+    whole = undisturbed(16)
+    run = configured(parts, records, tmp_path, 16, save_steps=100)
+    command = ["train", write_run(run, tmp_path)]
+    for number, stage, step in (
         (signal.SIGTERM, "pretrain", 5),
         (signal.SIGINT, "pretrain", 9),
         (signal.SIGTERM, "finetune", 4),
     ):
-        metrics = ended / stage / "metrics.jsonl"
-        status, said = end_at(config, metrics, num_lines, number)
-        assert status == 128 + number, said
-        assert "stopping: saving after this step" in said
-        assert "Traceback" not in said
-        num_steps = metrics.read_text().count("\n")
-        assert num_lines <= num_steps < 24  # it was stopped on the way
-        assert (ended / stage / f"checkpoint-{num_steps}/manifest.json").is_file()  # and nothing was lost
-    assert start(config).wait() == 0
-    for name in ("model/model.safetensors", "pretrain/trained.safetensors", "finetune/trained.safetensors"):
-        assert (whole / name).read_bytes() == (ended / name).read_bytes(), name
-    for stage in ("pretrain", "finetune"):
-        lines = (ended / stage / "metrics.jsonl").read_text().splitlines()
-        assert [line.split(",")[0] for line in lines] == [f'{{"step": {n}' for n in range(1, 25)]
+        said = tmp_path / f"said-{step}"
+        ended = end_of(partial(signalled_at, stage, step, number, lambda: main(command)), said)
+        assert ended == 128 + number
+        assert "stopping: saving after this step" in said.read_text()
+        assert "Traceback" not in said.read_text()
+        num_steps = len((run.folder / stage / "metrics.jsonl").read_text().splitlines())
+        assert step <= num_steps < 24  # it was stopped on the way
+        assert (run.folder / stage / f"checkpoint-{num_steps}/manifest.json").is_file()  # nothing was lost
+    assert end_of(lambda: main(command), tmp_path / "said") == 0
+    same_as(whole, run.folder)
 
 
 def test_a_full_disk_is_said_before_the_first_step(parts, records, tmp_path, monkeypatch):

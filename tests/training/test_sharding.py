@@ -2,19 +2,17 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import toys
+from processes import in_ranks
 from tinyllava.config import FULL, Run, Stage, Validation, from_layer, lora
 from tinyllava.planning.rules import DIVIDED_OPTIMIZERS
 from tinyllava.training import run as training
@@ -23,7 +21,6 @@ from tinyllava.training.trainer import StageTrainer
 from training.test_distributed import make_records
 from training_toys import sampled_order, toy_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 KILLED = 9
 
 
@@ -35,11 +32,7 @@ def train_in(num_ranks: int, run: Run, *, dies_at: int = 0) -> list[list[int]]:
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
 
-    def rank(index: int, port: int) -> None:
-        if num_ranks > 1:
-            os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(num_ranks)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        PartialState._reset_state()
+    def train_rank(rank: int) -> None:
         compute = StageTrainer.training_step
 
         def computing(self, *args, **kwargs):
@@ -49,26 +42,13 @@ def train_in(num_ranks: int, run: Run, *, dies_at: int = 0) -> list[list[int]]:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             held = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
             sizes = [sum(p.numel() for p in some) for some in (held, trained)]
-            (run.folder.parent / f"held-{index}.json").write_text(json.dumps(sizes))
+            (run.folder.parent / f"held-{rank}.json").write_text(json.dumps(sizes))
             return loss
 
         StageTrainer.training_step = computing
         train(run)
-        os._exit(0)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank, args=(index, port)) for index in range(num_ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [KILLED if dies_at else 0] * num_ranks
+    assert in_ranks(num_ranks, train_rank) == [KILLED if dies_at else 0] * num_ranks
     return [json.loads((run.folder.parent / f"held-{i}.json").read_text()) for i in range(num_ranks)]
 
 

@@ -180,7 +180,7 @@ def address(exported: Path) -> Iterator[str]:
     server = subprocess.Popen(
         [sys.executable, *words], cwd=exported.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    for _ in range(600):
+    while server.poll() is None:
         with suppress(OSError), socket.create_connection(("127.0.0.1", int(port))):
             break
         time.sleep(0.1)

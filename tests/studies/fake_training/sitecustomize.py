@@ -1,6 +1,7 @@
 """Put a stand-in in the place of training and evaluation: jobs are then about scheduling alone, and quick.
 
-Each piece of work takes FAKE_SECONDS, notes itself in FAKE_LOG, and fails where FAKE_FAILURE is in its name.
+Each piece of work notes itself in FAKE_LOG, waits until the file FAKE_GATE is there if one is named, and
+fails where FAKE_FAILURE is in its name.
 """
 
 import json
@@ -14,7 +15,8 @@ from pathlib import Path
 def note(name: str) -> None:
     with Path(os.environ["FAKE_LOG"]).open("a") as log:
         log.write(f"begin {name}\n")
-    time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+    while (gate := os.environ.get("FAKE_GATE")) and not Path(gate).exists():
+        time.sleep(0.05)
     if (failure := os.environ.get("FAKE_FAILURE")) and failure in name:
         raise ValueError(f"{name} was told to fail")
     with Path(os.environ["FAKE_LOG"]).open("a") as log:

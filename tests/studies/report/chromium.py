@@ -74,7 +74,6 @@ def open_page(path: Path, folder: Path, width_px: int) -> Seen:
         ],
         capture_output=True,
         text=True,
-        timeout=240,
         check=True,
     )
     found = re.search(r'data-seen="([^"]*)"', done.stdout)
