@@ -3,8 +3,6 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +14,9 @@ import httpx2 as httpx
 import pytest
 
 from served import Served, data_url, serve
+from tinyllava.cli import main
 from tinyllava.cli.serve import _listen
+from tinyllava.inference.chat import Chat
 
 JSON = {"Content-Type": "application/json"}
 
@@ -268,11 +268,6 @@ def test_keys_are_asked_for(toy: Path) -> None:
         assert httpx.get(served.address).status_code == 200, "the page asks for the key itself"
 
 
-def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "tinyllava", "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_what_is_sent_in_pieces_does_not_wait_for_the_client() -> None:
     with (
         _listen("127.0.0.1", 0) as listening,
@@ -282,14 +277,14 @@ def test_what_is_sent_in_pieces_does_not_wait_for_the_client() -> None:
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_the_command_refuses_before_a_model_is_opened(toy: Path) -> None:
-    everyone = run(str(toy), "--host", "0.0.0.0")
-    assert (everyone.returncode, "add --no-api-key to serve without one" in everyone.stderr) == (2, True)
+def test_the_command_refuses_before_a_model_is_opened(
+    toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Chat, "open", lambda *_, **__: pytest.fail("opened"))
+    assert main(["serve", str(toy), "--host", "0.0.0.0"]) == 2
+    assert "add --no-api-key to serve without one" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        refused = run(str(toy), "--port", port)
-    assert (refused.returncode, "Choose another one with --host and --port" in refused.stderr) == (2, True)
-    missing = run("nope")
-    assert missing.returncode == 2
-    assert run(str(toy), "--timeout", "nan").returncode == 2
-    assert run(str(toy), "--api-key", "").returncode == 2
+        assert main(["serve", str(toy), "--port", str(taken.getsockname()[1])]) == 2
+    assert "Choose another one with --host and --port" in capsys.readouterr().err
+    for arguments in (["nope"], [str(toy), "--timeout", "nan"], [str(toy), "--api-key", ""]):
+        assert main(["serve", *arguments]) == 2
