@@ -314,7 +314,7 @@ def _train_stage(
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_full_disk(error):
             raise TrainingError(
-                f"{folder}: the disk is full; free some space and run the same command again."
+                f"{folder}: the disk is full. Free some space and run the same command again."
             ) from error
         raise
     finally:
