@@ -5,9 +5,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import pytest
+import torch
+import xllamacpp
 from PIL import Image
 
 from chats import make_chat
@@ -16,6 +19,7 @@ from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.conversation import Conversation, Message, ask, to_ref
 from tinyllava.errors import CheckpointError
 from tinyllava.inference.chat import Chat
+from tinyllava.serving import llama_cpp
 from tinyllava.serving.llama_cpp import PreparedImages
 
 RED, WIDE = data_url(220, 20, 20), data_url(20, 40, 230, size=(90, 20))
@@ -130,3 +134,11 @@ def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path) -> 
     shutil.copy(folder / "model.gguf", tmp_path / "mmproj.gguf")
     with pytest.raises(CheckpointError, match="does not record how images are prepared"):
         PreparedImages(tmp_path)
+
+
+def test_it_takes_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(xllamacpp, "Server", started.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    llama_cpp._start(tmp_path, 1, 128)
+    assert started[0].cpuparams.n_threads == started[0].cpuparams_batch.n_threads == 3
