@@ -147,3 +147,11 @@ def test_a_measurement_that_says_nothing_is_refused(
         measured_speed(path)
     with pytest.raises(ConfigError, match="nothing that it names"):
         measured_speed(tmp_path / "missing.json")
+
+
+def test_compiled_layers_are_planned_as_faster() -> None:
+    run = variant("base-C-TL")
+    compiled = replace(run, hardware=replace(run.hardware, compile=True))
+    for stage, faster in zip(plan_run(run).stages, plan_run(compiled).stages, strict=True):
+        assert not faster.forms["as the recipe"].checkpointing
+        assert 1.2 < faster.utilisation / stage.utilisation < 1.8

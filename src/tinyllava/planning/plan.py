@@ -188,6 +188,7 @@ def _plan_stage(
         parts,
         is_trained=stage.language_model.trains,
         balance=gpu.balance(precision),
+        compiled=run.hardware.compile,
         recomputed=recomputed,
         reached=reached,
     )
