@@ -229,6 +229,31 @@ def test_the_page_answers_with_our_tokens_and_loads_nothing_from_elsewhere(
     assert not any("://" in source for source in sources)
 
 
+# SwiftShader computes WebGPU on the CPU, so that the page takes it as a device like any GPU.
+WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+
+
+def test_the_page_answers_on_webgpu_with_our_tokens(
+    checkpoint: Path, exported: Path, images: list[Path], address: str, tmp_path: Path
+) -> None:
+    flags = [flag for flag in browser.FLAGS if flag != "--disable-gpu"]
+    with browser.chromium(tmp_path, browser.Page, *flags, *WEBGPU) as page:
+        page.call("Page.navigate", url=address)
+        loaded = "document.body?.dataset.device || document.getElementById('error')?.textContent"
+        page.wait_for(loaded)
+        assert page.run("document.body.dataset.device") == "webgpu", page.run("document.body.innerText")
+        assert page.run("document.getElementById('error').textContent") == ""
+        url = "data:image/png;base64," + b64encode(images[1].read_bytes()).decode()
+        page.run(f"({DROP})({json.dumps(url)})")
+        page.run("answers.length = 0")
+        page.run("document.getElementById('question').focus()")
+        page.call("Input.insertText", text=QUESTIONS[0])
+        page.press("Enter", 13)
+        page.wait_for("answers.length > 0")
+        found = page.run("answers[0].ids")[:NUM_TOKENS]
+    assert found == our_tokens(Chat.open(checkpoint), images[1], QUESTIONS[0])
+
+
 def test_a_page_whose_example_is_answered_otherwise_says_so(
     exported: Path, address: str, tmp_path: Path
 ) -> None:
