@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import runpy
 import sys
 import threading
 import warnings
@@ -47,6 +48,20 @@ def start(action: Callable[[], object], said: Path | None = None, *, group: bool
         # start others before this one.
         os.setpgid(process.pid, process.pid)
     return process
+
+
+def run_script(script: Path, *options: str, said: Path) -> str:
+    """Run a script to its end as ``python SCRIPT`` does, and return what it printed."""
+
+    def run() -> None:
+        sys.path.insert(0, str(script.parent))
+        sys.argv = [str(script), *options]
+        runpy.run_path(str(script), run_name="__main__")
+
+    process = start(run, said)
+    process.join()
+    assert process.exitcode == 0, said.read_text()
+    return said.read_text()
 
 
 def in_ranks(num_ranks: int, action: Callable[[int], object], said: Path | None = None) -> list[int | None]:

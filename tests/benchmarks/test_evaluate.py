@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from processes import run_script
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -22,8 +24,8 @@ def test_ratios_and_equal_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from gpu import over_published
 
-    output = run(
-        "evaluate.py",
+    output = run_script(
+        BENCHMARKS / "evaluate.py",
         "--shape",
         "vqav2",
         "--depth",
@@ -36,6 +38,7 @@ def test_ratios_and_equal_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "cpu",
         "--json",
         str(tmp_path / "found.json"),
+        said=tmp_path / "said",
     )
     found = over_published(json.loads((tmp_path / "found.json").read_text()))
     assert found["same_answers"] == found["sample"] == 2

@@ -2,12 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from processes import run_script
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -67,14 +67,9 @@ def test_the_script_prints_ratios_and_writes_them(train_step, tmp_path):
 
     path = tmp_path / "step.json"
     command = "train_step.py --shape tiny --stages finetune --batches 1 --rounds 1 --json-file"
-    run = subprocess.run(
-        [sys.executable, *command.split(), str(path)],
-        cwd=BENCHMARKS,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = re.findall(r"^(ours|packed|cached) against stock: speed ([\d.]+)", run.stdout, re.MULTILINE)
+    script, *options = command.split()
+    printed = run_script(BENCHMARKS / script, *options, str(path), said=tmp_path / "said")
+    found = re.findall(r"^(ours|packed|cached) against stock: speed ([\d.]+)", printed, re.MULTILINE)
     assert [way for way, _ in found] == ["ours", "packed", "cached"]
     numbers = json.loads(path.read_text())["finetune"]
     assert numbers["ours"]["operations"] < 0.6  # most of the tiny shape's work is its head
