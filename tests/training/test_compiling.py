@@ -88,7 +88,7 @@ def test_two_processes_train_and_validate_compiled(parts, tmp_path):
     records = make_records(tmp_path, {2})
     run = toy_run(parts, records, tmp_path)
     validation = Validation(held_out=str(records))
-    stage = dataclasses.replace(run.stages["finetune"], max_steps=2, validation=validation)
+    stage = dataclasses.replace(run.stages["finetune"], max_steps=1, validation=validation)
     run = dataclasses.replace(run, stages={"finetune": stage})
     train_in(2, sharded(run, "none", tmp_path / "compiled", compile=True))
     train_in(2, sharded(run, "none", tmp_path / "plain"))
