@@ -112,7 +112,7 @@ def test_training(parts, tmp_path, num_workers):
         finetune = dataclasses.replace(run.stages["finetune"], language_model=lora(4, dropout=0.2))
         train(dataclasses.replace(run, stages={**run.stages, "finetune": finetune}))
 
-    survives(action, read_run, tmp_path)
+    survives(action, read_run, tmp_path, aims=True)
 
 
 @pytest.mark.parametrize("sharding", ["none", "gradients", "all"])

@@ -38,12 +38,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         open_to_others(partial)
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def cache_folder() -> Path:
@@ -83,12 +83,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         for path in sorted(partial.rglob("*")):
             if path.is_file():
                 open_to_others(path)
-                _flush(path)
+                flush(path)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,12 +96,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def open_to_others(path: Path) -> None:
     """Give a file the mode that the umask asks for: safetensors writes through a file for its owner alone."""
-    mask = os.umask(0o077)  # it can only be read by setting it; for a moment it is the strict one
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """Return the umask; it is set to be read only where the system does not tell it: other threads write."""
+    with suppress(OSError):
+        told = re.search(r"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if told:
+            return int(told[1], 8)
+    mask = os.umask(0o077)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    return mask
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have a file or a folder written to the disk, where its file system can do that."""
     handle = os.open(path, os.O_RDONLY)
     try:

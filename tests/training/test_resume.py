@@ -114,7 +114,7 @@ def test_a_full_disk_is_said_before_the_first_step(parts, records, tmp_path, mon
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        ("tinyllava.training.trainer.save_file", "run/pretrain"),
+        ("tinyllava.training.writing.save_file", "run/pretrain"),
         ("torch.save", "run/pretrain"),
         ("tinyllava.training.checkpoints.save_file", "run"),
         ("tinyllava.model.modeling.TinyLlavaForConditionalGeneration.save_pretrained", "run"),

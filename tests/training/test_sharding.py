@@ -28,7 +28,8 @@ def train_in(num_ranks: int, run: Run, *, dies_at: int = 0) -> list[list[int]]:
     """Train in forked processes; return each one's trained values: held, and of the whole model.
 
     Args:
-        dies_at: optimizer step in which all of them end without a word; 0 means never.
+        dies_at: optimizer step in which all of them end without a word, when the checkpoint of the one before
+            is written; 0 means never.
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
 
@@ -37,6 +38,7 @@ def train_in(num_ranks: int, run: Run, *, dies_at: int = 0) -> list[list[int]]:
 
         def computing(self, *args, **kwargs):
             if dies_at and self.state.global_step + 1 == dies_at:
+                self.writer.wait()  # for the checkpoint of the step before
                 os._exit(KILLED)
             loss = compute(self, *args, **kwargs)
             trained = [p for p in self.model.parameters() if p.requires_grad]

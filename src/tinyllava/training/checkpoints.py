@@ -11,7 +11,8 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 import tinyllava
 from tinyllava.config import Run, Validation
 from tinyllava.data.mixtures import LICENCES, gather_licences
-from tinyllava.errors import TrainingError
-from tinyllava.files import describe_files, find_damage, open_to_others, read_object, whole_file, write_json
+from tinyllava.errors import Stopped, TrainingError
+from tinyllava.files import (
+    describe_files,
+    find_damage,
+    flush,
+    open_to_others,
+    read_object,
+    whole_file,
+    write_json,
+)
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.quantised import quantised_layers
 from tinyllava.model.rebuild import MANIFEST, RESUMED_TENSORS, STAGE_TENSORS
 from tinyllava.model.token_rows import TrainedRows
 from tinyllava.model.tuning import load_trained
 from tinyllava.training.identity import StageIdentity
-from tinyllava.training.trainer import trained_tensors
+from tinyllava.training.trainer import StageTrainer, trained_tensors
 from tinyllava.training.validation import best_step, is_stopped, read_curve
+from tinyllava.training.writing import CheckpointWriter
 
 METADATA = "stage.json"
 ADAPTERS = "adapters"
@@ -58,15 +68,27 @@ class CheckpointKeeper(TrainerCallback):
         self, folder: Path, identity: StageIdentity, origin: Mapping[str, Any], num_kept: int = 0
     ) -> None:
         self.folder, self.identity, self.origin, self.num_kept = folder, identity, origin, num_kept
+        self.trainer: StageTrainer | None = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Make room for a checkpoint that is about to be written."""
-        if control.should_save and state.is_world_process_zero:
+        """Make room for a checkpoint that is about to be written, once the one before it is.
+
+        All processes wait for it: one that began to write would find its files removed as those of a kill.
+
+        Raises:
+            OSError, RuntimeError, SafetensorError, TrainingError: the one before could not be written.
+        """
+        if not control.should_save:
+            self.writer.check()
+            return
+        self.writer.wait()
+        if state.is_world_process_zero:
             # What is best now may have been so only since this step: until it is saved, the one before stays.
             before = [entry for entry in state.log_history if entry["step"] < state.global_step]
             keep_newest(self.folder, max(1, self.num_kept - 1), best_step(read_curve(before)))
+        PartialState().wait_for_everyone()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -77,19 +99,42 @@ class CheckpointKeeper(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Write the manifest once every process has written its share, and have all of them wait for it.
+        """Have the checkpoint written, and its manifest once every process has written its share."""
+        PartialState().wait_for_everyone()
+        self.writer.write(self._write_manifest if state.is_world_process_zero else lambda _: None)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Wait until the last checkpoint is written, in all processes.
 
         A process that ends earlier takes the others with it: launchers give them half a minute.
         """
+        self.writer.wait()
         PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
-            self._write_manifest(self.folder / f"checkpoint-{state.global_step}")
-        PartialState().wait_for_everyone()
+
+    @property
+    def writer(self) -> CheckpointWriter:
+        """That of the stage's Trainer."""
+        assert self.trainer is not None
+        return self.trainer.writer
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within it checkpoints are written; at the end the last one is, but for a second Ctrl-C."""
+        try:
+            yield
+        except Stopped:
+            self.writer.close(gives_up=True)
+            raise
+        finally:
+            self.writer.close()
 
     def _write_manifest(self, checkpoint: Path) -> None:
         files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
         for path in files:
             open_to_others(path)
+            flush(path)
         names = sorted(str(path.relative_to(checkpoint)) for path in files)
         manifest = {
             **self.origin,
@@ -98,6 +143,7 @@ class CheckpointKeeper(TrainerCallback):
             "files": describe_files(checkpoint, names),
         }
         write_json(checkpoint / MANIFEST, manifest)
+        flush(checkpoint.parent)
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

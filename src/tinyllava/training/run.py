@@ -293,14 +293,14 @@ def _train_stage(
         validator = Validator(stage.validation, processor, held, folder)
         callbacks.insert(2, validator)  # the keeper makes room for what a validation wants saved
     trainer = make_trainer(run, stage, model, processor, prepared, folder, callbacks)
-    progress.trainer = trainer
+    progress.trainer = keeper.trainer = trainer
     if validator is not None:
         validator.trainer = trainer
     if resumed is not None:
         check_trained(resumed / RESUMED_TENSORS, model)
     start = time.monotonic()
     try:
-        with naming_dead_workers("--hardware.num-workers"), stopper.listening():
+        with naming_dead_workers("--hardware.num-workers"), keeper.writing(), stopper.listening():
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except DataError as error:  # a worker process hands over its whole traceback as the message
         kind = type(error)

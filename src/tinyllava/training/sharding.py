@@ -6,18 +6,21 @@ the next stage see ordinary tensors, and nothing of FSDP has to be undone.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.distributed import is_initialized
+from torch.distributed import ProcessGroup, is_initialized
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -101,10 +104,10 @@ def gather_trained(twin: nn.Module, model: nn.Module) -> None:
                 places[name].copy_(tensor)
 
 
-def without_moments(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def without_moments(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Leave divided tensors out of an optimizer's state: ``save_moments`` writes them.
 
-    A post-hook of ``Optimizer.state_dict``. What stays are rates and counts, alike in all processes.
+    What stays are rates and counts, alike in all processes.
     """
     state = {
         number: {key: value for key, value in values.items() if not isinstance(value, DTensor)}
@@ -113,16 +116,35 @@ def without_moments(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
     return {**state_dict, "state": state}
 
 
-def save_moments(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write the divided tensors of an optimizer; every process writes its share."""
-    tensors = {
+def divided_moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the divided tensors of an optimizer's state by kind and parameter."""
+    return {
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, DTensor)
     }
+
+
+def save_moments(
+    folder: Path, moments: dict[str, Tensor], group: ProcessGroup, *, copies: bool
+) -> Callable[[], object]:
+    """Return what writes the divided tensors, or waits until they are written; each process writes its share.
+
+    Args:
+        moments: see ``divided_moments``.
+        group: of all processes, for this alone.
+        copies: take a copy now and write it in the background.
+    """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(tensors, storage_writer=writer)
+    if not copies:
+        return partial(save, moments, storage_writer=writer, process_group=group)
+    # The stager that PyTorch takes where it has the choice; the writer's own copies nothing on a CPU.
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    future = async_save(moments, storage_writer=writer, process_group=group, async_stager=stager)
+    stager.close()
+    assert isinstance(future, Future), "only a stager in the background returns more"
+    return future.result
 
 
 def load_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce, send_to_device
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -29,21 +28,12 @@ from tinyllava.errors import ConfigError, TrainingError
 from tinyllava.model.devices import fastest_attention
 from tinyllava.model.modeling import IGNORED
 from tinyllava.model.quiet import keeping_random_state
-from tinyllava.model.rebuild import RESUMED_TENSORS
 from tinyllava.model.tuning import component_of
 from tinyllava.training.compiling import not_compiled
 from tinyllava.training.packing import Epochs, make_order
 from tinyllava.training.precision import choose_precision
-from tinyllava.training.sharding import (
-    MOMENTS,
-    choose_sharding,
-    gather_trained,
-    load_moments,
-    reshard,
-    save_moments,
-    shard,
-    without_moments,
-)
+from tinyllava.training.sharding import choose_sharding, gather_trained, load_moments, reshard, shard
+from tinyllava.training.writing import CheckpointWriter
 
 MOST_SAMPLES = 16
 """Samples of a forward pass where memory does not set the bound: more make nothing faster on a CPU."""
@@ -85,6 +75,7 @@ class StageTrainer(Trainer):
         self.model: Any
         self.whole: Any = self.model
         """The model that holds all weights; with sharding ``model`` is its divided twin."""
+        self.writer = CheckpointWriter(self.args.sharding)
         self.resumed: Path | None = None
         self.control: Any
         self.stage, self.packed = stage, packed
@@ -145,7 +136,7 @@ class StageTrainer(Trainer):
         Transformers' own warm-up has the rate 0 at the first step.
         """
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        inner.register_state_dict_post_hook(without_moments)
+        inner.register_state_dict_post_hook(self.writer.take_state)
         if self.resumed is not None:  # the optimizer loads its state next
             inner.register_load_state_dict_post_hook(partial(load_moments, self.resumed, self.model))
         if self.lr_scheduler is None:
@@ -278,17 +269,17 @@ class StageTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, *_: Any, **__: Any) -> None:
         """Write only the trained tensors, because the frozen ones exist elsewhere; no pickle.
 
-        With sharding every process also writes its share of the optimizer's state.
+        With sharding every process also writes its share of the optimizer's state. See ``CheckpointWriter``.
         """
         folder = Path(output_dir or self.args.output_dir)
         if self.args.sharding != "none":
             gather_trained(self.model, self.whole)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(trained_tensors(self.whole), folder / RESUMED_TENSORS, metadata={"format": "pt"})
         if self.args.sharding != "none":
             PartialState().wait_for_everyone()  # for the folder
-            save_moments(folder / MOMENTS, self.model, getattr(self.optimizer, "optimizer", self.optimizer))
+        tensors = trained_tensors(self.whole) if self.args.should_save else {}
+        self.writer.take(folder, tensors, self.model, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
 def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
