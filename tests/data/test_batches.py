@@ -140,7 +140,7 @@ def test_packed_micro_batches_have_the_steps_of_padded_ones_within_the_budget(
             assert sorted(found) == sorted(step)  # every sample once
         assert set(found) >= set(step)
     if passes > 1:  # one less would not do
-        assert not PackedBatches(order, lengths, passes - 1, ranks).fits(budget, 2)
+        assert not PackedBatches(order, lengths, passes - 1, ranks, num_epochs=2).fits(budget)
 
 
 def test_packing_needs_fewer_micro_batches_and_gives_ranks_the_same_work():

@@ -3,11 +3,15 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tinyllava.config import FULL, Hardware
+from tinyllava.data.batches import GroupedSampler, pack
 from tinyllava.data.reporting import reporting
 from tinyllava.errors import TrainingError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, TinyLlavaModel
@@ -91,6 +95,42 @@ def test_trying_leaves_everything_as_it_was(parts, records, tmp_path, monkeypatc
         )
         weights.append(load_file(train(run) / "model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@given(
+    samples=st.lists(st.tuples(*[st.integers(1, 40), st.integers(0, 5), st.integers(1, 30)]), min_size=1),
+    size=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=50, deadline=None)
+def test_no_micro_batch_of_any_epoch_takes_more_than_those_that_are_tried(samples, size, seed):
+    measures = [np.array(of) for of in zip(*samples, strict=True)]
+    lengths, batch_size = measures[0].tolist(), 4 * size
+
+    def takes(parts, pads):
+        rows = ([len(part) * max(lengths[i] for i in part)] if pads else [] for part in parts)
+        return [
+            [*row, *(int(of[part].sum()) for of in measures)] for row, part in zip(rows, parts, strict=True)
+        ]
+
+    order = GroupedSampler(
+        lengths=lengths, with_image=None, batch_size=batch_size, seed=seed, micro_batch=size
+    )
+    packed = pack(order, lengths, 2 * max(lengths), num_epochs=3)
+    drawn: list[list[int]] = []
+    for epoch in range(3):
+        order.set_epoch(epoch)
+        packed.set_epoch(epoch)
+        places = list(order)
+        drawn += [places[start : start + size] for start in range(0, len(places), size)]
+    of_all = list(packed.of_all_epochs())
+    for some, given_to, pads in ((drawn, None, True), (of_all, packed, False)):
+        tried = takes(devices.largest_parts(size, measures, given_to), pads)
+        largest, bound = (np.max(values, axis=0) for values in (takes(some, pads), tried))
+        assert (largest <= bound).all()
+        assert pads or (largest == bound).all()
+    packed.set_epoch(2)
+    assert of_all[-len(list(packed)) :] == list(packed)
 
 
 def test_what_was_asked_for_and_does_not_fit_is_refused_with_what_helps(

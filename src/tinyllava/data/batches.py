@@ -130,13 +130,20 @@ class PackedBatches(Sampler[list[int]]):
         sizes: what each sample takes, such as its tokens.
         num_passes: micro-batches of a rank in a step.
         rank: whose micro-batches these are.
+        num_epochs: that are drawn in all.
     """
 
     def __init__(
-        self, order: GroupedSampler, sizes: Sequence[int], num_passes: int, num_ranks: int = 1, rank: int = 0
+        self,
+        order: GroupedSampler,
+        sizes: Sequence[int],
+        num_passes: int,
+        num_ranks: int = 1,
+        rank: int = 0,
+        num_epochs: int = 1,
     ) -> None:
         self.order, self.sizes, self.num_passes = order, sizes, num_passes
-        self.num_ranks, self.rank, self.epoch = num_ranks, rank, 0
+        self.num_ranks, self.rank, self.num_epochs, self.epoch = num_ranks, rank, num_epochs, 0
 
     def __len__(self) -> int:
         num_full, num_left = divmod(len(self.order), self.order.batch_size)
@@ -147,7 +154,15 @@ class PackedBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        steps = self.order.draw_steps(self.epoch)
+        return self._draw(self.epoch)
+
+    def of_all_epochs(self) -> Iterator[list[int]]:
+        """Yield this rank's micro-batches of every epoch: each mixes the samples anew."""
+        for epoch in range(self.num_epochs):
+            yield from self._draw(epoch)
+
+    def _draw(self, epoch: int) -> Iterator[list[int]]:
+        steps = self.order.draw_steps(epoch)
         first = [index for step in steps[: self.num_ranks] for index in step]
         for step in steps:
             yield from self.split(step, first)[self.rank :: self.num_ranks]
@@ -174,11 +189,11 @@ class PackedBatches(Sampler[list[int]]):
         """Return the size of a micro-batch."""
         return sum(self.sizes[index] for index in part)
 
-    def fits(self, budget: int, num_epochs: int) -> bool:
-        """Whether no micro-batch of so many epochs takes more than the budget."""
+    def fits(self, budget: int) -> bool:
+        """Whether no micro-batch of any rank and epoch takes more than the budget."""
         return all(
             self.size_of(self.split(step)[0]) <= budget
-            for epoch in range(num_epochs)
+            for epoch in range(self.num_epochs)
             for step in self.order.draw_steps(epoch)
         )
 
@@ -203,9 +218,9 @@ def pack(
         sum(sizes[i] for i in step) for epoch in range(num_epochs) for step in order.draw_steps(epoch)
     )
     fewest = max(1, min(per_rank, -(-largest // (budget * num_ranks))))
-    tried = (PackedBatches(order, sizes, n, num_ranks, rank) for n in range(fewest, per_rank))
-    one_each = PackedBatches(order, sizes, per_rank, num_ranks, rank)
-    return next((packed for packed in tried if packed.fits(budget, num_epochs)), one_each)
+    tried = (PackedBatches(order, sizes, n, num_ranks, rank, num_epochs) for n in range(fewest, per_rank))
+    one_each = PackedBatches(order, sizes, per_rank, num_ranks, rank, num_epochs)
+    return next((packed for packed in tried if packed.fits(budget)), one_each)
 
 
 FORMAT = 1

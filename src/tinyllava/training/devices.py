@@ -9,9 +9,11 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
+from numpy.typing import NDArray
 
 from tinyllava.config import Hardware, Run, Stage
 from tinyllava.data.batches import PackedBatches
@@ -150,7 +152,7 @@ def _limit_workers(
         num_held += PREFETCHED * hardware.num_workers + 1
     accumulation = -(-stage.global_batch_size // (size * PartialState().num_processes))
     if packed is not None:
-        num_images = max(int(counts[part].sum()) for part in packed)
+        num_images = max(int(counts[part].sum()) for part in packed.of_all_epochs())
         accumulation = packed.num_passes
     num_bytes = num_images * image_bytes + tokens_bytes + PAGES_BYTES
     loading = usable_workers(hardware.num_workers, num_bytes, num_held, num_processes, accumulation)
@@ -222,21 +224,41 @@ def survives(
 def _largest_batches(
     size: int, processor: TinyLlavaProcessor, prepared: Prepared, packed: PackedBatches | None
 ) -> Iterator[dict[str, Any]]:
-    """Yield batches of the longest sample and of the one with most images, one after the other.
-
-    Packed ones are those of the first epoch that take most and have most images.
-    """
+    """Yield the batches of ``largest_parts``, one after the other, as the model takes them."""
     examples = prepared.examples
     counts = image_counts(examples.conversations)
-    places = range(len(examples))
-    longest = max(places, key=lambda i: examples.lengths[i])
-    fullest = max(places, key=lambda i: (counts[i], examples.lengths[i]))
-    batches = [[longest] * size, [fullest] * size]
-    if packed is not None:
-        batches = [max(packed, key=packed.size_of), max(packed, key=lambda part: counts[part].sum())]
+    measures = [np.array(of) for of in (examples.lengths, counts, examples.supervised_lengths)]
     collate = Collator(processor.tokenizer.pad_token_id, processor.image_token_id, packed is not None)
-    for taken in batches:
+    for taken in largest_parts(size, measures, packed):
         batch = collate([examples[place] for place in taken])
         for name in ("sample_ids", "num_tokens", "attention_mask"):  # see StageTrainer
             batch.pop(name, None)
         yield batch
+
+
+def largest_parts(
+    size: int, measures: Sequence[NDArray[Any]], packed: PackedBatches | None = None
+) -> list[list[int]]:
+    """Return micro-batches of which none of any epoch has more tokens, images or supervised tokens.
+
+    Padded ones hold those with most of each measure, once with the longest sample, to which they are padded.
+    Packed ones are those of all epochs.
+
+    Args:
+        size: samples of a padded micro-batch.
+        measures: tokens of each sample, then other numbers.
+    """
+    lengths = measures[0]
+    if packed is None:
+        orders = [np.lexsort((-lengths, -of)) for of in measures]
+        longest = orders[0][0]
+        orders += [np.array([longest, *order[order != longest]]) for order in orders[1:]]
+        parts = [np.resize(order, size).tolist() for order in orders]
+    else:
+        found: list[tuple[int, list[int]]] = [(-1, [])] * (1 + len(measures))
+        for part in packed.of_all_epochs():
+            taken = [packed.size_of(part), *(int(of[part].sum()) for of in measures)]
+            pairs = zip(found, taken, strict=True)
+            found = [(most, part) if most > before[0] else before for before, most in pairs]
+        parts = [part for _, part in found]
+    return [part for number, part in enumerate(parts) if part not in parts[:number]]
