@@ -25,7 +25,13 @@ _TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|[\[\]{}]', re.DOTALL)
 _LONG_NUMBER = re.compile(rf"\d{{{sys.int_info.default_max_str_digits + 1},}}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_SAID_OF_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter", "unexpected pos")
+_SAID_OF_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter",
+    "unexpected pos",
+    "iostream error",
+)
 
 
 @contextmanager
