@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, new_group
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
-from transformers.trainer import OPTIMIZER_NAME
 
 from tinyllava.config import Sharding
 from tinyllava.data.reporting import say
@@ -33,6 +32,8 @@ from tinyllava.files import is_full_disk
 from tinyllava.model.rebuild import RESUMED_TENSORS
 from tinyllava.training.sharding import MOMENTS, divided_moments, save_moments, without_moments
 
+OPTIMIZER_STATE = "optimizer.pt"
+"""File of a checkpoint in which the Trainer looks for the optimizer's state."""
 MEMORY_SHARE = 0.5
 """Of the free main memory; a copy that needs more is not made."""
 
@@ -91,7 +92,7 @@ class CheckpointWriter:
         if not self._is_taking:
             return lean
         self._is_taking = False
-        self._jobs.append(partial(_save_state, to_host(lean), self._folder / OPTIMIZER_NAME))
+        self._jobs.append(partial(_save_state, to_host(lean), self._folder / OPTIMIZER_STATE))
         return {**lean, "state": {}}
 
     def write(self, finish: Callable[[Path], None]) -> None:
