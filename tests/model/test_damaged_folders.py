@@ -41,7 +41,7 @@ def pointer(name: str) -> Callable[[Path], None]:
 PARTS = {
     "llm config": ("phi", cut("config.json"), r"config\.json: not JSON .*; download the folder again"),
     "llm tokenizer": ("phi", cut("tokenizer_config.json"), r"tokenizer_config\.json: not JSON"),
-    "llm value": ("phi", without("num_attention_heads"), r"config\.json: has no 'num_attention_heads'"),
+    "llm value": ("phi", without("num_attention_heads"), r"config\.json: lacks 'num_attention_heads'"),
     "llm weights": ("phi", cut("model.safetensors"), r"model\.safetensors: is truncated"),
     "llm pointer": ("phi", pointer("model.safetensors"), r"model\.safetensors: is a pointer of Git LFS"),
     "encoder config": ("siglip", cut("config.json"), r"config\.json: not JSON"),

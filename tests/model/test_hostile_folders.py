@@ -100,19 +100,19 @@ REFUSED = {
     ),
     "absolute": (
         "model.safetensors.index.json", ("weight_map", "lm_head.weight"), "/etc/x.safetensors",
-        "is in '/etc/x.safetensors': the name of",
+        "is in '/etc/x.safetensors', which is not the name of",
     ),
     "no map": ("model.safetensors.index.json", ("weight_map",), [], "weight_map and metadata must be"),
     "image size": (
         "processor_config.json", ("image_processor", "size", "shortest_edge"), 10**6,
-        "image_processor.size.shortest_edge = 1000000: at most 16,384 here",
+        "image_processor.size.shortest_edge = 1000000: at most 16,384 allowed",
     ),
     "image tokens": ("processor_config.json", ("num_image_tokens",), 10**9, "num_image_tokens = 1000000000"),
     "other tokens": (
         "processor_config.json", ("num_image_tokens",), 5,
         "says 5 tokens per image, but the connector in config.json produces 4",
     ),
-    "pad": ("generation_config.json", ("pad_token_id",), "x", "pad_token_id = 'x': the id of a token"),
+    "pad": ("generation_config.json", ("pad_token_id",), "x", "pad_token_id = 'x': must be the id"),
 }  # fmt: skip
 
 

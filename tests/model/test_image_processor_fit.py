@@ -17,10 +17,10 @@ WRONG = {
         "siglip", "pad", {"size": {"height": 28, "width": 56}},
         r"produces images of 56 x 28, but the encoder takes 28 x 28 px",
     ),
-    "larger": ("siglip", "pad", {"size": {"height": 56, "width": 56}}, "makes 56 x 56 of an image"),
+    "larger": ("siglip", "pad", {"size": {"height": 56, "width": 56}}, "produces images of 56 x 56"),
     "no crop": (
         "clip", "square", {"do_center_crop": False},
-        r"makes 37 x 28 of .* takes 28 x 28 px\. With image_aspect 'square' it must crop the centre",
+        r"images of 37 x 28, .* takes 28 x 28 px\. With image_aspect 'square' it must crop the centre",
     ),
     "one mean": ("clip", "pad", {"image_mean": [0.5]}, r"image_mean is \[0\.5\]; RGB needs 3 numbers"),
     "one std": ("siglip", "square", {"image_std": [0.5]}, r"image_std is \[0\.5\]; RGB needs 3 numbers"),

@@ -224,7 +224,8 @@ def test_damaged_and_missing_vocabularies(tmp_path: Path, monkeypatch: pytest.Mo
     del config["added_tokens_decoder"]["20001"]  # the ids behind the gap move down
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(
-        CheckpointError, match=r"phi/tokenizer_config.json: .* is token \d+ there and \d+ in the vocabulary"
+        CheckpointError,
+        match=r"phi/tokenizer_config.json: .* is token \d+ in this file, but \d+ in the vocabulary",
     ):
         open_tokenizer(folder)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)

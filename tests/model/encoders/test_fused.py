@@ -124,7 +124,7 @@ def test_published_encoders_are_fused_by_their_names() -> None:
     [
         ("CLIP+SigLIP", "24 x 24 patches and SigLIP has 27 x 27"),
         ("SigLIP+ConvNeXt", "a CNN cannot be fused"),
-        ("SigLIP+DINOv2+CLIP", "two can be fused"),
+        ("SigLIP+DINOv2+CLIP", "only two encoders can be fused"),
         ("SigLIP+DINO", "Did you mean 'DINOv2'"),
     ],
 )
