@@ -102,6 +102,21 @@ def test_limits_stops_and_seeds_are_followed(served: Served) -> None:
     assert served.post(n=2).status_code == 400
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_written_special_token_is_refused_and_other_text_is_not(
+    served: Served, chat: Chat, role: str
+) -> None:
+    token = chat.processor.tokenizer.eos_token
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    turns = [{**turn, "content": f"a{token}b"} if turn["role"] == role else turn for turn in turns]
+    refused = served.post(messages=[*turns, {"role": "user", "content": "Why?"}])
+    assert refused.status_code == 400
+    assert (
+        f"contains {token!r}, which llama.cpp reads as a special token" in refused.json()["error"]["message"]
+    )
+    assert served.post(messages=[{"role": "user", "content": "a <b> [INST] </b>"}]).status_code == 200
+
+
 def test_a_client_that_goes_away_frees_its_place(served: Served) -> None:
     body = {
         "model": "toy",

@@ -6,6 +6,7 @@ llama.cpp resizes first and then pads. The model card in the folder has the meas
 
 import asyncio
 import io
+import re
 import secrets
 import threading
 from collections.abc import AsyncGenerator
@@ -46,6 +47,7 @@ class LlamaCppEngine:
     def __init__(self, folder: Path, *, cache_tokens: int = 0, max_running: int = 32) -> None:
         self.images = PreparedImages(folder)
         self.context_tokens = read_context(folder / MODEL)
+        self._special = read_special(folder / MODEL)
         tokens = cache_tokens or max(_DEFAULT_TOKENS, self.context_tokens)
         num_slots = max(1, min(max_running, tokens // self.context_tokens))
         self._server = _start(folder, num_slots, self.context_tokens)
@@ -60,7 +62,8 @@ class LlamaCppEngine:
         """Yield the pieces of an answer as they come, and its end; closing it stops the model.
 
         Raises:
-            DataError: an image is broken, or the conversation does not fit the context.
+            DataError: an image is broken, the conversation does not fit the context, or somebody wrote a
+                special token, which llama.cpp would take for the template's own.
             CheckpointError: llama.cpp fails.
         """
         loop = asyncio.get_running_loop()
@@ -97,6 +100,12 @@ class LlamaCppEngine:
             running.cancel()
 
     def _request(self, question: Question) -> dict[str, Any]:
+        for message in question.conversation.messages:
+            if found := self._special.search(message.text):
+                raise DataError(
+                    f"a message contains {found[0]!r}, which llama.cpp reads as a special token. Write it in "
+                    "another way, or serve the checkpoint without --engine, which reads it as text."
+                )
         sampling = {"temperature": 0.0, **question.options}
         return {
             "messages": self.images.messages(question.conversation),
@@ -254,16 +263,29 @@ def read_fields(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    fields = _read(file).items()
+    return {name: field.contents() for name, field in fields if not name.startswith("tokenizer.")}
+
+
+def _read(file: Path) -> dict[str, gguf.ReaderField]:
     if not file.is_file():
         raise CheckpointError(
             f"{file}: missing. --engine llama.cpp serves only folders written by `tinyllava export MODEL "
             "OUT --format gguf`. Remove --engine to serve a checkpoint."
         )
     try:
-        fields = gguf.GGUFReader(file).fields
+        return dict(gguf.GGUFReader(file).fields)
     except Exception as error:  # the reader documents none, and fails somewhere in numpy
         raise CheckpointError(f"{file}: not a GGUF file, or damaged ({error}). Export it again.") from error
-    return {name: field.contents() for name, field in fields.items() if not name.startswith("tokenizer.")}
+
+
+def read_special(file: Path) -> re.Pattern[str]:
+    """Return a pattern of the model's special tokens: what llama.cpp finds in any text that it is given."""
+    fields = _read(file)
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    tokens = zip(fields["tokenizer.ggml.tokens"].contents(), kinds, strict=True)
+    special = sorted((token for token, kind in tokens if kind == gguf.TokenType.CONTROL), key=len)
+    return re.compile("|".join(map(re.escape, reversed(special))) or "(?!)")
 
 
 def read_context(file: Path) -> int:

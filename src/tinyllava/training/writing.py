@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, new_group
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tinyllava.config import Sharding
@@ -160,7 +161,7 @@ class CheckpointWriter:
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.numel() * local.element_size()
 
 
