@@ -77,7 +77,7 @@ def test_another_archive_than_the_pinned_one_is_refused(wheel: Path, tmp_path: P
 
 
 def test_the_client_is_quoted_when_it_fails(wheel: Path, tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match=r"check the network.*\n(.*\n)*.*No matching distribution"):
+    with pytest.raises(PackageError, match=r"Check the network.*\n(.*\n)*.*No matching distribution"):
         fetch_packages([package_of(wheel, version="9")], tmp_path)
 
 

@@ -71,7 +71,7 @@ def test_folders_are_compared_by_benchmark(tmp_path: Path) -> None:
         compare(tmp_path / "a/vqav2/predictions.jsonl", tmp_path / "b/vqav2/predictions.jsonl")
     with pytest.raises(DataError, match="no scored benchmark in common"):
         compare(tmp_path / "a", tmp_path / "data")
-    with pytest.raises(DataError, match="is of 'gqa'"):
+    with pytest.raises(DataError, match="has answers to 'gqa', but"):
         compare(tmp_path / "a/gqa/predictions.jsonl", tmp_path / "b/pope/predictions.jsonl")
 
 
