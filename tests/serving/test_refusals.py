@@ -286,5 +286,12 @@ def test_the_command_refuses_before_a_model_is_opened(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(toy), "--port", str(taken.getsockname()[1])]) == 2
     assert "Choose another one with --host and --port" in capsys.readouterr().err
-    for arguments in (["nope"], [str(toy), "--timeout", "nan"], [str(toy), "--api-key", ""]):
-        assert main(["serve", *arguments]) == 2
+    assert main(["serve", "nope"]) == 2
+    assert "nope: no such folder" in capsys.readouterr().err
+    for arguments, said in (
+        ("--timeout nan", "--timeout must be above 0"),
+        ("--api-key=", "is empty; give a key"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["serve", str(toy), *arguments.split()])
+        assert said in capsys.readouterr().err

@@ -95,6 +95,8 @@ def test_an_export_on_the_start_keeps_the_connector_and_is_the_runs_own_model(
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)
 
     other = train(toy_run(parts, records, tmp_path / "other", seed=5))
-    with pytest.raises(CheckpointError, match=r"is not .*/run/model, .*: logits differ by up to .* --base"):
+    with pytest.raises(
+        CheckpointError, match=r"differs from .*/run/model, .*: logits differ by up to .* --base"
+    ):
         export_checkpoint(adapters, tmp_path / "wrong", base=other)
     assert not (tmp_path / "wrong").exists()

@@ -70,7 +70,7 @@ def test_the_example_of_the_card_runs_with_transformers_alone(parts: dict[str, P
         [sys.executable, "-c", alone], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    mine = Chat.open(checkpoint).answer([ask("What is in the picture?", tmp_path / "image.png")], 12)
+    mine = Chat.open(checkpoint).answer([ask("What is in the image?", tmp_path / "image.png")], 12)
     assert done.stdout.removesuffix("\n") == mine[0]
 
 
@@ -139,7 +139,12 @@ def test_phi_2_and_other_connectors_are_refused_with_all_reasons(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(parts, tmp_path / "own", "phi", "clip", connector="linear")
-    refused(checkpoint, tmp_path / "out", "llava", r"(?s)connector 'linear'.*head's bias.*--format tinyllava")
+    refused(
+        checkpoint,
+        tmp_path / "out",
+        "llava",
+        r"(?s)connector 'linear'.*bias in the output head.*--format tinyllava",
+    )
 
 
 def change_config(checkpoint: Path, **changes: Any) -> None:

@@ -289,7 +289,7 @@ def test_wrong_targets_and_names(bench: Path, tmp_path: Path) -> None:
     (bench / "config.json").write_text("{")
     refused(bench, "not JSON")
     (bench / "config.json").unlink()
-    refused(bench, "no config.json there")
+    refused(bench, "has no config.json; give a Hugging Face model folder")
 
 
 def test_command(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
