@@ -207,5 +207,5 @@ def test_a_mixture_trains_on_its_samples_is_resumed_and_is_the_same_from_every_d
     assert [share["num_samples"] for share in kept["mixture"]] == [12, len(listed) - 8]
     more = dataclasses.replace(mixed.stages["finetune"].data, records=(f"{one},repeat=2", str(other)))
     stage = dataclasses.replace(mixed.stages["finetune"], data=more)
-    with pytest.raises(TrainingError, match=r"data\.records = .*repeat=1\.5.*there, .*repeat=2.*now"):
+    with pytest.raises(TrainingError, match=r"data\.records = .*repeat=1\.5.*before, .*repeat=2.*now"):
         train(dataclasses.replace(mixed, stages={"finetune": stage}))
