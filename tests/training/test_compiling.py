@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # its setuptools has to be imported before anybody imports distutils
 from torch._dynamo.utils import counters
 
 from tinyllava.config import FULL, Hardware, ModelConfig, Stage, Validation, lora
