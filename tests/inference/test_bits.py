@@ -77,8 +77,14 @@ def test_it_is_stored_so_and_opens_so(toy: Path, tmp_path: Path, bits: int) -> N
     assert not (tmp_path / "whole" / "quantised.safetensors").exists()
 
 
-def test_a_damaged_file_of_codes_is_named(toy: Path, tmp_path: Path) -> None:
-    export_checkpoint(toy, tmp_path / "out", bits=4)
+def test_the_card_has_the_difference_of_few_bits_and_a_damaged_file_of_codes_is_named(
+    toy: Path, tmp_path: Path
+) -> None:
+    exported = export_checkpoint(toy, tmp_path / "out", bits=4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert exported.largest_difference
+    assert f"in 4 bits; largest logit difference {exported.largest_difference:.2g} " in card
+    assert f"| tinyllava | yes | logits within {exported.largest_difference:.2g} |" in card
     shutil.copyfile(toy / "model.safetensors", tmp_path / "out" / "quantised.safetensors")
     with pytest.raises(
         CheckpointError, match=r"quantised\.safetensors: not the quantised weights of this model"

@@ -185,7 +185,7 @@ def _write_own(
     """Write the tinyllava layout, quantised first if requested, and compare."""
     for config in (model.config.text_config, model.config.vision_config):
         config.name_or_path = ""  # the folder of somebody's machine
-    measured, tensors = "", None
+    measured, tensors, difference = "", None, 0.0
     if bits < 16:
         expected = example_logits(model, processor)
         quantise_language_model(model, bits)
@@ -198,8 +198,8 @@ def _write_own(
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in held}
     model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=tensors)
     processor.save_pretrained(folder)
-    reopened = compare_with_ours(folder, model, processor)
-    return Exported(folder=folder, largest_difference=reopened, measured=measured)
+    difference = max(difference, compare_with_ours(folder, model, processor))
+    return Exported(folder=folder, largest_difference=difference, measured=measured)
 
 
 def _write_gguf(
