@@ -184,7 +184,7 @@ def in_graphs(graphs: OpenGraphs, chat: Chat, asked: Sequence[Asked]) -> Found:
         embeds[ids == chat.processor.image_token_id] = features.reshape(-1, features.shape[-1])
         graphs.cached, graphs.length, new = empty, 0, list[int]()
         while True:
-            logits = feed_embeds(graphs, embeds)
+            logits = graphs.feed_embeds(embeds)[0, -1]
             if is_forced:
                 logits[list(ends)] = -np.inf
             new.append(int(logits.argmax()))
@@ -193,19 +193,6 @@ def in_graphs(graphs: OpenGraphs, chat: Chat, asked: Sequence[Asked]) -> Found:
             embeds = graphs.embed.run(None, {"input_ids": np.array([new[-1:]])})[0]
 
     return clock(asked, answer)
-
-
-def feed_embeds(graphs: OpenGraphs, embeds: Any) -> Any:
-    """Run the next tokens, embedded [1, N, D], and return the logits [vocabulary] of the last."""
-    start, graphs.length = graphs.length, graphs.length + embeds.shape[1]
-    fed = {
-        "inputs_embeds": embeds,
-        "attention_mask": np.ones((1, graphs.length), np.int64),
-        "position_ids": np.arange(start, graphs.length)[None],
-    }
-    logits, *present = graphs.decoder.run(None, fed | graphs.cached)
-    graphs.cached = dict(zip(graphs.cached, present, strict=True))
-    return logits[0, -1]
 
 
 def in_onnxruntime(folder: Path, chat: Chat, asked: Sequence[Asked]) -> Found:

@@ -368,7 +368,11 @@ class OpenGraphs:
         if (ids == self.image_token_id).any():
             features = self.vision.run(None, {"pixel_values": _raw(example_image())})[0]
             embeds[ids == self.image_token_id] = features.reshape(-1, features.shape[-1])
-        start, self.length = self.length, self.length + ids.shape[1]
+        return torch.from_numpy(self.feed_embeds(embeds)[0])
+
+    def feed_embeds(self, embeds: Any) -> Any:
+        """Run the next tokens, embedded [1, N, D], and return their logits [1, N, vocabulary]."""
+        start, self.length = self.length, self.length + embeds.shape[1]
         fed = {
             "inputs_embeds": embeds,
             "attention_mask": np.ones((1, self.length), np.int64),
@@ -376,4 +380,4 @@ class OpenGraphs:
         }
         logits, *present = self.decoder.run(None, fed | self.cached)
         self.cached = dict(zip(self.cached, present, strict=True))
-        return torch.from_numpy(logits[0])
+        return logits
