@@ -11,7 +11,7 @@ from tinyllava.cli import main
 from tinyllava.errors import ConfigError
 from tinyllava.planning.plan import measured_speed, plan_parts, plan_run
 from tinyllava.planning.sizes import language_model_size
-from tinyllava.planning.speed import GPUS, REACHED, rooflines, utilisation
+from tinyllava.planning.speed import GPUS, REACHED, checkpoint_seconds, rooflines, utilisation
 from tinyllava.recipes.paper import as_published
 from tinyllava.recipes.variants import variant
 
@@ -91,7 +91,8 @@ def test_time_besides_computing_is_counted() -> None:
     stages = plan_run(run, gpu="A100-80G").stages
     for stage in stages:
         assert stage.seconds is not None
-        assert stage.seconds.checkpoints == pytest.approx(10 * stage.checkpoint_bytes / 1e9, rel=0.1)
+        waited = stage.checkpoint_bytes * (10 / 3e9 + 1 / 1e9)  # ten copies, and the writing of the last
+        assert stage.seconds.checkpoints == pytest.approx(waited, rel=0.1)
         assert stage.hours * 3600 == stage.seconds.total > stage.seconds.computing + stage.seconds.start_up
         assert stage.seconds.images == 0
     unchecked = replace(run, hardware=replace(run.hardware, check_images=False))
@@ -103,6 +104,12 @@ def test_time_besides_computing_is_counted() -> None:
     waiting = plan_run(slow, gpu="H200").stages[0].seconds
     assert waiting is not None
     assert waiting.images + waiting.computing == pytest.approx(max(558_128 / 190 / 8, waiting.computing))
+
+
+def test_a_stage_waits_for_what_is_not_written_when_the_next_checkpoint_comes() -> None:
+    assert checkpoint_seconds(6e9, 10, computing=600) == pytest.approx(10 * 2 + 6)
+    assert checkpoint_seconds(6e9, 10, computing=20) == pytest.approx(10 * 2 + 9 * (6 - 2) + 6)
+    assert checkpoint_seconds(6e9, 0, computing=20) == 0
 
 
 def write_measured(path: Path, share: float, **changes: object) -> Path:

@@ -206,7 +206,7 @@ def _plan_stage(
             start_up=start_up_seconds(
                 4 * parts.total, load.num_samples, load.num_images * run.hardware.check_images, num_gpus
             ),
-            checkpoints=checkpoint_seconds(size, load.num_steps // steps),
+            checkpoints=checkpoint_seconds(size, load.num_steps // steps, computing),
         )
     return StagePlan(
         name=name,

@@ -88,6 +88,8 @@ START_SECONDS = 60.0
 """Processes, imports and communication of a stage."""
 DISK_BYTES_PER_SECOND = 1e9
 """At which weights are read and checkpoints written: a solid-state disk."""
+HOST_BYTES_PER_SECOND = 3e9
+"""At which a checkpoint is copied from a GPU to main memory that is not pinned. Assumed, not measured."""
 CORES_PER_GPU = 8
 """Of a usual machine with GPUs."""
 RECORD_SECONDS = 1.2e-3
@@ -171,9 +173,16 @@ def copy_seconds(num_bytes: float, bandwidth: float) -> float:
     return num_bytes / (BANDWIDTH_SHARE * bandwidth)
 
 
-def checkpoint_seconds(num_bytes: float, number: int) -> float:
-    """Return the seconds in which checkpoints are written, while nothing is computed."""
-    return number * num_bytes / DISK_BYTES_PER_SECOND
+def checkpoint_seconds(num_bytes: float, number: int, computing: float) -> float:
+    """Return the seconds in which a stage waits for its checkpoints.
+
+    It waits for the copy of each. A checkpoint is written while the steps up to the next are computed, which
+    takes ``computing`` seconds for all of them; what is left of the writing then is waited for.
+    """
+    if not number:
+        return 0.0
+    copied, written = num_bytes / HOST_BYTES_PER_SECOND, num_bytes / DISK_BYTES_PER_SECOND
+    return number * copied + (number - 1) * max(0.0, written - computing / number) + written
 
 
 def image_seconds(num_images: float, num_gpus: int, num_workers: int) -> float:
