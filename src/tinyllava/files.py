@@ -286,8 +286,12 @@ def data_url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def page_environment(folder: Path) -> "jinja2.Environment":
-    """Return a Jinja environment for the templates of a folder, in which ``style`` is its ``page.css``."""
+def page_environment(folder: Path, styles: Path | None = None) -> "jinja2.Environment":
+    """Return a Jinja environment for the templates of a folder.
+
+    Args:
+        styles: folder of the ``page.css`` that templates know as ``style``; the templates' own by default.
+    """
     import jinja2  # here: quick commands start faster without it
 
     environment = jinja2.Environment(
@@ -296,5 +300,5 @@ def page_environment(folder: Path) -> "jinja2.Environment":
         trim_blocks=True,
         loader=jinja2.FileSystemLoader(folder),
     )
-    environment.globals["style"] = (folder / "page.css").read_text(encoding="utf-8").strip()
+    environment.globals["style"] = ((styles or folder) / "page.css").read_text(encoding="utf-8").strip()
     return environment

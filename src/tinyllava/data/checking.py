@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import jinja2
-
 from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.defects import DEFECTS, Defect
@@ -21,7 +19,10 @@ from tinyllava.data.readers.form import IMAGE_MARK
 from tinyllava.data.records import iter_conversations, open_readings
 from tinyllava.data.sources import Share, mix
 from tinyllava.errors import ImageError
-from tinyllava.files import data_url, write_text
+from tinyllava.files import data_url, page_environment, write_text
+
+STYLES = Path(__file__).parent
+"""Of the pages that show records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,18 +164,20 @@ def write_page(check: FileCheck, path: Path, name: str, num_shown: int = 60) -> 
     defects: dict[str, list[Defect]] = defaultdict(list)
     for defect in check.defects:
         defects[defect.name].append(defect)
-    template = Path(__file__).with_name("check.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, keep_trailing_newline=True)
-    text = environment.from_string(template).render(
-        name=name,
-        mark=IMAGE_MARK,
-        is_one_file=len({c.source for c in check.conversations}) == 1,
-        check=check,
-        defects=defects,
-        meanings=DEFECTS,
-        repeated=check.find_repeated(),
-        answers=check.answers.most_common(50),
-        shown=shown,
+    text = (
+        page_environment(STYLES)
+        .get_template("check.html")
+        .render(
+            name=name,
+            mark=IMAGE_MARK,
+            is_one_file=len({c.source for c in check.conversations}) == 1,
+            check=check,
+            defects=defects,
+            meanings=DEFECTS,
+            repeated=check.find_repeated(),
+            answers=check.answers.most_common(50),
+            shown=shown,
+        )
     )
     write_text(path, text)
 

@@ -5,8 +5,10 @@ Validation does not change the weights that the steps compute: the random state 
 returns to its previous mode.
 """
 
+import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,10 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tinyllava.config import Validation
-from tinyllava.conversation import Conversation
-from tinyllava.files import append_lines, whole_objects, write_text
+from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.data.checking import STYLES
+from tinyllava.data.images import open_image
+from tinyllava.files import append_lines, data_url, page_environment, whole_objects, write_text
 from tinyllava.inference.chat import Chat
 from tinyllava.model.compat import looking_at_padding
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -24,15 +28,6 @@ from tinyllava.training.precision import computing_in
 
 if TYPE_CHECKING:
     from tinyllava.training.trainer import StageTrainer
-import io
-from dataclasses import replace
-
-from jinja2 import Template
-
-from tinyllava.conversation import ImageRef
-from tinyllava.data.images import open_image
-from tinyllava.files import data_url
-
 ANSWERS = "held-out.jsonl"
 PAGE = "held-out.html"
 _THUMBNAIL_PX = 320
@@ -156,10 +151,9 @@ def write_page(folder: Path, sample: Sequence[Conversation], curve: Curve) -> No
         f"{50 + 580 * step / last:.1f},{190 - 180 * (loss - low) / ((high - low) or 1):.1f}"
         for step, loss in curve
     )
-    template = Path(__file__).with_name("held_out.html").read_text(encoding="utf-8")
+    template = page_environment(Path(__file__).parent, STYLES).get_template("held_out.html")
     values = {"records": records, "curve": curve, "points": points, "low": low, "high": high}
-    page = Template(template, autoescape=True).render(values)
-    write_text(folder / PAGE, page)
+    write_text(folder / PAGE, template.render(values))
 
 
 def _thumbnail(ref: ImageRef) -> str:
