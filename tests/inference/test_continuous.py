@@ -1,6 +1,7 @@
 """Decoding together changes no answer: against ``Chat``, one conversation at a time."""
 
 import random
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
 from chats import TEMPLATES, make_chat
 from tinyllava.conversation import Conversation, Message, ask
 from tinyllava.errors import CheckpointError, ConfigError, DataError
+from tinyllava.inference import continuous
 from tinyllava.inference.chat import Chat, decode
 from tinyllava.inference.continuous import ContinuousDecoder, Sequence
 from tinyllava.inference.ragged import KeysValues, RaggedModel
@@ -271,6 +273,19 @@ def test_what_cannot_be_asked_is_refused_before_it_joins(phi: Chat, tmp_path: Pa
         decoder.prepare(ask("What?", tmp_path / "broken.png"), 5)
     whole = decoder.prepare(ask("What?"), 10_000)
     assert whole.num_reserved == phi.context_tokens
+    decoder.close()
+
+
+def test_images_of_somebody_who_left_are_not_opened(
+    phi: Chat, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[object] = []
+    real = continuous.open_image
+    monkeypatch.setattr(continuous, "open_image", lambda ref, *b: (opened.append(ref), real(ref, *b))[1])
+    decoder = ContinuousDecoder(phi)
+    with pytest.raises(CancelledError):
+        decoder.prepare(ask("Which?", *images[:3]), 4, is_wanted=lambda: not opened)
+    assert len(opened) == 1
     decoder.close()
 
 

@@ -1,12 +1,15 @@
-"""Clients that mean harm: slow headers and bodies, answers that nobody reads, paths out of the page."""
+"""Clients that mean harm: slow headers and bodies, many of them, answers that nobody reads, other paths."""
 
 import asyncio
+import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 import uvicorn
 from fastapi import Request
@@ -14,16 +17,32 @@ from fastapi.responses import JSONResponse
 
 from served import Served
 from tinyllava.serving import wire
-from tinyllava.serving.schema import RequestError
+from tinyllava.serving.limits import Limits, Places, RequestError
+from tinyllava.serving.queue import End
+from tinyllava.serving.server import Settings, make_app
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
     """Read a body as the server does, and say how long it is."""
     try:
-        response = JSONResponse(len(await wire.read_body(Request(scope, receive), 10**6)))
+        with Places(64, 10**6).take() as place:
+            response = JSONResponse(len(await wire.read_body(Request(scope, receive), 10**6, place)))
     except RequestError as error:
         response = JSONResponse(error.body, status_code=error.status, headers=error.headers)
     await response(scope, receive, send)
+
+
+@contextmanager
+def running(app: Any) -> Iterator[tuple[str, int]]:
+    """Serve an application in a thread, as the command does."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http=wire.ImpatientProtocol, log_level="critical")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    yield listening.getsockname()
+    server.should_exit = True
+    thread.join()
 
 
 @pytest.fixture
@@ -31,14 +50,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """A server that waits for a second where the real one waits for many."""
     for name in ("_HEADER_SECONDS", "_BODY_SECONDS"):
         monkeypatch.setattr(wire, name, 1.0)
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http=wire.ImpatientProtocol, lifespan="off", log_level="critical")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    yield listening.getsockname()
-    server.should_exit = True
-    thread.join()
+    with running(app) as address:
+        yield address
 
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -74,6 +87,71 @@ def test_headers_without_end_are_refused(impatient: tuple[str, int]) -> None:
     with socket.create_connection(impatient, timeout=60) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 70_000)
         assert connection.recv(10_000).startswith(b"HTTP/1.1 400")
+
+
+class _Waiting:
+    """An engine whose answers wait until they are let go."""
+
+    context_tokens = 512
+
+    def __init__(self) -> None:
+        self.goes_on = asyncio.Event()
+
+    async def answer(self, question: object) -> AsyncIterator[str | End]:
+        await self.goes_on.wait()
+        yield End(reason="stop", num_prompt_tokens=1, num_answer_tokens=1)
+
+    def counts(self) -> dict[str, int]:
+        return {"running": 0}
+
+    def close(self) -> None:
+        pass
+
+
+def test_all_requests_together_hold_a_bounded_number_of_bytes() -> None:
+    """Bodies that come whole and wait, that stop half-way, and that are announced without an end."""
+    engine: Any = _Waiting()
+    limits = Limits(max_body_bytes=10_000)  # eight times that for all
+    with running(make_app(engine, Settings(model="m", limits=limits))) as (host, port):
+        url = f"http://{host}:{port}"
+        question = {"model": "m", "messages": [{"role": "user", "content": "What?"}], "user": "x" * 9_800}
+        body = json.dumps(question).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        length, pieces = b"Content-Length: %d\r\n\r\n" % len(body), b"Transfer-Encoding: chunked\r\n\r\n"
+
+        def held() -> float:
+            lines = httpx.get(f"{url}/metrics").text.splitlines()
+            return sum(float(line.split()[1]) for line in lines if line.startswith("tinyllava_held_bytes "))
+
+        def wait_until(num_bytes: int) -> None:
+            until = time.monotonic() + 60
+            while held() != num_bytes:
+                assert time.monotonic() < until, (held(), num_bytes)
+                time.sleep(0.01)
+
+        def send(stack: ExitStack, content: bytes) -> socket.socket:
+            client = stack.enter_context(socket.create_connection((host, port), timeout=60))
+            client.sendall(head + content)
+            return client
+
+        with ExitStack() as stack:
+            for _ in range(4):
+                send(stack, length + body)
+            for _ in range(4):
+                send(stack, length + body[:-100])
+            wait_until(8 * len(body) - 400)
+            refused = httpx.post(f"{url}/v1/chat/completions", json=question)
+            assert refused.status_code == 429
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert "more would be above 80,000. Try again" in refused.json()["error"]["message"]
+            unannounced = send(stack, pieces + b"%x\r\n%b\r\n" % (9_000, body[:9_000]))
+            assert unannounced.recv(1_000).startswith(b"HTTP/1.1 429")
+            assert send(stack, b"Content-Length: 10001\r\n\r\n").recv(1_000).startswith(b"HTTP/1.1 413")
+            assert held() == 8 * len(body) - 400
+        wait_until(0)
+        engine.goes_on.set()
+        assert httpx.post(f"{url}/v1/chat/completions", json=question).status_code == 200
+        assert held() == 0
 
 
 def test_an_answer_that_nobody_reads_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:

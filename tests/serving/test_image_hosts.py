@@ -2,7 +2,9 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -53,11 +55,17 @@ def host() -> Iterator[str]:
         server.shutdown()
 
 
+def open_at(entry: str, url: str) -> bytes:
+    return ImageHosts([entry], 50_000).begin().open(url)
+
+
 def test_an_image_of_a_listed_host_is_opened(host: str) -> None:
-    hosts = ImageHosts([host], 50_000)
-    assert hosts.open(f"http://{host}/red.png") == RED
-    assert hosts.open(f"http://{host}/a b.png?x=1#part") == RED
-    assert hosts.open(f"http://{host}/moved") == RED
+    held: list[int] = []
+    downloads = ImageHosts([host], 50_000).begin(held.append)
+    assert downloads.open(f"http://{host}/red.png") == RED
+    assert downloads.open(f"http://{host}/a b.png?x=1#part") == RED
+    assert downloads.open(f"http://{host}/moved") == RED
+    assert sum(held) == 3 * len(RED)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +82,7 @@ def test_an_image_of_a_listed_host_is_opened(host: str) -> None:
 )
 def test_what_comes_back_has_to_be_an_image(host: str, path: str, message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        ImageHosts([host], 50_000).open(f"http://{host}{path}")
+        open_at(host, f"http://{host}{path}")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,7 @@ def test_an_address_elsewhere_is_refused_before_anything_is_opened(
 ) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: pytest.fail("looked up"))
     with pytest.raises(ImageError, match=r"never opens files, and downloads images only|not a valid address"):
-        ImageHosts(["images.example"], 50_000).open(url)
+        open_at("images.example", url)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def test_a_listed_name_that_leads_to_a_private_address_is_refused(
     found = [(2, 1, 6, "", ("93.184.215.14", 80)), (2, 1, 6, "", (address, 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
     with pytest.raises(ImageError, match=r"images\.example resolves to an address that is not public"):
-        ImageHosts(["images.example"], 50_000).open("http://images.example/a.png")
+        open_at("images.example", "http://images.example/a.png")
 
 
 def test_the_address_that_was_checked_is_the_one_that_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,16 +139,62 @@ def test_the_address_that_was_checked_is_the_one_that_is_opened(monkeypatch: pyt
     monkeypatch.setattr(httpcore.SyncBackend, "connect_tcp", connect)
     found = [(2, 1, 6, "", ("93.184.215.14", 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
-    assert ImageHosts(["images.example"], 50_000).open("http://images.EXAMPLE./a.png") == b"ok"
+    assert open_at("images.example", "http://images.EXAMPLE./a.png") == b"ok"
     assert opened == [("93.184.215.14", 80)]
 
 
-def test_an_image_that_comes_too_slowly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_SECONDS", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        host = f"127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(ImageError, match="cannot be read"):
-            ImageHosts([host], 50_000).open(f"http://{host}/a.png")
+def test_the_images_of_a_request_have_their_bytes_together(host: str) -> None:
+    downloads = ImageHosts([host], 2 * len(RED)).begin()
+    for _ in range(2):
+        downloads.open(f"http://{host}/red.png")
+    with pytest.raises(ImageError, match="with the request's images before it"):
+        downloads.open(f"http://{host}/red.png")
+
+
+GOOD = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: 60000\r\n\r\n"
+SLOW = {
+    "silent": (b"", b""),
+    "headers": (b"HTTP/1.1 200 OK\r\nX: ", b"a"),
+    "body": (GOOD, b"a"),
+    "informational": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+}
+
+
+@contextmanager
+def trickling(start: bytes, piece: bytes) -> Iterator[str]:
+    """A host that sends a piece now and then, for half a minute or until its client has gone."""
+
+    def serve(listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listening.accept()
+                with client, suppress(OSError):
+                    client.sendall(start)
+                    for _ in range(600):
+                        client.sendall(piece)
+                        if not piece and client.recv(1_000) == b"":
+                            break
+                        time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,))
+        thread.start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_host_that_sends_a_byte_now_and_then_does_not_hold_up_the_server(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_SECONDS", 0.4)
+    with trickling(*SLOW[name]) as host:
+        downloads = ImageHosts([host], 50_000).begin()
+        for _ in range(2):  # the second one has no time of its own
+            with pytest.raises(ImageError, match=r"longer than the 0\.4 s that all images of a request have"):
+                downloads.open(f"http://{host}/a.png")
+            assert time.monotonic() < downloads.until + 10
 
 
 @pytest.mark.parametrize("entry", ["http://a.example", "a.example/path", "*.example", "user@a", "", "a:b"])

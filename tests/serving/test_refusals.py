@@ -30,6 +30,7 @@ def turns(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
 
+LARGE = data_url(1, 2, 3, size=(7_000, 7_000))
 HEIC = "data:image/heic;base64,AAAAGGZ0eXBoZWljAAAAAG1pZjFoZWlj"
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "n": ({"n": 2}, "n", "n = '2' is not supported; it may only be 1"),
@@ -91,6 +92,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         ask_about(data_url(1, 2, 3, size=(8_000, 8_000))),
         "messages.0.content.0.image_url.url",
         "8,000 x 8,000 pixels; at most 50,000,000",
+    ),
+    "pixels of all": (
+        {"messages": [{"role": "user", "content": ask_about(LARGE)["messages"][0]["content"] * 5}]},
+        "messages",
+        "the images have 245,000,000 pixels together; at most 200,000,000 in one request",
     ),
     "too long": (
         {"messages": [{"role": "user", "content": "word " * 900}]},

@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> int:
         folder = find_model(known.model, "`tinyllava serve DIR`")
 
     from tinyllava.serving.fetch import ImageHosts
-    from tinyllava.serving.schema import Limits
+    from tinyllava.serving.limits import Limits
     from tinyllava.serving.server import Settings, is_loopback, run
 
     if not (is_loopback(known.host) or known.api_keys or known.no_api_key):

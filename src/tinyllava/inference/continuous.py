@@ -5,7 +5,8 @@ prompt shares with another prompt or an earlier turn is not computed again.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from hashlib import sha256
 from threading import Lock
@@ -114,14 +115,17 @@ class ContinuousDecoder:
         *,
         options: Mapping[str, Any] | None = None,
         seed: int | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> Sequence:
         """Make a conversation ready to be added; may run in any thread.
 
         Args:
             options: ``temperature`` and ``top_p`` to sample with; without any the likeliest token is taken.
             seed: of the sampling; the tokens are those of ``Chat`` after ``torch.manual_seed``.
+            is_wanted: asked before each image is opened; large ones take seconds.
 
         Raises:
+            CancelledError: it is no longer wanted.
             ImageError: an image is broken.
             DataError: the conversation does not fit the model's context.
         """
@@ -131,10 +135,14 @@ class ContinuousDecoder:
         digests = [sha256(read_image_bytes(ref)).digest() for ref in conversation.images]
         found = ((i, self._features.get(digest)) for i, digest in enumerate(digests))
         known = {i: features for i, features in found if features is not None}
-        images = [
-            None if i in known else processor.to_pixels([open_image(ref, processor.background)])
-            for i, ref in enumerate(conversation.images)
-        ]
+        images: list[Tensor | None] = []
+        for i, ref in enumerate(conversation.images):
+            if not is_wanted():
+                raise CancelledError
+            # One at a time: of each, only the pixels at the encoder's size stay.
+            images.append(
+                None if i in known else processor.to_pixels([open_image(ref, processor.background)])
+            )
         key: list[int | bytes] = [*prompt]
         num_seen = 0
         for position, token in enumerate(prompt):

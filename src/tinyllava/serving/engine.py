@@ -62,7 +62,11 @@ class OwnEngine:
         Raises:
             TinyLlavaError: what ``Chat.stream`` raises.
         """
-        sequence = await asyncio.get_running_loop().run_in_executor(self._preparing, self._prepare, question)
+        loop, gone = asyncio.get_running_loop(), threading.Event()
+        try:
+            sequence = await loop.run_in_executor(self._preparing, self._prepare, question, gone)
+        finally:
+            gone.set()
         reader = _Reader(sequence=sequence, words=Words(self._tokenizer, question.stops))
         self._commands.put(("add", reader))
         try:
@@ -76,9 +80,13 @@ class OwnEngine:
         finally:
             self._commands.put(("remove", reader))
 
-    def _prepare(self, question: Question) -> Sequence:
+    def _prepare(self, question: Question, gone: threading.Event) -> Sequence:
         return self.decoder.prepare(
-            question.conversation, question.max_new_tokens, options=question.options, seed=question.seed
+            question.conversation,
+            question.max_new_tokens,
+            options=question.options,
+            seed=question.seed,
+            is_wanted=lambda: not gone.is_set(),
         )
 
     def close(self) -> None:

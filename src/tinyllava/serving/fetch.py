@@ -1,12 +1,14 @@
-"""Download images from allowed hosts: checks of the URL, of redirects, and of the size.
+"""Download images from allowed hosts: checks of the URL, of redirects, of the size and of the time.
 
-Paper: none. A client chooses the URL. The rules keep it from reaching what only this machine can reach.
+Paper: none. A client chooses the URL. The rules keep it from reaching what only this machine can reach, and
+an allowed host from holding up the server.
 """
 
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from ipaddress import IPv4Address, IPv6Network, ip_address
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
@@ -20,7 +22,7 @@ _PORTS = {"http": 80, "https": 443}
 _MAX_REDIRECTS = 3
 _HOLDING_IPV4 = (IPv6Network("64:ff9b::/96"), IPv6Network("::/96"))
 """What a gateway (NAT64) sends to the IPv4 address in the last 32 bits, and the form before it (RFC 4291)."""
-_SECONDS = 10.0  # for one image, redirects included
+_SECONDS = 10.0  # for all images of a request: looking up hosts, connecting, redirects, headers and bodies
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": f"tinyllava/{__version__}"}
 
 
@@ -30,12 +32,12 @@ class ImageHosts:
     An address is refused if its host is not in the list, if it names another port, a user or a password, if
     the host's name leads to an address that is not public (this machine, a private network), or if a redirect
     leads to any of these. The answer has to be an image by its type, and not too large. Environment variables
-    for proxies are not read.
+    for proxies are not read. Time and bytes are limited for all images of a request together.
 
     Args:
         hosts: names, such as ``images.example.com`` (the ports 80 and 443) or ``images.example.com:8080``. A
             number in place of a name may be private: who lists it means it.
-        max_bytes: of one image.
+        max_bytes: of the images of one request.
 
     Raises:
         ConfigError: an entry is not a host.
@@ -47,24 +49,34 @@ class ImageHosts:
         self._pool: Any = None
         if self._allowed:
             self._pool = httpcore.ConnectionPool(
-                ssl_context=ssl.create_default_context(),
-                network_backend=_PublicAddresses(),
-                max_connections=20,
+                ssl_context=_trust(), network_backend=_PublicAddresses(), max_connections=20
             )
 
-    def open(self, url: str) -> bytes:
+    def begin(self, hold: Callable[[int], None] = lambda _: None) -> "Downloads":
+        """Return the downloads of a request.
+
+        Args:
+            hold: is told the number of bytes before they are kept, and may refuse them.
+        """
+        return Downloads(self, hold)
+
+    def open(self, url: str, downloads: "Downloads") -> bytes:
         """Return the bytes of an image.
 
         Raises:
-            ImageError: the address is refused, or does not give an image.
+            ImageError: the address is refused, or does not give an image in time.
         """
-        until = time.monotonic() + _SECONDS
         name, address = url[:100], url
         for _ in range(_MAX_REDIRECTS + 1):
             self._check(address, name)
             try:
-                data, location = self._get(address, name, until)
-            except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+                data, location = self._get(address, name, downloads)
+            except httpcore.TimeoutException as error:
+                raise ImageError(
+                    f"image_url {name!r}: took longer than the {_SECONDS:g} s that all images of a request "
+                    "have. Send it as a data URL."
+                ) from error
+            except (httpcore.NetworkError, httpcore.ProtocolError) as error:
                 why = str(error) or type(error).__name__
                 raise ImageError(
                     f"image_url {name!r}: cannot be read ({why}). Send it as a data URL."
@@ -96,10 +108,11 @@ class ImageHosts:
             "as a data URL, data:image/png;base64,iVBORw0..."
         )
 
-    def _get(self, address: str, name: str, until: float) -> tuple[bytes, str | None]:
+    def _get(self, address: str, name: str, downloads: "Downloads") -> tuple[bytes, str | None]:
         """Return a body, or where it is to be found."""
-        left = max(0.1, until - time.monotonic())
-        timeouts = dict.fromkeys(("connect", "read", "write", "pool"), left)
+        until = downloads.until
+        # Points of time for ``_Timed``: as a number of seconds, each read of a byte would begin them anew.
+        timeouts = {**dict.fromkeys(("connect", "read", "write"), until), "pool": _left(until)}
         with self._pool.stream(
             "GET", _ascii(urlsplit(address)), headers=_HEADERS, extensions={"timeout": timeouts}
         ) as got:
@@ -115,14 +128,86 @@ class ImageHosts:
                 )
             data = bytearray()
             for piece in got.iter_stream():
+                downloads.add(len(piece), name)
                 data += piece
-                if len(data) > self.max_bytes:
-                    raise ImageError(
-                        f"image_url {name!r}: larger than {self.max_bytes:,} bytes. Scale the image down."
-                    )
-                if time.monotonic() > until:
-                    raise ImageError(f"image_url {name!r}: took longer than {_SECONDS:g} s. Try again.")
             return bytes(data), None
+
+
+class Downloads:
+    """The images that one request downloads, with the time and bytes that they have together.
+
+    Args:
+        hold: is told the number of bytes before they are kept, and may refuse them.
+    """
+
+    def __init__(self, hosts: ImageHosts, hold: Callable[[int], None]) -> None:
+        self._hosts, self._hold = hosts, hold
+        self.until = time.monotonic() + _SECONDS
+        self._num_bytes = 0
+
+    def open(self, url: str) -> bytes:
+        """Return the bytes of an image; see ``ImageHosts.open`` for the errors."""
+        return self._hosts.open(url, self)
+
+    def add(self, num_bytes: int, name: str) -> None:
+        """Count the bytes of a piece.
+
+        Raises:
+            ImageError: they are too many.
+        """
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._hosts.max_bytes:
+            raise ImageError(
+                f"image_url {name!r}: larger than {self._hosts.max_bytes:,} bytes, with the request's images "
+                "before it. Scale the images down, or send fewer."
+            )
+        self._hold(num_bytes)
+
+
+@cache
+def _trust() -> ssl.SSLContext:
+    return ssl.create_default_context()  # reads a file of certificates for a third of a second
+
+
+def _left(until: float | None) -> float:
+    """Return the seconds until a point of time.
+
+    Raises:
+        ReadTimeout: it has passed.
+    """
+    assert until is not None
+    if (seconds := until - time.monotonic()) <= 0:
+        raise httpcore.ReadTimeout("no time is left")
+    return seconds
+
+
+class _Timed(httpcore.NetworkStream):
+    """A connection whose time limits are points of time (of ``time.monotonic``), not seconds a call."""
+
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Return what has come, after waiting for something."""
+        return self._stream.read(max_bytes, _left(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send bytes."""
+        self._stream.write(buffer, _left(timeout))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> "_Timed":
+        """Return the connection, encrypted; Python's handshake keeps to its time as a whole."""
+        return _Timed(self._stream.start_tls(ssl_context, server_hostname, _left(timeout)))
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return what httpcore wants to know of the socket."""
+        return self._stream.get_extra_info(info)
 
 
 class _PublicAddresses(httpcore.NetworkBackend):
@@ -131,7 +216,14 @@ class _PublicAddresses(httpcore.NetworkBackend):
     def __init__(self) -> None:
         self._backend = httpcore.SyncBackend()
 
-    def connect_tcp(self, host: str, port: int, *given: Any, **options: Any) -> httpcore.NetworkStream:
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Any = None,
+    ) -> httpcore.NetworkStream:
         """Connect to a host, if its address is public, or given as a number."""
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -140,7 +232,9 @@ class _PublicAddresses(httpcore.NetworkBackend):
         addresses = [str(entry[4][0]) for entry in found]
         if not _is_number(host) and not all(map(_is_public, addresses)):
             raise httpcore.ConnectError(f"{host} resolves to an address that is not public")
-        return self._backend.connect_tcp(addresses[0], port, *given, **options)
+        # The system's own limits end a look-up; what it took is taken from the time for the rest.
+        options = {"local_address": local_address, "socket_options": socket_options}
+        return _Timed(self._backend.connect_tcp(addresses[0], port, timeout=_left(timeout), **options))
 
 
 def _is_public(address: str) -> bool:

@@ -9,8 +9,8 @@ import io
 import re
 import secrets
 import threading
-from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ class LlamaCppEngine:
         num_slots = max(1, min(max_running, tokens // self.context_tokens))
         self._server = _start(folder, num_slots, self.context_tokens)
         self._pool = ThreadPoolExecutor(num_slots, thread_name_prefix="llama.cpp")
+        self._preparing = ThreadPoolExecutor(
+            2, thread_name_prefix="prepare"
+        )  # a large image takes much memory
         self._running: set[threading.Event] = set()
 
     def counts(self) -> dict[str, int]:
@@ -69,6 +72,11 @@ class LlamaCppEngine:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[_Event] = asyncio.Queue()
         stopped = threading.Event()
+        try:
+            request = await loop.run_in_executor(self._preparing, self._request, question, stopped)
+        except asyncio.CancelledError:
+            stopped.set()
+            raise
 
         def tell(event: _Event) -> None:
             if not stopped.is_set():
@@ -79,7 +87,7 @@ class LlamaCppEngine:
             try:
                 if not stopped.is_set():
                     reader = _Reader(tell, stopped)
-                    self._server.handle_chat_completions(self._request(question), reader.read)
+                    self._server.handle_chat_completions(request, reader.read)
                     tell(reader.end())
             except Exception as error:  # noqa: BLE001 (the reader raises it)
                 tell(error)
@@ -99,7 +107,7 @@ class LlamaCppEngine:
             stopped.set()
             running.cancel()
 
-    def _request(self, question: Question) -> dict[str, Any]:
+    def _request(self, question: Question, stopped: threading.Event) -> dict[str, Any]:
         for message in question.conversation.messages:
             if found := self._special.search(message.text):
                 raise DataError(
@@ -108,7 +116,7 @@ class LlamaCppEngine:
                 )
         sampling = {"temperature": 0.0, **question.options}
         return {
-            "messages": self.images.messages(question.conversation),
+            "messages": self.images.messages(question.conversation, lambda: not stopped.is_set()),
             "max_tokens": question.max_new_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -123,7 +131,8 @@ class LlamaCppEngine:
         """Stop all answers, because nothing reads them any more."""
         for stopped in tuple(self._running):
             stopped.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._preparing, self._pool):
+            pool.shutdown(wait=True, cancel_futures=True)
         self._server = None
 
 
@@ -238,15 +247,27 @@ class PreparedImages:
             image = pad_to_square(image, self.colour)
         return image.resize((self.side, self.side), self.resample)
 
-    def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        """Return the turns as llama.cpp reads them, images before the text of their message."""
+    def messages(
+        self, conversation: Conversation, is_wanted: Callable[[], bool] = lambda: True
+    ) -> list[dict[str, Any]]:
+        """Return the turns as llama.cpp reads them, images before the text of their message.
+
+        Args:
+            is_wanted: asked before each image is opened.
+
+        Raises:
+            CancelledError: it is no longer wanted.
+        """
+
+        def part(ref: ImageRef) -> dict[str, Any]:
+            if not is_wanted():
+                raise CancelledError
+            return {"type": "image_url", "image_url": {"url": self._url(ref)}}
+
         return [
             {
                 "role": message.role,
-                "content": [
-                    *({"type": "image_url", "image_url": {"url": self._url(ref)}} for ref in message.images),
-                    {"type": "text", "text": message.text},
-                ],
+                "content": [*map(part, message.images), {"type": "text", "text": message.text}],
             }
             for message in conversation.messages
         ]

@@ -11,6 +11,7 @@ from tinyllava.serving.queue import End
 
 _WORDS = {
     "places": "Requests that are answered or wait.",
+    "held_bytes": "Bytes of the bodies and downloaded images of these requests.",
     "running": "Answers that are being decoded.",
     "kept_tokens": "Tokens of remembered conversations.",
     "reused_tokens": "Tokens of prompts, so far, that were not computed again.",

@@ -1,17 +1,15 @@
-"""The queue of requests, which rejects new ones when it is full, and answers that arrive in pieces.
+"""Answers that arrive in pieces: what an engine gives, and how tokens become text.
 
 Paper: none.
 """
 
 import re
-import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from tinyllava.inference.chat import Strip
-from tinyllava.serving.schema import Question, RequestError
+from tinyllava.serving.schema import Question
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -45,44 +43,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop everything."""
         ...
-
-
-class Places:
-    """Places of requests that are answered or wait.
-
-    Args:
-        max_waiting: how many there are.
-    """
-
-    def __init__(self, max_waiting: int) -> None:
-        self.max_waiting = max_waiting
-        self.num_taken = 0
-        """Changed on the event loop only."""
-        self._seconds = 1.0  # a place is held, a running mean: what a refused client is told to wait
-
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        """Hold a place from before the body of a request is read until its answer is sent or its client gone.
-
-        Raises:
-            RequestError: all are taken; the client learns when to try again.
-        """
-        if self.num_taken >= self.max_waiting:
-            seconds = max(1, round(self._seconds))
-            raise RequestError(
-                429,
-                f"the server is full: {self.num_taken} requests are running or waiting. Try again in "
-                f"{seconds} s.",
-                code="queue_full",
-                headers={"Retry-After": str(seconds)},
-            )
-        self.num_taken += 1
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.num_taken -= 1
-            self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
 
 
 class UntilStop:

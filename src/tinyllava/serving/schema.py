@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from tinyllava.conversation import Conversation, ImageRef, Message, Role, to_ref
 from tinyllava.data.images import read_size
 from tinyllava.errors import ImageError
-from tinyllava.serving.fetch import ImageHosts
+from tinyllava.serving.fetch import Downloads
+from tinyllava.serving.limits import Limits, RequestError
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (None,),
@@ -35,62 +36,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Fields of OpenAI's that are not supported, with the values under which they change nothing."""
 _IGNORED = ("metadata", "user", "safety_identifier", "prompt_cache_key")
 """Fields that change no answer: notes of the client's about itself."""
-
-
-class RequestError(Exception):
-    """A request that is refused; the client sees it in the form of OpenAI's errors.
-
-    Args:
-        status: of HTTP.
-        message: what is wrong, the value, what is allowed, and the fix.
-        code: a word that programs can look at.
-        param: the field that is wrong, such as ``messages.0.content``.
-        headers: for the response, such as Retry-After.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON of the response."""
-        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        default = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {
-            "error": {
-                "message": str(self),
-                "type": kind.get(self.status, default),
-                "param": self.param,
-                "code": self.code,
-            }
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """The limits of one request, and the number of requests that may wait."""
-
-    max_body_bytes: int = 32 * 2**20
-    max_pixels: int = 50_000_000
-    """Of one image."""
-    max_images: int = 16
-    max_characters: int = 400_000
-    """Of all messages together: what is far too long for any context is not tokenised first."""
-    max_tokens: int = 2_048
-    """Of one answer."""
-    max_waiting: int = 64
-    """Requests, those that are being answered included."""
-    timeout_seconds: float = 300.0
-    """From a request's first byte to its answer's last."""
 
 
 class _Fields(BaseModel):
@@ -170,13 +115,13 @@ class Question:
     """Whether a streamed answer ends with the count of its tokens."""
 
 
-def read_request(body: bytes, model: str, limits: Limits, hosts: ImageHosts) -> Question:
+def read_request(body: bytes, model: str, limits: Limits, downloads: Downloads) -> Question:
     """Check a request and return its contents.
 
     Args:
         body: JSON.
         model: the name that is served.
-        hosts: open images that are given by their address.
+        downloads: open images that are given by their address.
 
     Raises:
         RequestError: what cannot be answered, with the name of the field.
@@ -199,7 +144,7 @@ def read_request(body: bytes, model: str, limits: Limits, hosts: ImageHosts) -> 
         temperature = 1.0 if (request.top_p or 1.0) < 1 else 0.0
     stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return Question(
-        conversation=_read_conversation(request, limits, hosts),
+        conversation=_read_conversation(request, limits, downloads),
         max_new_tokens=_read_max_tokens(request, limits),
         options={"temperature": temperature, "top_p": request.top_p or 1.0} if temperature > 0 else {},
         stops=stops,
@@ -241,12 +186,21 @@ def _read_max_tokens(request: ChatRequest, limits: Limits) -> int:
     return asked[0] if asked else limits.max_tokens
 
 
-def _read_conversation(request: ChatRequest, limits: Limits, hosts: ImageHosts) -> Conversation:
+def _read_conversation(request: ChatRequest, limits: Limits, downloads: Downloads) -> Conversation:
     _check_whole(request.messages, limits)
-    messages = [_read_message(message, number, hosts) for number, message in enumerate(request.messages)]
+    messages = [_read_message(message, number, downloads) for number, message in enumerate(request.messages)]
+    num_pixels = 0
     for number, message in enumerate(messages):
         for image in message.images:
-            _check_size(image, number, limits)
+            num_pixels += _check_size(image, number, limits)
+    if num_pixels > limits.max_request_pixels:
+        raise RequestError(
+            400,
+            f"the images have {num_pixels:,} pixels together; at most {limits.max_request_pixels:,} in one "
+            "request. Scale them down.",
+            code="image_too_large",
+            param="messages",
+        )
     return Conversation(messages=tuple(messages))
 
 
@@ -284,7 +238,7 @@ def _check_whole(messages: list[ChatMessage], limits: Limits) -> None:
         )
 
 
-def _read_message(message: ChatMessage, number: int, hosts: ImageHosts) -> Message:
+def _read_message(message: ChatMessage, number: int, downloads: Downloads) -> Message:
     role: Role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return Message(role=role, text=message.content)
@@ -301,21 +255,22 @@ def _read_message(message: ChatMessage, number: int, hosts: ImageHosts) -> Messa
             code="invalid_value",
             param=f"messages.{number}.content",
         )
-    images = tuple(_read_image(url, param, hosts) for url, param in urls)
+    images = tuple(_read_image(url, param, downloads) for url, param in urls)
     return Message(role=role, text="\n".join(texts), images=images)
 
 
-def _read_image(url: str, param: str, hosts: ImageHosts) -> ImageRef:
+def _read_image(url: str, param: str, downloads: Downloads) -> ImageRef:
     """Return the image in a data URL, or at an address on a host of the list."""
     try:
         if url.startswith("data:"):
             return replace(to_ref(url), name=param)
-        return ImageRef(data=hosts.open(url), name=param)
+        return ImageRef(data=downloads.open(url), name=param)
     except ImageError as error:
         raise RequestError(400, str(error), code="invalid_image_url", param=param) from error
 
 
-def _check_size(image: ImageRef, number: int, limits: Limits) -> None:
+def _check_size(image: ImageRef, number: int, limits: Limits) -> int:
+    """Return the number of pixels that an image claims; none is decoded."""
     try:
         width, height = read_size(image)
     except ImageError as error:
@@ -328,6 +283,7 @@ def _check_size(image: ImageRef, number: int, limits: Limits) -> None:
             code="image_too_large",
             param=image.name,
         )
+    return width * height
 
 
 def _refuse_unsupported(request: ChatRequest) -> None:

@@ -26,9 +26,10 @@ from fastapi.responses import JSONResponse
 from tinyllava import __version__
 from tinyllava.errors import DataError, ImageError, TinyLlavaError
 from tinyllava.serving.fetch import ImageHosts
+from tinyllava.serving.limits import Limits, Places, RequestError
 from tinyllava.serving.metrics import Metrics
-from tinyllava.serving.queue import End, Engine, Places
-from tinyllava.serving.schema import Limits, Question, RequestError, read_request
+from tinyllava.serving.queue import End, Engine
+from tinyllava.serving.schema import Question, read_request
 from tinyllava.serving.wire import (
     EventStream,
     GoneError,
@@ -91,9 +92,13 @@ class _Service:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings, self.limits = engine, settings, settings.limits
         self.hosts = ImageHosts(settings.image_hosts, settings.limits.max_body_bytes)
-        self.places = Places(settings.limits.max_waiting)
-        self.metrics = Metrics(lambda: {"places": self.places.num_taken, **engine.counts()})
+        self.places = Places(self.limits.max_waiting, self.limits.max_held_bytes)
+        self.metrics = Metrics(self._gauges)
         self.created = int(time.time())
+
+    def _gauges(self) -> dict[str, int]:
+        places = self.places
+        return {"places": places.num_taken, "held_bytes": places.num_bytes, **self.engine.counts()}
 
     def check(self, request: Request) -> None:
         """Refuse who has no key, and browsers that were led here under another host's name.
@@ -133,10 +138,11 @@ class _Service:
         """
         deadline = asyncio.get_running_loop().time() + self.limits.timeout_seconds
         async with AsyncExitStack() as stack:
-            stack.enter_context(self.places.take())
-            body = await before(deadline, self.limits, read_body(request, self.limits.max_body_bytes))
+            place = stack.enter_context(self.places.take())
+            body = await before(deadline, self.limits, read_body(request, self.limits.max_body_bytes, place))
+            downloads = self.hosts.begin(place.hold)
             question = await run_in_threadpool(
-                read_request, body, self.settings.model, self.limits, self.hosts
+                read_request, body, self.settings.model, self.limits, downloads
             )
             del body
             pieces = await stack.enter_async_context(aclosing(self._answer(question, deadline)))

@@ -14,7 +14,8 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import StreamingResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tinyllava.serving.schema import ChatRequest, Limits, RequestError
+from tinyllava.serving.limits import Limits, Place, RequestError
+from tinyllava.serving.schema import ChatRequest
 
 T = TypeVar("T")
 _HEADER_SECONDS = 20.0  # from a connection's first moment, or a request's first byte, to its headers' end
@@ -100,11 +101,14 @@ async def before(deadline: float, limits: Limits, work: Awaitable[T]) -> T:
         ) from error
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, place: Place) -> bytes:
     """Return the body of a request.
 
+    Args:
+        place: holds it, piece by piece.
+
     Raises:
-        RequestError: it is not JSON by its header, too large, or too slow.
+        RequestError: it is not JSON by its header, too large, or too slow, or there is no room for it.
         GoneError: the client went away.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -112,6 +116,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         raise RequestError(
             415, f"content type {kind[:60]!r}; send application/json.", code="unsupported_media_type"
         )
+    announced = int(request.headers.get("content-length", "0"))  # digits: h11 refuses others
+    _check_length(announced, max_bytes)
+    place.places.check_room(announced)
     body, is_more, started = bytearray(), True, asyncio.get_running_loop().time()
     while is_more:
         until = started + _BODY_SECONDS + len(body) / _BODY_BYTES_PER_SECOND
@@ -128,15 +135,21 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
             ) from error
         if message["type"] == "http.disconnect":
             raise GoneError
-        body += message.get("body", b"")
+        piece = message.get("body", b"")
+        _check_length(len(body) + len(piece), max_bytes)
+        place.hold(len(piece))
+        body += piece
         is_more = message.get("more_body", False)
-        if len(body) > max_bytes:
-            raise RequestError(
-                413,
-                f"the body is larger than {max_bytes:,} bytes; send fewer or smaller images.",
-                code="body_too_large",
-            )
     return bytes(body)
+
+
+def _check_length(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise RequestError(
+            413,
+            f"the body is larger than {max_bytes:,} bytes; send fewer or smaller images.",
+            code="body_too_large",
+        )
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
