@@ -7,9 +7,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from jinja2 import TemplateError
-from torch import nn
+from torch import distributed, nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig
 
+from processes import in_ranks
 from tinyllava.config import ModelConfig
 from tinyllava.model import compat
 from tinyllava.model.assemble import assemble
@@ -20,6 +21,7 @@ from tinyllava.model.compat import (
     attention_of,
     causal_without_looking,
     forget_preparation,
+    lonely_group,
     named_weights,
     pack_linear_layers,
     render_template,
@@ -239,3 +241,21 @@ def test_packing_follows_the_machine_and_the_outputs_do_not(dtype, monkeypatch):
     holder = nn.Sequential(nn.Linear(48, 80))
     pack_linear_layers(holder)
     assert type(holder[0]) is nn.Linear
+
+
+def test_in_a_lonely_group_no_process_waits_for_another():
+    """The second gathers and scatters, the first does not; afterwards both meet in the group of all."""
+
+    def work(rank: int) -> None:
+        distributed.init_process_group("gloo")
+        with lonely_group() as group:
+            assert group.size() == 2
+            whole, part = torch.zeros(8), torch.ones(4)
+            if rank == 1:
+                distributed.all_gather_into_tensor(whole, part, group=group)
+                distributed.reduce_scatter_tensor(part, whole, group=group)
+        total = torch.tensor([1.0])
+        distributed.all_reduce(total)
+        assert total.item() == 2
+
+    assert in_ranks(2, work) == [0, 0]

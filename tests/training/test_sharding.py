@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import toys
 from processes import in_ranks
-from tinyllava.config import FULL, Run, Stage, Validation, from_layer, lora
+from tinyllava.config import FULL, Hardware, Run, Stage, Validation, from_layer, lora
 from tinyllava.planning.rules import DIVIDED_OPTIMIZERS
+from tinyllava.training import devices
 from tinyllava.training import run as training
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer
@@ -93,6 +95,32 @@ def test_all_stages_with_a_rank_without_images(parts, tmp_path, sharding):
     held = train_in(2, sharded(run, sharding, tmp_path / "two"))
     for own, whole in held:
         assert own < 0.55 * whole  # so it is divided
+    compare(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("sharding", ["none", "gradients", "all"])
+def test_where_memory_runs_out_in_one_process_all_train_in_a_smaller_form(
+    parts, tmp_path, monkeypatch, capfd, sharding
+):
+    """In the middle of a pass of two samples, when the other process waits for its share of the weights."""
+    attend = LlamaAttention.forward
+
+    def attending(self, hidden_states, *args, **kwargs):
+        if os.environ.get("RANK") == "1" and len(hidden_states) > 1 and self.layer_idx == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return attend(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", attending)
+    monkeypatch.setattr(devices, "can_run_out", lambda: True)
+    run = toy_run(parts, make_records(tmp_path, {2}), tmp_path, llm="llama")
+    run = long_stage(dataclasses.replace(run, hardware=Hardware(num_workers=0, precision="fp32")))
+    train_in(1, sharded(run, "none", tmp_path / "one"))
+    capfd.readouterr()
+    train_in(2, sharded(run, sharding, tmp_path / "two"))
+    assert (
+        "out of memory with a device batch of 2 and activations kept; training with a device batch of 1 and "
+        "activations recomputed instead, still 4 samples per step"
+    ) in capfd.readouterr().out
     compare(tmp_path / "one", tmp_path / "two")
 
 

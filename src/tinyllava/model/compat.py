@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
+from importlib import import_module
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, destroy_process_group, new_group
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -206,6 +208,21 @@ def forget_preparation(model: nn.Module) -> None:
     Without this, the Trainer of the next stage would run without autocast.
     """
     model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
+@contextmanager
+def lonely_group() -> Iterator[ProcessGroup]:
+    """Make a group of all processes in which none waits for another; all enter and leave it together.
+
+    Its collective calls take the memory of real ones and return at once, with meaningless values. PyTorch has
+    it for its own tests.
+    """
+    import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend
+    group = new_group(backend="fake")
+    try:
+        yield group
+    finally:
+        destroy_process_group(group)
 
 
 def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:

@@ -4,9 +4,11 @@ Paper: section 4.1.2 gives the samples of an optimizer step, which never depend 
 """
 
 import dataclasses
+import gc
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from numpy.typing import NDArray
+from torch import nn
 
 from tinyllava.config import Hardware, Run, Stage
 from tinyllava.data.batches import PackedBatches
-from tinyllava.data.dataset import Collator
+from tinyllava.data.dataset import Collator, Examples
 from tinyllava.data.reporting import say
 from tinyllava.data.store import image_counts
 from tinyllava.data.workers import PAGES_BYTES, PREFETCHED, usable_workers
 from tinyllava.errors import TinyLlavaError, TrainingError
-from tinyllava.model.compat import set_checkpointing
+from tinyllava.model.compat import lonely_group, set_checkpointing
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.planning.memory import Memory
@@ -30,8 +33,8 @@ from tinyllava.planning.plan import Form, Machine, choose_forms, plan_parts
 from tinyllava.training.packing import check_packing, pack_stage
 from tinyllava.training.precision import HALF, choose_precision, computing_in
 from tinyllava.training.prepare import Prepared
-from tinyllava.training.sharding import choose_sharding
-from tinyllava.training.trainer import MOST_SAMPLES, micro_batch, trained_tensors
+from tinyllava.training.sharding import choose_sharding, local_part, shard
+from tinyllava.training.trainer import MOST_SAMPLES, micro_batch
 
 
 def fit_hardware(
@@ -64,7 +67,8 @@ def fit_hardware(
         if survives(form, run, model, processor, prepared, packed):
             break
     else:
-        smallest, can_divide = forms[-1], PartialState().num_processes > 1
+        smallest = forms[-1]
+        can_divide = PartialState().num_processes > 1 and run.hardware.sharding != "all"
         raise TrainingError(out_of_memory(smallest.device_batch_size, smallest.checkpointing, can_divide))
     size, checkpointing = form.device_batch_size, form.checkpointing
     if form is not forms[0]:
@@ -195,30 +199,45 @@ def survives(
     """Run the largest micro-batches of a form forward and back, and leave everything as it was before.
 
     Memory for the optimizer's moments is taken meanwhile, and gradients of one pass lie there in the next.
+    Each process does so alone, also with its share of a divided model: if one ran out of memory in the middle
+    of a pass, the others would wait for it. Then they agree.
     """
-    if not can_run_out() or choose_sharding(run.hardware) != "none":
-        return True  # where one of several divided processes runs out, the others wait for its share
+    if not can_run_out():
+        return True
     device = PartialState().device
     set_checkpointing(model, form.checkpointing)
-    fits = True
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        tried, sharding = model, choose_sharding(run.hardware)
+        group = stack.enter_context(lonely_group()) if sharding != "none" else None
         try:
-            model.to(device)
-            trained = trained_tensors(model).values()
-            moments = [torch.empty_like(tensor, device=device) for tensor in [*trained, *trained]]
-            for batch in _largest_batches(form.device_batch_size, processor, prepared, packed):
-                inputs = prepared.examples.unpacked(send_to_device(batch, device))
-                with computing_in(choose_precision(run.hardware.precision), device):
-                    loss = model(**inputs).loss
-                loss.backward()
-                del inputs, loss
-            del moments
+            tried = model.to(device) if group is None else shard(model, sharding, group)
+            batches = _largest_batches(form.device_batch_size, processor, prepared, packed)
+            _run_passes(tried, batches, prepared.examples, run.hardware.precision)
+            fits = True
         except torch.OutOfMemoryError:
             fits = False
+        del tried
         model.zero_grad(set_to_none=True)
+        gc.collect()  # a divided model refers to itself
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return all(gather_object([fits]))
+
+
+def _run_passes(
+    model: nn.Module, batches: Iterator[dict[str, Any]], examples: Examples, precision: str
+) -> None:
+    device = PartialState().device
+    trained = [local_part(p) for p in model.parameters() if p.requires_grad]
+    moments = [torch.empty_like(tensor, device=device) for tensor in [*trained, *trained]]
+    for batch in batches:
+        inputs = examples.unpacked(send_to_device(batch, device))
+        with computing_in(choose_precision(precision), device):
+            loss = model(**inputs).loss
+        loss.backward()
+        del inputs, loss
+    del moments
 
 
 def _largest_batches(

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -40,7 +40,9 @@ def choose_sharding(hardware: Hardware) -> Sharding:
     return hardware.sharding if PartialState().num_processes > 1 else "none"
 
 
-def shard(model: TinyLlavaForConditionalGeneration, sharding: Sharding) -> TinyLlavaForConditionalGeneration:
+def shard(
+    model: TinyLlavaForConditionalGeneration, sharding: Sharding, group: ProcessGroup | None = None
+) -> TinyLlavaForConditionalGeneration:
     """Return a twin of a model whose tensors are sharded over the processes, on their devices.
 
     A layer's weights are gathered when it runs. What stays whole everywhere: an encoder that is not trained,
@@ -50,6 +52,7 @@ def shard(model: TinyLlavaForConditionalGeneration, sharding: Sharding) -> TinyL
         model: whole, on the host; it stays as it is.
         sharding: ``all`` frees a layer's weights after each use, ``gradients`` keeps them until they have
             their gradients.
+        group: of all processes; None for that in which they train.
     """
     device = PartialState().device
     twins = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
@@ -57,7 +60,10 @@ def shard(model: TinyLlavaForConditionalGeneration, sharding: Sharding) -> TinyL
     whole = {p for name, p in twin.named_parameters() if _stays_whole(name, p, twin, sharding)}
     for parameter in whole:
         parameter.data = parameter.data.to(device)
-    mesh = init_device_mesh(device.type, (PartialState().num_processes,))
+    if group is None:
+        mesh = init_device_mesh(device.type, (PartialState().num_processes,))
+    else:  # a name, because PyTorch keeps what it knows of a mesh for all equal ones
+        mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("given",))
     for layer in _layers(twin):
         if any(p not in whole for p in layer.parameters()):
             fully_shard(layer, mesh=mesh, reshard_after_forward=sharding == "all", ignored_params=whole)
@@ -85,6 +91,12 @@ def _layers(model: TinyLlavaForConditionalGeneration) -> Iterator[nn.Module]:
     yield from decoder_layers(model.language_model)
     if model.config.encoder_kind == "transformer" and _is_trained(model.vision_encoder):
         yield from encoder_layers(model.vision_encoder)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local
 
 
 def reshard(twin: nn.Module) -> None:

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, new_group
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tinyllava.config import Sharding
@@ -31,7 +30,7 @@ from tinyllava.data.reporting import say
 from tinyllava.errors import TrainingError
 from tinyllava.files import is_full_disk
 from tinyllava.model.rebuild import RESUMED_TENSORS
-from tinyllava.training.sharding import MOMENTS, divided_moments, save_moments, without_moments
+from tinyllava.training.sharding import MOMENTS, divided_moments, local_part, save_moments, without_moments
 
 OPTIMIZER_STATE = "optimizer.pt"
 """File of a checkpoint in which the Trainer looks for the optimizer's state."""
@@ -161,7 +160,7 @@ class CheckpointWriter:
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     return local.numel() * local.element_size()
 
 
