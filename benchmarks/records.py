@@ -19,17 +19,17 @@ from typing import Any
 from PIL import Image
 
 SOURCES = {
-    # source: (records of 665,298, question and answer pairs, words of a question, words of an answer)
-    "coco/train2017": (364_100, 5, 9, 16),
-    "vg/VG_100K": (86_417, 10, 9, 4),
-    "ocr_vqa/images": (80_000, 6, 9, 5),
-    "gqa/images": (72_140, 9, 9, 2),
-    "textvqa/train_images": (21_953, 1, 40, 14),
-    "": (40_688, 3, 30, 220),
+    # source: (records of 665,298, their images, question and answer pairs, words of a question, of an answer)
+    "coco/train2017": (364_100, 118_000, 5, 9, 16),
+    "vg/VG_100K": (86_417, 86_417, 10, 9, 4),
+    "ocr_vqa/images": (80_000, 80_000, 6, 9, 5),
+    "gqa/images": (72_140, 72_140, 9, 9, 2),
+    "textvqa/train_images": (21_953, 21_953, 1, 40, 14),
+    "": (40_688, 0, 3, 30, 220),
 }
 """Of the published file: records by source; turns and words so that a record has about 250 tokens of text."""
 TOTAL = 665_298
-NUM_FILES = 500  # images of a source: a record names one of them
+NUM_FILES = 500  # different images of a source: its other names are links to them
 
 
 def make_records(folder: Path, num_records: int, seed: int = 0) -> Path:
@@ -40,24 +40,38 @@ def make_records(folder: Path, num_records: int, seed: int = 0) -> Path:
     rng = random.Random(seed)
     docs = sorted((Path(__file__).parents[1] / "docs").rglob("*.md"))
     stream = re.findall(r"[A-Za-z]+[,.;]?", " ".join(file.read_text(encoding="utf-8") for file in docs))
-    for source in filter(None, SOURCES):
-        (folder / source).mkdir(parents=True, exist_ok=True)
-        for number in range(NUM_FILES):
-            image = folder / source / f"{number:012}.jpg"
-            if not image.exists():
-                Image.new("RGB", (64, 48), (number % 256, number // 256, 90)).save(image)
+    num_images = {
+        source: -(-counts[1] * num_records // TOTAL) for source, counts in SOURCES.items() if source
+    }
+    for source, number in num_images.items():
+        make_images(folder / source, number)
     sources = rng.choices(list(SOURCES), [counts[0] for counts in SOURCES.values()], k=num_records)
     with path.open("w", encoding="utf-8") as file:
         for index, source in enumerate(sources):
-            record = make_record(index, source, rng, stream)
+            record = make_record(index, source, rng, stream, num_images)
             file.write(("[" if index == 0 else ",\n") + json.dumps(record))
         file.write("]\n")
     return path
 
 
-def make_record(index: int, source: str, rng: random.Random, stream: list[str]) -> dict[str, object]:
+def make_images(folder: Path, number: int) -> None:
+    """Write images, the first ``NUM_FILES`` of them as files of their own; those that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(number):
+        image = folder / f"{index:012}.jpg"
+        if image.exists():
+            continue
+        if index < NUM_FILES:
+            Image.new("RGB", (64, 48), (index % 256, index // 256, 90)).save(image)
+        else:
+            image.hardlink_to(folder / f"{index % NUM_FILES:012}.jpg")
+
+
+def make_record(
+    index: int, source: str, rng: random.Random, stream: list[str], num_images: dict[str, int]
+) -> dict[str, object]:
     """Return one record of a source."""
-    _, num_pairs, num_asked, num_said = SOURCES[source]
+    _, _, num_pairs, num_asked, num_said = SOURCES[source]
     turns = []
     for pair in range(max(1, round(rng.expovariate(1 / num_pairs)))):
         for speaker, mean in (("human", num_asked), ("gpt", num_said)):
@@ -69,7 +83,7 @@ def make_record(index: int, source: str, rng: random.Random, stream: list[str]) 
             break
     record: dict[str, object] = {"id": f"{index:012}", "conversations": turns}
     if source:
-        record["image"] = f"{source}/{rng.randrange(NUM_FILES):012}.jpg"
+        record["image"] = f"{source}/{rng.randrange(num_images[source]):012}.jpg"
     else:
         record["model"] = ""
     return record

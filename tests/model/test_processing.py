@@ -32,12 +32,18 @@ from tinyllava.model.processing import (
     MAX_CROPPED_RATIO,
     MAX_PADDED_PX,
     TinyLlavaProcessor,
-    leading_bos,
-    locate_tokens,
     pad_to_square,
 )
-from tinyllava.model.tokenizer import gap_of
-from tinyllava.parts.templates import read_template
+from tinyllava.model.rendering import Settings, leading_bos, locate_tokens
+from tinyllava.parts.templates import (
+    GAP,
+    NO_GAP,
+    as_published,
+    gap_of,
+    is_packaged,
+    read_template,
+    template_names,
+)
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -173,6 +179,31 @@ def test_generate_gets_the_ids_that_training_has(processors, layout, conversatio
     inputs = processor(images=images, text=processor.render(asked, open_answer=True)[0])
     assert inputs["input_ids"][0].tolist() == processor.encode(asked, open_answer=True).input_ids
     assert len(inputs.get("pixel_values", [])) == len(images)
+
+
+LENGTHS = (
+    "{% for m in messages %}{% generation %}{{ m.content[-1].text | length }}{% endgeneration %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", [*template_names(), "of a user"])
+@given(talk=conversations(), blanks=st.text(" \t\n\v\u3000", max_size=3), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_template_that_is_rendered_once_for_a_shape_gives_what_it_gives_each_time(name, talk, blanks, data):
+    """Also where turns have outer blanks or nothing else, and for templates that look at the text."""
+    template = LENGTHS if name == "of a user" else read_template(name)
+    variants = [template, as_published(template), template.replace(NO_GAP, GAP)]
+    assert [is_packaged(one) for one in variants] == [name != "of a user"] * 3
+    turns = [
+        dataclasses.replace(m, text=blanks + m.text * data.draw(st.booleans()) + blanks)
+        for m in talk.messages[: data.draw(st.integers(1, len(talk.messages)))]
+    ]
+    talk = dataclasses.replace(talk, messages=tuple(turns))
+    for one in variants:
+        filled = Settings(
+            one, data.draw(st.booleans()), "<s>", "</s>", "<s>", data.draw(st.sampled_from(["", " "]))
+        )
+        assert filled.render(talk) == filled.render_alone(talk)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

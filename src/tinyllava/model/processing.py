@@ -7,25 +7,20 @@ template marks them, and the tokenizer's offsets map the marks to tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from itertools import chain
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from tinyllava.config import Aspect, Transparency
-from tinyllava.conversation import Conversation, to_chat
+from tinyllava.conversation import Conversation
 from tinyllava.errors import DataError
-from tinyllava.model.compat import render_template
-from tinyllava.model.tokenizer import Spans, find_special_tokens, gap_of, substitute
-from tinyllava.parts.templates import takes_plain_text
+from tinyllava.model.rendering import Bools, Ints, locate_all, settings_of, whole_encodings
+from tinyllava.model.tokenizer import Spans, find_special_tokens, substitute
 
 IMAGE_TOKEN = "<image>"
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 IMAGE_RULES = "tinyllava.images"
 """Key of the processor's ``image_rules`` in files of other formats."""
 _PLACE = chr(0x10FFFC)
@@ -176,38 +171,31 @@ class TinyLlavaProcessor(ProcessorMixin):
             template: Jinja text; the checkpoint's own if None.
             open_answer: end where the assistant is to speak.
         """
-        text, spans, hidden = self._render(conversation, template or self.chat_template, open_answer)
+        [(text, spans, hidden)] = self._render([conversation], template or self.chat_template, open_answer)
         return substitute(text, spans, hidden)
 
     def _render(
-        self, conversation: Conversation, template: str, open_answer: bool
-    ) -> tuple[str, Spans, dict[str, str]]:
+        self, conversations: Sequence[Conversation], template: str, open_answer: bool
+    ) -> list[tuple[str, Spans, dict[str, str]]]:
         """Render with one character in place of each special token that the turns' own text spells.
 
         Returns:
-            text, spans of what the assistant says, and the meaning of the characters.
+            Of each: text, spans of what the assistant says, and the meaning of the characters.
         """
         special = find_special_tokens(self.tokenizer, template)
-        num_placed = sum(len(message.places) for message in conversation.messages)
-        said, hidden = special.hide(_place_images(conversation) if num_placed else conversation)
-        rendered, spans = self._fill(template, said, open_answer)
-        if num_placed:
-            if rendered.count(_PLACE) != num_placed:  # the template leaves out what the user says
-                said, hidden = special.hide(conversation)
-                rendered, spans = self._fill(template, said, open_answer)
-            rendered, spans = substitute(rendered, spans, {_PLACE: IMAGE_TOKEN})
-        return rendered, _trained_spans(conversation, spans), hidden
-
-    def _fill(self, template: str, conversation: Conversation, open_answer: bool) -> tuple[str, Spans]:
-        return render_template(
-            to_chat(conversation, plain=takes_plain_text(template)),
-            template,
-            add_generation_prompt=open_answer,
-            bos_token=self.tokenizer.bos_token or "",
-            eos_token=self.tokenizer.eos_token or "",
-            leading_bos=leading_bos(self.tokenizer, self.chat_template),
-            gap=gap_of(self.chat_template),
-        )
+        settings = settings_of(self.tokenizer, self.chat_template, template, open_answer)
+        found = []
+        for conversation in conversations:
+            num_placed = sum(len(message.places) for message in conversation.messages)
+            said, hidden = special.hide(_place_images(conversation) if num_placed else conversation)
+            rendered, spans = settings.render(said)
+            if num_placed:
+                if rendered.count(_PLACE) != num_placed:  # the template leaves out what the user says
+                    said, hidden = special.hide(conversation)
+                    rendered, spans = settings.render(said)
+                rendered, spans = substitute(rendered, spans, {_PLACE: IMAGE_TOKEN})
+            found.append((rendered, _trained_spans(conversation, spans), hidden))
+        return found
 
     def encode(
         self, conversation: Conversation, *, template: str | None = None, open_answer: bool = False
@@ -226,49 +214,38 @@ class TinyLlavaProcessor(ProcessorMixin):
     ) -> list[Encoded]:
         """Tokenise conversations as ``encode`` does, which takes less time for many together."""
         template = template or self.chat_template
-        rendered = [self._render(one, template, open_answer) for one in conversations]
+        rendered = self._render(conversations, template, open_answer)
         texts = [substitute(text, spans, hidden)[0] for text, spans, hidden in rendered]
-        found = []
-        encodings = whole_encodings(self.tokenizer, texts)
-        for conversation, text, (raw, spans, hidden), encoding in zip(
-            conversations, texts, rendered, encodings, strict=True
+        read: list[tuple[str, Spans, list[int], Spans]] = []
+        for text, (raw, spans, hidden), encoding in zip(
+            texts, rendered, whole_encodings(self.tokenizer, texts), strict=True
         ):
-            read, ids, offsets = text, encoding.ids, encoding.offsets
             if hidden:
                 special = find_special_tokens(self.tokenizer, template)
-                read, spans, ids, offsets = special.tokenize(raw, spans, hidden)
-            edges = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
-            supervised, joining = locate_tokens(edges.reshape(-1, 2), spans)
-            if joining is not None and not open_answer:  # training needs an exact mask, an open answer none
-                start, end = offsets[joining]
-                raise DataError(
-                    f"{conversation.place}: the token {read[start:end]!r} spans the end of the prompt and "
-                    "the start of the answer. Put a separator between them in the template."
-                )
-            input_ids = np.array(ids, dtype=np.int64)
-            repeats = np.where(input_ids == self.image_token_id, self.num_image_tokens, 1)
-            found.append(
-                Encoded(
-                    text=text, token_ids=input_ids.repeat(repeats), is_supervised=supervised.repeat(repeats)
-                )
+                read.append(special.tokenize(raw, spans, hidden))
+            else:
+                read.append((text, spans, encoding.ids, encoding.offsets))
+        masks, joining = locate_all(read)
+        if joining is not None and not open_answer:  # training needs an exact mask, an open answer none
+            number, token = joining
+            text, _, _, offsets = read[number]
+            start, end = offsets[token]
+            raise DataError(
+                f"{conversations[number].place}: the token {text[start:end]!r} spans the end of the prompt "
+                "and the start of the answer. Put a separator between them in the template."
             )
-        return found
+        return [
+            self._expanded(text, np.array(ids, dtype=np.int64), mask)
+            for text, (_, _, ids, _), mask in zip(texts, read, masks, strict=True)
+        ]
 
-
-def whole_encodings(tokenizer: Any, texts: list[str]) -> list[Any]:
-    """Return a tokenizer's encodings of texts, with ids and offsets, whatever its last call asked of it.
-
-    A call of the tokenizer itself takes a third longer, because it copies them to dictionaries of lists.
-    """
-    pipeline = tokenizer.backend_tokenizer
-    if pipeline.truncation is not None:
-        pipeline.no_truncation()
-    if pipeline.padding is not None:
-        pipeline.no_padding()
-    if len(texts) == 1:  # threads would cost more than they save
-        return [pipeline.encode(texts[0], add_special_tokens=False)]
-    found: list[Any] = pipeline.encode_batch(texts, add_special_tokens=False)
-    return found
+    def _expanded(self, text: str, ids: Ints, mask: Bools) -> Encoded:
+        """Return an encoding in which the token of an image is there as often as an image has tokens."""
+        at_image = ids == self.image_token_id
+        if at_image.any():
+            repeats = np.where(at_image, self.num_image_tokens, 1)
+            ids, mask = ids.repeat(repeats), mask.repeat(repeats)
+        return Encoded(text=text, token_ids=ids, is_supervised=mask)
 
 
 def _place_images(conversation: Conversation) -> Conversation:
@@ -295,40 +272,6 @@ def _trained_spans(conversation: Conversation, spans: Spans) -> Spans:
             f"template marks {len(spans)}. Give each answer its own generation marks in the template."
         )
     return [span for span, answer in zip(spans, answers, strict=True) if answer.is_trained]
-
-
-def locate_tokens(offsets: Ints, spans: Spans) -> tuple[Bools, int | None]:
-    """Find the tokens inside spans of a text.
-
-    Args:
-        offsets: [N, 2], start and end of each token in the text.
-        spans: disjoint parts [start, end) in ascending order.
-
-    Returns:
-        [N], whether each token is within a span, and the first token that reaches across an edge of one.
-    """
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    edges = np.array(spans, dtype=np.int64).reshape(-1, 2)
-    before = np.searchsorted(edges[:, 0], starts, side="right")  # spans that begin at or before each token
-    last_ends = np.concatenate(([-1], edges[:, 1]))[before]
-    inside = (ends <= last_ends) & (ends > starts)
-    flat = edges.ravel()
-    crosses = np.searchsorted(flat, starts, side="right") < np.searchsorted(flat, ends, side="left")
-    found = np.flatnonzero(crosses & ~inside)
-    return inside, int(found[0]) if len(found) else None
-
-
-@lru_cache(maxsize=16)
-def leading_bos(tokenizer: Any, chat_template: str) -> str:
-    """Return the start of a caption: BOS if the checkpoint's conversations start with it, otherwise nothing.
-
-    A language model that saw BOS in front of every text rests its attention on it (docs/log.md has what was
-    seen without).
-    """
-    bos = str(tokenizer.bos_token or "")
-    greeting = [{"role": "user", "content": ""}]
-    begin = tokenizer.apply_chat_template(greeting, chat_template=chat_template, tokenize=False)
-    return bos if begin.startswith(bos) else ""
 
 
 def try_image_processor(image_processor: Any, aspect: Aspect, side: int) -> str:

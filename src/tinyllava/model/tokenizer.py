@@ -31,6 +31,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from tinyllava.conversation import Conversation
 from tinyllava.errors import CheckpointError
 from tinyllava.parts.folders import download, read_config
+from tinyllava.parts.templates import GAP, NO_GAP
 
 PIECES = "tokenizer.model"
 """SentencePiece's file."""
@@ -42,9 +43,6 @@ _BLANK = "▁"  # SentencePiece's sign for a blank
 # Kinds of a SentencePiece model's pieces, as its protocol numbers them.
 _NORMAL, _USER_DEFINED = 1, 4
 _BPE = 2
-# The one line of a template that says what stands between BOS, or an image, and the text behind it.
-_NO_GAP = "{%- set gap = '' -%}"
-_GAP = "{%- set gap = ' ' -%}"
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -100,17 +98,12 @@ def fit_template(template: str, tokenizer: Any) -> str:
     token by itself, or nothing at all, needs no help.
     """
     bos = tokenizer.bos_token
-    if not bos or _NO_GAP not in template:
+    if not bos or NO_GAP not in template:
         return template
     alone, after, spaced = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A", f"{bos}A", f"{bos} A")
     )
-    return template.replace(_NO_GAP, _GAP) if after[1:] != alone == spaced[1:] else template
-
-
-def gap_of(template: str) -> str:
-    """Return the text that a template puts between an image and the text after it, if that is a space."""
-    return " " if _GAP in template else ""
+    return template.replace(NO_GAP, GAP) if after[1:] != alone == spaced[1:] else template
 
 
 def _open_pipeline(folder: Path, where: Path) -> Any:
@@ -253,6 +246,8 @@ class SpecialTokens:
     def hide(self, conversation: Conversation) -> tuple[Conversation, dict[str, str]]:
         """Return the conversation with a character for each special token in its text, and their meaning."""
         texts = [message.text for message in conversation.messages]
+        if not self._pattern.search("\0".join(texts)):
+            return conversation, {}
         found = {token for text in texts for token in self._pattern.findall(text)}
         if not found:
             return conversation, {}

@@ -8,7 +8,7 @@ import gguf
 from tinyllava.conversation import Conversation, Message
 from tinyllava.errors import CheckpointError
 from tinyllava.model.processing import TinyLlavaProcessor
-from tinyllava.model.tokenizer import gap_of
+from tinyllava.parts.templates import gap_of
 
 # Splitting rules of byte-level BPE that llama.cpp knows, by the pattern or the steps of the pipeline.
 _SPLITS = {

@@ -18,6 +18,10 @@ _INCLUDED = re.compile(r"\{%- include '(\w+\.part)' -%\}\n")
 _SAID = (_FOLDER / "said.part").read_text(encoding="utf-8")
 _IS_SAID = re.compile(r"said\(messages?(\[0\])?\.content\)")
 _TRIMMED = "{%- set trimmed = true -%}"
+_UNTRIMMED = "{%- set trimmed = false -%}"
+# The one line of a template that says what stands between BOS, or an image, and the text behind it.
+NO_GAP = "{%- set gap = '' -%}"
+GAP = "{%- set gap = ' ' -%}"
 TEMPLATE_OF_END = {
     "</s>": "llama",
     "<|endoftext|>": "phi",
@@ -75,7 +79,22 @@ def as_published(template: str) -> str:
 
     They are part of the labels there. A question that is an image alone gets no line of its own.
     """
-    return template.replace(_TRIMMED, _TRIMMED.replace("true", "false"))
+    return template.replace(_TRIMMED, _UNTRIMMED)
+
+
+def gap_of(template: str) -> str:
+    """Return the text that a template puts between an image and the text after it, if that is a space."""
+    return " " if GAP in template else ""
+
+
+@lru_cache(maxsize=16)
+def is_packaged(template: str) -> bool:
+    """Whether a template is one of the package's, in any of its variants.
+
+    All of them use a turn's text only as a whole, see ``tinyllava.model.rendering``.
+    """
+    plain = template.replace(GAP, NO_GAP).replace(_UNTRIMMED, _TRIMMED)
+    return plain in map(read_template, template_names())
 
 
 @lru_cache(maxsize=16)
