@@ -12,7 +12,7 @@ test: .venv/installed-dev  ## the whole test suite; ARGS="-k connector" runs a p
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 $(ARGS)
 
 # What every release of a dependency can break: model, training, generation, import, export, evaluation.
-CORE := tests/model/test_compat.py tests/model/test_modeling.py tests/training/test_run.py \
+CORE := tests/model/test_compat.py tests/model/test_linear.py tests/model/test_modeling.py tests/training/test_run.py \
 	tests/training/test_adapters.py tests/inference/test_chat.py tests/inference/test_shared_prefix.py \
 	tests/checkpoints/importing/test_stock.py tests/checkpoints/exporting/test_stock.py \
 	tests/evaluation/test_run.py

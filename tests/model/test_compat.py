@@ -1,33 +1,26 @@
 """What ``compat`` depends on is there in the installed releases, and does what the package needs."""
 
-from copy import deepcopy
-
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from jinja2 import TemplateError
-from torch import distributed, nn
+from torch import distributed
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig
 
 from processes import in_ranks
 from tinyllava.config import ModelConfig
-from tinyllava.model import compat
 from tinyllava.model.assemble import assemble
 from tinyllava.model.compat import (
     CACHE_NAME,
     ComposedModel,
-    PackedLinear,
     attention_of,
     causal_without_looking,
     forget_preparation,
     lonely_group,
-    named_weights,
-    pack_linear_layers,
     render_template,
     set_checkpointing,
 )
-from tinyllava.model.devices import multiplies_bf16
 from tinyllava.model.modeling import TinyLlavaOutput
 
 
@@ -153,94 +146,6 @@ def test_a_forgotten_model_is_prepared_again():
     assert computes_in() == torch.bfloat16
     forget_preparation(model)
     assert computes_in() == torch.bfloat16
-
-
-@pytest.fixture(params=["phi", "chatml"])
-def packed(parts, request, monkeypatch):
-    """A model and a copy whose layers are packed, as they are in 32 bits on an AMD CPU with AVX-512."""
-    monkeypatch.setattr(compat, "_is_packed_faster", lambda weight: weight.dtype == torch.float32)
-    chosen = ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts[request.param]))
-    model = assemble(chosen)[0].eval()
-    copy = deepcopy(model)
-    pack_linear_layers(copy)
-    return model, copy
-
-
-def test_packed_layers_compute_the_same_forwards_and_backwards(packed):
-    model, copy = packed
-    layers = {name: layer for name, layer in copy.named_modules() if isinstance(layer, PackedLinear)}
-    assert all(layer.packed is not None for layer in layers.values())
-    assert layers.keys() == {name for name, layer in model.named_modules() if type(layer) is nn.Linear} - (
-        {"lm_head"} if model.config.tie_word_embeddings else set()
-    )
-    exact = deepcopy(model).double()
-    ids, pixels = torch.arange(7)[None], torch.randn(1, 3, 28, 28)
-    embeds = model.get_input_embeddings()(ids).detach()
-    with torch.inference_mode():
-        features, logits = (
-            [found.model.get_image_features(pixels.to(kind)), found(inputs_embeds=embeds.to(kind)).logits]
-            for found, kind in ((copy, torch.float32), (exact, torch.float64))
-        )
-    for one, other in zip(features, logits, strict=True):
-        assert one.dtype == torch.float32
-        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
-    gradients = []
-    for found in (model, copy):
-        inputs = embeds.clone().requires_grad_()
-        found(inputs_embeds=inputs).logits.square().sum().backward()
-        gradients.append(inputs.grad)
-    torch.testing.assert_close(*gradients)
-
-
-def test_a_packed_model_is_saved_checked_cast_and_copied_as_before(packed):
-    model, copy = packed
-    before = model.state_dict()
-    for changed in (copy, deepcopy(copy), deepcopy(copy).double().float()):
-        after = changed.state_dict()
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[name], before[name]) for name in before)
-    weights = dict(named_weights(copy))
-    assert weights.keys() == dict(model.named_parameters()).keys()
-    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
-    cast = deepcopy(copy).double()
-    assert all(weight.dtype == torch.float64 for _, weight in named_weights(cast))
-    inputs = torch.randn(1, 3, cast.config.text_config.hidden_size, dtype=torch.float64)
-    assert torch.equal(
-        cast(inputs_embeds=inputs).logits, deepcopy(model).double()(inputs_embeds=inputs).logits
-    )
-
-
-def test_a_packed_weight_that_is_changed_or_loaded_counts(packed):
-    model, copy = packed
-    embeds = model.get_input_embeddings()(torch.arange(7)[None]).detach()
-    place = "model.language_model.layers.0.self_attn.q_proj"
-    with torch.inference_mode():
-        for found in (model, copy):
-            found.get_submodule(place).weight.mul_(3)
-        torch.testing.assert_close(copy(inputs_embeds=embeds).logits, model(inputs_embeds=embeds).logits)
-    assert f"{place}.weight" in dict(copy.named_parameters())
-    copy.load_state_dict({name: 2 * weight for name, weight in model.state_dict().items()})
-    assert all(torch.equal(weight, 2 * model.state_dict()[name]) for name, weight in named_weights(copy))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packing_follows_the_machine_and_the_outputs_do_not(dtype, monkeypatch):
-    monkeypatch.setattr(compat, "cpu_vendor", lambda: "AMD")
-    layer, inputs = nn.Linear(48, 80).to(dtype), torch.randn(2, 5, 48).to(dtype)
-    holder = nn.Sequential(layer)
-    pack_linear_layers(holder)
-    can = (
-        multiplies_bf16("cpu")
-        if dtype == torch.bfloat16
-        else "AVX512" in torch.backends.cpu.get_cpu_capability()
-    )
-    assert isinstance(holder[0], PackedLinear) == can
-    with torch.no_grad():
-        torch.testing.assert_close(holder(inputs), layer(inputs))
-    monkeypatch.setattr(compat, "cpu_vendor", lambda: "Intel")
-    holder = nn.Sequential(nn.Linear(48, 80))
-    pack_linear_layers(holder)
-    assert type(holder[0]) is nn.Linear
 
 
 def test_in_a_lonely_group_no_process_waits_for_another():

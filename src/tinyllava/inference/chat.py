@@ -21,8 +21,8 @@ from tinyllava.inference.dialogue import Dialogue
 from tinyllava.inference.logits import FiniteLogits, stop_ids
 from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
 from tinyllava.model.assemble import open_checkpoint
-from tinyllava.model.compat import pack_linear_layers
 from tinyllava.model.devices import best_device, check_device, multiplies_bf16
+from tinyllava.model.linear import pack_linear_layers
 from tinyllava.model.quantised import check_bits, quantise_language_model, quantised_bits
 from tinyllava.model.rebuild import whole_model
 from tinyllava.parts.folders import local_folder, saved_dtype

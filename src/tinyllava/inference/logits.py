@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 from tinyllava.errors import CheckpointError
 from tinyllava.model import TinyLlavaForConditionalGeneration
-from tinyllava.model.compat import named_weights
+from tinyllava.model.linear import named_weights
 
 
 class FiniteLogits(LogitsProcessor):

@@ -3,15 +3,11 @@
 Each has a test in ``tests/model/test_compat.py``, which runs with the lowest, pinned and newest releases.
 """
 
-import platform
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cache
 from importlib import import_module
-from itertools import accumulate, chain, pairwise
-from pathlib import Path
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +18,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tinyllava.model.devices import multiplies_bf16
 from tinyllava.parts.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 
 _FIELDS = {field.name for field in fields(BaseModelOutputWithPast)}
@@ -274,106 +269,19 @@ def last_layer_output(vision_tower: nn.Module, pixel_values: Tensor) -> Tensor:
     return caught[0]
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer that only answers, on a CPU: its weight is in the layout of oneDNN's kernels.
+def lay_out_weight(weight: Tensor) -> Tensor:
+    """Return a weight [out, in] in the layout of oneDNN's kernels; ``to_dense`` gives it back.
 
-    Torch multiplies 32 bits by MKL, whose fastest code runs on Intel's CPUs only. A 16-bit weight it lays out
-    anew in each call. Who asks for ``weight``, perhaps to change it, makes an ordinary layer of it. Saving,
-    copying, moving and casting leave it packed.
+    The layout depends on the expected number of rows a little: 32 is good from 1 to 600.
     """
-
-    packed: Tensor | None
-
-    def __init__(self, layer: nn.Linear) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would draw random weights
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.register_parameter("bias", layer.bias)
-        self.training = layer.training
-        self._hold(layer.weight)
-
-    def _hold(self, weight: Tensor) -> None:
-        self.packed, self._parameters["weight"] = None, nn.Parameter(weight.detach(), requires_grad=False)
-        if _is_packed_faster(weight):
-            # The layout depends on the expected number of rows a little: 32 is good from 1 to 600.
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self._parameters.pop("weight"), 32)
-
-    def unpacked(self) -> Tensor:
-        """Return the weight [out, in] laid out as ever; a copy if it is packed."""
-        return self.weight if self.packed is None else self.packed.to_dense()
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.__dict__.get("packed") is not None:
-            with torch.inference_mode(False):
-                self._parameters["weight"] = nn.Parameter(self.unpacked(), requires_grad=False)
-            self.packed = None
-        return super().__getattr__(name)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Map [..., in] to [..., out]."""
-        if self.packed is None or (torch.is_grad_enabled() and inputs.requires_grad):
-            return nn.functional.linear(inputs, self.unpacked(), self.bias)
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
-        return outputs
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.unpacked()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        _ = self.weight  # which makes a place for it
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None if self.packed is None else self.unpacked()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.packed is not None:
-            self._hold(self.packed)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        weight = None if self.packed is None else fn(self.unpacked())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if weight is not None:
-            self._hold(weight)
-        return self
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+    return packed
 
 
-def pack_linear_layers(model: nn.Module) -> None:
-    """Pack the linear layers of a model that only answers, where that is faster; tied ones stay."""
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if type(layer) is nn.Linear and owners[id(layer.weight)] == 1 and _is_packed_faster(layer.weight):
-                setattr(parent, name, PackedLinear(layer))
+def multiply_by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Map [..., in] to [..., out] by a weight [out, in], laid out or not, without a backward pass.
 
-
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield all parameters of a model, those of packed layers included."""
-    layers = (
-        (name, layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, PackedLinear) and layer.packed is not None
-    )
-    return chain(model.named_parameters(), ((f"{name}.weight", layer.unpacked()) for name, layer in layers))
-
-
-def _is_packed_faster(weight: Tensor) -> bool:
-    """Return whether a weight is better packed (docs/guides/ship.md has the measurement)."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return multiplies_bf16("cpu")
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return weight.dtype == torch.float32 and has_avx512 and cpu_vendor() == "AMD"
-
-
-@cache
-def cpu_vendor() -> str:
-    """Return ``AMD``, ``Intel``, or an empty text for others."""
-    listed = Path("/proc/cpuinfo")
-    text = listed.read_text() if listed.is_file() else platform.processor()
-    return next((name for mark, name in _VENDORS.items() if mark in text), "")
-
-
-_VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
+    ``weight`` and ``inputs`` may be transposed views.
+    """
+    outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return outputs

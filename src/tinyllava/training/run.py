@@ -28,6 +28,7 @@ from tinyllava.files import held, is_full_disk, read_object, write_json, write_t
 from tinyllava.inference.logits import refuse_broken_weights
 from tinyllava.model.assemble import save_model
 from tinyllava.model.compat import causal_without_looking, forget_preparation
+from tinyllava.model.linear import multiply_directly
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
@@ -337,7 +338,7 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> StageTrainer:
     """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
-    undo = [hold_frozen_in_half(model, choose_precision(run.hardware.precision))]
+    undo = [hold_frozen_in_half(model, choose_precision(run.hardware.precision)), multiply_directly(model)]
     hardware, prefetch_factor, packed = fit_hardware(run, stage, model, processor, prepared)
     num_samples = len(prepared.examples)
     arguments = make_arguments(run, stage, hardware, folder, num_samples, prefetch_factor, packed)

@@ -1,0 +1,188 @@
+"""Linear layers that multiply by oneDNN on CPUs: packed ones that answer, and ones that train.
+
+Paper: none.
+"""
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tinyllava.model.compat import lay_out_weight, multiply_by_onednn
+from tinyllava.model.devices import multiplies_bf16
+
+SMALLEST_PRODUCT = 2**21
+"""Multiplications below which a call of oneDNN costs more in training than it saves."""
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that only answers, on a CPU: its weight is in the layout of oneDNN's kernels.
+
+    Torch multiplies 32 bits by MKL, whose fastest code runs on Intel's CPUs only. A 16-bit weight it lays out
+    anew in each call. Who asks for ``weight``, perhaps to change it, makes an ordinary layer of it. Saving,
+    copying, moving and casting leave it packed.
+    """
+
+    packed: Tensor | None
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would draw random weights
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_parameter("bias", layer.bias)
+        self.training = layer.training
+        self._hold(layer.weight)
+
+    def _hold(self, weight: Tensor) -> None:
+        self.packed, self._parameters["weight"] = None, nn.Parameter(weight.detach(), requires_grad=False)
+        if _is_packed_faster(weight):
+            del self._parameters["weight"]
+            self.packed = lay_out_weight(weight.detach())
+
+    def unpacked(self) -> Tensor:
+        """Return the weight [out, in] laid out as ever; a copy if it is packed."""
+        return self.weight if self.packed is None else self.packed.to_dense()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.__dict__.get("packed") is not None:
+            with torch.inference_mode(False):
+                self._parameters["weight"] = nn.Parameter(self.unpacked(), requires_grad=False)
+            self.packed = None
+        return super().__getattr__(name)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        if self.packed is None or (torch.is_grad_enabled() and inputs.requires_grad):
+            return nn.functional.linear(inputs, self.unpacked(), self.bias)
+        return multiply_by_onednn(inputs, self.packed, self.bias)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.unpacked()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _ = self.weight  # which makes a place for it
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None if self.packed is None else self.unpacked()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.packed is not None:
+            self._hold(self.packed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        weight = None if self.packed is None else fn(self.unpacked())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weight is not None:
+            self._hold(weight)
+        return self
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Pack the linear layers of a model that only answers, where that is faster; tied ones stay."""
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear and owners[id(layer.weight)] == 1 and _is_packed_faster(layer.weight):
+                setattr(parent, name, PackedLinear(layer))
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield all parameters of a model, those of packed layers included."""
+    layers = (
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, PackedLinear) and layer.packed is not None
+    )
+    return chain(model.named_parameters(), ((f"{name}.weight", layer.unpacked()) for name, layer in layers))
+
+
+class _Product(torch.autograd.Function):
+    """y = x W^T + b and its gradients; oneDNN takes transposed views as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return multiply_by_onednn(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        of_inputs, of_weight, of_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            of_inputs = multiply_by_onednn(gradient, weight.t())
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if ctx.needs_input_grad[1]:
+            of_weight = multiply_by_onednn(rows.t(), inputs.reshape(-1, inputs.shape[-1]).t())
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(0)
+        return of_inputs, of_weight, of_bias
+
+
+class DirectLinear(nn.Linear):
+    """A linear layer in training on a CPU whose products in fp32 are oneDNN's; its weight stays as it is."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        weight = self.weight
+        is_plain = (
+            inputs.dtype == weight.dtype == torch.float32
+            and inputs.numel() * self.out_features >= SMALLEST_PRODUCT
+            and weight.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
+        if not is_plain:
+            return nn.functional.linear(inputs, weight, self.bias)
+        outputs: Tensor = _Product.apply(inputs, weight, self.bias)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+def multiply_directly(model: nn.Module) -> Callable[[], None]:
+    """Let the linear layers of a model that trains multiply by oneDNN where that is faster; return the undo.
+
+    The choice depends on the machine alone, so that a training that is resumed has the same bits.
+    """
+    layers = [
+        m
+        for m in model.modules()
+        if type(m) is nn.Linear and m.weight.dtype == torch.float32 and _is_packed_faster(m.weight)
+    ]
+    for layer in layers:
+        layer.__class__ = DirectLinear
+
+    def undo() -> None:
+        for layer in layers:
+            layer.__class__ = nn.Linear
+
+    return undo
+
+
+def _is_packed_faster(weight: Tensor) -> bool:
+    """Return whether a weight is better packed (docs/guides/ship.md has the measurement)."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return multiplies_bf16("cpu")
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return weight.dtype == torch.float32 and has_avx512 and cpu_vendor() == "AMD"
+
+
+@cache
+def cpu_vendor() -> str:
+    """Return ``AMD``, ``Intel``, or an empty text for others."""
+    listed = Path("/proc/cpuinfo")
+    text = listed.read_text() if listed.is_file() else platform.processor()
+    return next((name for mark, name in _VENDORS.items() if mark in text), "")
+
+
+_VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}

@@ -1,0 +1,200 @@
+"""Layers that multiply by oneDNN compute what plain ones do, in answers and in training."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from tinyllava.config import FROZEN, FULL, ModelConfig, Stage, lora
+from tinyllava.model import linear
+from tinyllava.model.assemble import assemble
+from tinyllava.model.devices import multiplies_bf16
+from tinyllava.model.linear import (
+    DirectLinear,
+    PackedLinear,
+    multiply_directly,
+    named_weights,
+    pack_linear_layers,
+)
+from tinyllava.model.tuning import apply_tuning
+
+
+@pytest.fixture(params=["phi", "chatml"])
+def packed(parts, request, monkeypatch):
+    """A model and a copy whose layers are packed, as they are in 32 bits on an AMD CPU with AVX-512."""
+    monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: weight.dtype == torch.float32)
+    chosen = ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts[request.param]))
+    model = assemble(chosen)[0].eval()
+    copy = deepcopy(model)
+    pack_linear_layers(copy)
+    return model, copy
+
+
+def test_packed_layers_compute_the_same_forwards_and_backwards(packed):
+    model, copy = packed
+    layers = {name: layer for name, layer in copy.named_modules() if isinstance(layer, PackedLinear)}
+    assert all(layer.packed is not None for layer in layers.values())
+    assert layers.keys() == {name for name, layer in model.named_modules() if type(layer) is nn.Linear} - (
+        {"lm_head"} if model.config.tie_word_embeddings else set()
+    )
+    exact = deepcopy(model).double()
+    ids, pixels = torch.arange(7)[None], torch.randn(1, 3, 28, 28)
+    embeds = model.get_input_embeddings()(ids).detach()
+    with torch.inference_mode():
+        features, logits = (
+            [found.model.get_image_features(pixels.to(kind)), found(inputs_embeds=embeds.to(kind)).logits]
+            for found, kind in ((copy, torch.float32), (exact, torch.float64))
+        )
+    for one, other in zip(features, logits, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+    gradients = []
+    for found in (model, copy):
+        inputs = embeds.clone().requires_grad_()
+        found(inputs_embeds=inputs).logits.square().sum().backward()
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_packed_model_is_saved_checked_cast_and_copied_as_before(packed):
+    model, copy = packed
+    before = model.state_dict()
+    for changed in (copy, deepcopy(copy), deepcopy(copy).double().float()):
+        after = changed.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    weights = dict(named_weights(copy))
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    cast = deepcopy(copy).double()
+    assert all(weight.dtype == torch.float64 for _, weight in named_weights(cast))
+    inputs = torch.randn(1, 3, cast.config.text_config.hidden_size, dtype=torch.float64)
+    assert torch.equal(
+        cast(inputs_embeds=inputs).logits, deepcopy(model).double()(inputs_embeds=inputs).logits
+    )
+
+
+def test_a_packed_weight_that_is_changed_or_loaded_counts(packed):
+    model, copy = packed
+    embeds = model.get_input_embeddings()(torch.arange(7)[None]).detach()
+    place = "model.language_model.layers.0.self_attn.q_proj"
+    with torch.inference_mode():
+        for found in (model, copy):
+            found.get_submodule(place).weight.mul_(3)
+        torch.testing.assert_close(copy(inputs_embeds=embeds).logits, model(inputs_embeds=embeds).logits)
+    assert f"{place}.weight" in dict(copy.named_parameters())
+    copy.load_state_dict({name: 2 * weight for name, weight in model.state_dict().items()})
+    assert all(torch.equal(weight, 2 * model.state_dict()[name]) for name, weight in named_weights(copy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_follows_the_machine_and_the_outputs_do_not(dtype, monkeypatch):
+    monkeypatch.setattr(linear, "cpu_vendor", lambda: "AMD")
+    layer, inputs = nn.Linear(48, 80).to(dtype), torch.randn(2, 5, 48).to(dtype)
+    holder = nn.Sequential(layer)
+    pack_linear_layers(holder)
+    can = (
+        multiplies_bf16("cpu")
+        if dtype == torch.bfloat16
+        else "AVX512" in torch.backends.cpu.get_cpu_capability()
+    )
+    assert isinstance(holder[0], PackedLinear) == can
+    with torch.no_grad():
+        torch.testing.assert_close(holder(inputs), layer(inputs))
+    monkeypatch.setattr(linear, "cpu_vendor", lambda: "Intel")
+    holder = nn.Sequential(nn.Linear(48, 80))
+    pack_linear_layers(holder)
+    assert type(holder[0]) is nn.Linear
+
+
+STAGE = Stage(learning_rate=1e-3, global_batch_size=2)
+STAGES = {
+    "pretrain": STAGE,
+    "finetune": Stage(learning_rate=1e-3, global_batch_size=2, vision_encoder=FULL, language_model=FULL),
+    "adapters": Stage(learning_rate=1e-3, global_batch_size=2, language_model=lora(4), connector=FROZEN),
+}
+
+
+@pytest.fixture
+def always_direct(monkeypatch):
+    """Multiply by oneDNN whatever the machine and the size."""
+    monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: weight.dtype == torch.float32)
+    monkeypatch.setattr(linear, "SMALLEST_PRODUCT", 1)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Shapes of the weights that oneDNN has multiplied."""
+    seen = []
+    multiply = linear.multiply_by_onednn
+
+    def counted(inputs, weight, bias=None):
+        seen.append(tuple(weight.shape))
+        return multiply(inputs, weight, bias)
+
+    monkeypatch.setattr(linear, "multiply_by_onednn", counted)
+    return seen
+
+
+def gradients_of(model, dtype=torch.float32):
+    """The loss and every gradient of one batch."""
+    torch.manual_seed(1)
+    ids = torch.randint(10, 60, (2, 12))
+    ids[:, 1:5] = model.config.image_token_id
+    labels = ids.clone()
+    labels[:, :6] = -100
+    loss = model(input_ids=ids, pixel_values=torch.randn(2, 3, 28, 28).to(dtype), labels=labels).loss
+    loss.backward()
+    return loss.double(), {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("llm", ["chatml", "phi"])
+def test_direct_layers_train_as_plain_ones_in_64_bits_do(parts, llm, name, always_direct, products):
+    model, _ = assemble(ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts[llm])))
+    apply_tuning(model, STAGES[name])
+    with torch.no_grad():  # adapters begin at zero
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    expected = gradients_of(deepcopy(model).double(), torch.float64)
+    undo = multiply_directly(model)
+    direct = [m for m in model.modules() if isinstance(m, DirectLinear)]
+    loss, gradients = gradients_of(deepcopy(model))  # as the twin of a sharded model
+    assert gradients.keys() == expected[1].keys()
+    assert len(products) > len(direct)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
+    for place, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[1][place], rtol=1e-3, atol=1e-6, msg=place)
+    undo()
+    assert not any(isinstance(m, DirectLinear) for m in model.modules())
+
+
+def test_direct_layers_leave_half_precision_empty_and_compiled_passes_alone(always_direct, products):
+    plain = nn.Linear(48, 80)
+    layer = deepcopy(plain)
+    undo = multiply_directly(nn.Sequential(layer))
+    inputs = torch.randn(3, 5, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(inputs), plain(inputs))
+    assert layer(inputs[:0]).shape == (0, 5, 80)
+    compiled = torch.compile(layer, backend="aot_eager")
+    assert torch.equal(compiled(inputs), plain(inputs))
+    assert torch.equal(deepcopy(layer).double()(inputs.double()), deepcopy(plain).double()(inputs.double()))
+    assert products == []
+    layer(inputs)
+    assert products == [(80, 48)]
+    undo()
+    layer(inputs)
+    assert type(layer) is nn.Linear
+    assert products == [(80, 48)]
+
+
+@pytest.mark.parametrize("vendor", ["AMD", "Intel", ""])
+def test_products_are_chosen_by_machine_and_size_alone(vendor, monkeypatch, products):
+    monkeypatch.setattr(linear, "cpu_vendor", lambda: vendor)
+    layers = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 4))
+    multiply_directly(layers)
+    layers(torch.zeros(64, 256))
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert products == ([(256, 256)] if vendor == "AMD" and has_avx512 else [])
