@@ -269,6 +269,11 @@ def last_layer_output(vision_tower: nn.Module, pixel_values: Tensor) -> Tensor:
     return caught[0]
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's table of the parameters that are its own, by name; changes to it count."""
+    return module._parameters
+
+
 def lay_out_weight(weight: Tensor) -> Tensor:
     """Return a weight [out, in] in the layout of oneDNN's kernels; ``to_dense`` gives it back.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tinyllava.model.compat import lay_out_weight, multiply_by_onednn
+from tinyllava.model.compat import lay_out_weight, multiply_by_onednn, own_parameters
 from tinyllava.model.devices import multiplies_bf16
 
 SMALLEST_PRODUCT = 2**21
@@ -40,9 +40,9 @@ class PackedLinear(nn.Linear):
         self._hold(layer.weight)
 
     def _hold(self, weight: Tensor) -> None:
-        self.packed, self._parameters["weight"] = None, nn.Parameter(weight.detach(), requires_grad=False)
+        self.packed, own_parameters(self)["weight"] = None, nn.Parameter(weight.detach(), requires_grad=False)
         if _is_packed_faster(weight):
-            del self._parameters["weight"]
+            del own_parameters(self)["weight"]
             self.packed = lay_out_weight(weight.detach())
 
     def unpacked(self) -> Tensor:
@@ -52,7 +52,7 @@ class PackedLinear(nn.Linear):
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.__dict__.get("packed") is not None:
             with torch.inference_mode(False):
-                self._parameters["weight"] = nn.Parameter(self.unpacked(), requires_grad=False)
+                own_parameters(self)["weight"] = nn.Parameter(self.unpacked(), requires_grad=False)
             self.packed = None
         return super().__getattr__(name)
 
@@ -88,7 +88,9 @@ class PackedLinear(nn.Linear):
 
 def pack_linear_layers(model: nn.Module) -> None:
     """Pack the linear layers of a model that only answers, where that is faster; tied ones stay."""
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    owners = Counter(
+        id(parameter) for module in model.modules() for parameter in own_parameters(module).values()
+    )
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if type(layer) is nn.Linear and owners[id(layer.weight)] == 1 and _is_packed_faster(layer.weight):
