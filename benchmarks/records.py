@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -101,24 +102,30 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
-    """Read and measure the records as a stage does before its first step; a second call is a second start."""
+def make_processor(tokenizer: Path) -> Any:
+    """Return a processor with the ChatML template."""
     from transformers import CLIPImageProcessorPil
 
-    from tinyllava.config import DataConfig
-    from tinyllava.data.conversion import read_stored
-    from tinyllava.data.dataset import Examples, measure
-    from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
-    from tinyllava.data.store import kept_digest, list_images
     from tinyllava.model.processing import TinyLlavaProcessor
     from tinyllava.model.tokenizer import open_tokenizer
     from tinyllava.parts.templates import read_template
 
     opened = open_tokenizer(tokenizer)
     opened.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    processor = TinyLlavaProcessor(
+    return TinyLlavaProcessor(
         image_processor=CLIPImageProcessorPil(), tokenizer=opened, chat_template=read_template("chatml")
     )
+
+
+def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
+    """Read and measure the records as a stage does before its first step; a second call is a second start."""
+    from tinyllava.config import DataConfig
+    from tinyllava.data.conversion import read_stored
+    from tinyllava.data.dataset import Examples, measure
+    from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
+    from tinyllava.data.store import kept_digest, list_images
+
+    processor = make_processor(tokenizer)
     found: dict[str, float] = {}
     before = private_megabytes()
     start = clock = time.perf_counter()
@@ -128,6 +135,7 @@ def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
         nonlocal clock, spent
         found[f"{name}_seconds"], clock = round(time.perf_counter() - clock, 2), time.perf_counter()
         found[f"{name}_cpu_seconds"], spent = round(cpu_seconds() - spent, 2), cpu_seconds()
+        found[f"{name}_private_megabytes"] = round(private_megabytes() - before, 1)
         print(name, found[f"{name}_seconds"], found[f"{name}_cpu_seconds"], file=sys.stderr, flush=True)
 
     data = DataConfig(records=(str(path),))
@@ -153,6 +161,106 @@ def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
     return found
 
 
+def measure_alone(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
+    """Return CPU milliseconds a record of parts of the work, each alone in one process, on 2,048 records."""
+    from tinyllava.config import DataConfig
+    from tinyllava.data.conversion import read_stored
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    processor = make_processor(tokenizer)
+    talks = read_stored(DataConfig(records=(str(path),)), "", store).conversations[:2048]
+    known = list(talks)
+    texts = [processor.render(talk)[0] for talk in known]
+    pipeline = processor.tokenizer.backend_tokenizer
+    with path.open(encoding="utf-8") as file:
+        head = "".join(islice(file, len(known))).rstrip(",\n") + "]"
+    works = {
+        "json": lambda: json.loads(head),
+        "unpack": lambda: list(talks),
+        "template": lambda: [processor.render(talk) for talk in known],
+        "tokenizer": lambda: [pipeline.encode_batch(texts[n : n + 256]) for n in range(0, len(texts), 256)],
+        "tokenise": lambda: [processor.encode_all(known[n : n + 256]) for n in range(0, len(known), 256)],
+    }
+    found = {}
+    for name, work in works.items():
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
+        found[f"{name}_milliseconds"] = round(1000 * min(times) / len(known), 4)
+    return found
+
+
+DEFECTS = ("missing_image", "unanswered", "empty_answer", "roles", "malformed", "image_count")
+
+
+def plant_defects(path: Path, number: int) -> tuple[Path, dict[str, list[int]]]:
+    """Write a copy of the records with defects at even distances; return it, and where each kind is."""
+    target = path.with_name(f"{path.stem}-{number}-defects.json")
+    planted: dict[str, list[int]] = {name: [] for name in DEFECTS}
+    with path.open(encoding="utf-8") as file:
+        total = sum(1 for _ in file) - 1
+    step = max(1, total // number)
+    with path.open(encoding="utf-8") as source, target.open("w", encoding="utf-8") as file:
+        for index, line in enumerate(source):
+            body = line.strip().removeprefix("[").removesuffix(",")
+            name = DEFECTS[index // step % len(DEFECTS)]
+            if index % step == 0 and index // step < number and body != "]":
+                record = json.loads(body)
+                if name != "missing_image" or "image" in record:
+                    damage(record, name)
+                    planted[name].append(index)
+                    line = line.replace(body, json.dumps(record))
+            file.write(line)
+    return target, planted
+
+
+def damage(record: dict[str, Any], name: str) -> None:
+    """Give a record a defect."""
+    turns = record["conversations"]
+    if name == "missing_image":
+        record["image"] = record["image"].replace(".jpg", "-gone.jpg")
+    elif name == "unanswered":
+        turns.pop()
+    elif name == "empty_answer":
+        turns[-1]["value"] = " "
+    elif name == "roles":
+        turns.insert(0, {"from": "human", "value": "And?"})
+    elif name == "malformed":
+        turns[0]["value"] = None
+    else:
+        turns[0]["value"] += " <image>"
+
+
+def measure_defects(path: Path, store: Path, number: int) -> dict[str, float]:
+    """Convert a file with planted defects, and compare the report with what was planted."""
+    from tinyllava.config import DataConfig
+    from tinyllava.data.conversion import read_stored
+    from tinyllava.data.defects import Defects
+
+    target, planted = plant_defects(path, number)
+    start, before = cpu_seconds(), private_megabytes()
+    found = None
+    try:
+        read_stored(DataConfig(records=(str(target),)), "", store)
+    except Defects as error:
+        found = error
+    assert found is not None
+    assert found.counts == {name: len(places) for name, places in planted.items()}, found.counts
+    report = str(found)
+    for name, places in planted.items():
+        shown = re.findall(r"record (\d+) ", report.partition(f"  {name} (")[2])[:3]
+        assert shown == [str(place) for place in places[:3]], (name, shown, places[:3])
+    print(report, file=sys.stderr)
+    return {
+        "defects": sum(map(len, planted.values())),
+        "cpu_seconds": round(cpu_seconds() - start, 2),
+        "private_megabytes": round(private_megabytes() - before, 1),
+        "report_lines": report.count("\n") + 1,
+    }
+
+
 def _worker_memory(examples: Any) -> float:
     """Return what a forked worker holds for itself after it has read 2,000 records of all the file."""
     from tinyllava.data.workers import begin_worker
@@ -175,16 +283,20 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("tokenizer", type=Path, help="folder of a tokenizer, such as that of SmolLM2")
     parser.add_argument("--records", type=int, default=TOTAL)
-    parser.add_argument("--once", action="store_true", help="measure one start and print it")
+    parser.add_argument("--once", choices=("start", "alone"), help="measure this one and print it")
+    parser.add_argument("--defects", type=int, default=0, help="plant so many, and measure their report")
     known = parser.parse_args()
     path = make_records(known.folder, known.records)
     store = known.folder / f"store-{known.records}"
-    if known.once:
-        print(json.dumps(measure_run(path, known.tokenizer, store)))
+    if known.defects:
+        print(json.dumps(measure_defects(path, store, known.defects)))
+    elif known.once:
+        work = measure_run if known.once == "start" else measure_alone
+        print(json.dumps(work(path, known.tokenizer, store)))
     else:
         shutil.rmtree(store, ignore_errors=True)
-        for name in ("first", "second"):  # each start is a process of its own
-            command = [sys.executable, __file__, known.folder, known.tokenizer, "--once"]
-            command += ["--records", known.records]
+        for name, what in (("first start", "start"), ("second start", "start"), ("alone", "alone")):
+            command = [sys.executable, __file__, known.folder, known.tokenizer, "--once", what]
+            command += ["--records", known.records]  # each is a process of its own
             done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
-            print(name, "start:", done.stdout.strip().splitlines()[-1], flush=True)
+            print(f"{name}:", done.stdout.strip().splitlines()[-1], flush=True)

@@ -68,16 +68,19 @@ class Conversation:
     @property
     def place(self) -> str:
         """File, place in the file and id, as far as known. Every error names the record this way."""
-        if self.at:
-            where = f"{self.at} (id {self.id})" if self.id else self.at
-        else:
-            where = f"record {self.id}" if self.id else "a record without id"
-        return f"{self.source or 'conversation'}: {where}"
+        return name_place(self.source, self.at, self.id)
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
         """All images, in the order in which the model sees them."""
         return tuple(image for message in self.messages for image in message.images)
+
+
+def name_place(source: str, at: str, id_: str) -> str:
+    """Return how errors name a record, see ``Conversation.place``."""
+    named = f"record {id_}" if id_ else "a record without id"
+    where = f"{at} (id {id_})" if at and id_ else at or named
+    return f"{source or 'conversation'}: {where}"
 
 
 class Answer(str):

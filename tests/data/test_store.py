@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +14,12 @@ import pytest
 from PIL import Image
 
 from tinyllava.config import DataConfig, ModelConfig
-from tinyllava.data import batches, conversion, store
+from tinyllava.data import batches, conversion, cores, store
 from tinyllava.data.conversion import read_stored
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.defects import Defect, Defects
 from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
+from tinyllava.data.readers import json_slices
 from tinyllava.data.records import read_configured
 from tinyllava.data.store import StoredConversations
 from tinyllava.errors import DataError
@@ -68,6 +71,68 @@ def test_converted_records_are_the_records(data, tmp_path):
     assert records_digest(stored) == records_digest(plain)
     hashes = ImageHashes(tmp_path / "hashes.sqlite").find(plain)
     assert images_digest(stored, hashes) == images_digest(plain, hashes)
+
+
+TURNS = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+FORMS = {
+    "array": json.dumps,
+    "indented": lambda some: " " + json.dumps(some, indent=1, ensure_ascii=False) + "\n\n",
+    "with a mark": lambda some: "\ufeff" + json.dumps(some),
+    "lines": lambda some: "\n\n".join(map(json.dumps, some)) + "\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["usual", "cut inside a record", "damaged", "with defects"])
+def test_a_large_file_is_read_in_slices_as_if_whole(form, kind, tmp_path, monkeypatch):
+    """By two processes, each of which holds a part of the file; places of records are those of the file."""
+    monkeypatch.setattr(json_slices, "SLICE_BYTES", 2000)
+    monkeypatch.setattr(cores, "num_cores", lambda: 2)
+    records = [{"id": f"Ä{n}", "conversations": turns("Q" * (1 + n % 90), f"B {n}")} for n in range(1, 300)]
+    if kind == "cut inside a record":  # its turns look like the beginning of a record
+        records = [
+            {"id": "n", **one, "conversations": [{"id": 1, **TURNS[0]}, TURNS[1]] * 30} for one in records
+        ]
+    if kind == "with defects":
+        records[7:9] = [{"id": "x", "conversations": turns("Q")}] * 2
+        records[250:252] = [
+            records[3],
+            {"id": "y", "image": "gone.png", "conversations": turns("<image>Q", "A")},
+        ]
+    text = FORMS[form](records)
+    path = tmp_path / ("my.jsonl" if form == "lines" else "my.json")
+    path.write_text(text[:-150] if kind == "damaged" else text, encoding="utf-8")
+    data = DataConfig(records=(str(path),))
+    if kind in ("damaged", "with defects"):
+        found = []
+        for read in (lambda: read_stored(data, "", tmp_path / "store"), lambda: read_configured(data)):
+            with pytest.raises(DataError) as caught:
+                read()
+            found.append(str(caught.value))
+        assert found[0] == found[1]
+        assert kind == "damaged" or ": 4 records have defects" in found[0]
+        data = DataConfig(records=data.records, skip=("unanswered", "duplicate_id", "missing_image"))
+    if kind != "damaged":
+        stored, plain = read_stored(data, "", tmp_path / "store"), read_configured(data)
+        assert list(stored.conversations) == list(plain.conversations)
+        assert (stored.skipped, stored.ignored) == (plain.skipped, plain.ignored)
+        is_cut = kind == "cut inside a record" and form in ("array", "with a mark")
+        slices = json_slices.split(path)
+        assert len(slices) > 10
+        assert (None in [one.count() for one in slices]) == is_cut
+
+
+def test_a_process_that_dies_while_records_are_read_is_told(monkeypatch):
+    monkeypatch.setattr(cores, "num_cores", lambda: 2)
+
+    def work(part: int) -> int:
+        if part == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 2 * part
+
+    with pytest.raises(DataError, match="a process that reads records died, possibly because memory"):
+        list(cores.map_parts(work, range(9)))
+    assert list(cores.map_parts(lambda part: 2 * part, range(9))) == list(range(0, 18, 2))
 
 
 def test_another_process_maps_the_file_for_itself(data, tmp_path):
@@ -144,7 +209,7 @@ def test_a_file_with_a_defect_leaves_nothing_behind(tmp_path):
 
 
 def test_lengths_are_counted_once_by_all_cores_and_kept(data, tmp_path, parts, monkeypatch):
-    monkeypatch.setattr(batches, "num_cores", lambda: 2)
+    monkeypatch.setattr(cores, "num_cores", lambda: 2)
     processor = assemble(
         ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["chatml"]))
     )[1]

@@ -9,11 +9,8 @@ matter.
 Lengths also decide which records are too long.
 """
 
-import gc
 import hashlib
 import json
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapreplace
 from itertools import cycle
@@ -26,7 +23,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from tinyllava.conversation import Conversation
-from tinyllava.data.hashes import num_cores
+from tinyllava.data.cores import map_parts
 from tinyllava.data.store import ROWS, StoredConversations
 from tinyllava.files import whole_file
 
@@ -225,13 +222,9 @@ def pack(
 
 FORMAT = 1
 _TOGETHER = 256  # records whose texts are tokenised together: fewer or more take longer
-_AT_ONCE = ROWS  # records that a process measures before it hands over their lengths
-_FEW = 2 * _AT_ONCE  # records below which other processes would cost more than they save
 
 Measure = Callable[[Sequence[Conversation]], Sequence[tuple[int, int]]]
 """Tokens of each conversation, and how many of them are supervised."""
-_SHARED: dict[str, Any] = {}
-"""What forked processes find in their copy of the memory: nothing is pickled."""
 
 
 def measure_all(
@@ -286,39 +279,17 @@ def processor_key(processor: Any, *others: object) -> str:
 def _measure(
     conversations: Sequence[Conversation], measure: Measure, progress: Callable[[int], None]
 ) -> NDArray[np.int32]:
-    starts = range(0, len(conversations), _AT_ONCE)
-    num_processes = min(num_cores(), len(starts))
-    parts = []
-    _SHARED.update(conversations=conversations, measure=measure)
-    try:
-        if num_processes < 2 or len(conversations) < _FEW or "fork" not in _start_methods():
-            for start in starts:
-                parts.append(_measure_part(start))
-                progress(parts[-1].shape[1])
-        else:
-            with multiprocessing.get_context("fork").Pool(num_processes, _use_one_core) as pool:
-                for part in pool.imap(_measure_part, starts):
-                    parts.append(part)
-                    progress(part.shape[1])
-    finally:
-        _SHARED.clear()
-    return np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), dtype=np.int32)
+    def measure_part(start: int) -> NDArray[np.int32]:
+        some = list(conversations[start : start + ROWS])
+        lengths = [
+            each
+            for first in range(0, len(some), _TOGETHER)
+            for each in measure(some[first : first + _TOGETHER])
+        ]
+        return np.array(lengths, dtype=np.int32).reshape(-1, 2).T
 
-
-def _start_methods() -> list[str]:
-    return multiprocessing.get_all_start_methods()
-
-
-def _use_one_core() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.freeze()  # a collection would look at all that was imported, which takes time and copies it
-
-
-def _measure_part(start: int) -> NDArray[np.int32]:
-    conversations = list(_SHARED["conversations"][start : start + _AT_ONCE])
-    lengths = [
-        each
-        for first in range(0, len(conversations), _TOGETHER)
-        for each in _SHARED["measure"](conversations[first : first + _TOGETHER])
-    ]
-    return np.array(lengths, dtype=np.int32).reshape(-1, 2).T
+    parts = [np.zeros((2, 0), dtype=np.int32)]
+    for part in map_parts(measure_part, range(0, len(conversations), ROWS)):
+        parts.append(part)
+        progress(part.shape[1])
+    return np.concatenate(parts, axis=1)

@@ -5,8 +5,12 @@ Paper: none.
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial as partial_of
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,11 @@ from filelock import FileLock
 
 from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.data.cores import map_parts
 from tinyllava.data.defects import Defect, raise_defects
+from tinyllava.data.readers import json_slices
 from tinyllava.data.readers.form import Reading
-from tinyllava.data.records import Records, iter_conversations, open_readings
+from tinyllava.data.records import Records, convert_each, duplicate, open_readings, read_raw
 from tinyllava.data.sources import mix
 from tinyllava.data.store import BEFORE, ROLES, ROWS, SCHEMA, StoredConversations, StoreFile
 from tinyllava.errors import DataError
@@ -26,6 +32,10 @@ from tinyllava.files import read_object, sha256_of, whole_file, write_json
 
 FORMAT = 2
 """Of the files; records in another one are converted again."""
+_KEPT = 100
+"""Defects of a name that are kept; their report shows the first ones."""
+_AT_ONCE = 256
+"""Records that are converted together; some bring the bytes of their images."""
 
 
 def open_store(reading: Reading, reader: str, folder: Path) -> StoreFile:
@@ -62,60 +72,147 @@ def _find(place: Path, reading: Reading) -> StoreFile | None:
 
 
 def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
-    defects: list[Defect] = []
-    missing: list[str] = []
-    num_rows = 0
-
-    def good() -> Iterator[Conversation]:
-        nonlocal num_rows
-        for found in iter_conversations(reading, reader):
-            if isinstance(found, Conversation):
-                num_rows += 1
-                yield found
-            elif found.name in reading.skip:
-                reading.skipped[found.name] += 1
-                missing.extend([found.path] if found.path else [])
-            else:
-                defects.append(found)
-
+    slices = [] if reader else json_slices.split(reading.path)
+    counts = list(map_parts(json_slices.Slice.count, slices))
+    if None in counts:  # a cut was inside a record, or the file is damaged, which reading it whole tells
+        slices = []
+    numbered = json_slices.number(slices, [count or 0 for count in counts]) if slices else []
+    done = _Findings(reading)
     with whole_file(place / "records.arrow") as partial, pa.OSFile(str(partial), "wb") as sink:
         with pa.ipc.new_file(sink, SCHEMA) as writer:
-            for batch in _batched(good()):
-                if not defects:  # of a file with defects only their report is left
-                    writer.write_batch(_to_batch(batch, reading.images))
-        raise_defects(reading.path, defects)
-        skipped = dict(reading.skipped)
-        if not num_rows:
+            parts = map_parts(partial_of(_convert_slice, reading), numbered)
+            for batch in _refilled(map(done.take, parts if slices else _convert_whole(reading, reader))):
+                if not done.counts:  # of a file with defects only their report is left
+                    writer.write_batch(batch)
+        raise_defects(reading.path, done.defects, done.counts)
+        skipped = dict(done.skipped)
+        if not done.num_rows:
             raise DataError(
                 f"{reading.path}: no records left" + (f" after skips {skipped}." if skipped else ".")
+                if done.num_read
+                else f"{reading.path}: no records in it. Write the records again, or give another file."
             )
-    about = {"skipped": skipped, "ignored": dict(reading.ignored), "missing": missing}
+    about = {"skipped": skipped, "ignored": dict(done.ignored), "missing": done.missing}
     write_json(place / "about.json", about)
-    return StoreFile(place, str(reading.path), reading.images, skipped, dict(reading.ignored))
+    return StoreFile(place, str(reading.path), reading.images, skipped, dict(done.ignored))
 
 
-def _batched(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    batch: list[Conversation] = []
-    for conversation in conversations:
-        batch.append(conversation)
-        if len(batch) == ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+@dataclass(kw_only=True)
+class _Part:
+    """Some records of a file, converted."""
+
+    batch: Any
+    """The good ones, as a record batch."""
+    rows: list[int]
+    """Which of the part's records they are."""
+    keys: list[int]
+    """See ``convert_each``."""
+    defects: list[tuple[int, Defect]]
+    """Which record has which."""
+    num_read: int
+    skipped: Counter[str]
+    ignored: Counter[str]
+
+
+class _Findings:
+    """What comes up in converting a file, part by part."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.num_read = self.num_rows = 0
+        self.defects: list[Defect] = []
+        """The first of each name: where the folder of images is wrong, all would fill the memory."""
+        self.counts: Counter[str] = Counter()
+        self.missing: list[str] = []
+        self.skipped: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
+        self._seen: set[int] = set()
+
+    def take(self, part: _Part) -> Any:
+        """Note what was found in a part, and return the batch of the records that are left."""
+        self.num_read += part.num_read
+        self.skipped.update(part.skipped)
+        self.ignored.update(part.ignored)
+        batch, repeated = part.batch, []
+        for row, key in enumerate(part.keys):
+            if key and key in self._seen:
+                repeated.append(row)
+            self._seen.add(key)
+        for row in repeated:
+            at, id_ = (batch.column(name)[row].as_py() for name in ("at", "id"))
+            part.defects.append((part.rows[row], duplicate(self.reading, at, id_)))
+        for _, defect in sorted(part.defects, key=lambda one: one[0]):
+            self._note(defect)
+        if repeated:
+            batch = batch.take(pa.array(np.setdiff1d(np.arange(batch.num_rows), repeated)))
+        self.num_rows += batch.num_rows
+        return batch
+
+    def _note(self, defect: Defect) -> None:
+        if defect.name in self.reading.skip:
+            self.skipped[defect.name] += 1
+            self.missing.extend([defect.path] if defect.path else [])
+            return
+        self.counts[defect.name] += 1
+        if self.counts[defect.name] <= _KEPT:
+            self.defects.append(defect)
+
+
+def _convert_slice(reading: Reading, one: json_slices.Slice) -> _Part:
+    rows = one.read()
+    if rows is None:
+        raise DataError(f"{one.path}: it changed while it was read. Run the same command again.")
+    return _convert_rows(reading, rows)
+
+
+def _convert_whole(reading: Reading, reader: str) -> Iterator[_Part]:
+    rows = read_raw(reading.path, reading.images, reader)
+    while some := list(islice(rows, _AT_ONCE)):
+        yield _convert_rows(reading, some)
+
+
+def _convert_rows(reading: Reading, rows: Sequence[tuple[str, Any]]) -> _Part:
+    own = replace(reading, skipped=Counter(), ignored=Counter())
+    good: list[Conversation] = []
+    found = _Part(
+        batch=None, rows=[], keys=[], defects=[], num_read=len(rows), skipped=own.skipped, ignored=own.ignored
+    )
+    for place, (one, key) in enumerate(convert_each(rows, own)):
+        if isinstance(one, Conversation):
+            good.append(one)
+            found.rows.append(place)
+            found.keys.append(key)
+        else:
+            found.defects.append((place, one))
+    found.batch = _to_batch(good, reading.images)
+    return found
+
+
+def _refilled(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the rows of record batches in batches of ``ROWS``, of which the last may have fewer."""
+    waiting: list[Any] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(one.num_rows for one in waiting) >= ROWS:
+            filled = pa.Table.from_batches(waiting).combine_chunks().to_batches(ROWS)
+            waiting = [filled.pop()] if filled[-1].num_rows < ROWS else []
+            yield from filled
+    yield from pa.Table.from_batches(waiting, SCHEMA).combine_chunks().to_batches(ROWS)
 
 
 def _to_batch(conversations: list[Conversation], images: Path) -> Any:
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    numbers = {role: number for number, role in enumerate(ROLES)}
     for conversation in conversations:
         messages, refs = conversation.messages, conversation.images
+        counts = [len(message.images) for message in messages]
         columns["id"].append(conversation.id)
         columns["at"].append(conversation.at)
-        columns["roles"].append([ROLES.index(message.role) for message in messages])
+        columns["roles"].append([numbers[message.role] for message in messages])
         columns["texts"].append([message.text for message in messages])
         columns["trained"].append([message.is_trained for message in messages])
-        columns["image_counts"].append([len(message.images) for message in messages])
-        places = [message.places or (BEFORE,) * len(message.images) for message in messages]
+        columns["image_counts"].append(counts)
+        places = [m.places or (BEFORE,) * n for m, n in zip(messages, counts, strict=True) if n]
         columns["image_places"].append([place for of_message in places for place in of_message])
         columns["image_names"].append([ref.name for ref in refs])
         columns["image_paths"].append([_path(ref, images) for ref in refs])
@@ -124,7 +221,10 @@ def _to_batch(conversations: list[Conversation], images: Path) -> Any:
 
 
 def _path(ref: ImageRef, images: Path) -> str | None:
-    return None if ref.path is None or ref.path == images / ref.name else str(ref.path)
+    usual = os.path.join(images, ref.name)  # noqa: PTH118 (comparing Paths costs ten times as much)
+    if ref.path is None or str(ref.path) == usual or ref.path == images / ref.name:
+        return None
+    return str(ref.path)
 
 
 def _key(reading: Reading, reader: str) -> str:

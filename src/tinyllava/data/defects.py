@@ -45,39 +45,44 @@ class Defect(DataError):  # noqa: N818 (the word that users meet in skips and do
             f"{where}: {detail} [{name}]. Fix the record, or skip such records with --skip {name}."
         )
 
-    def __reduce__(self) -> tuple[type["Defect"], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type["Defect"], tuple[str, str, str], dict[str, str]]:
         """Let it be handed over by another process."""
-        return Defect, (self.name, self.where, self.detail)
+        return Defect, (self.name, self.where, self.detail), {"path": self.path}
 
 
 class Defects(DataError):  # noqa: N818 (as above)
-    """All defects of a file: how many of each, and where the first ones are."""
+    """All defects of a file: how many of each, and where the first ones are.
 
-    def __init__(self, path: Path, defects: Sequence[Defect]) -> None:
+    Args:
+        counts: how many there are of each name, where not all are among ``defects``.
+    """
+
+    def __init__(self, path: Path, defects: Sequence[Defect], counts: Counter[str] | None = None) -> None:
         self.path, self.defects = path, tuple(defects)
-        lines = [f"{path}: {len(defects):,} records have defects:"]
-        for name, count in count_by_name(defects).items():
+        self.counts = counts or count_by_name(defects)
+        lines = [f"{path}: {self.counts.total():,} records have defects:"]
+        for name, count in self.counts.items():
             of_name = [defect for defect in defects if defect.name == name]
             lines.append(f"  {name} ({DEFECTS[name]}): {count:,}")
             lines += [f"    {defect.where}: {defect.detail}" for defect in of_name[:_SHOWN]]
             lines += [f"    and {count - _SHOWN:,} more"] if count > _SHOWN else []
-        skips = " ".join(f"--skip {name}" for name in count_by_name(defects))
+        skips = " ".join(f"--skip {name}" for name in self.counts)
         lines.append(
             f"`tinyllava data check {path}` lists all. Fix the records, or skip such records with {skips}."
         )
         super().__init__("\n".join(lines))
 
-    def __reduce__(self) -> tuple[type["Defects"], tuple[Path, tuple[Defect, ...]]]:
+    def __reduce__(self) -> tuple[type["Defects"], tuple[Path, tuple[Defect, ...], Counter[str]]]:
         """Let it be handed over by another process."""
-        return Defects, (self.path, self.defects)
+        return Defects, (self.path, self.defects, self.counts)
 
 
-def raise_defects(path: Path, defects: Sequence[Defect]) -> None:
-    """Raise the defect of a file, or the report of several. Does nothing without defects."""
+def raise_defects(path: Path, defects: Sequence[Defect], counts: Counter[str] | None = None) -> None:
+    """Raise the defect of a file, or the report of several, see ``Defects``. Does nothing without defects."""
     if len(defects) == 1:
         raise defects[0]
     if defects:
-        raise Defects(path, defects)
+        raise Defects(path, defects, counts)
 
 
 def count_by_name(defects: Sequence[Defect]) -> Counter[str]:

@@ -15,7 +15,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from tinyllava.conversation import Conversation, ImageRef, Message
+from tinyllava.data.cores import map_parts, num_cores
 from tinyllava.data.images import naming_record, open_image, read_image_bytes
+from tinyllava.data.store import ROWS
 from tinyllava.errors import ImageError
 
 _Stamp = tuple[int, int, int]
@@ -101,11 +103,6 @@ class ImageHashes:
 
 _Identity = tuple[str, _Stamp | None]
 """Name of an image that was decoded, and the stamp under which it counts."""
-
-
-def num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _identify(ref: ImageRef) -> _Identity:
@@ -216,10 +213,24 @@ def _key(ref: ImageRef) -> str:
 
 def records_digest(conversations: Sequence[Conversation]) -> str:
     """Return a digest of the content of conversations in order, without ids and places of files."""
+    return _digest_each(conversations, lambda talk: [_describe(message) for message in talk.messages])
+
+
+def images_digest(conversations: Sequence[Conversation], hashes: Mapping[ImageRef, str]) -> str:
+    """Return a digest of the images of conversations, in order."""
+    return _digest_each(conversations, lambda talk: [hashes[ref] for ref in talk.images])
+
+
+def _digest_each(conversations: Sequence[Conversation], describe: Callable[[Conversation], object]) -> str:
+    """Return the digest of a line of JSON for each conversation; the lines are written by all cores."""
+
+    def lines(start: int) -> bytes:
+        some = conversations[start : start + ROWS]
+        return b"".join(json.dumps(describe(talk)).encode() + b"\n" for talk in some)
+
     digest = hashlib.sha256()
-    for conversation in conversations:
-        turns = [_describe(message) for message in conversation.messages]
-        digest.update(json.dumps(turns).encode() + b"\n")
+    for part in map_parts(lines, range(0, len(conversations), ROWS)):
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -233,11 +244,3 @@ def _describe(message: Message) -> list[object]:
         *places,
         *([] if message.is_trained else ["no loss"]),
     ]
-
-
-def images_digest(conversations: Sequence[Conversation], hashes: Mapping[ImageRef, str]) -> str:
-    """Return a digest of the images of conversations, in order."""
-    digest = hashlib.sha256()
-    for conversation in conversations:
-        digest.update(json.dumps([hashes[ref] for ref in conversation.images]).encode() + b"\n")
-    return digest.hexdigest()

@@ -4,7 +4,7 @@ Paper: section 4.1.2 (the four data sets of Table 2 are LLaVA's JSON; see ``tiny
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,24 +169,38 @@ def iter_conversations(reading: Reading, reader: str = "") -> Iterator[Conversat
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    path = reading.path
     seen: set[int] = set()
-    fallback = _fallback(reading)
     is_empty = True
-    for at, raw in read_raw(path, reading.images, reader):
+    for found, key in convert_each(read_raw(reading.path, reading.images, reader), reading):
         is_empty = False
-        try:
-            conversation = _convert(raw, at, reading, fallback)
-            key = hash((conversation.id, conversation.messages))
-            if conversation.id and key in seen:
-                detail = f"the record {conversation.id!r} is in the file twice"
-                raise Defect("duplicate_id", reading.place(at, {"id": conversation.id}), detail)
+        if key and isinstance(found, Conversation) and key in seen:
+            yield duplicate(reading, found.at, found.id)
+        else:
             seen.add(key)
-            yield conversation
-        except Defect as defect:
-            yield defect
+            yield found
     if is_empty:
-        raise DataError(f"{path}: no records in it. Write the records again, or give another file.")
+        raise DataError(f"{reading.path}: no records in it. Write the records again, or give another file.")
+
+
+def convert_each(
+    raws: Iterable[tuple[str, Any]], reading: Reading
+) -> Iterator[tuple[Conversation | Defect, int]]:
+    """Yield the conversation or the defect of each record, and a key by which a repeated one is found.
+
+    The key is 0 for defects, and for records without an id, which may be repeated.
+    """
+    fallback = _fallback(reading)
+    for at, raw in raws:
+        try:
+            one = _convert(raw, at, reading, fallback)
+            yield one, hash((one.id, one.messages)) if one.id else 0
+        except Defect as defect:
+            yield defect, 0
+
+
+def duplicate(reading: Reading, at: str, id_: str) -> Defect:
+    """Return the defect of a record that is in its file already."""
+    return Defect("duplicate_id", reading.place(at, {"id": id_}), f"the record {id_!r} is in the file twice")
 
 
 def read_raw(path: Path, images: Path | None = None, reader: str = "") -> Iterator[tuple[str, Any]]:

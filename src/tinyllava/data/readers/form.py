@@ -12,7 +12,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
-from tinyllava.conversation import Conversation, ImageRef, Message, Role
+from tinyllava.conversation import Conversation, ImageRef, Message, Role, name_place
 from tinyllava.data.defects import Defect
 from tinyllava.data.readers.image_values import find_image
 from tinyllava.files import is_text
@@ -37,6 +37,7 @@ _FOREIGN_MARK = re.compile(r"<\|image(?:_pad|_\d+)?\|>|<image[ _]?\d+>|<(?:image
 """How other models' data mark the place of an image."""
 _BOXES = ("<bbox>", "<ref-object>")
 _OF_TURNS = ("from", "value", "role", "content", "tool_calls", "function_call")
+_KNOWN_OF_TURNS = {*_OF_TURNS, *TRAINED_KEYS}
 EVALUATION_KEYS = ("kind", "category", "metric", "answers", "choices", "tolerance")
 """What records say to ``tinyllava evaluate``; training does not need it."""
 _KNOWN = {
@@ -74,7 +75,7 @@ class Reading:
         """Return how errors name a record that is no conversation yet."""
         id_ = raw.get("id") if isinstance(raw, dict) else None
         id_ = "" if id_ is None else str(id_)[:80]
-        return Conversation(messages=(), id=id_, source=str(self.path), at=at).place
+        return name_place(str(self.path), at, id_)
 
 
 @dataclass(slots=True)
@@ -99,17 +100,28 @@ class Turn:
     @property
     def num_images(self) -> int:
         """Images of this turn."""
-        return sum(not isinstance(part, str) for part in self.parts)
+        return len(self.images)
+
+    @property
+    def images(self) -> list[ImageValue]:
+        """Images of this turn, in the order of the file."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], str):  # as most turns, which is quicker
+            return []
+        return [part for part in self.parts if not isinstance(part, str)]
 
     @property
     def text(self) -> str:
         """Its text without its images."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], str):
+            return self.parts[0]
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
 def split_marks(text: str) -> list[str | ImageValue]:
     """Return a text with an image in place of each ``<image>``, and of each ``<img>its path</img>``."""
     parts: list[str | ImageValue] = []
+    if "<im" not in text:
+        return [text]
     end = 0
     for mark in _IMAGE_IN_TEXT.finditer(text):
         parts += [text[end : mark.start()], ImageValue(mark[1])]
@@ -194,6 +206,8 @@ def read_trained(turn: Mapping[str, Any], role: Role, number: int, where: str) -
     Raises:
         Defect: a value other than 0 and 1, or the loss of a turn that is no answer.
     """
+    if turn.keys().isdisjoint(TRAINED_KEYS):
+        return role == "assistant"
     given = {key: turn[key] for key in TRAINED_KEYS if turn.get(key) is not None}
     for key, value in given.items():
         if value not in (0, 1):
@@ -211,7 +225,7 @@ def note_unknown(
     raw: Mapping[str, Any], known: Iterable[str], reading: Reading, turns: Iterable[Mapping[str, Any]] = ()
 ) -> None:
     """Count the fields of a record, and of its turns, that nothing here uses."""
-    for key in {key for turn in turns for key in turn} - {*_OF_TURNS, *TRAINED_KEYS}:
+    for key in set().union(*turns) - _KNOWN_OF_TURNS:
         reading.ignored[f"{key} of turns"] += 1
     for key in raw.keys() - _KNOWN - set(known):
         reading.ignored[str(key)] += 1
@@ -302,12 +316,13 @@ def _messages(turns: list[Turn], refs: list[ImageRef], where: str, reading: Read
 
     What is left of such a turn loses its outer blanks, there as here; other turns keep them for the template.
     """
-    num_marks = sum(1 for t in turns for part in t.parts if not isinstance(part, str) and part.value is None)
+    shown = [turn.images for turn in turns]
+    num_marks = sum(one.value is None for some in shown for one in some)
     if num_marks != len(refs):
         raise Defect("image_count", where, _describe_counts(num_marks, refs, turns))
     messages, rest = [], iter(refs)
-    for turn in turns:
-        text, count = turn.text, turn.num_images
+    for turn, values in zip(turns, shown, strict=True):
+        text, count = turn.text, len(values)
         text = text.strip() if count else text
         if turn.role != "user" and count:
             raise Defect("image_count", where, f"{IMAGE_MARK} is in a turn of the {turn.role}")
@@ -316,11 +331,12 @@ def _messages(turns: list[Turn], refs: list[ImageRef], where: str, reading: Read
         if turn.role == "user" and not text.strip() and not count:
             raise Defect("empty_question", where, "a question has neither text nor image")
         images = tuple(
-            next(rest)
-            if part.value is None
-            else find_image(part.value, reading.images, where, reading.allow_urls)
-            for part in turn.parts
-            if not isinstance(part, str)
+            [
+                next(rest)
+                if one.value is None
+                else find_image(one.value, reading.images, where, reading.allow_urls)
+                for one in values
+            ]
         )
         is_trained = turn.is_trained or turn.role != "assistant"
         text, places = _place(turn) if turn.keeps_places and count else (text, ())

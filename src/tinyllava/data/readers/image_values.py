@@ -87,6 +87,9 @@ def _spellings(path: str) -> Iterator[str]:
 
 
 def _find_file(path: str, images: Path, where: str, name: str) -> ImageRef:
+    usual = os.path.join(images, path)  # noqa: PTH118 (a Path costs more than the look)
+    if is_text(path) and os.path.isfile(usual):  # noqa: PTH113 (as above)
+        return ImageRef(path=Path(usual), name=name)
     place = images / path
     try:
         found = next(
@@ -121,7 +124,7 @@ def _similar(path: str, images: Path) -> str:
     return ""
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # a mixture has as many folders
 def _names_in(folder: Path, changed: int) -> dict[str, str]:
     """Return the files of a folder by their plain names; read again when it has changed."""
     return {_plain(entry.name): entry.name for entry in os.scandir(folder) if entry.is_file()}

@@ -1,0 +1,81 @@
+"""Work on many records by all cores, in forked processes that find everything in the memory of their parent.
+
+Paper: none.
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from tinyllava.errors import DataError
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+_FEW = 2
+"""Parts for which other processes would cost more than they save."""
+_WORK: list[Callable[[Any], Any]] = []
+"""Of a forked process: what it does with a part."""
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator[Result]:
+    """Yield the result of each part, in order; a few parts ahead are worked on.
+
+    Nothing but parts and results travels between processes. Without a second core, for a few parts, or where
+    a system cannot fork, the work is done here.
+
+    Raises:
+        DataError: a process died; and what ``work`` raises.
+    """
+    number = num_cores() if len(parts) > _FEW else 1
+    if number < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from map(work, parts)
+        return
+    pool = ProcessPoolExecutor(min(number, len(parts)), multiprocessing.get_context("fork"), _begin, (work,))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for part in parts:
+            waiting.append(pool.submit(_do, part))
+            if len(waiting) > 2 * number:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that reads records died, possibly because memory ran out. Run the same command again."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    """Begin a forked process. The parent answers Ctrl-C, and none outlives it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # a collection would look at all that was imported, which takes time and copies it
+    _WORK[:] = [work]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _do(part: Any) -> Any:
+    return _WORK[0](part)
