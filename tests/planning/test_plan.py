@@ -1,6 +1,7 @@
 """Plans against what can be counted: published steps, torch's own operations, tensors that autograd keeps."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Literal
 
 import pytest
@@ -23,12 +24,12 @@ from tinyllava.model.tuning import apply_tuning, component_of
 from tinyllava.parts.connectors import CONNECTORS
 from tinyllava.parts.language import LanguageModel
 from tinyllava.parts.vision import VisionEncoder
+from tinyllava.planning.check import find_problems
 from tinyllava.planning.memory import PlannedParts, count_trained, estimate_memory
-from tinyllava.planning.plan import count_flops, plan_run
-from tinyllava.planning.rules import hardware_problems
+from tinyllava.planning.plan import FORMS, count_flops, plan_run
+from tinyllava.planning.rules import batch_problems
 from tinyllava.planning.sizes import PartSize, connector_size, language_model_size, vision_encoder_size
-from tinyllava.planning.speed import GPUS
-from tinyllava.recipes.variants import VARIANTS, variant
+from tinyllava.recipes.variants import RECIPES, VARIANTS, variant
 
 BATCH, NUM_TOKENS, NUM_SUPERVISED, VOCABULARY = 2, 96, 24, 512
 CLIP = VisionEncoder(
@@ -263,18 +264,31 @@ def test_adapters_shards_and_checkpointing_take_less() -> None:
     assert plan_run(thrifty).stages[1].forms["as the recipe"].memory.peak < full
 
 
-def test_every_variant_has_a_form_that_train_runs_on_every_machine() -> None:
-    for name in VARIANTS:
+def test_every_variant_has_a_form_that_fits_and_train_takes_each_on_every_machine() -> None:
+    """Those of Table A1, and every other recipe; with GPUs of 24, 32, 40 and 80 GB."""
+    others = [recipe for recipe in RECIPES if recipe not in ("base", "share")]
+    for name in [*VARIANTS, *(f"{recipe}-{parts}" for recipe in others for parts in ("C-TL", "Sig-Phi"))]:
         run = variant(name)
-        for gpu in GPUS:
-            for num_gpus in (1, 2, 8):
-                for stage in plan_run(run, gpu=gpu, num_gpus=num_gpus).stages:
-                    fitting = [label for label, form in stage.forms.items() if form.fits]
-                    assert fitting, (name, gpu, num_gpus, stage.name)
-                    for label in fitting:
-                        if label.startswith("sharding"):
-                            hardware = replace(run.hardware, sharding=label.split()[1])
-                            assert not list(hardware_problems(run.stages[stage.name], hardware))
+        machines = product(("RTX-4090", "V100-32G", "A100-40G", "A100-80G"), (1, 2, 4, 8))
+        for gpu, num_gpus in machines:
+            for planned in plan_run(run, gpu=gpu, num_gpus=num_gpus).stages:
+                fitting = {label: form for label, form in planned.forms.items() if form.fits}
+                assert fitting, (name, gpu, num_gpus, planned.name)
+                for label, form in fitting.items():
+                    hardware = replace(
+                        run.hardware,
+                        device_batch_size=form.device_batch_size,
+                        gradient_checkpointing=form.checkpointing,
+                        sharding=label.removeprefix("sharding ") if label.startswith("sharding") else "none",
+                    )
+                    stage = run.stages[planned.name]
+                    tune = FORMS.get(label, stage.language_model)
+                    stages = {**run.stages, planned.name: replace(stage, language_model=tune)}
+                    shown = replace(run, stages=stages, hardware=hardware)
+                    problems = find_problems(shown, on_this_machine=False)
+                    problems += batch_problems(stage, hardware, num_gpus)
+                    # Of other stages, which may have other forms, only the batch is checked with this one's.
+                    assert [p for p in problems if "device_batch_size" not in p or planned.name in p] == []
 
 
 @pytest.mark.parametrize(
