@@ -10,7 +10,7 @@ import json
 import random
 
 from records import SOURCES
-from tinyllava.data.batches import GroupedSampler, pack
+from tinyllava.data.batches import GroupedSampler, PaddedBatches, pack
 
 IMAGE_TOKENS, MAX_LENGTH, TOKENS_PER_WORD, NUM_RECORDS, BATCH = 576, 2048, 1.3, 20_000, 128
 
@@ -35,11 +35,10 @@ def compare(size: int, num_ranks: int, group_by: str) -> dict[str, float]:
         with_image=with_image if group_by == "modality_length" else None,
         batch_size=BATCH,
         seed=0,
-        micro_batch=size,
-        num_ranks=num_ranks,
+        shuffles_steps=group_by != "none",
     )
-    places = list(order) if group_by != "none" else [i for step in order.draw_steps(0) for i in step]
-    parts = [places[start : start + size] for start in range(0, len(places), size)]
+    padded = PaddedBatches(order, size, num_ranks)
+    parts = [part for step in order.draw_steps(0) for part in padded.split(step)]
     rows = [len(part) * max(lengths[i] for i in part) for part in parts]
     waits = sum(max(rows[start : start + num_ranks]) * num_ranks for start in range(0, len(rows), num_ranks))
     packed = pack(order, lengths, size * max(lengths), num_ranks=num_ranks)

@@ -1,22 +1,23 @@
 """Order: every sample once, random steps of one modality, the same for a seed, equal work for the ranks."""
 
 import statistics
+from itertools import chain
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllava.data.batches import GroupedSampler, PackedBatches, pack
+from tinyllava.data.batches import GroupedSampler, PackedBatches, PaddedBatches, pack
 
 samples = st.lists(st.tuples(st.integers(1, 500), st.booleans()), min_size=1, max_size=300)
 
 
 def order(
-    samples: list[tuple[int, bool]], batch_size: int, seed: int = 0, epoch: int = 0, **settings: int
+    samples: list[tuple[int, bool]], batch_size: int, seed: int = 0, epoch: int = 0, window: int = 1
 ) -> list[int]:
     lengths, with_image = [length for length, _ in samples], [image for _, image in samples]
     sampler = GroupedSampler(
-        lengths=lengths, with_image=with_image, batch_size=batch_size, seed=seed, **settings
+        lengths=lengths, with_image=with_image, batch_size=batch_size, seed=seed, window=window
     )
     sampler.set_epoch(epoch)
     assert len(sampler) == len(samples)
@@ -42,38 +43,61 @@ def test_the_order_follows_from_seed_and_epoch():
     assert all(other != order(many, 8, seed=1) for other in others)
 
 
+def draw_padded(
+    lengths: list[int], batch_size: int, ranks: int, micro: int, **settings
+) -> list[list[list[int]]]:
+    """Return each rank's micro-batches."""
+    order = GroupedSampler(lengths=lengths, with_image=None, batch_size=batch_size, seed=0)
+    own = [PaddedBatches(order, micro, ranks, rank, **settings) for rank in range(ranks)]
+    drawn = [list(batches) for batches in own]
+    assert len({len(batches) for batches in own} | {len(parts) for parts in drawn}) == 1  # nobody waits
+    return drawn
+
+
 @given(
     samples=samples,
     lengths=st.randoms(),
-    batch_size=st.integers(1, 4),
+    passes=st.integers(1, 4),
     ranks=st.integers(1, 3),
     micro=st.integers(1, 3),
 )
 @settings(max_examples=50, deadline=None)
 def test_which_samples_a_step_has_depends_on_no_length_rank_or_micro_batch(
-    samples, lengths, batch_size, ranks, micro
+    samples, lengths, passes, ranks, micro
 ):
-    """So they are a random part of the whole set, as published code draws them."""
-    size = batch_size * ranks * micro
-    plain = order(samples, size)
-    others = [(lengths.randint(1, 500), image) for _, image in samples]
-    split = order(others, size, micro_batch=micro, num_ranks=ranks)
-    for start in range(0, len(samples), size):
-        assert set(plain[start : start + size]) == set(split[start : start + size])
+    """So they are a random part of the whole set, as published code draws them; each comes once."""
+    size = passes * ranks * micro
+    plain = GroupedSampler(lengths=[1] * len(samples), with_image=None, batch_size=size, seed=0)
+    drawn = draw_padded([lengths.randint(1, 500) for _ in samples], size, ranks, micro)
+    for number, step in enumerate(plain.draw_steps(0)):
+        mine = [parts[number * passes : (number + 1) * passes] for parts in drawn]
+        assert sorted(index for parts in mine for part in parts for index in part) == sorted(step)
+        counts = {len(part) for parts in mine for part in parts}
+        assert max(counts) <= micro
+        assert max(counts) - min(counts) <= 1
+
+
+def test_a_mean_of_means_has_micro_batches_of_one_size_and_none_that_is_empty():
+    lengths = list(range(1, 12))
+    [alone] = draw_padded(lengths, 8, 1, 2, is_fixed=True)
+    assert [len(part) for part in alone] == [2, 2, 2, 2, 2, 1]  # 8 samples, and 3
+    first, second = draw_padded(lengths, 8, 2, 2, is_fixed=True)
+    assert sorted(map(sorted, first + second)) == sorted(map(sorted, alone))
+    first, second = draw_padded(lengths, 10, 2, 5, is_fixed=True)  # 10, and 1
+    assert first[-1] == second[-1] == [first[-1][0]]
 
 
 def test_ranks_get_equal_work_and_micro_batches_similar_lengths():
     ranks, micro, size = 4, 4, 64
-    many = [((n * 7919) % 997 + 1, True) for n in range(640)]
-    found = order(many, size, micro_batch=micro, num_ranks=ranks)
-    for start in range(0, 640, size):
-        step = [many[index][0] for index in found[start : start + size]]
-        parts = [step[i : i + micro] for i in range(0, size, micro)]
-        work = [sum(sum(part) for part in parts[rank::ranks]) for rank in range(ranks)]
+    many = [(n * 7919) % 997 + 1 for n in range(640)]
+    drawn = draw_padded(many, size, ranks, micro)
+    for start in range(0, 40, 4):
+        own = [[[many[index] for index in part] for part in parts[start : start + 4]] for parts in drawn]
+        work = [sum(map(sum, parts)) for parts in own]
         assert max(work) - min(work) < 0.03 * sum(work)
-        padding = sum(max(part) * micro - sum(part) for part in parts)
-        assert padding < 0.08 * sum(step)  # unsorted it is more than half
-        assert step[0] == max(step)  # what runs out of memory does so at once
+        padding = sum(max(part) * micro - sum(part) for parts in own for part in parts)
+        assert padding < 0.08 * sum(work)  # unsorted it is more than half
+        assert own[0][0][0] == max(map(max, chain(*own)))  # what runs out of memory does so at once
 
 
 @pytest.mark.parametrize(("window", "low", "high"), [(1, 0.8, 1.2), (50, 0.0, 0.1)])
@@ -129,16 +153,13 @@ def test_packed_micro_batches_have_the_steps_of_padded_ones_within_the_budget(
         drawn.append(list(packed))
     assert len({len(packed) for packed in own} | {len(parts) for parts in drawn}) == 1  # nobody waits
     assert all(
-        part and packed.size_of(part) <= budget
-        for packed, parts in zip(own, drawn, strict=True)
-        for part in parts
+        packed.size_of(part) <= budget for packed, parts in zip(own, drawn, strict=True) for part in parts
     )
     for number, step in enumerate(order.draw_steps(epoch)):
         mine = [parts[number * passes : (number + 1) * passes] for parts in drawn]
         found = [index for parts in mine for part in parts for index in part]
-        if len(step) >= ranks * passes:
-            assert sorted(found) == sorted(step)  # every sample once
-        assert set(found) >= set(step)
+        assert sorted(found) == sorted(step)  # every sample once
+        assert len(step) < ranks * passes or all(part for parts in mine for part in parts)
     if passes > 1:  # one less would not do
         assert not PackedBatches(order, lengths, passes - 1, ranks, num_epochs=2).fits(budget)
 

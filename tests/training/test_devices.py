@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tinyllava.config import FULL, Hardware
-from tinyllava.data.batches import GroupedSampler, pack
+from tinyllava.data.batches import GroupedSampler, PaddedBatches, pack
 from tinyllava.data.reporting import reporting
 from tinyllava.errors import TrainingError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, TinyLlavaModel
@@ -113,16 +113,13 @@ def test_no_micro_batch_of_any_epoch_takes_more_than_those_that_are_tried(sample
             [*row, *(int(of[part].sum()) for of in measures)] for row, part in zip(rows, parts, strict=True)
         ]
 
-    order = GroupedSampler(
-        lengths=lengths, with_image=None, batch_size=batch_size, seed=seed, micro_batch=size
-    )
+    order = GroupedSampler(lengths=lengths, with_image=None, batch_size=batch_size, seed=seed)
+    padded = PaddedBatches(order, size)
     packed = pack(order, lengths, 2 * max(lengths), num_epochs=3)
     drawn: list[list[int]] = []
     for epoch in range(3):
-        order.set_epoch(epoch)
-        packed.set_epoch(epoch)
-        places = list(order)
-        drawn += [places[start : start + size] for start in range(0, len(places), size)]
+        padded.set_epoch(epoch)
+        drawn += padded
     of_all = list(packed.of_all_epochs())
     for some, given_to, pads in ((drawn, None, True), (of_all, packed, False)):
         tried = takes(devices.largest_parts(size, measures, given_to), pads)

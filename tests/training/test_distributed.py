@@ -141,11 +141,15 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_result(parts, tmp_p
 
 
 def test_dinov2_trained_in_two_processes_gives_the_weights_of_one(parts, tmp_path):
-    """Its mask token never gets a gradient: two processes that wait for one would stop."""
+    """Its mask token never gets a gradient: two processes that wait for one would stop.
+
+    Of five samples the last step has one, which only one of the processes gets.
+    """
     dino = toys.make_dino(tmp_path / "dino")
     records = make_records(tmp_path, set())
     run = toy_run(parts | {"dino": dino}, records, tmp_path / "two/run", encoder="dino")
-    finetune = dataclasses.replace(run.stages["finetune"], vision_encoder=FULL)
+    five = dataclasses.replace(run.stages["finetune"].data, records=(f"{records},limit=5",))
+    finetune = dataclasses.replace(run.stages["finetune"], vision_encoder=FULL, data=five, num_epochs=2)
     run = dataclasses.replace(run, stages={"finetune": finetune})
     names = compare_one_with_two(run, tmp_path)
     assert any("embeddings.cls_token" in name for name in names)
@@ -355,11 +359,11 @@ def test_two_nodes_give_the_weights_of_one_process(parts, tmp_path):
 
 @pytest.mark.parametrize("packs", [False, True])
 def test_two_processes_measure_held_out_records_as_one_does(parts, records, tmp_path, packs):
-    """The one pads; two that pack have other micro-batches, and the same steps."""
+    """The one pads; two that pack have other micro-batches, and the same steps: of 9 samples 4, 4 and 1."""
     curves = []
     for name, size in (("one", 2), ("two", 1)):
         run = toy_run(parts, records, tmp_path / name / "run")
-        wanted = Validation(held_out="34%", every_steps=2, num_answers=1)  # 4 of 12
+        wanted = Validation(held_out="25%", every_steps=3, num_answers=1)  # 3 of 12
         stage = dataclasses.replace(run.stages["finetune"], num_epochs=2, validation=wanted)
         packing = packs and name == "two"
         hardware = dataclasses.replace(run.hardware, device_batch_size=size, packing=packing)
@@ -367,5 +371,5 @@ def test_two_processes_measure_held_out_records_as_one_does(parts, records, tmp_
         train(run) if name == "one" else train_in_two(run)
         lines = map(json.loads, (run.folder / "finetune/metrics.jsonl").read_text().splitlines())
         curves.append([(one["step"], one["validation_loss"]) for one in lines if "validation_loss" in one])
-    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] == [0, 2, 4]
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] == [0, 3, 6]
     assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], rel=1e-5)

@@ -160,9 +160,14 @@ def test_it_resumes_what_a_single_process_has_left(stopped, tmp_path):
 
 
 def test_adapters_and_other_optimizers(parts, tmp_path):
-    """A stage each; with dropout no two numbers of processes would give the same, so there is none."""
-    run = toy_run(parts, make_records(tmp_path, {2}), tmp_path)
+    """A stage each; with dropout no two numbers of processes would give the same, so there is none.
+
+    Of five samples the last step has one, which only one of the processes gets.
+    """
+    records = make_records(tmp_path, {2})
+    run = toy_run(parts, records, tmp_path)
     stage = run.stages["finetune"]
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, records=(f"{records},limit=5",)))
     stages = {
         f"in-{bits}-bits": dataclasses.replace(stage, language_model=lora(4, bits=bits))
         for bits in (16, 4, 8)

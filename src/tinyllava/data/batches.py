@@ -11,9 +11,10 @@ Lengths also decide which records are too long.
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapreplace
-from itertools import cycle
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,10 @@ class GroupedSampler(Sampler[int]):
         with_image: whether each sample has an image, to keep modalities apart; None mixes them.
         batch_size: samples of one optimizer step over all ranks.
         seed: of the order.
-        micro_batch: samples of a forward pass of one rank.
-        num_ranks: ranks that take the micro-batches of a step in turn.
         window: steps that are sorted by length together. 1 leaves each step a random sample of the set; more
             pad less, and give steps of similar length.
-        shuffles_steps: False for steps in the order of the one random permutation, which is the order of
-            ``torch.utils.data.RandomSampler``.
+        shuffles_steps: False for the one random permutation, which is the order of
+            ``torch.utils.data.RandomSampler``: steps are neither shuffled nor sorted.
     """
 
     def __init__(
@@ -51,14 +50,11 @@ class GroupedSampler(Sampler[int]):
         with_image: Sequence[bool] | None,
         batch_size: int,
         seed: int,
-        micro_batch: int = 0,
-        num_ranks: int = 1,
         window: int = 1,
         shuffles_steps: bool = True,
     ) -> None:
         self.lengths, self.with_image, self.batch_size, self.seed = lengths, with_image, batch_size, seed
-        self.micro_batch, self.num_ranks, self.window = micro_batch or batch_size, num_ranks, window
-        self.shuffles_steps = shuffles_steps
+        self.window, self.shuffles_steps = window, shuffles_steps
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -69,7 +65,11 @@ class GroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        return (index for step in self.draw_steps(self.epoch) for index in self._split(step))
+        return (index for step in self.draw_steps(self.epoch) for index in self.sort(step))
+
+    def sort(self, step: list[int]) -> list[int]:
+        """Return a step's samples, the longest first."""
+        return sorted(step, key=lambda i: self.lengths[i], reverse=True) if self.shuffles_steps else step
 
     def draw_steps(self, epoch: int) -> list[list[int]]:
         """Return the samples of each optimizer step of an epoch."""
@@ -102,49 +102,29 @@ class GroupedSampler(Sampler[int]):
             batches += [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
         return batches
 
-    def _split(self, step: list[int]) -> list[int]:
-        """Order a step's samples so that micro-batches hold similar lengths and ranks equal work.
 
-        The longest come first. Ranks take them in turn, forwards in one pass and backwards in the next.
-        """
-        ordered = sorted(step, key=lambda i: self.lengths[i], reverse=True)
-        size = self.micro_batch
-        parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        passes = [parts[i : i + self.num_ranks] for i in range(0, len(parts), self.num_ranks)]
-        turned = [one[::-1] if number % 2 else one for number, one in enumerate(passes)]
-        return [index for one in turned for part in one for index in part]
+class RankBatches(Sampler[list[int]], ABC):
+    """Micro-batches of one rank. Every rank has as many as the others, so that none waits.
 
-
-class PackedBatches(Sampler[list[int]]):
-    """Micro-batches of one rank, for samples that share a row: all of a step take about the same.
-
-    The samples of a step are those of ``order``. Each goes, the largest first, where least is so far. Every
-    rank has as many micro-batches as the others. Where the last step of an epoch has fewer samples than
-    micro-batches, the first samples of the epoch fill them, as accelerate does.
+    Where the last step of an epoch has fewer samples than micro-batches, some are empty: the collator makes
+    a batch of them that adds nothing to loss and gradients. The result depends on no number of ranks.
 
     Args:
         order: which samples a step has.
-        sizes: what each sample takes, such as its tokens.
         num_passes: micro-batches of a rank in a step.
         rank: whose micro-batches these are.
         num_epochs: that are drawn in all.
     """
 
     def __init__(
-        self,
-        order: GroupedSampler,
-        sizes: Sequence[int],
-        num_passes: int,
-        num_ranks: int = 1,
-        rank: int = 0,
-        num_epochs: int = 1,
+        self, order: GroupedSampler, num_passes: int, num_ranks: int = 1, rank: int = 0, num_epochs: int = 1
     ) -> None:
-        self.order, self.sizes, self.num_passes = order, sizes, num_passes
-        self.num_ranks, self.rank, self.num_epochs, self.epoch = num_ranks, rank, num_epochs, 0
+        self.order, self.num_passes, self.num_ranks, self.rank = order, num_passes, num_ranks, rank
+        self.num_epochs, self.epoch = num_epochs, 0
 
     def __len__(self) -> int:
         num_full, num_left = divmod(len(self.order), self.order.batch_size)
-        return num_full * self.num_passes + min(self.num_passes, -(-num_left // self.num_ranks))
+        return num_full * self.num_passes + self.passes_of(num_left)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is drawn next."""
@@ -159,27 +139,92 @@ class PackedBatches(Sampler[list[int]]):
             yield from self._draw(epoch)
 
     def _draw(self, epoch: int) -> Iterator[list[int]]:
-        steps = self.order.draw_steps(epoch)
-        first = [index for step in steps[: self.num_ranks] for index in step]
-        for step in steps:
-            yield from self.split(step, first)[self.rank :: self.num_ranks]
+        for step in self.order.draw_steps(epoch):
+            yield from self.split(step)[self.rank :: self.num_ranks]
 
-    def split(self, step: Sequence[int], spare: Sequence[int] = ()) -> list[list[int]]:
-        """Return the micro-batches of a step over all ranks, which take them in turn; the largest is first.
+    @abstractmethod
+    def passes_of(self, num_samples: int) -> int:
+        """Return the micro-batches that each rank has of so many samples."""
 
-        Args:
-            step: its samples.
-            spare: samples for micro-batches that would be empty.
-        """
-        number = self.num_ranks * min(self.num_passes, -(-len(step) // self.num_ranks))
+    @abstractmethod
+    def split(self, step: Sequence[int]) -> list[list[int]]:
+        """Return the micro-batches of a step, which the ranks take in turn; the largest is first."""
+
+
+class PaddedBatches(RankBatches):
+    """Micro-batches of so many samples, or evenly fewer in the last step of an epoch.
+
+    They hold similar lengths and ranks get equal work: the longest samples come first, and ranks take them in
+    turn, forwards in one pass and backwards in the next.
+
+    Args:
+        order: which samples a step has.
+        size: samples of a micro-batch.
+        is_fixed: whether also the last step has micro-batches of that size, and one that is smaller: where
+            the mean of each counts. If ranks would have none, they repeat the step's first samples.
+    """
+
+    def __init__(
+        self, order: GroupedSampler, size: int, num_ranks: int = 1, rank: int = 0, *, is_fixed: bool = False
+    ) -> None:
+        super().__init__(order, order.batch_size // (size * num_ranks), num_ranks, rank)
+        self.size, self.is_fixed = size, is_fixed
+
+    def passes_of(self, num_samples: int) -> int:
+        """Return the micro-batches that each rank has of so many samples."""
+        return -(-num_samples // (self.size * self.num_ranks))
+
+    def split(self, step: Sequence[int]) -> list[list[int]]:
+        """Return the micro-batches of a step, which the ranks take in turn; the largest is first."""
+        number = self.num_ranks * self.passes_of(len(step))
+        ordered = self.order.sort(list(step))
+        sizes = [len(step) // number + (place < len(step) % number) for place in range(number)]
+        if self.is_fixed:
+            sizes = [self.size] * number
+        ends = list(accumulate(sizes))
+        parts = [ordered[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        if self.is_fixed:
+            parts = [part or ordered[: self.size] for part in parts]
+        passes = [parts[i : i + self.num_ranks] for i in range(0, number, self.num_ranks)]
+        return [part for turn, one in enumerate(passes) for part in (one[::-1] if turn % 2 else one)]
+
+
+class PackedBatches(RankBatches):
+    """Micro-batches for samples that share a row: all of a step take about the same.
+
+    Each sample of a step goes, the largest first, where least is so far.
+
+    Args:
+        order: which samples a step has.
+        sizes: what each sample takes, such as its tokens.
+        num_passes, num_ranks, rank, num_epochs: see ``RankBatches``.
+    """
+
+    def __init__(
+        self,
+        order: GroupedSampler,
+        sizes: Sequence[int],
+        num_passes: int,
+        num_ranks: int = 1,
+        rank: int = 0,
+        num_epochs: int = 1,
+    ) -> None:
+        super().__init__(order, num_passes, num_ranks, rank, num_epochs)
+        self.sizes = sizes
+
+    def passes_of(self, num_samples: int) -> int:
+        """Return the micro-batches that each rank has of so many samples."""
+        return min(self.num_passes, -(-num_samples // self.num_ranks))
+
+    def split(self, step: Sequence[int]) -> list[list[int]]:
+        """Return the micro-batches of a step, which the ranks take in turn; the largest is first."""
+        number = self.num_ranks * self.passes_of(len(step))
         heap = [(0, place) for place in range(number)]
         parts: list[list[int]] = [[] for _ in range(number)]
         for index in sorted(step, key=lambda i: self.sizes[i], reverse=True):
             total, place = heap[0]
             parts[place].append(index)
             heapreplace(heap, (total + self.sizes[index], place))
-        for part, index in zip((part for part in parts if not part), cycle(spare), strict=False):
-            part.append(index)
         return sorted(parts, key=self.size_of, reverse=True)
 
     def size_of(self, part: Sequence[int]) -> int:

@@ -198,8 +198,7 @@ def measure(
 def _first_places(conversations: Sequence[Conversation], found: NDArray[np.bool_]) -> list[int]:
     """Return where each of some records comes first: a record that is several samples is one defect."""
     _, first = np.unique(record_numbers(conversations)[found], return_index=True)
-    places: list[int] = np.flatnonzero(found)[first].tolist()
-    return places
+    return [int(place) for place in np.flatnonzero(found)[first]]
 
 
 def _truncate(
@@ -273,9 +272,11 @@ class Collator:
         Positions of image tokens and supervised tokens, and the number of tokens, are counted here: on a GPU
         the host would have to wait for them (see ``TinyLlavaForConditionalGeneration.forward``). Where a
         sample has branches, there are ``branches`` [B, N] too. A packed batch has one row [1, N] and
-        ``segments`` in place of mask and branches.
+        ``segments`` in place of mask and branches. Without examples it is a row of two tokens without loss.
         """
-        batch = _pack(examples) if self.packs else self._pad_rows(examples)
+        blank = torch.full((2,), self.pad_token_id)
+        rows = examples or [Example(input_ids=blank, labels=torch.full_like(blank, IGNORED))]
+        batch = _pack(rows) if self.packs else self._pad_rows(rows)
         for name in ("pixel_values", "image_features"):
             parts = [value for e in examples if (value := getattr(e, name)) is not None]
             if parts:

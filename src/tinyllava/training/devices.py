@@ -151,7 +151,7 @@ def _limit_workers(
     num_images = size * int(counts.max())
     tokens_bytes = 5 * 8 * size * max(examples.lengths)  # ids, mask, labels, places
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    num_held = 2  # the one that is taken, and the one that accelerate looks at to find the end
+    num_held = 1  # the one that is taken
     if prepared.held_out:  # workers of a validation run beside those of the training, with ready batches
         num_held += PREFETCHED * hardware.num_workers + 1
     accumulation = -(-stage.global_batch_size // (size * PartialState().num_processes))

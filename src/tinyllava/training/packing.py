@@ -1,4 +1,4 @@
-"""Pack the samples of a micro-batch into rows without padding, if the model allows it.
+"""Micro-batches of a stage: padded, or packed into rows without padding if the model allows it.
 
 Paper: none; the published code pads. Loss and gradients are equal, see ``tinyllava.model.modeling.Segments``.
 """
@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tinyllava.config import Run, Stage
-from tinyllava.data.batches import GroupedSampler, PackedBatches, pack
+from tinyllava.data.batches import GroupedSampler, PackedBatches, PaddedBatches, RankBatches, pack
 from tinyllava.data.dataset import Examples
 from tinyllava.data.store import image_counts
 from tinyllava.errors import ConfigError
@@ -92,9 +92,15 @@ def pack_stage(device_batch_size: int, run: Run, stage: Stage, examples: Example
     )
 
 
-def make_order(
-    stage: Stage, examples: Examples, seed: int, micro_batch: int = 0, num_ranks: int = 1
-) -> GroupedSampler:
+def pad_stage(
+    device_batch_size: int, stage: Stage, examples: Examples, seed: int, num_ranks: int, rank: int
+) -> PaddedBatches:
+    """Return a rank's micro-batches of so many samples."""
+    order = make_order(stage, examples, seed)
+    return PaddedBatches(order, device_batch_size, num_ranks, rank, is_fixed=stage.loss_norm == "micro")
+
+
+def make_order(stage: Stage, examples: Examples, seed: int) -> GroupedSampler:
     """Return the order of a stage's samples, whose steps do not depend on micro-batches and ranks."""
     by_modality = stage.group_by == "modality_length"
     return GroupedSampler(
@@ -102,21 +108,19 @@ def make_order(
         with_image=(image_counts(examples.conversations) > 0).tolist() if by_modality else None,
         batch_size=stage.global_batch_size,
         seed=seed,
-        micro_batch=micro_batch,
-        num_ranks=num_ranks,
         window=WINDOW if stage.group_by == "length_windows" else 1,
         shuffles_steps=stage.group_by != "none",
     )
 
 
 class Epochs(TrainerCallback):
-    """Tells packed micro-batches which epoch begins; one that is resumed is counted in parts."""
+    """Tells micro-batches which epoch begins; one that is resumed is counted in parts."""
 
-    def __init__(self, packed: PackedBatches) -> None:
-        self.packed = packed
+    def __init__(self, batches: RankBatches) -> None:
+        self.batches = batches
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Draw the order of this epoch."""
-        self.packed.set_epoch(int(state.epoch or 0))
+        self.batches.set_epoch(int(state.epoch or 0))

@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from tinyllava.config import COMPONENTS, Hardware, Run, Sharding, Stage
-from tinyllava.data.batches import PackedBatches
-from tinyllava.data.dataset import Examples
+from tinyllava.data.batches import PackedBatches, RankBatches
 from tinyllava.data.workers import begin_worker, out_of_shared_memory
 from tinyllava.errors import ConfigError, TrainingError
 from tinyllava.model.devices import fastest_attention
@@ -30,7 +29,7 @@ from tinyllava.model.modeling import IGNORED
 from tinyllava.model.quiet import keeping_random_state
 from tinyllava.model.tuning import component_of
 from tinyllava.training.compiling import not_compiled
-from tinyllava.training.packing import Epochs, make_order
+from tinyllava.training.packing import Epochs, pad_stage
 from tinyllava.training.precision import choose_precision
 from tinyllava.training.sharding import choose_sharding, gather_trained, load_moments, reshard, shard
 from tinyllava.training.writing import CheckpointWriter
@@ -71,6 +70,8 @@ class StageTrainer(Trainer):
         if self.accelerator.ddp_handler is not None:  # otherwise DDP holds every gradient twice
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.optimizer: Any
+        self.train_dataset: Any
+        self.batches: RankBatches
         self.lr_scheduler: Any
         self.model: Any
         self.whole: Any = self.model
@@ -78,9 +79,19 @@ class StageTrainer(Trainer):
         self.writer = CheckpointWriter(self.args.sharding)
         self.resumed: Path | None = None
         self.control: Any
-        self.stage, self.packed = stage, packed
-        if packed is not None:
-            self.add_callback(Epochs(packed))
+        self.stage = stage
+        if packed is None:
+            self.batches = pad_stage(
+                self.args.train_batch_size,
+                stage,
+                self.train_dataset,
+                self.args.seed,
+                self.args.world_size,
+                self.args.process_index,
+            )
+        else:
+            self.batches = packed
+        self.add_callback(Epochs(self.batches))
         self.undo: list[Callable[[], None]] = []
         """Gives the model back as it was: its frozen weights, and layers that are not compiled."""
         self.num_tokens = 0
@@ -148,17 +159,10 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's batches of an epoch, in the order that the stage's grouping gives."""
-        examples, args = self.train_dataset, self.args
-        if self.packed is None and (self.stage.group_by == "none" or not isinstance(examples, Examples)):
-            plain: DataLoader[Any] = super().get_train_dataloader()
-            return plain
-        batches: dict[str, Any] = {"batch_sampler": self.packed}  # which are this process's own
-        if self.packed is None:
-            sampler = make_order(self.stage, examples, args.seed, args.train_batch_size, args.world_size)
-            batches = {"batch_size": args.train_batch_size, "sampler": sampler}
-        loader = DataLoader(
-            examples,
-            **batches,
+        args = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -166,7 +170,6 @@ class StageTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
         )
-        return loader if self.packed is not None else self.accelerator.prepare(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -185,10 +188,8 @@ class StageTrainer(Trainer):
         # Padding stands on the right, where no supervised position looks: without a mask attention is plainly
         # causal, for which PyTorch has its fastest kernels, and the loss is the same.
         inputs.pop("attention_mask", None)
-        if self.packed is not None:  # otherwise accelerate has done so
-            inputs = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
-        if isinstance(self.train_dataset, Examples):
-            inputs = self.train_dataset.unpacked(inputs)
+        inputs = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
+        inputs = self.train_dataset.unpacked(inputs)
         with fastest_attention(inputs, bf16=self.args.bf16):
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._since_log.append((loss, sample_ids))
