@@ -42,8 +42,7 @@ from tinyllava.training.precision import choose_precision
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.run import make_trainer, release
 from tinyllava.training.trainer import StageTrainer
-from train_samples import make_tokenizer
-from train_step import matmul_peak
+from train_samples import make_tokenizer, matmul_peak
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

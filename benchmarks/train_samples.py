@@ -1,18 +1,26 @@
-"""Sizes of models and conversations about images that training is measured on; weights are random.
+"""Sizes of models, conversations and random weights that training is measured on, and the matmul peak.
 
 Paper: section 3.2, (X, Y); the conversations are like those of the starter, several short questions each.
 """
 
 import io
+import math
 import random
+import statistics
+import time
+import zlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from tinyllava.conversation import Conversation, ImageRef, Message
+from tinyllava.model.compat import multiply_by_onednn
 
 COLOURS, FORMS = ("red", "green", "blue", "yellow", "gray", "teal"), ("circle", "rectangle", "triangle")
 
@@ -135,3 +143,54 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.add_tokens(["<image>"], special_tokens=True)
     return fast
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module) -> None:
+    """Give a parameter of the same name the same random values in any model."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.fill_(float("bias" not in name))
+        else:
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+            parameter.normal_(0, 0.02, generator=generator)
+            parameter.copy_(parameter.bfloat16())  # as those of a published model are
+
+
+def count_linear(inputs: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """Operations of oneDNN's linear product of [..., in] and [out, in], by shapes."""
+    return 2 * math.prod(inputs) * int(weight[0])
+
+
+COUNTED: dict[Any, Any] = {torch.ops.mkldnn._linear_pointwise: count_linear}
+"""Operations that FlopCounterMode does not know."""
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """Operations of one large matrix product by second, or by CPU second where other programs may run.
+
+    The better one of PyTorch's product and, on a CPU, oneDNN's, which our step may use.
+    """
+    cuda = torch.cuda.is_available()
+    side, device, clock = (8192, "cuda", time.perf_counter) if cuda else (1536, "cpu", time.process_time)
+    a = torch.randn(side, side, device=device).to(dtype)
+    products: list[Any] = [torch.matmul]
+    if not cuda and torch.backends.mkldnn.is_available():
+        products.append(multiply_by_onednn)
+    medians = []
+    for multiply in products:
+        seconds = []
+        for _ in range(4):
+            start = clock()
+            multiply(a, a)[0, 0].item()
+            seconds.append(clock() - start)
+        medians.append(statistics.median(seconds[1:]))
+    return 2 * side**3 / min(medians)
+
+
+def forget_peak() -> None:
+    """Count memory from now on: what the making of weights and batches took is no part of a step."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")

@@ -12,15 +12,12 @@ that the loss of a round must be the same.
 """
 
 import json
-import math
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
@@ -41,22 +38,32 @@ from transformers import (
     LlavaProcessor,
 )
 
+from memory import resident_bytes
 from tinyllava.config import FROZEN, FULL, Stage
 from tinyllava.data.batches import GroupedSampler
 from tinyllava.data.dataset import Collator, Examples, measure
 from tinyllava.data.features import FeatureCache
 from tinyllava.data.images import open_image
-from tinyllava.model.compat import causal_without_looking, multiply_by_onednn
+from tinyllava.model.compat import causal_without_looking
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.devices import fastest_attention
-from tinyllava.model.linear import multiply_directly
 from tinyllava.model.modeling import IGNORED, TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.parts.templates import read_template
+from tinyllava.training.lean import make_lean
 from tinyllava.training.packing import WINDOW
 from tinyllava.training.precision import hold_frozen_in_half
-from train_samples import SHAPES, Shape, make_samples, make_tokenizer
+from train_samples import (
+    COUNTED,
+    SHAPES,
+    Shape,
+    fill_weights,
+    forget_peak,
+    make_samples,
+    make_tokenizer,
+    matmul_peak,
+)
 
 Way = Literal["stock", "ours", "packed", "cached"]
 WAYS: tuple[Way, ...] = ("stock", "ours", "packed", "cached")
@@ -99,7 +106,7 @@ class Contestant:
         self.examples = self._make_examples(num_batches, folder)
         if way != "stock":  # as training does
             hold_frozen_in_half(self.model, precision)
-            multiply_directly(self.model)
+            make_lean(self.model)
         self.batches = [self._make_batch(rows) for rows in self._group(num_batches)]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -226,62 +233,23 @@ class Contestant:
         }
 
     def peak_bytes(self) -> int:
-        """Most memory so far: of the GPU's tensors, or of the whole process on a CPU."""
+        """Most memory of all steps: of the GPU's tensors, or of the whole process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@torch.no_grad()
-def fill_weights(model: nn.Module) -> None:
-    """Give a parameter of the same name the same random values in any model."""
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:
-            parameter.fill_(float("bias" not in name))
-        else:
-            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
-            parameter.normal_(0, 0.02, generator=generator)
-            parameter.copy_(parameter.bfloat16())  # as those of a published model are
+        return resident_bytes("VmHWM")
 
 
 def serve(connection: Connection, *args: Any) -> None:
     """Be one contestant in a process of its own: warm up, then train on the batch that is asked for."""
     contestant = Contestant(*args)
-    counted = {torch.ops.mkldnn._linear_pointwise: count_linear}
-    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+    forget_peak()
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         for index in range(len(contestant.batches)):
             contestant.step(index)
     connection.send(counter.get_total_flops())
     while (index := connection.recv()) is not None:
         connection.send(contestant.step(index))
     connection.send(contestant.peak_bytes())
-
-
-def count_linear(inputs: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    """Operations of oneDNN's linear product of [..., in] and [out, in], by shapes."""
-    return 2 * math.prod(inputs) * int(weight[0])
-
-
-def matmul_peak(dtype: torch.dtype) -> float:
-    """Operations of one large matrix product by second, or by CPU second where other programs may run.
-
-    The better one of PyTorch's product and, on a CPU, oneDNN's, which our step may use.
-    """
-    cuda = torch.cuda.is_available()
-    side, device, clock = (8192, "cuda", time.perf_counter) if cuda else (1536, "cpu", time.process_time)
-    a = torch.randn(side, side, device=device).to(dtype)
-    products: list[Callable[[Tensor, Tensor], Tensor]] = [torch.matmul]
-    if not cuda and torch.backends.mkldnn.is_available():
-        products.append(multiply_by_onednn)
-    medians = []
-    for multiply in products:
-        seconds = []
-        for _ in range(4):
-            start = clock()
-            multiply(a, a)[0, 0].item()
-            seconds.append(clock() - start)
-        medians.append(statistics.median(seconds[1:]))
-    return 2 * side**3 / min(medians)
 
 
 @dataclass
@@ -357,12 +325,7 @@ def report(stage: str, measured: dict[Way, Measured], peaks: list[float], tolera
         )
         expected = stock.each("loss_sum", "supervised")[0]
         assert all(abs(x - expected) < tolerance for x in loss), f"{way}: loss {loss} is not {expected}"
-        result[way] = {
-            "rounds": m.rounds,
-            "flops": m.flops,
-            "peak_bytes": m.peak_bytes,
-            "share_of_peak": share,
-        }
+        result[way] = asdict(m) | {"share_of_peak": share}
     norms = [measured[way].rounds[0]["gradient_norm"] for way in measured if way in ("stock", "ours")]
     assert abs(norms[0] - norms[-1]) < 10 * tolerance * norms[0], f"gradient norms differ: {norms}"
     for way in list(measured)[1:]:
@@ -394,6 +357,7 @@ def main(
     rounds: int = 3,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     ways: tuple[Literal["ours", "packed", "cached"], ...] = ("ours", "packed", "cached"),
+    alone: bool = False,
     json_file: Path | None = None,
 ) -> None:
     """Measure our training step against stock LLaVA's.
@@ -407,6 +371,7 @@ def main(
         rounds: how often each way goes through all batches.
         precision: auto is bf16 on a GPU and fp32 elsewhere, where losses can be compared closely.
         ways: what is compared with stock. All processes hold their memory to the end.
+        alone: run one way after the other, where memory is short; the ratios of speed are less exact.
         json_file: where every number is written.
     """
     sizes = SHAPES[shape].with_image_tokens(image_tokens) if image_tokens else SHAPES[shape]
@@ -419,7 +384,12 @@ def main(
     print(f"median (min-max) of {rounds} rounds of {batches} batches")
     result: dict[str, Any] = {"sizes": asdict(sizes), "where": where, "precision": precision}
     for stage in stages:
-        measured, peaks = compare(stage, sizes, batches, rounds, precision, ("stock", *ways))
+        measured: dict[Way, Measured] = {}
+        peaks: list[float] = []
+        each: tuple[Way, ...] = ("stock", *ways)
+        for together in [(way,) for way in each] if alone else [each]:
+            found, peaks = compare(stage, sizes, batches, rounds, precision, together)
+            measured |= found
         result[stage] = report(stage, measured, peaks, TOLERANCE[precision])
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -130,6 +130,13 @@ class _Product(torch.autograd.Function):
         return of_inputs, of_weight, of_bias
 
 
+def product(inputs: Tensor, weight: Tensor, is_direct: bool) -> Tensor:
+    """Map [..., in] to [..., out] by a weight [out, in] as ``DirectLinear`` would, or as PyTorch does."""
+    if is_direct and inputs.numel() * len(weight) >= SMALLEST_PRODUCT:
+        return multiply_by_onednn(inputs, weight)
+    return nn.functional.linear(inputs, weight)
+
+
 class DirectLinear(nn.Linear):
     """A linear layer in training on a CPU whose products in fp32 are oneDNN's; its weight stays as it is."""
 

@@ -28,7 +28,6 @@ from tinyllava.files import held, is_full_disk, read_object, write_json, write_t
 from tinyllava.inference.logits import refuse_broken_weights
 from tinyllava.model.assemble import save_model
 from tinyllava.model.compat import causal_without_looking, forget_preparation
-from tinyllava.model.linear import multiply_directly
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
@@ -39,6 +38,7 @@ from tinyllava.training import checkpoints
 from tinyllava.training.compiling import check_compiler, compile_layers
 from tinyllava.training.devices import fit_hardware, out_of_memory
 from tinyllava.training.identity import StageIdentity, decisive_settings, differences, identify
+from tinyllava.training.lean import make_lean
 from tinyllava.training.precision import choose_precision, hold_frozen_in_half, multiplying
 from tinyllava.training.prepare import Prepared, check_data, pin, prepare
 from tinyllava.training.progress import StageProgress, announce
@@ -338,7 +338,7 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> StageTrainer:
     """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
-    undo = [hold_frozen_in_half(model, choose_precision(run.hardware.precision)), multiply_directly(model)]
+    undo = [hold_frozen_in_half(model, choose_precision(run.hardware.precision)), make_lean(model)]
     hardware, prefetch_factor, packed = fit_hardware(run, stage, model, processor, prepared)
     num_samples = len(prepared.examples)
     arguments = make_arguments(run, stage, hardware, folder, num_samples, prefetch_factor, packed)

@@ -1,0 +1,120 @@
+"""Layers that keep less for the backward pass compute what stock ones do."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from tinyllava.config import FROZEN, FULL, ModelConfig, Stage, lora
+from tinyllava.model import linear
+from tinyllava.model.assemble import assemble
+from tinyllava.model.compat import set_checkpointing
+from tinyllava.model.linear import DirectLinear
+from tinyllava.model.tuning import apply_tuning
+from tinyllava.training.lean import make_lean
+
+STAGE = Stage(learning_rate=1e-3, global_batch_size=2)
+STAGES = {
+    "pretrain": STAGE,
+    "finetune": Stage(learning_rate=1e-3, global_batch_size=2, vision_encoder=FULL, language_model=FULL),
+    "adapters": Stage(learning_rate=1e-3, global_batch_size=2, language_model=lora(4), connector=FROZEN),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def direct(monkeypatch, request):
+    """Multiply by oneDNN whatever the machine and the size, or never."""
+    monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: request.param)
+    monkeypatch.setattr(linear, "SMALLEST_PRODUCT", 1)
+    return request.param
+
+
+def tuned(parts, llm, stage):
+    torch.manual_seed(0)
+    model, _ = assemble(ModelConfig(vision_encoder=str(parts["clip"]), language_model=str(parts[llm])))
+    apply_tuning(model, stage)
+    with torch.no_grad():  # adapters begin at zero, and norms at one
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def lean_layers(model):
+    return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+
+
+def gradients_of(model, dtype=torch.float32):
+    """The loss and every gradient of one batch."""
+    torch.manual_seed(1)
+    ids = torch.randint(10, 60, (2, 12))
+    ids[:, 1:5] = model.config.image_token_id
+    labels = ids.clone()
+    labels[:, :6] = -100
+    loss = model(input_ids=ids, pixel_values=torch.randn(2, 3, 28, 28).to(dtype), labels=labels).loss
+    loss.backward()
+    return loss.double(), {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("llm", ["chatml", "phi"])
+def test_a_lean_model_trains_as_a_stock_one_in_64_bits_does(parts, llm, name, direct):
+    model = tuned(parts, llm, STAGES[name])
+    expected = gradients_of(deepcopy(model).double(), torch.float64)
+    undo = make_lean(model)
+    assert any(isinstance(m, DirectLinear) for m in model.modules()) == direct
+    assert lean_layers(model) == {
+        ("chatml", "pretrain"): {"LlamaRMSNorm", "LlamaMLP", "Embedding"},
+        ("chatml", "finetune"): {"LlamaRMSNorm", "LlamaMLP", "Embedding"},
+        ("chatml", "adapters"): {"LlamaRMSNorm", "Embedding"},
+    }.get((llm, name), set())
+    twin = deepcopy(model)  # as of a sharded model
+    loss, gradients = gradients_of(twin)
+    assert gradients.keys() == expected[1].keys()
+    assert not any(p.grad.is_sparse for p in twin.parameters() if p.grad is not None)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
+    for place, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[1][place], rtol=1e-3, atol=1e-6, msg=place)
+    twin.zero_grad()
+    set_checkpointing(twin, True)
+    again = gradients_of(twin)
+    assert all(torch.equal(again[1][place], gradient) for place, gradient in gradients.items())
+    undo()
+    assert not any(isinstance(m, DirectLinear) for m in model.modules())
+    assert lean_layers(model) == set()
+
+
+def test_lean_layers_keep_less(parts):
+    def kept_bytes(model):
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        embeds = torch.randn(2, 300, model.config.text_config.hidden_size, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model.language_model(inputs_embeds=embeds).last_hidden_state  # keeps the graph
+        found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+        del output
+        return found
+
+    model = tuned(parts, "chatml", STAGES["finetune"])
+    before = kept_bytes(model)
+    make_lean(model)
+    assert kept_bytes(model) < 0.75 * before
+
+
+def test_half_precision_and_compiled_layers_compute_as_ever(parts):
+    model = tuned(parts, "chatml", STAGES["finetune"])
+    lean = deepcopy(model)
+    make_lean(lean)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = gradients_of(lean), gradients_of(model)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(gradient, expected[1][place]) for place, gradient in found[1].items())
+    rows = torch.randn(2, 5, model.config.text_config.hidden_size)
+    for place in ("layers.0.mlp", "layers.0.input_layernorm"):
+        one, other = (m.language_model.get_submodule(place) for m in (lean, model))
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(one.forward, backend="aot_eager")(rows), other(rows))
