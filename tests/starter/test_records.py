@@ -269,23 +269,3 @@ def test_other_amounts_have_another_folder() -> None:
     amounts = {"easy_vqa": Amount(captions=5, conversations=4)}
     assert records_key(amounts) == records_key(dict(amounts))
     assert records_key(amounts) != records_key({"easy_vqa": Amount(captions=5, conversations=5)})
-
-
-def test_explained_answers_stand_behind_what_the_image_shows(
-    grocery_store: list[LabelledImage], tmp_path: Path
-) -> None:
-    amounts = {"grocery_store": Amount(captions=0, conversations=16)}
-    files = write_records(grocery_store, tmp_path, amounts, questions_per_conversation=2, explained=True)
-    images = {image.name: image for image in grocery_store}
-    kinds: Counter[str] = Counter()
-    for record in json.loads(files.finetune.read_text()):
-        image = images[record["image"]]
-        by_text = {question.text: question for question in image.questions}
-        texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
-        for text, answer in zip(texts[::2], texts[1::2], strict=True):
-            question = by_text[text]
-            kinds[question.kind] += 1
-            is_explained = question.kind == "yes_no"
-            assert answer == (f"{image.caption}, so " if is_explained else "") + question.answer
-    assert kinds["yes_no"] == 16
-    assert min(kinds["fruit"], kinds["variety"]) >= 4

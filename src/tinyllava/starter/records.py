@@ -89,7 +89,6 @@ def write_records(
     amounts: Mapping[str, Amount],
     *,
     questions_per_conversation: int = 5,
-    explained: bool = False,
     seed: int = 0,
 ) -> RecordFiles:
     """Write the images and the records of both sides, in an order that the seed fixes.
@@ -97,10 +96,6 @@ def write_records(
     Both stages begin with the same images of a data set, so that few have to be encoded. Conversations
     about an image that comes again ask its next questions. All held-out questions are written, one in a
     record, with their `kind` and `source`.
-
-    Args:
-        explained: answer yes and no behind what the image shows, "a red triangle, so no": longer, and it can
-            contradict itself, but a connector that was not started from words learns it sooner (docs/log.md).
 
     Raises:
         DataError: an image is on both sides.
@@ -118,7 +113,7 @@ def write_records(
         described = training_images(images, source, seed)
         captions += _captions(described, amount.captions)
         conversations += _conversations(
-            described, amount.conversations, questions_per_conversation, explained, generator
+            described, amount.conversations, questions_per_conversation, generator
         )
     held_out = _single_questions(image for image in images if image.is_held_out)
     generator.shuffle(captions)
@@ -180,25 +175,18 @@ def _captions(images: Sequence[LabelledImage], count: int) -> list[Record]:
 
 
 def _conversations(
-    images: Sequence[LabelledImage], count: int, length: int, explained: bool, generator: random.Random
+    images: Sequence[LabelledImage], count: int, length: int, generator: random.Random
 ) -> list[Record]:
     """Ask `length` questions of each image, in a random order, and other ones in the next round."""
     records = []
     for number, image in enumerate(islice(cycle(images), count)):
         turn = number // len(images)
-        asked = [
-            (question.text, _answer(question, image, explained)) for question in _choose(image, turn, length)
-        ]
+        asked = [(question.text, question.answer) for question in _choose(image, turn, length)]
         if number % DESCRIBE_EVERY == 0 and length > 2:
             asked[-1] = (DESCRIBE, str(image.caption))
         generator.shuffle(asked)
         records.append(_record(image, turn, asked))
     return records
-
-
-def _answer(question: Question, image: LabelledImage, explained: bool) -> str:
-    is_explained = explained and question.kind == "yes_no"
-    return f"{image.caption}, so {question.answer}" if is_explained else question.answer
 
 
 def _choose(image: LabelledImage, turn: int, length: int) -> list[Question]:

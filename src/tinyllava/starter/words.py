@@ -18,6 +18,7 @@ from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation
 from tinyllava.data.features import FeatureCache
 from tinyllava.model.assemble import assemble
+from tinyllava.model.connectors.per_patch import Slots
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.parts.folders import written_whole
@@ -67,7 +68,7 @@ def fit_words(
     """
     cache = FeatureCache(features, model, processor)
     cache.fill(captions)
-    means = torch.stack([cache.read(talk.images[0]).mean(0) for talk in captions]).unsqueeze(1)
+    rows = torch.stack([_seen(model, cache.read(talk.images[0])) for talk in captions])
     words = [word_ids(processor, _caption(talk))[: processor.num_image_tokens] for talk in captions]
     targets = torch.tensor([ids + [-1] * (processor.num_image_tokens - len(ids)) for ids in words])
     embeddings = model.get_input_embeddings().weight.detach()
@@ -80,11 +81,16 @@ def fit_words(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS))
         drawn = torch.multinomial(weights, BATCH_SIZE, replacement=True, generator=generator)
-        loss = _distance(model.connector(means[drawn]), targets[drawn], embeddings)
+        loss = _distance(model.connector(rows[drawn]), targets[drawn], embeddings)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.connector.requires_grad_(False).eval()
+
+
+def _seen(model: TinyLlavaForConditionalGeneration, features: Tensor) -> Tensor:
+    """Return what the connector makes of features [M, X]: their mean [1, X] where it begins with that."""
+    return features.mean(0, keepdim=True) if isinstance(model.connector, Slots) else features
 
 
 def _distance(tokens: Tensor, targets: Tensor, embeddings: Tensor) -> Tensor:

@@ -106,6 +106,10 @@ class Places:
     judge: Mapping[str, str] = field(default_factory=dict)
 
 
+SEED = "{seed}"
+"""In the ``start_from`` of a cell: takes the seed's place, where every seed has a checkpoint of its own."""
+
+
 def expand(grid: Grid, places: Places) -> Graph:
     """Return the graph of a grid. Cells with equal first stages share those nodes.
 
@@ -116,7 +120,12 @@ def expand(grid: Grid, places: Places) -> Graph:
     cells = []
     for cell in grid.cells:
         for seed in grid.seeds:
-            run = replace(cell.run, seed=seed, data_root=cell.run.data_root or places.data_root)
+            run = replace(
+                cell.run,
+                seed=seed,
+                data_root=cell.run.data_root or places.data_root,
+                start_from=cell.run.start_from.replace(SEED, str(seed)),
+            )
             stages = _stage_nodes(run, places)
             evaluations = [_evaluation_node(stages[-1], name, grid, places) for name in grid.benchmarks]
             for node in (*stages, *evaluations):
@@ -222,13 +231,15 @@ _file_digest = read_once(sha256_of)
 
 
 def _part_digest(part: str) -> str:
-    """Return a part's name; of a local folder its config and the names and sizes of its files."""
+    """Return a part's name; of a local folder the names and contents of its files.
+
+    Sizes would not do: two trained models of one shape differ in nothing else than their contents.
+    """
     folder = Path(part)
     if not part or not folder.is_dir():
         return part
-    config = folder / "config.json"
-    files = [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if path.is_file()]
-    return _digest(repr(files) + (config.read_text(encoding="utf-8") if config.is_file() else ""))
+    files = [(path.name, _file_digest(path)) for path in sorted(folder.iterdir()) if path.is_file()]
+    return _digest(repr(files))
 
 
 def _digest(text: str) -> str:

@@ -115,7 +115,7 @@ def plan_grid(
     if found.name == STARTER and will_run:
         from tinyllava.studies.starter import prepare_starter_grid
 
-        prepare_starter_grid()
+        prepare_starter_grid(found)
     places = Places(
         runs=choices.runs,
         data_root=choices.data,
