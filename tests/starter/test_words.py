@@ -1,5 +1,6 @@
 """A connector that starts from words: its image tokens are the words of the caption."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,14 @@ def captions(tmp_path: Path) -> list[Conversation]:
     return talks
 
 
-def test_image_tokens_are_the_words_of_the_caption(parts, captions, tmp_path: Path) -> None:
+RESAMPLER = {"num_queries": 4, "num_layers": 1, "width": 64, "num_heads": 2, "head_width": 32}
+
+
+@pytest.mark.parametrize("connector", ["slots", "resampler"])
+def test_image_tokens_are_the_words_of_the_caption(parts, captions, tmp_path: Path, connector) -> None:
     config = starter_model(parts["chatml"], parts["siglip"])
+    if connector == "resampler":  # sees the whole grid, not its mean
+        config = replace(config, connector=connector, connector_options=RESAMPLER)
     before = assemble(config)[0].state_dict()
     folder = make_start(config, captions, tmp_path / "start", tmp_path / "features", seed=0)
     model, processor = open_checkpoint(folder)

@@ -8,7 +8,7 @@ import pytest
 
 from grid_toys import write_grid
 from tinyllava.errors import UnknownNameError
-from tinyllava.studies.graph import Places, expand, load_node, save_node
+from tinyllava.studies.graph import SEED, Places, _part_digest, expand, load_node, save_node
 from tinyllava.studies.grid import change_run
 from tinyllava.studies.paper import GRIDS, find_grid
 
@@ -80,7 +80,7 @@ def test_later_stages_and_the_machine_leave_a_stage_alone():
 
 
 def test_records_and_parts_are_known_by_content(tmp_path, parts, records):
-    from tinyllava.studies.graph import _data_digests, _part_digest
+    from tinyllava.studies.graph import _data_digests
 
     copy = tmp_path / "copy.json"
     copy.write_bytes(records.read_bytes())
@@ -94,7 +94,7 @@ def test_records_and_parts_are_known_by_content(tmp_path, parts, records):
 
 def test_files_that_change_while_the_process_runs_are_read_again(tmp_path, parts, records):
     from tinyllava.studies.collect import _read_ledger
-    from tinyllava.studies.graph import _data_digests, _part_digest
+    from tinyllava.studies.graph import _data_digests
     from tinyllava.studies.needs import _count_records
 
     path, part = tmp_path / "records.json", tmp_path / "part"
@@ -110,6 +110,27 @@ def test_files_that_change_while_the_process_runs_are_read_again(tmp_path, parts
     assert [ledger for _, ledger, *_ in seen] == [[{}], [1], [{}, {}]]
     assert len({str(digests) for _, _, digests, _ in seen}) == 3
     assert len({digest for *_, digest in seen}) == 3
+
+
+def test_parts_that_differ_in_a_weight_have_other_keys(tmp_path, parts):
+    (original, trained) = (tmp_path / name for name in ("original", "trained"))
+    for folder in (original, trained):
+        shutil.copytree(parts["llama"], folder)
+    before = _part_digest(str(trained))
+    assert before == _part_digest(str(original))  # a copy is the same part
+    weights = trained / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert _part_digest(str(trained)) != before
+
+
+def test_each_seed_can_start_from_a_checkpoint_of_its_own():
+    grid = GRIDS["figure-6"]
+    cells = tuple(replace(cell, run=replace(cell.run, start_from=f"start-{SEED}")) for cell in grid.cells)
+    graph = expand(replace(grid, cells=cells, seeds=(3, 4)), Places())
+    starts = {(cell.seed, graph.nodes[cell.stages[0]].run.start_from) for cell in graph.cells}
+    assert starts == {(3, "start-3"), (4, "start-4")}
 
 
 def test_a_file_that_stays_is_read_once(tmp_path):
