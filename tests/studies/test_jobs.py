@@ -122,6 +122,10 @@ def test_processes_of_this_machine_and_a_failing_cell(workshop):
         "end pretrain": 2,
         "begin finetune": 4,
     }
+    # Two jobs at a time share the cores, unless the user has decided.
+    share = str(max(1, (os.cpu_count() or 1) // 2))
+    threads = (workshop.folder / "log.threads").read_text().split()
+    assert set(threads) == {os.environ.get("OMP_NUM_THREADS", share)}
 
 
 def test_what_the_scheduler_refuses_is_said(workshop):

@@ -170,7 +170,8 @@ class Jobs:
                 executor = submitit.AutoExecutor(folder=node.folder / "jobs", cluster=self.cluster)
                 executor.update_parameters(name=_name_of(node), **self.options)
                 task = str(node.folder / "task.json")
-                job = executor.submit(run_task, task, self.cluster, self.num_devices).job_id
+                num_others = self.num_at_once if self.cluster == "local" else 1
+                job = executor.submit(run_task, task, self.cluster, self.num_devices, num_others).job_id
             except (RuntimeError, NameError, TypeError, subprocess.SubprocessError) as error:
                 save_state(node, State(status="failed", error=f"not submitted: {error}"))
                 raise ConfigError(f"--jobs {self.cluster}: {error}") from error
@@ -181,8 +182,14 @@ def _job_file(node: Node) -> Path:
     return node.folder / "job.txt"
 
 
-def run_task(path: str, cluster: str, num_devices: int) -> None:
-    """Run the node of a task file, inside a job."""
+def run_task(path: str, cluster: str, num_devices: int, num_at_once: int = 1) -> None:
+    """Run the node of a task file, inside a job.
+
+    Args:
+        num_at_once: jobs that share this machine's cores.
+    """
+    if num_at_once > 1:  # read when PyTorch is imported, which it is not yet
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_at_once)))
     variable = "SLURM_JOB_ID" if cluster == "slurm" else "SUBMITIT_LOCAL_JOB_ID"
     job = f"{cluster}:{os.environ.get(variable, '')}"
     do_in_processes(load_node(Path(path)), num_devices, job=job)

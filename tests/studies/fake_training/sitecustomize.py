@@ -15,6 +15,8 @@ from pathlib import Path
 def note(name: str) -> None:
     with Path(os.environ["FAKE_LOG"]).open("a") as log:
         log.write(f"begin {name}\n")
+    with Path(os.environ["FAKE_LOG"]).with_suffix(".threads").open("a") as log:
+        log.write(os.environ.get("OMP_NUM_THREADS", "all") + "\n")
     while (gate := os.environ.get("FAKE_GATE")) and not Path(gate).exists():
         time.sleep(0.05)
     if (failure := os.environ.get("FAKE_FAILURE")) and failure in name:
