@@ -44,16 +44,16 @@ CONNECTORS: dict[str, tuple[str, dict[str, int]]] = {
 }
 DATA: dict[str, Amounts] = {
     "both": {
-        "easy_vqa": Amount(captions=450, conversations=320),
-        "grocery_store": Amount(captions=550, conversations=320),
+        "easy_vqa": Amount(captions=450, conversations=240),
+        "grocery_store": Amount(captions=550, conversations=240),
     },
     "half": {
-        "easy_vqa": Amount(captions=225, conversations=160),
-        "grocery_store": Amount(captions=275, conversations=160),
+        "easy_vqa": Amount(captions=225, conversations=120),
+        "grocery_store": Amount(captions=275, conversations=120),
     },
     "mostly shapes": {
-        "easy_vqa": Amount(captions=800, conversations=560),
-        "grocery_store": Amount(captions=200, conversations=80),
+        "easy_vqa": Amount(captions=800, conversations=420),
+        "grocery_store": Amount(captions=200, conversations=60),
     },
 }
 """Captions and conversations of each data set; both stages are one epoch of their file."""
