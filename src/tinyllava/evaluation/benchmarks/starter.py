@@ -1,7 +1,7 @@
 """The starter's held-out questions, as a tenth benchmark on images that everybody can download.
 
 Paper: none; the starter's own images (easy-VQA and the Grocery Store photographs, official test splits).
-``starter`` is a fixed sample of 1,500 questions, ``starter-small`` 360 of them, ``starter-whole`` all
+``starter`` is a fixed sample of 1,500 questions, ``starter-small`` 750 of them, ``starter-whole`` all
 questions.
 """
 
@@ -30,7 +30,7 @@ QUOTAS = {
     ("grocery_store", "variety"): 100,
 }
 """Questions of the fixed sample, by data set and kind; 100 of a kind that an option added."""
-SMALL_SHARE = 0.24
+SMALL_SHARE = 0.5
 """Part of each quota that the small sample takes."""
 
 
@@ -113,7 +113,7 @@ WHOLE = replace(BENCHMARK, name="starter-whole", split="held-out", load=load, nu
 SMALL = replace(
     BENCHMARK,
     name="starter-small",
-    split="held-out sample of 360",
+    split="held-out sample of 750",
     load=partial(load_sample, share=SMALL_SHARE),
     num_questions=sum(round(SMALL_SHARE * quota) for quota in QUOTAS.values()),
 )
