@@ -62,11 +62,11 @@ SHARE_STEPS = 30
 """Steps of share's own stage, in which the encoder is trained too and its features cannot be kept."""
 
 COSTS = Costs(
-    seconds_per_sample={"pretrain": 0.054, "share_pretrain": 0.215, "finetune": 0.335},
-    seconds_per_question=0.1,
+    seconds_per_sample={"pretrain": 0.032, "share_pretrain": 0.215, "finetune": 0.372},
+    seconds_per_question=0.035,
     seconds_per_node=8.0,
 )
-"""Measured on two cores without bf16 (docs/starter-grid); ``seconds_per_node`` is estimated."""
+"""Measured on two cores without bf16; ``seconds_per_node`` is estimated."""
 
 NOTES = (
     "Each model is trained for about two minutes on drawn shapes and on photographs of five fruits.",
