@@ -1,5 +1,6 @@
 """Images as they really come: every odd kind becomes the right RGB, every broken one a named error."""
 
+import base64
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from PIL import Image
 
 from tinyllava.conversation import ImageRef
 from tinyllava.data import images
-from tinyllava.data.images import MAX_PIXELS, MAX_SIDE_PX, open_image
+from tinyllava.data.images import MAX_PIXELS, MAX_SIDE_PX, THUMBNAIL_PX, open_image, thumbnail_url
 from tinyllava.errors import ImageError
 
 ORIENTATION = 0x0112
@@ -338,3 +339,12 @@ def test_threads_that_open_images_leave_the_warnings_of_the_process_alone() -> N
     assert warnings.filters[0][0] == "ignore"
     second.__exit__(None, None, None)
     assert warnings.filters == before
+
+
+def test_images_of_pages_are_small_and_none_is_made_of_one_that_cannot_be_opened(tmp_path):
+    large = save(rgb(200), tmp_path / "large.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    kind, _, content = thumbnail_url(large).partition(";base64,")
+    shown = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert (kind, shown.format, shown.size) == ("data:image/jpeg", "JPEG", (THUMBNAIL_PX, 160))
+    assert thumbnail_url(ImageRef(path=tmp_path / "broken.png")) == ""

@@ -3,7 +3,6 @@
 Paper: none.
 """
 
-import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +13,12 @@ from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.defects import DEFECTS, Defect
 from tinyllava.data.hashes import sha256_of_image
-from tinyllava.data.images import open_image
+from tinyllava.data.images import open_image, thumbnail_url
 from tinyllava.data.readers.form import IMAGE_MARK
 from tinyllava.data.records import iter_conversations, open_readings
 from tinyllava.data.sources import Share, mix
 from tinyllava.errors import ImageError
-from tinyllava.files import data_url, page_environment, write_text
+from tinyllava.files import page_environment, write_text
 
 STYLES = Path(__file__).parent
 """Of the pages that show records."""
@@ -158,7 +157,7 @@ def write_page(check: FileCheck, path: Path, name: str, num_shown: int = 60) -> 
     """Write one HTML page with all defects, the answers, and some records with their images."""
     step = max(1, -(-len(check.conversations) // num_shown))
     shown = [
-        (c, [(message, [_thumbnail(ref) for ref in message.images]) for message in c.messages])
+        (c, [(message, [thumbnail_url(ref) for ref in message.images]) for message in c.messages])
         for c in check.conversations[::step]
     ]
     defects: dict[str, list[Defect]] = defaultdict(list)
@@ -180,15 +179,3 @@ def write_page(check: FileCheck, path: Path, name: str, num_shown: int = 60) -> 
         )
     )
     write_text(path, text)
-
-
-def _thumbnail(ref: ImageRef) -> str:
-    """Return a small JPEG of an image as a data URL; empty if it cannot be decoded."""
-    try:
-        image = open_image(ref)
-    except ImageError:
-        return ""
-    image.thumbnail((240, 240))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return data_url(buffer.getvalue(), "image/jpeg")

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.errors import ImageError
+from tinyllava.files import data_url
 
 MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb: a quarter of a GiB as RGB
 MAX_SIDE_PX = 16_384
@@ -122,6 +123,22 @@ def read_size(ref: ImageRef) -> tuple[int, int]:
         with image:
             _refuse_huge(image, ref)
             return image.size
+
+
+THUMBNAIL_PX = 240
+"""Longest side of the images of HTML pages."""
+
+
+def thumbnail_url(ref: ImageRef) -> str:
+    """Return a small JPEG of an image as a data URL; empty if it cannot be opened, which pages say."""
+    try:
+        image = open_image(ref)
+    except ImageError:
+        return ""
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return data_url(buffer.getvalue(), "image/jpeg")
 
 
 class _Remarks:

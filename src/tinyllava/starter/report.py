@@ -4,7 +4,6 @@ Paper: none; the form of Figure 9 (answered images) and of the tables, for the s
 needs no other file and no network. The same run gives the same bytes.
 """
 
-import io
 import random
 import textwrap
 from collections import Counter
@@ -15,6 +14,8 @@ from typing import Any, TypedDict
 
 from PIL import Image
 
+from tinyllava.conversation import ImageRef
+from tinyllava.data.images import thumbnail_url
 from tinyllava.evaluation.benchmark import Prediction
 from tinyllava.evaluation.results import Metric, Result
 from tinyllava.files import data_url, page_environment, whole_objects, write_json, write_text
@@ -102,7 +103,6 @@ def draw_sheet(
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from PIL import Image
 
     rows = -(-len(shown) // columns)
     layout = ConstrainedLayoutEngine(h_pad=0.12)  # room for a title and an answer of two lines
@@ -177,7 +177,6 @@ def _wrap(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 34))
 
 
-THUMBNAIL_PX = 128
 NUM_SHOWN = 8
 """Right answers, and as many wrong ones, that the page shows of each kind."""
 OTHER = "(other)"
@@ -275,7 +274,7 @@ def _answers(
         chosen = {one.image: one for one in mixed if (one.score == 1) == is_right}
         cards = [
             {
-                "image": _thumbnail(images / one.image),
+                "image": thumbnail_url(ImageRef(path=images / one.image)),
                 "question": one.prompt,
                 "answer": one.answer,
                 "truth": truths[one.question_id],
@@ -285,12 +284,3 @@ def _answers(
         ]
         shown[name] = {"cards": cards, "count": sum((one.score == 1) == is_right for one in asked)}
     return shown
-
-
-def _thumbnail(path: Path) -> str:
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return data_url(buffer.getvalue(), "image/jpeg")

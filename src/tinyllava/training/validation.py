@@ -5,7 +5,6 @@ Validation does not change the weights that the steps compute: the random state 
 returns to its previous mode.
 """
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,10 +15,10 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tinyllava.config import Validation
-from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.conversation import Conversation
 from tinyllava.data.checking import STYLES
-from tinyllava.data.images import open_image
-from tinyllava.files import append_lines, data_url, page_environment, whole_objects, write_text
+from tinyllava.data.images import thumbnail_url
+from tinyllava.files import append_lines, page_environment, whole_objects, write_text
 from tinyllava.inference.chat import Chat
 from tinyllava.model.compat import looking_at_padding
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from tinyllava.training.trainer import StageTrainer
 ANSWERS = "held-out.jsonl"
 PAGE = "held-out.html"
-_THUMBNAIL_PX = 320
 Curve = list[tuple[int, float]]
 _ANSWER_TOKENS = 128
 
@@ -138,7 +136,7 @@ def write_page(folder: Path, sample: Sequence[Conversation], curve: Curve) -> No
         expected = one.messages[len(asked)].text if len(asked) < len(one.messages) else ""
         records.append(
             {
-                "images": [_thumbnail(ref) for ref in open_question(one).images],
+                "images": [thumbnail_url(ref) for ref in open_question(one).images],
                 "question": asked[-1].text,
                 "expected": expected.strip(),
                 "answers": given.get(one.place, []),
@@ -154,11 +152,3 @@ def write_page(folder: Path, sample: Sequence[Conversation], curve: Curve) -> No
     template = page_environment(Path(__file__).parent, STYLES).get_template("held_out.html")
     values = {"records": records, "curve": curve, "points": points, "low": low, "high": high}
     write_text(folder / PAGE, template.render(values))
-
-
-def _thumbnail(ref: ImageRef) -> str:
-    image = open_image(ref)
-    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return data_url(buffer.getvalue(), "image/jpeg")

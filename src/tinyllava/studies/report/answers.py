@@ -3,7 +3,6 @@
 Paper: none; the details of a number of Table 3: its parts, confusions, right and wrong answers.
 """
 
-import io
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyllava.data.images import open_image
-from tinyllava.errors import ImageError
+from tinyllava.data.images import thumbnail_url
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.compare import RIGHT
 from tinyllava.evaluation.question import Question
 from tinyllava.evaluation.results import Metric, Result
-from tinyllava.files import data_url, page_environment, write_text
+from tinyllava.files import page_environment, write_text
 from tinyllava.studies.report.flips import spell
 
-THUMBNAIL_PX = 192
 NUM_SHOWN = 12
 """Wrong answers, and as many right ones, of each kind of question."""
 
@@ -103,9 +100,7 @@ def _choose_cards(pairs: Sequence[tuple[Question, Prediction]]) -> dict[str, Any
         chosen = [p for p in mixed if p[1].score is None] if is_right is None else chosen
         cards = [
             {
-                "images": [
-                    thumbnail for ref in question.conversation.images if (thumbnail := _thumbnail(ref))
-                ],
+                "images": [shown for ref in question.conversation.images if (shown := thumbnail_url(ref))],
                 "prompt": question.prompt,
                 "prediction": prediction,
                 "truth": spell(question.target),
@@ -114,18 +109,6 @@ def _choose_cards(pairs: Sequence[tuple[Question, Prediction]]) -> dict[str, Any
         ]
         groups[name] = {"count": len(chosen), "cards": cards}
     return groups
-
-
-def _thumbnail(ref: Any) -> str:
-    """Return an image as a small data URL; empty if it cannot be opened."""
-    try:
-        image = open_image(ref)
-    except ImageError:
-        return ""
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return data_url(buffer.getvalue(), "image/jpeg")
 
 
 MAX_LABELS = 20
