@@ -14,6 +14,7 @@ from PIL import Image
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.data.features import FeatureCache, encoder_key
+from tinyllava.data.hashes import ImageHashes
 from tinyllava.data.images import open_image
 from tinyllava.data.reporting import reporting
 from tinyllava.errors import DataError, ImageError
@@ -64,6 +65,18 @@ def test_rows_are_the_encoders_features(model_and_processor, tmp_path, conversat
         with torch.inference_mode():
             expected = model.model.encode_images(processor.to_pixels([open_image(ref)]))[0]
         torch.testing.assert_close(cache.read(ref), expected, rtol=0, atol=1e-5)
+
+
+def test_images_whose_hashes_are_known_are_not_read_again(model_and_processor, tmp_path, conversations):
+    hashes = ImageHashes(tmp_path / "hashes.sqlite").find(conversations)
+    FeatureCache(tmp_path / "kept", *model_and_processor).fill(conversations)
+    for ref in hashes:
+        ref.path.unlink()
+    again = FeatureCache(tmp_path / "kept", *model_and_processor)
+    again.fill(conversations, hashes=hashes)
+    rows = [again.read(conversation.images[0]) for conversation in conversations]
+    assert torch.equal(rows[0], rows[2])  # a copy of it
+    assert not torch.equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,7 @@ def measure_all(
 
     Args:
         key: names all but the conversations that decides the lengths.
+        progress: is called with numbers of records that are counted; not for those that were before.
 
     Raises:
         DataError: of ``measure``.
@@ -298,7 +299,6 @@ def measure_all(
     with FileLock(path.with_suffix(".lock")):
         if path.is_file():
             known: NDArray[np.int32] = np.load(path, allow_pickle=False)
-            progress(len(conversations))
             return known[:, at]
         found = _measure(whole, measure, progress)
         with whole_file(path) as partial, partial.open("wb") as file:

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,21 @@ class FeatureCache:
         *,
         batch_size: int = 8,
         progress: Callable[[int], None] = lambda n: None,
+        hashes: Mapping[ImageRef, str] | None = None,
     ) -> None:
         """Compute the missing features. Of several processes, one computes and the others wait.
 
         How much they will take is said before.
 
+        Args:
+            hashes: SHA-256 of images, where known; without it an image is read to find its features.
+
         Raises:
             ImageError: an image is broken; its record is named.
             DataError: they need more than is free on the disk, or it is full; what was finished stays.
         """
+        known = (hashes or {}).items()
+        self._digests |= {str(ref.path): digest for ref, digest in known if ref.data is None}
         try:
             with FileLock(self.folder / "lock"):
                 self._read_index()

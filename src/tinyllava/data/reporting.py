@@ -14,7 +14,7 @@ class Step:
     """Progress of one task."""
 
     task: str
-    """Name of the task, such as ``pretrain`` or ``reading records``."""
+    """Name of the task, such as ``pretrain`` or ``counting tokens``."""
     done: int
     total: int
     note: str = ""

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from rich.progress import Progress
+from filelock import FileLock
+from rich.progress import Progress, TaskID
 
 from tinyllava.config import DataConfig, Run, Stage
 from tinyllava.conversation import Conversation, ImageRef
@@ -211,7 +212,7 @@ def check_data(run: Run, processor: TinyLlavaProcessor) -> None:
                 records = read_data(run, data, decode=False)
                 _say_ignored(data, records)
                 examples, _ = _measure(
-                    stage, processor, template, records.conversations, "reading records", bar
+                    stage, processor, template, records.conversations, "counting tokens", bar
                 )
                 if run.hardware.check_images and PartialState().is_main_process:
                     _check_images(run, data, examples.conversations, bar)
@@ -242,7 +243,7 @@ def prepare(
     template = _template_of(run, stage)
     with make_progress() as bar:
         trained, held = _hold_out(run, stage, records, bar)
-        examples, skipped = _measure(stage, processor, template, trained, "reading records", bar)
+        examples, skipped = _measure(stage, processor, template, trained, "counting tokens", bar)
         if not len(examples):
             raise DataError(f"{', '.join(stage.data.records)}: no records left after skips {dict(skipped)}.")
         measured, held_skipped = None, Counter[str]()
@@ -253,13 +254,16 @@ def prepare(
                     f"{stage.validation.held_out}: no held-out records left after skips {dict(held_skipped)}."
                 )
         both = [examples, *([measured] if measured else [])]
-        if run.hardware.cache_features and not stage.vision_encoder.trains:
-            _fill_features(run, model, processor, both, bar)
+        has_features = run.hardware.cache_features and not stage.vision_encoder.trains
+        is_first = PartialState().is_main_process
+        hashes = _hash_images(run, both, bar) if is_first or has_features else None
+        if has_features:
+            _fill_features(run, model, processor, both, hashes, bar)
         else:
             packing = ImagePacking(processor)
             for part in both:
                 part.packing = packing
-        hashes = _hash_images(run, both, bar) if PartialState().is_main_process else None
+        hashes = hashes if is_first else None
     images = _digest_images(examples, hashes) if hashes is not None else ""
     return Prepared(
         examples=examples,
@@ -307,14 +311,14 @@ def _measure(
         template=template,
         separate_questions=stage.separate_questions,
     )
-    task = bar.add_task(task_name, total=len(examples), note="")
-    return measure(
-        examples,
-        stage.max_length_tokens,
-        stage.data.skip,
-        lambda n: bar.advance(task, n),
-        truncate=stage.truncate,
-    )
+    tasks: list[TaskID] = []
+
+    def advance(number: int) -> None:  # which is not called where all tokens are counted already
+        if not tasks:
+            tasks.append(bar.add_task(task_name, total=len(examples), note=""))
+        bar.advance(tasks[0], number)
+
+    return measure(examples, stage.max_length_tokens, stage.data.skip, advance, truncate=stage.truncate)
 
 
 def _describe_held(
@@ -343,9 +347,10 @@ def _hash_images(run: Run, examples: Sequence[Examples], bar: Progress) -> dict[
 
 def _find_hashes(run: Run, conversations: Sequence[Conversation], bar: Progress) -> dict[ImageRef, str]:
     refs = list_images(conversations)
-    task = bar.add_task("checking images", total=len(refs), note="")
+    task = bar.add_task("hashing images", total=len(refs), note="")
     hashes = ImageHashes(run.folder.parent / _IMAGES)
-    return hashes.find(conversations, lambda n: bar.advance(task, n), refs)
+    with FileLock(hashes.path.with_suffix(".lock")):  # one process reads them, the others find them known
+        return hashes.find(conversations, lambda n: bar.advance(task, n), refs)
 
 
 def _digest_images(examples: Examples, hashes: Mapping[ImageRef, str]) -> str:
@@ -360,6 +365,7 @@ def _fill_features(
     model: TinyLlavaForConditionalGeneration,
     processor: TinyLlavaProcessor,
     parts: Sequence[Examples],
+    hashes: Mapping[ImageRef, str] | None,
     bar: Progress,
 ) -> None:
     """Give the examples the features of their images, after computing missing ones."""
@@ -369,6 +375,6 @@ def _fill_features(
     conversations = chain.from_iterable(examples.conversations for examples in parts)
     num_images = sum(int(image_counts(examples.conversations).sum()) for examples in parts)
     task = bar.add_task("encoding images", total=num_images, note="")
-    cache.fill(conversations, progress=lambda n: bar.advance(task, n))
+    cache.fill(conversations, progress=lambda n: bar.advance(task, n), hashes=hashes)
     for examples in parts:
         examples.features = cache
