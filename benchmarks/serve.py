@@ -2,7 +2,8 @@
 
 ``speed`` compares within one run: N clients one after another and at once, each with an image and a question
 of its own (the model is a copy of MODEL with another end token: every answer has the asked length); the first
-text of a conversation's first and second turn; and a streamed answer over HTTP against ``Chat.stream`` here.
+token of a conversation's first and second turn; and a streamed answer over HTTP against ``Chat.stream`` here.
+The last two are times of the processor: with one thread, what an idle machine takes.
 With ``--language-model`` the turns are measured again, with that model behind a random ViT of 576
 image tokens. ``passes`` compares forward passes with linear layers as torch has them and packed, as
 ``Chat.open`` does on AMD CPUs and in 16 bits. ``load`` lets clients ask for minutes, some of which leave
@@ -91,6 +92,12 @@ class Server:
     client: httpx.Client
 
     @property
+    def processor_s(self) -> float:
+        """Time that the processor has spent on the server, over all threads."""
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+    @property
     def memory_mib(self) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
@@ -117,6 +124,7 @@ class Server:
 
 
 JSON = {"Content-Type": "application/json"}
+PAUSE_S = 0.5  # in which nobody asks: a person reads the answer for longer
 NO_LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=60)
 
 
@@ -174,43 +182,54 @@ def measure_many(server: Server, num_clients: int, num_tokens: int, rounds: int)
 
 
 def measure_turns(server: Server, rounds: int) -> None:
-    """Print the time to the first text of a first and a second turn."""
+    """Print the processor time to the first token of a first and a second turn."""
     generator, firsts, seconds = random.Random(1), [], []
-    for _ in range(rounds):
+
+    def take(messages: list[dict[str, Any]]) -> float:
+        start = server.processor_s
+        server.ask(messages, 1)
+        return server.processor_s - start
+
+    for _ in range(rounds + 1):  # the first one warms up
         messages = [question(generator, random_image(generator, 960))]
-        first = server.ask(messages, 24)
+        firsts.append(take(messages))
         messages += [
-            {"role": "assistant", "content": first.text},
+            {"role": "assistant", "content": server.ask(messages, 24).text},
             {"role": "user", "content": "What colour is it?"},
         ]
-        firsts.append(first.first_s)
-        seconds.append(server.ask(messages, 8).first_s)
-    ratios = [b / a for a, b in zip(firsts, seconds, strict=True)]
+        time.sleep(PAUSE_S)
+        seconds.append(take(messages))
+    ratios = [b / a for a, b in zip(firsts[1:], seconds[1:], strict=True)]
     spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-    print(f"first text: {1000 * statistics.median(firsts):.0f} ms, of the second turn ", end="")
-    print(f"{1000 * statistics.median(seconds):.0f} ms: {statistics.median(ratios):.2f}x ({spread})")
+    print(f"first token: {1000 * statistics.median(firsts[1:]):.0f} ms, of the second turn ", end="")
+    print(f"{1000 * statistics.median(seconds[1:]):.0f} ms: {statistics.median(ratios):.2f}x ({spread})")
 
 
 def measure_overhead(server: Server, model: str, num_tokens: int, rounds: int) -> None:
-    """Print how much later text comes over HTTP than from ``Chat.stream``; the two alternate."""
+    """Print how much more of the processor an answer takes than from ``Chat.stream``; the two alternate."""
     from tinyllava.conversation import ask
     from tinyllava.inference.chat import Chat
 
     chat, generator = Chat.open(model), random.Random(2)
-    first, rest = [], []
+    more: dict[int, list[float]] = {1: [], num_tokens: []}
     for number in range(rounds + 1):
-        url = random_image(generator)
-        message = question(generator, url)
-        served, direct = server.ask([message], num_tokens), Timed()
-        for piece in chat.stream(ask(message["content"][1]["text"], url), num_tokens):
-            direct.piece(piece)
-        direct.stop()
-        assert direct.text == served.text, (direct.text, served.text)
-        if number:  # the first one warms up
-            first.append(1000 * (served.first_s - direct.first_s))
-            rest.append(1000 * (served.total_s - direct.total_s))
-    print(f"over Chat.stream, same answers: first text {statistics.median(first):+.1f} ms, ", end="")
-    print(f"whole answer {statistics.median(rest):+.1f} ms (medians of {rounds})")
+        for limit, differences in more.items():
+            url = random_image(generator)
+            message = question(generator, url)
+            start = server.processor_s
+            served = server.ask([message], limit).text
+            middle = server.processor_s
+            began = time.process_time()
+            direct = "".join(chat.stream(ask(message["content"][1]["text"], url), limit))
+            took = time.process_time() - began
+            assert direct == served, (direct, served)
+            if number:  # the first one warms up
+                differences.append(1000 * (middle - start - took))
+    first, whole = (statistics.median(differences) for differences in more.values())
+    print(
+        f"over Chat.stream, same answers: first token {first:+.1f} ms, whole answer {whole:+.1f} ms ", end=""
+    )
+    print(f"of the processor (medians of {rounds})")
 
 
 def measure_passes(model: str, rounds: int) -> None:
@@ -232,7 +251,7 @@ def measure_passes(model: str, rounds: int) -> None:
                 took: list[list[float]] = [[], []]
                 for times, ragged, past in zip(took * rounds, models * rounds, pasts * rounds, strict=True):
                     start = time.process_time()
-                    plain.lm_head(ragged.forward([(past, embeds[:num_new])]))
+                    ragged.model.lm_head(ragged.forward([(past, embeds[:num_new])]))
                     times.append(1000 * (time.process_time() - start))
                     past.length = 50
                 before, after = map(min, took)

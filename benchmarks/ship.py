@@ -14,13 +14,16 @@ import argparse
 import json
 import os
 import re
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -34,6 +37,7 @@ from PIL import Image
 from serve import make_endless, serving
 from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.checkpoints.exporting.formats import reasons_against
+from tinyllava.checkpoints.exporting.gguf import MMPROJ, MODEL
 from tinyllava.checkpoints.exporting.onnx import OpenGraphs
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import ask
@@ -66,6 +70,21 @@ for (const [image, question, count, isForced] of asked) {
 }
 console.log(JSON.stringify(found))
 """
+OPEN_PAGE = """async () => {
+  const worker = new Worker("worker.js", { type: "module" })
+  const told = (kind, ...sent) => new Promise((done, fail) => {
+    worker.onmessage = ({ data }) => {
+      if (data.kind === kind) done(data)
+      if (data.kind === "error") fail(new Error(data.text))
+    }
+    sent.forEach(data => worker.postMessage(data))
+  })
+  globalThis.ask = async (url, text, limit) => {
+    const blob = await (await fetch(url)).blob()
+    return told("answer", { kind: "image", blob }, { kind: "ask", turns: [{ role: "user", text }], limit })
+  }
+  await told("ready", { kind: "start", device: "wasm" })
+}"""
 LLAMA_CPP = """
 import json
 import sys
@@ -136,8 +155,7 @@ class Bench:
         num_tokens = timed[1][2] - timed[0][2]
         same = sum(one == other for one, other in zip(texts, self.expected, strict=True))
         size = f"{megabytes(folder):,.0f} MB"
-        # The clock of another process has steps of 10 ms, which a toy's answer may not take. llama.cpp behind
-        # the API ends an answer where the model does, perhaps after one token.
+        # The clock of another process has steps of 10 ms, which a toy's answer may not take.
         is_long = num_tokens > 0 and whole > first
         rate = f"{num_tokens / (whole - first):.1f}" if is_long else "not measurable"
         print(f"| {runtime} | {size} | {first:.2f} s | {rate} | {same} of {len(texts)} |", flush=True)
@@ -266,8 +284,98 @@ def in_server(folder: Path, endless: str, asked: Sequence[Asked], *options: str)
 
 
 def in_engine(folder: Path, asked: Sequence[Asked]) -> Found:
-    """Ask `tinyllava serve --engine llama.cpp`, whose answers end where they end."""
-    return in_server(folder, "", asked, "--engine", "llama.cpp", "--max-running", "1")
+    """Ask `tinyllava serve --engine llama.cpp`."""
+    with tempfile.TemporaryDirectory() as place:
+        endless = make_endless_gguf(folder, Path(place) / "endless")
+        return in_server(folder, str(endless), asked, "--engine", "llama.cpp", "--max-running", "1")
+
+
+def make_endless_gguf(folder: Path, endless: Path) -> Path:
+    """Copy an export, with other names for all tokens by which llama.cpp would end an answer."""
+    import gguf
+
+    endless.mkdir()
+    (endless / MMPROJ).symlink_to((folder / MMPROJ).resolve())
+    shutil.copyfile(folder / MODEL, endless / MODEL)
+    fields = gguf.GGUFReader(endless / MODEL, "r+").fields
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    ends = [i for i, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL]
+    tokens = fields["tokenizer.ggml.tokens"]
+    names = [tokens.parts[tokens.data[i]] for i in ends]
+    texts = [tokens, fields["tokenizer.chat_template"]]
+    for name in names:
+        old = bytes(name)
+        new = old[:1] + old[1:-1][::-1] + old[-1:]  # as long
+        for part in (field.parts[place] for field in texts for place in field.data):
+            changed = bytes(part).replace(old, new)
+            if changed != bytes(part):
+                part[:] = np.frombuffer(changed, dtype=np.uint8)
+    end = fields["tokenizer.ggml.eos_token_id"]
+    unused = next(i for i, kind in enumerate(kinds) if kind == gguf.TokenType.UNUSED)
+    end.parts[end.data[0]][:] = unused
+    return endless
+
+
+def in_browser(folder: Path, asked: Sequence[Asked]) -> Found:
+    """Ask the page of an export in headless Chromium, which computes in WebAssembly in one thread."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from browser import FLAGS, Page, chromium
+
+    found: Found = []
+    with tempfile.TemporaryDirectory() as place:
+        endless = Path(place) / "endless"
+        shutil.copytree(folder, endless, copy_function=os.symlink)
+        settings = endless / "model" / "generation_config.json"
+        unused = json.loads((folder / "model" / "config.json").read_text())["image_token_index"]
+        values = {**json.loads(settings.read_text()), "eos_token_id": unused}
+        settings.unlink()
+        settings.write_text(json.dumps(values))
+        for is_forced, site in ((False, folder), (True, endless)):
+            with (
+                web_server(site) as address,
+                chromium(Path(place) / f"profile-{is_forced}", Page, *FLAGS) as page,
+            ):
+                page.call(
+                    "Page.navigate", url=f"{address}/settings.json"
+                )  # a page without a worker of its own
+                page.wait_for("!!document.body")
+                page.run(f"({OPEN_PAGE})()")
+                processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+                processes = [one for one in processes if "chrom" in one.name()]
+                for image, question, count, _ in (one for one in asked if one[3] == is_forced):
+                    url = "data:image/png;base64," + b64encode(Path(image).read_bytes()).decode()
+                    start = sum(sum(one.cpu_times()[:2]) for one in processes)
+                    answer = page.run(f"ask({json.dumps(url)}, {json.dumps(question)}, {count})")
+                    took = sum(sum(one.cpu_times()[:2]) for one in processes) - start
+                    found.append((took, answer["text"], len(answer["ids"])))
+    return found
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[str]:
+    """Serve a folder as the guide does."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "http.server",
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        str(folder),
+        str(port),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while server.poll() is None:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def make_model(language_model: str, folder: Path) -> Path:
@@ -330,6 +438,8 @@ def measure(model: Path, place: Path, bench: Bench, node: Path | None, threads: 
         if node:
             run = partial(in_node, packages=node, asked=asked, threads=threads, dtype=kind)
             bench.row(f"transformers.js in Node, {kind}", export, run)
+        export = partial(write, f"web-{kind}", layout="web", precision=kind)
+        bench.row(f"the page in Chromium (WASM), {kind}", export, lambda folder: in_browser(folder, asked))
 
 
 def main() -> None:

@@ -28,9 +28,7 @@ def test_packed_layers_compute_the_same_forwards_and_backwards(packed):
     model, copy = packed
     layers = {name: layer for name, layer in copy.named_modules() if isinstance(layer, PackedLinear)}
     assert all(layer.packed is not None for layer in layers.values())
-    assert layers.keys() == {name for name, layer in model.named_modules() if type(layer) is nn.Linear} - (
-        {"lm_head"} if model.config.tie_word_embeddings else set()
-    )
+    assert layers.keys() == {name for name, layer in model.named_modules() if type(layer) is nn.Linear}
     exact = deepcopy(model).double()
     ids, pixels = torch.arange(7)[None], torch.randn(1, 3, 28, 28)
     embeds = model.get_input_embeddings()(ids).detach()
@@ -77,8 +75,22 @@ def test_a_packed_weight_that_is_changed_or_loaded_counts(packed):
             found.get_submodule(place).weight.mul_(3)
         torch.testing.assert_close(copy(inputs_embeds=embeds).logits, model(inputs_embeds=embeds).logits)
     assert f"{place}.weight" in dict(copy.named_parameters())
+    embedding = copy.get_input_embeddings().weight
+    assert (copy.lm_head.weight is embedding) == model.config.tie_word_embeddings
     copy.load_state_dict({name: 2 * weight for name, weight in model.state_dict().items()})
     assert all(torch.equal(weight, 2 * model.state_dict()[name]) for name, weight in named_weights(copy))
+
+
+def test_a_tied_head_is_packed_only_if_a_copy_is_wanted(packed):
+    model, _ = packed
+    kept = deepcopy(model)
+    pack_linear_layers(kept, copies_tied=False)
+    is_tied = model.config.tie_word_embeddings
+    assert type(kept.lm_head) is (nn.Linear if is_tied else PackedLinear)
+    pack_linear_layers(kept)
+    assert isinstance(kept.lm_head, PackedLinear)
+    moved = deepcopy(kept).double()  # which is not packed
+    assert (moved.lm_head.weight is moved.get_input_embeddings().weight) == is_tied
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

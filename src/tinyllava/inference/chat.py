@@ -88,7 +88,7 @@ class Chat:
         model, processor = open_checkpoint(folder, dtype=dtype, keep_bits=True)
         quantise_language_model(model, bits)
         model.to(found)
-        pack_linear_layers(model)
+        pack_linear_layers(model, copies_tied=quantised_bits(model) == 16)  # a copy takes memory
         return cls(model, processor)
 
     @property

@@ -28,31 +28,41 @@ class PackedLinear(nn.Linear):
     Torch multiplies 32 bits by MKL, whose fastest code runs on Intel's CPUs only. A 16-bit weight it lays out
     anew in each call. Who asks for ``weight``, perhaps to change it, makes an ordinary layer of it. Saving,
     copying, moving and casting leave it packed.
+
+    Args:
+        is_tied: the weight is also another module's, such as the embedding: what is packed is a copy.
     """
 
     packed: Tensor | None
+    tied: nn.Parameter | None
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, *, is_tied: bool = False) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would draw random weights
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_parameter("bias", layer.bias)
         self.training = layer.training
+        self.__dict__["tied"] = layer.weight if is_tied else None  # not as a parameter of its own
         self._hold(layer.weight)
 
     def _hold(self, weight: Tensor) -> None:
-        self.packed, own_parameters(self)["weight"] = None, nn.Parameter(weight.detach(), requires_grad=False)
+        self.packed, own_parameters(self)["weight"] = None, self._as_parameter(weight)
         if _is_packed_faster(weight):
             del own_parameters(self)["weight"]
             self.packed = lay_out_weight(weight.detach())
 
+    def _as_parameter(self, weight: Tensor) -> nn.Parameter:
+        return nn.Parameter(weight.detach(), requires_grad=False) if self.tied is None else self.tied
+
     def unpacked(self) -> Tensor:
-        """Return the weight [out, in] laid out as ever; a copy if it is packed."""
-        return self.weight if self.packed is None else self.packed.to_dense()
+        """Return the weight [out, in] laid out as ever; a copy if it is packed and not tied."""
+        if self.packed is None:
+            return self.weight
+        return self.packed.to_dense() if self.tied is None else self.tied
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.__dict__.get("packed") is not None:
             with torch.inference_mode(False):
-                own_parameters(self)["weight"] = nn.Parameter(self.unpacked(), requires_grad=False)
+                own_parameters(self)["weight"] = self._as_parameter(self.unpacked())
             self.packed = None
         return super().__getattr__(name)
 
@@ -86,15 +96,22 @@ class PackedLinear(nn.Linear):
         return self
 
 
-def pack_linear_layers(model: nn.Module) -> None:
-    """Pack the linear layers of a model that only answers, where that is faster; tied ones stay."""
+def pack_linear_layers(model: nn.Module, *, copies_tied: bool = True) -> None:
+    """Pack the linear layers of a model that only answers, where that is faster.
+
+    Args:
+        copies_tied: a layer that shares its weight with another module, as a head does with the embedding,
+            packs a copy; otherwise it stays.
+    """
     owners = Counter(
         id(parameter) for module in model.modules() for parameter in own_parameters(module).values()
     )
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
-            if type(layer) is nn.Linear and owners[id(layer.weight)] == 1 and _is_packed_faster(layer.weight):
-                setattr(parent, name, PackedLinear(layer))
+            if type(layer) is nn.Linear and _is_packed_faster(layer.weight):
+                is_tied = owners[id(layer.weight)] > 1
+                if copies_tied or not is_tied:
+                    setattr(parent, name, PackedLinear(layer, is_tied=is_tied))
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -102,7 +119,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     layers = (
         (name, layer)
         for name, layer in model.named_modules()
-        if isinstance(layer, PackedLinear) and layer.packed is not None
+        if isinstance(layer, PackedLinear) and layer.packed is not None and layer.tied is None
     )
     return chain(model.named_parameters(), ((f"{name}.weight", layer.unpacked()) for name, layer in layers))
 
