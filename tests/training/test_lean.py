@@ -4,14 +4,18 @@ from copy import deepcopy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tinyllava.config import FROZEN, FULL, ModelConfig, Stage, lora
+from tinyllava.config import FROZEN, FULL, Hardware, ModelConfig, Stage, lora
 from tinyllava.model import linear
 from tinyllava.model.assemble import assemble
 from tinyllava.model.compat import set_checkpointing
 from tinyllava.model.linear import DirectLinear
 from tinyllava.model.tuning import apply_tuning
+from tinyllava.training import run as training
 from tinyllava.training.lean import make_lean
+from tinyllava.training.run import train
+from training_toys import toy_run
 
 STAGE = Stage(learning_rate=1e-3, global_batch_size=2)
 STAGES = {
@@ -118,3 +122,22 @@ def test_half_precision_and_compiled_layers_compute_as_ever(parts):
         one, other = (m.language_model.get_submodule(place) for m in (lean, model))
         torch._dynamo.reset()
         assert torch.equal(torch.compile(one.forward, backend="aot_eager")(rows), other(rows))
+
+
+def test_a_run_in_fp32_trains_by_lean_layers_and_leaves_none_behind(parts, records, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: True)
+    monkeypatch.setattr(linear, "SMALLEST_PRODUCT", 1)
+    made, weights = [], []
+    make = training.make_lean
+    for name, chosen in (
+        ("lean", lambda model: made.append(model) or make(model)),
+        ("stock", lambda model: list),
+    ):
+        monkeypatch.setattr(training, "make_lean", chosen)
+        hardware = Hardware(num_workers=0, precision="fp32")
+        folder = train(toy_run(parts, records, tmp_path / name, hardware=hardware))
+        weights.append(load_file(folder / "model.safetensors"))
+    assert len(made) == 2  # a model for each stage
+    assert all(not lean_layers(model) for model in made)
+    for place, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][place], rtol=1e-2, atol=1e-4, msg=place)
