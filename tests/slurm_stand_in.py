@@ -37,15 +37,16 @@ def sbatch(arguments: list[str]) -> None:
     name = next(line.partition("=")[2] for line in header if "--job-name=" in line)
     (folder / "name").write_text(name.strip("\"'"))
     (folder / "header").write_text("\n".join(header))
+    nodes = next((line.partition("=")[2] for line in header if "--nodes=" in line), "1")
     environment = {
         **os.environ,
         "SLURM_JOB_ID": str(number),
-        "SLURM_NTASKS": "1",
-        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NTASKS": nodes,
+        "SLURM_JOB_NUM_NODES": nodes,
         "SLURM_NODEID": "0",
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
-        "SLURM_JOB_NODELIST": "here",
+        "SLURM_JOB_NODELIST": "localhost,second" if nodes == "2" else "here",
     }
     command = f'echo $$ > "{folder}/pid"; bash "{script}"; echo $? > "{folder}/code"'
     with (folder / "output").open("w") as output:
@@ -61,7 +62,11 @@ def srun(arguments: list[str]) -> None:
     parser.add_argument("--output")
     parser.add_argument("--error")
     _, rest = parser.parse_known_args(arguments)
-    os.execvp(rest[0], rest)
+    tasks = [
+        subprocess.Popen(rest, env={**os.environ, "SLURM_NODEID": str(number), "SLURM_PROCID": str(number)})
+        for number in range(int(os.environ["SLURM_NTASKS"]))
+    ]
+    sys.exit(max(task.wait() for task in tasks))
 
 
 def state_of(folder: Path) -> str:

@@ -1,16 +1,21 @@
 """The loop over a graph, with work that only writes down that it was done."""
 
+import os
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from grid_toys import write_grid
+from processes import start
 from tinyllava.config import DataConfig
 from tinyllava.studies import execute as execution
 from tinyllava.studies import work
-from tinyllava.studies.execute import InProcess, execute
-from tinyllava.studies.graph import Graph, Node, Places, expand
+from tinyllava.studies.execute import InProcess, execute, run_task
+from tinyllava.studies.graph import Graph, Node, Places, expand, save_node
 from tinyllava.studies.paper import find_grid
 from tinyllava.studies.work import State, claim, is_claimed, load_state, save_state
 from training_toys import make_captions
@@ -145,24 +150,78 @@ def test_a_state_is_read_back_and_an_unknown_node_waits(graph, tmp_path):
     assert [path.name for path in Path(node.folder).iterdir()] == ["node.json"]
 
 
-def test_a_node_is_done_by_as_many_processes_as_its_batches_divide_by(graph, records, monkeypatch):
-    """The batch is 4: of three processes two are taken. They are real, and train."""
-    started = []
-    popen = execution.subprocess.Popen
-
-    def noting(command, **options):
-        started.append(command)
-        return popen(command, **options)
-
-    monkeypatch.setattr(execution.subprocess, "Popen", noting)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+@pytest.fixture
+def trainable(graph, records) -> Node:
+    """The first stage, on captions."""
     node = next(node for node in graph.nodes.values() if not node.after)
     (name,) = node.run.stages
     data = DataConfig(records=(str(make_captions(records)),), images=str(records.parent / "images"))
     stages = {name: replace(node.run.stages[name], data=data)}
-    node = replace(node, run=replace(node.run, stages=stages))
-    InProcess(3).start(node)
-    log = (node.folder / "log.txt").read_text()
-    assert load_state(node).status == "done", log[-3000:]
-    assert [word for word in started[0] if "nproc" in word] == ["--nproc-per-node=2"]
-    assert (node.folder / node.name / "trained.safetensors").is_file()
+    return replace(node, run=replace(node.run, stages=stages))
+
+
+class Started:
+    """Stands in for a process: keeps its command, and ends well."""
+
+    commands: ClassVar[list[list[str]]] = []
+
+    def __init__(self, command: list[str], **options: object) -> None:
+        self.commands.append(command)
+
+    def wait(self) -> int:
+        return 0
+
+
+def test_a_node_is_done_by_as_many_processes_as_its_batches_divide_by(trainable, monkeypatch):
+    """The batch is 4: of three processes two are taken."""
+    monkeypatch.setattr(execution.subprocess, "Popen", Started)
+    InProcess(3).start(trainable)
+    assert Started.commands[-1][:5] == [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+    ]
+
+
+def set_job(monkeypatch, number: str, node: int = 0) -> None:
+    """Be one of two machines of a job, whose first is this one."""
+    for name, value in {
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_JOB_ID": number,
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NODEID": str(node),
+        "SLURM_JOB_NODELIST": "localhost,second",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_on_two_machines_with_eight_gpus_each_starts_eight_that_meet_at_the_first(trainable, monkeypatch):
+    monkeypatch.setattr(execution.subprocess, "Popen", Started)
+    save_node(trainable, trainable.folder / "task.json")
+    for node in (0, 1):
+        set_job(monkeypatch, "12345", node)
+        run_task(str(trainable.folder / "task.json"), "slurm", 8)
+        assert Started.commands[-1][1:] == [
+            *("-m", "torch.distributed.run", "--nproc-per-node=8", "--nnodes=2", "--rdzv-backend=c10d"),
+            *("--rdzv-id=slurm:12345", "--rdzv-endpoint=localhost:31845", f"--rdzv-conf=is_host={1 - node}"),
+            *("-m", "tinyllava.studies.work", str(trainable.folder / "task.json"), "slurm:12345"),
+        ]
+
+
+def test_a_job_on_two_machines_trains_in_processes_of_both(trainable, tmp_path, monkeypatch):
+    """They are real, and train: torchrun lets none begin before the other machine is there."""
+    save_node(trainable, trainable.folder / "task.json")
+
+    def work_on(machine: int) -> None:
+        set_job(monkeypatch, str(os.getppid()), machine)
+        run_task(str(trainable.folder / "task.json"), "slurm", 1)
+
+    machines = [start(partial(work_on, number), tmp_path / f"said-{number}") for number in (0, 1)]
+    for process in machines:
+        process.join()
+    log = (trainable.folder / "log.txt").read_text()
+    state = load_state(trainable)
+    assert (state.status, state.job) == ("done", f"slurm:{os.getpid()}"), log[-3000:]
+    assert (trainable.folder / trainable.name / "trained.safetensors").is_file()
+    steps = (trainable.folder / trainable.name / "metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 3  # twelve samples, four a step

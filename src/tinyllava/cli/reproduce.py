@@ -142,7 +142,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--gpus",
         type=int,
         default=0,
-        help="GPUs for one stage or evaluation, one process each (default: all of this machine, 1 in a job); "
+        help="GPUs for one stage or evaluation, one process each (default: all of this machine, 1 in a job; "
+        "with --job nodes=N on each of N machines); "
         "with --plan, GPUs to estimate for (default: 8). Without --gpu and --gpus, times of finished "
         "nodes are used where available",
     )

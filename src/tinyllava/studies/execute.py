@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -132,11 +133,12 @@ class Jobs:
     Args:
         cluster: ``slurm``, or ``local`` for processes of this machine.
         num_at_once: most jobs that are handed over at a time.
-        num_devices: processes of a job, started with torchrun.
-        options: submitit's parameters, such as ``timeout_min``, ``gpus_per_node``, ``slurm_partition``.
+        num_devices: processes of a job on each of its machines, started with torchrun.
+        options: submitit's parameters, such as ``timeout_min``, ``nodes``, ``gpus_per_node``,
+            ``slurm_partition``.
 
     Raises:
-        ConfigError: submitit is not installed, there is no Slurm here, or an option is unknown.
+        ConfigError: submitit is not installed, there is no Slurm here, or an option is unknown or cannot be.
     """
 
     def __init__(
@@ -151,6 +153,12 @@ class Jobs:
         self.num_at_once = num_at_once
         self.num_devices = num_devices
         self.options = {"timeout_min": 60 * 24, **(options or {})}
+        for name, value in self.options.items():
+            if name.endswith(("tasks_per_node", "ntasks_per_node")) and value != 1:
+                raise ConfigError(
+                    f"--job {name}={value}: one task per machine starts its processes. Give --gpus {value} "
+                    "instead."
+                )
         _import_submitit()
 
     def start(self, node: Node) -> None:
@@ -172,7 +180,7 @@ class Jobs:
                 task = str(node.folder / "task.json")
                 num_others = self.num_at_once if self.cluster == "local" else 1
                 job = executor.submit(run_task, task, self.cluster, self.num_devices, num_others).job_id
-            except (RuntimeError, NameError, TypeError, subprocess.SubprocessError) as error:
+            except (RuntimeError, NameError, TypeError, ValueError, subprocess.SubprocessError) as error:
                 save_state(node, State(status="failed", error=f"not submitted: {error}"))
                 raise ConfigError(f"--jobs {self.cluster}: {error}") from error
         _job_file(node).write_text(job, encoding="utf-8")
@@ -183,7 +191,7 @@ def _job_file(node: Node) -> Path:
 
 
 def run_task(path: str, cluster: str, num_devices: int, num_at_once: int = 1) -> None:
-    """Run the node of a task file, inside a job.
+    """Run the node of a task file, inside a job; on several machines, every one of them calls this.
 
     Args:
         num_at_once: jobs that share this machine's cores.
@@ -191,22 +199,70 @@ def run_task(path: str, cluster: str, num_devices: int, num_at_once: int = 1) ->
     if num_at_once > 1:  # read when PyTorch is imported, which it is not yet
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_at_once)))
     variable = "SLURM_JOB_ID" if cluster == "slurm" else "SUBMITIT_LOCAL_JOB_ID"
-    job = f"{cluster}:{os.environ.get(variable, '')}"
-    do_in_processes(load_node(Path(path)), num_devices, job=job)
+    number = os.environ.get(variable, "")
+    here = _import_submitit().JobEnvironment() if cluster == "slurm" else None
+    machines = Machines()
+    if here is not None and here.num_nodes > 1:
+        # The number of the job keeps two jobs that share their first machine apart.
+        endpoint = f"{here.hostnames[0]}:{29_500 + int(number) % 10_000}"
+        machines = Machines(count=here.num_nodes, this=here.node, endpoint=endpoint)
+    do_in_processes(load_node(Path(path)), num_devices, job=f"{cluster}:{number}", machines=machines)
 
 
-def do_in_processes(node: Node, num_processes: int, *, job: str = "") -> None:
-    """Do a node in this process, or in several that torchrun starts; its state says how it ended."""
-    if num_processes == 1:
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """The machines of a job, whose processes work together."""
+
+    count: int = 1
+    this: int = 0
+    """Number of this one, from 0."""
+    endpoint: str = ""
+    """HOST:PORT of the first, where they meet."""
+
+    def torchrun(self, num_processes: int, job: str) -> list[str]:
+        """Return the arguments of Python that start this machine's processes."""
+        command = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
+        if self.count == 1:
+            return [*command, "--standalone"]
+        return [
+            *command,
+            f"--nnodes={self.count}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-id={job}",
+            f"--rdzv-endpoint={self.endpoint}",
+            f"--rdzv-conf=is_host={int(self.this == 0)}",
+        ]
+
+
+def do_in_processes(
+    node: Node, num_processes: int, *, job: str = "", machines: Machines | None = None
+) -> None:
+    """Do a node in this process, or in several that torchrun starts; its state says how it ended.
+
+    Args:
+        num_processes: on this machine, and on each of the others.
+        job: see ``State``.
+        machines: of the job; None for this one alone. The first writes the state and ``log.txt``.
+    """
+    machines = machines or Machines()
+    if num_processes * machines.count == 1:
         do_node(node, job=job, log=node.folder / "log.txt")
         return
     path = node.folder / "task.json"
-    save_node(node, path)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    with (node.folder / "log.txt").open("a", encoding="utf-8") as log:
+    if machines.this == 0:
+        save_node(node, path)
+    name = f"log-{machines.this}.txt" if machines.this else "log.txt"
+    with (node.folder / name).open("a", encoding="utf-8") as log:
         # In a session of its own: a Ctrl-C reaches it once, through us, and it ends its processes.
         running = subprocess.Popen(
-            [sys.executable, *torchrun, "-m", "tinyllava.studies.work", str(path), job],
+            [
+                sys.executable,
+                *machines.torchrun(num_processes, job),
+                "-m",
+                "tinyllava.studies.work",
+                str(path),
+                job,
+            ],
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -218,7 +274,7 @@ def do_in_processes(node: Node, num_processes: int, *, job: str = "") -> None:
             running.terminate()
             running.wait()
             raise
-    if code and load_state(node).status != "failed":
+    if code and machines.this == 0 and load_state(node).status != "failed":
         save_state(node, State(status="failed", error=f"torchrun ended with status {code}", job=job))
 
 
