@@ -6,13 +6,17 @@ import runpy
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch.distributed.launcher.api
 from accelerate import PartialState
 from torch.distributed import TCPStore
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
+
+from tinyllava.cli import main
 
 FORK = multiprocessing.get_context("fork")
 
@@ -96,3 +100,32 @@ def in_ranks(num_ranks: int, action: Callable[[int], object], said: Path | None 
         for process in ranks:
             process.kill()
     return [process.exitcode for process in ranks]
+
+
+def start_command(arguments: Sequence[str], said: Path, prepare: Callable[[], object] = int) -> BaseProcess:
+    """Start ``tinyllava ARGUMENTS`` without a launcher of its own; processes that it launches are forked too.
+
+    Args:
+        arguments: of the command.
+        said: file that gets what it prints.
+        prepare: done in the process first, for one.
+    """
+
+    def forking(config: LaunchConfig, executable: str) -> Callable[..., object]:
+        config.start_method = "fork"
+        return lambda *program: elastic_launch(config, work)(program[program.index("tinyllava") + 1 :])
+
+    def work(command: Sequence[str]) -> None:
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        PartialState._reset_state()
+        if status := main(command):  # the agent waits for a value of one that ends well
+            sys.exit(status)
+
+    def run() -> int:
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+            os.environ.pop(name, None)
+        torch.distributed.launcher.api.elastic_launch = forking
+        prepare()
+        return main(arguments)
+
+    return start(run, said)

@@ -1,5 +1,7 @@
 """What ``compat`` depends on is there in the installed releases, and does what the package needs."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,6 +22,7 @@ from tinyllava.model.compat import (
     lonely_group,
     render_template,
     set_checkpointing,
+    waiting_at_most,
 )
 from tinyllava.model.modeling import TinyLlavaOutput
 
@@ -162,5 +165,18 @@ def test_in_a_lonely_group_no_process_waits_for_another():
         total = torch.tensor([1.0])
         distributed.all_reduce(total)
         assert total.item() == 2
+
+    assert in_ranks(2, work) == [0, 0]
+
+
+def test_a_process_waits_no_longer_than_the_limit_for_another_that_does_not_come():
+    def work(rank: int) -> None:
+        distributed.init_process_group("gloo", timeout=timedelta(hours=1))
+        with waiting_at_most(timedelta(milliseconds=200), otherwise=timedelta(hours=1)):
+            if rank == 0:
+                with pytest.raises(RuntimeError, match="gloo"):
+                    distributed.all_reduce(torch.zeros(1))
+                distributed.distributed_c10d._get_default_store().set("raised", "")
+            distributed.distributed_c10d._get_default_store().wait(["raised"])
 
     assert in_ranks(2, work) == [0, 0]

@@ -9,18 +9,23 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore
 
 import toys
-from processes import in_ranks
+from processes import in_ranks, start, start_command
+from tinyllava import cli
 from tinyllava.config import FULL, Run, Validation, lora
-from tinyllava.errors import ConfigError, Stopped
+from tinyllava.errors import ConfigError, Stopped, TrainingError
 from tinyllava.files import held
+from tinyllava.training.progress import StageProgress
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer, trained_tensors
 from training_toys import sampled_order, toy_run, write_run
@@ -159,31 +164,24 @@ def test_dinov2_trained_in_two_processes_gives_the_weights_of_one(parts, tmp_pat
     assert (mask["trained"], mask["moved"]) == (False, False)
 
 
-def start_command(*arguments: str) -> subprocess.Popen[str]:
-    """Start ``tinyllava`` without a launcher, on CPUs."""
-    launchers = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
-    environment = {name: value for name, value in os.environ.items() if name not in launchers}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tinyllava", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
 def test_train_starts_its_processes_itself_and_gives_the_weights_of_one(parts, tmp_path):
+    """As a user starts them, with nothing forked."""
     records = make_records(tmp_path, {2, 5})
-    printed = {}
-    for name, gpus in (("one", "1"), ("two", "2")):
-        (tmp_path / name).mkdir()
-        run = toy_run(parts, records, tmp_path / name / "run")
-        command = start_command("train", write_run(run, tmp_path / name), "--gpus", gpus)
-        printed[name], errors = command.communicate()
-        assert command.returncode == 0, errors[-3000:]
+    (tmp_path / "two").mkdir()
+    run = toy_run(parts, records, tmp_path / "two/run")
+    environment = {name: value for name, value in os.environ.items() if "WORLD_SIZE" not in name}
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyllava", "train", write_run(run, tmp_path / "two"), "--gpus", "2"],
+        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(dataclasses.replace(run, output=str(tmp_path / "one/run")))
     compare_models(tmp_path)
-    assert printed["two"].splitlines()[0] == "2 processes share each batch of 4 samples"
-    assert printed["two"].count("model: ") == 1  # said once
+    assert done.stdout.splitlines()[0] == "2 processes share each batch of 4 samples"
+    assert done.stdout.count("model: ") == 1  # said once
     for stage in run.stages:
         files = [tmp_path / f"{name}/run/{stage}/metrics.jsonl" for name in ("one", "two")]
         steps = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
@@ -195,40 +193,102 @@ def test_train_starts_its_processes_itself_and_gives_the_weights_of_one(parts, t
 def test_what_a_process_is_refused_for_is_said_once(parts, tmp_path):
     records = make_records(tmp_path, set())
     run = write_run(toy_run(parts, records, tmp_path / "run"), tmp_path)
-    command = start_command("train", run, "--gpus", "3")
-    printed, errors = command.communicate()
-    assert command.returncode == 2
-    assert errors.count("not divisible by 3 ranks") == 2  # in two stages
-    assert (printed, errors.count("error: ")) == ("", 1)
-    held_by = tmp_path / "run"
-    held_by.mkdir()
-    with held(held_by):  # known to the first process only
-        command = start_command("train", run, "--gpus", "2")
-        _, errors = command.communicate()
-    assert command.returncode == 2
-    assert errors.count("error: ") == 1
-    assert "Traceback" not in errors
+    command = start_command(["train", run, "--gpus", "3"], tmp_path / "said")
+    command.join()
+    printed = (tmp_path / "said").read_text()
+    assert command.exitcode == 2, printed
+    assert printed.count("not divisible by 3 ranks") == 2  # in two stages
+    assert printed.startswith("error: ")
+    assert printed.count("error: ") == 1
+    (tmp_path / "run").mkdir()
+    with held(tmp_path / "run"):  # known to the first process only
+        command = start_command(["train", run, "--gpus", "2"], tmp_path / "held")
+        command.join()
+    printed = (tmp_path / "held").read_text()
+    assert command.exitcode == 2, printed
+    assert printed.count("error: ") == 1
+    assert "another process" in printed
+    assert "Traceback" not in printed
+
+
+def start_long(parts, tmp_path, prepare=int) -> tuple[BaseProcess, Path]:
+    """Start a run of many steps in two processes, and wait for the first; return it and its metrics."""
+    records = make_records(tmp_path, set())
+    toy = toy_run(parts, records, tmp_path / "run")
+    long = dataclasses.replace(toy.stages["finetune"], max_steps=2000)
+    hardware = dataclasses.replace(toy.hardware, save_steps=2)
+    run = dataclasses.replace(toy, stages={"finetune": long}, hardware=hardware)
+    arguments = ["train", write_run(run, tmp_path), "--gpus", "2"]
+    command = start_command(arguments, tmp_path / "said", prepare)
+    metrics = tmp_path / "run/finetune/metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text().count("\n"):
+        assert command.exitcode is None, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    return command, metrics
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_command_saves_in_all_processes(parts, tmp_path, number):
-    records = make_records(tmp_path, set())
-    toy = toy_run(parts, records, tmp_path / "run")
-    long = dataclasses.replace(toy.stages["finetune"], max_steps=2000)
-    run = write_run(dataclasses.replace(toy, stages={"finetune": long}), tmp_path)
-    command = start_command("train", run, "--gpus", "2")
-    metrics = tmp_path / "run/finetune/metrics.jsonl"
-    while not metrics.exists() or not metrics.read_text().count("\n"):
-        assert command.poll() is None, command.communicate()[1][-3000:]
-        time.sleep(0.05)
-    command.send_signal(number)
-    _, errors = command.communicate()
-    assert command.returncode == 128 + number
-    assert "stopping: saving after this step" in errors
-    assert "Traceback" not in errors
+    command, metrics = start_long(parts, tmp_path)
+    os.kill(command.pid, number)
+    command.join()
+    printed = (tmp_path / "said").read_text()
+    assert command.exitcode == 128 + number, printed
+    assert "stopping: saving after this step" in printed
+    assert "Traceback" not in printed
     num_steps = metrics.read_text().count("\n")
     assert num_steps < 2000
     assert (tmp_path / f"run/finetune/checkpoint-{num_steps}/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("loses", ["killed", "raises"])
+def test_a_process_that_is_lost_ends_the_others_and_one_error_is_told(parts, tmp_path, loses):
+    """The first process, which speaks, only knows that it has lost the second."""
+
+    def at_third_step(self, args, state, control, **_):
+        if state.global_step == 3 and os.environ["RANK"] == "1":
+            if loses == "raises":
+                raise TrainingError("this one alone")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare():
+        StageProgress.on_step_begin = at_third_step
+
+    command, metrics = start_long(parts, tmp_path, prepare)
+    command.join()
+    printed = (tmp_path / "said").read_text()
+    assert command.exitcode == 2, printed
+    expected = {
+        "killed": "error: process 1 of 2 was killed by SIGKILL, possibly because memory ran out.",
+        "raises": "process 1:\nerror: this one alone",
+    }
+    assert expected[loses] in printed
+    assert (printed.count("error: "), printed.count("Traceback")) == (1, 0)
+    assert (tmp_path / "run/finetune/checkpoint-2/manifest.json").is_file()
+    assert metrics.read_text().count("\n") == 3
+
+
+def test_a_signal_ends_a_process_that_waits_for_another(tmp_path, monkeypatch):
+    """Which Python's handlers cannot: it waits in PyTorch, for a process that never comes."""
+    (tmp_path / "bench/pope").mkdir(parents=True)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def wait(arguments) -> int:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "2"}
+        (tmp_path / "waits").touch()
+        TCPStore("127.0.0.1", store.port).wait(["never"], timedelta(hours=1))
+        return 0
+
+    monkeypatch.setattr("tinyllava.cli.runs.main", wait)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        (tmp_path / "waits").unlink(missing_ok=True)
+        process = start(lambda: cli.main(["runs"]), tmp_path / "said")
+        while not (tmp_path / "waits").exists():
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == 128 + number
 
 
 def signal_two(run: Run, signalled: dict[int, int], *, number: int = 0, step: int = -1) -> list[int | None]:

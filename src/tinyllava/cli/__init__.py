@@ -3,11 +3,14 @@
 import errno
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from types import FrameType
 
@@ -73,19 +76,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 141  # as a shell counts it: head, for one, has what it wanted
     except TinyLlavaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _tell(str(error))
     except Exception as error:
-        line = _describe(error)
-        if not line:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+        if _is_of_another_process(error):
+            time.sleep(_PATIENCE_SECONDS)  # a launcher that knows the reason ends this process meanwhile
+            return _tell(
+                "another process of this run was lost: it has ended, or does not answer. Look at the "
+                "messages of its node, and run the same command again to resume."
+            )
+        if line := _describe(error):
+            return _tell(line)
+        if not _is_first_to_tell():
+            return 1
+        raise
     except KeyboardInterrupt as stop:
         again = " Run the same command again to resume." if arguments[0] in RESUMED else ""
         if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
             print(f"\nStopped.{again}", file=sys.stderr)
         return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+_PATIENCE_SECONDS = 20
+
+
+def _tell(line: str) -> int:
+    """Print an error, once for all processes of a run, and return the exit status."""
+    if _is_first_to_tell():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _is_first_to_tell() -> bool:
+    """Whether no other process of this run has told an error; torchrun's store keeps count."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
+        return True
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(*place, wait_for_workers=False, timeout=timedelta(seconds=5))
+        told = store.add(f"tinyllava/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)
+    except DistError:
+        return True
+    return told == 1
+
+
+def _is_of_another_process(error: Exception) -> bool:
+    """Whether an error only says that another process of the run has ended, or does not answer."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
+        return False
+    is_torchs = any(kind.__module__ == "torch.distributed" for kind in type(error).__mro__)
+    return is_torchs or "gloo" in str(error)
 
 
 _OF_THE_MACHINE = (
@@ -134,18 +175,52 @@ def _ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    owner = os.getpid()
+    owner, ended = os.getpid(), threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() == owner:
+            ended.set()
             raise Stopped(number)
         os._exit(128 + number)  # a process of its own, forked from this one
 
-    before = signal.signal(signal.SIGTERM, stop)
+    is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    numbers = (signal.SIGTERM, signal.SIGINT) if is_one_of_several else (signal.SIGTERM,)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        with _ended_while_waiting(stop, ended) if is_one_of_several else nullcontext():
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _ended_while_waiting(stop: object, ended: threading.Event) -> Iterator[None]:
+    """End this process some seconds after a signal that its handler was not called for.
+
+    Python calls none while PyTorch waits for another process. In training, which has handlers of its own, the
+    process goes on: it saves first.
+
+    Args:
+        stop: the handler.
+        ended: which it sets.
+    """
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            if signal.getsignal(number[0]) is stop and not ended.wait(3):
+                os._exit(128 + number[0])
+
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # it would speak for this process
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(before)
+        writer.close()
 
 
 def _run_own_code(arguments: list[str]) -> list[str]:

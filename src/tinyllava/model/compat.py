@@ -6,13 +6,15 @@ Each has a test in ``tests/model/test_compat.py``, which runs with the lowest, p
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import timedelta
 from importlib import import_module
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, destroy_process_group, new_group
+from torch.distributed import ProcessGroup, destroy_process_group, is_initialized, new_group
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -218,6 +220,24 @@ def lonely_group() -> Iterator[ProcessGroup]:
         yield group
     finally:
         destroy_process_group(group)
+
+
+@contextmanager
+def waiting_at_most(limit: timedelta, otherwise: timedelta) -> Iterator[None]:
+    """Raise RuntimeError in a process that waits longer than the limit for another one in a collective call.
+
+    Args:
+        limit: within this context.
+        otherwise: afterwards.
+    """
+    if not is_initialized():
+        yield
+        return
+    _set_pg_timeout(limit)
+    try:
+        yield
+    finally:
+        _set_pg_timeout(otherwise)
 
 
 def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:

@@ -5,6 +5,7 @@ Paper: section 4.1.2; the processes share the batch of an optimizer step.
 
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -92,8 +93,8 @@ def _num_launched(environment: Mapping[str, str]) -> int:
 def launch(arguments: Sequence[str], num_processes: int) -> int:
     """Run ``tinyllava ARGUMENTS`` in several processes of this machine and return the exit status.
 
-    PyTorch's elastic agent starts them, as torchrun does. The first one speaks. The messages of another one
-    are shown where it is the first to fail.
+    PyTorch's elastic agent starts them, as torchrun does. The first one speaks. Of an error that another
+    one has, its messages are shown.
 
     Raises:
         TrainingError: a process was killed.
@@ -125,22 +126,24 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             return 128 + stop.sigval
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if rank:
-                _show_messages(Path(logs), rank)
+            _show_messages(Path(logs))
             if failure.exitcode < 0:
-                name = signal.Signals(-failure.exitcode).name
+                number = signal.Signals(-failure.exitcode)
+                why = ", possibly because memory ran out" if number == signal.SIGKILL else ""
                 raise TrainingError(
-                    f"process {rank} of {num_processes} was killed by {name}, possibly because memory ran "
-                    "out. Run the same command again to resume."
+                    f"process {rank} of {num_processes} was killed by {number.name}{why}. Run the same "
+                    "command again to resume."
                 ) from error
             return failure.exitcode
     return 0
 
 
-def _show_messages(logs: Path, rank: int) -> None:
-    for path in logs.rglob(f"{rank}/stderr.log"):
+def _show_messages(logs: Path) -> None:
+    """Show the error that another process than the first has told; one tells it, see ``tinyllava.cli``."""
+    for path in logs.rglob("stderr.log"):
         text = path.read_bytes()[-_SHOWN_BYTES:].decode(errors="replace")
-        print(f"process {rank}:\n{text}".rstrip(), file=sys.stderr)
+        if re.search("^(error: |Traceback )", text, re.MULTILINE):
+            print(f"process {path.parent.name}:\n{text}".rstrip(), file=sys.stderr)
 
 
 @contextmanager

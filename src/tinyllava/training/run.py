@@ -27,7 +27,7 @@ from tinyllava.errors import DataError, TinyLlavaError, TrainingError
 from tinyllava.files import held, is_full_disk, read_object, write_json, write_text
 from tinyllava.inference.logits import refuse_broken_weights
 from tinyllava.model.assemble import save_model
-from tinyllava.model.compat import causal_without_looking, forget_preparation
+from tinyllava.model.compat import causal_without_looking, forget_preparation, waiting_at_most
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.quiet import keeping_random_state, transformers_errors_only, without_loading_bars
@@ -45,6 +45,9 @@ from tinyllava.training.progress import StageProgress, announce
 from tinyllava.training.stopping import StopRequests
 from tinyllava.training.trainer import StageTrainer, make_arguments
 from tinyllava.training.validation import Validator
+
+_PREPARING, _TRAINING = timedelta(days=2), timedelta(hours=1)
+"""How long a process waits for another one: the first prepares the data alone; a step takes minutes."""
 
 
 @keeping_random_state()
@@ -70,7 +73,7 @@ def train(run: Run, *, wait: bool = False, progress: Callback | None = None) -> 
     run = dataclasses.replace(run, start_from=str(whole_model(run.start_from)) if run.start_from else "")
     run = pin(run)
     check(run)
-    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=_PREPARING)
     with ExitStack() as stack:
         if processes.is_main_process:
             _make_folder(run)
@@ -301,7 +304,12 @@ def _train_stage(
         check_trained(resumed / RESUMED_TENSORS, model)
     start = time.monotonic()
     try:
-        with naming_dead_workers("--hardware.num-workers"), keeper.writing(), stopper.listening():
+        with (
+            naming_dead_workers("--hardware.num-workers"),
+            waiting_at_most(_TRAINING, otherwise=_PREPARING),
+            keeper.writing(),
+            stopper.listening(),
+        ):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except DataError as error:  # a worker process hands over its whole traceback as the message
         kind = type(error)
