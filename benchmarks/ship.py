@@ -41,6 +41,7 @@ from tinyllava.checkpoints.exporting.gguf import MMPROJ, MODEL
 from tinyllava.checkpoints.exporting.onnx import OpenGraphs
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import ask
+from tinyllava.errors import CheckpointError
 from tinyllava.inference.chat import Chat, encode_prompt
 from tinyllava.model.assemble import assemble
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -146,7 +147,12 @@ class Bench:
         """Measure and print a row, if it is wanted; the first one is what the others are compared with."""
         if self.expected != [""] and not self.only.search(runtime):
             return
-        folder = write()
+        try:
+            folder = write()
+        except CheckpointError as error:  # too far from the model: there is nothing to run
+            reason = str(error).partition("not exported: ")[2] or str(error)
+            print(f"| {runtime} | rejected: {reason} | | | |", flush=True)
+            return
         found = run(folder)
         texts = [text for _, text, _ in found[: len(self.whole)]]
         self.expected = texts if self.expected == [""] else self.expected
