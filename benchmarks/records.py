@@ -91,9 +91,12 @@ def make_record(
 
 
 def private_megabytes() -> float:
-    """Return the memory of this process that it shares with no other."""
+    """Return the memory that this process has written and shares with no other.
+
+    Clean pages of mapped files are cache, which the system takes back when it needs memory.
+    """
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1000
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1000
 
 
 def cpu_seconds() -> float:

@@ -32,6 +32,8 @@ TRAINED_KEYS = ("loss", "weight", "train")
 _UNSUPPORTED = ("video", "videos", "audio", "audios", "tools", "functions")
 _PREFERENCES = ("chosen", "rejected")
 _SYSTEM = ("system", "system_prompt")
+_SHOWN = 8
+"""Turns whose roles an error names."""
 _IMAGE_IN_TEXT = re.compile(r"<image>|<img>([^<>]+)</img>")
 _FOREIGN_MARK = re.compile(r"<\|image(?:_pad|_\d+)?\|>|<image[ _]?\d+>|<(?:image_placeholder|ImageHere|img)>")
 """How other models' data mark the place of an image."""
@@ -301,7 +303,8 @@ def _check_order(roles: list[Role], where: str) -> None:
     if roles and roles[-1] == "user":
         raise Defect("unanswered", where, "the conversation ends with a question")
     if not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
-        raise Defect("roles", where, f"turns do not alternate: {', '.join(roles) or 'none'}")
+        shown = ", ".join(roles[:_SHOWN]) + ", ..." * (len(roles) > _SHOWN)
+        raise Defect("roles", where, f"turns do not alternate: {shown or 'none'}")
 
 
 def _id(raw: Mapping[str, Any], where: str) -> str:
