@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from itertools import chain
 from pathlib import Path
 
 from tinyllava.conversation import Conversation, ImageRef, Message
@@ -24,6 +25,7 @@ _Stamp = tuple[int, int, int]
 """Size in bytes, time of the last change of the content and of the entry, in nanoseconds."""
 _FRESH_NS = 2 * 10**9  # a file written so lately may change again within one tick of its file system's clock
 _AT_ONCE = 256
+_STAMPED = 32  # files that a thread looks at together: handing one over takes longer than looking at it
 _WHOLE = (
     "CREATE TABLE IF NOT EXISTS whole (path TEXT PRIMARY KEY, size INTEGER, modified INTEGER, "
     "changed INTEGER) WITHOUT ROWID"
@@ -65,7 +67,9 @@ class ImageHashes:
         with closing(_open_database(self.path)) as database, ThreadPoolExecutor(_AT_ONCE // 32) as threads:
             for start in range(0, len(refs), _AT_ONCE):
                 part = refs[start : start + _AT_ONCE]
-                stamps = dict(zip(part, threads.map(_stamp, part), strict=True))
+                pieces = [part[n : n + _STAMPED] for n in range(0, len(part), _STAMPED)]
+                found_stamps = chain.from_iterable(threads.map(_stamps, pieces))
+                stamps = dict(zip(part, found_stamps, strict=True))
                 known = {ref: _look_up(database, ref, stamps[ref]) for ref in part}
                 unknown = [ref for ref in part if not known[ref]]
                 for ref, hashed in zip(unknown, threads.map(_hash, unknown), strict=True):
@@ -132,6 +136,10 @@ def _keep_whole(database: sqlite3.Connection, found: Sequence[_Identity]) -> Non
     rows = [(name, *stamp) for name, stamp in found if stamp and max(stamp[1:]) < now - _FRESH_NS]
     with suppress(sqlite3.DatabaseError, UnicodeEncodeError), database:
         database.executemany("INSERT OR REPLACE INTO whole VALUES (?, ?, ?, ?)", rows)
+
+
+def _stamps(refs: Sequence[ImageRef]) -> list[_Stamp | None]:
+    return [_stamp(ref) for ref in refs]
 
 
 def _stamp(ref: ImageRef) -> _Stamp | None:
