@@ -23,7 +23,7 @@ import torch
 import tyro
 from PIL import Image
 
-from gpu_training import CUDA, DEVICE, LAYOUTS, build, qlora, train
+from gpu_training import CUDA, DEVICE, LAYOUTS, build, qlora, train, train_forms
 
 HERE = Path(__file__).parent
 
@@ -144,17 +144,18 @@ TESTS = [
     "tests/model/test_checkpointing.py",
 ]
 PARTS: dict[str, tuple[int, Callable[[], Any], Callable[[], Any]]] = {
-    "tests": (110, lambda: run_tests(TESTS), lambda: run_tests(["tests/model/test_devices.py"])),
-    "train C-TL": (70, lambda: train("C-TL", 30), lambda: train("tiny", 8)),
-    "train Sig-Phi": (120, lambda: train("Sig-Phi", 30), lambda: train("tiny", 6)),
-    "stock": (55, lambda: stock("tinyllama", "3"), lambda: stock("tiny", "1")),
+    "tests": (80, lambda: run_tests(TESTS), lambda: run_tests(["tests/model/test_devices.py"])),
+    "train C-TL": (60, lambda: train("C-TL", 30), lambda: train("tiny", 8)),
+    "train Sig-Phi": (105, lambda: train("Sig-Phi", 30), lambda: train("tiny", 6)),
+    "forms C-TL": (75, lambda: train_forms("C-TL", 12), lambda: train_forms("tiny", 6)),
+    "stock": (50, lambda: stock("tinyllama", "3"), lambda: stock("tiny", "1")),
     "answer": (
-        55,
+        50,
         lambda: answer("--model", "tinyllama-shape", "--images", "667", "--sample", "16"),
         lambda: answer("--depth", "0.05", "--images", "2", "--sample", "2"),
     ),
     "decode": (20, lambda: decode("C-TL", 64), lambda: decode("tiny", 8)),
-    "qlora": (50, lambda: qlora("C-TL"), lambda: qlora("tiny")),
+    "qlora": (40, lambda: qlora("C-TL"), lambda: qlora("tiny")),
 }
 """Name -> limit in seconds, 480 in all; what it does; and the same at toy sizes."""
 

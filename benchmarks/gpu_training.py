@@ -30,6 +30,7 @@ from transformers import (
 from tinyllava.config import Hardware, ModelConfig, Run, Stage
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.data.dataset import Examples, measure
+from tinyllava.model.compat import causal_without_looking
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
@@ -200,13 +201,13 @@ class Clock(TrainerCallback):
 
 
 def forbid_waiting() -> None:
-    """Let CUDA raise where the host waits for the device inside a micro-batch."""
+    """Let CUDA raise where the host waits for the device inside a micro-batch; two steps may compile."""
     if not CUDA:
         return
     step = StageTrainer.training_step
 
     def strict(self: StageTrainer, *args: Any, **kwargs: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error" if self.state.global_step > 1 else "default")
         try:
             return step(self, *args, **kwargs)
         finally:
@@ -216,9 +217,13 @@ def forbid_waiting() -> None:
 
 
 def train_stage(
-    layout: Layout, stage: str, settings: Stage, num_steps: int, model: Any, processor: Any
+    layout: Layout, stage: str, settings: Stage, num_steps: int, model: Any, processor: Any, **form: bool
 ) -> dict[str, Any]:
-    """Train some steps of a stage; return rates, use of the peak, and memory against the estimate."""
+    """Train some steps of a stage; return rates, use of the peak, and memory against the estimate.
+
+    Args:
+        form: hardware settings other than the usual ones.
+    """
     per_step = settings.global_batch_size
     room = settings.max_length_tokens - layout.num_patches - 40
     records = make_records(stage, per_step * min(num_steps, 4), room)
@@ -230,13 +235,13 @@ def train_stage(
         name="gpu",
         model=ModelConfig(vision_encoder=encoder, language_model=language),
         stages={stage: settings},
-        hardware=Hardware(num_workers=8 if CUDA else 0, save_steps=10**6),
+        hardware=Hardware(num_workers=8 if CUDA else 0, save_steps=10**6, **form),
     )
     apply_tuning(model, settings)
     clock = Clock(num_steps)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, causal_without_looking(model.language_model):
         trainer = make_trainer(run, settings, model, processor, prepared, Path(folder), [clock])
         trainer.args.save_strategy = "no"
         clock.trainer = trainer
@@ -258,7 +263,9 @@ def train_stage(
     if not encoder:
         return found
     hardware = Hardware(
-        device_batch_size=found["device_batch_size"], gradient_checkpointing=found["recomputed"]
+        device_batch_size=found["device_batch_size"],
+        gradient_checkpointing=found["recomputed"],
+        compile=run.hardware.compile,
     )
     return found | _against_plan(replace(run, hardware=hardware), settings, examples, rate)
 
@@ -289,15 +296,39 @@ def train(name: str, num_steps: int) -> dict[str, Any]:
     layout = LAYOUTS[name]
     model, processor = build(layout)
     found = {}
-    for stage, settings in BASE.stages.items():
-        settings = replace(
-            settings,
-            template="",
-            max_steps=num_steps,
-            global_batch_size=settings.global_batch_size // 8 if layout.parts[0] else 4,
-            max_length_tokens=min(settings.max_length_tokens, 2048),
-        )
+    for stage in BASE.stages:
+        settings = _settings(layout, stage, num_steps)
         found[stage] = train_stage(layout, stage, settings, num_steps, model, processor)
+        model.requires_grad_(False)
+    return found
+
+
+def _settings(layout: Layout, stage: str, num_steps: int) -> Stage:
+    settings = BASE.stages[stage]
+    return replace(
+        settings,
+        template="",
+        max_steps=num_steps,
+        global_batch_size=settings.global_batch_size // 8 if layout.parts[0] else 4,
+        max_length_tokens=min(settings.max_length_tokens, 2048),
+    )
+
+
+FORMS: dict[str, dict[str, bool]] = {
+    "packed": {"packing": True},
+    "packed compiled": {"packing": True, "compile": True},
+    "packed compiled recomputed": {"packing": True, "compile": True, "gradient_checkpointing": True},
+}
+
+
+def train_forms(name: str, num_steps: int) -> dict[str, Any]:
+    """Fine-tuning in the forms that ``train`` does not measure; the first steps compile."""
+    forbid_waiting()
+    layout = LAYOUTS[name]
+    model, processor = build(layout)
+    settings, found = _settings(layout, "finetune", num_steps), {}
+    for label, form in FORMS.items():
+        found[label] = train_stage(layout, "finetune", settings, num_steps, model, processor, **form)
         model.requires_grad_(False)
     return found
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
+from math import ceil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -168,7 +169,7 @@ def measure_stage(name: str, stage_name: str, form: Form, device_batch: int = 0)
             name="",
             model=ModelConfig(vision_encoder=layout.parts[0], language_model=layout.parts[1]),
             stages={},
-            hardware=Hardware(gradient_checkpointing=form.recomputed),
+            hardware=Hardware(gradient_checkpointing=form.recomputed, compile=form.compiled),
         )
         parts, longest = plan_parts(run), layout.num_patches + max(texts)
         machine = Machine(memory_bytes=GPU.memory_bytes, is_half=True, num_ranks=1)
@@ -183,9 +184,10 @@ def measure_stage(name: str, stage_name: str, form: Form, device_batch: int = 0)
 
 
 def _fill(texts: list[int], patches: int, budget: int) -> list[int]:
-    """Samples of one packed micro-batch: as many as the budget of tokens holds."""
+    """Samples of one packed micro-batch: an even share for as few as the budget of tokens allows."""
     sums = accumulate(patches + text for text in texts)
-    return texts[: max(1, sum(total <= budget for total in sums))]
+    number = max(1, sum(total <= budget for total in sums))
+    return texts[: ceil(len(texts) / ceil(len(texts) / number))]
 
 
 def _run(layout: Any, stage: Stage, texts: list[int], form: Form) -> Found:
@@ -246,6 +248,7 @@ def main(
     tiny: bool = False,
     costs: int = 8,
     device_batch: int = 0,
+    only: str = "",
     json_file: Path | None = None,
 ) -> None:
     """Print the share of an H100's peak of each stage and form.
@@ -256,12 +259,13 @@ def main(
         tiny: a toy model in place of them.
         costs: how many of the largest costs to print of each.
         device_batch: samples of the longest length in a micro-batch, in place of the plan's choice.
+        only: measure the forms whose name holds this, such as ``compiled``.
         json_file: where the numbers are written too, in the place of those of the same stage and form.
     """
     result: dict[str, Any] = {}
     show: Callable[..., None] = print
     for name, stage in product(("tiny",) if tiny else models, stages):
-        for form in FORMS:
+        for form in (form for form in FORMS if only in str(form)):
             found = measure_stage(name, stage, form, device_batch)
             numbers = found.summary()
             label = f"{name} {stage} {form}"

@@ -34,8 +34,6 @@ KERNEL_SECONDS = 2e-6
 """Of any other kernel, however small: it starts and ends while nothing else runs."""
 GATHERS = ("embedding", "index_select", "gather", "index", "nll_loss_forward")
 """Operators that read only the rows that they return."""
-EAGER = ("", "encoder layer")
-"""Parts that ``hardware.compile`` leaves as they are: only layers of the language model are compiled."""
 FREE = ("detach", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh")
 
 
@@ -157,7 +155,7 @@ class Roofline(TorchDispatchMode):
             self.flops += flops
             moved = sum(_bytes(t) for t in [*inputs, *outputs])
             self._add(label, max(seconds, moved / copy_speed(self.gpu)), flops, moved)
-        elif not self.compiled or self.part in EAGER:
+        elif not self.compiled or not self.part:  # only layers are compiled
             moved = sum(_bytes(t) for t in (new or outputs))
             moved += moved if name in GATHERS else sum(_bytes(t) for t in inputs)
             self._add(name, KERNEL_SECONDS + moved / copy_speed(self.gpu), 0.0, moved)

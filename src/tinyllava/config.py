@@ -303,8 +303,8 @@ class Hardware:
     """Pack the samples of a micro-batch into one row without padding, in which none sees another. A
     micro-batch holds as many tokens as device_batch_size of the longest samples. False: padded rows."""
     compile: bool = False
-    """Compile the layers of the language model (torch.compile): faster steps that keep less, after a minute
-    of compiling. Needs a C++ compiler, on a GPU Triton. Activations are then never recomputed."""
+    """Compile the layers of language model and encoder (torch.compile): faster steps that keep less, after a
+    minute of compiling. Needs a C++ compiler, on a GPU Triton."""
     num_workers: int = 2
     """Background processes that load images."""
     check_images: bool = True

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 import toys
-from tinyllava.config import FROZEN, FULL, DataConfig, Run, Stage, Tune, Validation, from_layer, lora
+from tinyllava.config import (
+    FROZEN,
+    FULL,
+    DataConfig,
+    Hardware,
+    Run,
+    Stage,
+    Tune,
+    Validation,
+    from_layer,
+    lora,
+)
 from tinyllava.errors import ConfigError
 from tinyllava.parts.connectors import CONNECTORS, num_tokens
 from tinyllava.parts.vision import VISION_ENCODERS
@@ -95,9 +106,9 @@ WRONG: dict[str, tuple[Run, str, str]] = {
         "share_pretrain.vision_encoder: trained",
         "cache_features False",
     ),
-    "compiled and recomputed": (
-        hardware(compile=True, gradient_checkpointing=True),
-        "compile: not with hardware.gradient_checkpointing True",
+    "compiled in 4 bits": (
+        replace(finetune(language_model=lora(8, bits=4)), hardware=Hardware(compile=True)),
+        "compile: not with weights in 4 bits",
         "set hardware.compile False",
     ),
     "compiled and divided": (

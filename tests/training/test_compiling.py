@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tinyllava.config import FULL, Hardware, ModelConfig, Stage, Validation, lora
+from tinyllava.config import FULL, Hardware, ModelConfig, Stage, Validation, from_layer, lora
 from tinyllava.errors import ConfigError
 from tinyllava.model.assemble import assemble
-from tinyllava.model.compat import causal_without_looking
+from tinyllava.model.compat import causal_without_looking, decoder_layers, encoder_layers
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.training import compiling
-from tinyllava.training.compiling import check_compiler, compile_layers
+from tinyllava.training.compiling import check_compiler, compile_layers, recompute
 from tinyllava.training.run import train
 from training.test_distributed import make_records
 from training.test_sharding import compare, sharded, train_in
 from training_toys import toy_run
 
-STAGE = Stage(learning_rate=1e-3, global_batch_size=2, language_model=FULL)
+STAGE = Stage(learning_rate=1e-3, global_batch_size=2, language_model=FULL, vision_encoder=from_layer(1))
 ADAPTERS = dataclasses.replace(STAGE, language_model=lora(4, dropout=0.2))
 
 
@@ -64,29 +64,38 @@ def step(model, batch):
     return loss.detach(), gradients
 
 
-def check_equal(parts, stage):
+def check_equal(parts, stage, recomputed=False):
     """For batches of several lengths, padded and packed; layers of one form share their graphs."""
     config = ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["llama"]))
     model, _ = assemble(config)
     apply_tuning(model, stage)
+    model.train()
     batches = [padded(model, 2, 12), padded(model, 3, 17), packed(model, 9, 12), packed(model, 8, 14, 10)]
     expected = [step(model, batch) for batch in batches]
     counters.clear()
     undo = compile_layers(model)
+    recompute(model, recomputed)
+    runs = []
+    layers = [*decoder_layers(model.language_model), *encoder_layers(model.vision_encoder)]
+    for layer in layers:
+        compiled = layer.forward.run
+        layer.forward.run = lambda *args, compiled=compiled, **kw: runs.append(1) or compiled(*args, **kw)
     for batch, (loss, gradients) in zip(batches, expected, strict=True):
         found_loss, found = step(model, batch)
         torch.testing.assert_close(found_loss, loss, rtol=0, atol=1e-5)
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
-    assert 0 < counters["stats"]["unique_graphs"] <= 8  # below the limit at which nothing more is compiled
+    assert len(runs) == len(batches) * len(layers) * (1 + recomputed)
+    assert 0 < counters["stats"]["unique_graphs"] <= 12  # each part below the limit at which no more are made
     undo()
-    assert all("forward" not in vars(layer) for layer in model.language_model.layers)
+    assert all("forward" not in vars(layer) for layer in layers)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("stage", [STAGE, ADAPTERS])
-def test_losses_and_gradients_are_equal(parts, stage):
-    check_equal(parts, stage)
+def test_losses_and_gradients_are_equal(parts, stage, recomputed):
+    check_equal(parts, stage, recomputed)
 
 
 def test_those_of_compiled_code_are_equal(parts):
@@ -109,7 +118,7 @@ def test_two_processes_train_and_validate_compiled(parts, tmp_path):
     validation = Validation(held_out=str(records))
     stage = dataclasses.replace(run.stages["finetune"], max_steps=1, validation=validation)
     run = dataclasses.replace(run, stages={"finetune": stage})
-    train_in(2, sharded(run, "none", tmp_path / "compiled", compile=True))
+    train_in(2, sharded(run, "none", tmp_path / "compiled", compile=True, gradient_checkpointing=True))
     train_in(2, sharded(run, "none", tmp_path / "plain"))
     compare(tmp_path / "compiled", tmp_path / "plain")
     settings = json.loads((tmp_path / "compiled/run/run.json").read_text())

@@ -323,11 +323,16 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("llm", "encoder", "recomputed"),
-    [("llama", "clip", False), ("phi", "siglip", True), ("stablelm", "siglip", False)],
+    ("llm", "encoder", "connector", "settings", "tune"),
+    [
+        ("llama", "clip", "mlp", {}, FULL),
+        ("phi", "siglip", "mlp", {"gradient_checkpointing": True}, FULL),
+        ("stablelm", "siglip", "mlp", {}, FULL),
+        ("llama", "siglip", "resampler", {"packing": True}, lora(2, dropout=0.1)),
+    ],
 )
 def test_the_host_waits_for_nothing_inside_a_micro_batch(
-    parts, records, tmp_path, monkeypatch, llm, encoder, recomputed
+    parts, records, tmp_path, monkeypatch, llm, encoder, connector, settings, tune
 ):
     original, counts = StageTrainer.training_step, []
 
@@ -338,10 +343,11 @@ def test_the_host_waits_for_nothing_inside_a_micro_batch(
         return loss
 
     monkeypatch.setattr(StageTrainer, "training_step", counting)
-    hardware = Hardware(num_workers=0, precision="bf16", gradient_checkpointing=recomputed)
+    hardware = Hardware(num_workers=0, precision="bf16", **settings)
     run = toy_run(parts, records, tmp_path / "run", llm=llm, encoder=encoder, hardware=hardware)
-    share = dataclasses.replace(run.stages["finetune"], vision_encoder=from_layer(1))
-    train(dataclasses.replace(run, stages=run.stages | {"finetune": share}))
+    model = dataclasses.replace(run.model, connector=connector)
+    share = dataclasses.replace(run.stages["finetune"], vision_encoder=from_layer(1), language_model=tune)
+    train(dataclasses.replace(run, model=model, stages=run.stages | {"finetune": share}))
     assert counts == [[]] * 6
 
 

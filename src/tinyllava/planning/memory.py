@@ -91,6 +91,7 @@ def estimate_memory(
     num_supervised: int,
     bf16: bool,
     checkpointing: bool = False,
+    compiled: bool = False,
     sharding: Sharding = "none",
     num_ranks: int = 1,
     accumulates: bool = False,
@@ -101,6 +102,7 @@ def estimate_memory(
         batch: samples per forward pass, each with one image.
         num_tokens: length of a sequence, image tokens included.
         num_supervised: supervised tokens of a sequence.
+        compiled: whether layers are (``hardware.compile``), which then make much again that others keep.
         sharding: what so many ranks divide among them (FSDP2).
         num_ranks: with more than one and no sharding, gradients lie in buckets all the time (DDP).
     """
@@ -110,7 +112,7 @@ def estimate_memory(
     num_shards = num_ranks if is_divided else 1
     in_buckets = num_ranks > 1 and not is_divided  # of DDP, which hold the gradients all the time
     whole, gathered = _undivided(parts, stage, sharding, bf16) if is_divided else (0, 0)
-    activations = batch * _sample_bytes(parts, stage, num_tokens, bf16, checkpointing)
+    activations = batch * _sample_bytes(parts, stage, num_tokens, bf16, checkpointing, compiled)
     activations += min(batch * num_supervised, LOSS_POSITIONS) * _logit_bytes(parts.language, bf16)
     if bf16 and not checkpointing:
         activations += HALF_BYTES * _cast_weights(parts, stage)
@@ -205,10 +207,12 @@ def _logit_bytes(language: LanguageModel, bf16: bool) -> int:
     return language.vocab_size * (3 * FLOAT_BYTES + (HALF_BYTES if bf16 else 0))
 
 
-def _sample_bytes(parts: PlannedParts, stage: Stage, num_tokens: int, bf16: bool, checkpointing: bool) -> int:
+def _sample_bytes(
+    parts: PlannedParts, stage: Stage, num_tokens: int, bf16: bool, checkpointing: bool, compiled: bool
+) -> int:
     """Bytes that one sample's forward pass keeps outside the head."""
     language, width = parts.language, parts.language.width
-    layer = num_tokens * _decoder_layer_bytes(language, stage.language_model, bf16)
+    layer = num_tokens * _decoder_layer_bytes(language, stage.language_model, bf16, compiled)
     ends = num_tokens * width * FLOAT_BYTES * 4  # embeddings before and after the splice, the last norm
     if checkpointing:
         kept = layer + num_tokens * width * FLOAT_BYTES * (language.num_layers - 1)
@@ -216,16 +220,20 @@ def _sample_bytes(parts: PlannedParts, stage: Stage, num_tokens: int, bf16: bool
         kept = layer * language.num_layers
     item = HALF_BYTES if bf16 else FLOAT_BYTES
     connector = item * (parts.num_patches * parts.encoder.width + 3 * parts.num_image_tokens * width)
-    return kept + ends + connector + _encoder_bytes(parts, stage.vision_encoder, bf16, checkpointing)
+    return (
+        kept + ends + connector + _encoder_bytes(parts, stage.vision_encoder, bf16, checkpointing, compiled)
+    )
 
 
-def _decoder_layer_bytes(language: LanguageModel, tune: Tune, bf16: bool) -> int:
+def _decoder_layer_bytes(language: LanguageModel, tune: Tune, bf16: bool, compiled: bool) -> int:
     """Bytes that a layer keeps for each token.
 
     A norm keeps its input and, where it is trained, what it multiplies its weight with; a linear layer its
     input where it is trained; attention its three inputs and its output; the feed-forward block what its
     activation and its product need. With bf16 each linear layer keeps a cast of its input of its own.
     """
+    if compiled:
+        return _compiled_layer_bytes(language, tune, bf16)
     width, mlp, family = language.width, language.mlp_width, _family(language)
     item = HALF_BYTES if bf16 else FLOAT_BYTES
     weights_trained = tune.kind in ("full", "from_layer")
@@ -240,6 +248,23 @@ def _decoder_layer_bytes(language: LanguageModel, tune: Tune, bf16: bool) -> int
     if tune.kind == "lora":
         total += _adapter_bytes(language, tune, bf16)
     return total
+
+
+def _compiled_layer_bytes(language: LanguageModel, tune: Tune, bf16: bool) -> int:
+    """Bytes that a compiled layer keeps for each token: what products read and write, and its own input.
+
+    Norms, activations and casts are made again. What attention adds is kept where a norm follows it, and the
+    inputs of linear layers where their weights are trained.
+    """
+    family, width, mlp = _family(language), language.width, language.mlp_width
+    item = HALF_BYTES if bf16 else FLOAT_BYTES
+    keeps_inputs = tune.kind in ("full", "from_layer") or (tune.bits == 8 and (bf16 or tune.dropout > 0))
+    total = width * FLOAT_BYTES + (family.norms - 1) * width * item
+    total += (2 * language.num_queries + 2 * language.num_keys) * item
+    total += (2 if family.gated else 1) * mlp * item
+    if keeps_inputs:
+        total += (family.norms * width + language.num_queries + mlp) * item
+    return total + (_adapter_bytes(language, tune, bf16) if tune.kind == "lora" else 0)
 
 
 def _family(language: LanguageModel) -> LanguageFamily:
@@ -295,7 +320,9 @@ def _cnn_values(encoder: VisionEncoder) -> float:
     return sum(n * widths * width * cell for (n, width), cell in zip(encoder.stages, cells, strict=True))
 
 
-def _encoder_bytes(parts: PlannedParts, tune: Tune, bf16: bool, checkpointing: bool = False) -> int:
+def _encoder_bytes(
+    parts: PlannedParts, tune: Tune, bf16: bool, checkpointing: bool = False, compiled: bool = False
+) -> int:
     """Bytes that a trained encoder keeps for one image; a frozen one keeps nothing.
 
     With checkpointing a transformer keeps one layer and the inputs of the others.
@@ -304,7 +331,9 @@ def _encoder_bytes(parts: PlannedParts, tune: Tune, bf16: bool, checkpointing: b
     if not tune.trains:
         return 0
     if encoder.members:
-        return sum(_encoder_bytes(replace(parts, encoder=e), tune, bf16) for e in encoder.members)
+        return sum(
+            _encoder_bytes(replace(parts, encoder=e), tune, bf16, compiled=compiled) for e in encoder.members
+        )
     item = HALF_BYTES if bf16 else FLOAT_BYTES
     if encoder.kind == "cnn":
         return int(_cnn_values(encoder) * encoder.image_size_px**2 * item)
@@ -315,6 +344,8 @@ def _encoder_bytes(parts: PlannedParts, tune: Tune, bf16: bool, checkpointing: b
     layer = tokens * (
         2 * FLOAT_BYTES * encoder.width + item * ((4 + casts) * encoder.width + num_mlp * encoder.mlp_width)
     )
+    if compiled:
+        layer = tokens * (FLOAT_BYTES * encoder.width + item * (7 * encoder.width + 2 * encoder.mlp_width))
     if checkpointing:
         return layer + (num_layers - 1) * tokens * encoder.width * FLOAT_BYTES
     return num_layers * layer

@@ -197,7 +197,8 @@ def _plan_stage(
     if load:
         executed = load.flops + load.recomputed_flops * recomputed
         computing = executed / (num_gpus * gpu.flops(precision) * share)
-        computing += load.num_steps * copy_seconds(OPTIMIZER_BYTES * sum(trained.values()), gpu.bandwidth)
+        updated = sum(trained.values()) / (1 if run.hardware.sharding == "none" else num_gpus)
+        computing += load.num_steps * copy_seconds(OPTIMIZER_BYTES * updated, gpu.bandwidth)
         images = image_seconds(load.num_images_seen, num_gpus, run.hardware.num_workers)
         steps = run.hardware.save_steps or max(1, load.num_steps // 10)
         seconds = Seconds(
@@ -309,6 +310,7 @@ def choose_forms(
             num_supervised=longest_supervised,
             bf16=machine.is_half,
             checkpointing=checkpointing,
+            compiled=hardware.compile,
             sharding=hardware.sharding,
             num_ranks=machine.num_ranks,
             accumulates=size < per_rank,
@@ -321,7 +323,7 @@ def choose_forms(
             fits=memory.peak <= USABLE_MEMORY * machine.memory_bytes,
         )
 
-    wanted = False if hardware.compile else hardware.gradient_checkpointing
+    wanted = hardware.gradient_checkpointing
     kept = [] if wanted is True else [form(size, False) for size in sizes]
     if wanted is None:  # one sample at a time only where there are no two
         kept = [f for f in kept if f.device_batch_size > 1 or len(sizes) == 1]

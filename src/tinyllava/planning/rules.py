@@ -195,10 +195,11 @@ def hardware_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
             f"global_batch_size = {stage.global_batch_size}: smaller than hardware.device_batch_size = "
             f"{hardware.device_batch_size}; lower the device batch size."
         )
-    if hardware.compile and stage.language_model.bits < 16:
+    bits = min(stage.tune(component).bits for component in COMPONENTS)
+    if hardware.compile and bits < 16:
         yield (
-            f"hardware.compile: not with weights in {stage.language_model.bits} bits, which cannot be "
-            "compiled; set hardware.compile False."
+            f"hardware.compile: not with weights in {bits} bits, which cannot be compiled; set "
+            "hardware.compile False."
         )
     if hardware.cache_features and stage.vision_encoder.trains:
         yield "vision_encoder: trained, so its features cannot be cached; set hardware.cache_features False."

@@ -1,7 +1,8 @@
-"""Layers of the language model as compiled code (``torch.compile``), if the hardware settings ask for it.
+"""Layers of language model and encoder as compiled code (``torch.compile``), if a run asks for it.
 
 Paper: none. Norms, rotary embeddings, activations and additions of a layer become a few fused kernels, which
-also keep less for the backward pass. Losses and gradients are equal up to rounding.
+also keep less for the backward pass. Losses and gradients are equal up to rounding. Where activations are
+recomputed, the compiled layer is what runs twice, so it may still hand over to code that is not compiled.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,10 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinyllava.errors import ConfigError
-from tinyllava.model.compat import decoder_layers
+from tinyllava.model.compat import decoder_layers, encoder_layers, set_checkpointing
+from tinyllava.model.encoders import FusedVisionModel
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 
 BACKEND = "inductor"
@@ -39,20 +42,56 @@ def check_compiler(device: torch.device) -> None:
         raise ConfigError(f"hardware.compile: this machine cannot compile ({reason}). {_FIX}") from error
 
 
-def compile_layers(model: TinyLlavaForConditionalGeneration) -> Callable[[], None]:
-    """Compile each layer of the language model, for any batch and length, and return what undoes it.
+class _Compiled:
+    """The forward pass of a layer as compiled code."""
 
-    Layers of one form share their code. A layer is compiled when it first runs.
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.run = layer, _compile(layer.forward)
+        self.recomputes = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.recomputes and self.layer.training and torch.is_grad_enabled():
+            return checkpoint(self.run, *args, use_reentrant=False, **kwargs)
+        return self.run(*args, **kwargs)
+
+
+def compile_layers(model: TinyLlavaForConditionalGeneration) -> Callable[[], None]:
+    """Compile each layer of language model and encoder, for any batch and length, and return what undoes it.
+
+    Layers of one form share their code. A layer is compiled when it first runs. A CNN stays as it is.
     """
-    layers: list[Any] = list(decoder_layers(model.language_model))
+    layers: list[Any] = list(_layers(model))
     for layer in layers:
-        layer.forward = _compile(layer.forward)
+        layer.forward = _Compiled(layer)
 
     def undo() -> None:
         for layer in layers:
             del layer.forward
 
     return undo
+
+
+def recompute(model: TinyLlavaForConditionalGeneration, is_on: bool) -> None:
+    """Recompute a model's activations in the backward pass, or keep them; its layers may be compiled.
+
+    transformers would recompute within what is compiled, where no code may be left out of it.
+    """
+    set_checkpointing(model, is_on)
+    for layer in _layers(model):
+        compiled: Any = layer.forward
+        if isinstance(compiled, _Compiled):
+            compiled.recomputes = is_on
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+def _layers(model: TinyLlavaForConditionalGeneration) -> Iterator[nn.Module]:
+    yield from decoder_layers(model.language_model)
+    encoder: Any = model.vision_encoder
+    if isinstance(encoder, FusedVisionModel):
+        yield from encoder_layers(encoder.first)
+        yield from encoder_layers(encoder.second)
+    elif model.config.encoder_kind == "transformer":
+        yield from encoder_layers(encoder)
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

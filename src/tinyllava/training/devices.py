@@ -25,11 +25,12 @@ from tinyllava.data.reporting import say
 from tinyllava.data.store import image_counts
 from tinyllava.data.workers import PAGES_BYTES, PREFETCHED, usable_workers
 from tinyllava.errors import TinyLlavaError, TrainingError
-from tinyllava.model.compat import lonely_group, set_checkpointing
+from tinyllava.model.compat import lonely_group
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.planning.memory import Memory
 from tinyllava.planning.plan import Form, Machine, choose_forms, plan_parts
+from tinyllava.training.compiling import recompute
 from tinyllava.training.packing import check_packing, pack_stage
 from tinyllava.training.precision import HALF, choose_precision, computing_in
 from tinyllava.training.prepare import Prepared
@@ -76,7 +77,7 @@ def fit_hardware(
             f"out of memory with {_describe(forms[0])}; training with {_describe(form)} instead, still "
             f"{stage.global_batch_size} samples per step"
         )
-    set_checkpointing(model, checkpointing)
+    recompute(model, checkpointing)
     hardware = dataclasses.replace(run.hardware, device_batch_size=size, gradient_checkpointing=checkpointing)
     return *_limit_workers(stage, hardware, processor, prepared, packed), packed
 
@@ -102,7 +103,7 @@ def _possible_forms(run: Run, stage: Stage, prepared: Prepared) -> Sequence[Form
         parts = plan_parts(run)
     except TinyLlavaError:  # a checkpoint need not say what its parts are
         sizes = [n for n in range(usual, 0, -1) if usual % n == 0 and hardware.device_batch_size in (0, n)]
-        wanted = False if hardware.compile else hardware.gradient_checkpointing
+        wanted = hardware.gradient_checkpointing
         each = itertools.product([False, True] if wanted is None else [wanted], sizes)
         per_rank = stage.global_batch_size // machine.num_ranks
         return [_unplanned(size, per_rank // size, checkpointing) for checkpointing, size in each]
@@ -205,7 +206,7 @@ def survives(
     if not can_run_out():
         return True
     device = PartialState().device
-    set_checkpointing(model, form.checkpointing)
+    recompute(model, form.checkpointing)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         tried, sharding = model, choose_sharding(run.hardware)

@@ -19,6 +19,7 @@ from tinyllava.data.store import image_counts
 from tinyllava.errors import ConfigError
 from tinyllava.model.compat import CAUSAL, attention_of, packed_mask
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.training.compiling import not_compiled
 from tinyllava.training.precision import computing_in
 
 WINDOW = 50
@@ -31,7 +32,9 @@ def check_packing(model: TinyLlavaForConditionalGeneration, precision: str) -> N
     Raises:
         ConfigError: not every layer of the language model keeps samples apart.
     """
-    if not all(gather_object([keeps_apart(model, PartialState().device, precision)])):
+    with not_compiled():
+        found = keeps_apart(model, PartialState().device, precision)
+    if not all(gather_object([found])):
         raise ConfigError(
             f"hardware.packing: {model.config.text_config.model_type!r} has attention windows, or layers in "
             "which samples of one row would see each other; set hardware.packing False."

@@ -347,6 +347,7 @@ def make_trainer(
 ) -> StageTrainer:
     """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
     undo = [hold_frozen_in_half(model, choose_precision(run.hardware.precision)), make_lean(model)]
+    undo += [compile_layers(model)] if run.hardware.compile else []
     hardware, prefetch_factor, packed = fit_hardware(run, stage, model, processor, prepared)
     num_samples = len(prepared.examples)
     arguments = make_arguments(run, stage, hardware, folder, num_samples, prefetch_factor, packed)
@@ -362,7 +363,7 @@ def make_trainer(
         ),
         callbacks=callbacks,
     )
-    trainer.undo = [*undo, compile_layers(model)] if hardware.compile else undo
+    trainer.undo = undo
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
