@@ -18,7 +18,7 @@ from safetensors import safe_open
 from tinyllava.checkpoints.exporting.gguf import EXTRA_CHECK, bytes_in_gguf, reasons_against_gguf
 from tinyllava.checkpoints.exporting.gguf_text import add_tokenizer
 from tinyllava.checkpoints.exporting.graphs import Pixels
-from tinyllava.checkpoints.exporting.onnx import PACKAGES, reasons_against_onnx
+from tinyllava.checkpoints.exporting.onnx import BLOCK, PACKAGES, reasons_against_onnx
 from tinyllava.checkpoints.exporting.stock import reasons_against_stock
 from tinyllava.checkpoints.exporting.web import RUNTIME_BYTES
 from tinyllava.errors import CheckpointError
@@ -241,7 +241,10 @@ def _num_bytes(tensor: _Tensor, config: TinyLlavaConfig, layout: Layout, kind: s
         return bytes_in_gguf(tensor.shape, kind, is_text=is_text, is_table=is_table)
     if layout not in ("onnx", "web"):
         return tensor.size * tensor.item_bytes
-    each = {"fp32": 4, "fp16": 2, "int8": 1 if len(tensor.shape) == 2 else 4}[kind]
+    is_table = "embed_tokens" in tensor.name
+    plain = tensor.size * {"fp32": 4, "fp16": 2, "int8": 1 if is_table else 4}[kind]
+    matrix = plain
+    if kind == "int8" and len(tensor.shape) == 2:  # each row in blocks, with a scale of four bytes
+        matrix = tensor.shape[0] * -(-tensor.shape[1] // BLOCK) * (BLOCK + 4)
     # Embedding and head are in two graphs, each with its rows.
-    copies = 2 if "embed_tokens" in tensor.name and config.tie_word_embeddings else 1
-    return tensor.size * each * copies
+    return (plain if is_table else 0) + (matrix if not is_table or config.tie_word_embeddings else 0)

@@ -195,24 +195,40 @@ def _save(graph: Any, path: Path, *, quantized: bool) -> None:
     import onnx_ir
 
     if quantized:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             source, target = Path(scratch) / "source.onnx", Path(scratch) / "target.onnx"
             onnx_ir.save(graph, source, external_data="source.data")
-            quantize_dynamic(
-                source,
-                target,
-                op_types_to_quantize=["MatMul", "Gather"],
-                weight_type=QuantType.QInt8,
-                use_external_data_format=True,
-            )
+            _quantise(source, target)
             loaded = onnx_ir.load(target)
             onnx_ir.external_data.load_to_model(loaded)  # the scratch folder goes away
             _save(loaded, path, quantized=False)
         return
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
     onnx_ir.save(graph, path, external_data=f"{path.name}_data" if size > _MOST_IN_ONE_FILE else None)
+
+
+BLOCK = 32
+"""Weights of a matrix that share a scale in int8, and inputs that are rounded together."""
+_LEVEL = 4  # of the runtime's accuracy: it multiplies integers, so inputs are rounded by the block too
+
+
+def _quantise(source: Path, target: Path) -> None:
+    """Round the matrices of a graph to 8 bits by the block, and tables that are looked up.
+
+    One scale for all inputs of a product would do for no language model with a few very large activations.
+    """
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization import matmul_nbits_quantizer as matrices
+
+    tables, kind = source.with_name("tables.onnx"), quantization.QuantType.QInt8
+    quantization.quantize_dynamic(
+        source, tables, op_types_to_quantize=["Gather"], weight_type=kind, use_external_data_format=True
+    )
+    settings = matrices.DefaultWeightOnlyQuantConfig(BLOCK, is_symmetric=True, accuracy_level=_LEVEL, bits=8)
+    quantizer = matrices.MatMulNBitsQuantizer(onnx.load(tables), algo_config=settings)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
 
 
 def _write_configs(
