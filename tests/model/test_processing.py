@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
@@ -207,7 +207,8 @@ def test_a_template_that_is_rendered_once_for_a_shape_gives_what_it_gives_each_t
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@given(some=st.lists(conversations(), min_size=2, max_size=4))
+@given(some=st.lists(conversations(), max_size=4))
+@example(some=[])
 @settings(max_examples=10, deadline=None)
 def test_many_together_are_tokenised_as_each_alone_by_the_tokenizer_itself(processors, layout, some):
     """And as with typed content throughout, whatever the last call asked the tokenizer to cut off or add."""

@@ -177,7 +177,7 @@ def locate_all(
         dtype=np.int64,
         count=2 * ends[-1],
     ).reshape(-1, 2)
-    edges += np.repeat(starts[:-1], counts)[:, None]
+    edges += np.repeat(np.array(starts[:-1], dtype=np.int64), counts)[:, None]
     spans = [
         (start + first, start + last)
         for start, (_, spans, _, _) in zip(starts, read, strict=False)
