@@ -83,7 +83,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["usual", "cut inside a record", "damaged", "with defects"])
+@pytest.mark.parametrize("kind", ["usual", "cut inside a record", "damaged", "extra comma", "with defects"])
 def test_a_large_file_is_read_in_slices_as_if_whole(form, kind, tmp_path, monkeypatch):
     """By two processes, each of which holds a part of the file; places of records are those of the file."""
     monkeypatch.setattr(json_slices, "SLICE_BYTES", 2000)
@@ -101,18 +101,20 @@ def test_a_large_file_is_read_in_slices_as_if_whole(form, kind, tmp_path, monkey
         ]
     text = FORMS[form](records)
     path = tmp_path / ("my.jsonl" if form == "lines" else "my.json")
-    path.write_text(text[:-150] if kind == "damaged" else text, encoding="utf-8")
+    last = text.rindex("]")
+    texts = {"damaged": text[:-150], "extra comma": f"{text[:last]},{text[last:]}"}
+    path.write_text(texts.get(kind, text), encoding="utf-8")
     data = DataConfig(records=(str(path),))
-    if kind in ("damaged", "with defects"):
+    if kind in (*texts, "with defects"):
         found = []
         for read in (lambda: read_stored(data, "", tmp_path / "store"), lambda: read_configured(data)):
             with pytest.raises(DataError) as caught:
                 read()
             found.append(str(caught.value))
         assert found[0] == found[1]
-        assert kind == "damaged" or ": 4 records have defects" in found[0]
+        assert kind in texts or ": 4 records have defects" in found[0]
         data = DataConfig(records=data.records, skip=("unanswered", "duplicate_id", "missing_image"))
-    if kind != "damaged":
+    if kind not in texts:
         stored, plain = read_stored(data, "", tmp_path / "store"), read_configured(data)
         assert list(stored.conversations) == list(plain.conversations)
         assert (stored.skipped, stored.ignored) == (plain.skipped, plain.ignored)
@@ -133,6 +135,13 @@ def test_a_process_that_dies_while_records_are_read_is_told(monkeypatch):
     with pytest.raises(DataError, match="a process that reads records died, possibly because memory"):
         list(cores.map_parts(work, range(9)))
     assert list(cores.map_parts(lambda part: 2 * part, range(9))) == list(range(0, 18, 2))
+    # What ends the others is no handler of this process: one that waits for a lock would not call it.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        handlers = set(cores.map_parts(lambda part: signal.getsignal(signal.SIGTERM), range(9)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert handlers == {signal.SIG_DFL}
 
 
 def test_another_process_maps_the_file_for_itself(data, tmp_path):

@@ -62,8 +62,13 @@ def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator
 
 
 def _begin(work: Callable[[Any], Any]) -> None:
-    """Begin a forked process. The parent answers Ctrl-C, and none outlives it."""
+    """Begin a forked process. The parent answers Ctrl-C, and none outlives it.
+
+    SIGTERM, by which the pool ends the others when one has died, ends it at once: Python calls no handler of
+    the parent's in a process that waits for a lock which the dead one holds.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()  # a collection would look at all that was imported, which takes time and copies it
     _WORK[:] = [work]

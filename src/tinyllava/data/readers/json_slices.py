@@ -47,7 +47,7 @@ class Slice:
         try:
             text = self._text()
             if self.is_array:
-                raws = parse_json(f"[{text.rstrip().removesuffix(',')}]")
+                raws = parse_json(f"[{text}]")
                 return [(f"record {number}", raw) for number, raw in enumerate(raws, self.first)] or None
             lines = enumerate(text.split("\n"), self.first)
             return [(f"line {number}", parse_json(line)) for number, line in lines if line.strip()]
@@ -118,7 +118,6 @@ def _cut_array(mapped: mmap.mmap, head: bytes, start: int, end: int) -> list[tup
     mark = f"}}{found[0]}".encode()
     before, cuts = start, []
     while (place := mapped.find(mark, before + SLICE_BYTES, end)) >= 0:
-        cut = place + mark.index(b"{")
-        cuts.append((before, cut))
-        before = cut
+        cuts.append((before, place + 1))  # the comma is in no slice
+        before = place + mark.index(b"{")
     return [*cuts, (before, end)]
