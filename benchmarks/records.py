@@ -125,8 +125,9 @@ def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
     from tinyllava.config import DataConfig
     from tinyllava.data.conversion import read_stored
     from tinyllava.data.dataset import Examples, measure
+    from tinyllava.data.distinct_images import DistinctImages
     from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
-    from tinyllava.data.store import kept_digest, list_images
+    from tinyllava.data.store import kept_digest
 
     processor = make_processor(tokenizer)
     found: dict[str, float] = {}
@@ -151,8 +152,8 @@ def measure_run(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
     talks = examples.conversations
     kept_digest(talks, "records", records_digest)
     lap("records_digest")
-    hashes = ImageHashes(store / "hashes.sqlite").find(talks, refs=list_images(talks))
-    kept_digest(talks, "images-benchmark", lambda some: images_digest(some, hashes))
+    hashes = ImageHashes(store / "hashes.sqlite").find(DistinctImages(talks))
+    kept_digest(talks, f"images-{hashes.digest[:24]}", lambda _: images_digest(hashes))
     lap("images")
     examples.encode(examples.conversations[len(examples) // 2])
     found["seconds"] = round(time.perf_counter() - start, 2)

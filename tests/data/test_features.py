@@ -13,6 +13,7 @@ from PIL import Image
 
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message
+from tinyllava.data.distinct_images import DistinctImages
 from tinyllava.data.features import FeatureCache, encoder_key
 from tinyllava.data.hashes import ImageHashes
 from tinyllava.data.images import open_image
@@ -68,12 +69,12 @@ def test_rows_are_the_encoders_features(model_and_processor, tmp_path, conversat
 
 
 def test_images_whose_hashes_are_known_are_not_read_again(model_and_processor, tmp_path, conversations):
-    hashes = ImageHashes(tmp_path / "hashes.sqlite").find(conversations)
+    hashes = ImageHashes(tmp_path / "hashes.sqlite").find(DistinctImages(conversations))
     FeatureCache(tmp_path / "kept", *model_and_processor).fill(conversations)
     for ref in hashes:
         ref.path.unlink()
     again = FeatureCache(tmp_path / "kept", *model_and_processor)
-    again.fill(conversations, hashes=hashes)
+    again.fill(conversations, hashes=[hashes])
     rows = [again.read(conversation.images[0]) for conversation in conversations]
     assert torch.equal(rows[0], rows[2])  # a copy of it
     assert not torch.equal(rows[0], rows[1])

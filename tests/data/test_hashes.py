@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tinyllava.conversation import Conversation, ImageRef, ask
+from tinyllava.data.distinct_images import DistinctImages
 from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
 from tinyllava.errors import ImageError
 
@@ -26,7 +27,7 @@ def make_images(folder: Path, colours: str = "abc") -> list[Conversation]:
 
 def digest(conversations: list[Conversation], database: Path) -> tuple[str, int]:
     hashes = ImageHashes(database)
-    return images_digest(conversations, hashes.find(conversations)), hashes.num_read
+    return images_digest(hashes.find(DistinctImages(conversations))), hashes.num_read
 
 
 @pytest.fixture
@@ -102,9 +103,9 @@ def test_an_image_is_decoded_once_and_again_when_it_changed(tmp_path: Path) -> N
 
     def look() -> tuple[list[int], int]:
         images, seen = ImageHashes(tmp_path / "images.sqlite"), []
-        broken = images.find_broken(refs, seen.append)
+        broken = images.find_broken(DistinctImages([ask("Q", *refs)]), seen.append)
         assert sum(seen) == len(refs)
-        return [refs.index(ref) for ref in broken], images.num_decoded
+        return list(broken), images.num_decoded
 
     assert look() == ([4, 5, 6], 7)
     assert look() == ([4, 5, 6], 3)  # only what was broken

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from tinyllava.data import batches, conversion, cores, store
 from tinyllava.data.conversion import read_stored
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.defects import Defect, Defects
-from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
+from tinyllava.data.distinct_images import DistinctImages
+from tinyllava.data.hashes import ImageHashes, images_digest, records_digest, sha256_of_image
 from tinyllava.data.readers import json_slices
 from tinyllava.data.records import read_configured
 from tinyllava.data.store import StoredConversations
+from tinyllava.data.writing import write_records
 from tinyllava.errors import DataError
 from tinyllava.model.assemble import assemble
 
@@ -63,14 +66,64 @@ def test_converted_records_are_the_records(data, tmp_path):
     assert list(stored[5:2000:7]) == list(plain[5:2000:7])
     assert stored.image_counts.tolist() == [len(c.images) for c in plain]
     assert stored.question_counts.tolist() == store.question_counts(plain).tolist()
-    assert store.list_images(stored) == store.list_images(plain)
     kept = np.array([3, 2, 1500, NUM_RECORDS])
     some = stored.select(kept)
     assert list(some) == [plain[i] for i in kept]
-    assert set(store.list_images(some)) == set(store.list_images(list(some)))
     assert records_digest(stored) == records_digest(plain)
-    hashes = ImageHashes(tmp_path / "hashes.sqlite").find(plain)
-    assert images_digest(stored, hashes) == images_digest(plain, hashes)
+
+
+def test_images_of_converted_records_are_those_of_the_records(data, tmp_path):
+    """Files of several folders, under other spellings, and bytes; also of a part, repeated, and cut."""
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "more/d e.png")
+    rows = [{"image": name, "conversations": turns("<image>Q", "A")} for name in ("more\\d e.png", "./a.png")]
+    rows += [{"images": ["a.png", "b.png"], "conversations": turns("<image>Q", "A", "<image>Q", "A")}]
+    (tmp_path / "more.json").write_text(json.dumps(rows))
+    data = DataConfig(records=(*data.records, str(tmp_path / "more.json")), images=data.images)
+    plain = read_configured(data).conversations
+    stored = read_stored(data, "", tmp_path / "store").conversations
+    last = len(plain) - 1
+    kept = np.array([last, 3, 2, last - 1, 2, NUM_RECORDS, last - 2])
+    hashes = ImageHashes(tmp_path / "hashes.sqlite")
+    for one, expected in (
+        (stored, plain),
+        (stored.select(kept), [plain[i] for i in kept]),
+        (store.cut(stored.select(kept[:4]), {0: 2}), store.cut([plain[i] for i in kept[:4]], {0: 2})),
+    ):
+        refs = [ref for talk in expected for ref in talk.images]
+        images = DistinctImages(one)
+        listed = [images.ref(number) for number in range(len(images))]
+        assert {(ref.path, ref.data) for ref in refs} <= {(ref.path, ref.data) for ref in listed}
+        found = hashes.find(images)
+        digests = {ref: sha256_of_image(ref) for ref in set(refs)}
+        assert list(found.of_each()) == [[digests[ref] for ref in talk.images] for talk in expected]
+        assert {ref: found[ref] for ref in digests} == digests
+        assert images_digest(found) == images_digest(hashes.find(DistinctImages(list(expected))))
+
+
+def test_bytes_of_images_in_rows_are_not_held_and_are_hashed_once(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (10, 200, 200, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.bmp")
+    rows = [{"image": f"{n % 10}.bmp", "conversations": turns("<image>Q", f"A{n}")} for n in range(100)]
+    (tmp_path / "my.json").write_text(json.dumps(rows))
+    plain = read_configured(DataConfig(records=(str(tmp_path / "my.json"),))).conversations
+    write_records(plain, tmp_path / "my.parquet")
+    stored = read_stored(DataConfig(records=(str(tmp_path / "my.parquet"),)), "", tmp_path / "store")
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
+    monkeypatch.setattr(cores, "num_cores", lambda: 1)  # otherwise other processes hold what there is
+    hashes = ImageHashes(tmp_path / "hashes.sqlite")
+    tracemalloc.start()
+    images = DistinctImages(stored.conversations)
+    digests = [hashes.find(images), hashes.find(images)]
+    broken = [hashes.find_broken(images), hashes.find_broken(images)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * noise[0].nbytes  # of 100 in the file
+    assert (hashes.num_read, hashes.num_decoded, broken) == (100, 100, [{}, {}])
+    assert [found for [found] in digests[0].of_each()] == [sha256_of_image(c.images[0]) for c in plain]
+    assert np.array_equal(digests[0].found, digests[1].found)
 
 
 TURNS = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]

@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
@@ -22,6 +23,11 @@ Result = TypeVar("Result")
 
 _FEW = 2
 """Parts for which other processes would cost more than they save."""
+_TRIED = 8
+_WAITED_SECONDS = 1e-4
+"""For an item: above it several are waited for together."""
+_WAITING = 16
+"""Threads of a process that wait."""
 _WORK: list[Callable[[Any], Any]] = []
 """Of a forked process: what it does with a part."""
 
@@ -29,6 +35,21 @@ _WORK: list[Callable[[Any], Any]] = []
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_waiting(work: Callable[[Part], Result], items: Sequence[Part]) -> list[Result]:
+    """Return the result of each item, in order; where the work waits for a slow disk, by threads.
+
+    Whether it does is seen by the first items. Otherwise threads would only cost time.
+    """
+    first = items[:_TRIED]
+    start = time.perf_counter() - time.thread_time()
+    found = [work(item) for item in first]
+    waited = time.perf_counter() - time.thread_time() - start
+    if waited < _WAITED_SECONDS * len(first):
+        return found + [work(item) for item in items[_TRIED:]]
+    with ThreadPoolExecutor(_WAITING) as threads:
+        return [*found, *threads.map(work, items[_TRIED:])]
 
 
 def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator[Result]:

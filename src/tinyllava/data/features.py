@@ -82,21 +82,21 @@ class FeatureCache:
         *,
         batch_size: int = 8,
         progress: Callable[[int], None] = lambda n: None,
-        hashes: Mapping[ImageRef, str] | None = None,
+        hashes: Iterable[Mapping[ImageRef, str]] = (),
     ) -> None:
         """Compute the missing features. Of several processes, one computes and the others wait.
 
         How much they will take is said before.
 
         Args:
-            hashes: SHA-256 of images, where known; without it an image is read to find its features.
+            hashes: SHA-256 of images, where known; the others are read to find their features.
 
         Raises:
             ImageError: an image is broken; its record is named.
             DataError: they need more than is free on the disk, or it is full; what was finished stays.
         """
-        known = (hashes or {}).items()
-        self._digests |= {str(ref.path): digest for ref, digest in known if ref.data is None}
+        for known in hashes:
+            self._digests |= {str(ref.path): digest for ref, digest in known.items() if ref.data is None}
         try:
             with FileLock(self.folder / "lock"):
                 self._read_index()

@@ -9,14 +9,19 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from itertools import chain
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tinyllava.conversation import Conversation, ImageRef, Message
-from tinyllava.data.cores import map_parts, num_cores
+from tinyllava.data.cores import map_parts, map_waiting
+from tinyllava.data.distinct_images import Cells, DistinctImages, Part, Paths, Source
 from tinyllava.data.images import naming_record, open_image, read_image_bytes
 from tinyllava.data.store import ROWS
 from tinyllava.errors import ImageError
@@ -24,13 +29,89 @@ from tinyllava.errors import ImageError
 _Stamp = tuple[int, int, int]
 """Size in bytes, time of the last change of the content and of the entry, in nanoseconds."""
 _FRESH_NS = 2 * 10**9  # a file written so lately may change again within one tick of its file system's clock
-_AT_ONCE = 256
-_STAMPED = 32  # files that a thread looks at together: handing one over takes longer than looking at it
+_AT_ONCE = 512
+"""Images that a process looks at together."""
+_DIGEST_BYTES = 32
+_NONE = "0" * 2 * _DIGEST_BYTES
 _WHOLE = (
     "CREATE TABLE IF NOT EXISTS whole (path TEXT PRIMARY KEY, size INTEGER, modified INTEGER, "
     "changed INTEGER) WITHOUT ROWID"
 )
 """Images that were decoded without an error."""
+
+
+class ImageDigests(Mapping[ImageRef, str]):
+    """SHA-256 of each image of some conversations.
+
+    Args:
+        images: the images.
+        found: [K, 32], of each in their order.
+    """
+
+    def __init__(self, images: DistinctImages, found: NDArray[np.uint8]) -> None:
+        self.images, self.found = images, found
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Images that are files by their paths; made where single ones are asked for."""
+        refs = ((number, self.images.ref(number)) for number in range(len(self.images)))
+        return {str(ref.path): number for number, ref in refs if ref.path is not None}
+
+    def __getitem__(self, ref: ImageRef) -> str:
+        if ref.data is not None:
+            return sha256_of_image(ref)
+        number = self._numbers.get(str(ref.path))
+        if number is None:
+            raise KeyError(ref)
+        return self._hex(number)
+
+    def _hex(self, number: int) -> str:
+        digest: bytes = self.found[number].tobytes()
+        return digest.hex()
+
+    def __iter__(self) -> Iterator[ImageRef]:
+        return map(self.images.ref, range(len(self.images)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def of_each(self) -> Iterator[list[str]]:
+        """Yield the digests of the images of each conversation, in order."""
+        for numbers in self.images.of_each():
+            yield list(map(self._hex, numbers))
+
+    @property
+    def digest(self) -> str:
+        """A digest of all images in their order."""
+        return hashlib.sha256(self.found.tobytes()).hexdigest()
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """What was found of a part of the images."""
+
+    num_read: int = 0
+    """Images that were read, or decoded, now."""
+    digests: NDArray[np.uint8] | None = None
+    """[n, 32], if all were asked for."""
+    broken: dict[int, ImageError] = field(default_factory=dict)
+    """Images that cannot be read, or decoded, by their place in the part."""
+    hashed: list[tuple[str, _Stamp, str]] = field(default_factory=list)
+    """Hashes to keep: name, stamp and hash."""
+    whole: list[tuple[str, _Stamp]] = field(default_factory=list)
+    """Images to keep that were decoded."""
+
+    def note(self, known: "_Identity", digest: str, *, is_whole: bool = False) -> None:
+        """Keep the hash of an image, unless its file may have changed while it was read."""
+        stamp = known.stamp
+        if stamp is None or max(stamp[1:]) > time.time_ns() - _FRESH_NS:
+            return
+        if known.path and stamp != _stamp(known.path):
+            return
+        if is_whole:
+            self.whole.append((known.name, stamp))
+        if not known.digest:
+            self.hashed.append((known.name, stamp, digest))
 
 
 class ImageHashes:
@@ -43,110 +124,146 @@ class ImageHashes:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_read = 0
-        """Image files whose content was read."""
+        """Image files whose content was read by ``find``."""
         self.num_decoded = 0
         """Images that ``find_broken`` decoded."""
 
-    def find(
-        self,
-        conversations: Sequence[Conversation],
-        progress: Callable[[int], None] = lambda n: None,
-        refs: Sequence[ImageRef] | None = None,
-    ) -> dict[ImageRef, str]:
+    def find(self, images: DistinctImages, progress: Callable[[int], None] = lambda n: None) -> ImageDigests:
         """Return the hash of every image.
-
-        Args:
-            refs: the images of the conversations, each once, where that is known.
 
         Raises:
             ImageError: an image cannot be read; its record is named.
         """
-        if refs is None:
-            refs = list(dict.fromkeys(ref for talk in conversations for ref in talk.images))
-        found: dict[ImageRef, str] = {}
-        with closing(_open_database(self.path)) as database, ThreadPoolExecutor(_AT_ONCE // 32) as threads:
-            for start in range(0, len(refs), _AT_ONCE):
-                part = refs[start : start + _AT_ONCE]
-                pieces = [part[n : n + _STAMPED] for n in range(0, len(part), _STAMPED)]
-                found_stamps = chain.from_iterable(threads.map(_stamps, pieces))
-                stamps = dict(zip(part, found_stamps, strict=True))
-                known = {ref: _look_up(database, ref, stamps[ref]) for ref in part}
-                unknown = [ref for ref in part if not known[ref]]
-                for ref, hashed in zip(unknown, threads.map(_hash, unknown), strict=True):
-                    if isinstance(hashed, ImageError):
-                        with naming_record(next(talk for talk in conversations if ref in talk.images)):
-                            raise hashed
-                    known[ref] = hashed
-                self.num_read += sum(ref.path is not None for ref in unknown)
-                _keep(database, [(ref, stamps[ref], known[ref]) for ref in unknown])
-                found |= known
-                progress(len(part))
-        return found
+        found = np.zeros((len(images), _DIGEST_BYTES), dtype=np.uint8)
+        for part, seen in self._look(images, _hash_part, progress):
+            for place, error in seen.broken.items():
+                shown_by, _ = next(images.showing({images.place(part).start + place}))
+                with naming_record(images.conversations[shown_by]):
+                    raise error
+            found[images.place(part)] = 0 if seen.digests is None else seen.digests
+            self.num_read += seen.num_read
+        return ImageDigests(images, found)
 
     def find_broken(
-        self, refs: Sequence[ImageRef], progress: Callable[[int], None] = lambda n: None
-    ) -> dict[ImageRef, ImageError]:
+        self, images: DistinctImages, progress: Callable[[int], None] = lambda n: None
+    ) -> dict[int, ImageError]:
         """Decode images by all cores, and return those that cannot be decoded, each with the reason.
 
         What was whole is kept by path, size and times (bytes by their hash), and decoded again only when it
-        has changed.
+        has changed. The bytes are hashed at the same time, so that ``find`` need not read them again.
         """
-        broken: dict[ImageRef, ImageError] = {}
-        with closing(_open_database(self.path)) as database, ThreadPoolExecutor(num_cores()) as threads:
-            for start in range(0, len(refs), _AT_ONCE):
-                part = refs[start : start + _AT_ONCE]
-                known = dict(zip(part, threads.map(_identify, part), strict=True))
-                unknown = [ref for ref in part if not _is_whole(database, known[ref])]
-                found = dict(zip(unknown, threads.map(_damage, unknown), strict=True))
-                broken |= {ref: error for ref, error in found.items() if error is not None}
-                _keep_whole(database, [known[ref] for ref, error in found.items() if error is None])
-                self.num_decoded += len(unknown)
-                progress(len(part))
+        broken: dict[int, ImageError] = {}
+        for part, seen in self._look(images, _decode_part, progress):
+            first = images.place(part).start
+            broken |= {first + place: error for place, error in seen.broken.items()}
+            self.num_decoded += seen.num_read
         return broken
 
+    def _look(
+        self,
+        images: DistinctImages,
+        look: Callable[[sqlite3.Connection, Source, Part], _Seen],
+        progress: Callable[[int], None],
+    ) -> Iterator[tuple[Part, _Seen]]:
+        """Yield what is found of each part of the images, by all cores, and keep it."""
 
-_Identity = tuple[str, _Stamp | None]
-"""Name of an image that was decoded, and the stamp under which it counts."""
+        def look_at(part: Part) -> _Seen:  # a process opens the database for itself
+            with closing(_open_database(self.path)) as database:
+                return look(database, images.sources[part.source], part)
+
+        parts = images.parts(_AT_ONCE)
+        with closing(_open_database(self.path)) as database:
+            for part, seen in zip(parts, map_parts(look_at, parts), strict=True):
+                _keep(database, seen)
+                yield part, seen
+                progress(part.end - part.start)
 
 
-def _identify(ref: ImageRef) -> _Identity:
-    if ref.data is not None:
-        return f"sha256 {hashlib.sha256(ref.data).hexdigest()}", (len(ref.data), 0, 0)
-    return _key(ref), _stamp(ref)
+def _hash_part(database: sqlite3.Connection, source: Source, part: Part) -> _Seen:
+    """Return the hashes of some images; those of unchanged files are known."""
+    named = _identify(source, part)
+    found = [one.digest or _look_up(database, one) for one in named]
+    unknown = [place for place, digest in enumerate(found) if not digest]
+    seen = _Seen(num_read=len(unknown))
+    for place, hashed in zip(unknown, _open_each(_hash, source, part, unknown), strict=True):
+        if isinstance(hashed, ImageError):
+            seen.broken[place] = hashed
+        else:
+            seen.note(named[place], hashed)
+        found[place] = _NONE if isinstance(hashed, ImageError) else hashed
+    seen.digests = np.frombuffer(bytes.fromhex("".join(found)), dtype=np.uint8).reshape(-1, _DIGEST_BYTES)
+    return seen
 
 
-def _damage(ref: ImageRef) -> ImageError | None:
+def _decode_part(database: sqlite3.Connection, source: Source, part: Part) -> _Seen:
+    """Decode some images; those of unchanged files that were whole are whole."""
+    named = _identify(source, part)
+    unknown = [place for place, one in enumerate(named) if not _is_whole(database, one)]
+    seen = _Seen(num_read=len(unknown))
+    for place, found in zip(unknown, _open_each(_decode, source, part, unknown), strict=True):
+        if isinstance(found, ImageError):
+            seen.broken[place] = found
+        else:
+            seen.note(named[place], found, is_whole=True)
+    return seen
+
+
+def _open_each(
+    work: Callable[[ImageRef], str | ImageError], source: Source, part: Part, places: Sequence[int]
+) -> list[str | ImageError]:
+    """Return what is found of some images of a part; the bytes of few are held at a time."""
+
+    def open_one(place: int) -> str | ImageError:
+        [ref] = source.refs(part.start + place, part.start + place + 1)
+        return work(ref)
+
+    return map_waiting(open_one, places)
+
+
+class _Identity(NamedTuple):
+    """Under which name and stamp an image is kept."""
+
+    name: str
+    stamp: _Stamp | None
+    """None: it cannot be looked at, or there is none."""
+    path: str = ""
+    """Of its file; empty for bytes."""
+    digest: str = ""
+    """SHA-256 of its bytes, where these are in memory."""
+
+
+def _identify(source: Source, part: Part) -> list[_Identity]:
+    if isinstance(source, Paths):
+        paths = source.paths(part.start, part.end)
+        return list(map(_Identity, map(_absolute, paths), map_waiting(_stamp, paths), paths))
+    if isinstance(source, Cells):
+        records = str(source.file.folder / "records.arrow")
+        name, stamp = _absolute(records), _stamp(records)
+        return [_Identity(f"{name} {place}", stamp) for place in source.places[part.start : part.end]]
+    return [_identify_ref(ref) for ref in source.refs(part.start, part.end)]
+
+
+def _identify_ref(ref: ImageRef) -> _Identity:
+    if ref.data is None:
+        path = str(ref.path or ref.name)
+        return _Identity(_absolute(path), _stamp(path), path)
+    digest = hashlib.sha256(ref.data).hexdigest()
+    return _Identity(f"sha256 {digest}", (len(ref.data), 0, 0), digest=digest)
+
+
+def _decode(ref: ImageRef) -> str | ImageError:
+    """Return the hash of an image that can be decoded."""
     try:
-        open_image(ref)
+        data = read_image_bytes(ref)
+        open_image(ImageRef(data=data, name=str(ref)))
     except ImageError as error:
         return error
-    return None
+    return hashlib.sha256(data).hexdigest()
 
 
-def _is_whole(database: sqlite3.Connection, known: _Identity) -> bool:
-    name, stamp = known
-    query = "SELECT 1 FROM whole WHERE path = ? AND size = ? AND modified = ? AND changed = ?"
-    with suppress(sqlite3.DatabaseError, UnicodeEncodeError):
-        return stamp is not None and database.execute(query, (name, *stamp)).fetchone() is not None
-    return False
-
-
-def _keep_whole(database: sqlite3.Connection, found: Sequence[_Identity]) -> None:
-    now = time.time_ns()
-    rows = [(name, *stamp) for name, stamp in found if stamp and max(stamp[1:]) < now - _FRESH_NS]
-    with suppress(sqlite3.DatabaseError, UnicodeEncodeError), database:
-        database.executemany("INSERT OR REPLACE INTO whole VALUES (?, ?, ?, ?)", rows)
-
-
-def _stamps(refs: Sequence[ImageRef]) -> list[_Stamp | None]:
-    return [_stamp(ref) for ref in refs]
-
-
-def _stamp(ref: ImageRef) -> _Stamp | None:
-    if ref.path is None:
-        return None
+def _stamp(path: str) -> _Stamp | None:
     try:
-        status = ref.path.stat()
+        status = os.stat(path)  # noqa: PTH116 (a Path costs more than the look)
     except (OSError, ValueError):
         return None  # told when it is read
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
@@ -195,50 +312,59 @@ def _open_database(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _look_up(database: sqlite3.Connection, ref: ImageRef, stamp: _Stamp | None) -> str:
-    query = "SELECT sha256 FROM images WHERE path = ? AND size = ? AND modified = ? AND changed = ?"
+def _look_up(database: sqlite3.Connection, known: _Identity) -> str:
+    query = "SELECT size, modified, changed, sha256 FROM images WHERE path = ?"
     with suppress(sqlite3.DatabaseError, UnicodeEncodeError):
-        row = database.execute(query, (_key(ref), *stamp)).fetchone() if stamp else None
-        return str(row[0]) if row else ""
+        for *stamp, digest in database.execute(query, (known.name,)).fetchall():
+            if tuple(stamp) == known.stamp and len(digest) == 2 * _DIGEST_BYTES:
+                return str(digest)
     return ""
 
 
-def _keep(database: sqlite3.Connection, hashed: Sequence[tuple[ImageRef, _Stamp | None, str]]) -> None:
-    """Save hashes. Those that cannot be saved are computed again next time."""
-    now = time.time_ns()
-    rows = [
-        (_key(ref), *stamp, sha256)
-        for ref, stamp, sha256 in hashed
-        if stamp is not None and max(stamp[1:]) < now - _FRESH_NS and stamp == _stamp(ref)
-    ]
+def _is_whole(database: sqlite3.Connection, known: _Identity) -> bool:
+    query = "SELECT size, modified, changed FROM whole WHERE path = ?"
+    with suppress(sqlite3.DatabaseError, UnicodeEncodeError):
+        return known.stamp in database.execute(query, (known.name,)).fetchall()
+    return False
+
+
+def _keep(database: sqlite3.Connection, seen: _Seen) -> None:
+    """Save what was found. What cannot be saved is found again next time."""
+    hashed = [(name, *stamp, digest) for name, stamp, digest in seen.hashed]
+    whole = [(name, *stamp) for name, stamp in seen.whole]
+    if not hashed and not whole:
+        return
     with suppress(sqlite3.DatabaseError, UnicodeEncodeError), database:
-        database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?)", rows)
+        database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?)", hashed)
+        database.executemany("INSERT OR REPLACE INTO whole VALUES (?, ?, ?, ?)", whole)
 
 
-def _key(ref: ImageRef) -> str:
-    return os.path.abspath(ref.path or ref.name)  # noqa: PTH100 (resolve would ask the disk about each part)
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)  # noqa: PTH100 (resolve would ask the disk about each part)
 
 
 def records_digest(conversations: Sequence[Conversation]) -> str:
-    """Return a digest of the content of conversations in order, without ids and places of files."""
-    return _digest_each(conversations, lambda talk: [_describe(message) for message in talk.messages])
+    """Return a digest of the content of conversations in order, without ids and places of files.
 
-
-def images_digest(conversations: Sequence[Conversation], hashes: Mapping[ImageRef, str]) -> str:
-    """Return a digest of the images of conversations, in order."""
-    return _digest_each(conversations, lambda talk: [hashes[ref] for ref in talk.images])
-
-
-def _digest_each(conversations: Sequence[Conversation], describe: Callable[[Conversation], object]) -> str:
-    """Return the digest of a line of JSON for each conversation; the lines are written by all cores."""
+    A line of JSON for each conversation is digested; the lines are written by all cores.
+    """
 
     def lines(start: int) -> bytes:
         some = conversations[start : start + ROWS]
-        return b"".join(json.dumps(describe(talk)).encode() + b"\n" for talk in some)
+        talks = ([_describe(message) for message in talk.messages] for talk in some)
+        return b"".join(json.dumps(talk).encode() + b"\n" for talk in talks)
 
     digest = hashlib.sha256()
     for part in map_parts(lines, range(0, len(conversations), ROWS)):
         digest.update(part)
+    return digest.hexdigest()
+
+
+def images_digest(hashes: ImageDigests) -> str:
+    """Return a digest of the images of conversations, in order."""
+    digest = hashlib.sha256()
+    for found in hashes.of_each():
+        digest.update(json.dumps(found).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,12 +21,14 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from tinyllava.conversation import Conversation, ImageRef, Message, Role
+from tinyllava.data.cores import map_parts
 from tinyllava.data.images import open_image
 from tinyllava.errors import ImageError
 from tinyllava.files import write_text
 
 ROWS = 1024  # of a record batch: what is unpacked together when all are read in order
 _DIGEST_LENGTH = 64
+_LOOKED_AT = 4096  # images that a process looks for together
 BEFORE = -1  # the place of an image that comes before its text
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 SCHEMA = pa.schema(
@@ -72,6 +75,24 @@ class StoreFile:
     def __len__(self) -> int:
         return sum(batch.num_rows for batch in self.batches)
 
+    def image_column(self, name: str) -> Any:
+        """Return a column with one value for each place where a record shows an image, in order."""
+        type_ = SCHEMA.field(name).type.value_type
+        return pa.chunked_array([batch.column(name).flatten() for batch in self.batches], type_)
+
+    @property
+    def image_counts(self) -> NDArray[np.int64]:
+        """[R], images of each record."""
+        found = [pc.list_value_length(batch.column("image_names")) for batch in self.batches]
+        counts: NDArray[np.int64] = pa.chunked_array(found, pa.int32()).to_numpy().astype(np.int64)
+        return counts
+
+    @cached_property
+    def image_starts(self) -> list[int]:
+        """How many images the batches before each batch show."""
+        counts = [len(batch.column("image_names").flatten()) for batch in self.batches]
+        return [0, *accumulate(counts)][:-1]
+
     def rows(self, batch: int, start: int = 0, length: int | None = None) -> list[Conversation]:
         """Return some conversations of a batch."""
         columns = self.batches[batch].slice(start, length).to_pydict()
@@ -106,22 +127,22 @@ class StoreFile:
 
     def find_gone(self) -> str:
         """Return the path of an image that is no file any more; empty if all are there."""
-        for batch in self.batches:
-            names = batch.column("image_names").flatten()
-            has_path = pc.is_valid(batch.column("image_paths").flatten())
-            has_data = pc.is_valid(batch.column("image_data").flatten())
-            of_folder = pc.and_(pc.invert(has_path), pc.invert(has_data))
-            for name in pc.unique(names.filter(of_folder)).to_pylist():
-                path = os.path.join(self.images, name)  # noqa: PTH118 (a Path costs more than the look)
-                if path not in _THERE and not os.path.isfile(path):  # noqa: PTH113
-                    return path
-                _THERE.add(path)
-        _THERE.clear()
+        names, paths = self.image_column("image_names"), self.image_column("image_paths")
+        has_path = pc.is_valid(paths)
+        of_folder = pc.and_not(pc.is_null(self.image_column("image_data")), has_path)
+        for folder, column in ((self.images, names.filter(of_folder)), (Path(), paths.filter(has_path))):
+            if gone := _first_gone(folder, pc.unique(column)):
+                return gone
         return ""
 
 
-_THERE: set[str] = set()
-"""Images that one call of ``find_gone`` has looked at: one serves many records."""
+def _first_gone(folder: Path, names: Any) -> str:
+    def look(start: int) -> str:
+        some = names.slice(start, _LOOKED_AT).to_pylist()
+        paths = (os.path.join(folder, name) for name in some)  # noqa: PTH118 (a Path costs more)
+        return next((path for path in paths if not os.path.isfile(path)), "")  # noqa: PTH113 (as above)
+
+    return next(filter(None, map_parts(look, range(0, len(names), _LOOKED_AT))), "")
 
 
 class StoredConversations(Sequence[Conversation]):
@@ -192,7 +213,7 @@ class StoredConversations(Sequence[Conversation]):
     @property
     def image_counts(self) -> NDArray[np.int64]:
         """[N], images of each conversation."""
-        counts = self._lengths("image_names")
+        counts = np.concatenate([file.image_counts for file in self.files])[self.taken]
         for place in self._cut_places():
             counts[place] = len(self[place].images)
         return counts
@@ -213,38 +234,6 @@ class StoredConversations(Sequence[Conversation]):
     def _cut_places(self) -> list[int]:
         found: list[int] = np.flatnonzero(np.isin(self.taken, list(self.ends))).tolist()
         return found
-
-    def list_images(self) -> list[ImageRef]:
-        """Return the images, each once, in the order in which the files have them."""
-        is_taken = np.zeros(self._starts[-1], dtype=bool)
-        is_taken[self.taken] = True
-        found: dict[tuple[StoreFile, str, str | None], None] = {}
-        of_data: dict[ImageRef, None] = {}
-        row = 0
-        for file in self.files:
-            for batch in file.batches:
-                names = batch.column("image_names")
-                taken = is_taken[row + pc.list_parent_indices(names).to_numpy()]
-                row += batch.num_rows
-                columns = [
-                    batch.column(name).flatten().filter(pa.array(taken)).to_pylist()
-                    for name in ("image_names", "image_paths", "image_data")
-                ]
-                for name, path, data in zip(*columns, strict=True):
-                    if data is None:
-                        found[file, name, path] = None
-                    else:
-                        of_data[ImageRef(data=data, name=name)] = None
-        refs = [ImageRef(path=Path(path or file.images / name), name=name) for file, name, path in found]
-        return [*refs, *of_data]
-
-    def _lengths(self, column: str) -> NDArray[np.int64]:
-        found = [
-            pc.list_value_length(batch.column(column)).to_numpy(zero_copy_only=False)
-            for file in self.files
-            for batch in file.batches
-        ]
-        return np.concatenate(found).astype(np.int64)[self.taken]
 
 
 def image_counts(conversations: Sequence[Conversation]) -> NDArray[np.int64]:
@@ -299,13 +288,6 @@ def distinct(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
         _, first = np.unique(conversations.taken, return_index=True)
         return conversations if len(first) == len(conversations) else conversations.select(np.sort(first))
     return conversations
-
-
-def list_images(conversations: Sequence[Conversation]) -> list[ImageRef]:
-    """Return the images of conversations, each once, in the order in which they come."""
-    if isinstance(conversations, StoredConversations):
-        return conversations.list_images()
-    return list(dict.fromkeys(ref for conversation in conversations for ref in conversation.images))
 
 
 def kept_digest(

@@ -3,7 +3,6 @@
 Paper: section 4.1.2, Table 2.
 """
 
-import hashlib
 import json
 import re
 import time
@@ -20,18 +19,19 @@ from filelock import FileLock
 from rich.progress import Progress, TaskID
 
 from tinyllava.config import DataConfig, Run, Stage
-from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.conversation import Conversation
 from tinyllava.data.conversion import read_stored
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.defects import Defect, raise_defects
+from tinyllava.data.distinct_images import DistinctImages
 from tinyllava.data.features import FeatureCache
-from tinyllava.data.hashes import ImageHashes, images_digest, records_digest
+from tinyllava.data.hashes import ImageDigests, ImageHashes, images_digest, records_digest
 from tinyllava.data.held_out import hold_out
 from tinyllava.data.readers.hub import is_hub_name, pinned
 from tinyllava.data.records import Records
 from tinyllava.data.reporting import say
 from tinyllava.data.sources import Share
-from tinyllava.data.store import distinct, image_counts, kept_digest, list_images, record_numbers, select
+from tinyllava.data.store import distinct, image_counts, kept_digest, record_numbers, select
 from tinyllava.errors import DataError, ImageError
 from tinyllava.files import read_object
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -164,22 +164,18 @@ def _find_broken(
     run: Run, data: DataConfig, conversations: Sequence[Conversation], bar: Progress
 ) -> dict[int, ImageError]:
     """Return the places of conversations with a broken image, each with the reason."""
-    refs, start = list_images(conversations), time.monotonic()
-    task = bar.add_task("decoding images", total=len(refs), note="")
-    images = ImageHashes(run.folder.parent / _IMAGES)
-    broken = images.find_broken(refs, lambda n: bar.advance(task, n))
+    images, start = DistinctImages(conversations), time.monotonic()
+    task = bar.add_task("decoding images", total=len(images), note="")
+    hashes = ImageHashes(run.folder.parent / _IMAGES)
+    broken = hashes.find_broken(images, lambda n: bar.advance(task, n))
     seconds = time.monotonic() - start
     if seconds > _LONG_SECONDS:
         files = ", ".join(data.records)
         say(
-            f"{files}: {images.num_decoded:,} images checked in {seconds:,.0f} s (repeated only if they "
+            f"{files}: {hashes.num_decoded:,} images checked in {seconds:,.0f} s (repeated only if they "
             "change)"
         )
-    found: dict[int, ImageError] = {}
-    for place, one in enumerate(conversations if broken else ()):
-        if error := next((broken[ref] for ref in one.images if ref in broken), None):
-            found[place] = error
-    return found
+    return {place: broken[number] for place, number in images.showing(broken)}
 
 
 def _check_images(run: Run, data: DataConfig, conversations: Sequence[Conversation], bar: Progress) -> None:
@@ -256,19 +252,20 @@ def prepare(
         both = [examples, *([measured] if measured else [])]
         has_features = run.hardware.cache_features and not stage.vision_encoder.trains
         is_first = PartialState().is_main_process
-        hashes = _hash_images(run, both, bar) if is_first or has_features else None
+        hashes = (
+            [_find_hashes(run, part.conversations, bar) for part in both] if is_first or has_features else []
+        )
         if has_features:
             _fill_features(run, model, processor, both, hashes, bar)
         else:
             packing = ImagePacking(processor)
             for part in both:
                 part.packing = packing
-        hashes = hashes if is_first else None
-    images = _digest_images(examples, hashes) if hashes is not None else ""
+        hashes = hashes if is_first else []
     return Prepared(
         examples=examples,
         skipped={**records.skipped, **skipped},
-        images_digest=images,
+        images_digest=_digest_images(examples, hashes[0]) if hashes else "",
         records_digest=kept_digest(examples.conversations, "records", records_digest),
         mixture=records.mixture,
         held_out=_describe_held(examples, measured, held_skipped, hashes) if measured else None,
@@ -322,13 +319,19 @@ def _measure(
 
 
 def _describe_held(
-    trained: Examples, held: Examples, skipped: Mapping[str, int], hashes: Mapping[ImageRef, str] | None
+    trained: Examples, held: Examples, skipped: Mapping[str, int], hashes: Sequence[ImageDigests]
 ) -> HeldOut:
+    """Describe held-out records.
+
+    Args:
+        hashes: of the images of the trained and of the held-out records; empty in processes other than the
+            first.
+    """
     num_seen, images = 0, ""
-    if hashes is not None:
-        seen = {hashes[ref] for one in trained.conversations for ref in one.images}
-        num_seen = sum(any(hashes[ref] in seen for ref in one.images) for one in held.conversations)
-        images = images_digest(held.conversations, hashes)
+    if hashes:
+        seen = set(chain.from_iterable(hashes[0].of_each()))
+        num_seen = sum(not seen.isdisjoint(shown) for shown in hashes[1].of_each())
+        images = images_digest(hashes[1])
     return HeldOut(
         examples=held,
         skipped=dict(skipped),
@@ -338,26 +341,18 @@ def _describe_held(
     )
 
 
-def _hash_images(run: Run, examples: Sequence[Examples], bar: Progress) -> dict[ImageRef, str]:
-    found: dict[ImageRef, str] = {}
-    for part in examples:
-        found |= _find_hashes(run, part.conversations, bar)
-    return found
-
-
-def _find_hashes(run: Run, conversations: Sequence[Conversation], bar: Progress) -> dict[ImageRef, str]:
-    refs = list_images(conversations)
-    task = bar.add_task("hashing images", total=len(refs), note="")
+def _find_hashes(run: Run, conversations: Sequence[Conversation], bar: Progress) -> ImageDigests:
+    images = DistinctImages(conversations)
+    task = bar.add_task("hashing images", total=len(images), note="")
     hashes = ImageHashes(run.folder.parent / _IMAGES)
     with FileLock(hashes.path.with_suffix(".lock")):  # one process reads them, the others find them known
-        return hashes.find(conversations, lambda n: bar.advance(task, n), refs)
+        return hashes.find(images, lambda n: bar.advance(task, n))
 
 
-def _digest_images(examples: Examples, hashes: Mapping[ImageRef, str]) -> str:
+def _digest_images(examples: Examples, hashes: ImageDigests) -> str:
     """Return the digest of the images, which is kept for as long as no image changes."""
-    known = json.dumps([[str(ref), digest] for ref, digest in hashes.items()])
-    name = f"images-{hashlib.sha256(known.encode()).hexdigest()[:24]}"
-    return kept_digest(examples.conversations, name, lambda talks: images_digest(talks, hashes))
+    name = f"images-{hashes.digest[:24]}"
+    return kept_digest(examples.conversations, name, lambda _: images_digest(hashes))
 
 
 def _fill_features(
@@ -365,7 +360,7 @@ def _fill_features(
     model: TinyLlavaForConditionalGeneration,
     processor: TinyLlavaProcessor,
     parts: Sequence[Examples],
-    hashes: Mapping[ImageRef, str] | None,
+    hashes: Sequence[ImageDigests],
     bar: Progress,
 ) -> None:
     """Give the examples the features of their images, after computing missing ones."""
