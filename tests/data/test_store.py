@@ -15,17 +15,18 @@ import pytest
 from PIL import Image
 
 from tinyllava.config import DataConfig, ModelConfig
-from tinyllava.data import batches, conversion, cores, store
+from tinyllava.data import batches, conversion, cores, hashes, store
 from tinyllava.data.conversion import read_stored
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.defects import Defect, Defects
 from tinyllava.data.distinct_images import DistinctImages
-from tinyllava.data.hashes import ImageHashes, images_digest, records_digest, sha256_of_image
+from tinyllava.data.hashes import ImageHashes, images_digest, known_sha256, records_digest, sha256_of_image
 from tinyllava.data.readers import json_slices
 from tinyllava.data.records import read_configured
 from tinyllava.data.store import StoredConversations
 from tinyllava.data.writing import write_records
 from tinyllava.errors import DataError
+from tinyllava.files import sha256_of
 from tinyllava.model.assemble import assemble
 
 NUM_RECORDS = 2 * store.ROWS + 10
@@ -84,7 +85,7 @@ def test_images_of_converted_records_are_those_of_the_records(data, tmp_path):
     stored = read_stored(data, "", tmp_path / "store").conversations
     last = len(plain) - 1
     kept = np.array([last, 3, 2, last - 1, 2, NUM_RECORDS, last - 2])
-    hashes = ImageHashes(tmp_path / "hashes.sqlite")
+    kept_hashes = ImageHashes(tmp_path / "hashes.sqlite")
     for one, expected in (
         (stored, plain),
         (stored.select(kept), [plain[i] for i in kept]),
@@ -94,11 +95,11 @@ def test_images_of_converted_records_are_those_of_the_records(data, tmp_path):
         images = DistinctImages(one)
         listed = [images.ref(number) for number in range(len(images))]
         assert {(ref.path, ref.data) for ref in refs} <= {(ref.path, ref.data) for ref in listed}
-        found = hashes.find(images)
+        found = kept_hashes.find(images)
         digests = {ref: sha256_of_image(ref) for ref in set(refs)}
         assert list(found.of_each()) == [[digests[ref] for ref in talk.images] for talk in expected]
         assert {ref: found[ref] for ref in digests} == digests
-        assert images_digest(found) == images_digest(hashes.find(DistinctImages(list(expected))))
+        assert images_digest(found) == images_digest(kept_hashes.find(DistinctImages(list(expected))))
 
 
 def test_bytes_of_images_in_rows_are_not_held_and_are_hashed_once(tmp_path, monkeypatch):
@@ -113,15 +114,15 @@ def test_bytes_of_images_in_rows_are_not_held_and_are_hashed_once(tmp_path, monk
     now = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
     monkeypatch.setattr(cores, "num_cores", lambda: 1)  # otherwise other processes hold what there is
-    hashes = ImageHashes(tmp_path / "hashes.sqlite")
+    kept_hashes = ImageHashes(tmp_path / "hashes.sqlite")
     tracemalloc.start()
     images = DistinctImages(stored.conversations)
-    digests = [hashes.find(images), hashes.find(images)]
-    broken = [hashes.find_broken(images), hashes.find_broken(images)]
+    digests = [kept_hashes.find(images), kept_hashes.find(images)]
+    broken = [kept_hashes.find_broken(images), kept_hashes.find_broken(images)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40 * noise[0].nbytes  # of 100 in the file
-    assert (hashes.num_read, hashes.num_decoded, broken) == (100, 100, [{}, {}])
+    assert (kept_hashes.num_read, kept_hashes.num_decoded, broken) == (100, 100, [{}, {}])
     assert [found for [found] in digests[0].of_each()] == [sha256_of_image(c.images[0]) for c in plain]
     assert np.array_equal(digests[0].found, digests[1].found)
 
@@ -240,6 +241,40 @@ def test_a_file_is_converted_once_and_again_when_something_changed(data, tmp_pat
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     assert read_stored(skip, "", folder).skipped == {}
     assert converted[num_before:] == ["many.json"]
+
+
+def test_where_one_missing_image_appears_and_another_goes_nothing_of_the_other_records_is_used(tmp_path):
+    """As many records are left each time, and they are other ones: what is kept beside them is not theirs."""
+    rows = [{"image": f"{n}.png", "conversations": turns("<image>Q", f"A{n}")} for n in range(4)]
+    (tmp_path / "my.json").write_text(json.dumps(rows))
+    data = DataConfig(records=(str(tmp_path / "my.json"),), skip=("missing_image",))
+    found = []
+    for gone in (1, 2, None, 1):
+        for n in range(4):
+            (tmp_path / f"{n}.png").unlink(missing_ok=True)
+            if n != gone:
+                Image.new("RGB", (4, 4)).save(tmp_path / f"{n}.png")
+        stored = read_stored(data, "", tmp_path / "store").conversations
+        assert [talk.messages[1].text for talk in stored] == [f"A{n}" for n in range(4) if n != gone]
+        found.append(store.kept_digest(stored, "records", records_digest))
+        assert found[-1] == records_digest(list(stored))
+    assert len(set(found)) == 3
+
+
+def test_a_large_file_is_not_read_again_to_see_that_it_is_the_same(tmp_path, monkeypatch):
+    path, kept, read = tmp_path / "my.json", tmp_path / "files.sqlite", []
+    monkeypatch.setattr(hashes, "sha256_of", lambda path: read.append(path) or sha256_of(path))
+    path.write_text("one")
+    assert known_sha256(path, kept) == known_sha256(path, kept) == sha256_of(path)
+    assert len(read) == 2  # it was just written, and may change again within the same moment
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
+    assert known_sha256(path, kept) == known_sha256(path, kept) == sha256_of(path)
+    assert len(read) == 3
+    before = path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert known_sha256(path, kept) == sha256_of(path)
 
 
 def test_of_several_processes_one_makes_a_digest(data, tmp_path):

@@ -22,6 +22,7 @@ from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.cores import map_parts
 from tinyllava.data.defects import Defect, raise_defects
+from tinyllava.data.hashes import known_sha256
 from tinyllava.data.readers import json_slices
 from tinyllava.data.readers.form import Reading
 from tinyllava.data.records import Records, convert_each, duplicate, open_readings, read_raw
@@ -50,7 +51,7 @@ def open_store(reading: Reading, reader: str, folder: Path) -> StoreFile:
     Raises:
         DataError: see ``read_records``; or the disk is full.
     """
-    place = folder / _key(reading, reader)
+    place = folder / _key(reading, reader, folder / "files.sqlite")
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / "lock"):
@@ -65,10 +66,22 @@ def _find(place: Path, reading: Reading) -> StoreFile | None:
     known = read_object(place / "about.json")
     if known is None or not (place / "records.arrow").is_file():
         return None
-    if any(Path(path).exists() for path in known.get("missing", ())):
+    if any(os.path.exists(path) for path in known["missing"]):  # noqa: PTH110 (a Path costs more)
         return None
-    file = StoreFile(place, str(reading.path), reading.images, known["skipped"], known["ignored"])
+    file = _open(place, reading, known)
     return None if file.find_gone() else file
+
+
+def _open(place: Path, reading: Reading, about: dict[str, Any]) -> StoreFile:
+    missing = "\n".join(sorted(about["missing"]))
+    return StoreFile(
+        place,
+        str(reading.path),
+        reading.images,
+        about["skipped"],
+        about["ignored"],
+        hashlib.sha256(missing.encode()).hexdigest()[:16] if missing else "",
+    )
 
 
 def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
@@ -94,7 +107,7 @@ def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
             )
     about = {"skipped": skipped, "ignored": dict(done.ignored), "missing": done.missing}
     write_json(place / "about.json", about)
-    return StoreFile(place, str(reading.path), reading.images, skipped, dict(done.ignored))
+    return _open(place, reading, about)
 
 
 @dataclass(kw_only=True)
@@ -227,11 +240,11 @@ def _path(ref: ImageRef, images: Path) -> str | None:
     return str(ref.path)
 
 
-def _key(reading: Reading, reader: str) -> str:
+def _key(reading: Reading, reader: str, known_files: Path) -> str:
     """Return a key of everything that determines the converted file."""
     decisive = [
         FORMAT,
-        _fingerprint(reading.path),
+        _fingerprint(reading.path, known_files),
         str(reading.path.suffix),
         str(reading.images.resolve()),
         sorted(set(reading.skip)),
@@ -243,10 +256,10 @@ def _key(reading: Reading, reader: str) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(path: Path, known_files: Path) -> str:
     """Return a digest of a file; of a folder, of the names, sizes and times of its files."""
     if path.is_file():
-        return sha256_of(path)
+        return known_sha256(path, known_files)
     entries = [(str(p.relative_to(path)), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
     listed = [[name, status.st_size, status.st_mtime_ns] for name, status in entries]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

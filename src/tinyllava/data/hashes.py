@@ -25,6 +25,7 @@ from tinyllava.data.distinct_images import Cells, DistinctImages, Part, Paths, S
 from tinyllava.data.images import naming_record, open_image, read_image_bytes
 from tinyllava.data.store import ROWS
 from tinyllava.errors import ImageError
+from tinyllava.files import sha256_of
 
 _Stamp = tuple[int, int, int]
 """Size in bytes, time of the last change of the content and of the entry, in nanoseconds."""
@@ -283,6 +284,22 @@ def _hash(ref: ImageRef) -> str | ImageError:
         return sha256_of_image(ref)
     except ImageError as error:
         return error  # raised by the caller, which knows the record
+
+
+def known_sha256(path: Path, kept: Path) -> str:
+    """Return the SHA-256 of a file, which is read again only if its size or a time has changed.
+
+    Args:
+        kept: a database, as of ``ImageHashes``.
+    """
+    named = _identify_ref(ImageRef(path=path))
+    with closing(_open_database(kept)) as database:
+        if found := _look_up(database, named):
+            return found
+        found, seen = sha256_of(path), _Seen()
+        seen.note(named, found)
+        _keep(database, seen)
+    return found
 
 
 def _open_database(path: Path) -> sqlite3.Connection:

@@ -60,6 +60,13 @@ class StoreFile:
     images: Path
     skipped: Mapping[str, int] = field(default_factory=dict)
     ignored: Mapping[str, int] = field(default_factory=dict)
+    missing: str = ""
+    """A digest of the missing images whose records were skipped; empty if none were."""
+
+    @property
+    def key(self) -> str:
+        """A name for the contents. Where a missing image appears or another one goes, it is another one."""
+        return f"{self.folder.name}-{self.missing}" if self.missing else self.folder.name
 
     @cached_property
     def batches(self) -> list[Any]:
@@ -205,7 +212,7 @@ class StoredConversations(Sequence[Conversation]):
     @property
     def key(self) -> str:
         """A name for the contents: which files, and which of their rows."""
-        digest = hashlib.sha256("\n".join(file.folder.name for file in self.files).encode())
+        digest = hashlib.sha256("\n".join(file.key for file in self.files).encode())
         digest.update(self.taken.astype(np.int64).tobytes())
         digest.update(repr(sorted(self.ends.items())).encode() if self.ends else b"")
         return digest.hexdigest()[:24]
