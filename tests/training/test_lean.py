@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from tinyllava.config import FROZEN, FULL, Hardware, ModelConfig, Stage, lora
 from tinyllava.model import linear
@@ -122,6 +123,49 @@ def test_half_precision_and_compiled_layers_compute_as_ever(parts):
         one, other = (m.language_model.get_submodule(place) for m in (lean, model))
         torch._dynamo.reset()
         assert torch.equal(torch.compile(one.forward, backend="aot_eager")(rows), other(rows))
+
+
+class Gated(nn.Module):
+    """The layer of Llama, with what other architectures have besides: Seed-OSS drops, Falcon-H1 multiplies."""
+
+    def __init__(self, dropout=0.0, factor=1.0):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.act_fn, self.dropout, self.factor = nn.SiLU(), dropout, factor
+
+    def forward(self, rows):
+        inner = self.act_fn(self.gate_proj(rows)) * self.up_proj(rows) * self.factor
+        return nn.functional.dropout(self.down_proj(inner), self.dropout, self.training)
+
+
+class Norm(nn.Module):
+    """The norm of Llama."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, rows):
+        return nn.functional.rms_norm(rows, (8,), self.weight, self.variance_epsilon)
+
+
+class GatedNorm(Norm):
+    """The norm of Bamba and other hybrids, which multiplies by a gate where one is given."""
+
+    def forward(self, rows, gate=None):
+        return super().forward(rows if gate is None else rows * gate)
+
+
+def test_layers_that_look_alike_and_compute_something_else_stay_as_they_are():
+    torch.manual_seed(0)
+    model = nn.ModuleList([Gated(), Norm(), Gated(dropout=0.1), Gated(factor=2.0), GatedNorm()]).eval()
+    expected, before = torch.rand(1, generator=torch.Generator().manual_seed(3)), torch.manual_seed(3)
+    make_lean(model)
+    assert [one for one in model if "forward" in vars(one)] == [*model[:2]]
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(torch.rand(1, generator=before), expected)  # the trials draw no number
+    rows, gate = torch.randn(2, 8), torch.randn(2, 8)
+    assert torch.equal(model[4](rows, gate), Norm()(rows * gate))
 
 
 def test_a_run_in_fp32_trains_by_lean_layers_and_leaves_none_behind(parts, records, tmp_path, monkeypatch):

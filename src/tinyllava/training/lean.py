@@ -10,6 +10,7 @@ head shares is added to the head's, row by row; PyTorch would make a second one,
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, rms_norm, silu
 
 from tinyllava.model.linear import DirectLinear, multiply_directly, product
+from tinyllava.model.quiet import keeping_random_state
 
 _EXAMPLES = 4
-"""Rows that tell whether a layer is a norm that is known here."""
+"""Rows that tell whether a layer computes what is known here."""
 
 
 def make_lean(model: nn.Module) -> Callable[[], None]:
@@ -62,16 +64,29 @@ def _is_exact(*tensors: Tensor) -> bool:
     )
 
 
+def _computes(module: nn.Module, width: int, formula: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a module maps rows [N, width] as a formula does, and takes nothing else; a trial tells.
+
+    Each architecture has classes of its own. They may have the same parts and multiply, drop or gate besides.
+    """
+    if len(signature(type(module).forward).parameters) != 2:  # itself and the rows
+        return False
+    rows = torch.linspace(-2, 3, _EXAMPLES * width).view(_EXAMPLES, width)
+    was_training = module.training
+    with torch.no_grad(), keeping_random_state():
+        found = module.train()(rows)
+        module.train(was_training)
+        return bool(torch.allclose(found, formula(rows), 1e-4, 1e-6))
+
+
 def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module is ``rms_norm`` with its weight; a trial tells, as each architecture has its own."""
+    """Whether a module is ``rms_norm`` with its weight."""
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or not isinstance(epsilon, float) or not _is_exact(weight):
         return False
     if weight.ndim != 1 or len(list(module.parameters())) > 1:
         return False
-    with torch.no_grad():
-        rows = torch.linspace(-2, 3, _EXAMPLES * len(weight)).view(_EXAMPLES, len(weight))
-        return bool(torch.allclose(module(rows), rms_norm(rows, weight.shape, weight, epsilon), 1e-4, 1e-6))
+    return _computes(module, len(weight), lambda rows: rms_norm(rows, weight.shape, weight, epsilon))
 
 
 def _normalise(module: Any, rows: Tensor) -> Tensor:
@@ -111,12 +126,10 @@ def _is_gated(module: nn.Module) -> bool:
     parts: dict[str, Any] = dict(module.named_children())
     if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
-    down, activation = parts["down_proj"], parts["act_fn"]
-    is_plain = bool(type(down) is nn.Linear and down.bias is None)
-    return is_plain and bool(torch.equal(activation(_PROBE), silu(_PROBE)))
-
-
-_PROBE = torch.linspace(-4, 4, 33)
+    gate, up, down = parts["gate_proj"], parts["up_proj"], parts["down_proj"]
+    if type(down) is not nn.Linear or down.bias is not None or not _is_exact(down.weight):
+        return False
+    return _computes(module, down.out_features, lambda rows: down(silu(gate(rows)) * up(rows)))
 
 
 def _feed_forward(module: Any, rows: Tensor) -> Tensor:
