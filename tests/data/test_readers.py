@@ -285,6 +285,8 @@ def test_a_system_field_is_the_first_turn_and_other_fields_are_counted(folder):
 def test_images_at_addresses_are_downloaded_once_and_within_a_limit(folder, monkeypatch):
     import http.server
     import threading
+    import time
+    from concurrent.futures import ThreadPoolExecutor
     from functools import partial
 
     from tinyllava.data.readers import image_values
@@ -295,13 +297,23 @@ def test_images_at_addresses_are_downloaded_once_and_within_a_limit(folder, monk
         def log_message(self, *_):
             self.asked.append(self.path)
 
+        def copyfile(self, source, outputfile):
+            content = source.read()
+            outputfile.write(content[:20])
+            time.sleep(0.1)  # so that two readers would write at a time
+            outputfile.write(content[20:])
+
     monkeypatch.setenv("TINYLLAVA_CACHE", str(folder / "cache"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/images/"
         (folder / "my.jsonl").write_text(json.dumps({**TABLE, "image": f"{url}a.png"}))
-        for _ in range(2):
-            [one] = read_records(folder / "my.jsonl", folder, allow_urls=True).conversations
+        with ThreadPoolExecutor(2) as threads:  # as processes that convert slices of a file do
+            reads = [
+                threads.submit(read_records, folder / "my.jsonl", folder, allow_urls=True) for _ in range(3)
+            ]
+        for read in reads:
+            [one] = read.result().conversations
             assert one.images[0].path.read_bytes() == (folder / "images/a.png").read_bytes()
         assert len(Silent.asked) == 1
         (folder / "my.jsonl").write_text(json.dumps({**TABLE, "image": f"{url}none.png"}))
@@ -312,6 +324,19 @@ def test_images_at_addresses_are_downloaded_once_and_within_a_limit(folder, monk
         with pytest.raises(Defect, match=r"b\.png is larger than 10 bytes"):
             read_records(folder / "my.jsonl", folder, allow_urls=True)
         server.shutdown()
+
+
+def test_a_table_that_the_users_own_function_reads_may_have_any_columns(folder):
+    (folder / "mine.csv").write_text("foto,frage,antwort\na.png,Was?,Rot\n")
+    (folder / "mine.py").write_text(
+        "import csv\n"
+        "def read(path, images):\n"
+        "    for row in csv.DictReader(path.open()):\n"
+        "        yield {'image': row['foto'], 'question': row['frage'], 'answer': row['antwort']}\n"
+    )
+    reader = f"{folder / 'mine.py'}:read"
+    [one] = read_records(folder / "mine.csv", folder / "images", reader=reader).conversations
+    assert [message.text for message in one.messages] == ["Was?", "Rot"]
 
 
 ODD = {

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tinyllava.config import DataConfig, ModelConfig
-from tinyllava.data import batches, conversion, cores, hashes, store
+from tinyllava.data import batches, conversion, cores, hashes, records, store
 from tinyllava.data.conversion import read_stored
 from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.defects import Defect, Defects
@@ -275,6 +275,29 @@ def test_a_large_file_is_not_read_again_to_see_that_it_is_the_same(tmp_path, mon
     path.write_text("two")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert known_sha256(path, kept) == sha256_of(path)
+
+
+def test_each_look_for_images_that_are_gone_looks_at_all_of_them(data, tmp_path):
+    many = read_stored(data, "", tmp_path / "store").conversations.files[0]
+    content = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").unlink()
+    assert many.find_gone() == str(tmp_path / "b.png")
+    (tmp_path / "b.png").write_bytes(content)
+    (tmp_path / "a.png").unlink()
+    assert many.find_gone() == str(tmp_path / "a.png")
+
+
+def test_a_table_is_opened_once_for_its_form_and_once_for_its_rows(tmp_path, monkeypatch):
+    """A workbook is parsed whole each time."""
+    opened = []
+    read = records.read_container
+    monkeypatch.setattr(records, "read_container", lambda path: opened.append(path) or read(path))
+    monkeypatch.setattr(conversion, "_AT_ONCE", 2)
+    rows = "".join(f"Q{n},A{n}\n" for n in range(9))
+    (tmp_path / "my.csv").write_text(f"question,answer\n{rows}")
+    stored = read_stored(DataConfig(records=(str(tmp_path / "my.csv"),)), "", tmp_path / "store")
+    assert len(stored.conversations) == 9
+    assert len(opened) == 2
 
 
 def test_of_several_processes_one_makes_a_digest(data, tmp_path):

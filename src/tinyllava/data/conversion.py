@@ -25,7 +25,15 @@ from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.hashes import known_sha256
 from tinyllava.data.readers import json_slices
 from tinyllava.data.readers.form import Reading
-from tinyllava.data.records import Records, convert_each, duplicate, open_readings, read_raw
+from tinyllava.data.records import (
+    Form,
+    Records,
+    convert_each,
+    duplicate,
+    fallback_form,
+    open_readings,
+    read_raw,
+)
 from tinyllava.data.sources import mix
 from tinyllava.data.store import BEFORE, ROLES, ROWS, SCHEMA, StoredConversations, StoreFile
 from tinyllava.errors import DataError
@@ -175,22 +183,22 @@ def _convert_slice(reading: Reading, one: json_slices.Slice) -> _Part:
     rows = one.read()
     if rows is None:
         raise DataError(f"{one.path}: it changed while it was read. Run the same command again.")
-    return _convert_rows(reading, rows)
+    return _convert_rows(reading, rows, fallback_form(reading))
 
 
 def _convert_whole(reading: Reading, reader: str) -> Iterator[_Part]:
-    rows = read_raw(reading.path, reading.images, reader)
+    fallback, rows = fallback_form(reading, reader), read_raw(reading.path, reading.images, reader)
     while some := list(islice(rows, _AT_ONCE)):
-        yield _convert_rows(reading, some)
+        yield _convert_rows(reading, some, fallback)
 
 
-def _convert_rows(reading: Reading, rows: Sequence[tuple[str, Any]]) -> _Part:
+def _convert_rows(reading: Reading, rows: Sequence[tuple[str, Any]], fallback: Form) -> _Part:
     own = replace(reading, skipped=Counter(), ignored=Counter())
     good: list[Conversation] = []
     found = _Part(
         batch=None, rows=[], keys=[], defects=[], num_read=len(rows), skipped=own.skipped, ignored=own.ignored
     )
-    for place, (one, key) in enumerate(convert_each(rows, own)):
+    for place, (one, key) in enumerate(convert_each(rows, own, fallback)):
         if isinstance(one, Conversation):
             good.append(one)
             found.rows.append(place)

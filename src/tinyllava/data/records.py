@@ -171,7 +171,8 @@ def iter_conversations(reading: Reading, reader: str = "") -> Iterator[Conversat
     """
     seen: set[int] = set()
     is_empty = True
-    for found, key in convert_each(read_raw(reading.path, reading.images, reader), reading):
+    raws = read_raw(reading.path, reading.images, reader)
+    for found, key in convert_each(raws, reading, fallback_form(reading, reader)):
         is_empty = False
         if key and isinstance(found, Conversation) and key in seen:
             yield duplicate(reading, found.at, found.id)
@@ -182,14 +183,20 @@ def iter_conversations(reading: Reading, reader: str = "") -> Iterator[Conversat
         raise DataError(f"{reading.path}: no records in it. Write the records again, or give another file.")
 
 
+Form = Callable[[Any, str, Reading], Conversation]
+"""What reads a record of one form."""
+
+
 def convert_each(
-    raws: Iterable[tuple[str, Any]], reading: Reading
+    raws: Iterable[tuple[str, Any]], reading: Reading, fallback: Form
 ) -> Iterator[tuple[Conversation | Defect, int]]:
     """Yield the conversation or the defect of each record, and a key by which a repeated one is found.
 
     The key is 0 for defects, and for records without an id, which may be repeated.
+
+    Args:
+        fallback: see ``fallback_form``.
     """
-    fallback = _fallback(reading)
     for at, raw in raws:
         try:
             one = _convert(raw, at, reading, fallback)
@@ -225,16 +232,13 @@ def evaluation_fields(path: Path, images: Path, reader: str = "") -> dict[tuple[
     }
 
 
-Form = Callable[[Any, str, Reading], Conversation]
-
-
-def _fallback(reading: Reading) -> Form:
-    """Return the form of a record that looks like none.
+def fallback_form(reading: Reading, reader: str = "") -> Form:
+    """Return the form of a record that looks like none; a table is opened for it.
 
     Raises:
-        DataError: a table without the columns that are needed.
+        DataError: a table without the columns that are needed, unless the user's own function reads it.
     """
-    if not is_table(reading.path):
+    if reader or not is_table(reading.path):
         return llava.read_record
     _, first = next(read_container(reading.path), ("", {}))
     if first and _form_of(first, reading) is None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from filelock import FileLock
+
 from tinyllava.conversation import ImageRef, to_ref
 from tinyllava.data.defects import Defect
 from tinyllava.errors import ImageError, first_line
@@ -141,10 +143,17 @@ def _download(url: str, where: str, allow_urls: bool) -> ImageRef:
         return ImageRef(path=path, name=url)
     if not allow_urls:
         raise Defect("missing_image", where, f"{url[:200]} is a URL; allow downloads with --allow-urls")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # processes that convert a file may meet the same address
+        if not path.is_file():
+            _write_download(url, path, where)
+    return ImageRef(path=path, name=url)
+
+
+def _write_download(url: str, path: Path, where: str) -> None:
     import httpx2
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with (
             httpx2.stream("GET", url, follow_redirects=True, timeout=TIMEOUT_SECONDS) as answer,
             whole_file(path) as partial,
@@ -161,4 +170,3 @@ def _download(url: str, where: str, allow_urls: bool) -> ImageRef:
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         detail = f"{url[:200]} cannot be downloaded ({first_line(error) or type(error).__name__})"
         raise Defect("missing_image", where, detail) from error
-    return ImageRef(path=path, name=url)
