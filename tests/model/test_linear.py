@@ -48,6 +48,24 @@ def test_packed_layers_compute_the_same_forwards_and_backwards(packed):
     torch.testing.assert_close(*gradients)
 
 
+def test_a_connector_without_a_bias_can_be_packed(parts, monkeypatch):
+    monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: weight.dtype == torch.float32)
+    chosen = ModelConfig(
+        vision_encoder=str(parts["clip"]), language_model=str(parts["phi"]), connector="linear"
+    )
+    model = assemble(chosen)[0].eval()
+    model.connector.linear.bias = None
+    ids, pixels = (
+        torch.full((1, model.config.num_image_tokens), model.config.image_token_id),
+        torch.randn(1, 3, 28, 28),
+    )
+    with torch.inference_mode():
+        expected = model(input_ids=ids, pixel_values=pixels).logits
+        pack_linear_layers(model)
+        assert not list(model.connector.parameters())
+        torch.testing.assert_close(model(input_ids=ids, pixel_values=pixels).logits, expected)
+
+
 def test_a_packed_model_is_saved_checked_cast_and_copied_as_before(packed):
     model, copy = packed
     before = model.state_dict()

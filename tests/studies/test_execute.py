@@ -208,6 +208,26 @@ def test_on_two_machines_with_eight_gpus_each_starts_eight_that_meet_at_the_firs
         ]
 
 
+def test_only_the_first_process_of_a_node_looks_at_the_model_that_it_may_remove(
+    trainable, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tinyllava.training.run.train", lambda run, wait: tmp_path / "removed")
+    monkeypatch.setenv("RANK", "1")
+    assert work.work(trainable) == ""
+
+
+def test_a_job_whose_number_another_users_process_has_by_now_is_gone(trainable, monkeypatch):
+    trainable.folder.mkdir(parents=True, exist_ok=True)
+    (trainable.folder / "job.txt").write_text("12345")
+    state = State(status="submitted", job="local")
+
+    def of_another_user(pid, number):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(execution.os, "kill", of_another_user)
+    assert not execution.is_alive(trainable, state)
+
+
 def test_a_job_on_two_machines_trains_in_processes_of_both(trainable, tmp_path, monkeypatch):
     """They are real, and train: torchrun lets none begin before the other machine is there."""
     save_node(trainable, trainable.folder / "task.json")

@@ -15,6 +15,7 @@ import pytest
 
 import grid_toys
 import slurm_stand_in
+from tinyllava.data.cores import num_cores
 from tinyllava.studies.study import load_study
 
 FAKE = Path(__file__).parent / "fake_training"
@@ -123,7 +124,7 @@ def test_processes_of_this_machine_and_a_failing_cell(workshop):
         "begin finetune": 4,
     }
     # Two jobs at a time share the cores, unless the user has decided.
-    share = str(max(1, (os.cpu_count() or 1) // 2))
+    share = str(max(1, num_cores() // 2))
     threads = (workshop.folder / "log.threads").read_text().split()
     assert set(threads) == {os.environ.get("OMP_NUM_THREADS", share)}
 

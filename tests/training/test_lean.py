@@ -126,7 +126,7 @@ def test_half_precision_and_compiled_layers_compute_as_ever(parts):
 
 
 class Gated(nn.Module):
-    """The layer of Llama, with what other architectures have besides: Seed-OSS drops, Falcon-H1 multiplies."""
+    """The layer of Llama, with what others have besides: Seed-OSS drops, Falcon-H1 multiplies."""
 
     def __init__(self, dropout=0.0, factor=1.0):
         super().__init__()

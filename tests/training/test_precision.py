@@ -1,6 +1,7 @@
 """Frozen linear layers in half precision give the same bits, and TF32 is only what was asked for."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from tinyllava.errors import ConfigError
 from tinyllava.model.assemble import assemble
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.planning.check import check
+from tinyllava.training import prepare as preparing
 from tinyllava.training import run as training
 from tinyllava.training.precision import computing_in, hold_frozen_in_half, multiplying
+from tinyllava.training.progress import make_progress
 from tinyllava.training.run import train
 from training_toys import toy_run
 
@@ -92,6 +95,20 @@ def test_products_are_rounded_to_tf32_only_if_that_was_asked_for(precision, roun
     with multiplying(precision):
         assert [kind.allow_tf32 for kind in kinds] == [rounds, rounds]
     assert [kind.allow_tf32 for kind in kinds] == before
+
+
+def test_kept_features_are_exact_whatever_the_run_computes_in(tmp_path, monkeypatch):
+    rounds = []
+
+    def fill(*_, **__):
+        rounds.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    monkeypatch.setattr(preparing, "FeatureCache", lambda *_: SimpleNamespace(fill=fill))
+    run = SimpleNamespace(hardware=Hardware(precision="tf32"), folder=tmp_path / "run")
+    model = SimpleNamespace(vision_encoder=nn.Linear(1, 1))
+    with multiplying("tf32"), make_progress() as bar:
+        preparing._fill_features(run, model, None, [], None, bar)
+    assert rounds == [(False, False)]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser, add_bits, add_data_options, check_model, reading_settings
+from tinyllava.data.cores import num_cores
 from tinyllava.parts.folders import default_name, is_stage_checkpoint
 from tinyllava.planning.launch import choose_processes, launch
 
@@ -266,7 +267,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add(
         "--workers",
         type=int,
-        default=max(1, min(4, (os.cpu_count() or 2) - 1)),
+        default=max(1, min(4, num_cores() - 1)),
         help="processes that load images (default: number of cores minus one, at most 4)",
     )
     _add_judge(parser)

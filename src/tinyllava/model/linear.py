@@ -124,6 +124,17 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), ((f"{name}.weight", layer.unpacked()) for name, layer in layers))
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Return the type of a module's first weight; one of packed layers without a bias has no parameter."""
+    for part in module.modules():
+        if isinstance(part, PackedLinear) and part.packed is not None:
+            return part.packed.dtype
+        for parameter in own_parameters(part).values():
+            if parameter is not None:
+                return parameter.dtype
+    return torch.get_default_dtype()
+
+
 class _Product(torch.autograd.Function):
     """y = x W^T + b and its gradients; oneDNN takes transposed views as they are."""
 

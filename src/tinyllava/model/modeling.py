@@ -20,6 +20,7 @@ from tinyllava.config import LOSS_POSITIONS
 from tinyllava.model.compat import CACHE_NAME, ComposedModel, attention_of, last_layer_output, packed_mask
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.connectors import build_connector
+from tinyllava.model.linear import dtype_of
 
 IGNORED = -100  # label of a position that is not supervised, as everywhere in transformers
 
@@ -93,7 +94,7 @@ class TinyLlavaModel(ComposedModel):
         assert pixel_values.is_floating_point(), "packed images: see ImagePacking.unpack"
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
+            pixel_values = pixel_values.to(dtype_of(self.vision_tower))
             if self.config.encoder_kind == "cnn":
                 grid: Tensor = self.vision_tower(pixel_values).last_hidden_state
                 return grid.flatten(2).transpose(1, 2) if grid.ndim == 4 else grid
@@ -175,8 +176,7 @@ class TinyLlavaModel(ComposedModel):
             features = self._no_features()
         if features is None:
             return None
-        connector_dtype = next(self.multi_modal_projector.parameters()).dtype
-        return self._connect(features.to(connector_dtype))
+        return self._connect(features.to(dtype_of(self.multi_modal_projector)))
 
     def vision_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of encoder and connector."""

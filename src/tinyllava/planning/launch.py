@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tinyllava.config import Run
+from tinyllava.data.cores import num_cores
 from tinyllava.errors import ConfigError, TrainingError
 from tinyllava.planning.rules import batch_problems
 
@@ -152,7 +153,7 @@ def _as_an_agent(num_processes: int) -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = {number: signal.getsignal(number) for number in numbers}  # the agent takes these
     environment, disabled = dict(os.environ), logging.root.manager.disable
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
     logging.disable(logging.CRITICAL)
     try:
         yield

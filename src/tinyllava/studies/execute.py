@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from tinyllava.data.cores import num_cores
 from tinyllava.errors import ConfigError, require
 from tinyllava.planning.launch import GRACE_SECONDS, fitting_processes
 from tinyllava.studies.graph import Graph, Node, load_node, save_node
@@ -197,7 +198,7 @@ def run_task(path: str, cluster: str, num_devices: int, num_at_once: int = 1) ->
         num_at_once: jobs that share this machine's cores.
     """
     if num_at_once > 1:  # read when PyTorch is imported, which it is not yet
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_at_once)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_at_once)))
     variable = "SLURM_JOB_ID" if cluster == "slurm" else "SUBMITIT_LOCAL_JOB_ID"
     number = os.environ.get(variable, "")
     here = _import_submitit().JobEnvironment() if cluster == "slurm" else None
@@ -299,7 +300,7 @@ def _is_process(pid: int) -> bool:
         os.waitpid(pid, os.WNOHANG)
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # gone, or its number is another user's process by now
         return False
     return True
 

@@ -142,7 +142,7 @@ def _logged(node: Node, log: Path | None) -> str:
 
 
 def work(node: Node) -> str:
-    """Train or measure, in every process of a job; return the folder of a finished stage.
+    """Train or measure, in every process of a job; the first returns the folder of a finished stage.
 
     The user's own code that the run names is run first: this process may be another than the one that read
     the grid.
@@ -159,9 +159,11 @@ def _train(node: Node) -> str:
     from tinyllava.training.run import train
 
     model = train(node.run, wait=True)
+    if os.environ.get("RANK", "0") != "0":  # the first, which writes the state, may remove the model by now
+        return ""
     metadata = json.loads((model / "provenance.json").read_text(encoding="utf-8"))["stages"][node.name]
     folder = _stage_folder(node, metadata["key"])
-    if not node.keep_model and os.environ.get("RANK", "0") == "0":
+    if not node.keep_model:
         shutil.rmtree(model)
     return os.path.relpath(folder, node.folder)
 

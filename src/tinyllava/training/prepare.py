@@ -39,7 +39,7 @@ from tinyllava.model.packing import ImagePacking
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.parts.templates import as_published, read_template
 from tinyllava.parts.user_code import is_reference, run_value
-from tinyllava.training.precision import HALF, choose_precision
+from tinyllava.training.precision import HALF, choose_precision, multiplying
 from tinyllava.training.progress import make_progress
 
 _IMAGES = ".image-hashes.sqlite"
@@ -370,6 +370,7 @@ def _fill_features(
     conversations = chain.from_iterable(examples.conversations for examples in parts)
     num_images = sum(int(image_counts(examples.conversations).sum()) for examples in parts)
     task = bar.add_task("encoding images", total=num_images, note="")
-    cache.fill(conversations, progress=lambda n: bar.advance(task, n), hashes=hashes)
+    with multiplying("fp32"):  # the same in every precision: runs share them
+        cache.fill(conversations, progress=lambda n: bar.advance(task, n), hashes=hashes)
     for examples in parts:
         examples.features = cache
