@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ANSWERS = "held-out.jsonl"
 PAGE = "held-out.html"
 Curve = list[tuple[int, float]]
+"""(step, mean loss over the held-out records' supervised tokens), in order of the steps."""
 _ANSWER_TOKENS = 128
 
 
@@ -113,9 +114,6 @@ class Validator(TrainerCallback):
             for one, answer in zip(self.sample, answers, strict=True)
         ]
         append_lines(self.folder / ANSWERS, [json.dumps(line) for line in lines])
-
-
-"""(step, mean loss over the held-out records' supervised tokens), in order of the steps."""
 
 
 def open_question(conversation: Conversation) -> Conversation:
