@@ -127,9 +127,8 @@ def _is_gated(module: nn.Module) -> bool:
     if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
     gate, up, down = parts["gate_proj"], parts["up_proj"], parts["down_proj"]
-    if type(down) is not nn.Linear or down.bias is not None or not _is_exact(down.weight):
-        return False
-    return _computes(module, down.out_features, lambda rows: down(silu(gate(rows)) * up(rows)))
+    is_plain = bool(type(down) is nn.Linear and down.bias is None) and _is_exact(down.weight)
+    return is_plain and _computes(module, down.out_features, lambda rows: down(silu(gate(rows)) * up(rows)))
 
 
 def _feed_forward(module: Any, rows: Tensor) -> Tensor:
