@@ -327,12 +327,12 @@ def test_images_at_addresses_are_downloaded_once_and_within_a_limit(folder, monk
 
 
 def test_a_table_that_the_users_own_function_reads_may_have_any_columns(folder):
-    (folder / "mine.csv").write_text("foto,frage,antwort\na.png,Was?,Rot\n")
+    (folder / "mine.csv").write_text("bild,frage,antwort\na.png,Was?,Rot\n")
     (folder / "mine.py").write_text(
         "import csv\n"
         "def read(path, images):\n"
         "    for row in csv.DictReader(path.open()):\n"
-        "        yield {'image': row['foto'], 'question': row['frage'], 'answer': row['antwort']}\n"
+        "        yield {'image': row['bild'], 'question': row['frage'], 'answer': row['antwort']}\n"
     )
     reader = f"{folder / 'mine.py'}:read"
     [one] = read_records(folder / "mine.csv", folder / "images", reader=reader).conversations
