@@ -261,6 +261,7 @@ class FusedVisionModel(ComposedModel):
         super().__init__(config)
         self.first = _without_last_norm(AutoModel.from_config(config.first_config))
         self.second = _without_last_norm(AutoModel.from_config(config.second_config))
+        self._statistics: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: object) -> BaseModelOutput:
@@ -278,15 +279,29 @@ class FusedVisionModel(ComposedModel):
 
     def to_second(self, pixel_values: Tensor) -> Tensor:
         """Return the images as the second encoder wants them: its mean, deviation and size."""
-        (mean1, mean2), (deviation1, deviation2) = (
-            [pixel_values.new_tensor(value).view(1, 3, 1, 1) for value in pair]
-            for pair in (self.config.means, self.config.deviations)
-        )
+        mean1, mean2, deviation1, deviation2 = self._statistics_for(pixel_values)
         pixels = (pixel_values * deviation1 + mean1 - mean2) / deviation2
         side = self.config.second_image_size
         if pixels.shape[-1] == side:
             return pixels
         return interpolate(pixels.float(), size=(side, side), mode="bicubic", antialias=True).to(pixels.dtype)
+
+    def _statistics_for(self, pixels: Tensor) -> list[Tensor]:
+        """Return both means and both deviations [1, 3, 1, 1].
+
+        They are copied to a device once, because the host waits for each copy.
+        """
+        place = (pixels.device, pixels.dtype)
+        found = self._statistics.get(place)
+        if found is None:
+            values = (*self.config.means, *self.config.deviations)
+            with torch.inference_mode(False):  # training may be next
+                found = [
+                    torch.tensor(v, device=pixels.device, dtype=pixels.dtype).view(1, 3, 1, 1) for v in values
+                ]
+            if not torch.compiler.is_compiling():  # where there are no values to keep
+                self._statistics[place] = found
+        return found
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoImageProcessor, AutoModel, BitImageProcessorPil, ConvNextConfig, ConvNextModel
 
 import toys
@@ -48,6 +49,33 @@ def test_its_features_are_those_of_both(folders: dict[str, Path], image: Image.I
     pixels = AutoImageProcessor.from_pretrained(folders["fused"], backend="pil")(image, return_tensors="pt")
     fused = AutoModel.from_pretrained(folders["fused"])(**pixels).last_hidden_state
     torch.testing.assert_close(fused, torch.cat(alone, dim=-1), atol=1e-5, rtol=1e-4)
+
+
+def test_numbers_of_the_host_are_copied_to_a_device_once(folders: dict[str, Path]) -> None:
+    """The first time without gradients, as in a stage that freezes the encoder."""
+    model = AutoModel.from_pretrained(folders["fused"])
+    pixels = torch.rand(2, 3, 28, 28)
+    with torch.inference_mode(), Copies() as first:
+        found = model.to_second(pixels)
+    (mean1, mean2), (deviation1, deviation2) = (
+        [torch.tensor(value).view(1, 3, 1, 1) for value in pair]
+        for pair in (model.config.means, model.config.deviations)
+    )
+    torch.testing.assert_close(found, (pixels * deviation1 + mean1 - mean2) / deviation2, rtol=0, atol=0)
+    with Copies() as second:
+        model(pixels).last_hidden_state.sum().backward()
+    assert (first.count, second.count) == (4, 0)
+    assert model.to_second(pixels.double()).dtype == torch.float64  # another type has numbers of its own
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors that are made of the host's numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_it_is_described_as_any_folder(folders: dict[str, Path]) -> None:
