@@ -181,15 +181,17 @@ def test_bytes_become_files_and_what_cannot_be_written_is_refused(table):
 
 
 def test_a_split_keeps_images_apart(table, capsys):
-    skips = [option for name in ("missing_image", "empty_answer") for option in ("--skip", name)]
-    table.write_text(table.read_text().replace("photos/broken.png,Q,A,x\n", ""))
+    names = ("missing_image", "empty_answer", "broken_image")
+    skips = [option for name in names for option in ("--skip", name)]
     assert main(["data", "split", str(table), "--held-out", "40%", *skips]) == 0
+    assert "skipped: missing_image (2), empty_answer (1), broken_image (1)" in capsys.readouterr().out
     sides = [
         check_files(DataConfig(records=(str(table.with_name(f"my-{side}.json")),)))
         for side in ("train", "held-out")
     ]
     assert shared_images(*sides) == []
-    assert sum(side.num_records for side in sides) == 9
+    assert sum(side.num_records for side in sides) == 8
+    assert not any(side.defects for side in sides)
     assert sides[1].num_records >= 1
     for wrong in ("0%", "x", "1.5"):
         assert main(["data", "split", str(table), "--held-out", wrong]) == 2

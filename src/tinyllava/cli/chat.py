@@ -131,10 +131,12 @@ def _report(output: Path, max_tokens: int) -> int:
     for error in errors[:_MOST_SHOWN]:
         print(f"not answered: {error}", file=sys.stderr)
     if errors:
-        print(f"{len(errors):,} questions have no answer: see 'error' in {output}", file=sys.stderr)
+        what = "question has" if len(errors) == 1 else "questions have"
+        print(f"{len(errors):,} {what} no answer: see 'error' in {output}", file=sys.stderr)
     if num_cut:
+        what = "answer was" if num_cut == 1 else "answers were"
         print(
-            f"{num_cut:,} answers were cut off at {max_tokens} tokens or at the end of the context: see "
+            f"{num_cut:,} {what} cut off at {max_tokens} tokens or at the end of the context: see "
             "'is_cut' (raise the limit with --max-tokens N)",
             file=sys.stderr,
         )

@@ -145,7 +145,9 @@ def _score(
     for line in describe_readings(predictions):
         print(f"  {line}")
     if result.num_missing:
-        print(f"  {result.num_missing:,} questions have no answer and count as wrong")
+        many = result.num_missing != 1
+        what = "questions have no answer and count" if many else "question has no answer and counts"
+        print(f"  {result.num_missing:,} {what} as wrong")
         refusals = read_refusals(folder)
         for line in refusals[:_MOST_SHOWN]:
             print(f"    {line}")

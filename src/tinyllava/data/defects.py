@@ -68,7 +68,8 @@ class Defects(DataError):  # noqa: N818 (as above)
             lines += [f"    and {count - _SHOWN:,} more"] if count > _SHOWN else []
         skips = " ".join(f"--skip {name}" for name in self.counts)
         lines.append(
-            f"`tinyllava data check {path}` lists all. Fix the records, or skip such records with {skips}."
+            f"`tinyllava data check {path}`, with the same options for reading, lists all. Fix the records, "
+            f"or skip such records with {skips}."
         )
         super().__init__("\n".join(lines))
 

@@ -89,11 +89,13 @@ def read_records(
 
 
 def read_configured(data: DataConfig, data_root: str = "") -> Records:
-    """Read all records of a stage.
+    """Read all records of a stage; images are decoded if records with broken ones are to be skipped.
 
     Raises:
         ConfigError, DataError: see ``resolve`` and ``read_records``.
     """
+    from tinyllava.data.store import find_good_images  # here: what only converts starts without pyarrow
+
     skipped: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     sources, counts = [], []
@@ -116,8 +118,15 @@ def read_configured(data: DataConfig, data_root: str = "") -> Records:
         sources.append(source)
         counts.append(len(found) - before)
     shares, rows = mix(sources, counts)
+    taken = found if rows is None else [found[row] for row in rows.tolist()]
+    if "broken_image" in data.skip:
+        good = find_good_images(taken).tolist()
+        skipped.update({"broken_image": len(taken) - len(good)} if len(good) < len(taken) else {})
+        taken = [taken[place] for place in good]
+        if not taken:
+            raise DataError(f"{', '.join(data.records)}: no records left after skips {dict(skipped)}.")
     return Records(
-        conversations=tuple(found) if rows is None else tuple(found[row] for row in rows.tolist()),
+        conversations=tuple(taken),
         skipped=dict(skipped),
         ignored=dict(ignored),
         mixture=() if rows is None else shares,

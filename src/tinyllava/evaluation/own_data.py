@@ -20,7 +20,6 @@ from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.readers.columns import listed_texts, reference_answers
 from tinyllava.data.readers.hub import record_files
 from tinyllava.data.records import open_readings, parse_columns, read_configured, read_raw
-from tinyllava.data.store import find_good_images, select
 from tinyllava.errors import ConfigError, DataError, UnknownNameError
 from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary, mean_of, means_by_group
 from tinyllava.evaluation.judge import JUDGE, JUDGING
@@ -178,10 +177,6 @@ def _read_asked(name: str | Path, reading: ReadingSettings) -> tuple[list[_Asked
         skip=tuple(reading.get("skip", ())),
     )
     records = read_configured(data)
-    if "broken_image" in data.skip:
-        good = find_good_images(records.conversations)
-        skipped = {**records.skipped, "broken_image": len(records.conversations) - len(good)}
-        records = replace(records, conversations=select(records.conversations, good), skipped=skipped)
     fields = {
         (str(one.path), at): raw if isinstance(raw, dict) else {}
         for _, readings in open_readings(data)
