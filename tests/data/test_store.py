@@ -186,7 +186,7 @@ def test_a_process_that_dies_while_records_are_read_is_told(monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return 2 * part
 
-    with pytest.raises(DataError, match="a process that reads records died, possibly because memory"):
+    with pytest.raises(DataError, match="one of several processes died, possibly because memory"):
         list(cores.map_parts(work, range(9)))
     assert list(cores.map_parts(lambda part: 2 * part, range(9))) == list(range(0, 18, 2))
     # What ends the others is no handler of this process: one that waits for a lock would not call it.

@@ -10,7 +10,7 @@ from PIL import Image
 from tinyllava.conversation import Conversation, ImageRef, Message, ask
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.starter.recipe import starter_model
-from tinyllava.starter.words import make_start, start_key, word_ids
+from tinyllava.starter.words import Start, make_start, make_starts, start_key, word_ids
 
 CAPTIONS = {"red": "a red circle", "blue": "a dog, blue", "green": "a picture", "yellow": "an image"}
 
@@ -70,3 +70,17 @@ def test_a_start_that_is_there_is_used_and_another_has_another_name(parts, capti
     key = start_key(config, captions, seed=0)
     assert start_key(config, list(captions), seed=0) == key
     assert key not in (start_key(config, captions[1:], seed=0), start_key(config, captions, seed=1))
+
+
+def test_starts_made_at_the_same_time_are_those_made_alone(parts, captions, tmp_path: Path) -> None:
+    config = starter_model(parts["chatml"], parts["siglip"])
+    starts = [
+        Start(config=config, captions=captions, folder=tmp_path / f"{n}", features=tmp_path, seed=n % 3)
+        for n in range(4)
+    ]
+    make_starts([*starts, starts[0]])  # the same model in two panels of a grid
+    alone = make_start(config, captions, tmp_path / "alone", tmp_path, seed=1)
+    weights = [(start.folder / "model.safetensors").read_bytes() for start in starts]
+    assert weights[1] == (alone / "model.safetensors").read_bytes()
+    assert weights[0] == weights[3]
+    assert len(set(weights)) == 3

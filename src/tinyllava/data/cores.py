@@ -52,8 +52,10 @@ def map_waiting(work: Callable[[Part], Result], items: Sequence[Part]) -> list[R
         return [*found, *threads.map(work, items[_TRIED:])]
 
 
-def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator[Result]:
-    """Yield the result of each part, in order; a few parts ahead are worked on.
+def map_parts(
+    work: Callable[[Part], Result], parts: Sequence[Part], at_most: int | None = None
+) -> Iterator[Result]:
+    """Yield the result of each part, in order; a few parts ahead are worked on, ``at_most`` at the same time.
 
     Nothing but parts and results travels between processes. Without a second core, for a few parts, or where
     a system cannot fork, the work is done here.
@@ -61,7 +63,7 @@ def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator
     Raises:
         DataError: a process died; and what ``work`` raises.
     """
-    number = num_cores() if len(parts) > _FEW else 1
+    number = min(num_cores(), at_most or len(parts)) if len(parts) > _FEW else 1
     if number < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, parts)
         return
@@ -76,7 +78,7 @@ def map_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that reads records died, possibly because memory ran out. Run the same command again."
+            "one of several processes died, possibly because memory ran out. Run the same command again."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

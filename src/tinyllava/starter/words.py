@@ -9,6 +9,7 @@ that are words than among tokens that merely make the language model say the wor
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation
+from tinyllava.data.cores import map_parts
 from tinyllava.data.features import FeatureCache
 from tinyllava.model.assemble import assemble
 from tinyllava.model.connectors.per_patch import Slots
@@ -27,6 +29,35 @@ BATCH_SIZE = 128
 NUM_STEPS = 900
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1.0
+_AT_MOST = 4
+"""Fits at the same time: each holds a language model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A model whose connector is to be fitted, with the arguments of ``make_start``."""
+
+    config: ModelConfig
+    captions: Sequence[Conversation]
+    folder: Path
+    features: Path
+    seed: int
+
+
+def make_starts(starts: Sequence[Start]) -> None:
+    """Make those that are not there yet, each on one core, so that two cores take half the time."""
+    missing = {start.folder: start for start in starts if not start.folder.is_dir()}
+    for _ in map_parts(_make_on_one_core, list(missing.values()), _AT_MOST):
+        pass
+
+
+def _make_on_one_core(start: Start) -> Path:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return make_start(start.config, start.captions, start.folder, start.features, start.seed)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def make_start(

@@ -206,7 +206,7 @@ def prepare_starter_grid(grid: Grid, cache: Path | None = None) -> None:
     from tinyllava.starter.convert import convert_language_model, convert_vision_encoder
     from tinyllava.starter.datasets.default import read_easy_vqa, read_grocery_store
     from tinyllava.starter.records import write_records
-    from tinyllava.starter.words import make_start
+    from tinyllava.starter.words import Start, make_starts
 
     cache = cache or cache_folder()
     weights = {0: packages.EFFICIENTNET_LITE0, 2: packages.EFFICIENTNET_LITE2}
@@ -224,9 +224,17 @@ def prepare_starter_grid(grid: Grid, cache: Path | None = None) -> None:
                 *read_grocery_store(folders[packages.GROCERY_STORE.name]),
             ]
             write_records(images, folder, amounts)
+    starts = []
     for cell in grid.cells:
         records = records_folder(cell.labels["data"], cache)
         captions = read_records(records / "pretrain.json", records / "images").conversations
         for seed in grid.seeds:
-            start = Path(cell.run.start_from.replace(SEED, str(seed)))
-            make_start(cell.run.model, captions, start, cache / "starter" / ".features", seed)
+            start = Start(
+                config=cell.run.model,
+                captions=captions,
+                folder=Path(cell.run.start_from.replace(SEED, str(seed))),
+                features=cache / "starter" / ".features",
+                seed=seed,
+            )
+            starts.append(start)
+    make_starts(starts)
