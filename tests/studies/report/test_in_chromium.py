@@ -28,7 +28,7 @@ def test_the_report_of_a_study(width_px: int, tmp_path: Path) -> None:
 def test_the_report_of_the_starters_grid(width_px: int, tmp_path: Path) -> None:
     seen = open_page(MEASURED / "report.html", tmp_path, width_px)
     assert seen.console == []
-    assert len(seen.images) == 16  # three panels, losses, twelve examples
+    assert len(seen.images) == 17  # four panels, losses, twelve examples
     assert min(seen.images) > 0
     assert (seen.width, seen.overflow) == (width_px, 0)
     assert seen.fetched == []
