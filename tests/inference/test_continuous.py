@@ -289,6 +289,30 @@ def test_images_of_somebody_who_left_are_not_opened(
     decoder.close()
 
 
+def test_memory_that_runs_out_before_a_sequence_begins_ends_it_and_frees_what_is_remembered(
+    phi: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = ContinuousDecoder(phi)
+    asked = [decoder.prepare(ask(question), 4) for question in ("Is there a dog?", "Is there a cat?", "Why?")]
+    decoder.add(asked[0])
+    finish(decoder)
+    assert decoder.num_kept_tokens
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(KeysValues, "copy", run_out)  # of the beginning that the two questions share
+    for sequence in asked[1:]:
+        decoder.add(sequence)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.step()
+    assert decoder.drop_running() == [asked[1]]
+    assert decoder.num_kept_tokens == 0
+    finish(decoder)
+    decoder.close()
+    assert asked[2].is_done
+
+
 def test_logits_that_are_not_numbers_are_an_error(tmp_path: Path) -> None:
     chat = make_chat(tmp_path, "llama")
     decoder = ContinuousDecoder(chat)

@@ -175,8 +175,15 @@ class ContinuousDecoder:
             self._leave(sequence)
 
     def drop_running(self) -> list[Sequence]:
-        """Give up everything that runs, after an error, and return it."""
+        """Give up everything that runs, after an error, and return it; if nothing does, what was to begin.
+
+        What is remembered goes too: if memory ran out, it would run out again.
+        """
+        self._kept.clear()
+        self._features.clear()
         dropped, self.running = self.running, []
+        if not dropped and self.waiting:
+            dropped.append(self.waiting.popleft())
         return dropped
 
     @torch.inference_mode()
