@@ -4,6 +4,7 @@ import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tinyllava.model import compat
 from tinyllava.model.assemble import assemble
 from tinyllava.model.compat import causal_without_looking, set_checkpointing
 from tinyllava.model.tuning import apply_tuning
-from tinyllava.training.packing import keeps_apart
+from tinyllava.training.packing import check_packing, keeps_apart
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer
 from training_toys import toy_run
@@ -197,6 +198,26 @@ def test_a_model_that_does_not_keep_samples_apart_is_found_out(models, monkeypat
     assert model.training
 
 
+def test_a_model_that_the_device_cannot_hold_whole_is_tried_on_the_host(models, monkeypatch):
+    model, _ = models["llama"]
+    places = []
+
+    def trying(model, device, precision):
+        places.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return keeps_apart(model, device, precision)
+
+    monkeypatch.setattr("tinyllava.training.packing.keeps_apart", trying)
+    device = SimpleNamespace(device=torch.device("meta"))
+    monkeypatch.setattr("tinyllava.training.packing.PartialState", lambda: device)
+    with causal_without_looking(model.language_model):
+        check_packing(model, "fp32", is_divided=True)
+    assert places == ["meta", "cpu"]
+    with pytest.raises(ConfigError, match="would see each other"):  # as outside of training
+        check_packing(model, "fp32", is_divided=True)
+
+
 def toy(parts, records, folder, *, packing, **changes):
     settings = {"num_workers": 0} | changes.pop("hardware", {})
     hardware = Hardware(precision="fp32", packing=packing, **settings)
@@ -291,11 +312,6 @@ def test_a_killed_run_resumes_in_the_middle_of_an_epoch_bit_by_bit(parts, record
 def test_packing_that_cannot_be_is_refused_and_padding_trains(parts, records, tmp_path):
     with pytest.raises(ConfigError, match=r"loss_norm = 'micro'.*set hardware\.packing False"):
         train(toy(parts, records, tmp_path / "micro", packing=True, loss_norm="micro"))
-    divided = {"sharding": "gradients"}
-    with pytest.raises(
-        ConfigError, match=r"hardware\.packing = True: .*'gradients' supports only padded rows"
-    ):
-        train(toy(parts, records, tmp_path / "divided", packing=True, hardware=divided))
     sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     windows = tmp_path / "windows"
     rows = len(assemble(toy(parts, records, tmp_path, packing=True).model)[1].tokenizer)

@@ -159,6 +159,35 @@ def test_it_resumes_what_a_single_process_has_left(stopped, tmp_path):
     compare(folder / "undisturbed", tmp_path)
 
 
+@pytest.mark.parametrize(("sharding", "dies_at"), [("gradients", 0), ("all", 3)])
+def test_packed_rows_give_the_weights_of_padded_ones_in_one_process(parts, tmp_path, sharding, dies_at):
+    """Two images and text; a stage of the whole model and one of adapters; one run is killed, and resumes."""
+    records = make_records(tmp_path, {1, 6})
+    run = long_stage(
+        toy_run(parts, records, tmp_path),
+        vision_encoder=from_layer(1),
+        validation=Validation(held_out=str(records)),
+    )
+    adapters = dataclasses.replace(run.stages["finetune"], max_steps=1, language_model=lora(4))
+    run = dataclasses.replace(run, stages={**run.stages, "adapters": adapters})
+    train_in(1, sharded(run, "none", tmp_path / "one"))
+    packed = sharded(run, sharding, tmp_path / "two", packing=True, save_steps=1)
+    if dies_at:
+        train_in(2, packed, dies_at=dies_at)
+    held = train_in(2, packed)
+    assert all(own < 0.55 * whole for own, whole in held)
+    compare(tmp_path / "one", tmp_path / "two")
+    for name, num_steps in (("finetune", 4), ("adapters", 1)):
+        one, two = (losses(tmp_path / folder / "run" / name) for folder in ("one", "two"))
+        assert len(two) == num_steps
+        assert two == pytest.approx(one, abs=1e-5)
+
+
+def losses(stage: Path) -> list[float]:
+    lines = (json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
 def test_adapters_and_other_optimizers(parts, tmp_path):
     """A stage each; with dropout no two numbers of processes would give the same, so there is none.
 

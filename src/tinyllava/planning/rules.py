@@ -216,11 +216,6 @@ def sharding_problems(stage: Stage, hardware: Hardware) -> Iterator[str]:
     if hardware.sharding == "none":
         return
     asked = f"hardware.sharding = {hardware.sharding!r}"
-    if hardware.packing:
-        yield (
-            f"hardware.packing = True: {asked} supports only padded rows; set packing False, or sharding "
-            "none."
-        )
     if stage.optimizer in OPTIMIZERS and stage.optimizer not in DIVIDED_OPTIMIZERS:
         yield (
             f"optimizer = {stage.optimizer!r}: {asked} cannot shard its state; choose "

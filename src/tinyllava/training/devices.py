@@ -62,7 +62,8 @@ def fit_hardware(
     forms = _possible_forms(run, stage, prepared)
     packs = run.hardware.packing
     if packs:
-        check_packing(model, choose_precision(run.hardware.precision))
+        is_divided = choose_sharding(run.hardware) != "none"
+        check_packing(model, choose_precision(run.hardware.precision), is_divided=is_divided)
     for form in forms:
         packed = pack_stage(form.device_batch_size, run, stage, prepared.examples) if packs else None
         if survives(form, run, model, processor, prepared, packed):

@@ -3,6 +3,7 @@
 Paper: none; the published code pads. Loss and gradients are equal, see ``tinyllava.model.modeling.Segments``.
 """
 
+from contextlib import suppress
 from math import ceil
 from typing import Any
 
@@ -26,14 +27,24 @@ WINDOW = 50
 """Steps that ``length_windows`` sorts by length together."""
 
 
-def check_packing(model: TinyLlavaForConditionalGeneration, precision: str) -> None:
+def check_packing(model: TinyLlavaForConditionalGeneration, precision: str, *, is_divided: bool) -> None:
     """Try whether the samples of a micro-batch can share a row, in all processes alike.
+
+    Args:
+        model: whole. It is tried on the device, or on the host if the device cannot hold it.
+        is_divided: whether each process will hold a share of it (FSDP2). It is left on the host then.
 
     Raises:
         ConfigError: not every layer of the language model keeps samples apart.
     """
+    found = None
     with not_compiled():
-        found = keeps_apart(model, PartialState().device, precision)
+        with suppress(torch.OutOfMemoryError):
+            found = keeps_apart(model, PartialState().device, precision)
+        if found is None:
+            found = keeps_apart(model, torch.device("cpu"), precision)
+    if is_divided:
+        model.to("cpu")
     if not all(gather_object([found])):
         raise ConfigError(
             f"hardware.packing: {model.config.text_config.model_type!r} has attention windows, or layers in "
@@ -48,7 +59,8 @@ def keeps_apart(
     language: Any = model.language_model
     if attention_of(language) != CAUSAL:
         return False
-    model.to(device).eval()
+    model.eval()
+    language.to(device)
     lengths = [5, 3, 9]
     rows = model.get_input_embeddings().weight.detach()
     embeds = rows[torch.arange(1, 1 + sum(lengths), device=device) % len(rows)].float().requires_grad_()
