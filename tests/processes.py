@@ -68,7 +68,9 @@ def run_script(script: Path, *options: str, said: Path) -> str:
     return said.read_text()
 
 
-def in_ranks(num_ranks: int, action: Callable[[int], object], said: Path | None = None) -> list[int | None]:
+def in_ranks(
+    num_ranks: int, action: Callable[[int], object], said: Path | None = None, hung: Sequence[int] = ()
+) -> list[int | None]:
     """Do an action in so many ranks of one job, given its rank, and return their exit statuses.
 
     They meet at a store of this process, on a port that nobody else has: a free port that is only named can
@@ -78,6 +80,7 @@ def in_ranks(num_ranks: int, action: Callable[[int], object], said: Path | None 
         num_ranks: 1 starts a process as no launcher does.
         action: what each rank does.
         said: the start of the names of the files that get what each prints: ``said-0``, ``said-1``.
+        hung: ranks that are killed when the others have ended, as a launcher does.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
@@ -94,8 +97,10 @@ def in_ranks(num_ranks: int, action: Callable[[int], object], said: Path | None 
         for rank in range(num_ranks)
     ]
     try:
-        for process in ranks:
-            process.join()
+        for rank in sorted(range(num_ranks), key=lambda rank: rank in hung):
+            if rank in hung:
+                ranks[rank].kill()
+            ranks[rank].join()
     finally:  # the test's own time limit, for one
         for process in ranks:
             process.kill()

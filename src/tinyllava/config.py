@@ -318,6 +318,8 @@ class Hardware:
     keep_checkpoints: int = 0
     """Number of newest checkpoints that each stage keeps when it is done, in addition to the one with the
     lowest held-out loss."""
+    timeout_seconds: int = 3600
+    """How long a process waits for another one, or for an image, while a stage trains; then all end."""
 
 
 @dataclass(frozen=True, kw_only=True)

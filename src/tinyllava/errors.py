@@ -46,6 +46,10 @@ class TrainingError(TinyLlavaError, RuntimeError):
     """A training run that cannot continue: a loss that is NaN, a batch without a supervised token."""
 
 
+class LostProcessError(TrainingError):
+    """Another process of a run has ended, or does not answer."""
+
+
 class JudgeError(TinyLlavaError, RuntimeError):
     """A judge model that did not answer, or answered in a form that cannot be read."""
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 
 import pytest
@@ -126,19 +127,29 @@ def test_training_ends_on_a_small_shared_memory_and_says_how_it_is_faster(parts,
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
-def test_a_dead_worker_ends_in_one_line(parts, records, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("lose", "told"),
+    [
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            r"images died.*--hardware\.num-workers 0 loads images",
+        ),
+        (lambda: time.sleep(600), r"delivered none within 1 s:.*If .* raise --hardware\.timeout-seconds\."),
+    ],
+    ids=["dies", "hangs"],
+)
+def test_a_worker_that_dies_or_hangs_ends_in_one_line(parts, records, tmp_path, monkeypatch, lose, told):
     original = Examples.__getitem__
 
-    def dying(self, index):
+    def lost(self, index):
         if get_worker_info() is not None and index == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
+            lose()
         return original(self, index)
 
-    monkeypatch.setattr(Examples, "__getitem__", dying)
-    hardware = Hardware(num_workers=2, precision="fp32", device_batch_size=2)
-    with pytest.raises(
-        DataError, match=r"images died.*--hardware\.num-workers 0 loads images without"
-    ) as caught:
+    monkeypatch.setattr(Examples, "__getitem__", lost)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # in which they may end
+    hardware = Hardware(num_workers=2, precision="fp32", device_batch_size=2, timeout_seconds=1)
+    with pytest.raises(DataError, match=told) as caught:
         train(toy_run(parts, records, tmp_path / "run", hardware=hardware))
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()  # as one of them ended, PyTorch would raise its error again

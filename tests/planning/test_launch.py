@@ -8,11 +8,13 @@ import signal
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from tinyllava.cli import main
 from tinyllava.config import FULL, DataConfig, Hardware, ModelConfig, Run, Stage
 from tinyllava.errors import ConfigError
+from tinyllava.planning import lost
 from tinyllava.planning.launch import choose_processes, launch
 from tinyllava.training import trainer
 from tinyllava.training.run import train
@@ -24,7 +26,7 @@ LAUNCHERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "ACCELERA
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in LAUNCHERS:
+    for name in (*LAUNCHERS, "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -92,6 +94,28 @@ def test_wrong_numbers_of_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(ConfigError, match="srun has started 8 independent tasks"):
         choose_processes(0)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # accelerate launch --cpu --num_processes 2
+    with pytest.raises(ConfigError, match="accelerate launch has started one process instead of several"):
+        choose_processes(0)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "setting"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "--hardware.sharding all"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "--hardware.sharding all"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--hardware.compile True"),
+    ],
+)
+def test_settings_of_accelerate_that_change_the_model_are_refused(
+    monkeypatch, parts, records, tmp_path, variable, value, setting
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"{variable} = '{value}'.* use {setting} if") as caught:
+        train(toy_run(parts, records, tmp_path / "run"))
+    assert "1 problem(s)" in str(caught.value)
 
 
 @pytest.mark.parametrize("gpus", [[], ["--gpus", "4"]])
@@ -142,10 +166,12 @@ def test_a_python_call_with_several_gpus_uses_one_and_keeps_the_batch(monkeypatc
             put_in_gpus(machine, 8)
             made = arguments(**{**settings, "use_cpu": False})
             assert super(arguments, made).n_gpu == 8  # what the Trainer would have used
+        assert made.mixed_precision == "no"
         seen.append(made.train_batch_size * made.gradient_accumulation_steps * made.world_size)
         return made
 
     monkeypatch.setattr(trainer, "StageArguments", on_devices)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # of its configuration; the run says fp32
     run = toy_run(parts, records, tmp_path / "run")
     train(run)
     assert seen == [stage.global_batch_size for stage in run.stages.values()]
@@ -153,3 +179,26 @@ def test_a_python_call_with_several_gpus_uses_one_and_keeps_the_batch(monkeypatc
     for name, stage in run.stages.items():
         lines = (tmp_path / "run" / name / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == -(-len(samples) // stage.global_batch_size)
+
+
+def test_those_that_wait_in_vain_name_the_others(monkeypatch):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(lost, "PATIENCE_SECONDS", 0)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    timed_out = RuntimeError("[gloo] Timed out waiting 5000ms")
+    gone = RuntimeError("[gloo] Connection closed by peer")
+    given_up = RuntimeError("Application timeout caused pair closure")
+    assert all(map(lost.is_of_another_process, (timed_out, gone, given_up)))
+    assert not lost.is_of_another_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    store.set("tinyllava/0/waits/2", "")
+    assert lost.name_lost(lost.lost_process(timed_out, 3600)).startswith(
+        "processes 1, 3 of 4 did not answer within 3,600 s: a process hangs, or a node is lost."
+    )
+    store.set("tinyllava/0/waits/1", "")
+    assert lost.name_lost(lost.lost_process(gone)).startswith("process 3 of 4 ended. Look at")
+    monkeypatch.setenv("RANK", "3")
+    assert lost.name_lost(lost.lost_process(gone)).startswith("another process of this run ended.")
+    assert [lost.is_first_to_tell() for _ in range(2)] == [True, False]

@@ -15,6 +15,7 @@ import pytest
 
 import grid_toys
 import slurm_stand_in
+from tinyllava.cli import main
 from tinyllava.data.cores import num_cores
 from tinyllava.studies.study import load_study
 
@@ -135,3 +136,15 @@ def test_what_the_scheduler_refuses_is_said(workshop):
     assert running.returncode == 2
     assert "error: --jobs slurm:" in output
     assert "no_such_option" in output
+
+
+@pytest.mark.parametrize("option", ["tasks_per_node", "slurm_ntasks_per_node"])
+def test_several_tasks_on_a_machine_are_refused_before_anything_is_submitted(workshop, capsys, option):
+    """Each task would start all processes of its machine."""
+    places = ["--benchmarks", str(workshop.benchmarks), "--runs", str(workshop.folder / "runs")]
+    jobs = ["--jobs", "slurm", "--job", f"{option}=8"]
+    assert main(["reproduce", str(workshop.grid), *places, *jobs]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --job {option}=8: one task per machine starts its processes. Give --gpus 8 instead.\n"
+    )
+    assert not jobs_of(workshop)

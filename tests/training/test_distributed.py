@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore
+from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 
 import toys
 from processes import in_ranks, start, start_command
@@ -25,6 +27,9 @@ from tinyllava import cli
 from tinyllava.config import FULL, Run, Validation, lora
 from tinyllava.errors import ConfigError, Stopped, TrainingError
 from tinyllava.files import held
+from tinyllava.model.compat import decoder_layers
+from tinyllava.planning import lost
+from tinyllava.training import writing
 from tinyllava.training.progress import StageProgress
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer, trained_tensors
@@ -266,6 +271,74 @@ def test_a_process_that_is_lost_ends_the_others_and_one_error_is_told(parts, tmp
     assert (printed.count("error: "), printed.count("Traceback")) == (1, 0)
     assert (tmp_path / "run/finetune/checkpoint-2/manifest.json").is_file()
     assert metrics.read_text().count("\n") == 3
+
+
+def hang_in(place: str, meet: Callable[[StageTrainer], object]) -> None:
+    """Have a rank call a function in a place behind the checkpoint of the second step."""
+    compute, save = StageTrainer.training_step, writing.save_moments
+
+    def computing(self, model, *args, **kwargs):
+        if self.state.global_step == 2:
+            self.writer.wait()  # for that checkpoint
+            if place == "forward":
+                meet(self)
+            elif place == "backward":
+                layer = decoder_layers(self.model.language_model)[0]
+                layer.register_full_backward_pre_hook(lambda *_: meet(self))
+            else:
+                writing.save_moments = lambda *args, **options: meet(self) or save(*args, **options)
+        return compute(self, model, *args, **kwargs)
+
+    StageTrainer.training_step = computing
+
+
+@pytest.mark.parametrize(
+    ("sharding", "place", "hung"),
+    [
+        ("none", "forward", 0),
+        ("none", "backward", 1),
+        ("all", "forward", 1),
+        ("all", "backward", 0),
+        ("all", "writing", 1),
+    ],
+)
+def test_a_process_that_hangs_ends_the_others_within_the_limit_and_is_named(
+    parts, tmp_path, monkeypatch, sharding, place, hung
+):
+    """Once it hangs, the limit of a minute is lowered to a second; a slow machine may need more before."""
+    monkeypatch.setattr(lost, "PATIENCE_SECONDS", 0.2)
+    toy = toy_run(parts, make_records(tmp_path, set()), tmp_path / "run")
+    hardware = dataclasses.replace(toy.hardware, sharding=sharding, save_steps=2, timeout_seconds=60)
+    long = dataclasses.replace(toy.stages["finetune"], max_steps=200)
+    run = write_run(dataclasses.replace(toy, stages={"finetune": long}, hardware=hardware), tmp_path)
+
+    def stop(_: StageTrainer) -> None:
+        (tmp_path / "stopped").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def lower(trainer: StageTrainer) -> None:
+        while not (tmp_path / "stopped").exists():
+            time.sleep(0.01)
+        for group in (_get_default_group(), trainer.writer._group):
+            if group is not None:
+                assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=1)
+                _set_pg_timeout(timedelta(seconds=1), group)
+
+    def train_rank(rank: int) -> int:
+        hang_in(place, stop if rank == hung else lower)
+        return cli.main(["train", run])
+
+    ends = in_ranks(2, train_rank, tmp_path / "said", hung=[hung])
+    printed = (tmp_path / f"said-{1 - hung}").read_text()
+    assert ends[1 - hung] == 2, printed
+    told = [line for line in printed.splitlines() if "error" in line.lower() or "Traceback" in line]
+    expected = (
+        f"error: process {hung} of 2 did not answer within 60 s: a process hangs, or a node is lost. Look at "
+        "the messages there, and run the same command again to resume. If it only needs more time, raise "
+        "--hardware.timeout-seconds."
+    )
+    assert told == [expected]
+    assert (tmp_path / "run/finetune/checkpoint-2/manifest.json").is_file()
 
 
 def test_a_signal_ends_a_process_that_waits_for_another(tmp_path, monkeypatch):

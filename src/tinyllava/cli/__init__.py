@@ -6,18 +6,17 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import import_module
 from types import FrameType
 
 from tinyllava import __version__
-from tinyllava.errors import ConfigError, Stopped, TinyLlavaError, look_up
+from tinyllava.errors import ConfigError, LostProcessError, Stopped, TinyLlavaError, look_up
 from tinyllava.files import is_full_disk, is_text
 from tinyllava.parts.user_code import is_reference, run_code
+from tinyllava.planning.lost import is_first_to_tell, is_of_another_process, lost_process, name_lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():  # a pipe of its own, to a worker that died
             raise
         return 141  # as a shell counts it: head, for one, has what it wanted
+    except LostProcessError as error:
+        return _tell(name_lost(error))
     except TinyLlavaError as error:
         return _tell(str(error))
     except Exception as error:
-        if _is_of_another_process(error):
-            time.sleep(_PATIENCE_SECONDS)  # a launcher that knows the reason ends this process meanwhile
-            return _tell(
-                "another process of this run was lost: it has ended, or does not answer. Look at the "
-                "messages of its node, and run the same command again to resume."
-            )
+        if is_of_another_process(error):
+            return _tell(name_lost(lost_process(error)))
         if line := _describe(error):
             return _tell(line)
-        if not _is_first_to_tell():
+        if not is_first_to_tell():
             return 1
         raise
     except KeyboardInterrupt as stop:
@@ -96,37 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
 
 
-_PATIENCE_SECONDS = 20
-
-
 def _tell(line: str) -> int:
     """Print an error, once for all processes of a run, and return the exit status."""
-    if _is_first_to_tell():
+    if is_first_to_tell():
         print(f"error: {line}", file=sys.stderr, flush=True)
     return 2
-
-
-def _is_first_to_tell() -> bool:
-    """Whether no other process of this run has told an error; torchrun's store keeps count."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
-        return True
-    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
-
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        store = TCPStore(*place, wait_for_workers=False, timeout=timedelta(seconds=5))
-        told = store.add(f"tinyllava/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)
-    except DistError:
-        return True
-    return told == 1
-
-
-def _is_of_another_process(error: Exception) -> bool:
-    """Whether an error only says that another process of the run has ended, or does not answer."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
-        return False
-    is_torchs = any(kind.__module__ == "torch.distributed" for kind in type(error).__mro__)
-    return is_torchs or "gloo" in str(error)
 
 
 _OF_THE_MACHINE = (

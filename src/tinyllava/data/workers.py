@@ -5,6 +5,7 @@ Paper: none. Workers pass tensors in shared memory. If it is full, they wait for
 """
 
 import gc
+import re
 import shutil
 import signal
 import threading
@@ -87,7 +88,7 @@ def out_of_shared_memory(batch: Any) -> Any:
 
 @contextmanager
 def naming_dead_workers(option: str) -> Iterator[None]:
-    """Say in one line that a worker died, which PyTorch notices within seconds.
+    """Say in one line that a worker died, which PyTorch notices within seconds, or that it hangs.
 
     Raises:
         DataError: with the option that asks for fewer of them.
@@ -95,6 +96,13 @@ def naming_dead_workers(option: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if found := re.match(r"DataLoader timed out after (\d+)", str(error)):
+            _end_others(error)
+            raise DataError(
+                f"the processes that load images delivered none within {int(found[1]):,} s: the disk or "
+                "network folder of the images may hang. Check it, and run the same command again to resume. "
+                "If loading only needs more time, raise --hardware.timeout-seconds."
+            ) from error
         if "DataLoader worker (pid" not in str(error):  # what one raises is handed over, and is no death
             raise
         first = str(error).partition("\n")[0]

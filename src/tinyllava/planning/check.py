@@ -34,6 +34,14 @@ TRACKERS = (
     "dvclive",
 )
 """Trackers of the transformers Trainer, by the package that each needs."""
+_OF_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": "--hardware.sharding all",
+    "ACCELERATE_USE_DEEPSPEED": "--hardware.sharding all",
+    "ACCELERATE_USE_MEGATRON_LM": "--hardware.sharding all",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "--hardware.sharding all",
+    "ACCELERATE_DYNAMO_BACKEND": "--hardware.compile True",
+}
+"""Variables by which accelerate launch would have the model changed, and our own settings for the same."""
 
 
 def check(run: Run, *, on_this_machine: bool = True, num_ranks: int = 0) -> None:
@@ -176,6 +184,8 @@ def _run_problems(run: Run) -> Iterator[str]:
         value = getattr(run.hardware, field)
         if value < 0:
             yield f"hardware.{field} = {value}: must not be negative."
+    if run.hardware.timeout_seconds < 1:
+        yield f"hardware.timeout_seconds = {run.hardware.timeout_seconds}: must be at least 1, such as 3600."
     for tracker in run.report_to:
         if tracker not in TRACKERS:
             yield f"report_to = {tracker!r}: unknown tracker; known: {', '.join(TRACKERS)}."
@@ -226,6 +236,13 @@ def _machine_problems(run: Run, num_ranks: int) -> Iterator[str]:
         if tracker in TRACKERS and find_spec(tracker) is None:
             source = "'tinyllava[trackers]'" if tracker == "tensorboard" else tracker
             yield f"report_to = {tracker!r}: not installed; run pip install {source}, or leave it out."
+    for variable, setting in _OF_ACCELERATE.items():
+        value = os.environ.get(variable, "no")
+        if value.lower() not in ("no", "false", ""):
+            yield (
+                f"{variable} = {value!r}: set by accelerate's configuration, but only the run's own settings "
+                f"count. Switch it off with `accelerate config`, and use {setting} if you need it."
+            )
     num_ranks = num_ranks or int(os.environ.get("WORLD_SIZE", "1"))
     for name, stage in run.stages.items():
         yield from (f"stages.{name}.{p}" for p in rules.batch_problems(stage, run.hardware, num_ranks))

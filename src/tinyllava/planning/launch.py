@@ -20,6 +20,10 @@ from tinyllava.planning.rules import batch_problems
 
 GRACE_SECONDS = 120
 """Time that the processes have to save a checkpoint after a signal, or after one of them has failed."""
+_REASONS = {
+    signal.SIGKILL: ", possibly because memory ran out",
+    signal.SIGABRT: ", as NCCL does if another process hangs for longer than --hardware.timeout-seconds",
+}
 _SHOWN_BYTES = 8000
 """Last part of the messages of a process that failed."""
 
@@ -77,7 +81,8 @@ def _num_launched(environment: Mapping[str, str]) -> int:
     """Return the processes that a launcher has started on this machine; 0 without one.
 
     Raises:
-        ConfigError: srun has started several tasks without telling them of each other.
+        ConfigError: srun has started several tasks without telling them of each other, or accelerate launch
+            one process in place of several.
     """
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
         if name in environment:
@@ -88,7 +93,13 @@ def _num_launched(environment: Mapping[str, str]) -> int:
             f"srun has started {num_tasks} independent tasks. Start one task per node that runs torchrun: "
             "srun --ntasks-per-node=1 torchrun --nproc-per-node 8 -m tinyllava ..."
         )
-    return int("ACCELERATE_MIXED_PRECISION" in environment)  # accelerate launch with a single process
+    is_accelerates = "ACCELERATE_MIXED_PRECISION" in environment  # a single process
+    if is_accelerates and "MASTER_ADDR" in environment:
+        raise ConfigError(
+            "accelerate launch has started one process instead of several: on a CPU it needs mpirun. Use "
+            "torchrun --nproc-per-node 2 -m tinyllava ..., or tinyllava ... --gpus 2."
+        )
+    return int(is_accelerates)
 
 
 def launch(arguments: Sequence[str], num_processes: int) -> int:
@@ -130,7 +141,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             _show_messages(Path(logs))
             if failure.exitcode < 0:
                 number = signal.Signals(-failure.exitcode)
-                why = ", possibly because memory ran out" if number == signal.SIGKILL else ""
+                why = _REASONS.get(number, "")
                 raise TrainingError(
                     f"process {rank} of {num_processes} was killed by {number.name}{why}. Run the same "
                     "command again to resume."

@@ -155,7 +155,7 @@ class Jobs:
         self.num_devices = num_devices
         self.options = {"timeout_min": 60 * 24, **(options or {})}
         for name, value in self.options.items():
-            if name.endswith(("tasks_per_node", "ntasks_per_node")) and value != 1:
+            if name.endswith("tasks_per_node") and value != 1:
                 raise ConfigError(
                     f"--job {name}={value}: one task per machine starts its processes. Give --gpus {value} "
                     "instead."

@@ -34,6 +34,7 @@ from tinyllava.model.quiet import keeping_random_state, transformers_errors_only
 from tinyllava.model.rebuild import RESUMED_TENSORS, describe_origin, open_start, whole_model
 from tinyllava.model.tuning import apply_tuning, check_trained, close_ledger, merge_adapters, open_ledger
 from tinyllava.planning.check import check
+from tinyllava.planning.lost import is_of_another_process, lost_process
 from tinyllava.training import checkpoints
 from tinyllava.training.compiling import check_compiler, compile_layers
 from tinyllava.training.devices import fit_hardware, out_of_memory
@@ -46,8 +47,8 @@ from tinyllava.training.stopping import StopRequests
 from tinyllava.training.trainer import StageTrainer, make_arguments
 from tinyllava.training.validation import Validator
 
-_PREPARING, _TRAINING = timedelta(days=2), timedelta(hours=1)
-"""How long a process waits for another one: the first prepares the data alone; a step takes minutes."""
+_PREPARING = timedelta(days=2)
+"""How long a process waits for another one while no stage trains: the first prepares the data alone."""
 
 
 @keeping_random_state()
@@ -285,10 +286,9 @@ def _train_stage(
     keeper: checkpoints.CheckpointKeeper,
     resumed: Path | None,
 ) -> dict[str, Any]:
-    folder = keeper.folder
+    folder, stopper = keeper.folder, StopRequests()
     num_checkpoints = max(2, run.hardware.keep_checkpoints) + (prepared.held_out is not None)
     checkpoints.require_space(folder, model, num_checkpoints)
-    stopper = StopRequests()
     progress = StageProgress(name, folder / "metrics.jsonl")
     callbacks: list[transformers.TrainerCallback] = [progress, stopper, keeper]
     validator = None
@@ -306,7 +306,7 @@ def _train_stage(
     try:
         with (
             naming_dead_workers("--hardware.num-workers"),
-            waiting_at_most(_TRAINING, otherwise=_PREPARING),
+            waiting_at_most(trainer.args.ddp_timeout_delta, otherwise=_PREPARING),
             keeper.writing(),
             stopper.listening(),
         ):
@@ -325,6 +325,8 @@ def _train_stage(
             raise TrainingError(
                 f"{folder}: the disk is full. Free some space and run the same command again."
             ) from error
+        if is_of_another_process(error):
+            raise lost_process(error, run.hardware.timeout_seconds) from error
         raise
     finally:
         progress.progress.stop()

@@ -45,6 +45,11 @@ class StageArguments(TrainingArguments):
     sharding: Sharding = "none"
     """What the processes divide among them, see ``tinyllava.training.sharding``."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.bf16 or self.fp16):  # otherwise that of accelerate's configuration
+            self.mixed_precision = "no"
+
     @property
     def n_gpu(self) -> int:
         """At most 1: the Trainer would wrap the model in ``nn.DataParallel`` and multiply the batch by it."""
@@ -76,7 +81,7 @@ class StageTrainer(Trainer):
         self.model: Any
         self.whole: Any = self.model
         """The model that holds all weights; with sharding ``model`` is its divided twin."""
-        self.writer = CheckpointWriter(self.args.sharding)
+        self.writer = CheckpointWriter(self.args.sharding, self.args.ddp_timeout_delta)
         self.resumed: Path | None = None
         self.control: Any
         self.stage = stage
@@ -166,6 +171,7 @@ class StageTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            timeout=args.ddp_timeout if args.dataloader_num_workers else 0,
             worker_init_fn=begin_worker,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -248,6 +254,7 @@ class StageTrainer(Trainer):
             batch_sampler=own + (own or batches)[:1] * num_missing,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            timeout=self.args.ddp_timeout if self.args.dataloader_num_workers else 0,
             worker_init_fn=begin_worker,
             generator=torch.Generator(),
         )
@@ -374,6 +381,7 @@ def make_arguments(
         disable_tqdm=True,
         average_tokens_across_devices=True,
         sharding=choose_sharding(hardware),
+        ddp_timeout=hardware.timeout_seconds,
         ddp_find_unused_parameters=False,
     )
 

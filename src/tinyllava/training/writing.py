@@ -46,14 +46,13 @@ class CheckpointWriter:
 
     Args:
         sharding: what the processes divide among them; then each writes its share of the moments.
+        limit: how long one waits for another in the writing.
     """
 
-    def __init__(self, sharding: Sharding = "none") -> None:
+    def __init__(self, sharding: Sharding = "none", limit: timedelta = timedelta(hours=1)) -> None:
         # Of its own: the training's collective calls must not meet those of the thread.
         divides = sharding != "none"
-        self._group: ProcessGroup | None = (
-            new_group(backend="gloo", timeout=timedelta(days=2)) if divides else None
-        )
+        self._group: ProcessGroup | None = new_group(backend="gloo", timeout=limit) if divides else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._jobs: list[Callable[[], object]] = []
         self._folder = Path()
