@@ -246,6 +246,33 @@ def test_a_conversation_that_goes_on_takes_over_what_is_remembered(phi: Chat) ->
     assert output[0, len(longer) :].tolist() == two.answer
 
 
+def test_the_start_of_the_next_turn_is_computed_ahead(chat: Chat, images: list[Path]) -> None:
+    """After one token, whose text alone decides; the random tokens of a long answer are other ones again."""
+    first, num_reused = ask("Is there a dog?", images[0]), []
+    for num_tokens, is_ahead in ((1, False), (1, True), (40, True)):
+        decoder = ContinuousDecoder(chat)
+        one = decoder.prepare(first, num_tokens)
+        decoder.add(one)
+        finish(decoder)
+        assert decoder.can_look_ahead
+        if is_ahead:
+            decoder.look_ahead()
+            assert not decoder.can_look_ahead
+        following = [turn(first, text(chat, one), words) for words in ("What?", "7 of them?")]
+        sequences = [decoder.prepare(two, 6) for two in following]
+        decoder.add(sequences[0])
+        decoder.step()
+        num_reused.append(decoder.num_reused)
+        decoder.add(sequences[1])
+        finish(decoder)
+        decoder.close()
+        assert [text(chat, two) for two in sequences] == chat.answer(following, 6)
+        if num_tokens == 1:
+            pairs = zip(*(two.prompt for two in sequences), strict=False)
+            common = next(i for i, (a, b) in enumerate(pairs) if a != b)
+    assert num_reused[:2] == [len(one.prompt), common]
+
+
 def test_who_leaves_disturbs_nobody(phi: Chat, images: list[Path]) -> None:
     decoder = ContinuousDecoder(phi, prefill_tokens=4, max_running=2)
     asked = [ask("Is there a dog?", images[0]), ask("What is in the picture?", images[0]), ask("What?")]

@@ -1,6 +1,7 @@
 """What is answered over HTTP is what ``Chat`` answers, whole or streamed, through the openai client."""
 
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -189,3 +190,12 @@ def test_metrics_count_requests_and_tokens(served: Served) -> None:
     assert [b - a for a, b in zip(before, after, strict=True)] == [usage["completion_tokens"], 1]
     httpx.get(f"{served.address}/made/up/by/a/client")
     assert "made" not in httpx.get(f"{served.address}/metrics").text
+
+
+def test_while_nobody_asks_the_start_of_the_next_turn_is_computed(served: Served) -> None:
+    before = served.metric("tinyllava_ahead_tokens")
+    served.post(messages=[{"role": "user", "content": "Which is red? yes or no?"}], max_tokens=1)
+    until = time.monotonic() + 60
+    while served.metric("tinyllava_ahead_tokens") == before:
+        assert time.monotonic() < until, "nothing was computed ahead"
+        time.sleep(0.05)

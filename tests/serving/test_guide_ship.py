@@ -24,14 +24,19 @@ GUIDE = (ROOT / "docs" / "guides" / "ship.md").read_text(encoding="utf-8").parti
 
 
 def curl(command: str) -> httpx.Response:
-    """Do what a curl command of the guide does; not every machine has curl."""
-    _, address, *options = shlex.split(command)
+    """Do what a curl command of the guide does, and run it too where curl is installed."""
+    words = shlex.split(command)
+    _, address, *options = words
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert set(given) <= {"-H", "-d"}
     headers = dict([given["-H"].split(": ")]) if "-H" in given else {}
-    return httpx.request(
+    response = httpx.request(
         "POST" if "-d" in given else "GET", address, content=given.get("-d"), headers=headers
     )
+    if shutil.which(words[0]):
+        done = subprocess.run([*words, "--silent"], capture_output=True, check=True)
+        assert json.loads(done.stdout).keys() == response.json().keys()
+    return response
 
 
 def wait_until_up(address: str, process: "subprocess.Popen[str]") -> None:

@@ -130,6 +130,28 @@ def test_what_cannot_be_followed_is_refused_by_name(served: Served, name: str, i
     assert (error["param"], part in error["message"]) == (param, True), error
 
 
+def test_sixteen_large_images_are_opened_one_by_one_or_refused_together(served: Served) -> None:
+    """An image takes 12 MB decoded and 16 padded: fifteen more at once would take 420 more."""
+    proc = Path("/proc") / str(served.process.pid)
+
+    def post(*urls: str) -> tuple[httpx.Response, float]:
+        (proc / "clear_refs").write_text("5")  # the peak begins anew
+        parts = [ask_about(url)["messages"][0]["content"][0] for url in urls]
+        response = served.post(messages=[{"role": "user", "content": parts}], max_tokens=1)
+        peak = next(line for line in (proc / "status").read_text().splitlines() if line.startswith("VmHWM"))
+        return response, int(peak.split()[1]) / 1024
+
+    urls = [data_url(n, 50, 90, size=(2_000, 1_500), kind="JPEG") for n in range(17)]
+    one, peak_of_one = post(urls[0])
+    many, peak_of_many = post(*urls[1:])
+    refused, peak_of_refused = post(*[data_url(5, 50, 90, size=(4_000, 3_200), kind="JPEG")] * 16)
+    assert (one.status_code, many.status_code, refused.status_code) == (200, 200, 400)
+    assert many.json()["usage"]["prompt_tokens"] > one.json()["usage"]["prompt_tokens"]
+    said = "the images have 204,800,000 pixels together; at most 200,000,000 in one request. Scale them down."
+    assert said in refused.json()["error"]["message"]
+    assert max(peak_of_many, peak_of_refused) < peak_of_one + 150
+
+
 def test_other_refusals(served: Served) -> None:
     wrong_model = served.post(model="gpt-4")
     assert (wrong_model.status_code, wrong_model.json()["error"]["code"]) == (404, "model_not_found")

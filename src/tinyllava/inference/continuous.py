@@ -7,20 +7,19 @@ prompt shares with another prompt or an earlier turn is not computed again.
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from tinyllava.conversation import Conversation
+from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.data.images import open_image, read_image_bytes
 from tinyllava.errors import ConfigError
-from tinyllava.inference.chat import Chat, encode_prompt
-from tinyllava.inference.logits import check_logits, forbid_images, stop_ids
+from tinyllava.inference.chat import Chat, decode, encode_prompt
+from tinyllava.inference.logits import check_logits, forbid_images, stop_ids, warpers
 from tinyllava.inference.ragged import KeysValues, RaggedModel
 
 _MAX_KEPT = 512  # conversations that are looked through for each prompt
@@ -37,6 +36,8 @@ class Sequence:
     """
 
     prompt: list[int]
+    turns: tuple[Message, ...] = ()
+    """What was said, without the bytes of its images."""
     key: list[int | bytes]
     images: list[Tensor | None]
     """Pixels [1, 3, H, W] of each image; None where they were not needed."""
@@ -90,7 +91,10 @@ class ContinuousDecoder:
         self.running: list[Sequence] = []
         self.num_reused = 0
         """Tokens of prompts that were not computed, so far."""
+        self.num_ahead = 0
+        """Tokens that ``look_ahead`` computed, so far."""
         self._kept: OrderedDict[int, Sequence] = OrderedDict()
+        self._answered: deque[Sequence] = deque(maxlen=max_running)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
         self._encoding = Lock()  # a tokenizer has settings that change while it encodes
         self._stops = set(stop_ids(chat.model).tolist())
@@ -100,6 +104,7 @@ class ContinuousDecoder:
         self.waiting.clear()
         self.running.clear()
         self._kept.clear()
+        self._answered.clear()
         self._features.clear()
         self.ragged.close()
 
@@ -155,6 +160,7 @@ class ContinuousDecoder:
             generator.seed() if seed is None else generator.manual_seed(seed)
         return Sequence(
             prompt=prompt,
+            turns=tuple(replace(m, images=(ImageRef(),) * len(m.images)) for m in conversation.messages),
             key=key,
             images=images,
             features=known,
@@ -221,6 +227,46 @@ class ContinuousDecoder:
                 self._leave(sequence)
         return grown
 
+    @property
+    def can_look_ahead(self) -> bool:
+        """Whether ``look_ahead`` may have something to do."""
+        return bool(self._answered)
+
+    @torch.inference_mode()
+    def look_ahead(self) -> None:
+        """Compute what the next turn of one answered conversation begins with, whatever it asks.
+
+        That is the end of the answer and the words of the template before a question. To be called while
+        nothing waits. If the next turn begins otherwise, its prompt is computed from there.
+        """
+        sequence = self._answered.pop()
+        start = sequence.past.length
+        if id(sequence) not in self._kept:
+            return
+        with self._encoding:
+            begin = self._begin_of_next(sequence)
+        new = begin[start:]
+        known = zip(sequence.key, begin, strict=False)
+        if not 0 < len(new) <= self.prefill_tokens or len(begin) >= self.chat.context_tokens:
+            return
+        if any(key != token for key, token in known if isinstance(key, int)):
+            return  # the client sends back another text, as after a stop text
+        self.ragged.forward([(sequence.past, self._embed(new))])
+        sequence.past.trim()
+        sequence.key += new
+        self.num_ahead += len(new)
+        self._forget(self.cache_tokens - sum(running.num_reserved for running in self.running))
+
+    def _begin_of_next(self, sequence: Sequence) -> list[int]:
+        """Return the tokens that two prompts share that go on with different questions."""
+        answer = Message(role="assistant", text=decode(self.chat.processor, [sequence.answer])[0])
+        following = [
+            Conversation(messages=(*sequence.turns, answer, Message(role="user", text=question)))
+            for question in ("A", "7")
+        ]
+        one, other = self.chat.processor.encode_all(following, open_answer=True)
+        return one.input_ids[: _common_length(one.input_ids, other.input_ids)]
+
     def _choose(self, sequences: list[Sequence], hidden: Tensor) -> None:
         """Add the next token to the answers of sequences, from hidden states [S, D]."""
         model = self.chat.model
@@ -232,7 +278,7 @@ class ContinuousDecoder:
             token = likeliest[i]
             if sequence.options:
                 ids = torch.tensor([sequence.prompt + sequence.answer])
-                scores = _warpers(sequence.options)(ids, logits[i : i + 1])
+                scores = warpers(sequence.options)(ids, logits[i : i + 1])
                 token = int(torch.multinomial(scores.softmax(-1), 1, generator=sequence.generator))
             sequence.answer.append(token)
             sequence.key.append(token)
@@ -294,6 +340,8 @@ class ContinuousDecoder:
         if length:
             sequence.past.trim()
             self._kept[id(sequence)] = sequence
+            if sequence.is_done and sequence.turns:
+                self._answered.append(sequence)
         self._forget(self.cache_tokens - sum(running.num_reserved for running in self.running))
 
     def _forget(self, room: int) -> None:
@@ -337,7 +385,7 @@ class ContinuousDecoder:
         return features
 
 
-def _common_length(one: list[int | bytes], other: list[int | bytes]) -> int:
+def _common_length(one: list[Any], other: list[Any]) -> int:
     """Return how many first entries two lists share."""
     low, high = 0, min(len(one), len(other))
     while low < high:
@@ -347,13 +395,3 @@ def _common_length(one: list[int | bytes], other: list[int | bytes]) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _warpers(options: Mapping[str, Any]) -> LogitsProcessorList:
-    """Return what ``generate`` would do to logits before it samples."""
-    warpers = LogitsProcessorList()
-    if options.get("temperature", 1.0) != 1.0:
-        warpers.append(TemperatureLogitsWarper(options["temperature"]))
-    if options.get("top_p", 1.0) < 1.0:
-        warpers.append(TopPLogitsWarper(options["top_p"]))
-    return warpers

@@ -1,13 +1,14 @@
-"""Check logits before an answer is chosen: NaN or infinity is an error, never an answer.
+"""What happens to logits before a token is chosen: NaN or infinity is an error, never an answer.
 
 Paper: none. Every path to an answer passes this check: batches, streams and shared prefixes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
+from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from tinyllava.errors import CheckpointError
 from tinyllava.model import TinyLlavaForConditionalGeneration
@@ -92,3 +93,13 @@ def stop_ids(model: TinyLlavaForConditionalGeneration) -> torch.Tensor:
     return torch.tensor(
         stops if isinstance(stops, list) else [] if stops is None else [stops], dtype=torch.long
     )
+
+
+def warpers(options: Mapping[str, Any]) -> LogitsProcessorList:
+    """Return what ``generate`` would do to logits before it samples with these options."""
+    found = LogitsProcessorList()
+    if options.get("temperature", 1.0) != 1.0:
+        found.append(TemperatureLogitsWarper(options["temperature"]))
+    if options.get("top_p", 1.0) < 1.0:
+        found.append(TopPLogitsWarper(options["top_p"]))
+    return found

@@ -4,6 +4,7 @@ Paper: none. An answer is the same as that of ``Chat``.
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator
@@ -18,6 +19,9 @@ from tinyllava.serving.queue import End, Words
 from tinyllava.serving.schema import Question
 
 _Event = str | End | BaseException
+_LOG = logging.getLogger(__name__)
+_PAUSE_SECONDS = 0.25
+"""For which nobody has asked before something is computed ahead: programs ask on at once, people read."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,6 +46,7 @@ class OwnEngine:
         # Its own: a tokenizer cannot be read while another thread encodes, which changes settings of it.
         self._tokenizer = deepcopy(chat.processor.tokenizer)
         self._readers: dict[Sequence, _Reader] = {}
+        self._num_preparing = 0
         self._commands: queue.SimpleQueue[tuple[Literal["add", "remove", "close"], _Reader | None]]
         self._commands = queue.SimpleQueue()
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
@@ -54,6 +59,7 @@ class OwnEngine:
             "running": len(self.decoder.running),
             "kept_tokens": self.decoder.num_kept_tokens,
             "reused_tokens": self.decoder.num_reused,
+            "ahead_tokens": self.decoder.num_ahead,
         }
 
     async def answer(self, question: Question) -> AsyncGenerator[str | End, None]:
@@ -63,10 +69,12 @@ class OwnEngine:
             TinyLlavaError: what ``Chat.stream`` raises.
         """
         loop, gone = asyncio.get_running_loop(), threading.Event()
+        self._num_preparing += 1
         try:
             sequence = await loop.run_in_executor(self._preparing, self._prepare, question, gone)
         finally:
             gone.set()
+            self._num_preparing -= 1
         reader = _Reader(sequence=sequence, words=Words(self._tokenizer, question.stops))
         self._commands.put(("add", reader))
         try:
@@ -112,10 +120,14 @@ class OwnEngine:
         """Do what was asked for; wait for something to do; false at the end."""
         while True:
             is_idle = not (self.decoder.running or self.decoder.waiting)
+            pause = _PAUSE_SECONDS if self.decoder.can_look_ahead else None
             try:
-                command, reader = self._commands.get(block=is_idle)
+                command, reader = self._commands.get(block=is_idle, timeout=pause)
             except queue.Empty:
-                return True
+                if not is_idle:
+                    return True
+                self._look_ahead()
+                continue
             if command == "close" or reader is None:
                 return False
             if command == "add":
@@ -123,6 +135,14 @@ class OwnEngine:
                 self.decoder.add(reader.sequence)
             elif self._readers.pop(reader.sequence, None):
                 self.decoder.remove(reader.sequence)
+
+    def _look_ahead(self) -> None:
+        if self._num_preparing:
+            return
+        try:
+            self.decoder.look_ahead()
+        except Exception:  # noqa: BLE001 (the next turn computes it then, and its request has the error)
+            _LOG.exception("the start of a next turn was not computed ahead")
 
     def _pass_on(self, reader: _Reader) -> None:
         """Send the text of the newest token, and the end."""

@@ -15,6 +15,7 @@ _WORDS = {
     "running": "Answers that are being decoded.",
     "kept_tokens": "Tokens of remembered conversations.",
     "reused_tokens": "Tokens of prompts, so far, that were not computed again.",
+    "ahead_tokens": "Tokens of next turns, so far, that were computed before anybody asked.",
 }
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
