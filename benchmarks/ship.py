@@ -43,7 +43,7 @@ from tinyllava.config import ModelConfig
 from tinyllava.conversation import ask
 from tinyllava.errors import CheckpointError
 from tinyllava.inference.chat import Chat, encode_prompt
-from tinyllava.model.assemble import assemble
+from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.model.processing import TinyLlavaProcessor
 
 QUESTIONS = ("What is in the image?", "Is there a dog?", "What colour is it?", "Describe the image.")
@@ -177,8 +177,15 @@ def clock(asked: Iterable[Asked], answer: Callable[[Asked], tuple[str, int]]) ->
     return found
 
 
-def in_torch(folder: Path, asked: Sequence[Asked], dtype: str = "float32") -> Found:
-    chat = Chat.open(folder, device="cpu", dtype=dtype)
+def in_torch(
+    folder: Path, asked: Sequence[Asked], dtype: str = "float32", *, is_packed: bool = True
+) -> Found:
+    """Let transformers generate, with linear layers packed by ``Chat.open`` or as PyTorch has them."""
+    chat = (
+        Chat.open(folder, device="cpu", dtype=dtype)
+        if is_packed
+        else Chat(*open_checkpoint(folder, dtype=dtype))
+    )
 
     @torch.inference_mode()
     def answer(one: Asked) -> tuple[str, int]:
@@ -426,6 +433,9 @@ def measure(model: Path, place: Path, bench: Bench, node: Path | None, threads: 
         return place / name
 
     bench.row("PyTorch, fp32", lambda: model, lambda folder: in_torch(folder, asked))
+    bench.row(
+        "PyTorch, fp32, not packed", lambda: model, lambda folder: in_torch(folder, asked, is_packed=False)
+    )
     bench.row("PyTorch, bf16", lambda: model, lambda folder: in_torch(folder, asked, "bfloat16"))
     endless = make_endless(model, place / "endless")
     bench.row("`serve`, fp32", lambda: model, lambda folder: in_server(folder, endless, asked))
@@ -439,8 +449,7 @@ def measure(model: Path, place: Path, bench: Bench, node: Path | None, threads: 
     for kind in ("fp32", "int8"):
         export = partial(write, f"onnx-{kind}", layout="onnx", precision=kind)
         bench.row(f"ONNX Runtime, {kind}", export, lambda folder: in_onnxruntime(folder, chat, asked))
-        if kind == "fp32":
-            bench.row("OpenVINO, fp32", export, lambda folder: in_openvino(folder, chat, asked, threads))
+        bench.row(f"OpenVINO, {kind}", export, lambda folder: in_openvino(folder, chat, asked, threads))
         if node:
             run = partial(in_node, packages=node, asked=asked, threads=threads, dtype=kind)
             bench.row(f"transformers.js in Node, {kind}", export, run)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from exporting_toys import InOpenVino
 from layouts import make_checkpoint
 from tinyllava.checkpoints.exporting import export_checkpoint
 from tinyllava.checkpoints.exporting.formats import list_formats, refuse_what_does_not_fit
@@ -48,16 +49,17 @@ def test_pixels_are_pillows_for_every_shape(
 
 
 def answer_with_graphs(
-    folder: Path, checkpoint: Path, image: Path, suffix: str, num_tokens: int, question: str
+    folder: Path, checkpoint: Path, image: Path, suffix: str, num_tokens: int, question: str, runtime: Any
 ) -> str:
     """Answer as a runtime that knows nothing of tinyllava: three graphs and the exported tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     config, own = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "processor_config"))
     vision, embed, decoder = (
-        onnxruntime.InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx")
+        runtime(folder / "onnx" / f"{name}{suffix}.onnx")
         for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
     )
+    decoder_path = folder / "onnx" / f"decoder_model_merged{suffix}.onnx"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = tokenizer.apply_chat_template(
@@ -74,7 +76,7 @@ def answer_with_graphs(
     embeds[0, np.array(ids) == config["image_token_index"]] = features[0]
     cache = {
         entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
-        for entry in decoder.get_inputs()[3:]
+        for entry in onnxruntime.InferenceSession(decoder_path).get_inputs()[3:]
     }
     answer: list[int] = []
     length = 0
@@ -130,7 +132,11 @@ def test_graphs_answer_as_the_checkpoint(
     own = open_checkpoint(checkpoint)[1].tokenizer
     assert all(len(own(token, add_special_tokens=False)["input_ids"]) == 1 for token in added)
     question = " ".join(("How many?", *added))
-    found = answer_with_graphs(out, checkpoint, tmp_path / "image.png", suffix, 6, question)
+    found, in_openvino = (
+        answer_with_graphs(out, checkpoint, tmp_path / "image.png", suffix, 6, question, runtime)
+        for runtime in (onnxruntime.InferenceSession, InOpenVino)
+    )
+    assert in_openvino == found
     if precision == "fp32":
         chat = Chat.open(checkpoint)
         assert found.strip() == chat.answer([ask(question, tmp_path / "image.png")], 6)[0]

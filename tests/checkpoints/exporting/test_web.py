@@ -11,26 +11,27 @@ import time
 import tomllib
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
 
 import browser
-from documents import ROOT, commands
+from documents import ROOT, blocks, commands
+from exporting_toys import InOpenVino
 from served import save_toy
 from tinyllava.checkpoints import exporting
 from tinyllava.checkpoints.exporting import export_checkpoint, web
+from tinyllava.checkpoints.exporting.onnx import OpenGraphs
 from tinyllava.cli import main
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.errors import PackageError
 from tinyllava.files import cache_folder
-from tinyllava.inference.chat import Chat
+from tinyllava.inference.chat import Chat, encode_prompt
 
 NUM_TOKENS = 12
 GUIDE = commands(
@@ -67,6 +68,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(checkpoint: Path) -> Path:
     """The toy as a page, by the guide's command; its model folder opens in Node too."""
     return run_command("--format web", checkpoint)
+
+
+@pytest.fixture(scope="module")
+def for_onnx(checkpoint: Path) -> Path:
+    """The toy's graphs, by the guide's command."""
+    return run_command("--format onnx", checkpoint)
+
+
+@pytest.fixture(scope="module")
+def in_int8(checkpoint: Path) -> Path:
+    """The toy as a page in int8."""
+    out = checkpoint.with_name("in-int8")
+    export_checkpoint(checkpoint, out, layout="web", precision="int8")
+    return out
 
 
 def run_command(option: str, checkpoint: Path) -> Path:
@@ -135,51 +150,55 @@ def test_node_gives_our_tokens(checkpoint: Path, exported: Path, images: list[Pa
     assert len({tuple(ids) for ids in expected}) > 1
 
 
-def test_openvino_gives_our_tokens(checkpoint: Path, images: list[Path]) -> None:
-    """In 32 bits: by its own default it computes in 16 where the CPU multiplies bfloat16."""
-    exported = run_command("--format onnx", checkpoint)
-    core = openvino.Core()
-    core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    vision, embed, decoder = (
-        core.compile_model(exported / "onnx" / f"{name}.onnx", "CPU")
-        for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
-    )
+def test_the_code_of_the_card_runs_in_node(
+    checkpoint: Path, for_onnx: Path, images: list[Path], tmp_path: Path
+) -> None:
+    (code,) = blocks((for_onnx / "README.md").read_text(), "js")
+    (tmp_path / "ask.mjs").write_text(code)
+    (tmp_path / for_onnx.name).symlink_to(for_onnx)
+    (tmp_path / "node_modules").symlink_to(node_folder() / "node_modules")
+    shutil.copy(images[0], tmp_path / "image.jpg")
+    done = subprocess.run(["node", "ask.mjs"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = Chat.open(checkpoint).ask("What is in the image?", images[0], max_new_tokens=64)
+    assert done.stdout.strip() == expected
+
+
+def greedy(graphs: OpenGraphs, chat: Chat, image: Path) -> list[int]:
+    """Answer the first question with the graphs."""
+    turns = (Message(role="user", text=QUESTIONS[0], images=(ImageRef(path=image),)),)
+    ids = np.array([encode_prompt(chat.processor, Conversation(messages=turns))])
+    embeds = graphs.embed.run(None, {"input_ids": ids})[0]
+    pixels = np.asarray(Image.open(image), dtype=np.float32).transpose(2, 0, 1)[None]
+    embeds[ids == chat.processor.image_token_id] = graphs.vision.run(None, {"pixel_values": pixels})[0][0]
+    logits = graphs.feed_embeds(embeds)
+    answer: list[int] = []
+    while len(answer) < NUM_TOKENS and chat.processor.tokenizer.eos_token_id not in answer:
+        answer.append(int(logits[0, -1].argmax()))
+        logits = graphs.feed_embeds(graphs.embed.run(None, {"input_ids": np.array([answer[-1:]])})[0])
+    return answer
+
+
+def test_openvino_gives_our_tokens(checkpoint: Path, for_onnx: Path, images: list[Path]) -> None:
+    """int8 is compared in test_onnx.py."""
     chat = Chat.open(checkpoint)
     for image in images:
-        prompt, _ = chat.processor.render(
-            Conversation(messages=(Message(role="user", text=QUESTIONS[0], images=(ImageRef(path=image),)),)),
-            open_answer=True,
+        graphs = OpenGraphs(for_onnx / "onnx", chat.model.config)
+        graphs.vision, graphs.embed, graphs.decoder = (
+            InOpenVino(for_onnx / "onnx" / f"{name}.onnx")
+            for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
         )
-        ids = chat.processor(images=Image.open(image), text=prompt)["input_ids"].numpy()
-        pixels = np.asarray(Image.open(image), dtype=np.float32).transpose(2, 0, 1)[None]
-        embeds = embed({"input_ids": ids})[0]
-        embeds[ids == chat.processor.image_token_id] = vision({"pixel_values": pixels})[0][0]
-        names = [entry.any_name for entry in decoder.inputs[3:]]
-        shape = decoder.inputs[3].partial_shape
-        empty = np.zeros((1, shape[1].get_length(), 0, shape[3].get_length()), np.float32)
-        cache, answer, length = dict.fromkeys(names, empty), [], 0
-        expected = our_tokens(chat, image, QUESTIONS[0])
-        while len(answer) < len(expected):
-            start, length = length, length + embeds.shape[1]
-            positions = np.arange(start, length)[None]
-            fed = {"inputs_embeds": embeds, "attention_mask": np.ones((1, length), np.int64)}
-            logits, *present = decoder({**fed, "position_ids": positions, **cache}).values()
-            cache = {name: value.copy() for name, value in zip(names, present, strict=True)}
-            answer.append(int(logits[0, -1].argmax()))
-            embeds = embed({"input_ids": np.array([answer[-1:]])})[0]
-        assert answer == expected
+        assert greedy(graphs, chat, image) == our_tokens(chat, image, QUESTIONS[0])
 
 
-@pytest.fixture
-def address(exported: Path) -> Iterator[str]:
-    """The page behind the guide's web server."""
+@contextmanager
+def site(folder: Path) -> Iterator[str]:
+    """A page behind the guide's web server."""
     (line,) = (line for line in GUIDE if "http.server" in line)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    _, *words = shlex.split(line.replace(" 8000", f" {port}"))
-    server = subprocess.Popen(
-        [sys.executable, *words], cwd=exported.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    _, *words = shlex.split(line.replace(" 8000", f" {port}").replace("./for-browsers", str(folder)))
+    server = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while server.poll() is None:
         with suppress(OSError), socket.create_connection(("127.0.0.1", int(port))):
             break
@@ -189,11 +208,29 @@ def address(exported: Path) -> Iterator[str]:
     server.wait()
 
 
+@pytest.fixture
+def address(exported: Path) -> Iterator[str]:
+    with site(exported) as address:
+        yield address
+
+
 DROP = """async url => {
   const given = new DataTransfer()
   given.items.add(new File([await (await fetch(url)).blob()], "image.png", { type: "image/png" }))
   document.dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true }))
 }"""
+
+
+def ask_page(page: browser.Page, image: Path) -> list[int]:
+    """Ask the first question about an image."""
+    url = "data:image/png;base64," + b64encode(image.read_bytes()).decode()
+    page.run(f"({DROP})({json.dumps(url)})")
+    page.run("answers.length = 0")
+    page.run("document.getElementById('question').focus()")
+    page.call("Input.insertText", text=QUESTIONS[0])
+    page.press("Enter", 13)
+    page.wait_for("answers.length > 0")
+    return list(page.run("answers[0].ids")[:NUM_TOKENS])
 
 
 def test_the_page_answers_with_our_tokens_and_loads_nothing_from_elsewhere(
@@ -243,15 +280,21 @@ def test_the_page_answers_on_webgpu_with_our_tokens(
         page.wait_for(loaded)
         assert page.run("document.body.dataset.device") == "webgpu", page.run("document.body.innerText")
         assert page.run("document.getElementById('error').textContent") == ""
-        url = "data:image/png;base64," + b64encode(images[1].read_bytes()).decode()
-        page.run(f"({DROP})({json.dumps(url)})")
-        page.run("answers.length = 0")
-        page.run("document.getElementById('question').focus()")
-        page.call("Input.insertText", text=QUESTIONS[0])
-        page.press("Enter", 13)
-        page.wait_for("answers.length > 0")
-        found = page.run("answers[0].ids")[:NUM_TOKENS]
+        found = ask_page(page, images[1])
     assert found == our_tokens(Chat.open(checkpoint), images[1], QUESTIONS[0])
+
+
+def test_the_page_in_int8_gives_the_tokens_of_onnxruntime(
+    checkpoint: Path, in_int8: Path, images: list[Path], tmp_path: Path
+) -> None:
+    with site(in_int8) as address, browser.chromium(tmp_path, browser.Page) as page:
+        page.call("Page.navigate", url=address)
+        page.wait_for("document.body?.dataset.device || document.getElementById('error')?.textContent")
+        assert page.run("document.body.dataset.device") == "wasm"
+        assert page.run("document.getElementById('error').textContent") == "", "its example differs"
+        found = ask_page(page, images[1])
+    chat = Chat.open(checkpoint)
+    assert found == greedy(OpenGraphs(in_int8 / "model" / "onnx", chat.model.config), chat, images[1])
 
 
 def test_a_page_whose_example_is_answered_otherwise_says_so(

@@ -53,8 +53,8 @@ $ vllm serve {name}
 ```js
 import {{ AutoProcessor, AutoModelForImageTextToText, load_image }} from "@huggingface/transformers";
 
-const processor = await AutoProcessor.from_pretrained("{name}");
-const model = await AutoModelForImageTextToText.from_pretrained("{name}");
+const processor = await AutoProcessor.from_pretrained("{path}");
+const model = await AutoModelForImageTextToText.from_pretrained("{path}");
 const content = [{{ type: "image" }}, {{ type: "text", text: "What is in the image?" }}];
 const messages = [{{ role: "user", content }}];
 const prompt = processor.apply_chat_template(messages, {{ add_generation_prompt: true }});
@@ -158,10 +158,11 @@ def write_card(
     parts = _parts(provenance, model)
     folder = name.rpartition("/")[2]
     fetch = f"$ hf download {name} --local-dir {folder}\n" if "/" in name else ""
+    path = name if "/" in name else f"./{name}"  # transformers.js takes a bare name for one of the hub
     sections = [
         f"# {folder}",
         _SUMMARY,
-        "## Use\n\n" + _USE[layout].format(name=name, folder=folder, fetch=fetch),
+        "## Use\n\n" + _USE[layout].format(name=name, folder=folder, fetch=fetch, path=path),
         *([f"## Agreement\n\nThe export was compared with the checkpoint: {measured}."] if measured else []),
         *([told] if told else []),
         "## Parts\n\n" + _parts_table(model, parts, _given_names(provenance)),

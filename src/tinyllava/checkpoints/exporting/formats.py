@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from tinyllava.checkpoints.exporting.gguf import EXTRA_CHECK, bytes_in_gguf, reasons_against_gguf
 from tinyllava.checkpoints.exporting.gguf_text import add_tokenizer
-from tinyllava.checkpoints.exporting.graphs import Pixels
-from tinyllava.checkpoints.exporting.onnx import BLOCK, PACKAGES, reasons_against_onnx
+from tinyllava.checkpoints.exporting.graphs import BLOCK, Pixels
+from tinyllava.checkpoints.exporting.onnx import PACKAGES, reasons_against_onnx
 from tinyllava.checkpoints.exporting.stock import reasons_against_stock
 from tinyllava.checkpoints.exporting.web import RUNTIME_BYTES
 from tinyllava.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""The three graphs of an exported model, as modules that torch traces: images, tokens and decoder.
+"""The three graphs of an exported model, as modules that torch traces: images, tokens and decoder; and int8.
 
 The image graph takes the pixels (0-255) of an image of any size and repeats the image processor's steps:
 padding, Pillow's resize, centre crop, rescaling and normalisation. The encoder therefore gets the same values
@@ -9,6 +9,7 @@ Source: the fixed-point arithmetic of Pillow's ``ImagingResample`` for 8-bit ima
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -268,3 +269,29 @@ class DecoderGraph(nn.Module):
             tensor.float() for layer in outputs[CACHE_NAME].layers for tensor in (layer.keys, layer.values)
         ]
         return self.lm_head(outputs.last_hidden_state).float(), *present
+
+
+BLOCK = 32
+"""Weights of a matrix that share a scale in int8, and inputs that are rounded together."""
+LEVEL = 4
+"""Of the runtime's accuracy: it multiplies integers, so inputs are rounded by the block too. 0 rounds weights
+only, as the runtime of browsers does at every level: its answers are compared with those of the same sums."""
+
+
+def quantise(source: Path, target: Path, level: int) -> None:
+    """Round the matrices of a graph to 8 bits by the block, and tables that are looked up.
+
+    One scale for all inputs of a product would do for no language model with a few very large activations.
+    """
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization import matmul_nbits_quantizer as matrices
+
+    tables, kind = source.with_name("tables.onnx"), quantization.QuantType.QInt8
+    quantization.quantize_dynamic(
+        source, tables, op_types_to_quantize=["Gather"], weight_type=kind, use_external_data_format=True
+    )
+    settings = matrices.DefaultWeightOnlyQuantConfig(BLOCK, is_symmetric=True, accuracy_level=level, bits=8)
+    quantizer = matrices.MatMulNBitsQuantizer(onnx.load(tables), algo_config=settings)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
