@@ -198,6 +198,11 @@ def test_a_process_that_dies_while_records_are_read_is_told(monkeypatch):
     assert handlers == {signal.SIG_DFL}
 
 
+def test_where_forks_are_not_safe_the_work_is_done_here(monkeypatch):
+    monkeypatch.setattr(cores.sys, "platform", "darwin")
+    assert set(cores.map_parts(lambda part: os.getpid(), range(9))) == {os.getpid()}
+
+
 def test_another_process_maps_the_file_for_itself(data, tmp_path):
     stored = read_stored(data, "", tmp_path / "store").conversations
     again = pickle.loads(pickle.dumps(stored))

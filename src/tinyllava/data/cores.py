@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -57,14 +58,14 @@ def map_parts(
 ) -> Iterator[Result]:
     """Yield the result of each part, in order; a few parts ahead are worked on, ``at_most`` at the same time.
 
-    Nothing but parts and results travels between processes. Without a second core, for a few parts, or where
-    a system cannot fork, the work is done here.
+    Nothing but parts and results travels between processes. Without a second core, for a few parts, or on a
+    system that does not fork safely beside the threads of libraries (macOS), the work is done here.
 
     Raises:
         DataError: a process died; and what ``work`` raises.
     """
     number = min(num_cores(), at_most or len(parts)) if len(parts) > _FEW else 1
-    if number < 2 or "fork" not in multiprocessing.get_all_start_methods():
+    if number < 2 or sys.platform != "linux":
         yield from map(work, parts)
         return
     pool = ProcessPoolExecutor(min(number, len(parts)), multiprocessing.get_context("fork"), _begin, (work,))
