@@ -211,7 +211,9 @@ def test_folders_of_images(folder):
     ]
     assert found[1].messages[0].text == "Describe the image."
     (images / "IMG_0001.png").write_bytes((images / "c.png").read_bytes())
-    with pytest.raises(Defect, match=r"file IMG_0001\.png: an answer has no text \[empty_answer\]"):
+    with pytest.raises(
+        Defect, match=r"file IMG_0001\.png: no label; put it into a folder .* \[empty_answer\]"
+    ):
         read_records(images, images)
     (images / "metadata.csv").write_text("file_name,text\nc.png,From the table\n")
     [one] = read_records(images, images).conversations

@@ -227,12 +227,15 @@ def test_of_a_leading_answer_only_that_turn_is_dropped(tmp_path, images):
 @pytest.mark.parametrize(
     "place", ["C:\\Users\\Ann\\shots\\red\\1.png", "/shots/red/1.png", "wrong/red/1.png"]
 )
-def test_of_a_path_of_another_computer_its_end_is_looked_for(tmp_path, images, place):
+def test_of_a_path_of_another_computer_its_end_is_looked_for(tmp_path, images, place, monkeypatch):
     known = "red/1.png" if place.startswith("wrong") else "shots/red/1.png"
     (images / known).parent.mkdir(parents=True)
     (images / known).write_bytes(b"")
     with pytest.raises(Defect, match=f"; {images} has {known}: write paths relative to it"):
         read(tmp_path, [record("<image>Q", "A", image=place)])
+    monkeypatch.chdir(images)  # which "." would not tell
+    with pytest.raises(Defect, match=f"; {images} has {known}: write paths relative to it"):
+        read_records(tmp_path / "data.json", Path())
 
 
 def test_all_defects_of_a_file_are_in_one_report(tmp_path, images):

@@ -103,6 +103,9 @@ def read_record(raw: Any, at: str, reading: Reading) -> Conversation:
     references = reference_answers(raw, reading.columns) if kind == "answer" else ()
     given = Counter(references).most_common(1)[0][0] if references else raw[columns[kind]]  # first of equals
     answer = _text({**raw, columns[kind]: given}, columns[kind], where)
+    if kind == "label" and not answer and at.startswith("file "):
+        detail = "no label; put it into a folder named by its label, or name it by that (beetle_1.jpg)"
+        raise Defect("empty_answer", where, detail)
     if question and kind == "answer" and (options := find_options(raw, where)):
         question, answer = with_options(question, given, options, where)
     turns = [*_history(raw, where), Turn("user", split_marks(question or asked)), Turn("assistant", [answer])]

@@ -120,14 +120,14 @@ def _similar(path: str, images: Path) -> str:
         if place.is_dir():
             known = _names_in(place, place.stat().st_mtime_ns).get(_plain(name))
             if known and place != images / folder:
-                return f"; {images} has {known}: write paths relative to it"
+                return f"; {images.absolute()} has {known}: write paths relative to it"
             if known:
                 return f"; did you mean {known}?"
     steps = [step for step in folder.split("/") if step]
     for start in range(len(steps)):  # a path of another machine, whose end is here too
         end = "/".join([*steps[start:], name])
         if (images / end).is_file():
-            return f"; {images} has {end}: write paths relative to it"
+            return f"; {images.absolute()} has {end}: write paths relative to it"
     return ""
 
 
