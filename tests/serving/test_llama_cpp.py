@@ -151,9 +151,30 @@ def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path) -> 
         PreparedImages(tmp_path)
 
 
-def test_it_takes_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_32_bits", [True, False])
+def test_threads_are_torchs_and_keys_have_the_bits_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_32_bits: bool
+) -> None:
     started: list[Any] = []
     monkeypatch.setattr(xllamacpp, "Server", started.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    llama_cpp._start(tmp_path, 1, 128)
+    llama_cpp._start(tmp_path, 1, 128, has_32_bits=has_32_bits)
     assert started[0].cpuparams.n_threads == started[0].cpuparams_batch.n_threads == 3
+    kinds = xllamacpp.ggml_type
+    expected = kinds.GGML_TYPE_F32 if has_32_bits else kinds.GGML_TYPE_F16
+    assert started[0].cache_type_k == started[0].cache_type_v == expected
+
+
+def test_rounded_weights_have_keys_in_16_bits(
+    folder: Path, chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(llama_cpp, "_start", lambda *given, has_32_bits: asked.append(has_32_bits))
+    chat.model.save_pretrained(tmp_path / "model")
+    chat.processor.save_pretrained(tmp_path / "model")
+    export_checkpoint(tmp_path / "model", tmp_path / "rounded", layout="gguf", quantized="q8_0")
+    for opened in (folder, tmp_path / "rounded"):
+        engine = llama_cpp.LlamaCppEngine(opened)
+        assert engine.context_tokens == chat.context_tokens
+        engine.close()
+    assert asked == [True, False]
