@@ -13,7 +13,7 @@ from tinyllava.config import Hardware, Run
 from tinyllava.data.reporting import reporting
 from tinyllava.errors import TrainingError
 from tinyllava.model.rebuild import MANIFEST
-from tinyllava.training import checkpoints, writing
+from tinyllava.training import checkpoints, devices, writing
 from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer
 from tinyllava.training.writing import CheckpointWriter, free_memory
@@ -109,3 +109,14 @@ def test_free_memory_heeds_the_limits_of_a_container(tmp_path, monkeypatch):
     assert free_memory() == 2000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory() == pytest.approx(free, rel=0.5)
+
+
+def test_what_fits_on_a_cpu_heeds_the_limits_of_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_control_groups", lambda: [tmp_path / "none", tmp_path])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    whole = devices._memory_bytes()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices._memory_bytes() == whole > 2**29
+    (tmp_path / "memory.max").write_text(f"{2**29}\n")
+    assert devices._memory_bytes() == 2**28

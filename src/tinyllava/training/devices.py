@@ -36,6 +36,7 @@ from tinyllava.training.precision import HALF, choose_precision, computing_in
 from tinyllava.training.prepare import Prepared
 from tinyllava.training.sharding import choose_sharding, local_part, shard
 from tinyllava.training.trainer import MOST_SAMPLES, micro_batch
+from tinyllava.training.writing import main_memory
 
 
 def fit_hardware(
@@ -125,11 +126,10 @@ def _unplanned(size: int, accumulation: int, checkpointing: bool) -> Form:
 
 
 def _memory_bytes() -> int:
-    """Memory of this process's device; on a CPU its share of the machine's."""
+    """Memory of this process's device; on a CPU its share of the machine's, or of the container's limit."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(PartialState().device).total_memory)
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return main_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _limit_workers(

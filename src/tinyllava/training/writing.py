@@ -10,6 +10,7 @@ There is one copy at a time. Where main memory is short there is none, and train
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -189,6 +190,15 @@ def free_memory() -> int:
             continue
         free = min(free, max(0, limit - used))
     return free
+
+
+def main_memory() -> int:
+    """Return the bytes of main memory that this machine has, or as many as a container may take."""
+    most = int(psutil.virtual_memory().total)
+    for folder in _control_groups():
+        with suppress(OSError, ValueError):  # "max": no limit
+            most = min(most, int((folder / "memory.max").read_text()))
+    return most
 
 
 def _control_groups() -> list[Path]:
