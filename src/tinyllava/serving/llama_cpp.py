@@ -126,7 +126,8 @@ class LlamaCppEngine:
             # What llama.cpp would do besides: the likeliest 40 only, none below 5% of the likeliest.
             "samplers": ["temperature", "top_p"],
             **sampling,
-            **({} if question.seed is None else {"seed": question.seed % 2**32}),
+            # Its last one means a seed of its own choice.
+            **({} if question.seed is None else {"seed": question.seed % (2**32 - 1)}),
         }
 
     def close(self) -> None:
