@@ -1,18 +1,26 @@
 """Converted records: the conversations of the file, found again, and converted again when they must be."""
 
+import dataclasses
+import gzip
+import io
 import json
 import multiprocessing
 import os
 import pickle
 import signal
+import tarfile
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import csv as pa_csv
+from pyarrow import parquet
 
 from tinyllava.config import DataConfig, ModelConfig
 from tinyllava.data import batches, conversion, cores, hashes, records, store
@@ -21,7 +29,7 @@ from tinyllava.data.dataset import Examples, measure
 from tinyllava.data.defects import Defect, Defects
 from tinyllava.data.distinct_images import DistinctImages
 from tinyllava.data.hashes import ImageHashes, images_digest, known_sha256, records_digest, sha256_of_image
-from tinyllava.data.readers import json_slices
+from tinyllava.data.readers import containers, json_slices
 from tinyllava.data.records import read_configured
 from tinyllava.data.store import StoredConversations
 from tinyllava.data.writing import write_records
@@ -176,6 +184,65 @@ def test_a_large_file_is_read_in_slices_as_if_whole(form, kind, tmp_path, monkey
         slices = json_slices.split(path)
         assert len(slices) > 10
         assert (None in [one.count() for one in slices]) == is_cut
+
+
+def write_tar(path: Path, rows: list[dict], start: int, end: int) -> None:
+    with tarfile.open(path, "w") as archive:
+        for number in range(start, end):
+            picture = (path.parent / "a.png").read_bytes()
+            for end_of_name, data in ((".png", picture), (".json", json.dumps(rows[number]).encode())):
+                member = tarfile.TarInfo(f"{number:05}{end_of_name}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "tar", "gz"])
+@pytest.mark.parametrize("has_defects", [False, True])
+def test_all_cores_convert_other_forms_to_the_same_bytes_as_one(kind, has_defects, tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [{"id": f"n{n}", "conversations": turns("<image>Q", f"A{n}")} for n in range(600)]
+    if has_defects:
+        rows[5]["conversations"] = rows[505]["conversations"] = turns("<image>Q", " ")
+        rows[400] = rows[3]
+    if kind == "csv":
+        table = [
+            {"id": r["id"], "image": "a.png", "question": "Q", "answer": r["conversations"][1]["value"]}
+            for r in rows
+        ]
+        pa_csv.write_csv(pa.Table.from_pylist(table), tmp_path / "my.csv")
+        files = [tmp_path / "my.csv"]
+    elif kind == "parquet":
+        images = {"images": [{"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}]}
+        table = pa.Table.from_pylist([{**row, **images} for row in rows])
+        parquet.write_table(table, tmp_path / "my.parquet", row_group_size=200)
+        files = [tmp_path / "my.parquet"]
+    elif kind == "tar":
+        files = [tmp_path / f"{n}.tar" for n in range(4)]
+        for n, path in enumerate(files):
+            write_tar(path, rows, 150 * n, 150 * (n + 1))
+    else:
+        text = "\n".join(json.dumps({**row, "image": "a.png"}) for row in rows)
+        (tmp_path / "my.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        files = [tmp_path / "my.jsonl.gz"]
+    read = []
+    read_text = containers._read_text
+    monkeypatch.setattr(containers, "_read_text", lambda path: read.append(path) or read_text(path))
+    data = DataConfig(records=tuple(map(str, files)), images=str(tmp_path))
+    found = []
+    for number in (1, 2):
+        monkeypatch.setattr(cores, "num_cores", lambda number=number: number)
+        with nullcontext() if not has_defects else pytest.raises(DataError) as caught:
+            read_stored(data, "", tmp_path / f"store{number}")
+        skip = dataclasses.replace(data, skip=("empty_answer", "duplicate_id"))
+        stored = read_stored(skip, "", tmp_path / f"store{number}")
+        written = [(file.folder / "records.arrow").read_bytes() for file in stored.conversations.files]
+        found.append((str(caught.value) if has_defects else "", stored.skipped, written))
+        assert not list((tmp_path / f"store{number}").rglob("parts-*"))
+    assert found[0] == found[1]
+    assert len(read) <= 2 * 2 * 2  # not once for each part of the file
+    plain = read_configured(skip)
+    assert list(stored.conversations) == list(plain.conversations)
+    assert stored.skipped == plain.skipped
 
 
 def test_a_process_that_dies_while_records_are_read_is_told(monkeypatch):
@@ -366,8 +433,6 @@ def test_lengths_are_counted_once_by_all_cores_and_kept(data, tmp_path, parts, m
 
 
 def test_a_defect_of_the_last_stage_is_told_before_the_first_is_trained(parts, tmp_path):
-    import dataclasses
-
     from tinyllava.training.run import train
     from training_toys import toy_run
 

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial as partial_of
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tinyllava.data.cores import map_parts
 from tinyllava.data.defects import Defect, raise_defects
 from tinyllava.data.hashes import known_sha256
 from tinyllava.data.readers import json_slices
+from tinyllava.data.readers.containers import RowGroup, is_text, row_groups
 from tinyllava.data.readers.form import Reading
 from tinyllava.data.records import (
     Form,
@@ -93,16 +95,14 @@ def _open(place: Path, reading: Reading, about: dict[str, Any]) -> StoreFile:
 
 
 def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
-    slices = [] if reader else json_slices.split(reading.path)
-    counts = list(map_parts(json_slices.Slice.count, slices))
-    if None in counts:  # a cut was inside a record, or the file is damaged, which reading it whole tells
-        slices = []
-    numbered = json_slices.number(slices, [count or 0 for count in counts]) if slices else []
     done = _Findings(reading)
-    with whole_file(place / "records.arrow") as partial, pa.OSFile(str(partial), "wb") as sink:
+    with (
+        TemporaryDirectory(prefix="parts-", dir=place) as parts,
+        whole_file(place / "records.arrow") as partial,
+        pa.OSFile(str(partial), "wb") as sink,
+    ):
         with pa.ipc.new_file(sink, SCHEMA) as writer:
-            parts = map_parts(partial_of(_convert_slice, reading), numbered)
-            for batch in _refilled(map(done.take, parts if slices else _convert_whole(reading, reader))):
+            for batch in _refilled(map(done.take, _parts(reading, reader, Path(parts)))):
                 if not done.counts:  # of a file with defects only their report is left
                     writer.write_batch(batch)
         raise_defects(reading.path, done.defects, done.counts)
@@ -116,6 +116,36 @@ def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
     about = {"skipped": skipped, "ignored": dict(done.ignored), "missing": done.missing}
     write_json(place / "about.json", about)
     return _open(place, reading, about)
+
+
+def _parts(reading: Reading, reader: str, folder: Path) -> Iterator["_Part"]:
+    """Yield a file's records, converted by all cores where they can be divided.
+
+    Slices of JSON and row groups of Parquet are read by the process that converts them. Rows of other text
+    are read here, which takes little of the time. Other rows may hold the bytes of images and are converted
+    here, because handing them over would cost what it saves.
+
+    Args:
+        folder: for parts of the result that hold images.
+    """
+    slices = [] if reader else json_slices.split(reading.path)
+    counts = list(map_parts(json_slices.Slice.count, slices))
+    if slices and None not in counts:  # otherwise a cut was inside a record, or the file is damaged
+        numbered = json_slices.number(slices, [count or 0 for count in counts])
+        yield from map_parts(partial_of(_convert_slice, reading, fallback_form(reading)), numbered)
+        return
+    groups = [] if reader else row_groups(reading.path)
+    if len(groups) > 1:
+        work = partial_of(_convert_group, reading, fallback_form(reading), folder)
+        for path, some in map_parts(work, groups):
+            yield from _opened(path, some)
+        return
+    rows = read_raw(reading.path, reading.images, reader)
+    first = list(islice(rows, _AT_ONCE))  # what is wrong with the whole file is told first
+    chunks = chain([first], iter(lambda: list(islice(rows, _AT_ONCE)), []))
+    work_on_rows = partial_of(_convert_rows, reading, fallback_form(reading, reader))
+    is_divided = not reader and is_text(reading.path)
+    yield from map_parts(work_on_rows, chunks) if is_divided else map(work_on_rows, chunks)
 
 
 @dataclass(kw_only=True)
@@ -179,20 +209,37 @@ class _Findings:
             self.defects.append(defect)
 
 
-def _convert_slice(reading: Reading, one: json_slices.Slice) -> _Part:
+def _convert_slice(reading: Reading, fallback: Form, one: json_slices.Slice) -> _Part:
     rows = one.read()
     if rows is None:
         raise DataError(f"{one.path}: it changed while it was read. Run the same command again.")
-    return _convert_rows(reading, rows, fallback_form(reading))
+    return _convert_rows(reading, fallback, rows)
 
 
-def _convert_whole(reading: Reading, reader: str) -> Iterator[_Part]:
-    fallback, rows = fallback_form(reading, reader), read_raw(reading.path, reading.images, reader)
-    while some := list(islice(rows, _AT_ONCE)):
-        yield _convert_rows(reading, some, fallback)
+def _convert_group(
+    reading: Reading, fallback: Form, folder: Path, group: RowGroup
+) -> tuple[Path, list[_Part]]:
+    """Convert a row group into a file, by which the bytes of its images come to another process."""
+    rows, parts = group.read(), []
+    path = folder / f"{group.number}.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        while some := list(islice(rows, _AT_ONCE)):
+            part = _convert_rows(reading, fallback, some)
+            writer.write_batch(part.batch)
+            parts.append(replace(part, batch=None))
+    return path, parts
 
 
-def _convert_rows(reading: Reading, rows: Sequence[tuple[str, Any]], fallback: Form) -> _Part:
+def _opened(path: Path, parts: Sequence[_Part]) -> Iterator[_Part]:
+    """Yield the parts of a converted row group, whose file is not needed afterwards."""
+    with pa.memory_map(str(path)) as mapped:
+        file = pa.ipc.open_file(mapped)
+        for number, part in enumerate(parts):
+            yield replace(part, batch=file.get_batch(number))
+    path.unlink()
+
+
+def _convert_rows(reading: Reading, fallback: Form, rows: Sequence[tuple[str, Any]]) -> _Part:
     own = replace(reading, skipped=Counter(), ignored=Counter())
     good: list[Conversation] = []
     found = _Part(
@@ -288,7 +335,8 @@ def read_stored(data: DataConfig, data_root: str, folder: Path) -> Records:
         ConfigError, DataError: see ``open_readings`` and ``open_store``.
     """
     found = open_readings(data, data_root)
-    parts = [[open_store(one, data.reader, folder) for one in readings] for _, readings in found]
+    opened = iter(_open_all([one for _, readings in found for one in readings], data.reader, folder))
+    parts = [list(islice(opened, len(readings))) for _, readings in found]
     files = [file for part in parts for file in part]
     shares, rows = mix([source for source, _ in found], [sum(map(len, part)) for part in parts])
     skipped: Counter[str] = Counter()
@@ -302,3 +350,21 @@ def read_stored(data: DataConfig, data_root: str, folder: Path) -> Records:
         ignored=dict(ignored),
         mixture=() if rows is None else shares,
     )
+
+
+def _open_all(readings: Sequence[Reading], reader: str, folder: Path) -> list[StoreFile]:
+    """Open files, several at a time where a file by itself is converted by one core."""
+    alone = [place for place, one in enumerate(readings) if reader or not _is_divided(one.path)]
+    opened = map_parts(lambda place: open_store(readings[place], reader, folder), alone)
+    found = dict(zip(alone, opened, strict=True))
+    return [
+        found[place] if place in found else open_store(one, reader, folder)
+        for place, one in enumerate(readings)
+    ]
+
+
+def _is_divided(path: Path) -> bool:
+    """Whether all cores convert a file; see ``_parts``."""
+    if is_text(path):
+        return path.stat().st_size >= 2 * json_slices.SLICE_BYTES
+    return len(row_groups(path)) > 1

@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -54,24 +55,32 @@ def map_waiting(work: Callable[[Part], Result], items: Sequence[Part]) -> list[R
 
 
 def map_parts(
-    work: Callable[[Part], Result], parts: Sequence[Part], at_most: int | None = None
+    work: Callable[[Part], Result], parts: Iterable[Part], at_most: int | None = None
 ) -> Iterator[Result]:
     """Yield the result of each part, in order; a few parts ahead are worked on, ``at_most`` at the same time.
 
-    Nothing but parts and results travels between processes. Without a second core, for a few parts, or on a
-    system that does not fork safely beside the threads of libraries (macOS), the work is done here.
+    Nothing but parts and results travels between processes. Without a second core, for a few parts, within
+    such a process, or on a system that does not fork safely beside the threads of libraries (macOS), the work
+    is done here.
+
+    Args:
+        parts: are made as they are needed.
 
     Raises:
         DataError: a process died; and what ``work`` raises.
     """
-    number = min(num_cores(), at_most or len(parts)) if len(parts) > _FEW else 1
+    rest = iter(parts)
+    first = list(islice(rest, _FEW + 1))
+    number = num_cores() if len(first) > _FEW and not _WORK else 1  # a forked process has one core
+    limits = (at_most, len(parts) if isinstance(parts, Sequence) else None)
+    number = min([number, *(limit for limit in limits if limit)])
     if number < 2 or sys.platform != "linux":
-        yield from map(work, parts)
+        yield from map(work, chain(first, rest))
         return
-    pool = ProcessPoolExecutor(min(number, len(parts)), multiprocessing.get_context("fork"), _begin, (work,))
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _begin, (work,))
     waiting: deque[Future[Result]] = deque()
     try:
-        for part in parts:
+        for part in chain(first, rest):
             waiting.append(pool.submit(_do, part))
             if len(waiting) > 2 * number:
                 yield waiting.popleft().result()

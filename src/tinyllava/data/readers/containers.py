@@ -9,9 +9,9 @@ import io
 import zipfile
 import zlib
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinyllava.data.readers import json_text
 from tinyllava.data.readers.archives import (
@@ -54,6 +54,11 @@ Raw = Iterator[tuple[str, Any]]
 def is_record_file(name: str) -> bool:
     """Whether a name is that of a record file, by its end."""
     return name.lower().removesuffix(".gz").endswith(SUFFIXES)
+
+
+def is_text(path: Path) -> bool:
+    """Whether the records of a file are text: JSON, CSV or TSV, also gzipped."""
+    return path.is_file() and _name(path).endswith((*json_text.SUFFIXES, *TABLES))
 
 
 def is_table(path: Path) -> bool:
@@ -242,17 +247,53 @@ def _arrow(path: Path, is_file: bool) -> Raw:
         raise DataError(f"{path}: cannot be read as Arrow ({error}). Write or download it again.") from error
 
 
-def _parquet(path: Path) -> Raw:
+class RowGroup(NamedTuple):
+    """Records of a Parquet file that can be read by themselves."""
+
+    path: Path
+    number: int
+    first: int
+    """Number of its first record."""
+
+    def read(self) -> Raw:
+        """Yield its records; see ``read_raw``."""
+        return _parquet(self.path, self)
+
+
+def row_groups(path: Path) -> list[RowGroup]:
+    """Return the row groups of a Parquet file; empty for any other file.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if not path.is_file() or not _head(path).startswith(b"PAR1"):
+        return []
+    try:
+        about = parquet.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged_parquet(path, error) from error
+    counts = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+    return [RowGroup(path, *found) for found in enumerate(accumulate(counts[:-1], initial=0))]
+
+
+def _parquet(path: Path, group: RowGroup | None = None) -> Raw:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            index = 0
+            index = group.first if group else 0
             names = label_names(file.schema_arrow)
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
+            for batch in file.iter_batches(_ROWS_AT_ONCE, [group.number] if group else None):
                 for row in batch.to_pylist():
                     yield f"record {index}", name_labels(row, names)
                     index += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error}). Download it again.") from error
+        raise _damaged_parquet(path, error) from error
+
+
+def _damaged_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: cannot be read as Parquet ({error}). Download it again.")
