@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from transformers import ConvNextConfig, ConvNextImageProcessorPil, ConvNextModel
 
 from exporting_toys import InOpenVino
 from layouts import make_checkpoint
@@ -102,7 +103,12 @@ def answer_with_graphs(
 @pytest.mark.parametrize(
     ("language", "vision", "precision", "settings"),
     [
-        ("llama", "siglip", "fp32", {"add_tokens": ("<loc_0>", "<loc_1>")}),
+        (
+            "llama",
+            "cnn",
+            "fp32",
+            {"connector": "slots", "add_tokens": ("<loc_0>", "<loc_1>")},
+        ),  # the starter's
         ("phi", "clip", "fp32", {"connector": "resampler"}),
         ("stablelm", "siglip", "fp16", {"connector": "pixel_shuffle", "connector_options": {"block": 2}}),
         ("chatml", "clip", "int8", {"image_aspect": "square"}),
@@ -117,6 +123,10 @@ def test_graphs_answer_as_the_checkpoint(
     precision: str,
     settings: Any,
 ) -> None:
+    sizes = {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "image_size": 64}
+    ConvNextModel(ConvNextConfig(**sizes)).save_pretrained(tmp_path / "cnn")
+    ConvNextImageProcessorPil(size={"shortest_edge": 64}).save_pretrained(tmp_path / "cnn")
+    parts = {**parts, "cnn": tmp_path / "cnn"}
     checkpoint = make_checkpoint(parts, tmp_path / "own", language, vision, **settings)
     out = tmp_path / "out"
     assert main(["export", str(checkpoint), str(out), "--format", "onnx", "--dtype", precision]) == 0
