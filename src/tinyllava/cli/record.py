@@ -65,7 +65,8 @@ def main(arguments: list[str]) -> int:
     if known.model:
         known.model = str(check_model(known.model))
     file = known.file
-    conversations = read_configured(own_data(known, file, skip=tuple(known.skip))).conversations
+    skip = tuple(name for name in known.skip if name != "broken_image")  # all would be decoded to show a few
+    conversations = read_configured(own_data(known, file, skip=skip)).conversations
     if not 0 <= known.index < len(conversations):
         raise DataError(f"--index {known.index}: {file} has records 0 to {len(conversations) - 1}.")
     processor = load_processor(known)
