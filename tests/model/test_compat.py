@@ -1,6 +1,7 @@
 """What ``compat`` depends on is there in the installed releases, and does what the package needs."""
 
 from datetime import timedelta
+from inspect import getfile
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from tinyllava.model.compat import (
     ComposedModel,
     attention_of,
     causal_without_looking,
+    decoder_layers,
+    encoder_layers,
     forget_preparation,
     lonely_group,
+    own_forward,
     render_template,
     set_checkpointing,
     waiting_at_most,
@@ -104,6 +108,17 @@ def test_checkpointing_is_switched_without_a_warning(parts, recwarn):
         set_checkpointing(model, is_on)
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == is_on
     assert [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)] == []
+
+
+def test_a_layers_own_forward_pass_is_found_below_what_recomputes(parts):
+    model, _ = assemble(ModelConfig(vision_encoder=str(parts["siglip"]), language_model=str(parts["llama"])))
+    for layer in (decoder_layers(model.language_model)[0], encoder_layers(model.vision_encoder)[0]):
+        kind = type(layer)
+        layer.__class__ = type(f"FSDP{kind.__name__}", (kind,), {})  # as fully_shard makes it
+        found = own_forward(layer)
+        assert found.__self__ is layer
+        assert found.__code__.co_name == "forward"
+        assert found.__code__.co_filename == getfile(kind)
 
 
 def test_a_tied_head_is_one_tensor_with_the_embedding(parts):

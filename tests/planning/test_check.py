@@ -111,11 +111,6 @@ WRONG: dict[str, tuple[Run, str, str]] = {
         "compile: not with weights in 4 bits",
         "set hardware.compile False",
     ),
-    "compiled and divided": (
-        hardware(compile=True, sharding="all"),
-        "compile: not with hardware.sharding",
-        "set hardware.compile False",
-    ),
     "sharding in fp16": (hardware(sharding="all", precision="fp16"), "sharding = 'all': fp16", "to bf16"),
     "sharding and answers": (
         replace(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tinyllava.config import FULL, Hardware, ModelConfig, Stage, Validation, from_layer, lora
+from tinyllava.config import FROZEN, FULL, Hardware, ModelConfig, Stage, Validation, from_layer, lora
 from tinyllava.errors import ConfigError
 from tinyllava.model.assemble import assemble
 from tinyllava.model.compat import causal_without_looking, decoder_layers, encoder_layers
@@ -19,7 +19,7 @@ from tinyllava.training import compiling
 from tinyllava.training.compiling import check_compiler, compile_layers, recompute
 from tinyllava.training.run import train
 from training.test_distributed import make_records
-from training.test_sharding import compare, sharded, train_in
+from training.test_sharding import compare, losses, sharded, train_in
 from training_toys import toy_run
 
 STAGE = Stage(learning_rate=1e-3, global_batch_size=2, language_model=FULL, vision_encoder=from_layer(1))
@@ -28,9 +28,14 @@ ADAPTERS = dataclasses.replace(STAGE, language_model=lora(4, dropout=0.2))
 
 @pytest.fixture(autouse=True)
 def without_code(monkeypatch):
-    """Trace and differentiate the layers as always, but run the graphs without making C++ of them."""
+    """Trace and differentiate the layers as always, but run the graphs without making C++ of them.
+
+    Where PyTorch would give up after too many of them, it raises.
+    """
     torch._dynamo.reset()
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    with torch.compiler.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 def padded(model, num_samples, length):
@@ -87,7 +92,7 @@ def check_equal(parts, stage, recomputed=False):
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     assert len(runs) == len(batches) * len(layers) * (1 + recomputed)
-    assert 0 < counters["stats"]["unique_graphs"] <= 12  # each part below the limit at which no more are made
+    assert 0 < counters["stats"]["unique_graphs"] <= 12  # of two kinds of layers, for one row or more
     undo()
     assert all("forward" not in vars(layer) for layer in layers)
 
@@ -111,18 +116,36 @@ def test_those_of_compiled_code_are_equal(parts):
     assert done.returncode == 0, done.stderr
 
 
-def test_two_processes_train_and_validate_compiled(parts, tmp_path):
+@pytest.mark.parametrize(
+    ("sharding", "settings", "encoder"),
+    [
+        ("none", {"gradient_checkpointing": True}, FULL),
+        ("gradients", {"packing": True}, FROZEN),
+        ("all", {"gradient_checkpointing": True, "save_steps": 1}, FULL),
+    ],
+)
+def test_two_processes_train_and_validate_compiled(parts, tmp_path, sharding, settings, encoder):
+    """As one process does without compiling; with whole or divided weights, or resumed at the second step."""
     check_compiler(torch.device("cpu"))  # what it imports, the two need not
-    records = make_records(tmp_path, {2})
+    records = make_records(tmp_path, {2} if sharding == "all" else set())
     run = toy_run(parts, records, tmp_path)
     validation = Validation(held_out=str(records))
-    stage = dataclasses.replace(run.stages["finetune"], max_steps=1, validation=validation)
+    stage = dataclasses.replace(
+        run.stages["finetune"], max_steps=2, vision_encoder=encoder, validation=validation
+    )
     run = dataclasses.replace(run, stages={"finetune": stage})
-    train_in(2, sharded(run, "none", tmp_path / "compiled", compile=True, gradient_checkpointing=True))
-    train_in(2, sharded(run, "none", tmp_path / "plain"))
-    compare(tmp_path / "compiled", tmp_path / "plain")
-    settings = json.loads((tmp_path / "compiled/run/run.json").read_text())
-    assert settings["hardware"]["compile"] is True
+    train_in(1, sharded(run, "none", tmp_path / "plain"))
+    run = sharded(run, sharding, tmp_path / "compiled", **settings)
+    if "save_steps" in settings:
+        train_in(2, run, dies_at=2)
+    held = train_in(2, sharded(run, sharding, tmp_path / "compiled", compile=True))
+    assert all((own < 0.55 * whole) is (sharding != "none") for own, whole in held)
+    compare(tmp_path / "plain", tmp_path / "compiled")
+    expected, found = (losses(tmp_path / name / "run/finetune") for name in ("plain", "compiled"))
+    assert len(found) == 2
+    assert found == pytest.approx(expected, abs=1e-5)
+    written = json.loads((tmp_path / "compiled/run/run.json").read_text())
+    assert written["hardware"]["compile"] is True
 
 
 def test_a_machine_that_cannot_compile_is_told_before_anything_is_read(parts, records, tmp_path, monkeypatch):

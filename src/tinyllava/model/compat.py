@@ -3,12 +3,13 @@
 Each has a test in ``tests/model/test_compat.py``, which runs with the lowest, pinned and newest releases.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from importlib import import_module
 from itertools import accumulate, pairwise
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -250,6 +251,18 @@ def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
     """Return the layers of a language model without its head."""
     family = LANGUAGE_FAMILIES.get(_model_type(language_model))
     return _layers(language_model, family.layers if family else "")
+
+
+def own_forward(layer: nn.Module) -> Callable[..., Any]:
+    """Return a layer's forward pass without the function that recomputes its activations if that is on.
+
+    transformers puts one function of its own around the layers of all architectures. What is compiled is kept
+    by function, so all of them would share one limit.
+    """
+    forward = type(layer).forward
+    while forward.__code__.co_name == "forward_with_checkpointing":
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
+    return MethodType(forward, layer)
 
 
 def _model_type(model: nn.Module) -> str:

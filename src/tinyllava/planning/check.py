@@ -189,11 +189,6 @@ def _run_problems(run: Run) -> Iterator[str]:
     for tracker in run.report_to:
         if tracker not in TRACKERS:
             yield f"report_to = {tracker!r}: unknown tracker; known: {', '.join(TRACKERS)}."
-    if run.hardware.compile and run.hardware.sharding != "none":
-        yield (
-            f"hardware.compile: not with hardware.sharding = {run.hardware.sharding!r}, with which compiled "
-            "layers have not been tested; set hardware.compile False."
-        )
     if run.hardware.sharding != "none" and run.hardware.precision == "fp16":
         yield (
             f"hardware.sharding = {run.hardware.sharding!r}: fp16 needs loss scaling, which sharding does "

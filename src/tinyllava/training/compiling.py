@@ -5,6 +5,7 @@ also keep less for the backward pass. Losses and gradients are equal up to round
 recomputed, the compiled layer is what runs twice, so it may still hand over to code that is not compiled.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyllava.errors import ConfigError
-from tinyllava.model.compat import decoder_layers, encoder_layers, set_checkpointing
+from tinyllava.model.compat import decoder_layers, encoder_layers, own_forward, set_checkpointing
 from tinyllava.model.encoders import FusedVisionModel
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 
 BACKEND = "inductor"
 _OPTIONS: dict[str, Any] = {"fallback_random": True}
 """Dropout draws the numbers that it draws without compiling."""
+_MOST_FORMS = 32
+"""Of the code of layers of one kind: trained or not, with adapters or not, for one row or more. Beyond the
+limit, by default 8, PyTorch would run the rest as it is."""
 _FIX = "Set hardware.compile False, or install what is missing (apt install g++ python3-dev)."
 
 
@@ -43,28 +47,42 @@ def check_compiler(device: torch.device) -> None:
 
 
 class _Compiled:
-    """The forward pass of a layer as compiled code."""
+    """The forward pass of a layer as compiled code; a copy of the layer gets code of its own."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.run = layer, _compile(layer.forward)
+        self.layer, self.run = layer, _compile(own_forward(layer))
         self.recomputes = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args:  # those of the first layer may be a part of a tensor: no code for these alone
+            args = (args[0].contiguous(), *args[1:])
         if self.recomputes and self.layer.training and torch.is_grad_enabled():
             return checkpoint(self.run, *args, use_reentrant=False, **kwargs)
         return self.run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Compiled":
+        copied = _Compiled(copy.deepcopy(self.layer, memo))
+        copied.recomputes = self.recomputes
+        return copied
 
 
 def compile_layers(model: TinyLlavaForConditionalGeneration) -> Callable[[], None]:
     """Compile each layer of language model and encoder, for any batch and length, and return what undoes it.
 
-    Layers of one form share their code. A layer is compiled when it first runs. A CNN stays as it is.
+    Layers of one form share their code. A layer is compiled when it first runs. A CNN stays as it is. Where a
+    model is divided among processes (FSDP2), its layers are compiled before: the weights of a layer are then
+    gathered around its code and not within it.
     """
     layers: list[Any] = list(_layers(model))
     for layer in layers:
         layer.forward = _Compiled(layer)
+    config: Any = torch.compiler.config
+    forms = config.patch(recompile_limit=_MOST_FORMS)
+    forms.__enter__()
 
     def undo() -> None:
+        forms.__exit__(None, None, None)
+        torch.compiler.reset()  # the code of this stage counts no more
         for layer in layers:
             del layer.forward
 
