@@ -105,9 +105,8 @@ class _Seen:
     def note(self, known: "_Identity", digest: str, *, is_whole: bool = False) -> None:
         """Keep the hash of an image, unless its file may have changed while it was read."""
         stamp = known.stamp
-        if stamp is None or max(stamp[1:]) > time.time_ns() - _FRESH_NS:
-            return
-        if known.path and stamp != _stamp(known.path):
+        is_fresh = stamp is not None and max(stamp[1:]) > time.time_ns() - _FRESH_NS
+        if stamp is None or is_fresh or (known.path and stamp != _stamp(known.path)):
             return
         if is_whole:
             self.whole.append((known.name, stamp))
@@ -183,7 +182,9 @@ class ImageHashes:
 def _hash_part(database: sqlite3.Connection, source: Source, part: Part) -> _Seen:
     """Return the hashes of some images; those of unchanged files are known."""
     named = _identify(source, part)
-    found = [one.digest or _look_up(database, one) for one in named]
+    with database:
+        database.execute("BEGIN")  # otherwise each look locks the file
+        found = [one.digest or _look_up(database, one) for one in named]
     unknown = [place for place, digest in enumerate(found) if not digest]
     seen = _Seen(num_read=len(unknown))
     for place, hashed in zip(unknown, _open_each(_hash, source, part, unknown), strict=True):
@@ -199,7 +200,9 @@ def _hash_part(database: sqlite3.Connection, source: Source, part: Part) -> _See
 def _decode_part(database: sqlite3.Connection, source: Source, part: Part) -> _Seen:
     """Decode some images; those of unchanged files that were whole are whole."""
     named = _identify(source, part)
-    unknown = [place for place, one in enumerate(named) if not _is_whole(database, one)]
+    with database:
+        database.execute("BEGIN")  # otherwise each look locks the file
+        unknown = [place for place, one in enumerate(named) if not _is_whole(database, one)]
     seen = _Seen(num_read=len(unknown))
     for place, found in zip(unknown, _open_each(_decode, source, part, unknown), strict=True):
         if isinstance(found, ImageError):
