@@ -12,7 +12,8 @@ the longer of two times: its operations at the speed that a product of its size 
 speed of a copy. ``eager`` counts every operator by itself. ``compiled`` counts what lies between two matrix
 products of a layer as one kernel, as a layer under ``torch.compile`` does: it reads what products made and
 writes what products need, and makes again in the backward pass what is cheaper to make than to keep.
-Host time, the network and loading are left out.
+``sharded`` divides gradients and optimizer among eight GPUs (``hardware.sharding gradients``). Host time and
+loading are left out, and the exchange between GPUs, which is printed beside: it goes on while they compute.
 """
 
 import json
@@ -34,7 +35,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.initialization import no_init_weights
 
 from gpu_training import LAYOUTS, SUPERVISED, build
-from roofline_costs import Roofline, optimizer_seconds
+from roofline_costs import Roofline, exchange_seconds, optimizer_seconds
 from tinyllava.config import Hardware, ModelConfig, Run, Stage
 from tinyllava.model import compat, modeling
 from tinyllava.model.compat import (
@@ -61,15 +62,17 @@ class Form:
     packs: bool
     compiled: bool
     recomputed: bool
+    sharded: bool = False
 
     def __str__(self) -> str:
         words = ("packed" if self.packs else "padded", "compiled" if self.compiled else "eager")
-        return " ".join(words) + (", recomputed" if self.recomputed else "")
+        return " ".join(words) + ", recomputed" * self.recomputed + ", sharded" * self.sharded
 
 
 FORMS = [
     Form(packs=False, compiled=False, recomputed=False),
     *(Form(packs=True, compiled=c, recomputed=r) for c, r in product((False, True), (False, True))),
+    Form(packs=True, compiled=True, recomputed=False, sharded=True),
 ]
 
 
@@ -132,6 +135,8 @@ class Found:
     roofline: Roofline
     other_seconds: dict[str, float] = field(default_factory=dict)
     """Micro-batch's share of the optimizer step, and of adding up gradients."""
+    exchange_seconds: float = 0.0
+    """Beside the computation."""
 
     @property
     def seconds(self) -> float:
@@ -155,30 +160,36 @@ class Found:
             "memory_seconds": other,
             "kernels": self.roofline.num_kernels,
             **self.other_seconds,
+            **({"exchange": self.exchange_seconds} if self.exchange_seconds else {}),
         }
 
 
 def measure_stage(name: str, stage_name: str, form: Form, device_batch: int = 0) -> Found:
     """Roofline of the micro-batch that the plan chooses for an H100 with 80 GB, or of a given one."""
     layout, stage = LAYOUTS[name], BASE.stages[stage_name]
-    stage = replace(stage, global_batch_size=stage.global_batch_size // NUM_GPUS)
-    texts = draw_lengths(stage_name, stage.global_batch_size, stage.max_length_tokens - layout.num_patches)
+    num_samples, num_ranks = stage.global_batch_size // NUM_GPUS, NUM_GPUS if form.sharded else 1
+    stage = replace(stage, global_batch_size=num_samples * num_ranks)
+    texts = draw_lengths(stage_name, num_samples, stage.max_length_tokens - layout.num_patches)
     taken, flops = texts[:4], 0.0
     if layout.parts[0]:
         run = Run(
             name="",
             model=ModelConfig(vision_encoder=layout.parts[0], language_model=layout.parts[1]),
             stages={},
-            hardware=Hardware(gradient_checkpointing=form.recomputed, compile=form.compiled),
+            hardware=Hardware(
+                gradient_checkpointing=form.recomputed,
+                compile=form.compiled,
+                sharding="gradients" if form.sharded else "none",
+            ),
         )
         parts, longest = plan_parts(run), layout.num_patches + max(texts)
-        machine = Machine(memory_bytes=GPU.memory_bytes, is_half=True, num_ranks=1)
+        machine = Machine(memory_bytes=GPU.memory_bytes, is_half=True, num_ranks=num_ranks)
         chosen = choose_forms(parts, stage, run.hardware, machine, longest, max(texts))[0]
         size = device_batch or chosen.device_batch_size
         taken = _fill(texts, layout.num_patches, size * longest) if form.packs else texts[:size]
         mean = sum(taken) / len(taken)
         flops = len(taken) * count_flops(parts, stage, layout.num_patches + mean, mean)
-    found = _run(layout, stage, taken, form)
+    found = _run(layout, stage, taken, form, len(taken) / num_samples)
     found.model_flops = flops or found.roofline.flops
     return found
 
@@ -190,7 +201,7 @@ def _fill(texts: list[int], patches: int, budget: int) -> list[int]:
     return texts[: ceil(len(texts) / ceil(len(texts) / number))]
 
 
-def _run(layout: Any, stage: Stage, texts: list[int], form: Form) -> Found:
+def _run(layout: Any, stage: Stage, texts: list[int], form: Form, share: float) -> Found:
     lengths = [layout.num_patches + text - 1 for text in texts]
     with one_kernel(lengths), FakeTensorMode(allow_non_fake_inputs=True):
         with no_init_weights():  # looks at what it has drawn
@@ -212,8 +223,9 @@ def _run(layout: Any, stage: Stage, texts: list[int], form: Form) -> Found:
         roofline.finish(p.grad for p in trained)
         num_trained = sum(p.numel() for p in trained)
     found = Found(samples=len(texts), model_flops=0.0, roofline=roofline)
-    share = len(texts) / stage.global_batch_size
-    found.other_seconds = optimizer_seconds(GPU, num_trained, share)
+    num_shards = NUM_GPUS if form.sharded else 1
+    found.other_seconds = optimizer_seconds(GPU, num_trained, share, num_shards)
+    found.exchange_seconds = exchange_seconds(num_trained, num_shards) if form.sharded else 0.0
     return found
 
 
@@ -272,7 +284,9 @@ def main(
             result[label] = numbers
             show(
                 f"{label}: {numbers['samples_per_second']:.0f} samples/s, {found.mfu:.1%} of the peak, "
-                f"{found.samples} samples, {found.roofline.num_kernels:,} kernels",
+                f"{found.samples} samples, {found.roofline.num_kernels:,} kernels"
+                + f", {found.exchange_seconds / found.seconds:.0%} as long for the exchange beside"
+                * form.sharded,
                 *largest(found, costs),
                 sep="\n",
                 flush=True,

@@ -34,6 +34,9 @@ KERNEL_SECONDS = 2e-6
 """Of any other kernel, however small: it starts and ends while nothing else runs."""
 GATHERS = ("embedding", "index_select", "gather", "index", "nll_loss_forward")
 """Operators that read only the rows that they return."""
+EXCHANGE_SPEED = 360e9
+"""Bytes a second that a GPU sends, while it receives as many: 80% of the 450 GB/s of an H100's NVLink by its
+data sheet. The share is assumed."""
 FREE = ("detach", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh")
 
 
@@ -50,14 +53,24 @@ def copy_speed(gpu: Any) -> float:
     return float(BANDWIDTH_SHARE * gpu.bandwidth)
 
 
-def optimizer_seconds(gpu: Any, num_trained: int, share: float) -> dict[str, float]:
+def optimizer_seconds(gpu: Any, num_trained: int, share: float, num_shards: int = 1) -> dict[str, float]:
     """Seconds of a micro-batch that has this share of the samples of an optimizer step.
 
-    The first micro-batch's gradients are taken as they are, those of the others are added to them.
+    The first micro-batch's gradients are taken as they are, those of the others are added to them. Where
+    they and the optimizer are divided, weights are copied from where they were gathered, and gradients to
+    where they are reduced, in each micro-batch.
     """
     parameter = num_trained / copy_speed(gpu)
-    added = 3 * 4 * parameter * max(0.0, 1 - share)
-    return {"optimizer": share * OPTIMIZER_BYTES * parameter, "addition of gradients": added}
+    found = {
+        "optimizer": share * OPTIMIZER_BYTES * parameter / num_shards,
+        "addition of gradients": 3 * 4 * parameter * max(0.0, 1 - share) / num_shards,
+    }
+    return found | ({"copies for the exchange": 4 * 4 * parameter} if num_shards > 1 else {})
+
+
+def exchange_seconds(num_trained: int, num_shards: int) -> float:
+    """Seconds in which divided weights are gathered and gradients are reduced, beside the computation."""
+    return 2 * 4 * num_trained * (1 - 1 / num_shards) / EXCHANGE_SPEED
 
 
 @dataclass
