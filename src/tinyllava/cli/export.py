@@ -192,4 +192,5 @@ def _describe_comparison(exported: "Exported") -> str:
             "not compared, because xllamacpp is not installed. Run `pip install tinyllava[gguf]` and export "
             "again."
         )
-    return f"reloaded and compared: largest logit difference {exported.largest_difference:.2g}"
+    difference = f"largest logit difference {exported.largest_difference:.2g}"
+    return f"reloaded and compared: {exported.measured or difference}"
