@@ -145,7 +145,9 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["usual", "cut inside a record", "damaged", "extra comma", "with defects"])
+@pytest.mark.parametrize(
+    "kind", ["usual", "cut inside a record", "damaged", "extra comma", "with defects", "blanks"]
+)
 def test_a_large_file_is_read_in_slices_as_if_whole(form, kind, tmp_path, monkeypatch):
     """By two processes, each of which holds a part of the file; places of records are those of the file."""
     monkeypatch.setattr(json_slices, "SLICE_BYTES", 2000)
@@ -155,7 +157,7 @@ def test_a_large_file_is_read_in_slices_as_if_whole(form, kind, tmp_path, monkey
         records = [
             {"id": "n", **one, "conversations": [{"id": 1, **TURNS[0]}, TURNS[1]] * 30} for one in records
         ]
-    if kind == "with defects":
+    if has_defects := kind in ("with defects", "blanks"):
         records[7:9] = [{"id": "x", "conversations": turns("Q")}] * 2
         records[250:252] = [
             records[3],
@@ -165,9 +167,11 @@ def test_a_large_file_is_read_in_slices_as_if_whole(form, kind, tmp_path, monkey
     path = tmp_path / ("my.jsonl" if form == "lines" else "my.json")
     last = text.rindex("]")
     texts = {"damaged": text[:-150], "extra comma": f"{text[:last]},{text[last:]}"}
+    if kind == "blanks":
+        text = f"\n \r\n{text}" if form != "with a mark" else f"{text[0]}\n \n{text[1:]}"
     path.write_text(texts.get(kind, text), encoding="utf-8")
     data = DataConfig(records=(str(path),))
-    if kind in (*texts, "with defects"):
+    if kind in texts or has_defects:
         found = []
         for read in (lambda: read_stored(data, "", tmp_path / "store"), lambda: read_configured(data)):
             with pytest.raises(DataError) as caught:

@@ -68,7 +68,8 @@ def open_store(reading: Reading, reader: str, folder: Path) -> StoreFile:
             return _find(place, reading) or _convert(place, reading, reader)
     except OSError as error:
         raise DataError(
-            f"{place}: converted records cannot be written ({error.strerror or error}). Free some disk space."
+            f"{place}: converted records cannot be written ({error.strerror or error}). Free some disk "
+            "space, or choose a folder that can be written with --output."
         ) from error
 
 

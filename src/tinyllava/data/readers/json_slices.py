@@ -70,11 +70,11 @@ def split(path: Path) -> list[Slice]:
         return []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         head = mapped[:_HEAD_BYTES]
-        start = len(_BOM) if head.startswith(_BOM) else 0
-        start += len(head[start:]) - len(head[start:].lstrip(_BLANKS))
+        begin = len(_BOM) if head.startswith(_BOM) else 0
+        start = len(head) - len(head[begin:].lstrip(_BLANKS))
         if mapped[start : start + 1] == b"{":
             line, newline, _ = head[start:].partition(b"\n")
-            cuts = _cut_lines(mapped, start) if newline and _is_object(line) else []
+            cuts = _cut_lines(mapped, begin) if newline and _is_object(line) else []
             return [Slice(path, *cut, is_array=False) for cut in cuts]
         last = len(mapped)
         while last and mapped[last - 1] in _BLANKS:
