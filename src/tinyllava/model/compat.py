@@ -254,13 +254,13 @@ def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
 
 
 def own_forward(layer: nn.Module) -> Callable[..., Any]:
-    """Return a layer's forward pass without the function that recomputes its activations if that is on.
+    """Return a layer's forward pass without the functions that recompute activations or rename arguments.
 
-    transformers puts one function of its own around the layers of all architectures. What is compiled is kept
-    by function, so all of them would share one limit.
+    transformers puts such around the layers of all architectures. What is compiled is kept by function, so
+    all of them would share one limit. transformers itself calls its layers by the new names.
     """
     forward = type(layer).forward
-    while forward.__code__.co_name == "forward_with_checkpointing":
+    while forward.__code__.co_name in ("forward_with_checkpointing", "wrapped_func"):
         forward = forward.__wrapped__  # type: ignore[attr-defined]
     return MethodType(forward, layer)
 
