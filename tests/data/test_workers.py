@@ -128,17 +128,24 @@ def test_training_ends_on_a_small_shared_memory_and_says_how_it_is_faster(parts,
 
 
 @pytest.mark.parametrize(
-    ("lose", "told"),
+    ("lose", "limit_seconds", "told"),
     [
         (
             lambda: os.kill(os.getpid(), signal.SIGKILL),
+            600,
             r"images died.*--hardware\.num-workers 0 loads images",
         ),
-        (lambda: time.sleep(600), r"delivered none within 1 s:.*If .* raise --hardware\.timeout-seconds\."),
+        (
+            lambda: time.sleep(600),
+            1,
+            r"delivered none within 1 s:.*If .* raise --hardware\.timeout-seconds\.",
+        ),
     ],
     ids=["dies", "hangs"],
 )
-def test_a_worker_that_dies_or_hangs_ends_in_one_line(parts, records, tmp_path, monkeypatch, lose, told):
+def test_a_worker_that_dies_or_hangs_ends_in_one_line(
+    parts, records, tmp_path, monkeypatch, lose, limit_seconds, told
+):
     original = Examples.__getitem__
 
     def lost(self, index):
@@ -148,7 +155,7 @@ def test_a_worker_that_dies_or_hangs_ends_in_one_line(parts, records, tmp_path, 
 
     monkeypatch.setattr(Examples, "__getitem__", lost)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # in which they may end
-    hardware = Hardware(num_workers=2, precision="fp32", device_batch_size=2, timeout_seconds=1)
+    hardware = Hardware(num_workers=2, precision="fp32", device_batch_size=2, timeout_seconds=limit_seconds)
     with pytest.raises(DataError, match=told) as caught:
         train(toy_run(parts, records, tmp_path / "run", hardware=hardware))
     assert "\n" not in str(caught.value)
