@@ -78,6 +78,15 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder that others may change meanwhile: what vanishes is passed over.
+
+    ``Path.rglob`` would raise for a folder that is removed before its turn.
+    """
+    for place, _, names in os.walk(folder):
+        yield from (Path(place, name) for name in names)
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a new folder to write into that takes the place of ``folder`` at the end."""

@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -33,7 +34,7 @@ from rich.progress import (
 
 from tinyllava.data.bars import Bars
 from tinyllava.errors import CheckpointError, PackageError
-from tinyllava.files import cache_folder, sha256_of
+from tinyllava.files import cache_folder, files_below, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -169,11 +170,9 @@ def _run_client(package: Package, folder: Path, report: Callable[[int], object])
 
 def _folder_bytes(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # the client moved it meanwhile
-            continue
+    for path in files_below(folder):
+        with suppress(FileNotFoundError):  # the client moved it meanwhile
+            total += path.stat().st_size
     return total
 
 
