@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message, ask
 from tinyllava.model.assemble import assemble, open_checkpoint
 from tinyllava.starter.recipe import starter_model
@@ -32,6 +33,12 @@ def captions(tmp_path: Path) -> list[Conversation]:
     return talks
 
 
+def start_in(folder: Path, config: ModelConfig, captions, name: str = "start", seed: int = 0) -> Start:
+    return Start(
+        config=config, captions=captions, folder=folder / name, features=folder / "features", seed=seed
+    )
+
+
 RESAMPLER = {"num_queries": 4, "num_layers": 1, "width": 64, "num_heads": 2, "head_width": 32}
 
 
@@ -41,7 +48,7 @@ def test_image_tokens_are_the_words_of_the_caption(parts, captions, tmp_path: Pa
     if connector == "resampler":  # sees the whole grid, not its mean
         config = replace(config, connector=connector, connector_options=RESAMPLER)
     before = assemble(config)[0].state_dict()
-    folder = make_start(config, captions, tmp_path / "start", tmp_path / "features", seed=0)
+    folder = make_start(start_in(tmp_path, config, captions))
     model, processor = open_checkpoint(folder)
     embeddings = model.get_input_embeddings().weight.detach()
     for conversation in captions:
@@ -65,7 +72,7 @@ def test_a_start_that_is_there_is_used_and_another_has_another_name(parts, capti
     config = starter_model(parts["chatml"], parts["siglip"])
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "kept").touch()
-    make_start(config, captions, tmp_path / "start", tmp_path / "features", seed=0)
+    make_start(start_in(tmp_path, config, captions))
     assert [path.name for path in (tmp_path / "start").iterdir()] == ["kept"]
     key = start_key(config, captions, seed=0)
     assert start_key(config, list(captions), seed=0) == key
@@ -74,12 +81,9 @@ def test_a_start_that_is_there_is_used_and_another_has_another_name(parts, capti
 
 def test_starts_made_at_the_same_time_are_those_made_alone(parts, captions, tmp_path: Path) -> None:
     config = starter_model(parts["chatml"], parts["siglip"])
-    starts = [
-        Start(config=config, captions=captions, folder=tmp_path / f"{n}", features=tmp_path, seed=n % 3)
-        for n in range(4)
-    ]
+    starts = [start_in(tmp_path, config, captions, f"{n}", n % 3) for n in range(4)]
     make_starts([*starts, starts[0]])  # the same model in two panels of a grid
-    alone = make_start(config, captions, tmp_path / "alone", tmp_path, seed=1)
+    alone = make_start(start_in(tmp_path, config, captions, "alone", 1))
     weights = [(start.folder / "model.safetensors").read_bytes() for start in starts]
     assert weights[1] == (alone / "model.safetensors").read_bytes()
     assert weights[0] == weights[3]

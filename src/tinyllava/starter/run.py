@@ -67,7 +67,7 @@ from tinyllava.starter.report import (
     write_examples,
     write_page,
 )
-from tinyllava.starter.words import make_start, start_key
+from tinyllava.starter.words import Start, make_start, start_key
 from tinyllava.training.precision import choose_precision
 from tinyllava.training.run import train
 
@@ -166,7 +166,9 @@ def start_from_words(
     shared = cache_folder() / "starter"
     folder = shared / f"start-{start_key(parts.model, captions, seed)}"
     with held(shared, wait=True):  # of two runs that need it, one fits and the other waits
-        return make_start(parts.model, captions, folder, features=output.parent / ".features", seed=seed)
+        features = output.parent / ".features"
+        start = Start(config=parts.model, captions=captions, folder=folder, features=features, seed=seed)
+        return make_start(start)
 
 
 def _num_parameters(model: Path) -> int:

@@ -35,12 +35,16 @@ _AT_MOST = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A model whose connector is to be fitted, with the arguments of ``make_start``."""
+    """A model whose connector is to be fitted to words."""
 
     config: ModelConfig
+    """The parts; its connector gives every image the same number of tokens."""
     captions: Sequence[Conversation]
+    """Conversations of one question about one image, whose answer is the caption."""
     folder: Path
+    """Where the checkpoint goes."""
     features: Path
+    """Where features of the encoder are kept."""
     seed: int
 
 
@@ -55,30 +59,24 @@ def _make_on_one_core(start: Start) -> Path:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return make_start(start.config, start.captions, start.folder, start.features, start.seed)
+        return make_start(start)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def make_start(
-    config: ModelConfig, captions: Sequence[Conversation], folder: Path, features: Path, seed: int
-) -> Path:
-    """Assemble a model, fit its connector to the captions, and save it. An existing folder is complete.
+def make_start(start: Start) -> Path:
+    """Assemble a model, fit its connector to the captions, save it and return its folder.
 
-    Args:
-        config: the parts; its connector gives every image the same number of tokens.
-        captions: conversations of one question about one image, whose answer is the caption.
-        folder: where the checkpoint goes.
-        features: where features of the encoder are kept.
+    An existing folder is complete.
     """
-    if not folder.is_dir():
-        torch.manual_seed(seed)
-        model, processor = assemble(config)
-        fit_words(model, processor, captions, features, seed)
-        with written_whole(folder) as partial:
+    if not start.folder.is_dir():
+        torch.manual_seed(start.seed)
+        model, processor = assemble(start.config)
+        fit_words(model, processor, start.captions, start.features, start.seed)
+        with written_whole(start.folder) as partial:
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
-    return folder
+    return start.folder
 
 
 def start_key(config: ModelConfig, captions: Sequence[Conversation], seed: int) -> str:
