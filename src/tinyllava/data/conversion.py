@@ -6,13 +6,14 @@ Paper: none.
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial as partial_of
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -95,15 +96,26 @@ def _open(place: Path, reading: Reading, about: dict[str, Any]) -> StoreFile:
     )
 
 
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Give an empty folder that is removed at the end; what a killed process left in it is removed first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
     done = _Findings(reading)
     with (
-        TemporaryDirectory(prefix="parts-", dir=place) as parts,
+        _scratch(place / "parts") as parts,
         whole_file(place / "records.arrow") as partial,
         pa.OSFile(str(partial), "wb") as sink,
     ):
         with pa.ipc.new_file(sink, SCHEMA) as writer:
-            for batch in _refilled(map(done.take, _parts(reading, reader, Path(parts)))):
+            for batch in _refilled(map(done.take, _parts(reading, reader, parts))):
                 if not done.counts:  # of a file with defects only their report is left
                     writer.write_batch(batch)
         raise_defects(reading.path, done.defects, done.counts)
