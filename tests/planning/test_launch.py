@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from tinyllava.cli import main
 from tinyllava.config import FULL, DataConfig, Hardware, ModelConfig, Run, Stage
-from tinyllava.errors import ConfigError
+from tinyllava.errors import ConfigError, JudgeError
 from tinyllava.planning import lost
 from tinyllava.planning.launch import choose_processes, launch
 from tinyllava.training import trainer
@@ -192,7 +192,9 @@ def test_those_that_wait_in_vain_name_the_others(monkeypatch):
     gone = RuntimeError("[gloo] Connection closed by peer")
     given_up = RuntimeError("Application timeout caused pair closure")
     assert all(map(lost.is_of_another_process, (timed_out, gone, given_up)))
-    assert not lost.is_of_another_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    own = "mat1 and mat2 shapes cannot be multiplied", "the launch timed out and was terminated"
+    assert not any(lost.is_of_another_process(RuntimeError(said)) for said in own)
+    assert not lost.is_of_another_process(JudgeError("the judge timed out behind gloo.example"))
     store.set("tinyllava/0/waits/2", "")
     assert lost.name_lost(lost.lost_process(timed_out, 3600)).startswith(
         "processes 1, 3 of 4 did not answer within 3,600 s: a process hangs, or a node is lost."

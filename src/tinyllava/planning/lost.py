@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from tinyllava.errors import LostProcessError
+from tinyllava.errors import LostProcessError, TinyLlavaError
 
 T = TypeVar("T")
 
@@ -28,11 +28,11 @@ def is_first_to_tell() -> bool:
 
 def is_of_another_process(error: BaseException) -> bool:
     """Whether an error only says that another process of the run has ended, or does not answer."""
-    if _num_processes() == 1 or not isinstance(error, RuntimeError):
+    if _num_processes() == 1 or not isinstance(error, RuntimeError) or isinstance(error, TinyLlavaError):
         return False
     is_torchs = any(kind.__module__ == "torch.distributed" for kind in type(error).__mro__)
     # gloo's errors name its files, but for that of a connection which it gave up at an earlier limit.
-    return is_torchs or re.search(f"gloo|nccl|{_LATE}", str(error), re.IGNORECASE) is not None
+    return is_torchs or re.search("gloo|nccl|Application timeout", str(error), re.IGNORECASE) is not None
 
 
 def lost_process(error: BaseException, limit_seconds: int = 0) -> LostProcessError:
