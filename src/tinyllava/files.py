@@ -78,13 +78,13 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder that others may change meanwhile: what vanishes is passed over.
+def files_below(folder: Path, name: str = "") -> Iterator[Path]:
+    """Yield the files of a folder, of one name or all, that others may change: what vanishes is passed over.
 
     ``Path.rglob`` would raise for a folder that is removed before its turn.
     """
     for place, _, names in os.walk(folder):
-        yield from (Path(place, name) for name in names)
+        yield from (Path(place, found) for found in names if found == name or not name)
 
 
 @contextmanager

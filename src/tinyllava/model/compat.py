@@ -253,6 +253,9 @@ def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
     return _layers(language_model, family.layers if family else "")
 
 
+_AROUND_LAYERS = ("transformers.modeling_layers", "transformers.utils.deprecation")
+
+
 def own_forward(layer: nn.Module) -> Callable[..., Any]:
     """Return a layer's forward pass without the functions that recompute activations or rename arguments.
 
@@ -260,8 +263,8 @@ def own_forward(layer: nn.Module) -> Callable[..., Any]:
     all of them would share one limit. transformers itself calls its layers by the new names.
     """
     forward = type(layer).forward
-    while forward.__code__.co_name in ("forward_with_checkpointing", "wrapped_func"):
-        forward = forward.__wrapped__  # type: ignore[attr-defined]
+    while hasattr(forward, "__wrapped__") and forward.__globals__["__name__"] in _AROUND_LAYERS:
+        forward = forward.__wrapped__
     return MethodType(forward, layer)
 
 

@@ -40,7 +40,7 @@ def find_runs(folder: Path) -> list[FoundRun]:
     Raises:
         DataError: there is none.
     """
-    files = sorted(path for path in files_below(folder) if path.name == "run.json" and _is_run(_read(path)))
+    files = sorted(path for path in files_below(folder, "run.json") if _is_run(_read(path)))
     files = [path for path in files if path.parent.name != "model"]  # a checkpoint holds a copy
     if not files:
         raise DataError(f"{folder}: no run folder (with a run.json) found. `tinyllava train` creates one.")
@@ -59,7 +59,7 @@ def _read_run(folder: Path) -> FoundRun:
     config = _read(folder / "run.json")
     stages = {name: _read(folder / name / "stage.json") for name in config["stages"]}
     scores: dict[str, float] = {}
-    for path in sorted(path for path in files_below(folder) if path.name == "results.json"):
+    for path in sorted(files_below(folder, "results.json")):
         with suppress(KeyError, TypeError, AttributeError):  # a damaged one has no scores
             scores |= {
                 result["benchmark"]: float(metric["value"])
