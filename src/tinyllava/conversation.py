@@ -11,13 +11,17 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Union
 
-from tinyllava.errors import ImageError
+from tinyllava.errors import DataError, ImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Role = Literal["system", "user", "assistant"]
 _ORIENTATION = 0x0112  # the tag of EXIF
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"),
+    *(".jp2", ".avif", ".heic", ".heif"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +111,32 @@ def ask(text: str, *images: ImageLike, id: str = "") -> Conversation:
     """
     refs = tuple(map(to_ref, images))
     return Conversation(messages=(Message(role="user", text=text, images=refs),), id=id)
+
+
+def names_image(text: str) -> bool:
+    """Return whether a text, as a whole, is the name of an image: one word with its suffix, or a file.
+
+    "What is in a.jpg?" and "describe a.jpg" are questions.
+    """
+    if not text.lower().endswith(IMAGE_SUFFIXES):
+        return False
+    try:
+        return not any(map(str.isspace, text)) or Path(text).is_file()
+    except (OSError, ValueError):  # longer than a path may be
+        return False
+
+
+def check_question(text: str) -> None:
+    """Refuse the name of an image in the place of a question, where a user gives both.
+
+    Raises:
+        DataError: see ``names_image``.
+    """
+    if names_image(text):
+        raise DataError(
+            f"question {text!r}: is the name of an image. Give the question first, then the images; a "
+            "question about a file name needs a question mark or a period at its end."
+        )
 
 
 def to_ref(image: ImageLike) -> ImageRef:

@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tinyllava.cli import main
-from tinyllava.cli.chat import converse
+from tinyllava.cli.chat import _parse, converse
 from tinyllava.conversation import Conversation
 from tinyllava.errors import DataError
 from tinyllava.inference.dialogue import Dialogue
@@ -95,6 +96,9 @@ REFUSED = {
         ("https://example.org/a.jpg", "Q"),
         "https://example.org/a.jpg: URLs are not supported; download the image",
     ),
+    "misspelt": (("a.jpg", "b c.jpg"), "'b c.jpg': no such image. Check the path; if it is a question, end"),
+    "misspelt last of three": (("a.jpg", "b.jpg", "c D.PNG"), "'c D.PNG': no such image. Check the path"),
+    "misspelt suffix": (("a.jpg", "in/b.jgp"), "'in/b.jgp': no such image. Check the path"),
 }
 
 
@@ -104,3 +108,44 @@ def test_what_cannot_be_asked_is_refused(case: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main(["chat", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        *(
+            "What is in a.jpg?",
+            "what is in a.jpg",
+            "describe in/a.jpg",
+            "Compare it with b c.jpg.",
+            "Why?",
+            "a.jpg?",
+        ),
+        *(
+            "Is it 3.5?",
+            "PNG",
+            "what.is.it",
+            "Explain main.py",
+            "What is on\nb.jpg?",
+            "a.jpg里有什么",
+            ".",
+            " ",
+        ),
+    ],
+)
+def test_a_question_that_names_an_image_is_a_question(question: str) -> None:
+    known = _parse(["in/a.jpg", question])
+    assert (known.images, known.question) == ([Path("in/a.jpg")], question)
+
+
+def test_a_word_that_names_an_image_is_no_turn_of_a_conversation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "my photo.jpg"
+    photo.touch()
+    asked = [str(photo), "b.jpg", "b c.jpg?"]
+    assert converse(play(broken_off), iter(asked)) == 1
+    told = capsys.readouterr()
+    assert told.out == "1:b c.jpg?\n"
+    assert f"error: question {str(photo)!r}: is the name of an image. Give the question first" in told.err
+    assert "error: question 'b.jpg': is the name of an image." in told.err

@@ -83,6 +83,11 @@ def test_wrong_requests_are_named(tmp_path, images):
     chat = make_chat(tmp_path, "llama")
     with pytest.raises(ImageError, match="no such image"):
         chat.answer([ask("Is there a dog?", tmp_path / "none.png")])
+    for swapped in (chat.ask, chat.start().ask, chat.start().stream):
+        with pytest.raises(
+            DataError, match=r"^question 'dog\.png': is the name of an image\. Give the quest"
+        ):
+            swapped("dog.png", "Is there a dog?")
     chat.processor.tokenizer.model_max_length = 20
     with pytest.raises(DataError, match="the context of the model is 20"):
         list(chat.stream(ask("Is there a dog? " * 20, id="q7")))

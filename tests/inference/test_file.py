@@ -372,6 +372,10 @@ def test_what_is_no_file_is_refused_in_one_line(tmp_path: Path, place: str) -> N
 
 
 WRONG = {
+    "swapped": (
+        '{"image": "What is it?", "question": "red.png"}',
+        "questions.jsonl:1: question = 'red.png': is the name of an image. Give it as 'image'",
+    ),
     "json": ("{", r"questions.jsonl:1: not JSON"),
     "array": ('["a"]', "questions.jsonl:1: no text in 'question'. Write an object such as"),
     "question": ('{"image": "red.png"}', "questions.jsonl:1: no text in 'question'"),

@@ -3,11 +3,13 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava.cli.parser import CommandParser, add_bits, find_model
+from tinyllava.conversation import IMAGE_SUFFIXES, names_image
 from tinyllava.errors import DataError, Stopped
 from tinyllava.inference.file import answer_file, describe_unanswered, read_questions
 from tinyllava.parts.folders import fingerprint
@@ -35,7 +37,6 @@ Ctrl-C interrupts an answer, or exits at the prompt. The exit status is 1 if a
 question has no answer.
 """
 _MOST_SHOWN = 10  # errors of a file of questions; the output has all
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".heic")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -62,6 +63,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     *names, last = known.words or [""]
     if not names or _is_image(last):
         names, last = known.words, ""
+    elif _is_misspelt_image(last, names):
+        parser.error(
+            f"{last!r}: no such image. Check the path; if it is a question, end it with a question mark or "
+            "a period"
+        )
     for number, name in enumerate(names):
         if "://" in name:
             parser.error(f"{name}: URLs are not supported; download the image and give its path")
@@ -74,11 +80,23 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _is_image(word: str) -> bool:
     """Whether an argument is meant as an image: a file, or a name of one that may be misspelt."""
     try:
-        if Path(word).is_file():
-            return True
+        return Path(word).is_file() or names_image(word)
     except (OSError, ValueError):  # a question longer than a path may be
         return False
-    return word.lower().endswith(_IMAGE_ENDINGS) and not any(map(str.isspace, word))
+
+
+def _is_misspelt_image(text: str, images: Sequence[str]) -> bool:
+    """Whether what stands in the place of the question is a misspelt image: ``b c.jpg`` or ``b.jgp``.
+
+    A question may end with the name of an image that is given or exists, and with any name if a punctuation
+    mark follows.
+    """
+    *before, last = text.split() or [""]
+    if last.lower().endswith(IMAGE_SUFFIXES):
+        return Path(last).name not in {Path(image).name for image in images} and not Path(last).is_file()
+    suffix = Path(last).suffix.lower()
+    is_word = not before and suffix.isascii() and suffix[1:].isalnum()
+    return is_word and bool(get_close_matches(suffix, IMAGE_SUFFIXES, n=1, cutoff=0.75))
 
 
 def main(arguments: list[str]) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from transformers import TextIteratorStreamer
 
-from tinyllava.conversation import Answer, Conversation, ImageLike, ask
+from tinyllava.conversation import Answer, Conversation, ImageLike, ask, check_question
 from tinyllava.data.images import open_image
 from tinyllava.data.packages import find_default_model
 from tinyllava.errors import ConfigError, DataError
@@ -132,8 +132,9 @@ class Chat:
     def ask(self, text: str, *images: ImageLike, max_new_tokens: int = 512, **options: Any) -> Answer:
         """Answer one question about any number of images: paths, bytes, data URLs or Pillow images.
 
-        Raises the errors of ``answer``.
+        Raises the errors of ``answer``, and DataError if the text is the name of an image.
         """
+        check_question(text)
         return self.answer([ask(text, *images)], max_new_tokens, **options)[0]
 
     def start(self, *images: ImageLike, system: str = "") -> Dialogue:

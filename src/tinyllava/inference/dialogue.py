@@ -6,7 +6,7 @@ Paper: section 3.2, the conversation (Y_q^1, Y_a^1, ..., Y_q^T, Y_a^T) about an 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tinyllava.conversation import Answer, Conversation, ImageLike, Message, ask
+from tinyllava.conversation import Answer, Conversation, ImageLike, Message, ask, check_question
 
 if TYPE_CHECKING:
     from tinyllava.inference.chat import Chat, Stream
@@ -32,7 +32,7 @@ class Dialogue:
     def ask(self, text: str, *images: ImageLike, max_new_tokens: int = 512, **options: Any) -> Answer:
         """Ask a question, add it and its answer to the conversation, and return the answer.
 
-        Options and errors are those of ``Chat.answer``. A question that cannot be asked is not added.
+        Options and errors are those of ``Chat.ask``. A question that cannot be asked is not added.
         """
         question, conversation, num_dropped = self._add(text, images, max_new_tokens)
         answer = self._chat.answer([conversation], max_new_tokens, **options)[0]
@@ -68,6 +68,7 @@ class Dialogue:
         self, text: str, images: tuple[ImageLike, ...], max_new_tokens: int
     ) -> tuple[tuple[Message, ...], Conversation, int]:
         """Return a question, the conversation that fits the context, and the number of dropped questions."""
+        check_question(text)
         question = ask(text, *self._images, *images).messages
         whole = Conversation(messages=self.messages + question)
         return (question, *self._chat.shorten(whole, max_new_tokens))

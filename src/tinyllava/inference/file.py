@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyllava.conversation import Answer, Conversation, ask
+from tinyllava.conversation import Answer, Conversation, ask, names_image
 from tinyllava.errors import ConfigError, DataError
 from tinyllava.files import append_lines, held, parse_json, read_object, sha256_of, whole_file, write_text
 
@@ -71,6 +71,10 @@ def _read_line(line: str, where: str, folder: Path) -> Line:
     question = fields.get("question") if isinstance(fields, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: no text in 'question'. Write an object such as {_EXAMPLE}.")
+    if names_image(question):
+        raise DataError(
+            f"{where}: question = {question!r}: is the name of an image. Give it as 'image', and a question."
+        )
     images = [folder / image for image in _image_names(fields, where)]
     return Line(fields=fields, conversation=ask(question, *images, id=where))
 
