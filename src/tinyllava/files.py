@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CACHE_VARIABLE = "TINYLLAVA_CACHE"
 LOCK = ".lock"
+_GENERATOR = b'<meta name="generator" content="tinyllava">'
+"""In the head of pages whose place a user names."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|[\[\]{}]', re.DOTALL)
 _LONG_NUMBER = re.compile(rf"\d{{{sys.int_info.default_max_str_digits + 1},}}")
@@ -293,6 +295,20 @@ def _deepest(text: str) -> int:
 def data_url(content: bytes, kind: str) -> str:
     """Return bytes as an address that holds them; ``kind`` is a media type such as ``image/png``."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def check_page(path: Path) -> None:
+    """Say before long work that an HTML page would replace what is no page of this package.
+
+    Raises:
+        OutputError: the name is not one of a page, or a file or folder of something else.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{path}: is to be an HTML page. Choose a name that ends with .html.")
+    if path.exists():
+        with path.open("rb") as file:
+            if _GENERATOR not in file.read(1_000):
+                raise OutputError(f"{path}: exists, and is not a page of tinyllava. Choose another name.")
 
 
 def page_environment(folder: Path, styles: Path | None = None) -> "jinja2.Environment":

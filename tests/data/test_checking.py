@@ -34,7 +34,9 @@ def table(tmp_path: Path) -> Path:
 
 def test_a_check_counts_names_all_defects_and_finds_repeated_questions(table, capsys):
     page = table.with_name("check.html")
-    assert main(["data", "check", str(table), "--page", str(page)]) == 1
+    for _ in range(2):  # a page of an earlier check is replaced
+        capsys.readouterr()
+        assert main(["data", "check", str(table), "--page", str(page)]) == 1
     shown = capsys.readouterr().out
     assert f"{table}: 12 records, 8 without a defect" in shown
     assert "4 different; 8 records with an image, 0 of text only" in shown
@@ -114,6 +116,7 @@ def test_a_good_file_is_a_success_and_shared_images_are_found(table, capsys):
     assert "skipped: missing_image (2), empty_answer (1)" in shown
     assert "Fix these records" not in shown
     (table.parent / "photos/broken.png").unlink()
+    other.unlink()
     write_records(read_records(table.parent / "photos", table.parent / "photos").conversations, other)
     capsys.readouterr()
     assert main(["data", "check", str(other), "--against", str(other)]) == 0
@@ -193,6 +196,54 @@ def test_a_split_keeps_images_apart(table, capsys):
     assert sum(side.num_records for side in sides) == 8
     assert not any(side.defects for side in sides)
     assert sides[1].num_records >= 1
+    before = {path: path.read_bytes() for path in table.parent.glob("my-*.json")}
+    for other in ((), ("--held-out", "20%")):  # the files of an earlier split may be edited, or trained on
+        assert main(["data", "split", str(table), *other, *skips]) == 2
+        told = f"{table.with_name('my-train.json')}: exists already. Move it, or give --overwrite to replace"
+        assert told in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in table.parent.glob("my-*.json")} == before
+    table.with_name("my-train.json").unlink()
+    assert main(["data", "split", str(table), *skips]) == 2
+    assert "my-held-out.json: exists already" in capsys.readouterr().err
+    assert not table.with_name("my-train.json").exists()
+    assert main(["data", "split", str(table), "--held-out", "40%", "--overwrite", *skips]) == 0
+    assert {path: path.read_bytes() for path in table.parent.glob("my-*.json")} == before
     for wrong in ("0%", "x", "1.5"):
         assert main(["data", "split", str(table), "--held-out", wrong]) == 2
     assert "give a share between 0 and 1, such as 10%" in capsys.readouterr().err
+
+
+def test_a_conversion_replaces_neither_records_nor_images_that_are_there(table, capsys):
+    folder = table.parent
+    write_records(read_records(folder / "photos", folder / "photos").conversations, folder / "all.parquet")
+    (folder / "b-images").mkdir()
+    (folder / "b-images/000000.png").write_bytes(b"somebody's")
+    convert = ["data", "convert", str(folder / "all.parquet"), str(folder / "b.json")]
+    assert main(convert) == 2
+    assert f"{folder / 'b-images'}: exists already. Move it, or give --overwrite" in capsys.readouterr().err
+    assert (folder / "b-images/000000.png").read_bytes() == b"somebody's"
+    assert not (folder / "b.json").exists()
+    assert main([*convert[:3], str(folder / "b.parquet")]) == 0  # which holds its images
+    for target in ("b.parquet", "my.csv"):
+        assert main([*convert[:3], str(folder / target)]) == 2
+        assert f"{folder / target}: exists already. Move it" in capsys.readouterr().err
+    assert main([*convert, "--overwrite"]) == 0
+    assert (folder / "b-images/000000.png").read_bytes() == (folder / "photos/broken.png").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["check", "compare"])
+def test_a_page_replaces_only_a_page(table, capsys, command):
+    arguments = {
+        "check": ["data", "check", str(table), "--page"],
+        "compare": ["compare", "a", "b", "--output"],
+    }
+    wrong = {
+        table: "is to be an HTML page. Choose a name that ends with .html",
+        table.with_name("i.html"): "exists",
+    }
+    table.with_name("i.html").write_text("<title>mine</title>")
+    for path, message in wrong.items():
+        before = path.read_bytes()
+        assert main([*arguments[command], str(path)]) == 2
+        assert f"error: {path}: {message}" in capsys.readouterr().err
+        assert path.read_bytes() == before

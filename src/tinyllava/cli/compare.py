@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tinyllava.cli.parser import CommandParser, add_data_options, reading_settings
+from tinyllava.files import check_page
 
 _HELP = """
 Compare two evaluations of the same questions. Prints the difference of each
@@ -29,6 +30,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", default="flips.html", help="page to write")
     parser.add_argument("--limit", type=int, default=200, help="flipped questions to show per benchmark")
     known = parser.parse_args(arguments)
+    output = Path(known.output)
+    check_page(output)
 
     from tinyllava.evaluation.checkpoint import find_questions, is_own
     from tinyllava.evaluation.compare import compare
@@ -49,7 +52,6 @@ def main(arguments: list[str]) -> int:
         listed = "all" if is_own(Path(known.data), "all", known.reader) else listed
         benchmarks, folders = find_questions(known.data, listed, **reading_settings(known))
         questions = {name: benchmark.load(folders[name]) for name, benchmark in benchmarks.items()}
-    output = Path(known.output)
     write_flips(comparisons, output, a=str(known.a), b=str(known.b), questions=questions, limit=known.limit)
     print(output)
     return 0

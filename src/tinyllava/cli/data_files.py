@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllava.cli.parser import CommandParser, add_data_options, own_data
 from tinyllava.errors import ConfigError
+from tinyllava.files import check_page
 
 if TYPE_CHECKING:
     from tinyllava.data.checking import FileCheck
@@ -33,7 +34,8 @@ bytes of its images. Unused fields are dropped, and their names printed.
 _SPLIT = """
 Hold records out for a test, by their images: no image is on both sides. The
 choice depends only on the contents, so it is the same on every machine. Writes
-FILE-train.json and FILE-held-out.json in LLaVA's form next to the file.
+FILE-train.json and FILE-held-out.json in LLaVA's form next to the file. Files
+of an earlier split are replaced only with --overwrite.
 
   tinyllava data split my.csv --held-out 10%
 """
@@ -57,6 +59,8 @@ def check(arguments: list[str]) -> int:
     known = parser.parse_args(arguments)
     if known.model and known.language_model:
         parser.error("give one of --model CHECKPOINT and --language-model NAME")
+    if known.page:
+        check_page(Path(known.page))
 
     found = _read(known, *known.file)
     counts = f"{_records(found.num_records)}, {len(found.conversations):,} without a defect"
@@ -174,23 +178,35 @@ def convert(arguments: list[str]) -> int:
     parser.add_argument("file", help="record file, or folder of images")
     parser.add_argument("output", help="file to write: .json, .jsonl or .parquet")
     parser.add_argument("--form", default="", help="llava or messages (default: llava; .parquet: messages)")
+    _add_overwrite(parser)
     add_data_options(parser)
     known = parser.parse_args(arguments)
 
     from tinyllava.data.records import read_configured
     from tinyllava.data.sources import parse_source
-    from tinyllava.data.writing import write_records
+    from tinyllava.data.writing import check_free, write_records
 
     name = parse_source(known.file).name
     source = Path(name)
     if Path(known.output).exists() and source.exists() and Path(known.output).samefile(source):
         raise ConfigError(f"{known.output}: is the file that is read. Choose another name.")
+    check_free(Path(known.output), overwrite=known.overwrite)
     records = read_configured(own_data(known, known.file, skip=tuple(known.skip)))
-    write_records(records.conversations, Path(known.output), known.form, _evaluation_fields(known))
+    write_records(
+        records.conversations,
+        Path(known.output),
+        known.form,
+        _evaluation_fields(known),
+        overwrite=known.overwrite,
+    )
     print(f"{known.output}: {_records(len(records.conversations))}")
     _write_licence(name, Path(known.output).parent)
     _print_left_out(records.skipped, records.ignored)
     return 0
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist already")
 
 
 def _evaluation_fields(known: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
@@ -236,6 +252,7 @@ def split(arguments: list[str]) -> int:
     parser = CommandParser("data split", _SPLIT)
     parser.add_argument("file", help="record file, or folder of images")
     parser.add_argument("--held-out", default="10%", help="share of the records (default: 10%%)")
+    _add_overwrite(parser)
     add_data_options(parser)
     known = parser.parse_args(arguments)
     share = _share(known.held_out)
@@ -245,20 +262,24 @@ def split(arguments: list[str]) -> int:
     from tinyllava.data.readers.hub import PREFIX, is_hub_name
     from tinyllava.data.records import read_configured
     from tinyllava.data.sources import parse_source
-    from tinyllava.data.writing import write_records
+    from tinyllava.data.writing import check_free, write_records
 
+    name = parse_source(known.file).name
+    source = Path(re.sub(r"[:@/]+", "-", name.removeprefix(PREFIX)) if is_hub_name(name) else name)
+    paths = [source.with_name(f"{source.stem}-{side}.json") for side in ("train", "held-out")]
+    for path in paths:
+        check_free(path, overwrite=known.overwrite)
     records = read_configured(own_data(known, known.file, skip=tuple(known.skip)))
     talks = records.conversations
     hashes = {ref: sha256_of_image(ref) for ref in dict.fromkeys(r for talk in talks for r in talk.images)}
     held_out = set(hold_out(talks, hashes, share))
-    name = parse_source(known.file).name
-    source = Path(re.sub(r"[:@/]+", "-", name.removeprefix(PREFIX)) if is_hub_name(name) else name)
     fields = _evaluation_fields(known)
-    for side, is_held_out in (("train", False), ("held-out", True)):
-        path = source.with_name(f"{source.stem}-{side}.json")
-        chosen = [talk for index, talk in enumerate(talks) if (index in held_out) == is_held_out]
-        write_records(chosen, path, fields=fields)
-        print(f"{path}: {_records(len(chosen))}")
+    sides = [[talk for at, talk in enumerate(talks) if (at in held_out) == side] for side in (False, True)]
+    for path, side in zip(paths, sides, strict=True):
+        check_free(path, side, overwrite=known.overwrite)  # both, before one is written
+    for path, side in zip(paths, sides, strict=True):
+        write_records(side, path, fields=fields, overwrite=known.overwrite)
+        print(f"{path}: {_records(len(side))}")
     _write_licence(name, source.parent)
     _print_left_out(records.skipped, records.ignored)
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.data.images import read_image_bytes
 from tinyllava.data.readers.form import IMAGE_MARK
-from tinyllava.errors import ConfigError, DataError, look_up
+from tinyllava.errors import ConfigError, DataError, OutputError, look_up
 from tinyllava.files import whole_file, write_text
 
 _ROWS_AT_ONCE = 256
@@ -25,10 +25,13 @@ def write_records(
     path: Path,
     form: str = "",
     fields: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write conversations to a file.
 
     Args:
+        overwrite: replace a file of this name, and images in the folder beside it.
         fields: more fields of the records, by file and place in it (not for Parquet).
         path: ``.json``, ``.jsonl`` or ``.parquet``. Image paths become relative to its folder where they are
             below it; images that are bytes are written into a folder beside it (not for Parquet, which holds
@@ -38,7 +41,9 @@ def write_records(
     Raises:
         ConfigError: another kind of file or form.
         DataError: a text spells ``<image>``, which would be read as an image.
+        OutputError: see ``check_free``.
     """
+    check_free(path, conversations, overwrite=overwrite)
     if path.suffix not in (".json", ".jsonl", ".parquet"):
         raise ConfigError(f"{path}: choose a name that ends with .json, .jsonl or .parquet.")
     is_parquet = path.suffix == ".parquet"
@@ -54,6 +59,24 @@ def write_records(
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     is_array = path.suffix == ".json"
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n" if is_array else "\n".join(lines) + "\n")
+
+
+def check_free(path: Path, conversations: Sequence[Conversation] = (), *, overwrite: bool) -> None:
+    """Say before anything is written that it would replace what is there.
+
+    Args:
+        conversations: their images that are bytes need a folder of their own.
+
+    Raises:
+        OutputError: the file exists, or the folder of its images has files.
+    """
+    images = _Beside(path).images
+    in_the_way = path if path.exists() else None
+    if path.suffix != ".parquet" and images.is_dir() and any(images.iterdir()):
+        has_bytes = any(ref.data is not None for talk in conversations for ref in talk.images)
+        in_the_way = images if has_bytes else in_the_way
+    if in_the_way and not overwrite:
+        raise OutputError(f"{in_the_way}: exists already. Move it, or give --overwrite to replace it.")
 
 
 ImageName = Callable[[ImageRef], Any]
@@ -106,7 +129,7 @@ class _Beside:
     """Names images relative to the folder of a file. Images in bytes are first written next to the file."""
 
     def __init__(self, path: Path) -> None:
-        self.folder = path.parent.resolve()
+        self.path, self.folder = path, path.parent.resolve()
         self.images = path.with_name(f"{path.stem}-images")
         self.num_written = 0
 
@@ -115,6 +138,8 @@ class _Beside:
             path = Path(os.path.abspath(ref.path))  # noqa: PTH100 (a link keeps its name)
             return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
         data = read_image_bytes(ref)
+        if not self.num_written:
+            self.path.unlink(missing_ok=True)  # it names images that are replaced from here on
         self.images.mkdir(parents=True, exist_ok=True)
         name = f"{self.num_written:06}{'.png' if data.startswith(_PNG) else '.jpg'}"
         self.num_written += 1

@@ -18,6 +18,7 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="tinyllava">
 <title>{{ a }} and {{ b }}: questions that flipped</title>
 <link rel="icon" href="data:,">
 <style>
