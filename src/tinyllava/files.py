@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,21 @@ def files_below(folder: Path, name: str = "") -> Iterator[Path]:
     """
     for place, _, names in os.walk(folder):
         yield from (Path(place, found) for found in names if found == name or not name)
+
+
+def found_below(folder: Path, pattern: str) -> list[Path]:
+    """Return what ``Path.glob`` finds, in order; as with ``files_below``, what vanishes is passed over."""
+    names = glob(pattern, root_dir=folder, include_hidden=True)  # noqa: PTH207 (Path.glob raises for it)
+    return sorted(folder / name for name in names)
+
+
+def bytes_below(folder: Path) -> int:
+    """Return the size of all files of a folder that others may change."""
+    total = 0
+    for path in files_below(folder):
+        with suppress(FileNotFoundError):  # moved meanwhile
+            total += path.stat().st_size
+    return total
 
 
 @contextmanager
@@ -189,12 +205,13 @@ def find_damage(folder: Path, files: Any) -> str:
         return "its list of files is missing"
     for name, known in files.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            if not isinstance(known, dict) or path.stat().st_size != known.get("bytes"):
+                return f"{name} has a wrong size"
+            if sha256_of(path) != known.get("sha256"):
+                return f"{name} is damaged"
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return f"{name} is missing"
-        if not isinstance(known, dict) or path.stat().st_size != known.get("bytes"):
-            return f"{name} has a wrong size"
-        if sha256_of(path) != known.get("sha256"):
-            return f"{name} is damaged"
     return ""
 
 

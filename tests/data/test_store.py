@@ -408,6 +408,21 @@ def test_a_file_with_a_defect_leaves_nothing_behind(tmp_path):
         read_stored(data, "", tmp_path / "store")
 
 
+def test_a_file_that_is_removed_while_it_is_read_is_named(data, tmp_path, monkeypatch):
+    gone = Path(data.records[0].partition(",")[0])
+    known_sha256 = conversion.known_sha256
+
+    def vanish(path: Path, kept: Path) -> str:
+        path.unlink()
+        return known_sha256(path, kept)
+
+    monkeypatch.setattr(conversion, "known_sha256", vanish)
+    with pytest.raises(
+        DataError, match=rf"^{gone}: cannot be read \(No such file.*run the same command again"
+    ):
+        read_stored(data, "", tmp_path / "store")
+
+
 def test_lengths_are_counted_once_by_all_cores_and_kept(data, tmp_path, parts, monkeypatch):
     monkeypatch.setattr(cores, "num_cores", lambda: 2)
     processor = assemble(

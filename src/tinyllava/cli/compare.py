@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tinyllava.cli.parser import CommandParser, add_data_options, reading_settings
-from tinyllava.files import check_page
+from tinyllava.files import check_page, found_below
 
 _HELP = """
 Compare two evaluations of the same questions. Prints the difference of each
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         print(comparison)
     if known.a.is_dir():
         compared = {comparison.benchmark for comparison in comparisons}
-        names = sorted(path.parent.name for path in known.a.glob("*/predictions.jsonl"))
+        names = sorted(path.parent.name for path in found_below(known.a, "*/predictions.jsonl"))
         left_out = [name for name in names if name.removesuffix("-blind") not in compared]
         if left_out:
             print(f"skipped, because B has no answers or a score is missing: {', '.join(left_out)}")

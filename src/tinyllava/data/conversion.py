@@ -9,11 +9,12 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial as partial_of
 from itertools import chain, islice
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from tinyllava.data.records import (
 from tinyllava.data.sources import mix
 from tinyllava.data.store import BEFORE, ROLES, ROWS, SCHEMA, StoredConversations, StoreFile
 from tinyllava.errors import DataError
-from tinyllava.files import read_object, sha256_of, whole_file, write_json
+from tinyllava.files import files_below, read_object, sha256_of, whole_file, write_json
 
 FORMAT = 2
 """Of the files; records in another one are converted again."""
@@ -60,14 +61,21 @@ def open_store(reading: Reading, reader: str, folder: Path) -> StoreFile:
         folder: where converted files of any run may be kept.
 
     Raises:
-        DataError: see ``read_records``; or the disk is full.
+        DataError: see ``read_records``; a file that is read is removed meanwhile; or the disk is full.
     """
-    place = folder / _key(reading, reader, folder / "files.sqlite")
     try:
+        place = folder / _key(reading, reader, folder / "files.sqlite")
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / "lock"):
             return _find(place, reading) or _convert(place, reading, reader)
     except OSError as error:
+        place = Path(os.fsdecode(error.filename)) if error.filename else folder
+        is_of_disk = not isinstance(error, FileNotFoundError | PermissionError)
+        if not is_of_disk and not place.is_relative_to(folder):
+            raise DataError(
+                f"{place}: cannot be read ({error.strerror}). Make sure that nothing changes {reading.path}, "
+                "and run the same command again."
+            ) from error
         raise DataError(
             f"{place}: converted records cannot be written ({error.strerror or error}). Free some disk "
             "space, or choose a folder that can be written with --output."
@@ -328,8 +336,12 @@ def _fingerprint(path: Path, known_files: Path) -> str:
     """Return a digest of a file; of a folder, of the names, sizes and times of its files."""
     if path.is_file():
         return known_sha256(path, known_files)
-    entries = [(str(p.relative_to(path)), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
-    listed = [[name, status.st_size, status.st_mtime_ns] for name, status in entries]
+    listed = []
+    for file in sorted(files_below(path)):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            status = file.stat()
+            if S_ISREG(status.st_mode):
+                listed.append([str(file.relative_to(path)), status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 

@@ -16,7 +16,6 @@ import sys
 import tarfile
 import time
 import zipfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -34,7 +33,7 @@ from rich.progress import (
 
 from tinyllava.data.bars import Bars
 from tinyllava.errors import CheckpointError, PackageError
-from tinyllava.files import cache_folder, files_below, sha256_of
+from tinyllava.files import bytes_below, cache_folder, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -155,7 +154,7 @@ def _run_client(package: Package, folder: Path, report: Callable[[int], object])
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment)
         try:
             while process.poll() is None:
-                report(_folder_bytes(folder))
+                report(bytes_below(folder))
                 time.sleep(0.2)
         finally:
             process.kill()
@@ -166,14 +165,6 @@ def _run_client(package: Package, folder: Path, report: Callable[[int], object])
             f"could not download {package.name} {package.version}. Check the network and the index of "
             f"{package.client}, then run the same command again. Output of {' '.join(command)}:\n{tail}"
         )
-
-
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for path in files_below(folder):
-        with suppress(FileNotFoundError):  # the client moved it meanwhile
-            total += path.stat().st_size
-    return total
 
 
 def _only_archive(package: Package, folder: Path) -> Path:

@@ -90,7 +90,7 @@ def write_refusals(folder: Path, refused: Sequence[tuple[Question, Exception]], 
 def forget_refusals(folder: Path) -> None:
     """Delete the refusals of an earlier run, because these questions are asked again."""
     for path in folder.glob("refused-*.jsonl"):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def read_refusals(folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from tinyllava.evaluation.answers import read_predictions
 from tinyllava.evaluation.benchmark import Benchmark, Prediction
 from tinyllava.evaluation.benchmarks import find_benchmark
 from tinyllava.evaluation.metrics.statistics import PairedDifference, mcnemar, paired_bootstrap
+from tinyllava.files import found_below
 
 RIGHT = 0.5
 """From this score on, an answer counts as right in McNemar's test and in the list of flips."""
@@ -151,7 +152,7 @@ def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tu
 
     files = [(a, b)]
     if a.is_dir() and b.is_dir():
-        found = sorted(path.relative_to(a) for path in a.glob("*/predictions.jsonl"))
+        found = [path.relative_to(a) for path in found_below(a, "*/predictions.jsonl")]
         files = [(a / path, b / path) for path in found if (b / path).exists()]
     comparisons = []
     for left, right in files:

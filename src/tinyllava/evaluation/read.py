@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from tinyllava.conversation import ImageRef
 from tinyllava.errors import DataError
-from tinyllava.files import parse_json
+from tinyllava.files import files_below, parse_json
 
 FIX = "Download the file again; `tinyllava data benchmarks` lists the sources."
 
@@ -227,7 +227,9 @@ def read_table(path: Path, *columns: str) -> Iterator[Record]:
 
 def find_parquet(folder: Path, split: str) -> list[Path]:
     """Return the parquet shards of a split (``testdev-00000-of-00004.parquet``), of any if it is ""."""
-    return sorted(path for path in folder.rglob("*.parquet") if path.name.startswith(split))
+    return sorted(
+        path for path in files_below(folder) if path.suffix == ".parquet" and path.name.startswith(split)
+    )
 
 
 def read_parquet(paths: list[Path], columns: list[str] | None = None) -> Iterator[Record]:

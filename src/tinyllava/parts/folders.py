@@ -13,7 +13,7 @@ from zipfile import is_zipfile
 
 from tinyllava.config import ModelConfig, run_from_json
 from tinyllava.errors import CheckpointError, first_line
-from tinyllava.files import held, parse_json, sha256_of, whole_folder
+from tinyllava.files import found_below, held, parse_json, sha256_of, whole_folder
 from tinyllava.parts.untrusted import SETTINGS, check_settings, check_weight_map
 from tinyllava.parts.user_code import is_reference, recall_value
 
@@ -375,13 +375,13 @@ _ANSWERING = (
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash over the contents of a checkpoint; empty if there is none.
-
-    Copied, moved or saved again, a checkpoint stays the same.
-    """
-    paths = sorted(folder.glob("*.safetensors")) + [folder / name for name in _ANSWERING]
-    stamps = [(str(path.resolve()), path.stat()) for path in paths if path.is_file()]
-    return _hash_files(tuple((p, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stamps))
+    """Return a hash over a checkpoint's contents, the same after a copy or a move; empty if there is none."""
+    paths = found_below(folder, "*.safetensors") + [folder / name for name in _ANSWERING]
+    try:
+        found = [(str(path.resolve()), path.stat()) for path in paths if path.is_file()]
+        return _hash_files(tuple((p, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in found))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: was removed while it was read. Run it again.") from error
 
 
 @lru_cache(maxsize=8)  # gigabytes are not read again for each benchmark

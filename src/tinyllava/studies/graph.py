@@ -6,6 +6,7 @@ Paper: Figure 5 inherits Figure 4's models; the recipes of Figure 8 share their 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,7 @@ from tinyllava.data.mixtures import resolve
 from tinyllava.errors import TinyLlavaError
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.benchmarks import find_benchmark
-from tinyllava.files import sha256_of, write_json
+from tinyllava.files import found_below, sha256_of, write_json
 from tinyllava.parts.user_code import code_digest, reference_of
 from tinyllava.studies.grid import Grid, GridCell
 
@@ -238,7 +239,10 @@ def _part_digest(part: str) -> str:
     folder = Path(part)
     if not part or not folder.is_dir():
         return part
-    files = [(path.name, _file_digest(path)) for path in sorted(folder.iterdir()) if path.is_file()]
+    files = []
+    for path in found_below(folder, "*"):
+        with suppress(FileNotFoundError):  # a download that is renamed meanwhile
+            files += [(path.name, _file_digest(path))] if path.is_file() else []
     return _digest(repr(files))
 
 

@@ -6,6 +6,7 @@ Paper: none. The table reads the nodes' files itself, because a node may run in 
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tinyllava.files import found_below
 from tinyllava.studies.graph import Graph, Node, SeededCell
 from tinyllava.studies.needs import Need, correct, duration, learn
 from tinyllava.studies.work import State, load_state, now
@@ -128,8 +130,11 @@ class LiveView:
 
     def _progress(self, node: Node) -> str:
         if node.kind == "evaluation":
-            answers = node.folder.glob("*/answers-*.jsonl")
-            return f"{sum(path.read_bytes().count(10) for path in answers):,} answers"
+            count = 0
+            for path in found_below(node.folder, "*/answers-*.jsonl"):
+                with suppress(FileNotFoundError):  # another process starts over
+                    count += path.read_bytes().count(10)
+            return f"{count:,} answers"
         step, total = last_step(node), self.needs[node.id].cost.num_steps
         return "begins" if step is None else f"step {step:,}" + (f" of {total:,}" if total else "")
 

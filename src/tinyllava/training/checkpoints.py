@@ -28,9 +28,11 @@ from tinyllava.config import Run, Validation
 from tinyllava.data.mixtures import LICENCES, gather_licences
 from tinyllava.errors import Stopped, TrainingError
 from tinyllava.files import (
+    bytes_below,
     describe_files,
     find_damage,
     flush,
+    found_below,
     open_to_others,
     read_object,
     whole_file,
@@ -203,7 +205,7 @@ def find_stage(folder: Path, key: str, say: Callable[[str], None] = lambda text:
         key: of what decides the stage's result.
         say: prints a line.
     """
-    for file in (folder / METADATA, *sorted(folder.parent.parent.glob(f"*/*/{METADATA}"))):
+    for file in (folder / METADATA, *found_below(folder.parent.parent, f"*/*/{METADATA}")):
         values = read_object(file)
         if values is None or values.get("key") != key:
             continue
@@ -302,7 +304,7 @@ def require_space(folder: Path, model: TinyLlavaForConditionalGeneration, num_ch
     needed = (
         num_checkpoints * 3 * trained + whole
     )  # a checkpoint holds weights and AdamW's two moments; the next one overlaps it
-    kept = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*") if file.is_file())
+    kept = sum(map(bytes_below, found_below(folder, "checkpoint-*")))
     free = shutil.disk_usage(folder).free + kept  # these make room as new ones come
     if free < needed:
         raise TrainingError(

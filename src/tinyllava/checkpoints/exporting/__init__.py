@@ -32,6 +32,7 @@ from tinyllava.checkpoints.exporting.onnx import PACKAGES, write_onnx
 from tinyllava.checkpoints.exporting.stock import describe_versions, write_stock
 from tinyllava.checkpoints.exporting.web import fetch_runtime, write_web
 from tinyllava.errors import CheckpointError, MissingExtraError, first_line, require
+from tinyllava.files import bytes_below
 from tinyllava.inference.logits import refuse_broken_weights
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -148,7 +149,7 @@ def measure_format(checkpoint: Path, row: Format, base: Path | None = None) -> F
             exported = export_checkpoint(checkpoint, folder, layout=row.layout, base=base, **kind)
         except (CheckpointError, MissingExtraError) as error:
             return replace(row, reasons=(str(error).replace(f"{folder}: not exported: ", ""),))
-        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        num_bytes = bytes_below(folder)
     return replace(row, num_bytes=num_bytes, agreement=exported.in_short)
 
 

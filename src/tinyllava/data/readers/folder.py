@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import DataError
+from tinyllava.files import files_below, found_below
 
 IMAGES = (
     ".jpg",
@@ -41,9 +42,7 @@ def is_image_folder(folder: Path) -> bool:
         return True
     if any((folder / name).is_file() for name in METADATA):
         return True
-    return any(_is_shown(path) for path in folder.glob("*")) or any(
-        _is_shown(path) for path in folder.glob("*/*")
-    )
+    return any(_is_shown(path) for pattern in ("*", "*/*") for path in found_below(folder, pattern))
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -53,7 +52,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         DataError: no image in it, or a description that is not UTF-8.
     """
     _refuse_other_data(folder)
-    paths = sorted(path for path in folder.rglob("*") if _is_shown(path))
+    paths = sorted(path for path in files_below(folder) if _is_shown(path))
     if not paths:
         raise DataError(f"{folder}: no image in this folder. Give a folder of images, or a record file.")
     if all(path.parent == folder and not _label_of(path.stem) for path in paths) and not any(
@@ -79,12 +78,12 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
 
 def _refuse_other_data(folder: Path) -> None:
     """Reject a folder with other data about its images: a record file next to them, or splits."""
-    record = next((path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in _RECORDS), "")
+    record = next((path.name for path in found_below(folder, "*") if path.suffix.lower() in _RECORDS), "")
     if record:
         raise DataError(
             f"{folder}: has the record file {record}. Give that file, or move it out of the folder."
         )
-    splits = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_of_system(path))
+    splits = [path.name for path in found_below(folder, "*") if path.is_dir() and not _is_of_system(path)]
     if len(splits) > 1 and {name.lower() for name in splits} <= _SPLITS:
         named = " or ".join(str(folder / split) for split in splits)
         raise DataError(f"{folder}: has the splits {', '.join(splits)}. Give one of them: {named}.")
@@ -107,6 +106,10 @@ def _label_of(stem: str) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: was removed while its folder was read. Run the same command again."
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."

@@ -16,6 +16,7 @@ from typing import Any
 from tinyllava.data.readers.containers import is_record_file
 from tinyllava.data.readers.folder import IMAGES
 from tinyllava.errors import ConfigError, DataError, first_line
+from tinyllava.files import files_below
 
 PREFIX = "hf:"
 _NAME = re.compile(
@@ -245,7 +246,7 @@ def _list_cached(hub: HubName, reason: str) -> tuple[str, list[str]]:
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else hub.revision
     folder = place / "snapshots" / commit
     files = (
-        sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) if commit else []
+        sorted(p.relative_to(folder).as_posix() for p in files_below(folder) if p.is_file()) if commit else []
     )
     if not files:
         raise DataError(

@@ -11,6 +11,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,13 @@ def _similar(path: str, images: Path) -> str:
     """Say where a file of nearly that name is: in its folder, or where paths start from."""
     folder, _, name = path.strip().replace("\\", "/").rpartition("/")
     for place in (images / folder, images):
-        if place.is_dir():
-            known = _names_in(place, place.stat().st_mtime_ns).get(_plain(name))
-            if known and place != images / folder:
-                return f"; {images.absolute()} has {known}: write paths relative to it"
-            if known:
-                return f"; did you mean {known}?"
+        known = ""
+        with suppress(OSError):  # no folder, or none any more
+            known = _names_in(place, place.stat().st_mtime_ns).get(_plain(name), "")
+        if known and place != images / folder:
+            return f"; {images.absolute()} has {known}: write paths relative to it"
+        if known:
+            return f"; did you mean {known}?"
     steps = [step for step in folder.split("/") if step]
     for start in range(len(steps)):  # a path of another machine, whose end is here too
         end = "/".join([*steps[start:], name])
