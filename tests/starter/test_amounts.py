@@ -13,6 +13,7 @@ from tinyllava.starter.amounts import (
     NUM_START_IMAGES,
     Begun,
     Speed,
+    StepClock,
     fit_amounts,
     measure_speed,
     read_begun,
@@ -171,3 +172,13 @@ def test_the_speed_is_measured_on_the_runs_own_stages(parts: dict[str, Path], tm
     assert 0 < speed.image_seconds < 5
     assert 0 < speed.caption_seconds < 5
     assert 0 < speed.conversation_seconds < 5
+
+
+@pytest.mark.parametrize("slow", [(), (0,), (0, 1, 2), (0, 9, 10), (5, 6, 7)])
+def test_a_burst_of_another_program_does_not_change_the_measured_step(slow: tuple[int, ...]) -> None:
+    clock, now = StepClock(), 0.0
+    clock.ends.append(now)
+    for step in range(11):
+        now += 3.0 if step in slow else 0.5
+        clock.ends.append(now)
+    assert clock.usual_step() == 0.5

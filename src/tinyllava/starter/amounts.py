@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -39,14 +38,15 @@ from tinyllava.training.run import make_trainer, release
 FILE = "amounts.json"
 DEFAULT_MINUTES = 12.0
 """Of training; what a newcomer waits for."""
-NUM_STEPS = 4
+NUM_STEPS = {"pretrain": 12, "finetune": 4}
+"""That a stage is timed for: a few seconds each, because a step of captions is short."""
 FIXED_SECONDS = 45.0
 """Estimated: fitting words, assembling, reading records, hashing tensors, saving checkpoints and model."""
 NUM_START_IMAGES = 1400
 """Images of each data set, where it has as many, whose captions the connector is started from."""
 SMALLEST = 0.02
 """Of the base amounts; less than that learns nothing."""
-SAMPLE = Amount(captions=32, conversations=16)
+SAMPLE = Amount(captions=64, conversations=16)
 """Records of each data set that the speed is measured with: enough for the steps of both stages."""
 
 
@@ -161,18 +161,23 @@ def save_begun(folder: Path, begun: Begun) -> None:
     write_json(folder / FILE, asdict(begun))
 
 
-class _Clock(TrainerCallback):
+class StepClock(TrainerCallback):
     """Remembers when each optimizer step ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note the time."""
         self.ends.append(time.monotonic())
 
-    def median_step(self) -> float:
-        """Seconds of a step; the first, which warms up, is not among them."""
-        return median(after - before for before, after in pairwise(self.ends))
+    def usual_step(self) -> float:
+        """Seconds of a step at the lower quartile, so that another program's burst does not cut the training.
+
+        The first step, which warms up, is not among them.
+        """
+        steps = sorted(after - before for before, after in pairwise(self.ends))
+        return steps[len(steps) // 4]
 
 
 def measure_speed(config: ModelConfig, images: Sequence[LabelledImage]) -> Speed:
@@ -213,13 +218,13 @@ def _step(
     run: Run, name: str, model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor
 ) -> float:
     """Return the seconds of one optimizer step of a stage."""
-    stage = replace(run.stages[name], max_steps=NUM_STEPS)
+    stage = replace(run.stages[name], max_steps=NUM_STEPS[name])
     apply_tuning(model, stage)
     prepared = prepare(run, stage, model, processor)
-    clock = _Clock()
+    clock = StepClock()
     folder = run.folder / name
     folder.mkdir(parents=True)
     trainer = make_trainer(run, stage, model, processor, prepared, folder, [clock])
     trainer.train()
     release(trainer)
-    return clock.median_step()
+    return clock.usual_step()
