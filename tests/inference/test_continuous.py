@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     Gemma2Config,
     Gemma3TextConfig,
+    LlamaConfig,
     MambaConfig,
     MistralConfig,
     Phi3Config,
@@ -28,6 +29,7 @@ from tinyllava.inference import continuous
 from tinyllava.inference.chat import Chat, decode
 from tinyllava.inference.continuous import ContinuousDecoder, Sequence
 from tinyllava.inference.ragged import KeysValues, RaggedModel
+from tinyllava.model import linear
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -39,6 +41,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 FAMILIES = {
+    "llama, biases": LlamaConfig(attention_bias=True, mlp_bias=True, **SIZES),
     "mistral, window": MistralConfig(sliding_window=5, **SIZES),
     "qwen2, window in one layer": Qwen2Config(
         use_sliding_window=True, sliding_window=5, max_window_layers=1, **SIZES
@@ -50,8 +53,15 @@ FAMILIES = {
 }
 
 
+LEAN = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pieces_of_several_sequences_in_one_pass_are_the_sequences_alone(name: str) -> None:
+def test_pieces_of_several_sequences_in_one_pass_are_the_sequences_alone(
+    name: str, is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: is_packed)
     torch.manual_seed(0)
     model: Any = AutoModel.from_config(FAMILIES[name], attn_implementation="eager").train(False)
     for weight in model.parameters():
@@ -59,12 +69,15 @@ def test_pieces_of_several_sequences_in_one_pass_are_the_sequences_alone(name: s
     ids = [torch.randint(1, 40, (n,)) for n in (13, 3, 9)]
     with torch.inference_mode():
         alone = [model(input_ids=one[None]).last_hidden_state[0, -1] for one in ids]
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        linear.pack_linear_layers(model)
         wrapped: Any = SimpleNamespace(
             language_model=model,
             get_input_embeddings=model.get_input_embeddings,
             config=SimpleNamespace(text_config=model.config),
         )
         ragged = RaggedModel(wrapped)
+        assert ragged.is_lean == name.startswith(LEAN)
         pasts, hidden = [KeysValues() for _ in ids], {}
         for start in range(0, 13, 4):
             new = [(i, one[start : start + 4]) for i, one in enumerate(ids) if len(one) > start]
@@ -74,7 +87,10 @@ def test_pieces_of_several_sequences_in_one_pass_are_the_sequences_alone(name: s
         again = model(input_ids=ids[0][None]).last_hidden_state[0, -1]
     for i, expected in enumerate(alone):
         torch.testing.assert_close(hidden[i], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(again, alone[0])
+    torch.testing.assert_close(again, alone[0], rtol=1e-4, atol=1e-4)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[place], weight) for place, weight in before.items())
 
 
 def test_a_model_that_keeps_other_things_than_keys_is_refused() -> None:

@@ -10,7 +10,15 @@ from tinyllava.config import ModelConfig
 from tinyllava.model import linear
 from tinyllava.model.assemble import assemble
 from tinyllava.model.devices import multiplies_bf16
-from tinyllava.model.linear import PackedLinear, multiply_directly, named_weights, pack_linear_layers
+from tinyllava.model.linear import (
+    PackedLinear,
+    multiply_directly,
+    multiply_together,
+    named_weights,
+    pack_apart,
+    pack_linear_layers,
+    pack_together,
+)
 
 
 @pytest.fixture(params=["phi", "chatml"])
@@ -109,6 +117,43 @@ def test_a_tied_head_is_packed_only_if_a_copy_is_wanted(packed):
     assert isinstance(kept.lm_head, PackedLinear)
     moved = deepcopy(kept).double()  # which is not packed
     assert (moved.lm_head.weight is moved.get_input_embeddings().weight) == is_tied
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_layers_that_share_a_product_stay_layers_of_their_own(has_bias, monkeypatch):
+    monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: weight.dtype == torch.float32)
+    plain = nn.Sequential(*(nn.Linear(48, size, bias=has_bias) for size in (64, 16, 24)))
+    inputs = torch.randn(3, 48)
+    expected = torch.cat([layer(inputs) for layer in plain], -1).detach()
+    shared = deepcopy(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(multiply_together(shared, inputs), expected)
+        pack_together(shared)  # which are not packed
+        pack_linear_layers(shared)
+        pack_together(shared)
+        assert len({id(layer.packed) for layer in shared}) == 1
+        for copy in (shared, deepcopy(shared)):
+            torch.testing.assert_close(multiply_together(copy, inputs), expected)
+            torch.testing.assert_close(torch.cat([layer(inputs) for layer in copy], -1), expected)
+            assert all(torch.equal(weight, plain.state_dict()[name]) for name, weight in named_weights(copy))
+        changed = deepcopy(shared)
+        pack_together(changed)
+        changed[1].weight.mul_(2)
+        halves = multiply_together(changed, inputs).split((64, 16, 24), -1)
+        wanted = expected.split((64, 16, 24), -1)
+        bias = plain[1].bias.detach() if has_bias else 0
+        torch.testing.assert_close(halves[1], 2 * (wanted[1] - bias) + bias)
+        torch.testing.assert_close(halves[2], wanted[2])
+        pack_apart(shared)
+        assert len({id(layer.packed) for layer in shared}) == 3
+        torch.testing.assert_close(torch.cat([layer(inputs) for layer in shared], -1), expected)
+    inputs.requires_grad_()
+    pack_together(shared)
+    found, right = (
+        torch.autograd.grad(torch.cat([layer(inputs) for layer in layers], -1).sum(), inputs)[0]
+        for layers in (shared, plain)
+    )
+    torch.testing.assert_close(found, right)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

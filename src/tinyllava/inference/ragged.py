@@ -16,11 +16,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from tinyllava.errors import ConfigError
+from tinyllava.inference.lean import LeanModel
 from tinyllava.model import TinyLlavaForConditionalGeneration
 from tinyllava.model.compat import attention_of, set_attention
 
 _NAME = "tinyllava_ragged"
 _BLOCK = 128  # tokens by which the buffers grow
+_FEW_SCORES = 2**16  # up to which attention in three operations is faster than in one
 
 
 class KeysValues:
@@ -90,24 +92,34 @@ class _Part:
     def num_keys(self) -> int:
         return self.past.length + self.end - self.start
 
-    def mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        """Which keys each new token sees [N, K]; None if it sees all of them."""
+    def mask(self, window: int | None, like: Tensor) -> Tensor | None:
+        """What is added to the scores [N, K]: minus infinity hides a key; None if all are seen."""
         if window is not None and window >= self.num_keys:
             window = None
         if window not in self._masks:
             num_new = self.end - self.start
             mask = None
             if num_new > 1 or window is not None:
-                keys = torch.arange(self.num_keys, device=device)
+                keys = torch.arange(self.num_keys, device=like.device)
                 own = keys[self.past.length :, None]
-                mask = keys <= own
+                hidden = keys > own
                 if window is not None:
-                    mask &= keys > own - window
+                    hidden |= keys <= own - window
+                mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
             self._masks[window] = mask
         return self._masks[window]
 
 
-_PARTS: ContextVar[Sequence[_Part]] = ContextVar("parts of the row that is computed", default=())
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The new tokens of all sequences, one after another."""
+
+    parts: Sequence[_Part]
+    asked: dict[int, dict[str, Any]]
+    """How each layer attends: the settings with which ``_attend_each`` was called."""
+
+
+_ROW: ContextVar[_Row | None] = ContextVar("the row that is computed", default=None)
 """Not every architecture of transformers passes unknown arguments on to its attention."""
 
 
@@ -124,44 +136,68 @@ def _attend(
     **unused: object,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence: query [1, H, N, E], key and value [1, G, N, E] -> [1, N, H, E]."""
-    output = []
-    if not (parts := _PARTS.get()):
+    if (row := _ROW.get()) is None:
         raise RuntimeError("this model decodes many sequences together; close the ContinuousDecoder first.")
+    asked = {"layer": module.layer_idx, "scaling": scaling, "window": sliding_window, "softcap": softcap}
+    row.asked[module.layer_idx] = asked
+    return _attend_each(query[0], key[0], value[0], parts=row.parts, **asked)[None], None
+
+
+def _attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    parts: Sequence[_Part],
+    layer: int,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attend within each sequence: query [H, N, E], key and value [G, N, E] -> [N, H, E]."""
+    output = []
     for part in parts:
         here = slice(part.start, part.end)
-        keys, values = part.past.write(module.layer_idx, (key[0, :, here], value[0, :, here]))
-        mask = part.mask(sliding_window, query.device)
-        own = query[:, :, here]
-        num_groups, is_single = len(keys), own.shape[2] == 1 and mask is None
-        if softcap is not None:
-            output.append(_attend_capped(own[0], keys, values, mask, scaling, softcap))
+        keys, values = part.past.write(layer, (key[:, here], value[:, here]))
+        mask, own = part.mask(window, query), query[:, here]
+        if softcap is not None or _is_plain_faster(own, keys):
+            output.append(_attend_plainly(own, keys, values, mask, scaling, softcap))
             continue
-        if is_single:  # the heads that share keys are like several tokens that see all of them
-            own = own.view(1, num_groups, -1, own.shape[3])
+        if mask is None:  # one token: the heads that share keys are like several tokens
+            own = own.reshape(len(keys), -1, own.shape[2])
         attended = scaled_dot_product_attention(
-            own,
+            own[None],
             keys[None],
             values[None],
             attn_mask=mask,
             scale=scaling,
-            enable_gqa=own.shape[1] != num_groups,
+            enable_gqa=len(own) != len(keys),
         )
-        output.append(attended.view(1, -1, values.shape[2]) if is_single else attended[0].transpose(0, 1))
-    return torch.cat(output)[None], None
+        output.append(attended.reshape(len(query), -1, values.shape[2]).transpose(0, 1))
+    return output[0] if len(output) == 1 else torch.cat(output)
 
 
-def _attend_capped(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None, cap: float
+def _is_plain_faster(query: Tensor, keys: Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[0] * query.shape[1] * keys.shape[1] <= _FEW_SCORES
+
+
+def _attend_plainly(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None, cap: float | None
 ) -> Tensor:
-    """Attend with scores below a soft limit, as Gemma 2 does: query [H, N, E] -> [N, H, E]."""
-    num_repeats = len(query) // len(keys)
-    keys, values = (t.repeat_interleave(num_repeats, 0) for t in (keys, values))
-    scores = query @ keys.transpose(1, 2) * (query.shape[2] ** -0.5 if scale is None else scale)
-    scores = cap * torch.tanh(scores / cap)
+    """Attend, all scores at once: query [H, N, E] -> [N, H, E].
+
+    Args:
+        cap: a soft limit of the scores, as Gemma 2 has it.
+    """
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    rows = query.reshape(len(keys), -1, query.shape[2])  # the heads that share keys one after another
+    scores = (rows @ keys.transpose(1, 2)).mul_(scale)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.float().softmax(-1).to(query.dtype)
-    return (weights @ values).transpose(0, 1)
+        scores.view(len(query), *mask.shape).add_(mask)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ values).view(query.shape).transpose(0, 1)
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -179,8 +215,17 @@ class RaggedModel:
         self._language_model: Any = model.language_model
         self._before = attention_of(self._language_model)
         set_attention(self._language_model, _NAME)
+        self._asked: dict[int, dict[str, Any]] = {}
+        self._lean: LeanModel | None = None
         self.token_bytes = self._probe()
         """Memory of one token's keys and values."""
+        if all(asked["softcap"] is None for asked in self._asked.values()):
+            self._lean = LeanModel.of(self._language_model)
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether the layers are computed by ``LeanModel``, not by transformers."""
+        return self._lean is not None
 
     def _probe(self) -> int:
         weight = self.model.get_input_embeddings().weight
@@ -198,7 +243,10 @@ class RaggedModel:
         return tried.num_bytes // _BLOCK
 
     def close(self) -> None:
-        """Give the model its own attention back."""
+        """Give the model its own attention and weights back."""
+        if self._lean is not None:
+            self._lean.close()
+            self._lean = None
         set_attention(self._language_model, self._before)
 
     def forward(self, new: Sequence[tuple[KeysValues, Tensor]]) -> Tensor:
@@ -212,16 +260,25 @@ class RaggedModel:
             parts.append(_Part(past, at, at + len(embeds)))
             positions.append(torch.arange(past.length, past.length + len(embeds)))
             at += len(embeds)
-        device = new[0][1].device
-        _PARTS.set(parts)
-        output = self._language_model(
-            inputs_embeds=torch.cat([embeds for _, embeds in new])[None],
-            position_ids=torch.cat(positions).to(device)[None],
-            use_cache=False,
-        )
-        _PARTS.set(())
+        rows = torch.cat([embeds for _, embeds in new])
+        placed = torch.cat(positions).to(rows.device)
+        ends = torch.tensor([part.end - 1 for part in parts], device=rows.device)
+        if self._lean is None:
+            hidden = self._compute_stock(rows, placed, ends, parts)
+        else:
+
+            def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                return _attend_each(query, key, value, parts=parts, **self._asked[layer])
+
+            hidden = self._lean.forward(rows, placed, ends, attend)
         for past, embeds in new:
             past.length += len(embeds)
-        ends = torch.tensor([part.end - 1 for part in parts], device=device)
+        return hidden
+
+    def _compute_stock(self, rows: Tensor, positions: Tensor, ends: Tensor, parts: Sequence[_Part]) -> Tensor:
+        """Compute a row by transformers' own layers."""
+        _ROW.set(_Row(parts, self._asked))
+        output = self._language_model(inputs_embeds=rows[None], position_ids=positions[None], use_cache=False)
+        _ROW.set(None)
         hidden: Tensor = output.last_hidden_state[0, ends]
         return hidden

@@ -5,7 +5,7 @@ Paper: none.
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -34,6 +34,8 @@ class PackedLinear(nn.Linear):
     """
 
     packed: Tensor | None
+    rows: slice | None
+    """Its rows of ``packed`` if that has the weights of several layers, see ``pack_together``."""
     tied: nn.Parameter | None
 
     def __init__(self, layer: nn.Linear, *, is_tied: bool = False) -> None:
@@ -45,7 +47,7 @@ class PackedLinear(nn.Linear):
         self._hold(layer.weight)
 
     def _hold(self, weight: Tensor) -> None:
-        self.packed, own_parameters(self)["weight"] = None, self._as_parameter(weight)
+        self.packed, self.rows, own_parameters(self)["weight"] = None, None, self._as_parameter(weight)
         if _is_packed_faster(weight):
             del own_parameters(self)["weight"]
             self.packed = lay_out_weight(weight.detach())
@@ -57,19 +59,25 @@ class PackedLinear(nn.Linear):
         """Return the weight [out, in] laid out as ever; a copy if it is packed and not tied."""
         if self.packed is None:
             return self.weight
-        return self.packed.to_dense() if self.tied is None else self.tied
+        if self.tied is not None:
+            return self.tied
+        dense = self.packed.to_dense()
+        return dense if self.rows is None else dense[self.rows].clone()
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.__dict__.get("packed") is not None:
             with torch.inference_mode(False):
                 own_parameters(self)["weight"] = self._as_parameter(self.unpacked())
-            self.packed = None
+            self.packed = self.rows = None
         return super().__getattr__(name)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
         if self.packed is None or (torch.is_grad_enabled() and inputs.requires_grad):
             return nn.functional.linear(inputs, self.unpacked(), self.bias)
+        if rows := self.rows:
+            outputs, bias = multiply_by_onednn(inputs, self.packed)[..., rows], own_parameters(self)["bias"]
+            return outputs if bias is None else outputs + bias
         return multiply_by_onednn(inputs, self.packed, self.bias)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -81,7 +89,7 @@ class PackedLinear(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None if self.packed is None else self.unpacked()}
+        return {**self.__dict__, "packed": None if self.packed is None else self.unpacked(), "rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -112,6 +120,35 @@ def pack_linear_layers(model: nn.Module, *, copies_tied: bool = True) -> None:
                 is_tied = owners[id(layer.weight)] > 1
                 if copies_tied or not is_tied:
                     setattr(parent, name, PackedLinear(layer, is_tied=is_tied))
+
+
+def pack_together(layers: Sequence[nn.Module]) -> None:
+    """Let packed layers that map the same inputs share one product: ``multiply_together`` computes it."""
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear) and layer.packed is not None]
+    weights, at = [layer.unpacked() for layer in packed], 0
+    if len(packed) < len(layers) or len({weight.dtype for weight in weights}) > 1:
+        return
+    whole = lay_out_weight(torch.cat(weights))
+    for layer, weight in zip(packed, weights, strict=True):
+        layer.packed, layer.rows = whole, slice(at, at + len(weight))
+        at += len(weight)
+
+
+def pack_apart(layers: Sequence[nn.Module]) -> None:
+    """Undo ``pack_together``."""
+    for layer in layers:
+        if isinstance(layer, PackedLinear) and layer.rows is not None:
+            layer._hold(layer.unpacked())
+
+
+def multiply_together(layers: Sequence[Any], inputs: Tensor) -> Tensor:
+    """Return the outputs of several layers one after another [..., sum of out], without a backward pass."""
+    whole = getattr(layers[0], "packed", None)
+    if whole is None or any(getattr(layer, "packed", None) is not whole for layer in layers):
+        return torch.cat([layer(inputs) for layer in layers], -1)
+    if layers[0].bias is None:
+        return multiply_by_onednn(inputs, whole)
+    return multiply_by_onednn(inputs, whole, torch.cat([layer.bias for layer in layers]))
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -118,6 +118,12 @@ class LanguageFamily:
     """Which columns of a head llama.cpp rotates together. transformers rotates halves; where llama.cpp
     rotates neighbours, the rows of the query and key matrices have to be put in that order."""
 
+    @property
+    def has_llama_layers(self) -> bool:
+        """Whether a layer computes what Llama's does, with or without biases and norms of each head."""
+        is_plain = self.gated and self.norms == 2 and self.norm_rows == 1
+        return is_plain and not self.scales_embeddings  # Gemma's norms multiply by one plus their weight
+
 
 LANGUAGE_FAMILIES: dict[str, LanguageFamily] = {
     "llama": LanguageFamily(

@@ -7,21 +7,33 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from tinyllava.inference.chat import Chat
 from tinyllava.inference.continuous import ContinuousDecoder, Sequence
 from tinyllava.serving.queue import End, Words
 from tinyllava.serving.schema import Question
 
+T = TypeVar("T")
 _Event = str | End | BaseException
 _LOG = logging.getLogger(__name__)
 _PAUSE_SECONDS = 0.25
 """For which nobody has asked before something is computed ahead: programs ask on at once, people read."""
+
+
+def call_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function in a thread that ends with it.
+
+    Each thread that computes on a CPU keeps helpers (OpenMP's) until it ends. If those of two threads are
+    more than the cores, they no longer wait for work but sleep after each operation, and waking them takes a
+    third of a step. So only the model's own thread may have some while it decodes.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args, **kwargs).result()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,7 +54,9 @@ class OwnEngine:
 
     def __init__(self, chat: Chat, *, cache_tokens: int = 0, max_running: int = 32) -> None:
         self.context_tokens = chat.context_tokens
-        self.decoder = ContinuousDecoder(chat, cache_tokens=cache_tokens, max_running=max_running)
+        self.decoder = call_in_thread(
+            ContinuousDecoder, chat, cache_tokens=cache_tokens, max_running=max_running
+        )
         # Its own: a tokenizer cannot be read while another thread encodes, which changes settings of it.
         self._tokenizer = deepcopy(chat.processor.tokenizer)
         self._readers: dict[Sequence, _Reader] = {}
