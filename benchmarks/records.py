@@ -12,7 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from contextlib import redirect_stdout
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,26 @@ def measure_alone(path: Path, tokenizer: Path, store: Path) -> dict[str, float]:
     return found
 
 
+def measure_check(path: Path) -> dict[str, float]:
+    """Check the records as ``tinyllava data check`` does, and watch the memory of this process."""
+    from tinyllava.cli import main
+
+    peak, is_done = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not is_done.wait(0.1):
+            peak[0] = max(peak[0], private_megabytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        assert main(["data", "check", str(path)]) == 0
+    is_done.set()
+    watcher.join()
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_private_megabytes": round(peak[0], 1)}
+
+
 DEFECTS = ("missing_image", "unanswered", "empty_answer", "roles", "malformed", "image_count")
 
 
@@ -287,13 +309,15 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("tokenizer", type=Path, help="folder of a tokenizer, such as that of SmolLM2")
     parser.add_argument("--records", type=int, default=TOTAL)
-    parser.add_argument("--once", choices=("start", "alone"), help="measure this one and print it")
+    parser.add_argument("--once", choices=("start", "alone", "check"), help="measure this one and print it")
     parser.add_argument("--defects", type=int, default=0, help="plant so many, and measure their report")
     known = parser.parse_args()
     path = make_records(known.folder, known.records)
     store = known.folder / f"store-{known.records}"
     if known.defects:
         print(json.dumps(measure_defects(path, store, known.defects)))
+    elif known.once == "check":
+        print(json.dumps(measure_check(path)))
     elif known.once:
         work = measure_run if known.once == "start" else measure_alone
         print(json.dumps(work(path, known.tokenizer, store)))

@@ -1,6 +1,11 @@
 """Own data checked, converted and split: what is counted, what comes back, what stays apart."""
 
+import gc
 import json
+import random
+import re
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,10 +14,13 @@ from PIL import Image
 from studies.report.chromium import open_page
 from tinyllava.cli import main
 from tinyllava.config import DataConfig
-from tinyllava.data.checking import check_files, shared_images
-from tinyllava.data.records import read_records
+from tinyllava.conversation import Conversation
+from tinyllava.data.checking import Repeated, check_files, shared_images
+from tinyllava.data.records import read_configured, read_records
+from tinyllava.data.store import ROLES
 from tinyllava.data.writing import write_records
 from tinyllava.errors import ConfigError, DataError
+from tinyllava.files import sha256_of
 
 
 @pytest.fixture
@@ -247,3 +255,64 @@ def test_a_page_replaces_only_a_page(table, capsys, command):
         assert main([*arguments[command], str(path)]) == 2
         assert f"error: {path}: {message}" in capsys.readouterr().err
         assert path.read_bytes() == before
+
+
+def by_hand(conversations: list[Conversation]) -> dict[str, object]:
+    """What a check counts, with all records and texts in memory."""
+    keys = [tuple(sha256_of(ref.path) for ref in talk.images) for talk in conversations]
+    said = {role: [[m.text for m in c.messages if m.role == role] for c in conversations] for role in ROLES}
+    asked: dict[object, list[int]] = {}
+    for place, key in enumerate(keys):
+        asked.setdefault((key, said["user"][place][0]), []).append(place)
+    return {
+        "images": len({one for key in keys for one in key}),
+        "with image": sum(map(bool, keys)),
+        "question words": sorted(len(text.split()) for texts in said["user"] for text in texts),
+        "answer words": sorted(len(text.split()) for texts in said["assistant"] for text in texts),
+        "answers": Counter(text for texts in said["assistant"] for text in texts).most_common(7),
+        "repeated": [
+            Repeated(
+                question=text,
+                places=tuple(conversations[place].place for place in places),
+                answers=tuple(said["assistant"][place][0] for place in places),
+            )
+            for (_, text), places in asked.items()
+            if len(places) > 1
+        ],
+    }
+
+
+def test_what_a_check_counts_is_what_is_counted_by_hand(table):
+    """Over two files, several batches of mapped records, ties, and defects among them."""
+    chance, folder = random.Random(0), table.parent
+    images = [f"photos/{name}.png" for name in ("moth0", "moth1", "moth2", "copy", "broken", "none")]
+    for number in range(2):
+        records = []
+        for _ in range(1_500):
+            shown = chance.choices(images, [9, 9, 9, 9, 1, 1], k=chance.choice((0, 1, 1, 2)))
+            turns = [{"from": "system", "value": "Short."}] if chance.random() < 0.1 else []
+            for _turn in range(chance.choice((1, 1, 3))):
+                turns.append({"from": "human", "value": f"What {chance.randrange(90)} is it?"})
+                turns.append({"from": "gpt", "value": f"It is {'very ' * chance.randrange(4)}red."})
+            turns[-2]["value"] = "<image>" * len(shown) + turns[-2]["value"]
+            records.append({"id": chance.randrange(40_000), "image": shown, "conversations": turns})
+        (folder / f"{number}.json").write_text(json.dumps(records))
+    files = tuple(str(folder / f"{number}.json") for number in range(2))
+    names = ("missing_image", "broken_image", "duplicate_id")
+    check = check_files(DataConfig(records=files, skip=names))
+    counted = {
+        "images": check.num_images,
+        "with image": check.contents.num_with_image,
+        "question words": sorted(check.contents.question_words),
+        "answer words": sorted(check.contents.answer_words),
+        "answers": check.contents.most_common(7),
+        "repeated": check.find_repeated(),
+    }
+    gc.collect()
+    assert not any(type(one) is Conversation for one in gc.get_objects())  # records stay on disk
+    stored = read_configured(DataConfig(records=files, skip=names))
+    assert [*check.conversations] == [*stored.conversations]
+    assert Counter(one.name for one in check.defects) == stored.skipped
+    places = [int(re.search(r"record (\d+)", one.where)[1]) for one in check.defects]
+    assert sum(after < before for before, after in pairwise(places)) == 1  # in order, in each of the files
+    assert counted == by_hand([*stored.conversations])

@@ -89,29 +89,26 @@ def _read(known: argparse.Namespace, *files: str) -> "FileCheck":
     from tinyllava.data.checking import check_files
 
     with Bars(TextColumn("{task.description}: {task.completed:,.0f}"), transient=True) as bar:
-        task = bar.add_task("reading records", total=None)
+        records, images = (bar.add_task(what, total=None) for what in ("reading records", "decoding images"))
         return check_files(
             own_data(known, *files, skip=tuple(known.skip)),
             decode=not getattr(known, "no_images", False),
-            progress=lambda n: bar.advance(task, n),
+            progress=lambda n: bar.advance(records, n),
+            image_progress=lambda n: bar.advance(images, n),
         )
 
 
 def _print_contents(found: "FileCheck") -> None:
     from tinyllava.data.checking import describe_answers, describe_lengths
 
-    talks = found.conversations
-    with_image = sum(bool(talk.images) for talk in talks)
-    images = {key for talk in talks for key in found.image_keys(talk)}
-    counts = f"{_records(with_image)} with an image, {len(talks) - with_image:,} of text only"
-    print(f"  images     {len(images):,} different; {counts}")
-    questions = [m.text for talk in talks for m in talk.messages if m.role == "user"]
-    words = (len(text.split()) for text in questions)
-    print(f"  questions  {len(questions):,}; {describe_lengths(words, 'words')}")
-    answers = found.answers
-    words = (len(text.split()) for text in answers.elements())
-    print(f"  answers    {len(answers):,} different; {describe_lengths(words, 'words')}")
-    for line in describe_answers(answers):
+    talks, contents = len(found.conversations), found.contents
+    counts = f"{_records(contents.num_with_image)} with an image, {talks - contents.num_with_image:,} of text"
+    print(f"  images     {found.num_images:,} different; {counts} only")
+    words = contents.question_words
+    print(f"  questions  {len(words):,}; {describe_lengths(words, 'words')}")
+    words = contents.answer_words
+    print(f"  answers    {contents.num_answers:,} different; {describe_lengths(words, 'words')}")
+    for line in describe_answers(contents):
         print(f"    {line}")
     repeated = found.find_repeated()
     if repeated:

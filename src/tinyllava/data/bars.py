@@ -53,4 +53,5 @@ def describe(step: Step, seconds_left: float | None) -> str:
     """Return a step as a line of a log."""
     left = f", {seconds_left / 60:.0f} min left" if seconds_left is not None else ""
     note = f", {step.note}" if step.note else ""
-    return f"{step.task}: {step.done:,} of {step.total:,}{left}{note}"
+    total = f" of {step.total:,}" if step.total else ""
+    return f"{step.task}: {step.done:,}{total}{left}{note}"

@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial as partial_of
 from itertools import chain, islice
 from pathlib import Path
@@ -24,20 +24,12 @@ from filelock import FileLock
 from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation, ImageRef
 from tinyllava.data.cores import map_parts
-from tinyllava.data.defects import Defect, raise_defects
+from tinyllava.data.findings import Findings, Part
 from tinyllava.data.hashes import known_sha256
 from tinyllava.data.readers import json_slices
 from tinyllava.data.readers.containers import RowGroup, is_text, row_groups
 from tinyllava.data.readers.form import Reading
-from tinyllava.data.records import (
-    Form,
-    Records,
-    convert_each,
-    duplicate,
-    fallback_form,
-    open_readings,
-    read_raw,
-)
+from tinyllava.data.records import Form, Records, convert_each, fallback_form, open_readings, read_raw
 from tinyllava.data.sources import mix
 from tinyllava.data.store import BEFORE, ROLES, ROWS, SCHEMA, StoredConversations, StoreFile
 from tinyllava.errors import DataError
@@ -45,8 +37,6 @@ from tinyllava.files import files_below, read_object, sha256_of, whole_file, wri
 
 FORMAT = 2
 """Of the files; records in another one are converted again."""
-_KEPT = 100
-"""Defects of a name that are kept; their report shows the first ones."""
 _AT_ONCE = 256
 """Records that are converted together; some bring the bytes of their images."""
 
@@ -115,8 +105,12 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
-    done = _Findings(reading)
+def write_store(place: Path, reading: Reading, reader: str, done: Findings) -> None:
+    """Convert a record file to ``records.arrow`` in a folder.
+
+    Args:
+        done: takes what is found; where it counts a defect, only its report is of use.
+    """
     with (
         _scratch(place / "parts") as parts,
         whole_file(place / "records.arrow") as partial,
@@ -126,20 +120,19 @@ def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
             for batch in _refilled(map(done.take, _parts(reading, reader, parts))):
                 if not done.counts:  # of a file with defects only their report is left
                     writer.write_batch(batch)
-        raise_defects(reading.path, done.defects, done.counts)
-        skipped = dict(done.skipped)
-        if not done.num_rows:
-            raise DataError(
-                f"{reading.path}: no records left" + (f" after skips {skipped}." if skipped else ".")
-                if done.num_read
-                else f"{reading.path}: no records in it. Write the records again, or give another file."
-            )
+        done.check()
+
+
+def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
+    done = Findings(reading)
+    write_store(place, reading, reader, done)
+    skipped = dict(done.skipped)
     about = {"skipped": skipped, "ignored": dict(done.ignored), "missing": done.missing}
     write_json(place / "about.json", about)
     return _open(place, reading, about)
 
 
-def _parts(reading: Reading, reader: str, folder: Path) -> Iterator["_Part"]:
+def _parts(reading: Reading, reader: str, folder: Path) -> Iterator[Part]:
     """Yield a file's records, converted by all cores where they can be divided.
 
     Slices of JSON and row groups of Parquet are read by the process that converts them. Rows of other text
@@ -169,68 +162,7 @@ def _parts(reading: Reading, reader: str, folder: Path) -> Iterator["_Part"]:
     yield from map_parts(work_on_rows, chunks) if is_divided else map(work_on_rows, chunks)
 
 
-@dataclass(kw_only=True)
-class _Part:
-    """Some records of a file, converted."""
-
-    batch: Any
-    """The good ones, as a record batch."""
-    rows: list[int]
-    """Which of the part's records they are."""
-    keys: list[int]
-    """See ``convert_each``."""
-    defects: list[tuple[int, Defect]]
-    """Which record has which."""
-    num_read: int
-    skipped: Counter[str]
-    ignored: Counter[str]
-
-
-class _Findings:
-    """What comes up in converting a file, part by part."""
-
-    def __init__(self, reading: Reading) -> None:
-        self.reading = reading
-        self.num_read = self.num_rows = 0
-        self.defects: list[Defect] = []
-        """The first of each name: where the folder of images is wrong, all would fill the memory."""
-        self.counts: Counter[str] = Counter()
-        self.missing: list[str] = []
-        self.skipped: Counter[str] = Counter()
-        self.ignored: Counter[str] = Counter()
-        self._seen: set[int] = set()
-
-    def take(self, part: _Part) -> Any:
-        """Note what was found in a part, and return the batch of the records that are left."""
-        self.num_read += part.num_read
-        self.skipped.update(part.skipped)
-        self.ignored.update(part.ignored)
-        batch, repeated = part.batch, []
-        for row, key in enumerate(part.keys):
-            if key and key in self._seen:
-                repeated.append(row)
-            self._seen.add(key)
-        for row in repeated:
-            at, id_ = (batch.column(name)[row].as_py() for name in ("at", "id"))
-            part.defects.append((part.rows[row], duplicate(self.reading, at, id_)))
-        for _, defect in sorted(part.defects, key=lambda one: one[0]):
-            self._note(defect)
-        if repeated:
-            batch = batch.take(pa.array(np.setdiff1d(np.arange(batch.num_rows), repeated)))
-        self.num_rows += batch.num_rows
-        return batch
-
-    def _note(self, defect: Defect) -> None:
-        if defect.name in self.reading.skip:
-            self.skipped[defect.name] += 1
-            self.missing.extend([defect.path] if defect.path else [])
-            return
-        self.counts[defect.name] += 1
-        if self.counts[defect.name] <= _KEPT:
-            self.defects.append(defect)
-
-
-def _convert_slice(reading: Reading, fallback: Form, one: json_slices.Slice) -> _Part:
+def _convert_slice(reading: Reading, fallback: Form, one: json_slices.Slice) -> Part:
     rows = one.read()
     if rows is None:
         raise DataError(f"{one.path}: it changed while it was read. Run the same command again.")
@@ -239,7 +171,7 @@ def _convert_slice(reading: Reading, fallback: Form, one: json_slices.Slice) -> 
 
 def _convert_group(
     reading: Reading, fallback: Form, folder: Path, group: RowGroup
-) -> tuple[Path, list[_Part]]:
+) -> tuple[Path, list[Part]]:
     """Convert a row group into a file, by which the bytes of its images come to another process."""
     rows, parts = group.read(), []
     path = folder / f"{group.number}.arrow"
@@ -251,7 +183,7 @@ def _convert_group(
     return path, parts
 
 
-def _opened(path: Path, parts: Sequence[_Part]) -> Iterator[_Part]:
+def _opened(path: Path, parts: Sequence[Part]) -> Iterator[Part]:
     """Yield the parts of a converted row group, whose file is not needed afterwards."""
     with pa.memory_map(str(path)) as mapped:
         file = pa.ipc.open_file(mapped)
@@ -260,10 +192,10 @@ def _opened(path: Path, parts: Sequence[_Part]) -> Iterator[_Part]:
     path.unlink()
 
 
-def _convert_rows(reading: Reading, fallback: Form, rows: Sequence[tuple[str, Any]]) -> _Part:
+def _convert_rows(reading: Reading, fallback: Form, rows: Sequence[tuple[str, Any]]) -> Part:
     own = replace(reading, skipped=Counter(), ignored=Counter())
     good: list[Conversation] = []
-    found = _Part(
+    found = Part(
         batch=None, rows=[], keys=[], defects=[], num_read=len(rows), skipped=own.skipped, ignored=own.ignored
     )
     for place, (one, key) in enumerate(convert_each(rows, own, fallback)):
