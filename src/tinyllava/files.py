@@ -81,13 +81,22 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def files_below(folder: Path, name: str = "") -> Iterator[Path]:
+def files_below(folder: Path, name: str = "", *, links: bool = False) -> Iterator[Path]:
     """Yield the files of a folder, of one name or all, that others may change: what vanishes is passed over.
 
     ``Path.rglob`` would raise for a folder that is removed before its turn.
+
+    Args:
+        links: also those of linked folders, as data have them; not of a link that leads back to a folder
+            above it.
     """
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, followlinks=links):
+        folders[:] = [each for each in folders if not _leads_back(Path(place, each))]
         yield from (Path(place, found) for found in names if found == name or not name)
+
+
+def _leads_back(path: Path) -> bool:
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
 
 
 def found_below(folder: Path, pattern: str) -> list[Path]:

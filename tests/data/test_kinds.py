@@ -743,6 +743,13 @@ KINDS: dict[str, dict[str, Kind]] = {
                 "has the splits test, train. Give one of them: {folder}/mugs/test or {folder}/mugs/train.",
             ),
         ),
+        "folders in folders": Kind(
+            write=tree("2024/beetle/1.jpg", "2024/moth/2.jpg"),
+            says=(
+                "2024/beetle/1.jpg: its label could be '2024' or 'beetle'.",
+                "Put images one folder deep (beetle/1.jpg), give a folder in {folder}",
+            ),
+        ),
         "`metadata.jsonl` of the hub": Kind(
             write=tree("1.jpg", metadata__jsonl=json.dumps(llava(..., file_name="1.jpg"))), reads=(ASKED,)
         ),
@@ -754,6 +761,21 @@ KINDS: dict[str, dict[str, Kind]] = {
         "Parquet shards": Kind(
             write=tree(**{"train-0__parquet": b"PAR1"}),
             says=("has the record file train-0.parquet. Give that file",),
+        ),
+        "thumbnails, notebooks' copies and waste baskets among them": Kind(
+            write=tree(
+                "beetle/1.jpg",
+                ".thumbnails/1.jpg",
+                "beetle/.ipynb_checkpoints/1-checkpoint.jpg",
+                "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg",
+                "#recycle/2.jpg",
+                "$RECYCLE.BIN/3.jpg",
+            ),
+            reads=(
+                answered(
+                    "beetle", "What is in the image?\nAnswer the question using a single word or phrase."
+                ),
+            ),
         ),
         "system files of macOS and Windows among them": Kind(
             write=tree("beetle/1.jpg", "__MACOSX/beetle/._1.jpg", Thumbs__db=b"x", __DS_Store=b"x"),

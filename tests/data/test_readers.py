@@ -17,6 +17,7 @@ from pyarrow import parquet
 
 from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation
+from tinyllava.data.conversion import read_stored
 from tinyllava.data.defects import Defect
 from tinyllava.data.hashes import records_digest
 from tinyllava.data.records import read_configured, read_records
@@ -218,6 +219,23 @@ def test_folders_of_images(folder):
     (images / "metadata.csv").write_text("file_name,text\nc.png,From the table\n")
     [one] = read_records(images, images).conversations
     assert one.messages[1].text == "From the table"
+
+
+def test_linked_folders_of_images_are_read_and_a_link_that_leads_back_is_not(folder, tmp_path):
+    for label in ("beetle", "moth"):
+        place = tmp_path / f"disk-{label}"
+        place.mkdir()
+        (place / "1.png").write_bytes((folder / "images" / "a.png").read_bytes())
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "moth").symlink_to(tmp_path / "disk-moth")
+    (tmp_path / "disk-beetle").rename(photos / "beetle")
+    (photos / "beetle" / "again").symlink_to(photos)
+    found = read_stored(DataConfig(records=(str(photos),)), "", tmp_path / "store").conversations
+    assert [talk.messages[-1].text for talk in found] == ["beetle", "moth"]
+    (tmp_path / "disk-moth" / "2.png").write_bytes((folder / "images" / "a.png").read_bytes())
+    found = read_stored(DataConfig(records=(str(photos),)), "", tmp_path / "store").conversations
+    assert [talk.messages[-1].text for talk in found] == ["beetle", "moth", "moth"]
 
 
 def test_a_users_own_reader(folder):

@@ -269,7 +269,7 @@ def _fingerprint(path: Path, known_files: Path) -> str:
     if path.is_file():
         return known_sha256(path, known_files)
     listed = []
-    for file in sorted(files_below(path)):
+    for file in sorted(files_below(path, links=True)):
         with suppress(FileNotFoundError):  # removed meanwhile
             status = file.stat()
             if S_ISREG(status.st_mode):

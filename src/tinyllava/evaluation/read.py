@@ -228,7 +228,9 @@ def read_table(path: Path, *columns: str) -> Iterator[Record]:
 def find_parquet(folder: Path, split: str) -> list[Path]:
     """Return the parquet shards of a split (``testdev-00000-of-00004.parquet``), of any if it is ""."""
     return sorted(
-        path for path in files_below(folder) if path.suffix == ".parquet" and path.name.startswith(split)
+        path
+        for path in files_below(folder, links=True)
+        if path.suffix == ".parquet" and path.name.startswith(split)
     )
 
 

@@ -42,17 +42,18 @@ def is_image_folder(folder: Path) -> bool:
         return True
     if any((folder / name).is_file() for name in METADATA):
         return True
-    return any(_is_shown(path) for pattern in ("*", "*/*") for path in found_below(folder, pattern))
+    return any(_is_shown(path, folder) for pattern in ("*", "*/*") for path in found_below(folder, pattern))
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) for each image, in the order of their names.
 
     Raises:
-        DataError: no image in it, or a description that is not UTF-8.
+        DataError: no image in it, folders in folders that could both be a label, or a description that is not
+            UTF-8.
     """
     _refuse_other_data(folder)
-    paths = sorted(path for path in files_below(folder) if _is_shown(path))
+    paths = sorted(path for path in files_below(folder, links=True) if _is_shown(path, folder))
     if not paths:
         raise DataError(f"{folder}: no image in this folder. Give a folder of images, or a record file.")
     if all(path.parent == folder and not _label_of(path.stem) for path in paths) and not any(
@@ -70,7 +71,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         if beside.is_file():
             row["caption"] = _read(beside)
         elif path.parent != folder:
-            row["label"] = path.relative_to(folder).parts[0]
+            row["label"] = _folder_label(path, folder)
         else:
             row["label"] = _label_of(path.stem)
         yield f"file {name}", row
@@ -83,18 +84,39 @@ def _refuse_other_data(folder: Path) -> None:
         raise DataError(
             f"{folder}: has the record file {record}. Give that file, or move it out of the folder."
         )
-    splits = [path.name for path in found_below(folder, "*") if path.is_dir() and not _is_of_system(path)]
+    splits = [
+        path.name for path in found_below(folder, "*") if path.is_dir() and not _is_of_system(path.name)
+    ]
     if len(splits) > 1 and {name.lower() for name in splits} <= _SPLITS:
         named = " or ".join(str(folder / split) for split in splits)
         raise DataError(f"{folder}: has the splits {', '.join(splits)}. Give one of them: {named}.")
 
 
-def _is_of_system(path: Path) -> bool:
-    return path.name.startswith((".", "__MACOSX"))
+def _is_of_system(name: str) -> bool:
+    """Whether a system hides a file or folder of this name: thumbnails, notebooks' copies, waste baskets."""
+    return name.startswith((".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE"))
 
 
-def _is_shown(path: Path) -> bool:
-    return path.suffix.lower() in (*IMAGES, *VIDEOS) and not path.name.startswith(".")
+def _is_shown(path: Path, folder: Path) -> bool:
+    if path.suffix.lower() not in (*IMAGES, *VIDEOS):
+        return False
+    return not any(_is_of_system(part) for part in path.relative_to(folder).parts)
+
+
+def _folder_label(path: Path, folder: Path) -> str:
+    """Return the folder that names an image.
+
+    Raises:
+        DataError: it lies in several folders: some programs take the first as the label, and some the last.
+    """
+    labels = path.relative_to(folder).parts[:-1]
+    if len(labels) > 1:
+        raise DataError(
+            f"{path}: its label could be {labels[0]!r} or {labels[-1]!r}. Put images one folder deep "
+            f"({labels[-1]}/{path.name}), give a folder in {folder}, or write a "
+            "table with the columns image and label."
+        )
+    return labels[0]
 
 
 def _label_of(stem: str) -> str:
