@@ -36,7 +36,8 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 from tinyllava.model.tuning import apply_tuning, merge_adapters
 from tinyllava.parts.templates import read_template
-from tinyllava.planning.plan import Machine, choose_forms, count_flops, plan_parts
+from tinyllava.planning.forms import Machine, choose_forms
+from tinyllava.planning.plan import count_flops, plan_parts
 from tinyllava.planning.speed import find_gpu
 from tinyllava.recipes.paper import ADAPTERS_ON_4_BITS, BASE
 from tinyllava.training.precision import choose_precision

@@ -46,7 +46,8 @@ from tinyllava.model.compat import (
     set_checkpointing,
 )
 from tinyllava.model.tuning import apply_tuning
-from tinyllava.planning.plan import Machine, choose_forms, count_flops, plan_parts
+from tinyllava.planning.forms import Machine, choose_forms
+from tinyllava.planning.plan import count_flops, plan_parts
 from tinyllava.planning.speed import GPUS, ROOFLINE_GPU
 from tinyllava.recipes.paper import BASE
 from tinyllava.training.precision import hold_frozen_in_half

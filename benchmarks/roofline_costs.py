@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinyllava.planning.speed import BANDWIDTH_SHARE, OPTIMIZER_BYTES
+from tinyllava.planning.speed import BANDWIDTH_SHARE, GPUS, LINK_SHARE, OPTIMIZER_BYTES, ROOFLINE_GPU
 
 PRODUCT_SHARE = 0.80
 """Of the peak, by the fastest of many products of bf16 matrices on an H100 SXM: 792 of 989 TFLOP/s
@@ -34,9 +34,9 @@ KERNEL_SECONDS = 2e-6
 """Of any other kernel, however small: it starts and ends while nothing else runs."""
 GATHERS = ("embedding", "index_select", "gather", "index", "nll_loss_forward")
 """Operators that read only the rows that they return."""
-EXCHANGE_SPEED = 360e9
-"""Bytes a second that a GPU sends, while it receives as many: 80% of the 450 GB/s of an H100's NVLink by its
-data sheet. The share is assumed."""
+EXCHANGE_SPEED = LINK_SHARE * GPUS[ROOFLINE_GPU].link
+"""Bytes a second that a GPU sends, while it receives as many: a share of the 450 GB/s of an H100's NVLink by
+its data sheet."""
 FREE = ("detach", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh")
 
 

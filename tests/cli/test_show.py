@@ -112,7 +112,7 @@ def test_another_machine_changes_batch_and_hours(capsys: pytest.CaptureFixture[s
     assert "finetune does not fit as it is. It fits with the recipe lora." in capsys.readouterr().out
     main(["show", "base-Sig-Phi", "--gpu", "RTX-4090", "--gpus", "8"])
     text = capsys.readouterr().out
-    assert "finetune does not fit as it is. It fits with --hardware.sharding gradients." in text
+    assert "finetune does not fit as it is. It fits with --hardware.sharding gradients. Its time" in text
     assert re.search(r"finetune  +as the recipe +[\d.]+ GB, too much", text)
 
 

@@ -15,7 +15,8 @@ from tinyllava.data.batches import GroupedSampler, PaddedBatches, pack
 from tinyllava.data.reporting import reporting
 from tinyllava.errors import TrainingError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, TinyLlavaModel
-from tinyllava.planning.plan import Machine, choose_forms, plan_parts, plan_run
+from tinyllava.planning.forms import Machine, choose_forms
+from tinyllava.planning.plan import plan_parts, plan_run
 from tinyllava.recipes.variants import VARIANTS, variant
 from tinyllava.training import devices
 from tinyllava.training.run import train

@@ -264,12 +264,17 @@ def _proposals(plan: Plan) -> list[str]:
     """Name a form that fits for each stage that does not fit as it is; first one that trains the same."""
     lines = []
     for stage in plan.stages:
-        (_, own), *others = stage.forms.items()
+        (label, own), *others = stage.forms.items()
         fitting = [label for label, form in others if form.fits]
-        fitting.sort(key=lambda label: not label.startswith("sharding"))
-        if not own.fits and fitting:
-            option = _OPTIONS.get(fitting[0], f"--hardware.{fitting[0]}")
-            lines.append(f"{stage.name} does not fit as it is. It fits with {option}.")
+        if not own.fits and stage.proposed != label:
+            lines.append(
+                f"{stage.name} does not fit as it is. It fits with --hardware.{stage.proposed}. Its time is "
+                "estimated for that."
+            )
+        elif not own.fits and fitting:
+            lines.append(
+                f"{stage.name} does not fit as it is. It fits with {_OPTIONS.get(fitting[0], fitting[0])}."
+            )
         elif not own.fits:
             lines.append(f"{stage.name} DOES NOT FIT in any form. Choose more GPUs or larger ones.")
     return ["\n".join(lines)] if lines else []

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from tinyllava.config import COMPONENTS, FULL, Component, Hardware, ModelConfig, Run, Sharding, Stage
+from tinyllava.config import COMPONENTS, FULL, Component, ModelConfig, Run, Sharding, Stage
 from tinyllava.data.mixtures import find_mixture
 from tinyllava.data.sources import count_samples, parse_source
 from tinyllava.errors import look_up
 from tinyllava.parts.resolve import resolve
-from tinyllava.planning.memory import Memory, PlannedParts, count_trained, estimate_memory
+from tinyllava.planning.forms import Form, Machine, choose_forms
+from tinyllava.planning.memory import PlannedParts, count_trained
 from tinyllava.planning.rules import sharding_problems
 from tinyllava.planning.sizes import connector_size, language_model_size, vision_encoder_size
 from tinyllava.planning.speed import (
@@ -27,6 +28,7 @@ from tinyllava.planning.speed import (
     checkpoint_seconds,
     compare_measured,
     copy_seconds,
+    count_exchange,
     image_seconds,
     read_measured,
     start_up_seconds,
@@ -37,8 +39,8 @@ from tinyllava.recipes.paper import ADAPTERS, ADAPTERS_ON_4_BITS, BASE
 FORMS = {"full": FULL, "LoRA, rank 128": ADAPTERS, "QLoRA, rank 128": ADAPTERS_ON_4_BITS}
 """How a stage could train its language model: in full, or with the adapters of recipes lora and qlora."""
 SHARDINGS: tuple[Sharding, ...] = ("gradients", "all")
-USABLE_MEMORY = 0.92
-"""Share of a GPU's memory that tensors can have beside the CUDA context and fragmentation."""
+_SHARDED = "sharding "
+"""What the label of a divided form begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +69,6 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
-    """A stage in one form of training on one GPU."""
-
-    device_batch_size: int
-    """Largest that fits and divides the global batch, or the one asked for."""
-    accumulation: int
-    """Micro-batches for each optimizer step, so that the global batch is kept."""
-    checkpointing: bool
-    """Whether activations are recomputed in the backward pass."""
-    memory: Memory
-    fits: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """The estimated cost of one stage."""
 
@@ -90,6 +78,8 @@ class StagePlan:
     """None if the number of records is not known (files of the user's)."""
     forms: dict[str, Form]
     """The run's own form, and where they differ from it those of ``FORMS``; then divided (FSDP2)."""
+    proposed: str
+    """The form that the time is estimated for: the run's own, or a divided one if only that fits."""
     utilisation: float
     """Share of the GPUs' peak that is expected while they compute."""
     checkpoint_bytes: int
@@ -181,42 +171,66 @@ def _plan_stage(
     for sharding in SHARDINGS if num_gpus > 1 else ():
         divided = replace(run, hardware=replace(run.hardware, sharding=sharding))
         if sharding != run.hardware.sharding and not list(sharding_problems(stage, divided.hardware)):
-            forms[f"sharding {sharding}"] = _plan_form(divided, stage, stage, parts, load, gpu, num_gpus)
-    trained = {c: count_trained(size, stage.tune(c)) for c, size in parts.sizes.items()}
-    recomputed, precision = forms["as the recipe"].checkpointing, gpu.precision(run.hardware.precision)
+            forms[f"{_SHARDED}{sharding}"] = _plan_form(divided, stage, stage, parts, load, gpu, num_gpus)
+    label = _proposed(forms)
+    for sharding in SHARDINGS:
+        if label == f"{_SHARDED}{sharding}":
+            run = replace(run, hardware=replace(run.hardware, sharding=sharding))
+    precision = gpu.precision(run.hardware.precision)
     share = utilisation(
         parts,
         is_trained=stage.language_model.trains,
         balance=gpu.balance(precision),
         compiled=run.hardware.compile,
-        recomputed=recomputed,
+        recomputed=forms[label].checkpointing,
+        sharded=run.hardware.sharding != "none" and num_gpus > 1,
         reached=reached,
     )
-    size = 12 * sum(trained.values())
-    seconds = None
-    if load:
-        executed = load.flops + load.recomputed_flops * recomputed
-        computing = executed / (num_gpus * gpu.flops(precision) * share)
-        updated = sum(trained.values()) / (1 if run.hardware.sharding == "none" else num_gpus)
-        computing += load.num_steps * copy_seconds(OPTIMIZER_BYTES * updated, gpu.bandwidth)
-        images = image_seconds(load.num_images_seen, num_gpus, run.hardware.num_workers)
-        steps = run.hardware.save_steps or max(1, load.num_steps // 10)
-        seconds = Seconds(
-            computing=computing,
-            images=max(0.0, images - computing),
-            start_up=start_up_seconds(
-                4 * parts.total, load.num_samples, load.num_images * run.hardware.check_images, num_gpus
-            ),
-            checkpoints=checkpoint_seconds(size, load.num_steps // steps, computing),
-        )
+    trained = {c: count_trained(size, stage.tune(c)) for c, size in parts.sizes.items()}
+    seconds = _estimate_seconds(run, stage, parts, load, forms[label], gpu, num_gpus, share) if load else None
     return StagePlan(
         name=name,
         trained=trained,
         load=load,
         forms=forms,
-        checkpoint_bytes=size,
+        proposed=label,
+        checkpoint_bytes=12 * sum(trained.values()),
         utilisation=share,
         seconds=seconds,
+    )
+
+
+def _proposed(forms: Mapping[str, Form]) -> str:
+    """Return the label of the run's own form, or of the first divided one if only that fits."""
+    (own, form), *others = forms.items()
+    divided = (label for label, other in others if other.fits and label.startswith(_SHARDED))
+    return own if form.fits else next(divided, own)
+
+
+def _estimate_seconds(
+    run: Run, stage: Stage, parts: PlannedParts, load: Load, form: Form, gpu: Gpu, num_gpus: int, share: float
+) -> Seconds:
+    """Return the time of a stage in a form, in which a GPU reaches a share of its peak."""
+    hardware, precision = run.hardware, gpu.precision(run.hardware.precision)
+    num_trained = sum(count_trained(size, stage.tune(c)) for c, size in parts.sizes.items())
+    is_divided = hardware.sharding != "none" and num_gpus > 1
+    executed = load.flops + load.recomputed_flops * form.checkpointing
+    computing = executed / (num_gpus * gpu.flops(precision) * share)
+    if is_divided:
+        exchange = count_exchange(parts, stage, hardware.sharding, num_gpus, precision in ("bf16", "fp16"))
+        num_batches = load.num_steps * form.accumulation
+        computing += num_batches * exchange.seconds(gpu, computing / num_batches)
+    updated = num_trained / (num_gpus if is_divided else 1)
+    computing += load.num_steps * copy_seconds(OPTIMIZER_BYTES * updated, gpu.bandwidth)
+    images = image_seconds(load.num_images_seen, num_gpus, hardware.num_workers)
+    steps = hardware.save_steps or max(1, load.num_steps // 10)
+    return Seconds(
+        computing=computing,
+        images=max(0.0, images - computing),
+        start_up=start_up_seconds(
+            4 * parts.total, load.num_samples, load.num_images * hardware.check_images, num_gpus
+        ),
+        checkpoints=checkpoint_seconds(12 * num_trained, load.num_steps // steps, computing),
     )
 
 
@@ -266,70 +280,6 @@ def _plan_form(
         longest,
         max(1, longest - parts.num_image_tokens),
     )[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """The properties of the devices that the choice of a form needs."""
-
-    memory_bytes: int
-    """Of one device."""
-    is_half: bool
-    """Whether a step computes in bf16 or fp16."""
-    num_ranks: int
-    most_samples: int = 0
-    """Bound of the device batch beside memory; 0 means none."""
-
-
-def choose_forms(
-    parts: PlannedParts,
-    stage: Stage,
-    hardware: Hardware,
-    machine: Machine,
-    longest_tokens: int,
-    longest_supervised: int,
-) -> list[Form]:
-    """Return the forms in which a stage can run, the best first, each smaller than the one before.
-
-    The best is the largest device batch that fits. Activations are recomputed only where fewer than two
-    samples fit otherwise: with one the host can hardly keep a GPU busy, and the third of time is paid for.
-    The rest is for a device on which the estimate turns out too low. If nothing fits, the smallest is first.
-    """
-    per_rank = max(1, stage.global_batch_size // machine.num_ranks)
-    most = machine.most_samples or per_rank
-    sizes = [size for size in range(min(per_rank, most), 0, -1) if per_rank % size == 0]
-    if hardware.device_batch_size:
-        sizes = [hardware.device_batch_size]
-
-    def form(size: int, checkpointing: bool) -> Form:
-        memory = estimate_memory(
-            parts,
-            stage,
-            batch=size,
-            num_tokens=longest_tokens,
-            num_supervised=longest_supervised,
-            bf16=machine.is_half,
-            checkpointing=checkpointing,
-            compiled=hardware.compile,
-            sharding=hardware.sharding,
-            num_ranks=machine.num_ranks,
-            accumulates=size < per_rank,
-        )
-        return Form(
-            device_batch_size=size,
-            accumulation=per_rank // size,
-            checkpointing=checkpointing,
-            memory=memory,
-            fits=memory.peak <= USABLE_MEMORY * machine.memory_bytes,
-        )
-
-    wanted = hardware.gradient_checkpointing
-    kept = [] if wanted is True else [form(size, False) for size in sizes]
-    if wanted is None:  # one sample at a time only where there are no two
-        kept = [f for f in kept if f.device_batch_size > 1 or len(sizes) == 1]
-    recomputed = [] if wanted is False else [form(size, True) for size in sizes]
-    ordered = [f for f in kept if f.fits] + [f for f in recomputed if f.fits]
-    return ordered or [(kept + recomputed)[-1]]
 
 
 def measure_load(stage: Stage, parts: PlannedParts) -> Load | None:

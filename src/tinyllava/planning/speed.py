@@ -12,10 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from tinyllava.config import Sharding, Stage
 from tinyllava.errors import ConfigError
 from tinyllava.files import read_object
 from tinyllava.parts.families import LANGUAGE_FAMILIES, LanguageFamily
-from tinyllava.planning.memory import PlannedParts
+from tinyllava.planning.memory import PlannedParts, count_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Gpu:
     fp32_flops: float
     bandwidth: float
     """Bytes a second of its memory."""
+    link: float
+    """Bytes a second that it sends to others of its machine while it receives as many: NVLink or PCIe."""
     has_bf16: bool = True
     """Without it 'auto' trains in fp32, as ``training.trainer.choose_precision`` does there."""
 
@@ -49,15 +52,34 @@ class Gpu:
 
 GPUS: dict[str, Gpu] = {
     "V100-32G": Gpu(
-        memory_bytes=32 * 2**30, half_flops=125e12, fp32_flops=15.7e12, bandwidth=0.90e12, has_bf16=False
+        memory_bytes=32 * 2**30,
+        half_flops=125e12,
+        fp32_flops=15.7e12,
+        bandwidth=0.90e12,
+        link=0.15e12,
+        has_bf16=False,
     ),
-    "RTX-3090": Gpu(memory_bytes=24 * 2**30, half_flops=71e12, fp32_flops=35.6e12, bandwidth=0.936e12),
-    "RTX-4090": Gpu(memory_bytes=24 * 2**30, half_flops=165e12, fp32_flops=82.6e12, bandwidth=1.008e12),
-    "A100-40G": Gpu(memory_bytes=40 * 2**30, half_flops=312e12, fp32_flops=19.5e12, bandwidth=1.555e12),
-    "A100-80G": Gpu(memory_bytes=80 * 2**30, half_flops=312e12, fp32_flops=19.5e12, bandwidth=2.039e12),
-    "L40S": Gpu(memory_bytes=48 * 2**30, half_flops=362e12, fp32_flops=91.6e12, bandwidth=0.864e12),
-    "H100-80G": Gpu(memory_bytes=80 * 2**30, half_flops=989e12, fp32_flops=67e12, bandwidth=3.35e12),
-    "H200": Gpu(memory_bytes=141 * 10**9, half_flops=989e12, fp32_flops=67e12, bandwidth=4.8e12),
+    "RTX-3090": Gpu(
+        memory_bytes=24 * 2**30, half_flops=71e12, fp32_flops=35.6e12, bandwidth=0.936e12, link=0.032e12
+    ),
+    "RTX-4090": Gpu(
+        memory_bytes=24 * 2**30, half_flops=165e12, fp32_flops=82.6e12, bandwidth=1.008e12, link=0.032e12
+    ),
+    "A100-40G": Gpu(
+        memory_bytes=40 * 2**30, half_flops=312e12, fp32_flops=19.5e12, bandwidth=1.555e12, link=0.3e12
+    ),
+    "A100-80G": Gpu(
+        memory_bytes=80 * 2**30, half_flops=312e12, fp32_flops=19.5e12, bandwidth=2.039e12, link=0.3e12
+    ),
+    "L40S": Gpu(
+        memory_bytes=48 * 2**30, half_flops=362e12, fp32_flops=91.6e12, bandwidth=0.864e12, link=0.032e12
+    ),
+    "H100-80G": Gpu(
+        memory_bytes=80 * 2**30, half_flops=989e12, fp32_flops=67e12, bandwidth=3.35e12, link=0.45e12
+    ),
+    "H200": Gpu(
+        memory_bytes=141 * 10**9, half_flops=989e12, fp32_flops=67e12, bandwidth=4.8e12, link=0.45e12
+    ),
 }
 
 
@@ -70,6 +92,8 @@ ROOFLINE_GPU = "H100-80G"
 """For which the roofline was made."""
 BANDWIDTH_SHARE = 0.85
 """Of a GPU's memory bandwidth, which large copies reach."""
+LINK_SHARE = 0.8
+"""Of a link's speed, that an exchange reaches. Assumed."""
 Model = Literal["C-TL", "Sig-Phi"]
 Kind = Literal["pretrain", "finetune"]
 """A stage that freezes the language model, or one that trains it."""
@@ -124,6 +148,7 @@ def utilisation(
     balance: float,
     compiled: bool = False,
     recomputed: bool = False,
+    sharded: bool = False,
     reached: Mapping[Kind, float] = REACHED,
 ) -> float:
     """Return the share of a GPU's peak that a stage, or answering, is expected to reach.
@@ -131,10 +156,11 @@ def utilisation(
     Args:
         is_trained: whether the language model is.
         balance: operations at the GPU's peak in the time in which its memory moves a byte.
+        sharded: whether gradients and optimizer are divided among the GPUs.
         reached: part of the roofline's speed.
     """
     kind: Kind = "finetune" if is_trained else "pretrain"
-    return reached[kind] * _roofline_share(parts, kind, balance, compiled, recomputed)
+    return reached[kind] * _roofline_share(parts, kind, balance, compiled, recomputed, sharded)
 
 
 @cache
@@ -148,13 +174,18 @@ _ROOFLINES = Path(__file__).with_name("rooflines.json")
 
 
 def _roofline_share(
-    parts: PlannedParts, kind: Kind, balance: float, compiled: bool, recomputed: bool
+    parts: PlannedParts, kind: Kind, balance: float, compiled: bool, recomputed: bool, sharded: bool
 ) -> float:
-    """Return the share of a peak by the roofline of the model whose layers are alike, in packed rows."""
+    """Return the share of a peak by the roofline of the model whose layers are alike, in packed rows.
+
+    Divided, eager and recomputed layers compute what they compute whole. Only of compiled ones there is an
+    entry of its own, with the larger device batch that then fits.
+    """
     family = LANGUAGE_FAMILIES.get(parts.language.family, LanguageFamily())
     model: Model = "C-TL" if family.gated else "Sig-Phi"
     form = ("compiled" if compiled else "eager") + (", recomputed" if recomputed else "")
-    found, gpu = rooflines()[f"{model} {kind} packed {form}"], GPUS[ROOFLINE_GPU]
+    name, gpu = f"{model} {kind} packed {form}", GPUS[ROOFLINE_GPU]
+    found = (rooflines().get(f"{name}, sharded") if sharded else None) or rooflines()[name]
     products = found["product_seconds"] * gpu.half_flops / found["executed_flops"]
     moved = found["memory_seconds"] * BANDWIDTH_SHARE * gpu.bandwidth / found["executed_flops"]
     scaled = moved * WIDTHS[model] / parts.language.width
@@ -171,6 +202,55 @@ def start_up_seconds(model_bytes: float, num_records: int, num_images: float, nu
 def copy_seconds(num_bytes: float, bandwidth: float) -> float:
     """Return the seconds in which kernels read and write so many bytes of a memory of this bandwidth."""
     return num_bytes / (BANDWIDTH_SHARE * bandwidth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """What each GPU sends, and receives, in a micro-batch of a divided stage, in bytes."""
+
+    sent: float
+    exposed: float
+    """Of it, what no computation can hide: see ``count_exchange``."""
+    copied: float
+    """Read and written beside: weights from where they were gathered, gradients to where they are reduced."""
+
+    def seconds(self, gpu: Gpu, computing: float) -> float:
+        """Return what a micro-batch of so many seconds takes longer."""
+        speed = LINK_SHARE * gpu.link
+        waiting = max(self.exposed / speed, self.sent / speed - computing)
+        return waiting + copy_seconds(self.copied, gpu.bandwidth)
+
+
+def count_exchange(
+    parts: PlannedParts, stage: Stage, sharding: Sharding, num_gpus: int, is_half: bool
+) -> Exchange:
+    """Count what FSDP2 moves in a micro-batch, as ``tinyllava.training.sharding.shard`` divides the model.
+
+    Trained weights are gathered and their gradients reduced, in fp32. With ``all`` what is frozen is gathered
+    too, but for a frozen encoder, and the layers a second time for the backward pass. FSDP gathers a layer
+    while the one before it computes, and reduces its gradients in the same way. The first gather and the
+    last reduction overlap with nothing (PyTorch's FSDP Notes): here embedding, head and connector, which are
+    one group, and one layer.
+    """
+    gathered = reduced = exposed = 0.0
+    frozen_bytes = 2 if is_half else 4
+    for component, size in parts.sizes.items():
+        tune, in_layers = stage.tune(component), sum(size.layers)
+        trained = count_trained(size, tune)
+        is_whole = (
+            sharding == "gradients" or tune.bits < 16 or (component == "vision_encoder" and not trained)
+        )
+        outer = max(0, trained - in_layers) if tune.kind == "full" else 0
+        outer_bytes, layer_bytes = 4.0 * outer, 4.0 * (trained - outer)
+        if not is_whole and tune.kind != "full":
+            outer_bytes += frozen_bytes * (size.total - in_layers)
+            layer_bytes += frozen_bytes * max(0, in_layers - trained * (tune.kind == "from_layer"))
+        gathered += outer_bytes + layer_bytes * (2 if sharding == "all" else 1)
+        reduced += 4.0 * trained
+        of_layer = (layer_bytes + 4.0 * (trained - outer)) / max(1, len(size.layers))
+        exposed += outer_bytes + 4.0 * outer + of_layer
+    sent = 1 - 1 / num_gpus
+    return Exchange(sent=sent * (gathered + reduced), exposed=sent * exposed, copied=2 * (gathered + reduced))
 
 
 def checkpoint_seconds(num_bytes: float, number: int, computing: float) -> float:

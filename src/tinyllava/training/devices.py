@@ -28,8 +28,9 @@ from tinyllava.errors import TinyLlavaError, TrainingError
 from tinyllava.model.compat import lonely_group
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
+from tinyllava.planning.forms import Form, Machine, choose_forms
 from tinyllava.planning.memory import Memory
-from tinyllava.planning.plan import Form, Machine, choose_forms, plan_parts
+from tinyllava.planning.plan import plan_parts
 from tinyllava.training.compiling import recompute
 from tinyllava.training.packing import check_packing, pack_stage
 from tinyllava.training.precision import HALF, choose_precision, computing_in
