@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from inspect import getfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaCon
 
 from processes import in_ranks
 from tinyllava.config import ModelConfig
+from tinyllava.model import compat
 from tinyllava.model.assemble import assemble
 from tinyllava.model.compat import (
     CACHE_NAME,
@@ -22,6 +24,8 @@ from tinyllava.model.compat import (
     decoder_layers,
     encoder_layers,
     forget_preparation,
+    hold_in_huge_pages,
+    lay_out_weight,
     lonely_group,
     own_forward,
     render_template,
@@ -195,3 +199,26 @@ def test_a_process_waits_no_longer_than_the_limit_for_another_that_does_not_come
             distributed.distributed_c10d._get_default_store().wait(["raised"])
 
     assert in_ranks(2, work) == [0, 0]
+
+
+def test_weights_move_into_huge_pages_whole_and_keep_their_values(monkeypatch):
+    weights = [torch.randn(1500, 700), torch.randn(1024, 2048)]
+    held = [weights[0], lay_out_weight(weights[1]), torch.zeros(0)]
+    hold_in_huge_pages(held)  # what this system makes of it
+    assert torch.equal(held[0], weights[0])
+    assert torch.equal(held[1].to_dense(), weights[1])
+    asked = []
+    library = SimpleNamespace(madvise=lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(compat.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(compat.sys, "platform", "darwin")
+    hold_in_huge_pages(held)
+    assert asked == []
+    monkeypatch.setattr(compat.sys, "platform", "linux")
+    for weight in held:
+        hold_in_huge_pages([weight])
+        covered = sum(size for _, size, _ in asked)
+        assert weight.numel() * 4 <= covered < weight.numel() * 4 + 2 * 2**21
+        assert all(start % 2**21 == 0 and size == 2**21 for start, size, _ in asked)
+        if weight is held[0]:
+            assert asked[0][0] <= weight.data_ptr() < asked[0][0] + 2**21
+        asked.clear()

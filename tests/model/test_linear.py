@@ -18,6 +18,7 @@ from tinyllava.model.linear import (
     pack_apart,
     pack_linear_layers,
     pack_together,
+    speed_up_reading,
 )
 
 
@@ -154,6 +155,17 @@ def test_layers_that_share_a_product_stay_layers_of_their_own(has_bias, monkeypa
         for layers in (shared, plain)
     )
     torch.testing.assert_close(found, right)
+
+
+def test_large_weights_are_read_faster_once_each_wherever_they_are(monkeypatch):
+    monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: len(weight) > 500)
+    held = []
+    monkeypatch.setattr(linear, "hold_in_huge_pages", held.extend)
+    layers = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 600), nn.Linear(512, 500), nn.Linear(4, 4))
+    pack_linear_layers(layers)
+    pack_together(layers[:2])
+    speed_up_reading(layers)
+    assert [id(weight) for weight in held] == [id(layers[0].packed), id(layers[2].weight)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

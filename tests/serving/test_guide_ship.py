@@ -1,4 +1,4 @@
-"""The guide to shipping a model, followed literally: served, asked with its requests and its Python."""
+"""The guide to shipping a model, followed literally: trained, served, asked with its requests and Python."""
 
 import json
 import os
@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from chats import make_chat
+from conftest import make_records
 from documents import ROOT, blocks, commands
 from tinyllava.cli import main
 
@@ -51,14 +52,31 @@ def wait_until_up(address: str, process: "subprocess.Popen[str]") -> None:
     raise AssertionError("the server does not answer")
 
 
+def train_as_it_says(toy: Path, folder: Path) -> None:
+    """Run the guide's first commands in a folder, from a toy and for two steps."""
+    train, copy = commands(GUIDE)[:2]
+    records = make_records(folder / "images", 8)
+    named = json.loads(records.read_text())
+    for record in named:
+        if "image" in record:
+            record["image"] = str(records.parent / "images" / record["image"])
+    (folder / "my.json").write_text(json.dumps(named))
+    shutil.copytree(toy, folder / "a-model")
+    quickly = "--hardware.num-workers 0 --finetune.max-steps 2 --finetune.max-length-tokens 256"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*shlex.split(train)[1:], *quickly.split()]) == 0
+    subprocess.run(shlex.split(copy), cwd=folder, check=True)
+
+
 def test_its_commands_run(toy: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    install, serve, models, ask, open_to_all = (line.replace("8000", port) for line in commands(GUIDE)[:5])
+    install, serve, models, ask, open_to_all = (line.replace("8000", port) for line in commands(GUIDE)[2:7])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert install == "pip install 'tinyllava[serve]'"
     assert "serve" in project["optional-dependencies"]
-    shutil.copytree(toy, tmp_path / "my-model")
+    train_as_it_says(toy, tmp_path)
     Image.new("RGB", (40, 30), (200, 20, 20)).save(tmp_path / "image.jpg")
     key, program, *arguments = shlex.split(open_to_all)
     assert (program, *arguments[:2]) == tuple(shlex.split(serve)[:3])
@@ -95,7 +113,7 @@ def test_its_commands_run(toy: Path, tmp_path: Path) -> None:
 def test_its_commands_for_llama_cpp_run(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    install, export, serve = (line.replace("8001", port) for line in commands(GUIDE)[5:8])
+    install, export, serve = (line.replace("8001", port) for line in commands(GUIDE)[7:10])
     assert install == "pip install 'tinyllava[serve,gguf]'"
     chat = make_chat(tmp_path / "parts", "phi", "siglip")
     for part in (chat.model, chat.processor):
@@ -120,7 +138,7 @@ def test_its_commands_for_llama_cpp_run(tmp_path: Path) -> None:
 
 def test_its_export_for_vllm_is_written(tmp_path: Path) -> None:
     """vLLM itself needs an environment of its own; the guide says how it was tried."""
-    (export,) = commands(GUIDE)[8:]
+    (export,) = commands(GUIDE)[10:]
     chat = make_chat(tmp_path / "parts", "llama", "siglip")
     for part in (chat.model, chat.processor):
         part.save_pretrained(tmp_path / "my-model")

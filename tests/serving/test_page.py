@@ -148,12 +148,19 @@ def test_what_is_refused_is_shown_and_the_question_comes_back(page: Page, served
 
 
 def test_every_control_has_a_name_and_the_colours_follow_the_system(page: Page, served: Served) -> None:
+    """The settings are folded until they are opened."""
     colours = []
     for scheme in ("light", "dark"):
         page.open(served.address, 390, scheme)
         page.give("drop", RED)
         colours.append(page.run("getComputedStyle(document.body).backgroundColor"))
     assert len(set(colours)) == 2
+    settings = [
+        f"document.getElementById('{name}').checkVisibility()" for name in ("temperature", "tokens", "key")
+    ]
+    assert not any(page.run(setting) for setting in settings)
+    page.run("document.querySelector('summary').click()")
+    assert all(page.run(setting) for setting in settings)
     page.call("Accessibility.enable")
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     roles = ("button", "textbox", "spinbutton", "image", "log", "form", "list")

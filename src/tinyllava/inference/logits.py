@@ -38,11 +38,11 @@ def forbid_images(model: TinyLlavaForConditionalGeneration, logits: torch.Tensor
     Its row, and those that fill up the embedding after the language model's own, are zero: where every other
     logit is negative they would be the likeliest. Published code has no such rows.
     """
-    rows = torch.arange(logits.shape[-1], device=logits.device)
-    forbidden = rows == model.config.image_token_id
+    logits, least, image = logits.clone(), torch.finfo(logits.dtype).min, model.config.image_token_id
+    logits[..., image : image + 1] = least
     if model.config.num_language_rows:
-        forbidden |= rows >= model.config.num_language_rows
-    return logits.masked_fill(forbidden, torch.finfo(logits.dtype).min)
+        logits[..., model.config.num_language_rows :] = least
+    return logits
 
 
 def check_logits(
@@ -56,6 +56,8 @@ def check_logits(
     Raises:
         CheckpointError: some are NaN or infinite; the weight that is, or the type of the weights, is named.
     """
+    if bool(logits.isfinite().all()):
+        return
     usable = logits.isfinite() | (logits.isneginf() & logits.isfinite().any(-1, keepdim=True) & can_forbid)
     if bool(usable.all()):
         return

@@ -3,7 +3,9 @@
 Each has a test in ``tests/model/test_compat.py``, which runs with the lowest, pinned and newest releases.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import ctypes
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
@@ -317,6 +319,30 @@ def lay_out_weight(weight: Tensor) -> Tensor:
     """
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
     return packed
+
+
+_HUGE_PAGE_BYTES = 2**21
+_MADV_COLLAPSE = 25  # Linux 6.1
+
+
+def hold_in_huge_pages(weights: Iterable[Tensor]) -> None:
+    """Move weights on a CPU, laid out or not, into pages of 2 MiB where the system can; values stay.
+
+    A pass over one token reads each weight once, and with pages of 4 KiB it waits for their addresses.
+    PyTorch asks for large pages only if an environment variable is set before it starts.
+    """
+    if sys.platform != "linux":
+        return
+    advise: Any = ctypes.CDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for weight in weights:
+        ops = torch.ops.mkldnn
+        start = ops.data_ptr(weight) if weight.is_mkldnn else weight.data_ptr()
+        end = start + (ops._nbytes(weight) if weight.is_mkldnn else weight.nbytes)
+        begin = start // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+        # Refused where a page lies in a file or in another mapping: it then stays as it is.
+        for address in range(begin, end, _HUGE_PAGE_BYTES):
+            advise(address, _HUGE_PAGE_BYTES, _MADV_COLLAPSE)
 
 
 def multiply_by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

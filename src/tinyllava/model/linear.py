@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tinyllava.model.compat import lay_out_weight, multiply_by_onednn, own_parameters
+from tinyllava.model.compat import hold_in_huge_pages, lay_out_weight, multiply_by_onednn, own_parameters
 from tinyllava.model.devices import multiplies_bf16
 
 SMALLEST_PRODUCT = 2**21
 """Multiplications below which a call of oneDNN costs more in training than it saves."""
+_LARGE = 2**17  # weights of a layer, half a MiB or so, below which the size of pages does not matter
 
 
 class PackedLinear(nn.Linear):
@@ -149,6 +150,18 @@ def multiply_together(layers: Sequence[Any], inputs: Tensor) -> Tensor:
     if layers[0].bias is None:
         return multiply_by_onednn(inputs, whole)
     return multiply_by_onednn(inputs, whole, torch.cat([layer.bias for layer in layers]))
+
+
+def speed_up_reading(model: nn.Module) -> None:
+    """Let a model on a CPU read its large linear layers a tenth faster; takes a second or two."""
+    found: dict[int, Tensor] = {}
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer.in_features * layer.out_features >= _LARGE:
+            weight = layer.packed if isinstance(layer, PackedLinear) else None
+            weight = own_parameters(layer).get("weight") if weight is None else weight
+            if weight is not None and weight.device.type == "cpu":
+                found[id(weight)] = weight
+    hold_in_huge_pages(found.values())
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

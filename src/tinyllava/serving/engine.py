@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from tinyllava.inference.chat import Chat
 from tinyllava.inference.continuous import ContinuousDecoder, Sequence
+from tinyllava.model.linear import speed_up_reading
 from tinyllava.serving.queue import End, Words
 from tinyllava.serving.schema import Question
 
@@ -64,6 +65,7 @@ class OwnEngine:
         self._commands: queue.SimpleQueue[tuple[Literal["add", "remove", "close"], _Reader | None]]
         self._commands = queue.SimpleQueue()
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
+        self._preparing.submit(speed_up_reading, chat.model)  # a second or two, while it can answer already
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 

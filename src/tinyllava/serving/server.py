@@ -205,22 +205,19 @@ class _Service:
             usage = {"usage": None} if question.has_usage else {}
             return _event({**head, "choices": [choice], **usage})
 
-        yield chunk({"role": "assistant", "content": ""})
-        piece = first
+        start, piece = chunk({"role": "assistant", "content": ""}), first  # sent with the first piece
         try:
             while not isinstance(piece, End):
-                yield chunk({"content": piece})
-                piece = await anext(pieces)
+                yield start + chunk({"content": piece})
+                start, piece = b"", await anext(pieces)
         except RequestError as error:
             yield _event(error.body)
             return
         except Exception:
             yield _event(_internal().body)
             raise
-        yield chunk({}, piece.reason)
-        if question.has_usage:
-            yield _event({**head, "choices": [], "usage": _usage(piece)})
-        yield b"data: [DONE]\n\n"
+        usage = _event({**head, "choices": [], "usage": _usage(piece)}) if question.has_usage else b""
+        yield start + chunk({}, piece.reason) + usage + b"data: [DONE]\n\n"
 
 
 def _internal() -> RequestError:
