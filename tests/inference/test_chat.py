@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from threading import current_thread
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from chats import TEMPLATES, make_chat
 from tinyllava.conversation import Conversation, Message, ask
 from tinyllava.errors import CheckpointError, ConfigError, DataError, ImageError
+from tinyllava.inference import chat as chats
 from tinyllava.inference.batches import prepare_group
 from tinyllava.inference.chat import Chat, decode, encode_prompt
 from tinyllava.inference.logits import FiniteLogits, stop_ids
@@ -76,7 +78,12 @@ def test_without_a_folder_the_starters_model_is_opened(tmp_path, images, monkeyp
     chat = make_chat(tmp_path / "parts", "llama")
     for part in (chat.model, chat.processor):
         part.save_pretrained(tmp_path / "cache/starter/model")
+    openers, opens = [], chats.open_checkpoint
+    monkeypatch.setattr(
+        chats, "open_checkpoint", lambda *a, **k: (openers.append(current_thread()), opens(*a, **k))[1]
+    )
     assert Chat.open(device="cpu").ask("What is it?", images[0]) == chat.ask("What is it?", images[0])
+    assert [thread.is_alive() for thread in openers] == [False], "its helpers would slow down the answers"
 
 
 def test_wrong_requests_are_named(tmp_path, images):

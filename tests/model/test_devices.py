@@ -1,5 +1,7 @@
 """What a device computes in by itself: training's precision, and the type that a checkpoint answers in."""
 
+from contextvars import ContextVar
+from threading import current_thread
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from chats import make_chat
 from tinyllava.errors import ConfigError
 from tinyllava.inference.chat import Chat, choose_dtype
-from tinyllava.model.devices import check_device, multiplies_bf16
+from tinyllava.model.devices import call_in_thread, check_device, multiplies_bf16
 from tinyllava.parts.folders import saved_dtype
 from tinyllava.training.precision import choose_precision
 
@@ -66,3 +68,12 @@ def test_no_type_is_guessed_for_another_device():
 def test_a_device_that_cannot_answer_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=rf"device '{name}': .*this machine's best is"):
         check_device(name)
+
+
+def test_a_call_in_a_thread_sees_its_callers_context_and_ends_with_its_error():
+    variable: ContextVar[int] = ContextVar("number")
+    variable.set(3)
+    thread, total = call_in_thread(lambda more: (current_thread(), variable.get() + more), 4)
+    assert (thread.is_alive(), total) == (False, 7)
+    with pytest.raises(ZeroDivisionError):
+        call_in_thread(lambda: 1 / 0)

@@ -174,9 +174,9 @@ def _open_engine(known: argparse.Namespace, folder: Path) -> "Engine":
 
         return LlamaCppEngine(folder, **sizes)
     from tinyllava.inference.chat import Chat
-    from tinyllava.serving.engine import OwnEngine, call_in_thread
+    from tinyllava.serving.engine import OwnEngine
 
-    return OwnEngine(call_in_thread(Chat.open, folder, device=known.device, bits=known.bits), **sizes)
+    return OwnEngine(Chat.open(folder, device=known.device, bits=known.bits), **sizes)
 
 
 def _listen(host: str, port: int) -> socket.socket:

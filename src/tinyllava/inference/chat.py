@@ -21,7 +21,7 @@ from tinyllava.inference.dialogue import Dialogue
 from tinyllava.inference.logits import FiniteLogits, stop_ids
 from tinyllava.model import TinyLlavaForConditionalGeneration, TinyLlavaProcessor
 from tinyllava.model.assemble import open_checkpoint
-from tinyllava.model.devices import best_device, check_device, multiplies_bf16
+from tinyllava.model.devices import best_device, call_in_thread, check_device, multiplies_bf16
 from tinyllava.model.linear import pack_linear_layers
 from tinyllava.model.quantised import check_bits, quantise_language_model, quantised_bits
 from tinyllava.model.rebuild import whole_model
@@ -85,11 +85,7 @@ class Chat:
         found = check_device(device or best_device())
         if dtype == "auto":
             dtype = choose_dtype(saved_dtype(Path(folder)), found.type)
-        model, processor = open_checkpoint(folder, dtype=dtype, keep_bits=True)
-        quantise_language_model(model, bits)
-        model.to(found)
-        pack_linear_layers(model, copies_tied=quantised_bits(model) == 16)  # a copy takes memory
-        return cls(model, processor)
+        return cls(*call_in_thread(_open, folder, found, dtype, bits))
 
     @property
     def dtype(self) -> str:
@@ -263,6 +259,16 @@ class Chat:
         if images:
             inputs["pixel_values"] = self.processor.to_pixels(images).to(device)
         return inputs
+
+
+def _open(
+    folder: Path, device: torch.device, dtype: str, bits: int
+) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor]:
+    model, processor = open_checkpoint(folder, dtype=dtype, keep_bits=True)
+    quantise_language_model(model, bits)
+    model.to(device)
+    pack_linear_layers(model, copies_tied=quantised_bits(model) == 16)  # a copy takes memory
+    return model, processor
 
 
 def choose_dtype(saved: str, device_type: str) -> str:

@@ -1,16 +1,20 @@
-"""The available device, and its default precision and attention implementation.
+"""The available device, its default precision and attention implementation, and the threads of a CPU.
 
 Paper: none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextvars import copy_context
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyllava.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def best_device() -> str:
@@ -65,3 +69,14 @@ def fastest_attention(inputs: Mapping[str, Any], *, bf16: bool) -> AbstractConte
     longest = max(inputs["segments"]["lengths"]) if "segments" in inputs else input_ids.shape[1]
     is_slow = bf16 and input_ids.device.type == "cpu" and longest <= 160
     return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
+
+
+def call_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function in a thread that ends with it, and return what it returns or raise what it raises.
+
+    Each thread that computes on a CPU keeps helpers (OpenMP's) until it ends. If those of two threads are
+    more than the cores, they no longer wait for work but sleep after each operation, and waking them takes a
+    third of a step. A model is opened in such a thread, because answers are computed in others.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(copy_context().run, function, *args, **kwargs).result()

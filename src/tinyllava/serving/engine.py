@@ -7,34 +7,23 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from tinyllava.inference.chat import Chat
 from tinyllava.inference.continuous import ContinuousDecoder, Sequence
+from tinyllava.model.devices import call_in_thread
 from tinyllava.model.linear import speed_up_reading
 from tinyllava.serving.queue import End, Words
 from tinyllava.serving.schema import Question
 
-T = TypeVar("T")
 _Event = str | End | BaseException
 _LOG = logging.getLogger(__name__)
 _PAUSE_SECONDS = 0.25
 """For which nobody has asked before something is computed ahead: programs ask on at once, people read."""
-
-
-def call_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function in a thread that ends with it.
-
-    Each thread that computes on a CPU keeps helpers (OpenMP's) until it ends. If those of two threads are
-    more than the cores, they no longer wait for work but sleep after each operation, and waking them takes a
-    third of a step. So only the model's own thread may have some while it decodes.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *args, **kwargs).result()
 
 
 @dataclass(eq=False, kw_only=True)
