@@ -106,7 +106,7 @@ class Contestant:
         self.examples = self._make_examples(num_batches, folder)
         if way != "stock":  # as training does
             hold_frozen_in_half(self.model, precision)
-            make_lean(self.model)
+            make_lean(self.model, precision)
         self.batches = [self._make_batch(rows) for rows in self._group(num_batches)]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(

@@ -24,10 +24,12 @@ from tinyllava.model.compat import (
     decoder_layers,
     encoder_layers,
     forget_preparation,
+    give_kernel,
     hold_in_huge_pages,
     lay_out_weight,
     lonely_group,
     own_forward,
+    packed_mask,
     render_template,
     set_checkpointing,
     waiting_at_most,
@@ -94,6 +96,41 @@ def test_attention_of_training_is_that_of_sdpa_and_ends_with_it(parts, kind):
         torch.testing.assert_close(model(ids, use_cache=False).last_hidden_state, expected)
         torch.testing.assert_close(model(ids, attention_mask=mask, use_cache=False).last_hidden_state, masked)
     assert attention_of(model) == "sdpa"
+
+
+def test_a_kernel_attends_where_nothing_but_causality_is_asked_for(parts):
+    model = AutoModel.from_pretrained(parts["llama"])
+    ids = torch.randint(0, 200, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    expected = model(ids, use_cache=False).last_hidden_state
+    calls = []
+
+    def kernel(query, key, value, scale):
+        calls.append(scale)
+        if len(calls) == 1:
+            return None  # sdpa's place
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+
+    undo = give_kernel(model, kernel)
+    attention = decoder_layers(model)[0].self_attn
+    with causal_without_looking(model):
+        torch.testing.assert_close(model(ids, use_cache=False).last_hidden_state, expected)
+        assert calls == [attention.scaling] * model.config.num_hidden_layers
+        packed = model(ids[:1], attention_mask=packed_mask([4, 5]), use_cache=False).last_hidden_state
+        torch.testing.assert_close(packed[:, :4], expected[:1, :4])
+        assert len(calls) == 3 * model.config.num_hidden_layers  # a sample each
+        calls.clear()
+        model(ids, attention_mask=mask, use_cache=False)
+        model.train()
+        attention.attention_dropout = 0.1
+        model(ids, use_cache=False)
+        assert len(calls) == model.config.num_hidden_layers - 1
+        calls.clear()
+        undo()
+        model(ids, use_cache=False)
+    model(ids, use_cache=False)
+    assert calls == []
 
 
 def test_a_model_with_windows_of_attention_keeps_its_masks():

@@ -227,6 +227,16 @@ def test_direct_layers_differentiate_as_plain_ones_in_64_bits_do(shape, has_bias
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=1e-4)
 
 
+def test_pairs_of_matrices_are_multiplied_by_either(always_direct, products, monkeypatch):
+    rows, others = torch.randn(3, 7, 16), torch.randn(3, 16, 5).transpose(1, 2)
+    found = linear.multiply_pairs(rows, others)
+    assert products == [(5, 16)] * 3
+    monkeypatch.setattr(linear, "SMALLEST_PRODUCT", 7 * 5 * 16 + 1)
+    for one in (found, linear.multiply_pairs(rows, others)):
+        torch.testing.assert_close(one, rows @ others.transpose(1, 2))
+    assert len(products) == 3
+
+
 def test_direct_layers_leave_half_precision_empty_and_compiled_passes_alone(always_direct, products):
     plain = nn.Linear(48, 80)
     layer = deepcopy(plain)

@@ -6,15 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyllava.config import FROZEN, FULL, Hardware, ModelConfig, Stage, lora
 from tinyllava.model import linear
 from tinyllava.model.assemble import assemble
-from tinyllava.model.compat import set_checkpointing
+from tinyllava.model.compat import causal_without_looking, set_checkpointing
 from tinyllava.model.linear import DirectLinear
 from tinyllava.model.tuning import apply_tuning
+from tinyllava.training import half as half_module
+from tinyllava.training import lean as lean_module
 from tinyllava.training import run as training
 from tinyllava.training.lean import make_lean
+from tinyllava.training.precision import computing_in, hold_frozen_in_half
 from tinyllava.training.run import train
 from training_toys import toy_run
 
@@ -32,6 +36,21 @@ def direct(monkeypatch, request):
     monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: request.param)
     monkeypatch.setattr(linear, "SMALLEST_PRODUCT", 1)
     return request.param
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """Let layers compute as on a CPU that multiplies bf16; the shapes of queries that attention took."""
+    monkeypatch.setattr(lean_module, "multiplies_bf16", lambda device: True)
+    attended = []
+    attend = half_module.attend_half
+
+    def noted(query, *others):
+        attended.append(tuple(query.shape))
+        return attend(query, *others)
+
+    monkeypatch.setattr(lean_module, "attend_half", noted)
+    return attended
 
 
 def tuned(parts, llm, stage):
@@ -65,12 +84,13 @@ def gradients_of(model, dtype=torch.float32):
 def test_a_lean_model_trains_as_a_stock_one_in_64_bits_does(parts, llm, name, direct):
     model = tuned(parts, llm, STAGES[name])
     expected = gradients_of(deepcopy(model).double(), torch.float64)
-    undo = make_lean(model)
+    undo = make_lean(model, "fp32")
     assert any(isinstance(m, DirectLinear) for m in model.modules()) == direct
+    head = "DirectLinear" if direct else "Linear"
     assert lean_layers(model) == {
-        ("chatml", "pretrain"): {"LlamaRMSNorm", "LlamaMLP", "Embedding"},
-        ("chatml", "finetune"): {"LlamaRMSNorm", "LlamaMLP", "Embedding"},
-        ("chatml", "adapters"): {"LlamaRMSNorm", "Embedding"},
+        ("chatml", "pretrain"): {"LlamaRMSNorm", "LlamaMLP", "Embedding", head},
+        ("chatml", "finetune"): {"LlamaRMSNorm", "LlamaMLP", "Embedding", head},
+        ("chatml", "adapters"): {"LlamaRMSNorm", "Embedding", head},
     }.get((llm, name), set())
     twin = deepcopy(model)  # as of a sharded model
     loss, gradients = gradients_of(twin)
@@ -88,7 +108,98 @@ def test_a_lean_model_trains_as_a_stock_one_in_64_bits_does(parts, llm, name, di
     assert lean_layers(model) == set()
 
 
-def test_lean_layers_keep_less(parts):
+def distance(gradients, expected):
+    """How far all gradients are from others, beside their length."""
+    squares = sum((gradient - expected[1][place]).square().sum() for place, gradient in gradients[1].items())
+    return float((squares / sum(gradient.square().sum() for gradient in expected[1].values())).sqrt())
+
+
+@pytest.mark.parametrize("few_rows", [0, 128])
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("llm", ["chatml", "phi"])
+def test_a_lean_model_trains_in_bf16_as_exactly_as_autocast(parts, llm, name, few_rows, half, monkeypatch):
+    monkeypatch.setattr(lean_module, "FEW_ROWS", few_rows)
+    model = tuned(parts, llm, STAGES[name])
+    expected = gradients_of(deepcopy(model).double(), torch.float64)
+
+    def trained(model):
+        model.zero_grad()
+        with causal_without_looking(model.language_model), computing_in("bf16", torch.device("cpu")):
+            return gradients_of(model)
+
+    plain = trained(deepcopy(model))
+    undo = [hold_frozen_in_half(model, "bf16"), make_lean(model, "bf16")]
+    found = trained(model)
+    assert len(half) == model.config.text_config.num_hidden_layers
+    assert found[1].keys() == plain[1].keys()
+    assert not any(p.grad.is_sparse for p in model.parameters() if p.grad is not None)
+    assert abs(found[0] - expected[0]) <= abs(plain[0] - expected[0]) + 1e-3 * expected[0]
+    assert distance(found, expected) <= 1.1 * distance(plain, expected)
+    set_checkpointing(model, True)
+    again = trained(model)
+    assert torch.equal(again[0], found[0])
+    assert all(torch.equal(again[1][place], gradient) for place, gradient in found[1].items())
+    for give_back in undo:
+        give_back()
+    assert lean_layers(model) == set()
+    set_checkpointing(model, False)
+    assert torch.equal(trained(model)[0], plain[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_products_are_those_of_autocast(dtype, half):
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(48, 80), nn.Linear(48, 32, bias=False)])
+    leaf = torch.randn(2, 5, 48).to(dtype).requires_grad_()
+    found = []
+    for begin in (lambda: list, lambda: make_lean(layers, "bf16")):
+        undo, rows = begin(), leaf * 1
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [layer(rows) for layer in layers]
+            outputs += [layers[0](rows * 2)]
+            if dtype == torch.float32:  # what was rounded before a change is not taken for what is there now
+                rows.detach().mul_(2)
+                outputs += [layers[1](rows)]
+        total = sum(output.float().square().sum() for output in outputs)
+        found.append([*outputs, *torch.autograd.grad(total, [leaf, *layers.parameters()])])
+        undo()
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+    assert all(
+        torch.equal(one, other) for one, other in zip(*(each[: -1 - 3] for each in found), strict=True)
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("chunk", [1, 2**18])
+def test_attention_in_bf16_is_as_exact_as_pytorchs_fused_kernel(groups, chunk, monkeypatch, direct):
+    monkeypatch.setattr(half_module, "_CHUNK", chunk)
+    torch.manual_seed(0)
+    shapes = [(3, 6, 19, 8), (3, groups, 19, 8), (3, groups, 19, 8)]
+    inputs = [(2 * torch.randn(shape)).bfloat16() for shape in shapes]
+    gradient = torch.randn(3, 19, 6, 8).bfloat16()
+    found = []
+    for dtype in (torch.float64, torch.bfloat16, None):
+        leaves = [t.to(dtype or torch.bfloat16, copy=True).requires_grad_() for t in inputs]
+        if dtype is None:
+            with torch.autocast("cpu", torch.bfloat16):
+                output = half_module.attend_half(*leaves, 0.3)
+        else:
+            kernel = SDPBackend.MATH if dtype == torch.float64 else SDPBackend.FLASH_ATTENTION
+            with sdpa_kernel(kernel):
+                heads = nn.functional.scaled_dot_product_attention(
+                    *leaves, is_causal=True, scale=0.3, enable_gqa=True
+                )
+            output = heads.transpose(1, 2)
+        gradients = torch.autograd.grad(output, leaves, gradient.to(output.dtype))
+        found.append([t.double() for t in (output, *gradients)])
+    for exact, fused, ours in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 1.1 * (fused - exact).norm()
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.75), ("bf16", 0.6)])
+def test_lean_layers_keep_less(parts, precision, share, half):
     def kept_bytes(model):
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept = {}
@@ -97,8 +208,10 @@ def test_lean_layers_keep_less(parts):
             kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
-        embeds = torch.randn(2, 300, model.config.text_config.hidden_size, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        embeds = torch.randn(4, 150, model.config.text_config.hidden_size, requires_grad=True)
+        attending = causal_without_looking(model.language_model)
+        saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with computing_in(precision, torch.device("cpu")), attending, saving:
             output = model.language_model(inputs_embeds=embeds).last_hidden_state  # keeps the graph
         found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
         del output
@@ -106,15 +219,17 @@ def test_lean_layers_keep_less(parts):
 
     model = tuned(parts, "chatml", STAGES["finetune"])
     before = kept_bytes(model)
-    make_lean(model)
-    assert kept_bytes(model) < 0.75 * before
+    make_lean(model, precision)
+    assert kept_bytes(model) < share * before
 
 
-def test_half_precision_and_compiled_layers_compute_as_ever(parts):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_emulated_half_precision_and_compiled_layers_compute_as_ever(parts, precision, monkeypatch):
+    monkeypatch.setattr(lean_module, "multiplies_bf16", lambda device: False)
     model = tuned(parts, "chatml", STAGES["finetune"])
     lean = deepcopy(model)
-    make_lean(lean)
-    with torch.autocast("cpu", torch.bfloat16):
+    make_lean(lean, precision)
+    with torch.autocast("cpu", torch.bfloat16), causal_without_looking(lean.language_model):
         found, expected = gradients_of(lean), gradients_of(model)
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(gradient, expected[1][place]) for place, gradient in found[1].items())
@@ -160,7 +275,7 @@ def test_layers_that_look_alike_and_compute_something_else_stay_as_they_are():
     torch.manual_seed(0)
     model = nn.ModuleList([Gated(), Norm(), Gated(dropout=0.1), Gated(factor=2.0), GatedNorm()]).eval()
     expected, before = torch.rand(1, generator=torch.Generator().manual_seed(3)), torch.manual_seed(3)
-    make_lean(model)
+    make_lean(model, "fp32")
     assert [one for one in model if "forward" in vars(one)] == [*model[:2]]
     assert not any(module.training for module in model.modules())
     assert torch.equal(torch.rand(1, generator=before), expected)  # the trials draw no number
@@ -174,8 +289,8 @@ def test_a_run_in_fp32_trains_by_lean_layers_and_leaves_none_behind(parts, recor
     made, weights = [], []
     make = training.make_lean
     for name, chosen in (
-        ("lean", lambda model: made.append(model) or make(model)),
-        ("stock", lambda model: list),
+        ("lean", lambda model, precision: made.append(model) or make(model, precision)),
+        ("stock", lambda model, precision: list),
     ):
         monkeypatch.setattr(training, "make_lean", chosen)
         hardware = Hardware(num_workers=0, precision="fp32")

@@ -13,6 +13,7 @@ from tinyllava.errors import ConfigError
 from tinyllava.model.assemble import assemble
 from tinyllava.model.tuning import apply_tuning
 from tinyllava.planning.check import check
+from tinyllava.training import lean
 from tinyllava.training import prepare as preparing
 from tinyllava.training import run as training
 from tinyllava.training.precision import computing_in, hold_frozen_in_half, multiplying
@@ -75,6 +76,7 @@ def test_frozen_layers_in_half_precision_give_the_same_bits(parts, llm, name, pr
 
 def test_a_run_in_bf16_ends_with_the_same_bits(parts, records, tmp_path, monkeypatch):
     """With adapters on what was held, which they are merged into, and answers to held-out records."""
+    monkeypatch.setattr(lean, "FEW_ROWS", 0)  # a head that is not held would multiply few rows in fp32
     for folder in ("held", "plain"):
         if folder == "plain":
             monkeypatch.setattr(training, "hold_frozen_in_half", lambda model, precision: lambda: None)

@@ -79,11 +79,9 @@ def _causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attend causally: as a mask [B, 1, N, N] says that was made beforehand, or within ``packed_mask``."""
-    attend: Any = AttentionInterface()["sdpa"]
     inputs = (query, key, value)
     if attention_mask is None or attention_mask.dtype != torch.int32:
-        output: tuple[Tensor, None] = attend(module, *inputs, attention_mask, **kwargs)
-        return output
+        return _attend(module, inputs, attention_mask, kwargs), None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     if _has_packed_kernel(query, dtype) and not kwargs.get("dropout"):
         return _attend_packed([t.to(dtype) for t in inputs], attention_mask, kwargs.get("scaling")), None
@@ -94,11 +92,46 @@ def _causal_attention(
 def _attend_each(
     module: nn.Module, inputs: Sequence[Tensor], attention_mask: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
-    attend: Any = AttentionInterface()["sdpa"]
     lengths = [end - start for start, end in pairwise(attention_mask.tolist()[0][0][0])]
     samples = zip(*(t.split(lengths, dim=2) for t in inputs), strict=True)
-    parts = [attend(module, *sample, None, **kwargs)[0] for sample in samples]
-    return torch.cat(parts, dim=1)
+    return torch.cat([_attend(module, sample, None, kwargs) for sample in samples], dim=1)
+
+
+def _attend(
+    module: nn.Module, inputs: Sequence[Tensor], mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """Attend by the module's own kernel, if it has one that takes the inputs, or as ``sdpa`` does."""
+    attend: Any = AttentionInterface()["sdpa"]
+    kernel: CausalKernel | None = getattr(module, _KERNEL, None)
+    is_causal = mask is None and kwargs.get("is_causal") is not False and not kwargs.get("dropout")
+    output: Tensor | None = None
+    if kernel is not None and is_causal and all(kwargs.get(name) is None for name in _OTHER_KINDS):
+        query, key, value = inputs
+        output = kernel(query, key, value, kwargs.get("scaling"))
+    return attend(module, *inputs, mask, **kwargs)[0] if output is None else output
+
+
+CausalKernel = Callable[[Tensor, Tensor, Tensor, float | None], Tensor | None]
+"""Causal attention of query [B, H, N, E], key and value [B, G, N, E] by a scale -> [B, N, H, E], or None."""
+
+_KERNEL = "_tinyllava_kernel"
+_OTHER_KINDS = ("softcap", "position_bias", "cache", "sliding_window", "s_aux")
+
+
+def give_kernel(language_model: nn.Module, kernel: CausalKernel) -> Callable[[], None]:
+    """Let layers attend by a kernel in ``causal_without_looking`` if it takes their inputs; return the undo.
+
+    Layers with dropout or with a mask of their own attend as ever.
+    """
+    layers = [m for m in language_model.modules() if getattr(m, "is_causal", False) is True]
+    for layer in layers:
+        setattr(layer, _KERNEL, kernel)
+
+    def undo() -> None:
+        for layer in layers:
+            delattr(layer, _KERNEL)
+
+    return undo
 
 
 def _has_packed_kernel(query: Tensor, dtype: torch.dtype) -> bool:

@@ -215,12 +215,23 @@ def product(inputs: Tensor, weight: Tensor, is_direct: bool) -> Tensor:
     return nn.functional.linear(inputs, weight)
 
 
+def multiply_pairs(rows: Tensor, others: Tensor) -> Tensor:
+    """Multiply matrices [G, R, E] by transposed ones [G, N, E] in fp32, without a backward pass."""
+    is_large = rows[0].numel() * others.shape[1] >= SMALLEST_PRODUCT
+    if is_large and _is_packed_faster(others):
+        return torch.stack([multiply_by_onednn(a, b) for a, b in zip(rows, others, strict=True)])
+    return torch.bmm(rows, others.transpose(1, 2))
+
+
 class DirectLinear(nn.Linear):
     """A linear layer in training on a CPU whose products in fp32 are oneDNN's; its weight stays as it is."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        weight = self.weight
+        return self.multiply(inputs, self.weight)
+
+    def multiply(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Map [..., in] to [..., out] by a tensor that stands for the layer's weight [out, in]."""
         is_plain = (
             inputs.dtype == weight.dtype == torch.float32
             and inputs.numel() * self.out_features >= SMALLEST_PRODUCT

@@ -348,7 +348,8 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> StageTrainer:
     """Return the Trainer of a stage whose plan was applied; call ``release`` when it is done."""
-    undo = [hold_frozen_in_half(model, choose_precision(run.hardware.precision)), make_lean(model)]
+    precision = choose_precision(run.hardware.precision)
+    undo = [hold_frozen_in_half(model, precision), make_lean(model, precision)]
     undo += [compile_layers(model)] if run.hardware.compile else []
     hardware, prefetch_factor, packed = fit_hardware(run, stage, model, processor, prepared)
     num_samples = len(prepared.examples)
