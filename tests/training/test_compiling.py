@@ -117,21 +117,25 @@ def test_those_of_compiled_code_are_equal(parts):
 
 
 @pytest.mark.parametrize(
-    ("sharding", "settings", "encoder"),
+    ("sharding", "settings", "encoder", "language"),
     [
-        ("none", {"gradient_checkpointing": True}, FULL),
-        ("gradients", {"packing": True}, FROZEN),
-        ("all", {"gradient_checkpointing": True, "save_steps": 1}, FULL),
+        ("none", {"gradient_checkpointing": True}, FULL, FULL),
+        ("gradients", {"packing": True}, FROZEN, lora(4)),
+        ("all", {"gradient_checkpointing": True, "save_steps": 1}, FULL, FULL),
     ],
 )
-def test_two_processes_train_and_validate_compiled(parts, tmp_path, sharding, settings, encoder):
+def test_two_processes_train_and_validate_compiled(parts, tmp_path, sharding, settings, encoder, language):
     """As one process does without compiling; with whole or divided weights, or resumed at the second step."""
     check_compiler(torch.device("cpu"))  # what it imports, the two need not
     records = make_records(tmp_path, {2} if sharding == "all" else set())
     run = toy_run(parts, records, tmp_path)
     validation = Validation(held_out=str(records))
     stage = dataclasses.replace(
-        run.stages["finetune"], max_steps=2, vision_encoder=encoder, validation=validation
+        run.stages["finetune"],
+        max_steps=2,
+        vision_encoder=encoder,
+        language_model=language,
+        validation=validation,
     )
     run = dataclasses.replace(run, stages={"finetune": stage})
     train_in(1, sharded(run, "none", tmp_path / "plain"))
