@@ -367,6 +367,28 @@ def test_each_look_for_images_that_are_gone_looks_at_all_of_them(data, tmp_path)
     assert many.find_gone() == str(tmp_path / "a.png")
 
 
+def test_of_processes_that_wait_together_not_each_looks_for_images(data, tmp_path, monkeypatch):
+    """The second look begins after all have come. A process that comes later looks for itself."""
+    expected = [*read_stored(data, "", tmp_path / "store").conversations]
+    looks, look = [], store.StoreFile.find_gone
+
+    def find_gone(self):
+        looks.append(self.source)
+        time.sleep(0.1)
+        return look(self)
+
+    monkeypatch.setattr(store.StoreFile, "find_gone", find_gone)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: read_stored(data, "", tmp_path / "store"), range(8)))
+    assert all([*records.conversations] == expected for records in found)
+    assert len(looks) <= 1 + len(data.records)  # the second file only once
+    looks.clear()
+    next(path for path in tmp_path.rglob("*.png")).unlink()
+    with pytest.raises(DataError):
+        read_stored(data, "", tmp_path / "store")
+    assert looks
+
+
 def test_a_table_is_opened_once_for_its_form_and_once_for_its_rows(tmp_path, monkeypatch):
     """A workbook is parsed whole each time."""
     opened = []

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,18 +38,22 @@ from tinyllava.files import files_below, read_object, sha256_of, whole_file, wri
 
 FORMAT = 2
 """Of the files; records in another one are converted again."""
+_LOOKED = "looked.json"
+"""Beside a converted file: when its images were last looked for."""
 _AT_ONCE = 256
 """Records that are converted together; some bring the bytes of their images."""
 
 
-def open_store(reading: Reading, reader: str, folder: Path) -> StoreFile:
+def _open_store(reading: Reading, reader: str, folder: Path, asked: int) -> StoreFile:
     """Return a converted record file, after converting it if needed.
 
     Of several processes one converts and the others wait. It is converted again where the file, the folder of
-    images or a setting has changed, an image is gone, or one that was missing is there.
+    images or a setting has changed, an image is gone, or one that was missing is there. Processes that wait
+    together take what one of them found of the images after all of these had come.
 
     Args:
         folder: where converted files of any run may be kept.
+        asked: when this process began to open files, in nanoseconds.
 
     Raises:
         DataError: see ``read_records``; a file that is read is removed meanwhile; or the disk is full.
@@ -57,7 +62,7 @@ def open_store(reading: Reading, reader: str, folder: Path) -> StoreFile:
         place = folder / _key(reading, reader, folder / "files.sqlite")
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / "lock"):
-            return _find(place, reading) or _convert(place, reading, reader)
+            return _find(place, reading, asked) or _convert(place, reading, reader)
     except OSError as error:
         place = Path(os.fsdecode(error.filename)) if error.filename else folder
         is_of_disk = not isinstance(error, FileNotFoundError | PermissionError)
@@ -72,14 +77,24 @@ def open_store(reading: Reading, reader: str, folder: Path) -> StoreFile:
         ) from error
 
 
-def _find(place: Path, reading: Reading) -> StoreFile | None:
+def _find(place: Path, reading: Reading, asked: int) -> StoreFile | None:
+    """Return the converted file if it is still right; its images need not be looked for again since then."""
     known = read_object(place / "about.json")
     if known is None or not (place / "records.arrow").is_file():
         return None
-    if any(os.path.exists(path) for path in known["missing"]):  # noqa: PTH110 (a Path costs more)
+    file, begun = _open(place, reading, known), time.time_ns()
+    if (read_object(place / _LOOKED) or {}).get("begun", 0) >= asked:
+        return file
+    if any(os.path.exists(path) for path in known["missing"]) or file.find_gone():  # noqa: PTH110 (Paths cost)
         return None
-    file = _open(place, reading, known)
-    return None if file.find_gone() else file
+    _note_look(place, begun)
+    return file
+
+
+def _note_look(place: Path, begun: int) -> None:
+    """Write down when all images of a converted file were last looked for, in nanoseconds."""
+    with suppress(OSError):  # then each process looks for them
+        write_json(place / _LOOKED, {"begun": begun})
 
 
 def _open(place: Path, reading: Reading, about: dict[str, Any]) -> StoreFile:
@@ -124,11 +139,12 @@ def write_store(place: Path, reading: Reading, reader: str, done: Findings) -> N
 
 
 def _convert(place: Path, reading: Reading, reader: str) -> StoreFile:
-    done = Findings(reading)
+    done, begun = Findings(reading), time.time_ns()
     write_store(place, reading, reader, done)
     skipped = dict(done.skipped)
     about = {"skipped": skipped, "ignored": dict(done.ignored), "missing": done.missing}
     write_json(place / "about.json", about)
+    _note_look(place, begun)
     return _open(place, reading, about)
 
 
@@ -286,10 +302,10 @@ def read_stored(data: DataConfig, data_root: str, folder: Path) -> Records:
     """Return the samples of a stage, out of converted files.
 
     Args:
-        folder: see ``open_store``.
+        folder: where converted files of any run may be kept.
 
     Raises:
-        ConfigError, DataError: see ``open_readings`` and ``open_store``.
+        ConfigError, DataError: see ``open_readings`` and ``_open_store``.
     """
     found = open_readings(data, data_root)
     opened = iter(_open_all([one for _, readings in found for one in readings], data.reader, folder))
@@ -312,10 +328,11 @@ def read_stored(data: DataConfig, data_root: str, folder: Path) -> Records:
 def _open_all(readings: Sequence[Reading], reader: str, folder: Path) -> list[StoreFile]:
     """Open files, several at a time where a file by itself is converted by one core."""
     alone = [place for place, one in enumerate(readings) if reader or not _is_divided(one.path)]
-    opened = map_parts(lambda place: open_store(readings[place], reader, folder), alone)
+    asked = time.time_ns()
+    opened = map_parts(lambda place: _open_store(readings[place], reader, folder, asked), alone)
     found = dict(zip(alone, opened, strict=True))
     return [
-        found[place] if place in found else open_store(one, reader, folder)
+        found[place] if place in found else _open_store(one, reader, folder, asked)
         for place, one in enumerate(readings)
     ]
 
