@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import pickle
 import random
 import struct
 import subprocess
@@ -48,6 +49,20 @@ def pixels(ref: ImageRef) -> np.ndarray:
 def test_lossless_formats_give_their_pixels(tmp_path, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
     assert np.array_equal(pixels(save(rgb(), tmp_path / f"a.{suffix}", **options)), np.asarray(rgb()))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF"])
+def test_an_rgb_image_is_not_copied_and_needs_its_file_no_more(kind, monkeypatch):
+    buffer = io.BytesIO()
+    rgb().save(buffer, kind)
+    expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
+    monkeypatch.setattr(Image.Image, "copy", lambda self: pytest.fail("copied"))
+    image = open_image(ImageRef(data=buffer.getvalue()))
+    assert np.array_equal(np.asarray(image), expected)
+    assert np.array_equal(np.asarray(image.transpose(Image.Transpose.ROTATE_180)), expected[::-1, ::-1])
+    assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(image))), expected)
+    image.thumbnail((4, 4))
+    assert image.size == (4, 3)
 
 
 def test_bytes_are_opened_as_a_file_is(tmp_path):
