@@ -7,6 +7,7 @@ A covering set: each combination holds as many pairs as possible that none befor
 import dataclasses
 import itertools
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 import toys
 from processes import in_ranks
@@ -115,6 +117,20 @@ def draw(is_allowed: Callable[[Mapping[str, int]], bool]) -> Iterator[Combinatio
     assert not missing, f"no combination has {sorted(missing)}"
 
 
+def differ(one: Mapping[str, Tensor], two: Mapping[str, Tensor], *, is_exact: bool) -> float:
+    """Return the largest difference of two models' weights; of the means of tensors where they are rounded.
+
+    AdamW moves a weight by the rate whatever the size of its gradient, so that one whose gradient is rounding
+    alone may move either way. In bf16 these are some weights of a tensor, and with moments in 8 bits one
+    whose moment lies between two codes: a tenth of the rate bounds the mean. In fp32 it is the encoder's key
+    biases: a softmax takes no notice of them, so that their gradient is zero.
+    """
+    assert one.keys() == two.keys()
+    idle = re.compile(r"vision_tower.*(k_proj|key)\.bias$")
+    differences = [(one[name] - two[name]).abs() for name in one if not idle.search(name)]
+    return max((values.max() if is_exact else values.mean()).item() for values in differences)
+
+
 @pytest.mark.combinations
 @pytest.mark.timeout(7200)
 def test_every_pair_of_settings_gives_the_weights_of_one_process(parts, tmp_path):
@@ -144,11 +160,12 @@ def test_every_pair_of_settings_gives_the_weights_of_one_process(parts, tmp_path
             for ranks, run in zip((1, 2), runs, strict=True)
         ]
         difference = float("nan")
+        is_exact = chosen["precision"] == "fp32" and chosen["optimizer"] != "adamw_8bit"
         if ends == [[0], [0, 0]]:
             one, two = (load_file(run.folder / "model/model.safetensors") for run in runs)
-            difference = max((one[name] - two[name]).abs().max().item() for name in one)
+            difference = differ(one, two, is_exact=is_exact)
         print(f"{number}: {ends} {difference:.1e} {time.monotonic() - begun:.1f} s {chosen}", flush=True)
-        if not difference < (1e-5 if chosen["precision"] == "fp32" else 1e-3):
+        if not difference < (1e-5 if is_exact else 1e-4):
             messages = "".join(path.read_text() for path in tmp_path.glob(f"said-{number}-*"))
             failed.append(f"{number}: {ends} {difference} {chosen}\n{messages}")
     assert not failed, "\n".join(failed)
