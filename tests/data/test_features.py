@@ -14,7 +14,7 @@ from PIL import Image
 from tinyllava.config import ModelConfig
 from tinyllava.conversation import Conversation, ImageRef, Message
 from tinyllava.data.distinct_images import DistinctImages
-from tinyllava.data.features import FeatureCache, encoder_key
+from tinyllava.data.features import FeatureCache, Numbers, encoder_key
 from tinyllava.data.hashes import ImageHashes
 from tinyllava.data.images import open_image
 from tinyllava.data.reporting import reporting
@@ -264,3 +264,35 @@ def test_rows_that_were_cut_off_are_computed_again(
     assert counted == [3, 3 - left // 512]
     found = [again.read(conversation.images[0]) for conversation in conversations]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
+
+
+def test_an_image_that_changes_while_features_are_computed_is_named(
+    model_and_processor, tmp_path, conversations
+):
+    hashes = ImageHashes(tmp_path / "hashes.sqlite").find(DistinctImages(conversations))
+    (tmp_path / "b.png").write_bytes((tmp_path / "c.png").read_bytes())
+    cache = FeatureCache(tmp_path / "kept", *model_and_processor)
+    cache.fill(conversations, hashes=[hashes])
+    with pytest.raises(DataError, match=r"^b: changed since it was hashed\. Run the same command again"):
+        cache.read(conversations[1].images[0])
+    assert cache.num_rows == 3  # one of them once more: a file that was b's shows c
+    again = FeatureCache(tmp_path / "kept", *model_and_processor)
+    again.fill(conversations)
+    assert torch.equal(again.read(conversations[1].images[0]), again.read(conversations[3].images[0]))
+
+
+def test_numbers_are_those_of_a_dictionary_also_where_keys_begin_alike():
+    random = np.random.default_rng(0)
+    keys = random.integers(0, 256, (2_000, 16), dtype=np.uint8)
+    keys[:600, :8] = keys[0, :8]  # alike in what is searched
+    keys[1_000:1_100] = keys[:100]  # equal
+    expected: dict[bytes, int] = {}
+    for number, key in enumerate(keys):
+        expected.setdefault(key.tobytes(), number)
+    numbers, unknown = Numbers(keys), random.integers(0, 256, (500, 16), dtype=np.uint8)
+    unknown[:100, :8] = keys[0, :8]
+    assert numbers.find(keys).tolist() == [expected[key.tobytes()] for key in keys]
+    assert numbers.find(unknown).tolist() == [-1] * 500
+    assert Numbers(keys[:0]).find(keys).tolist() == [-1] * 2_000
+    held = sum(values.nbytes for values in (numbers.heads, numbers.order, numbers.tails))
+    assert held == 2_000 * (16 + 4)

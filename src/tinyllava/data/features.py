@@ -7,10 +7,12 @@ share the cache.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections.abc import Callable, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,66 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyllava.conversation import Conversation, ImageRef
+from tinyllava.data.distinct_images import DistinctImages
+from tinyllava.data.hashes import ImageDigests, ImageHashes
 from tinyllava.data.images import naming_record, open_image, read_image_bytes
 from tinyllava.data.reporting import say
-from tinyllava.errors import DataError
+from tinyllava.data.store import image_counts
+from tinyllava.errors import DataError, ImageError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processing import TinyLlavaProcessor
 
-_Missing = tuple[str, ImageRef, Conversation]
-"""Digest of an image, where it is, and a record that shows it."""
+_Missing = tuple[DistinctImages, int]
+"""An image by its number."""
+_HEAD_BYTES = 8
+_DIGEST_BYTES = 32
+_PATH_BYTES = 16
+_ROWS_AT_ONCE = 4096
+
+
+class Numbers:
+    """Finds the numbers of keys: 4 bytes each beside the keys, where a dictionary takes more than 200.
+
+    Args:
+        keys: [N, K], digests of at least 8 bytes. Of equal ones the first is found.
+    """
+
+    def __init__(self, keys: NDArray[np.uint8]) -> None:
+        heads = _heads(keys)
+        order = np.argsort(heads, kind="stable").astype(np.int32)
+        self.heads, self.order = heads[order], order
+        self.tails = keys[order, _HEAD_BYTES:]
+
+    def find(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Return [M], the number of each key [M, K]; -1 where there is none."""
+        heads, tails = _heads(keys), keys[:, _HEAD_BYTES:]
+        found = np.full(len(keys), -1, dtype=np.int64)
+        places = np.searchsorted(self.heads, heads)
+        asked = np.arange(len(keys))
+        while len(asked):  # again only where different keys begin alike
+            asked = asked[places[asked] < len(self.heads)]
+            asked = asked[self.heads[places[asked]] == heads[asked]]
+            is_same = (self.tails[places[asked]] == tails[asked]).all(axis=1)
+            found[asked[is_same]] = self.order[places[asked[is_same]]]
+            asked = asked[~is_same]
+            places[asked] += 1
+        return found
+
+
+def _heads(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    return np.ascontiguousarray(keys[:, :_HEAD_BYTES]).view(np.uint64).ravel()
+
+
+def _as_keys(joined: bytes, width: int) -> NDArray[np.uint8]:
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, width)
+
+
+def _path_key(path: Path) -> bytes:
+    return hashlib.blake2b(os.fsencode(path), digest_size=_PATH_BYTES).digest()
 
 
 _FORMS = {torch.float32: ("", "f32"), torch.bfloat16: ("-bf16", "bf16"), torch.float16: ("-fp16", "f16")}
@@ -63,9 +114,12 @@ class FeatureCache:
         self.folder = folder / (encoder_key(model, processor) + name)
         self.path = self.folder / f"features.{ending}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows: dict[str, int] = {}
-        self.checksums: list[int] = []
-        self._digests: dict[str, str] = {}
+        self.num_rows = 0
+        """Images whose features are kept."""
+        self.checksums = np.zeros(0, dtype=np.uint32)
+        self._rows = Numbers(_as_keys(b"", _DIGEST_BYTES))
+        self._known: list[tuple[Numbers, NDArray[np.uint8]]] = []
+        """Images that are files, by their paths, and the digest [32] of each."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the model and the processor: a process that only reads rows needs neither."""
@@ -78,34 +132,38 @@ class FeatureCache:
 
     def fill(
         self,
-        conversations: Iterable[Conversation],
-        *,
+        *parts: Sequence[Conversation],
         batch_size: int = 8,
         progress: Callable[[int], None] = lambda n: None,
-        hashes: Iterable[Mapping[ImageRef, str]] = (),
+        hashes: Sequence[ImageDigests] = (),
     ) -> None:
         """Compute the missing features. Of several processes, one computes and the others wait.
 
         How much they will take is said before.
 
         Args:
-            hashes: SHA-256 of images, where known; the others are read to find their features.
+            parts: conversations that show the images.
+            hashes: of the images of each part, where known; otherwise images are read to find their features.
 
         Raises:
             ImageError: an image is broken; its record is named.
             DataError: they need more than is free on the disk, or it is full; what was finished stays.
         """
+        hashes = hashes or [ImageHashes(Path(":memory:")).find(DistinctImages(part)) for part in parts]
         for known in hashes:
-            self._digests |= {str(ref.path): digest for ref, digest in known.items() if ref.data is None}
+            self._note_paths(known)
         try:
             with FileLock(self.folder / "lock"):
                 self._read_index()
-                todo = self._find_missing(conversations, progress)
+                todo = self._find_missing(hashes)
                 self._require_space(len(todo))
+                progress(sum(int(image_counts(part).sum()) for part in parts) - len(todo))
                 for start in range(0, len(todo), batch_size):
                     batch = todo[start : start + batch_size]
                     self._append(batch)
                     progress(len(batch))
+                if todo:
+                    self._read_index()
         except OSError as error:
             raise DataError(
                 f"{self.folder}: features cannot be written ({error.strerror}). Free some disk space."
@@ -113,7 +171,7 @@ class FeatureCache:
 
     def _require_space(self, num_missing: int) -> None:
         """Report the size of the missing rows, and fail if the disk does not have the space."""
-        used = self.row_bytes * len(self.rows)
+        used = self.row_bytes * self.num_rows
         left_over = max(0, self.path.stat().st_size - used) if self.path.exists() else 0  # is written over
         needed = num_missing * self.row_bytes
         free = shutil.disk_usage(self.folder).free + left_over
@@ -132,46 +190,73 @@ class FeatureCache:
     def _read_index(self) -> None:
         """Read which rows exist. Rows that a kill or a full disk truncated are removed from the index."""
         index, path = self.folder / "index.txt", self.path
-        text = index.read_text(encoding="ascii", errors="replace") if index.exists() else ""
         num_rows = path.stat().st_size // self.row_bytes if path.exists() else 0
-        whole = takewhile(_LINE.fullmatch, text.splitlines(keepends=True))
-        lines = list(islice(whole, num_rows))
-        if "".join(lines) != text:
-            index.write_text("".join(lines), encoding="ascii")
-        self.rows = {line.split()[0]: row for row, line in enumerate(lines)}
-        self.checksums = [int(line.split()[1], 16) for line in lines]
+        digests, sums, num_whole = bytearray(), array("I"), 0
+        if index.exists():
+            with index.open(encoding="ascii", errors="replace", newline="\n") as lines:
+                for line in islice(takewhile(_LINE.fullmatch, lines), num_rows):
+                    digest, sum_ = line.split()
+                    digests += bytes.fromhex(digest)
+                    sums.append(int(sum_, 16))
+                    num_whole += len(line)
+            if num_whole < index.stat().st_size:
+                os.truncate(index, num_whole)
+        self._rows = Numbers(_as_keys(bytes(digests), _DIGEST_BYTES))
+        self.checksums = np.array(sums, dtype=np.uint32)
+        self.num_rows = len(sums)
 
-    def _find_missing(
-        self, conversations: Iterable[Conversation], progress: Callable[[int], None]
-    ) -> list[_Missing]:
-        missing: dict[str, _Missing] = {}
-        for conversation in conversations:
-            for ref in conversation.images:
-                with naming_record(conversation):
-                    digest = self._digest(ref)
-                if digest in self.rows or digest in missing:
-                    progress(1)
-                else:
-                    missing[digest] = (digest, ref, conversation)
-        return list(missing.values())
+    def _note_paths(self, hashes: ImageDigests) -> None:
+        """Remember the digests of images that are files by their paths."""
+        keys, numbers = bytearray(), array("I")
+        for part in hashes.images.parts(_ROWS_AT_ONCE):
+            first = hashes.images.place(part).start
+            for number, ref in enumerate(
+                hashes.images.sources[part.source].refs(part.start, part.end), first
+            ):
+                if ref.data is None and ref.path is not None:
+                    keys += _path_key(ref.path)
+                    numbers.append(number)
+        found = hashes.found[np.array(numbers, dtype=np.int64)]
+        self._known.append((Numbers(_as_keys(bytes(keys), _PATH_BYTES)), found))
+
+    def _find_missing(self, hashes: Sequence[ImageDigests]) -> list[_Missing]:
+        """Return the images without features, each content once, in the order of the parts."""
+        found = np.concatenate([_as_keys(b"", _DIGEST_BYTES), *(known.found for known in hashes)])
+        places = np.flatnonzero(self._rows.find(found) < 0)
+        _, first = np.unique(found[places], axis=0, return_index=True)
+        ends = np.cumsum([0, *(len(known) for known in hashes)])
+        missing = []
+        for place in np.sort(places[first]).tolist():
+            part = int(np.searchsorted(ends, place, side="right")) - 1
+            missing.append((hashes[part].images, place - int(ends[part])))
+        return missing
 
     def read(self, ref: ImageRef) -> Tensor:
         """Return the features [M, X] of an image that ``fill`` has seen.
 
         Raises:
-            DataError: the row is not the one that was written.
+            DataError: the row is not the one that was written, or the image has changed.
         """
-        row = self.rows[self._digest(ref)]
+        [row] = self._rows.find(_as_keys(self._digest(ref), _DIGEST_BYTES)).tolist()
+        if row < 0:
+            raise DataError(f"{ref}: changed since it was hashed. Run the same command again.")
         stored = np.fromfile(self.path, dtype=np.uint8, count=self.row_bytes, offset=self.row_bytes * row)
-        if zlib.crc32(stored.tobytes()) != self.checksums[row]:
+        if zlib.crc32(stored.tobytes()) != int(self.checksums[row]):
             raise DataError(f"{self.path}: row {row} is damaged. Delete {self.folder} to recompute it.")
         return torch.from_numpy(stored).view(self.dtype).view(self.shape)
 
     def _append(self, batch: list[_Missing]) -> None:
-        images = []
-        for _, ref, conversation in batch:
-            with naming_record(conversation):
-                images.append(open_image(ref, self.processor.background))
+        images, digests = [], []
+        for shown, number in batch:
+            ref = shown.ref(number)
+            try:
+                data = read_image_bytes(ref)
+                images.append(open_image(ImageRef(data=data, name=str(ref)), self.processor.background))
+            except ImageError as error:
+                place, _ = next(shown.showing({number}))
+                with naming_record(shown.conversations[place]):
+                    raise error
+            digests.append(hashlib.sha256(data).hexdigest())
         pixels = self.processor.to_pixels(images)
         device = next(self.model.vision_encoder.parameters()).device
         with torch.inference_mode():
@@ -179,25 +264,23 @@ class FeatureCache:
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
         rows = features.contiguous().flatten(1).view(torch.uint8).numpy()
         with self.path.open("r+b" if self.path.exists() else "w+b") as file:
-            file.seek(self.row_bytes * len(self.rows))
+            file.seek(self.row_bytes * self.num_rows)
             file.write(rows.tobytes())
+        sums = [zlib.crc32(row.tobytes()) for row in rows]
         with (self.folder / "index.txt").open("a", encoding="ascii") as index:
-            sums = [zlib.crc32(row.tobytes()) for row in rows]
-            index.writelines(
-                f"{digest} {sum_:08x}\n" for (digest, _, _), sum_ in zip(batch, sums, strict=True)
-            )
-        for digest, _, _ in batch:
-            self.rows[digest] = len(self.rows)
-        self.checksums += sums
+            index.writelines(f"{digest} {sum_:08x}\n" for digest, sum_ in zip(digests, sums, strict=True))
+        self.num_rows += len(sums)
 
-    def _digest(self, ref: ImageRef) -> str:
+    def _digest(self, ref: ImageRef) -> bytes:
         """Content of an image; remembered by path, since one image serves many records."""
-        key = str(ref.path) if ref.data is None else ""
-        if not key:
-            return hashlib.sha256(ref.data or b"").hexdigest()
-        if key not in self._digests:
-            self._digests[key] = hashlib.sha256(read_image_bytes(ref)).hexdigest()
-        return self._digests[key]
+        if ref.data is None and ref.path is not None:
+            key = _as_keys(_path_key(ref.path), _PATH_BYTES)
+            for numbers, digests in self._known:
+                [number] = numbers.find(key).tolist()
+                if number >= 0:
+                    found: bytes = digests[number].tobytes()
+                    return found
+        return hashlib.sha256(read_image_bytes(ref)).digest()
 
 
 @torch.no_grad()

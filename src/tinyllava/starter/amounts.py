@@ -209,9 +209,9 @@ def _encode(
     cache = FeatureCache(run.folder.parent / ".features", model, processor, half)
     conversations = read_records(files.pretrain, files.images).conversations
     cache.fill(conversations[:8])
-    start, before = time.monotonic(), len(cache.rows)
+    start, before = time.monotonic(), cache.num_rows
     cache.fill(conversations)
-    return (time.monotonic() - start) / (len(cache.rows) - before)
+    return (time.monotonic() - start) / (cache.num_rows - before)
 
 
 def _step(

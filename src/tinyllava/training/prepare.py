@@ -367,10 +367,10 @@ def _fill_features(
     model.vision_encoder.to(PartialState().device)
     half = HALF.get(choose_precision(run.hardware.precision))
     cache = FeatureCache(run.folder.parent / ".features", model, processor, half)
-    conversations = chain.from_iterable(examples.conversations for examples in parts)
+    conversations = [examples.conversations for examples in parts]
     num_images = sum(int(image_counts(examples.conversations).sum()) for examples in parts)
     task = bar.add_task("encoding images", total=num_images, note="")
     with multiplying("fp32"):  # the same in every precision: runs share them
-        cache.fill(conversations, progress=lambda n: bar.advance(task, n), hashes=hashes)
+        cache.fill(*conversations, progress=lambda n: bar.advance(task, n), hashes=hashes)
     for examples in parts:
         examples.features = cache
