@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -9,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from studies.report.chromium import open_page
@@ -20,7 +22,7 @@ from tinyllava.data.records import read_configured, read_records
 from tinyllava.data.store import ROLES
 from tinyllava.data.writing import write_records
 from tinyllava.errors import ConfigError, DataError
-from tinyllava.files import sha256_of
+from tinyllava.files import LOCK, sha256_of
 
 
 @pytest.fixture
@@ -316,3 +318,18 @@ def test_what_a_check_counts_is_what_is_counted_by_hand(table):
     places = [int(re.search(r"record (\d+)", one.where)[1]) for one in check.defects]
     assert sum(after < before for before, after in pairwise(places)) == 1  # in order, in each of the files
     assert counted == by_hand([*stored.conversations])
+
+
+def test_what_killed_checks_left_is_removed_and_a_running_one_keeps_its_own(table, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path / "cache"))
+    left, running, new = (tmp_path / "cache" / f"check-{name}" for name in ("left", "running", "new"))
+    for folder in (left, running, new):
+        folder.mkdir(parents=True)
+        (folder / "records.arrow").write_text("records")
+    for folder in (left, running):
+        os.utime(folder, (0, 0))
+    with FileLock(running / LOCK):
+        os.utime(running, (0, 0))
+        check_files(DataConfig(records=(str(table),)))
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["check-new", "check-running"]
+    assert (running / "records.arrow").is_file()

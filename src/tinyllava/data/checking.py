@@ -5,10 +5,12 @@ Paper: none.
 
 import hashlib
 import os
+import shutil
+import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from tinyllava.config import DataConfig
@@ -30,9 +33,12 @@ from tinyllava.data.readers.form import IMAGE_MARK, Reading
 from tinyllava.data.records import open_readings
 from tinyllava.data.sources import Share, mix
 from tinyllava.data.store import StoredConversations, StoreFile
-from tinyllava.files import cache_folder, page_environment, write_text
+from tinyllava.files import LOCK, cache_folder, found_below, held, page_environment, write_text
 
 _DIGEST_BYTES = 16
+_PREFIX = "check-"
+_NEW_SECONDS = 60
+"""In which a folder may not be locked yet."""
 STYLES = Path(__file__).parent
 """Of the pages that show records."""
 
@@ -207,16 +213,16 @@ def check_files(
     """
     sources, ends, files = [], [0], []
     found: list[_AllFindings] = []
-    with TemporaryDirectory(dir=_place()) as scratch:
+    with _scratch() as scratch:
         for source, readings in open_readings(data):
             for reading in readings:
                 found.append(_AllFindings(reading, found[-1].end if found else 0, progress))
-                file = _convert(found[-1], data.reader, Path(scratch, str(len(found))))
+                file = _convert(found[-1], data.reader, scratch / str(len(found)))
                 files += [file] if len(file) else []  # mapped by this: it is removed in the end
             sources.append(source)
             ends.append(found[-1].end)
         conversations = StoredConversations(files)
-        images, hashes = DistinctImages(conversations), ImageHashes(Path(scratch, "images.sqlite"))
+        images, hashes = DistinctImages(conversations), ImageHashes(scratch / "images.sqlite")
         rows = np.concatenate([rows for one in found for rows in one.good])
         defects = [defect for one in found for defect in one.found]
         if decode:
@@ -253,13 +259,19 @@ def _find_broken(
     }
 
 
-def _place() -> Path | None:
-    """Return a folder on a disk for converted records, which a folder in memory has no room for."""
-    with suppress(OSError):
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Give a folder on a disk for converted records; what killed checks left beside it is removed first."""
+    place: Path | None = None
+    with suppress(OSError):  # such as a read-only home: then in the system's folder
         cache_folder().mkdir(parents=True, exist_ok=True)
-        if os.access(cache_folder(), os.W_OK):
-            return cache_folder()
-    return None
+        place = cache_folder() if os.access(cache_folder(), os.W_OK) else None
+        for left in found_below(cache_folder(), f"{_PREFIX}*"):
+            if time.time() - left.stat().st_mtime > _NEW_SECONDS:
+                with suppress(OSError), FileLock(left / LOCK, timeout=0):  # whose process has ended
+                    shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=_PREFIX, dir=place) as name, held(Path(name)):
+        yield Path(name)
 
 
 def _name_keys(images: DistinctImages) -> NDArray[np.uint8]:
