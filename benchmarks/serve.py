@@ -6,11 +6,12 @@ token of a conversation's first and second turn; and a streamed answer over HTTP
 The last two are times of the processor: with one thread, what an idle machine takes. The first tokens are
 also timed by the clock, the shortest of all conversations: what two threads take if nobody else computes.
 With ``--language-model`` the turns are measured again, with that model behind a random ViT of 576
-image tokens. ``passes`` compares forward passes with linear layers as torch has them and packed, as
-``Chat.open`` does on AMD CPUs and in 16 bits. ``load`` lets clients ask for minutes, some of which leave
-early, and counts what was lost.
+image tokens. ``turns`` measures the first tokens alone. ``passes`` compares forward passes with linear
+layers as torch has them and packed, as ``Chat.open`` does on AMD CPUs and in 16 bits. ``load`` lets clients
+ask for minutes, some of which leave early, and counts what was lost.
 
     OMP_NUM_THREADS=1 python benchmarks/serve.py speed MODEL
+    OMP_NUM_THREADS=2 python benchmarks/serve.py turns MODEL
     OMP_NUM_THREADS=1 python benchmarks/serve.py passes MODEL
     OMP_NUM_THREADS=2 python benchmarks/serve.py load MODEL --clients 200 --minutes 5
 """
@@ -337,7 +338,7 @@ def main(stack: ExitStack) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["speed", "passes", "load"])
+    parser.add_argument("what", choices=["speed", "turns", "passes", "load"])
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48, help="longest answer")
@@ -358,13 +359,15 @@ def main(stack: ExitStack) -> None:
             load = run_load(server, known.clients, 60 * known.minutes, known.tokens)
         sys.exit(1 if load.counts["lost"] else 0)
     folder = stack.enter_context(TemporaryDirectory())
-    with serving(make_endless(Path(known.model), Path(folder) / "endless"), *options) as server:
-        server.ask([{"role": "user", "content": "What?"}], 2)
-        measure_many(server, known.clients, known.tokens, known.rounds)
+    if known.what == "speed":
+        with serving(make_endless(Path(known.model), Path(folder) / "endless"), *options) as server:
+            server.ask([{"role": "user", "content": "What?"}], 2)
+            measure_many(server, known.clients, known.tokens, known.rounds)
     with serving(known.model, *options) as server:
         server.ask([{"role": "user", "content": "What?"}], 2)
         measure_turns(server, 5 * known.rounds)
-        measure_overhead(server, known.model, known.tokens, 5 * known.rounds)
+        if known.what == "speed":
+            measure_overhead(server, known.model, known.tokens, 5 * known.rounds)
     if known.language_model:
         with serving(make_wide(known.language_model, Path(folder)), *options) as server:
             server.ask([{"role": "user", "content": "What?"}], 2)

@@ -47,6 +47,7 @@ class OwnEngine:
         self.decoder = call_in_thread(
             ContinuousDecoder, chat, cache_tokens=cache_tokens, max_running=max_running
         )
+        speed_up_reading(chat.model)  # before requests come, which would wait for it
         # Its own: a tokenizer cannot be read while another thread encodes, which changes settings of it.
         self._tokenizer = deepcopy(chat.processor.tokenizer)
         self._readers: dict[Sequence, _Reader] = {}
@@ -54,7 +55,6 @@ class OwnEngine:
         self._commands: queue.SimpleQueue[tuple[Literal["add", "remove", "close"], _Reader | None]]
         self._commands = queue.SimpleQueue()
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
-        self._preparing.submit(speed_up_reading, chat.model)  # a second or two, while it can answer already
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
