@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tinyllava.config import DataConfig
 from tinyllava.conversation import Conversation
-from tinyllava.data.conversion import write_store
+from tinyllava.data.conversion import naming_place, write_store
 from tinyllava.data.defects import DEFECTS, Defect
 from tinyllava.data.distinct_images import DistinctImages
 from tinyllava.data.findings import Findings, Part
@@ -243,8 +243,9 @@ def check_files(
 
 
 def _convert(found: _AllFindings, reader: str, place: Path) -> StoreFile:
-    place.mkdir()
-    write_store(place, found.reading, reader, found)
+    with naming_place(found.reading.path, place.parent):
+        place.mkdir()
+        write_store(place, found.reading, reader, found)
     return StoreFile(place, str(found.reading.path), found.reading.images)
 
 

@@ -34,7 +34,7 @@ from tinyllava.data.records import Form, Records, convert_each, fallback_form, o
 from tinyllava.data.sources import mix
 from tinyllava.data.store import BEFORE, ROLES, ROWS, SCHEMA, StoredConversations, StoreFile
 from tinyllava.errors import DataError
-from tinyllava.files import files_below, read_object, sha256_of, whole_file, write_json
+from tinyllava.files import CACHE_VARIABLE, files_below, read_object, sha256_of, whole_file, write_json
 
 FORMAT = 2
 """Of the files; records in another one are converted again."""
@@ -58,22 +58,33 @@ def _open_store(reading: Reading, reader: str, folder: Path, asked: int) -> Stor
     Raises:
         DataError: see ``read_records``; a file that is read is removed meanwhile; or the disk is full.
     """
-    try:
+    with naming_place(reading.path, folder):
         place = folder / _key(reading, reader, folder / "files.sqlite")
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / "lock"):
             return _find(place, reading, asked) or _convert(place, reading, reader)
+
+
+@contextmanager
+def naming_place(path: Path, folder: Path) -> Iterator[None]:
+    """Raise an error that names what cannot be read of a record file, or written into a folder.
+
+    Raises:
+        DataError: for any OSError.
+    """
+    try:
+        yield
     except OSError as error:
         place = Path(os.fsdecode(error.filename)) if error.filename else folder
         is_of_disk = not isinstance(error, FileNotFoundError | PermissionError)
         if not is_of_disk and not place.is_relative_to(folder):
             raise DataError(
-                f"{place}: cannot be read ({error.strerror}). Make sure that nothing changes {reading.path}, "
-                "and run the same command again."
+                f"{place}: cannot be read ({error.strerror}). Make sure that nothing changes {path}, and run "
+                "the same command again."
             ) from error
         raise DataError(
             f"{place}: converted records cannot be written ({error.strerror or error}). Free some disk "
-            "space, or choose a folder that can be written with --output."
+            f"space, or choose a folder that can be written with --output, or {CACHE_VARIABLE} for a check."
         ) from error
 
 
