@@ -105,9 +105,9 @@ def test_a_kernel_attends_where_nothing_but_causality_is_asked_for(parts):
     expected = model(ids, use_cache=False).last_hidden_state
     calls = []
 
-    def kernel(query, key, value, scale):
-        calls.append(scale)
-        if len(calls) == 1:
+    def kernel(query, key, value, scale, lengths):
+        calls.append((scale, lengths))
+        if len(calls) == 1 or lengths:
             return None  # sdpa's place
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
@@ -116,10 +116,10 @@ def test_a_kernel_attends_where_nothing_but_causality_is_asked_for(parts):
     attention = decoder_layers(model)[0].self_attn
     with causal_without_looking(model):
         torch.testing.assert_close(model(ids, use_cache=False).last_hidden_state, expected)
-        assert calls == [attention.scaling] * model.config.num_hidden_layers
+        assert calls == [(attention.scaling, None)] * model.config.num_hidden_layers
         packed = model(ids[:1], attention_mask=packed_mask([4, 5]), use_cache=False).last_hidden_state
         torch.testing.assert_close(packed[:, :4], expected[:1, :4])
-        assert len(calls) == 3 * model.config.num_hidden_layers  # a sample each
+        assert [lengths for _, lengths in calls[-3:]] == [[4, 5], None, None]  # together, then one by one
         calls.clear()
         model(ids, attention_mask=mask, use_cache=False)
         model.train()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyllava.config import FROZEN, FULL, Hardware, ModelConfig, Stage, lora
-from tinyllava.model import linear
+from tinyllava.model import linear, modeling
 from tinyllava.model.assemble import assemble
 from tinyllava.model.compat import causal_without_looking, set_checkpointing
 from tinyllava.model.linear import DirectLinear
@@ -42,6 +42,7 @@ def direct(monkeypatch, request):
 def half(monkeypatch):
     """Let layers compute as on a CPU that multiplies bf16; the shapes of queries that attention took."""
     monkeypatch.setattr(lean_module, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(lean_module, "best_device", lambda: "cpu")
     attended = []
     attend = half_module.attend_half
 
@@ -114,11 +115,14 @@ def distance(gradients, expected):
     return float((squares / sum(gradient.square().sum() for gradient in expected[1].values())).sqrt())
 
 
-@pytest.mark.parametrize("few_rows", [0, 128])
+@pytest.mark.parametrize(("few_rows", "positions"), [(0, 1024), (128, 1024), (128, 5)])
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("llm", ["chatml", "phi"])
-def test_a_lean_model_trains_in_bf16_as_exactly_as_autocast(parts, llm, name, few_rows, half, monkeypatch):
+def test_a_lean_model_trains_in_bf16_as_exactly_as_autocast(
+    parts, llm, name, few_rows, positions, half, monkeypatch
+):
     monkeypatch.setattr(lean_module, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(modeling, "LOSS_POSITIONS", positions)
     model = tuned(parts, llm, STAGES[name])
     expected = gradients_of(deepcopy(model).double(), torch.float64)
 
@@ -196,6 +200,30 @@ def test_attention_in_bf16_is_as_exact_as_pytorchs_fused_kernel(groups, chunk, m
         found.append([t.double() for t in (output, *gradients)])
     for exact, fused, ours in zip(*found, strict=True):
         assert (ours - exact).norm() <= 1.1 * (fused - exact).norm()
+
+
+def test_packed_samples_attend_as_rows_of_their_own_do(direct, monkeypatch):
+    multiply = linear.multiply_by_onednn
+
+    def checked(rows, weight):
+        """Other layouts take it a hundred times as long."""
+        assert all(t.is_contiguous() or t.t().is_contiguous() for t in (rows, weight))
+        return multiply(rows, weight)
+
+    monkeypatch.setattr(linear, "multiply_by_onednn", checked)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 17, h, 8).bfloat16().transpose(1, 2).requires_grad_() for h in (6, 2, 2)]
+    found = []
+    for lengths in ([5, 1, 11], None):
+        with torch.autocast("cpu", torch.bfloat16):
+            if lengths:
+                output = half_module.attend_half(*inputs, 0.3, lengths)
+            else:
+                samples = zip(*(t.split([5, 1, 11], dim=2) for t in inputs), strict=True)
+                output = torch.cat([half_module.attend_half(*sample, 0.3) for sample in samples], dim=1)
+        total = (output.float() * torch.arange(8)).sum()
+        found.append([output, *torch.autograd.grad(total, inputs)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 0.75), ("bf16", 0.6)])

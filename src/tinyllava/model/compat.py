@@ -93,6 +93,9 @@ def _attend_each(
     module: nn.Module, inputs: Sequence[Tensor], attention_mask: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
     lengths = [end - start for start, end in pairwise(attention_mask.tolist()[0][0][0])]
+    output = _attend_by_kernel(module, inputs, lengths, kwargs)
+    if output is not None:
+        return output
     samples = zip(*(t.split(lengths, dim=2) for t in inputs), strict=True)
     return torch.cat([_attend(module, sample, None, kwargs) for sample in samples], dim=1)
 
@@ -102,17 +105,23 @@ def _attend(
 ) -> Tensor:
     """Attend by the module's own kernel, if it has one that takes the inputs, or as ``sdpa`` does."""
     attend: Any = AttentionInterface()["sdpa"]
-    kernel: CausalKernel | None = getattr(module, _KERNEL, None)
-    is_causal = mask is None and kwargs.get("is_causal") is not False and not kwargs.get("dropout")
-    output: Tensor | None = None
-    if kernel is not None and is_causal and all(kwargs.get(name) is None for name in _OTHER_KINDS):
-        query, key, value = inputs
-        output = kernel(query, key, value, kwargs.get("scaling"))
+    output = None if mask is not None else _attend_by_kernel(module, inputs, None, kwargs)
     return attend(module, *inputs, mask, **kwargs)[0] if output is None else output
 
 
-CausalKernel = Callable[[Tensor, Tensor, Tensor, float | None], Tensor | None]
-"""Causal attention of query [B, H, N, E], key and value [B, G, N, E] by a scale -> [B, N, H, E], or None."""
+def _attend_by_kernel(
+    module: nn.Module, inputs: Sequence[Tensor], lengths: Sequence[int] | None, kwargs: dict[str, Any]
+) -> Tensor | None:
+    kernel: CausalKernel | None = getattr(module, _KERNEL, None)
+    is_causal = kwargs.get("is_causal") is not False and not kwargs.get("dropout")
+    if kernel is None or not is_causal or any(kwargs.get(name) is not None for name in _OTHER_KINDS):
+        return None
+    query, key, value = inputs
+    return kernel(query, key, value, kwargs.get("scaling"), lengths)
+
+
+CausalKernel = Callable[[Tensor, Tensor, Tensor, float | None, Sequence[int] | None], Tensor | None]
+"""Of query [B, H, N, E], key, value [B, G, N, E], scale, lengths of packed samples: [B, N, H, E] or None."""
 
 _KERNEL = "_tinyllava_kernel"
 _OTHER_KINDS = ("softcap", "position_bias", "cache", "sliding_window", "s_aux")

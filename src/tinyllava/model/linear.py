@@ -216,7 +216,10 @@ def product(inputs: Tensor, weight: Tensor, is_direct: bool) -> Tensor:
 
 
 def multiply_pairs(rows: Tensor, others: Tensor) -> Tensor:
-    """Multiply matrices [G, R, E] by transposed ones [G, N, E] in fp32, without a backward pass."""
+    """Multiply matrices [G, R, E] by transposed ones [G, N, E] in fp32, without a backward pass.
+
+    Each matrix has to be contiguous, or a transposed view of one that is; otherwise oneDNN is very slow.
+    """
     is_large = rows[0].numel() * others.shape[1] >= SMALLEST_PRODUCT
     if is_large and _is_packed_faster(others):
         return torch.stack([multiply_by_onednn(a, b) for a, b in zip(rows, others, strict=True)])

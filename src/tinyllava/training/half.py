@@ -7,6 +7,7 @@ things are more exact: attention scores stay in fp32, as in PyTorch's own kernel
 N x N is kept; and a head of few rows multiplies in fp32, which takes less time than rounding its weight.
 """
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
@@ -36,6 +37,7 @@ def computes_half(rows: Tensor) -> bool:
         and torch.get_autocast_dtype("cpu") == HALF
         and torch.is_grad_enabled()
         and rows.device.type == "cpu"
+        and rows.dtype in (torch.float32, HALF)
         and rows.numel() > 0
         and not torch.compiler.is_compiling()
     )
@@ -127,9 +129,16 @@ def multiply_gated(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     return outputs
 
 
-def attend_half(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attend causally in bf16: query [B, H, N, E], key and value [B, G, N, E] -> [B, N, H, E]."""
-    outputs: Tensor = _Attention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+def attend_half(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Sequence[int] | None = None
+) -> Tensor:
+    """Attend causally in bf16: query [B, H, N, E], key and value [B, G, N, E] -> [B, N, H, E].
+
+    Args:
+        scale: of the scores.
+        lengths: of samples one after another in one row, which do not see each other; together N.
+    """
+    outputs: Tensor = _Attention.apply(query, key, value, scale, lengths)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -142,53 +151,61 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        ctx.dtypes, ctx.scale = (query.dtype, key.dtype, value.dtype), scale
-        groups = key.shape[1]
-        folded = [_fold(t, groups) for t in (query, key, value)]
-        ctx.save_for_backward(*folded)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Sequence[int] | None
+    ) -> Tensor:
         batch, heads, length, width = query.shape
+        ctx.dtypes, ctx.scale = (query.dtype, key.dtype, value.dtype), scale
+        ctx.places = _places(batch, heads, lengths or [length])
+        rounded = [t.to(HALF, memory_format=torch.contiguous_format) for t in (query, key, value)]
+        ctx.save_for_backward(*rounded)
         outputs = query.new_empty((batch, length, heads, width), dtype=HALF)
         with torch.autocast("cpu", enabled=False):
-            for part in _parts(batch, heads * length * length):
-                q, k, v = (t[part].flatten(0, 1) for t in folded)
+            for place in ctx.places:
+                q, k, v = (_fold(t[place], key.shape[1]) for t in rounded)
                 mixed = multiply_pairs(_probabilities(q, k, scale), v.float().transpose(1, 2))
-                outputs[part].transpose(1, 2).copy_(mixed.view(-1, heads, length, width))
+                outputs.transpose(1, 2)[place].copy_(mixed.view(-1, heads, k.shape[1], width))
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        folded, scale = ctx.saved_tensors, ctx.scale
-        query, key = folded[0], folded[1]
-        groups, length = key.shape[1:3]
-        gradient = _fold(gradient.transpose(1, 2), groups)
-        found = [torch.empty_like(t) for t in folded]
+        rounded = ctx.saved_tensors
+        groups, gradient = rounded[1].shape[1], gradient.transpose(1, 2)
+        found = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(rounded, ctx.dtypes, strict=True)]
         with torch.autocast("cpu", enabled=False):
-            for part in _parts(len(query), groups * query.shape[2] * length):
-                q, k, v, g = (t[part].flatten(0, 1) for t in (*folded, gradient))
-                probabilities = _probabilities(q, k, scale)
-                of_q, of_k, of_v = (t[part].flatten(0, 1) for t in found)
-                torch.bmm(probabilities.to(HALF).transpose(1, 2), g, out=of_v)
+            for place in ctx.places:
+                q, k, v, g = (_fold(t[place], groups) for t in (*rounded, gradient))
+                probabilities = _probabilities(q, k, ctx.scale)
+                of_v = torch.bmm(probabilities.to(HALF).transpose(1, 2), g)
                 of_scores = multiply_pairs(g.float(), v.float()).mul_(probabilities)
                 of_scores.sub_(probabilities.mul_(of_scores.sum(-1, keepdim=True)))
-                rounded = of_scores.mul_(scale).to(HALF)
-                torch.bmm(rounded, k, out=of_q)
-                torch.bmm(rounded.transpose(1, 2), q, out=of_k)
-        of_query = found[0].view(len(query), -1, length, query.shape[-1])
-        return of_query.to(ctx.dtypes[0]), found[1].to(ctx.dtypes[1]), found[2].to(ctx.dtypes[2]), None
+                scaled = of_scores.mul_(ctx.scale).to(HALF)
+                results = torch.bmm(scaled, k), torch.bmm(scaled.transpose(1, 2), q), of_v
+                for total, result in zip(found, results, strict=True):
+                    part = total[place]
+                    part.copy_(result.view(part.shape))
+        return *found, None, None
 
 
 def _fold(heads: Tensor, groups: int) -> Tensor:
-    """Lay heads [B, H, N, E] of a group one below the other in bf16: [B, G, H / G * N, E]."""
-    half = heads.to(HALF, memory_format=torch.contiguous_format).contiguous()
-    return half.view(len(half), groups, -1, half.shape[-1])
+    """Lay heads [B, H, N, E] of a group one below the other: [B * G, H / G * N, E].
+
+    oneDNN takes a hundred times as long for matrices whose rows do not follow each other.
+    """
+    return heads.reshape(len(heads) * groups, -1, heads.shape[-1]).contiguous()
 
 
-def _parts(batch: int, size: int) -> list[slice]:
-    """Cut a batch into parts of about ``_CHUNK`` scores, of which a sample has so many."""
-    step = max(1, _CHUNK // size)
-    return [slice(start, start + step) for start in range(0, batch, step)]
+def _places(batch: int, heads: int, lengths: Sequence[int]) -> list[tuple[slice, slice, slice]]:
+    """Cut [B, H, N] at samples that follow each other in a row, and at about ``_CHUNK`` scores."""
+    places, end = [], 0
+    for length in lengths:
+        start, end = end, end + length
+        step = max(1, _CHUNK // (heads * length * length))
+        places += [
+            (slice(i, min(i + step, batch)), slice(None), slice(start, end)) for i in range(0, batch, step)
+        ]
+    return places
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:

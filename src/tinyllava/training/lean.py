@@ -9,7 +9,7 @@ head shares is added to the head's, row by row; PyTorch would make a second one,
 In bf16, linear layers and attention keep less too: see ``half``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
@@ -22,7 +22,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 from transformers import PreTrainedModel
 
 from tinyllava.model.compat import give_kernel
-from tinyllava.model.devices import multiplies_bf16
+from tinyllava.model.devices import best_device, multiplies_bf16
 from tinyllava.model.linear import DirectLinear, multiply_directly, product
 from tinyllava.model.quiet import keeping_random_state
 from tinyllava.training.half import (
@@ -49,7 +49,7 @@ def make_lean(model: nn.Module, precision: str) -> Callable[[], None]:
         precision: what the stage computes in, such as bf16.
     """
     found: list[Any] = []
-    is_half = precision == "bf16" and multiplies_bf16("cpu")
+    is_half = precision == "bf16" and best_device() == "cpu" and multiplies_bf16("cpu")
     ties = {id(m.weight): _Tie() for m in model.modules() if type(m) is nn.Embedding}
     if (
         is_half
@@ -206,12 +206,15 @@ def _as_ever(module: Any, rows: Tensor) -> Tensor:
     return outputs
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, lengths: Sequence[int] | None
+) -> Tensor | None:
     """Attend in bf16 where autocast does, and otherwise leave it to PyTorch."""
+    longest = max(lengths) if lengths else key.shape[2]
     is_known = value.shape == key.shape and query.shape[1] % key.shape[1] == 0
-    if not computes_half(query) or not is_known or not query.shape[2] == key.shape[2] <= LONGEST:
+    if not computes_half(query) or not is_known or query.shape[2] != key.shape[2] or longest > LONGEST:
         return None
-    return attend_half(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    return attend_half(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, lengths)
 
 
 class _Tie:
