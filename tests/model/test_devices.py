@@ -10,7 +10,8 @@ import torch
 from chats import make_chat
 from tinyllava.errors import ConfigError
 from tinyllava.inference.chat import Chat, choose_dtype
-from tinyllava.model.devices import call_in_thread, check_device, multiplies_bf16
+from tinyllava.model import devices
+from tinyllava.model.devices import call_in_thread, check_device, give_back_freed_memory, multiplies_bf16
 from tinyllava.parts.folders import saved_dtype
 from tinyllava.training.precision import choose_precision
 
@@ -77,3 +78,17 @@ def test_a_call_in_a_thread_sees_its_callers_context_and_ends_with_its_error():
     assert (thread.is_alive(), total) == (False, 7)
     with pytest.raises(ZeroDivisionError):
         call_in_thread(lambda: 1 / 0)
+
+
+def test_freed_memory_goes_back_where_the_c_library_can(monkeypatch):
+    give_back_freed_memory()  # what this system makes of it
+    asked = []
+    libraries = {"linux": SimpleNamespace(malloc_trim=asked.append), "darwin": None}
+    for platform, library in libraries.items():
+        monkeypatch.setattr(devices.sys, "platform", platform)
+        monkeypatch.setattr(devices.ctypes, "CDLL", lambda name, library=library: library)
+        give_back_freed_memory()
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: SimpleNamespace())  # as of musl
+    give_back_freed_memory()
+    assert asked == [0]

@@ -1,8 +1,10 @@
-"""The available device, its default precision and attention implementation, and the threads of a CPU.
+"""The available device, its default precision and attention, and the threads and memory of a CPU.
 
 Paper: none.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -80,3 +82,10 @@ def call_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(copy_context().run, function, *args, **kwargs).result()
+
+
+def give_back_freed_memory() -> None:
+    """Return freed memory to the system where the C library can (glibc); it keeps that of ended threads."""
+    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

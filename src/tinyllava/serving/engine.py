@@ -15,7 +15,7 @@ from typing import Literal
 
 from tinyllava.inference.chat import Chat
 from tinyllava.inference.continuous import ContinuousDecoder, Sequence
-from tinyllava.model.devices import call_in_thread
+from tinyllava.model.devices import call_in_thread, give_back_freed_memory
 from tinyllava.model.linear import speed_up_reading
 from tinyllava.serving.queue import End, Words
 from tinyllava.serving.schema import Question
@@ -47,6 +47,7 @@ class OwnEngine:
         self.decoder = call_in_thread(
             ContinuousDecoder, chat, cache_tokens=cache_tokens, max_running=max_running
         )
+        give_back_freed_memory()  # of weights that were laid out anew
         speed_up_reading(chat.model)  # before requests come, which would wait for it
         # Its own: a tokenizer cannot be read while another thread encodes, which changes settings of it.
         self._tokenizer = deepcopy(chat.processor.tokenizer)
