@@ -159,7 +159,9 @@ def test_a_worker_that_dies_or_hangs_ends_in_one_line(
     with pytest.raises(DataError, match=told) as caught:
         train(toy_run(parts, records, tmp_path / "run", hardware=hardware))
     assert "\n" not in str(caught.value)
-    assert not multiprocessing.active_children()  # as one of them ended, PyTorch would raise its error again
+    for child in multiprocessing.active_children():  # as it ends, PyTorch would raise its error again
+        child.join(30)
+    assert not multiprocessing.active_children()
 
 
 def test_other_errors_stay_what_they_are():

@@ -249,9 +249,12 @@ def test_a_signal_to_the_command_saves_in_all_processes(parts, tmp_path, number)
 @pytest.mark.parametrize("loses", ["killed", "raises"])
 def test_a_process_that_is_lost_ends_the_others_and_one_error_is_told(parts, tmp_path, loses):
     """The first process, which speaks, only knows that it has lost the second."""
+    saved = tmp_path / "run/finetune/checkpoint-2/manifest.json"  # a thread writes it during the third step
 
     def at_third_step(self, args, state, control, **_):
         if state.global_step == 3 and os.environ["RANK"] == "1":
+            while not saved.is_file():
+                time.sleep(0.05)
             if loses == "raises":
                 raise TrainingError("this one alone")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -269,7 +272,7 @@ def test_a_process_that_is_lost_ends_the_others_and_one_error_is_told(parts, tmp
     }
     assert expected[loses] in printed
     assert (printed.count("error: "), printed.count("Traceback")) == (1, 0)
-    assert (tmp_path / "run/finetune/checkpoint-2/manifest.json").is_file()
+    assert saved.is_file()
     assert metrics.read_text().count("\n") == 3
 
 
