@@ -239,6 +239,7 @@ def test_earlier_turns_are_remembered_within_the_budget(phi: Chat, images: list[
         assert reserved + decoder.num_kept_tokens <= decoder.cache_tokens
     decoder.close()
     assert most == 1, "the budget holds one such conversation at a time"
+    assert decoder.num_forgotten > 0
     expected = [phi.answer([ask("dog " * n)], 300)[0] for n in (31, 37, 41)]
     assert [text(phi, sequence) for sequence in large] == expected
     with pytest.raises(ConfigError, match="a cache of 100 tokens cannot hold one conversation"):

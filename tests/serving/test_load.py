@@ -3,13 +3,15 @@
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import httpx2 as httpx
 import pytest
 
 from documents import ROOT
 from served import serve
+from tinyllava.serving import engine
+from tinyllava.serving.engine import OwnEngine
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +42,12 @@ def test_a_load_of_clients_loses_nothing(toy: Path, benchmark: ModuleType) -> No
         assert server.memory_mib - before < 60
         assert served.metric("tinyllava_kept_tokens") <= 2_000
         client.close()
+
+
+def test_memory_of_dropped_conversations_is_given_back_at_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, own = [], object.__new__(OwnEngine)
+    own.decoder, own._num_given_back = SimpleNamespace(num_forgotten=0), 0  # type: ignore[assignment]
+    monkeypatch.setattr(engine, "give_back_freed_memory", lambda: given.append(own.decoder.num_forgotten))
+    for own.decoder.num_forgotten in (0, 99, 100, 150, 199, 230, 329, 330):
+        own._give_back()
+    assert given == [100, 230, 330]

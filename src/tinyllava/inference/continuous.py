@@ -93,6 +93,7 @@ class ContinuousDecoder:
         """Tokens of prompts that were not computed, so far."""
         self.num_ahead = 0
         """Tokens that ``look_ahead`` computed, so far."""
+        self.num_forgotten = 0  # conversations, so far
         self._kept: OrderedDict[int, Sequence] = OrderedDict()
         self._answered: deque[Sequence] = deque(maxlen=max_running)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -349,6 +350,7 @@ class ContinuousDecoder:
         num_tokens = self.num_kept_tokens
         while self._kept and (num_tokens > room or len(self._kept) > _MAX_KEPT):
             num_tokens -= self._kept.popitem(last=False)[1].past.length
+            self.num_forgotten += 1
 
     def _embed(self, ids: list[int]) -> Tensor:
         model = self.chat.model

@@ -24,6 +24,8 @@ _Event = str | End | BaseException
 _LOG = logging.getLogger(__name__)
 _PAUSE_SECONDS = 0.25
 """For which nobody has asked before something is computed ahead: programs ask on at once, people read."""
+_MANY_FORGOTTEN = 100
+"""Dropped conversations after which memory is given back; it takes milliseconds, and new memory as long."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -52,7 +54,7 @@ class OwnEngine:
         # Its own: a tokenizer cannot be read while another thread encodes, which changes settings of it.
         self._tokenizer = deepcopy(chat.processor.tokenizer)
         self._readers: dict[Sequence, _Reader] = {}
-        self._num_preparing = 0
+        self._num_preparing = self._num_given_back = 0
         self._commands: queue.SimpleQueue[tuple[Literal["add", "remove", "close"], _Reader | None]]
         self._commands = queue.SimpleQueue()
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
@@ -133,6 +135,7 @@ class OwnEngine:
                 if not is_idle:
                     return True
                 self._look_ahead()
+                self._give_back()
                 continue
             if command == "close" or reader is None:
                 return False
@@ -141,6 +144,12 @@ class OwnEngine:
                 self.decoder.add(reader.sequence)
             elif self._readers.pop(reader.sequence, None):
                 self.decoder.remove(reader.sequence)
+
+    def _give_back(self) -> None:
+        """Return memory after many conversations were dropped: the C library keeps it, in pieces."""
+        if self.decoder.num_forgotten - self._num_given_back >= _MANY_FORGOTTEN:
+            self._num_given_back = self.decoder.num_forgotten
+            give_back_freed_memory()
 
     def _look_ahead(self) -> None:
         if self._num_preparing:
