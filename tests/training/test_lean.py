@@ -311,6 +311,17 @@ def test_layers_that_look_alike_and_compute_something_else_stay_as_they_are():
     assert torch.equal(model[4](rows, gate), Norm()(rows * gate))
 
 
+def test_a_pass_that_ended_before_its_head_leaves_it_nothing():
+    words, head = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+    head.weight = words.weight
+    make_lean(nn.ModuleList([words, head]), "fp32")
+    words(torch.tensor([1, 2]))  # and an error
+    words.weight.data = torch.randn(9, 8)
+    with torch.no_grad():
+        rows = words(torch.tensor([3]))
+        assert torch.equal(head(rows), rows @ words.weight.T)
+
+
 def test_a_run_in_fp32_trains_by_lean_layers_and_leaves_none_behind(parts, records, tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "_is_packed_faster", lambda weight: True)
     monkeypatch.setattr(linear, "SMALLEST_PRODUCT", 1)

@@ -116,7 +116,7 @@ HOST_BYTES_PER_SECOND = 3e9
 """At which a checkpoint is copied from a GPU to main memory that is not pinned. Assumed, not measured."""
 CORES_PER_GPU = 8
 """Of a usual machine with GPUs."""
-RECORD_SECONDS = 1.2e-3
+RECORD_SECONDS = 0.62e-3
 """Core time in which a record is read, checked and tokenised once (``benchmarks/records.py``)."""
 DECODING_SECONDS = 5e-3
 """Core time in which an image of 640 x 480 pixels is decoded once, to see that it is whole."""

@@ -231,7 +231,7 @@ class _Tie:
 
     def embed(self, module: Any, is_half: bool, ids: Tensor) -> Tensor:
         """Embed tokens, and let the head that follows take its weight from here."""
-        weight = module.weight
+        weight, self._weight = module.weight, None  # of a pass that ended before its head
         is_lean = _is_exact(weight) or (is_half and computes_half(weight))
         if not (is_lean and weight.requires_grad and torch.is_grad_enabled()):
             return _as_ever(module, ids)
