@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyllava.data.readers.folder import IMAGES, VIDEOS
+from tinyllava.conversation import IMAGE_SUFFIXES
+from tinyllava.data.readers.folder import VIDEOS
 from tinyllava.errors import DataError
 from tinyllava.files import parse_json, read_object
 
@@ -123,7 +124,7 @@ def _refuse_scattered(path: Path, key: str, seen: set[str]) -> None:
 
 def _add(sample: dict[str, Any], end: str, data: bytes, where: str) -> None:
     suffix = f".{end.rpartition('.')[2]}"
-    if suffix in IMAGES:
+    if suffix in IMAGE_SUFFIXES:
         sample.setdefault("images", []).append(data)
         sample.pop("image", None)  # the path that the record had in its own world
     elif suffix in VIDEOS:

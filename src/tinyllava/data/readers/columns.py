@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tinyllava.conversation import Conversation
+from tinyllava.conversation import IMAGE_SUFFIXES, Conversation
 from tinyllava.data.defects import Defect
-from tinyllava.data.readers.folder import IMAGES
 from tinyllava.data.readers.form import (
     IMAGE_KEYS,
     ImageValue,
@@ -179,7 +178,11 @@ def _refuse_unnamed_image(raw: Mapping[str, Any], columns: Mapping[str, str], wh
     if "image" in columns:
         return
     for name, value in raw.items():
-        if isinstance(value, str) and name not in columns.values() and value.strip().lower().endswith(IMAGES):
+        if (
+            isinstance(value, str)
+            and name not in columns.values()
+            and value.strip().lower().endswith(IMAGE_SUFFIXES)
+        ):
             detail = (
                 f"{name!r} = {value[:80]} looks like an image; name the column with --column image={name}"
             )

@@ -13,6 +13,7 @@ from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinyllava.conversation import IMAGE_SUFFIXES
 from tinyllava.data.readers import json_text
 from tinyllava.data.readers.archives import (
     is_datasets_folder,
@@ -21,7 +22,7 @@ from tinyllava.data.readers.archives import (
     read_datasets_folder,
     read_tar,
 )
-from tinyllava.data.readers.folder import IMAGES, read_folder
+from tinyllava.data.readers.folder import read_folder
 from tinyllava.errors import DataError, require
 
 TABLES = (".csv", ".tsv")
@@ -209,7 +210,7 @@ def _xlsx(path: Path) -> Raw:
     for number, row in enumerate(rows, 2):
         if not any(cell not in (None, "") for cell in row):
             continue
-        if has_pictures and not any(str(cell).lower().endswith(IMAGES) for cell in row):
+        if has_pictures and not any(str(cell).lower().endswith(IMAGE_SUFFIXES) for cell in row):
             raise DataError(
                 f"{path}: row {number}: names no image, but the workbook has images in its cells. Save "
                 "them as files, and write their names into a column."

@@ -8,24 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tinyllava.conversation import IMAGE_SUFFIXES
 from tinyllava.errors import DataError
 from tinyllava.files import files_below, found_below
 
-IMAGES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".gif",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".jp2",
-    ".avif",
-    ".heic",
-    ".heif",
-)
 _RECORDS = (".csv", ".tsv", ".xlsx", ".parquet", ".jsonl")
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
@@ -98,7 +84,7 @@ def _is_of_system(name: str) -> bool:
 
 
 def _is_shown(path: Path, folder: Path) -> bool:
-    if path.suffix.lower() not in (*IMAGES, *VIDEOS):
+    if path.suffix.lower() not in (*IMAGE_SUFFIXES, *VIDEOS):
         return False
     return not any(_is_of_system(part) for part in path.relative_to(folder).parts)
 

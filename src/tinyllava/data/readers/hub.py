@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from posixpath import commonpath
 from typing import Any
 
+from tinyllava.conversation import IMAGE_SUFFIXES
 from tinyllava.data.readers.containers import is_record_file
-from tinyllava.data.readers.folder import IMAGES
 from tinyllava.errors import ConfigError, DataError, first_line
 from tinyllava.files import files_below
 
@@ -90,7 +90,7 @@ def find_records(name: str, *, has_images: bool = False) -> list[Path]:
     hub = parse_hub_name(name)
     commit, files = _list_files(hub)
     chosen = _choose(hub, _splits(hub, commit, files))
-    images = [file for file in files if file.lower().endswith(IMAGES)]
+    images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     holds_images = all(file.endswith((".parquet", ".tar")) for file in chosen)
     if not is_record_file(chosen[0]):
         folder = _image_folder(hub, chosen, images)
@@ -161,7 +161,7 @@ def _splits(hub: HubName, commit: str, files: Sequence[str]) -> dict[str, list[s
     listed = card.get("configs")
     configs = {str(one.get("config_name")): one for one in listed or () if isinstance(one, dict)}
     usable = [file for file in files if is_record_file(file)]
-    usable = usable or [file for file in files if file.lower().endswith(IMAGES)]
+    usable = usable or [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     if hub.config and hub.config not in configs:
         usable = [file for file in usable if file == hub.config or file.startswith(f"{hub.config}/")]
         if not usable:
