@@ -12,7 +12,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tinyllava.config import Hardware, to_json
 from tinyllava.data.dataset import Examples
@@ -159,9 +159,42 @@ def test_a_worker_that_dies_or_hangs_ends_in_one_line(
     with pytest.raises(DataError, match=told) as caught:
         train(toy_run(parts, records, tmp_path / "run", hardware=hardware))
     assert "\n" not in str(caught.value)
-    for child in multiprocessing.active_children():  # as it ends, PyTorch would raise its error again
-        child.join(30)
-    assert not multiprocessing.active_children()
+    assert not multiprocessing.active_children()  # PyTorch would raise its error again as one ends
+
+
+class _Images(Dataset):
+    """Whose second image ends its worker; the other worker sleeps on the third."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index > 1:
+            time.sleep(600)
+        return index
+
+
+def test_no_worker_outlives_an_error_that_interrupted_another():
+    """As where another process ends while the error is on its way: PyTorch raises it once more."""
+
+    def interrupted():
+        try:
+            list(DataLoader(_Images(), num_workers=2, batch_size=1))
+        finally:
+            raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+    other.start()
+    try:
+        with pytest.raises(DataError, match="images died") as caught, naming_dead_workers("--workers"):
+            interrupted()
+        assert caught.value.__cause__  # its frames are held, as by the caller who reports them
+        assert multiprocessing.active_children() == [other]  # which was there before
+    finally:
+        other.kill()
+        other.join()
 
 
 def test_other_errors_stay_what_they_are():

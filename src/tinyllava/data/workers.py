@@ -5,13 +5,14 @@ Paper: none. Workers pass tensors in shared memory. If it is full, they wait for
 """
 
 import gc
+import multiprocessing
 import re
 import shutil
 import signal
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,16 +89,17 @@ def out_of_shared_memory(batch: Any) -> Any:
 
 @contextmanager
 def naming_dead_workers(option: str) -> Iterator[None]:
-    """Say in one line that a worker died, which PyTorch notices within seconds, or that it hangs.
+    """Say in one line that a worker started inside died, as PyTorch notices within seconds, or hangs.
 
     Raises:
         DataError: with the option that asks for fewer of them.
     """
+    before = multiprocessing.active_children()
     try:
         yield
     except RuntimeError as error:
         if found := re.match(r"DataLoader timed out after (\d+)", str(error)):
-            _end_others(error)
+            _end_children_except(before)
             raise DataError(
                 f"the processes that load images delivered none within {int(found[1]):,} s: the disk or "
                 "network folder of the images may hang. Check it, and run the same command again to resume. "
@@ -106,23 +108,27 @@ def naming_dead_workers(option: str) -> Iterator[None]:
         if "DataLoader worker (pid" not in str(error):  # what one raises is handed over, and is no death
             raise
         first = str(error).partition("\n")[0]
-        _end_others(error)
+        _end_children_except(before)
         raise DataError(
             f"a process that loads images died, possibly because memory ran out ({first}). Run the same "
             f"command again to resume. {option} 0 loads images without such processes."
         ) from error
 
 
-def _end_others(error: RuntimeError) -> None:
-    """End the other workers, which the frames of the error keep alive.
+def _end_children_except(others: list[BaseProcess]) -> None:
+    """Kill the workers and wait for their ends.
 
-    As long as PyTorch knows the dead one, it raises the same error again wherever the program is when
-    another process ends.
+    They would go with their loader, but nobody can say when that is: frames of the error hold it, and of the
+    errors that this one interrupted. Until the dead one has been waited for, PyTorch raises the same error
+    again wherever the program is when another process ends.
     """
     if threading.current_thread() is not threading.main_thread():  # only that one is interrupted so
         return
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        traceback.clear_frames(error.__traceback__)
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.kill()
+                child.join()
     finally:
         signal.signal(signal.SIGCHLD, before)

@@ -149,9 +149,9 @@ def prepare(
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # for the processes' seeds, in place of the caller's
     )
-    with _tokenizers_without_threads():
-        groups_in_order = iter(loader)  # starts the processes
     with naming_dead_workers("--workers"):
+        with _tokenizers_without_threads():
+            groups_in_order = iter(loader)  # starts the processes
         for prepared in groups_in_order:
             for one in prepared:
                 yield _copied(one) if num_workers and isinstance(one, Prepared) else one
