@@ -243,13 +243,16 @@ def serve(connection: Connection, *args: Any) -> None:
     """Be one contestant in a process of its own: warm up, then train on the batch that is asked for."""
     contestant = Contestant(*args)
     forget_peak()
-    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
-        for index in range(len(contestant.batches)):
-            contestant.step(index)
-    connection.send(counter.get_total_flops())
+    for index in range(len(contestant.batches)):
+        contestant.step(index)
+    connection.send("ready")
     while (index := connection.recv()) is not None:
         connection.send(contestant.step(index))
     connection.send(contestant.peak_bytes())
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:  # which holds tensors for longer
+        for index in range(len(contestant.batches)):
+            contestant.step(index)
+    connection.send(counter.get_total_flops())
 
 
 @dataclass
@@ -258,9 +261,9 @@ class Measured:
 
     rounds: list[dict[str, float]]
     """Sums over the batches of a round; ``gradient_norm`` is the first batch's."""
-    flops: float
-    """Of the matrix products of one round."""
     peak_bytes: int = 0
+    flops: float = 0
+    """Of the matrix products of one round."""
 
     def each(self, name: str, per: str | None = None) -> list[float]:
         """A sum of each round, or its ratio to another sum."""
@@ -281,13 +284,14 @@ def compare(
             args = (theirs, way, stage, shape, num_batches, Path(folder), precision)
             spawn.Process(target=serve, args=args, daemon=True).start()
             theirs.close()  # so that a process that dies ends the wait for it
-            measured[way] = Measured(rounds=[], flops=lines[way].recv())  # one warms up after the other
+            lines[way].recv()  # one warms up after the other
+            measured[way] = Measured(rounds=[])
         for _ in range(num_rounds):
             peaks.append(matmul_peak(DTYPES[precision]))
             _run_round(lines, measured, num_batches)
         for way, line in lines.items():
             line.send(None)
-            measured[way].peak_bytes = line.recv()
+            measured[way].peak_bytes, measured[way].flops = line.recv(), line.recv()
     return measured, peaks
 
 
