@@ -227,6 +227,16 @@ def test_direct_layers_differentiate_as_plain_ones_in_64_bits_do(shape, has_bias
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_direct_layer_keeps_its_inputs_only_for_the_gradient_of_its_weight(is_frozen, always_direct):
+    layer = nn.Linear(48, 80).requires_grad_(not is_frozen)
+    multiply_directly(nn.Sequential(layer))
+    inputs, kept = torch.randn(7, 48, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda unused: None):
+        layer(inputs)
+    assert any(one is inputs for one in kept) != is_frozen
+
+
 def test_pairs_of_matrices_are_multiplied_by_either(always_direct, products, monkeypatch):
     rows, others = torch.randn(3, 7, 16), torch.randn(3, 16, 5).transpose(1, 2)
     found = linear.multiply_pairs(rows, others)
