@@ -1,6 +1,7 @@
 """Answers on disk: damaged lines of ours, and the answer files of LLaVA's scripts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,21 @@ def test_a_damaged_line_is_named(damage: bytes, gist: str, tmp_path: Path) -> No
     path.write_bytes(path.read_bytes() + damage)
     with pytest.raises(DataError, match=rf"answers-000.jsonl:2: .*{gist}"):
         read_answers(tmp_path, questions)
+
+
+def test_an_answer_about_another_image_is_refused(tmp_path: Path) -> None:
+    """POPE asks the same about many images: a question keeps id and prompt in another release."""
+    questions = BENCHMARKS["pope"].load(files.pope(tmp_path))
+    with AnswerFile(tmp_path) as file:
+        file.append([(questions[0], "yes")])
+    now = [replace(questions[0], image="another.jpg"), *questions[1:]]
+    with pytest.raises(DataError, match=r"'1' was about the image 'COCO_\w+.jpg', but is now 'another.jpg'"):
+        read_answers(tmp_path, now)
+    path = tmp_path / "answers-000.jsonl"
+    line = json.loads(path.read_text())
+    del line["image"]  # as earlier versions wrote it
+    path.write_text(json.dumps(line) + "\n")
+    assert read_answers(tmp_path, now) == {questions[0].id: "yes"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a benchmark needs on disk, told present, missing or doubtful; and what listing the names costs."""
 
+import base64
 import hashlib
 import subprocess
 import sys
@@ -38,6 +39,21 @@ def test_the_files_that_load_reads_are_the_files_that_are_asked_for(name: str, t
         status.needed.purpose for status in present
     }
     assert all("image" in purpose or "prompts" in purpose for purpose in missing)
+
+
+def test_another_release_in_the_folder_brings_its_own_images(tmp_path: Path) -> None:
+    """Releases of MMBench number other questions alike, and the images stand below these numbers."""
+    (first, *_) = BENCHMARKS["mmbench"].load(files.mmbench_new_table(tmp_path))
+    (image,) = first.conversation.images
+    before = image.path.read_bytes()
+    rows = files.mmbench_rows()
+    for row in rows:
+        row["image"] = base64.b64encode(files.png(7)).decode()
+    (tmp_path / "MMBench_DEV_EN.tsv").rename(tmp_path / "old.tsv")
+    files.write_table(tmp_path / "MMBench_DEV_EN_V11.tsv", rows)
+    (again, *_) = BENCHMARKS["mmbench"].load(tmp_path)
+    assert again.conversation.images == (image,)
+    assert image.path.read_bytes() == files.png(7) != before
 
 
 def test_an_incomplete_folder_is_doubtful(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class AnswerFile:
         """Write answers and hand them to the system, so that they outlive this process."""
         assert self._file is not None, "open the file with `with`"
         lines = [
-            {"question_id": q.id, "prompt": q.prompt, "text": text}
+            {"question_id": q.id, "image": q.image, "prompt": q.prompt, "text": text}
             | ({"is_cut": True} if isinstance(text, Answer) and text.is_cut else {})
             for q, text in answers
         ]
@@ -56,22 +56,28 @@ def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, Answe
     """Return the saved answers of a folder to these questions, by question id.
 
     Raises:
-        DataError: a line is damaged, was given to another prompt, or answers a question a second time.
+        DataError: a line is damaged, was given to another prompt or image, or answers a question a second
+            time.
     """
-    prompts = {question.id: question.prompt for question in questions}
+    asked = {question.id: question for question in questions}
+    by_content = "asked" in (read_object(folder / "run.json") or {})  # see check_edited
     answers: dict[str, Answer] = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for number, line in enumerate(whole_lines(path), start=1):
             record = parse_line(line.decode(errors="replace"), path, number, _FIX)
             question_id, prompt = record.text("question_id"), record.text("prompt")
-            if question_id not in prompts:
+            if question_id not in asked:
                 continue  # of a run with a higher limit
-            if prompt != prompts[question_id]:
-                record.fail(
-                    f"question {question_id!r} was asked as {prompt!r}, but is now {prompts[question_id]!r}: "
-                    "the data files differ.",
-                    f"Choose another output folder, or delete {folder}.",
-                )
+            question = asked[question_id]
+            given = [prompt, question.image if by_content else record.values.get("image", question.image)]
+            for was, now in zip(given, (question.prompt, question.image), strict=True):
+                if was != now:
+                    about = "asked as" if was is prompt else "about the image"
+                    record.fail(
+                        f"question {question_id!r} was {about} {was!r}, but is now {now!r}: the data files "
+                        "differ.",
+                        f"Choose another output folder, or delete {folder}.",
+                    )
             if question_id in answers:
                 record.fail(f"question {question_id!r} has two answers.", "Delete one line.")
             answers[question_id] = Answer(record.text("text"), is_cut=record.values.get("is_cut") is True)

@@ -257,24 +257,29 @@ def read_parquet(paths: list[Path], columns: list[str] | None = None) -> Iterato
 def unpack_image(record: Record, field: str, folder: Path, name: str) -> ImageRef:
     """Return the image of a cell (parquet's ``bytes``, or base64 text).
 
-    It is written to ``folder/images`` once, so that memory does not grow with the benchmark.
+    It is written to ``folder/images``, so that memory does not grow with the benchmark, unless the same bytes
+    are there: another release may have other images under the same names.
     """
     cell = record.field(field)
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if isinstance(data, str):
+        try:
+            data = base64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError):
+            record.fail(f"field {field!r} is {_show(cell)}; it must be an image in base64.")
+    if not isinstance(data, bytes) or not data:
+        record.fail(f"field {field!r} has no image.")
     path = folder / "images" / name
-    if not path.exists():
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if isinstance(data, str):
-            try:
-                data = base64.b64decode(data, validate=True)
-            except (binascii.Error, ValueError):
-                record.fail(f"field {field!r} is {_show(cell)}; it must be an image in base64.")
-        if not isinstance(data, bytes) or not data:
-            record.fail(f"field {field!r} has no image.")
+    if not _holds(path, data):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid4().hex}")  # processes of a run unpack side by side
         partial.write_bytes(data)
         partial.replace(path)
     return ImageRef(path=path, name=name)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 
 class ImageFiles:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyllava.data.readers.columns import LETTER
 from tinyllava.errors import DataError, require
@@ -17,6 +18,9 @@ from tinyllava.evaluation.benchmark import Benchmark, Grade, Prediction, Summary
 from tinyllava.evaluation.metrics.choices import NONE_OF_THEM, extract_option
 from tinyllava.evaluation.question import JudgeRequest, Judging, Question, QuestionList, Wording, no_source
 from tinyllava.evaluation.read import NeededFile, Record, find_parquet, read_parquet, read_table, unpack_image
+
+if TYPE_CHECKING:
+    from tinyllava.conversation import ImageRef
 
 BODY = "{hint}{question}\n{options}"
 PROMPT = f"{BODY}\n{LETTER}"
@@ -52,6 +56,7 @@ def load(folder: Path) -> list[Question]:
     """
     questions = QuestionList()
     rows: Counter[str] = Counter()  # of each base question in the whole file
+    images: dict[str, ImageRef] = {}
     num_chinese = 0
     for record in _read_records(folder):
         index = record.integer("index")
@@ -73,12 +78,13 @@ def load(folder: Path) -> list[Question]:
         level2 = "l2-category" if "l2-category" in record.values else "L2-category"
         groups = (f"category={record.text('category')}", f"l2-category={record.text(level2)}")
         target = {"answer": answer, "options": options}
-        image = unpack_image(record, "image", folder, f"{base}.jpg")
+        if base not in images:
+            images[base] = unpack_image(record, "image", folder, f"{base}.jpg")
         questions.add(
             record,
             id=str(index),
             text=f"{text}\n{LETTER}",
-            image=image,
+            image=images[base],
             image_name=base,
             target=target,
             groups=groups,
