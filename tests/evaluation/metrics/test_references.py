@@ -95,9 +95,18 @@ def test_every_written_number_is_read_back() -> None:
             assert find_numbers(text) == [value], text
 
 
-def test_vqa_accuracy_is_the_official_tools() -> None:
+def test_vqa_accuracy_is_the_official_tools_with_both_sides_normalised() -> None:
     humans = ["red"] * 2 + ["dark red"] * 8
     assert read("vqa", "Red.", *humans)[1] == pytest.approx(0.6)
+    for answer, right in (
+        ("Red.", "red"),
+        ("red", "Red"),
+        ("the dog", "a dog"),
+        ("cafe\u0301", "café"),
+        ("A", "a"),
+    ):
+        assert read("vqa", answer, *[right] * 4)[1] == 1, answer  # also where all annotators agree
+    assert tuple(read("vqa", " ", *["a"] * 4))[1:] == (0, False)
     assert "at least 4 annotators, found 2" in METRICS["vqa"].check(Reference(answers=("a", "b")))
 
 

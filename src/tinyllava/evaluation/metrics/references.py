@@ -19,7 +19,7 @@ from tinyllava.evaluation.metrics.choices import (
     split_labels,
     words_of,
 )
-from tinyllava.evaluation.metrics.vqa import grade_vqa
+from tinyllava.evaluation.metrics.vqa import grade_textvqa
 
 
 class Reading(NamedTuple):
@@ -69,8 +69,9 @@ def _read_contains(answer: str, reference: Reference) -> Reading:
 
 
 def _read_vqa(answer: str, reference: Reference) -> Reading:
-    parsed, score = grade_vqa(answer, reference.answers)
-    return Reading(parsed, score, bool(parsed))
+    """Normalise both sides always: VQAv2's rule compares to the letter where all annotators agree."""
+    parsed, score = grade_textvqa(normalise(answer), [normalise(one) for one in reference.answers])
+    return Reading(parsed or normalise(answer), score if answer.strip() else 0.0, bool(answer.strip()))
 
 
 def _read_yes_no(answer: str, reference: Reference) -> Reading:
