@@ -172,7 +172,7 @@ def test_the_model_is_listed(client: Any, served: Served, chat: Chat) -> None:
     assert client.models.retrieve("toy").model_dump()["context_tokens"] == chat.context_tokens
     with pytest.raises(openai.NotFoundError, match="'gpt' is not served here; this server has 'toy'"):
         client.models.retrieve("gpt")
-    assert httpx.get(f"{served.address}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{served.address}/health", timeout=600).json() == {"status": "ok"}
 
 
 def test_an_earlier_answer_of_the_client_can_be_sent_back_as_it_is(client: Any) -> None:
@@ -188,8 +188,8 @@ def test_metrics_count_requests_and_tokens(served: Served) -> None:
     usage = served.post(max_tokens=5).json()["usage"]
     after = [served.metric(name) for name in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [usage["completion_tokens"], 1]
-    httpx.get(f"{served.address}/made/up/by/a/client")
-    assert "made" not in httpx.get(f"{served.address}/metrics").text
+    httpx.get(f"{served.address}/made/up/by/a/client", timeout=600)
+    assert "made" not in httpx.get(f"{served.address}/metrics", timeout=600).text
 
 
 def test_while_nobody_asks_the_start_of_the_next_turn_is_computed(served: Served) -> None:

@@ -32,7 +32,7 @@ def curl(command: str) -> httpx.Response:
     assert set(given) <= {"-H", "-d"}
     headers = dict([given["-H"].split(": ")]) if "-H" in given else {}
     response = httpx.request(
-        "POST" if "-d" in given else "GET", address, content=given.get("-d"), headers=headers
+        "POST" if "-d" in given else "GET", address, content=given.get("-d"), headers=headers, timeout=600
     )
     if shutil.which(words[0]):
         done = subprocess.run([*words, "--silent"], capture_output=True, check=True)
@@ -129,7 +129,7 @@ def test_its_commands_for_llama_cpp_run(tmp_path: Path) -> None:
     )
     try:
         wait_until_up(f"http://127.0.0.1:{port}/health", process)
-        listed = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
+        listed = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=600).json()["data"]
         assert [model["id"] for model in listed] == ["my-gguf"]
     finally:
         process.terminate()

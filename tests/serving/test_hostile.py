@@ -120,7 +120,7 @@ def test_all_requests_together_hold_a_bounded_number_of_bytes() -> None:
         length, pieces = b"Content-Length: %d\r\n\r\n" % len(body), b"Transfer-Encoding: chunked\r\n\r\n"
 
         def held() -> float:
-            lines = httpx.get(f"{url}/metrics").text.splitlines()
+            lines = httpx.get(f"{url}/metrics", timeout=600).text.splitlines()
             return sum(float(line.split()[1]) for line in lines if line.startswith("tinyllava_held_bytes "))
 
         def wait_until(num_bytes: int) -> None:
@@ -140,7 +140,7 @@ def test_all_requests_together_hold_a_bounded_number_of_bytes() -> None:
             for _ in range(4):
                 send(stack, length + body[:-100])
             wait_until(8 * len(body) - 400)
-            refused = httpx.post(f"{url}/v1/chat/completions", json=question)
+            refused = httpx.post(f"{url}/v1/chat/completions", json=question, timeout=600)
             assert refused.status_code == 429
             assert int(refused.headers["Retry-After"]) >= 1
             assert "more would be above 80,000. Try again" in refused.json()["error"]["message"]
@@ -150,7 +150,7 @@ def test_all_requests_together_hold_a_bounded_number_of_bytes() -> None:
             assert held() == 8 * len(body) - 400
         wait_until(0)
         engine.goes_on.set()
-        assert httpx.post(f"{url}/v1/chat/completions", json=question).status_code == 200
+        assert httpx.post(f"{url}/v1/chat/completions", json=question, timeout=600).status_code == 200
         assert held() == 0
 
 

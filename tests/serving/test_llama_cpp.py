@@ -129,7 +129,7 @@ def test_a_client_that_goes_away_frees_its_place(served: Served) -> None:
     served.wait_for("tinyllava_places", 0)
     served.wait_for("tinyllava_running", 0)
     assert served.post(max_tokens=3).status_code == 200
-    assert "/page.js" in httpx.get(served.address).text
+    assert "/page.js" in httpx.get(served.address, timeout=600).text
 
 
 def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -162,14 +162,17 @@ def test_other_refusals(served: Served) -> None:
     many = served.post(content=b'{"x": [' + b"[]," * 300_000 + b"[]]}").json()["error"]
     assert "commas and brackets; at most 200,000" in many["message"]
     address = f"{served.address}/v1/chat/completions"
-    assert httpx.post(address, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
-    assert httpx.get(address).status_code == 405
-    assert httpx.get(f"{served.address}/../../etc/hostname").status_code == 404
-    assert httpx.get(f"{served.address}/page/../server.py").json()["error"]["code"] == "not_found"
-    foreign = httpx.get(f"{served.address}/v1/models", headers={"Host": "evil.example:80"})
+    as_text = httpx.post(address, content=b"{}", headers={"Content-Type": "text/plain"}, timeout=600)
+    assert as_text.status_code == 415
+    assert httpx.get(address, timeout=600).status_code == 405
+    assert httpx.get(f"{served.address}/../../etc/hostname", timeout=600).status_code == 404
+    outside = httpx.get(f"{served.address}/page/../server.py", timeout=600)
+    assert outside.json()["error"]["code"] == "not_found"
+    foreign = httpx.get(f"{served.address}/v1/models", headers={"Host": "evil.example:80"}, timeout=600)
     assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "host_not_allowed")
     port = served.address.rpartition(":")[2]
-    assert httpx.get(f"{served.address}/health", headers={"Host": f"[::1]:{port}"}).status_code == 200
+    own = httpx.get(f"{served.address}/health", headers={"Host": f"[::1]:{port}"}, timeout=600)
+    assert own.status_code == 200
 
 
 @contextmanager
@@ -261,7 +264,7 @@ def test_a_request_has_its_time(toy: Path) -> None:
 
 def accepts(served: Served) -> bool:
     try:
-        return httpx.get(f"{served.address}/health").status_code == 200
+        return httpx.get(f"{served.address}/health", timeout=600).status_code == 200
     except httpx.TransportError:  # refused, or closed before it was read
         return False
 
@@ -283,17 +286,18 @@ def test_keys_are_asked_for(toy: Path) -> None:
     with serve(toy, environment={"TINYLLAVA_API_KEY": "one, two"}) as served:
         address = f"{served.address}/v1/models"
         for key, status in (("one", 200), ("two", 200), ("three", 401), ("oneone", 401)):
-            response = httpx.get(address, headers={"Authorization": f"Bearer {key}"})
+            response = httpx.get(address, headers={"Authorization": f"Bearer {key}"}, timeout=600)
             assert response.status_code == status, key
-        refused = httpx.get(address)
+        refused = httpx.get(address, timeout=600)
         assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
-        assert httpx.get(f"{served.address}/metrics").status_code == 401
+        assert httpx.get(f"{served.address}/metrics", timeout=600).status_code == 401
         for host in ("localhost/health?", "localhost?", "localhost#", "localhost/health\\", "a@localhost/x"):
-            named = httpx.get(address, headers={"Host": host})  # some frameworks read the path behind it
+            # Some frameworks read the path behind it.
+            named = httpx.get(address, headers={"Host": host}, timeout=600)
             assert named.status_code in (401, 403), host
         assert served.post().status_code == 401
-        assert httpx.get(f"{served.address}/health").status_code == 200
-        assert httpx.get(served.address).status_code == 200, "the page asks for the key itself"
+        assert httpx.get(f"{served.address}/health", timeout=600).status_code == 200
+        assert httpx.get(served.address, timeout=600).status_code == 200, "the page asks for the key itself"
 
 
 def test_what_is_sent_in_pieces_does_not_wait_for_the_client() -> None:
