@@ -126,8 +126,16 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no question in common"):
         compare_predictions(a[:1], a[1:], gqa)
     values = {name: getattr(a[0], name) for name in Prediction.__dataclass_fields__}
-    with pytest.raises(DataError, match="differs for B"):
-        compare_predictions(a[:1], [Prediction(**{**values, "prompt": "Another?"})], gqa)
+    for field in ("prompt", "image"):
+        with pytest.raises(DataError, match=r"differs for B: .* and 'Another'"):
+            compare_predictions(a[:1], [Prediction(**{**values, field: "Another"})], gqa)
+    questions = gqa.load(tmp_path / "d")
+    corrected = [replace(questions[0], target="another"), *questions[1:]]
+    other = gqa.score(corrected, {q.id: "no" for q in corrected}).predictions
+    with pytest.raises(DataError, match=f"{questions[0].id!r} is graded against other right answers for B"):
+        compare_predictions(a, other, gqa)
+    earlier = [replace(one, target="") for one in other]  # of a file that an earlier version wrote
+    assert compare_predictions(a, earlier, gqa, num_resamples=50).num_unpaired == 0
     with pytest.raises(
         DataError, match=r"answers of B have no scores.*Judge them|answers of B have no scores"
     ):

@@ -37,6 +37,7 @@ def test_what_is_written_is_read_again(name: str, tmp_path: Path) -> None:
         "judge",
         "is_clear",
         "is_cut",
+        "target",
     }
 
 

@@ -268,6 +268,8 @@ def _words(prompt: str) -> str:
 
 
 _TEXTS = ("benchmark", "question_id", "image", "prompt", "answer", "parsed", "category")
+_LATER_TEXTS = ("judge", "target")
+"""Texts that older files do not have."""
 _MARKS = ("is_clear", "is_cut")
 
 
@@ -310,9 +312,9 @@ def _parse(record: Record) -> Prediction:
     for name, value in marks.items():
         if not isinstance(value, bool):
             record.fail(f"field {name!r} is {value!r}; it must be true or false.", _FIX)
-    unknown = set(record.values) - {*_TEXTS, *_MARKS, "score", "groups", "judge"}
+    unknown = set(record.values) - {*_TEXTS, *_MARKS, *_LATER_TEXTS, "score", "groups"}
     if unknown:
         record.fail(f"unknown field {min(unknown)!r}.", _FIX)
     texts: dict[str, Any] = {name: record.text(name) for name in _TEXTS}
-    judge = record.text("judge") if "judge" in record.values else ""
-    return Prediction(**texts, **marks, score=score, groups=tuple(record.texts("groups")), judge=judge)
+    texts |= {name: record.text(name) for name in _LATER_TEXTS if name in record.values}
+    return Prediction(**texts, **marks, score=score, groups=tuple(record.texts("groups")))

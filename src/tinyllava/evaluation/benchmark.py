@@ -45,6 +45,8 @@ class Prediction:
     """Whether the answer, or the judge's reply to it, was of the kind that was asked for."""
     is_cut: bool = False
     """Whether the answer ran into its limit of tokens."""
+    target: str = ""
+    """A hash of what it was graded against; empty if that is not known."""
 
     @property
     def cluster(self) -> str:
@@ -196,6 +198,7 @@ class Benchmark:
             judge=judge if is_judged and review is not None else "",
             is_clear=is_clear,
             is_cut=isinstance(answer, Answer) and answer.is_cut,
+            target=_hash_target(question.target),
         )
 
     def score(
@@ -281,6 +284,11 @@ def _check_ids(
                 f"{name}: {len(extra):,} of {len(given):,} {noun} match no question, the first with id "
                 f"{extra[0]!r}. They belong to other data files; score them with those."
             )
+
+
+def _hash_target(target: Any) -> str:
+    text = json.dumps(target, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def hash_questions(questions: Sequence[Question]) -> str:

@@ -64,7 +64,7 @@ def compare_predictions(
     """Compare two models' scored predictions on one benchmark.
 
     Raises:
-        DataError: no question in common, a prompt that differs, or answers that were not scored.
+        DataError: no question in common, a question that differs, or answers that were not scored.
     """
     of_a, of_b = ({p.question_id: p for p in predictions} for predictions in (a, b))
     pairs = [(of_a[key], of_b[key]) for key in of_a if key in of_b]
@@ -126,20 +126,31 @@ def _check_pairs(pairs: Sequence[Pair], benchmark: Benchmark) -> None:
             "for A and B: `tinyllava evaluate --score-only` with one --judge-model or one file of reviews."
         )
     for left, right in pairs:
-        if (left.prompt, left.groups) != (right.prompt, right.groups):
-            ours, theirs = (
-                (left.prompt, right.prompt) if left.prompt != right.prompt else (left.groups, right.groups)
-            )
-            raise DataError(
-                f"{benchmark.name}: question {left.question_id!r} differs for B: {ours!r} and {theirs!r}. "
-                "Evaluate both on the same data with the same protocol or metric."
-            )
+        _check_same_question(left, right, benchmark)
         if left.score is None or right.score is None:
             side = "A" if left.score is None else "B"
             raise DataError(
                 f"{benchmark.name}: the answers of {side} have no scores (question {left.question_id!r}). "
                 + ("Judge them first." if benchmark.judging else "Only the server can score them.")
             )
+
+
+def _check_same_question(left: Prediction, right: Prediction, benchmark: Benchmark) -> None:
+    names = (
+        ("prompt", "groups") if benchmark.is_edited else ("image", "prompt", "groups")
+    )  # its images may move
+    for name in names:
+        ours, theirs = getattr(left, name), getattr(right, name)
+        if ours != theirs:
+            raise DataError(
+                f"{benchmark.name}: question {left.question_id!r} differs for B: {ours!r} and {theirs!r}. "
+                "Evaluate both on the same data with the same protocol or metric."
+            )
+    if left.target and right.target and left.target != right.target:
+        raise DataError(
+            f"{benchmark.name}: question {left.question_id!r} is graded against other right answers for B. "
+            "Score both again on the same data: `tinyllava evaluate --score-only`, which needs no model."
+        )
 
 
 def compare(a: Path, b: Path, *, num_resamples: int = 2000, seed: int = 0) -> tuple[Comparison, ...]:
