@@ -58,8 +58,13 @@ class Served:
 
 
 @contextmanager
-def serve(model: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Served]:
-    command = [sys.executable, "-m", "tinyllava", "serve", str(model), "--port", "0", *options]
+def serve(
+    model: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    program: tuple[str, str] = ("-m", "tinyllava"),
+) -> Iterator[Served]:
+    command = [sys.executable, *program, "serve", str(model), "--port", "0", *options]
     process = subprocess.Popen(
         command,
         env={**os.environ, **(environment or {})},

@@ -189,29 +189,60 @@ def streaming(served: Served, max_tokens: int = 400) -> Iterator[Iterator[str]]:
         yield lines
 
 
+HOLDING = """
+import os, sys, time
+from pathlib import Path
+from tinyllava.cli import main
+from tinyllava.inference.continuous import ContinuousDecoder
+
+step = ContinuousDecoder.step
+
+
+def held(self):
+    while Path(os.environ["HELD"]).exists() and any(len(one.answer) > 8 for one in self.running):
+        time.sleep(0.01)
+    return step(self)
+
+
+ContinuousDecoder.step = held
+sys.exit(main())
+"""
+
+
 @pytest.fixture(scope="module")
-def small(toy: Path) -> Iterator[Served]:
+def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While this file is there, the answers of ``small`` stop after a few tokens."""
+    return tmp_path_factory.mktemp("small") / "hold"
+
+
+@pytest.fixture(scope="module")
+def small(toy: Path, hold: Path) -> Iterator[Served]:
     options = ("--max-waiting", "1", "--max-body-mib", "1", "--max-tokens", "480", "--max-images", "2")
-    with serve(toy, *options, "--name", "toy") as running:
+    held = {"HELD": str(hold)}
+    with serve(toy, *options, "--name", "toy", environment=held, program=("-c", HOLDING)) as running:
         yield running
 
 
-def test_a_full_queue_says_when_to_come_again(small: Served) -> None:
+def test_a_full_queue_says_when_to_come_again(small: Served, hold: Path) -> None:
+    hold.touch()
     with streaming(small) as lines:
         refused = small.post()
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert int(refused.headers["Retry-After"]) >= 1
+        hold.unlink()
         assert list(lines)[-2] == "data: [DONE]"
     small.wait_for("tinyllava_places", 0)
     assert small.post().status_code == 200
 
 
-def test_a_client_that_goes_away_frees_its_place(small: Served) -> None:
+def test_a_client_that_goes_away_frees_its_place(small: Served, hold: Path) -> None:
     tokens = 'tinyllava_tokens_total{kind="answer"}'
     before = small.metric(tokens)
+    hold.touch()
     with streaming(small, 480):
         assert small.metric("tinyllava_places") == 1
     small.wait_for("tinyllava_places", 0)
+    hold.unlink()
     assert small.post(max_tokens=3).status_code == 200
     assert small.metric(tokens) - before <= 3, "the answer that nobody read went on to its end"
 
