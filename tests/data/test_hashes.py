@@ -43,8 +43,9 @@ def test_an_image_is_read_once_and_again_when_it_changed_under_its_name_and_size
     first, num_read = digest(shown, database)
     assert (num_read, digest(shown, database)) == (3, (first, 0))
     path = tmp_path / "a/1.bmp"
-    before = path.stat()
-    make_images(tmp_path / "a", "aXc")
+    before, first_written = path.stat(), (tmp_path / "a/0.bmp").stat().st_ctime_ns
+    while (tmp_path / "a/0.bmp").stat().st_ctime_ns == first_written:  # within one tick of the clock
+        make_images(tmp_path / "a", "aXc")
     assert path.stat().st_size == before.st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times leaves it
     changed, num_read = digest(shown, database)
@@ -53,7 +54,11 @@ def test_an_image_is_read_once_and_again_when_it_changed_under_its_name_and_size
     assert digest(make_images(tmp_path / "b"), database)[0] == first  # the same images elsewhere
 
 
-def test_an_image_that_was_just_written_is_read_again(tmp_path: Path) -> None:
+def test_an_image_that_was_just_written_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now)
     shown = make_images(tmp_path / "a")
     assert [digest(shown, tmp_path / "hashes.sqlite")[1] for _ in range(2)] == [3, 3]
 
