@@ -8,11 +8,19 @@ import pytest
 from rich.console import Console
 
 from grid_toys import write_grid
+from tinyllava.studies import live
 from tinyllava.studies.graph import Graph, Node, Places, expand
 from tinyllava.studies.live import LiveView
 from tinyllava.studies.needs import plan_graph
 from tinyllava.studies.paper import find_grid
-from tinyllava.studies.work import State, now, save_state
+from tinyllava.studies.work import State, save_state
+
+NOW = 1_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "now", lambda: NOW)
 
 
 @pytest.fixture
@@ -32,7 +40,7 @@ def view(graph: Graph, height: int = 40, *, runs_all: bool = True) -> str:
 
 
 def begin(node: Node, step: int, seconds_ago: float) -> None:
-    save_state(node, State(status="running", started=now() - seconds_ago))
+    save_state(node, State(status="running", started=NOW - seconds_ago))
     path: Path = node.folder / node.name / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
