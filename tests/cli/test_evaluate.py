@@ -230,7 +230,12 @@ def test_a_model_is_told_by_its_weights_however_its_folder_is_written(
     assert len({one.weights for one in results}) == 1
     assert len((tmp_path / "out/pope/answers-000.jsonl").read_text().splitlines()) == 3
     template = tmp_path / "moved/chat_template.jinja"
+    assert main(["evaluate", "moved", *asked, "--score-only"]) == 0
     template.write_text(template.read_text() + " ")  # it decides the answers as the weights do
+    capsys.readouterr()
+    for name, gist in (("moved", r"not of moved \(weights \w+, now"), ("elsewhere", r"not of elsewhere\. ")):
+        assert main(["evaluate", name, *asked, "--score-only"]) == 2
+        assert re.search(f"out/pope: has answers of m, {gist}", capsys.readouterr().err)
     shutil.move("moved", "m")
     shutil.rmtree("out/pope")
     capsys.readouterr()

@@ -119,7 +119,9 @@ def test_an_image_that_changed_is_not_answered_by_what_the_old_one_showed(model,
         assert f"{data}: record 0 (id c0): its image or an earlier turn changed since it was answered" in told
     records = json.loads(data.read_text())
     data.write_text(json.dumps(records[2:]))  # without its questions, the other answers still count
-    assert main(asked(model, data, "--score-only")) == 0
+    before = load_results(data.parent / "out/results.json")[-1].decoding
+    assert main(asked(model, data, "--score-only", "--max-tokens", "99")) == 0
+    assert load_results(data.parent / "out/results.json")[-1].decoding == before  # that of the answers
 
 
 def test_in_python(model, data, tmp_path: Path) -> None:

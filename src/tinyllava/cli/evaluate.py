@@ -126,7 +126,8 @@ def _score(
     if aside := set_aside_if_damaged(output):
         print(f"{path}: damaged, moved to {aside}. Score the other benchmarks again with --score-only.")
     before = load_results(path) if path.exists() else ()
-    result = score(benchmark, data, output, blind=known.blind, limit=known.limit, judge=judge)
+    model = known.model if known.score_only else ""
+    result = score(benchmark, data, output, blind=known.blind, limit=known.limit, judge=judge, model=model)
     headline = [metric for metric in result.metrics if metric.name == result.metric]
     waits = benchmark.judging is not None and judge is None
     print(
@@ -208,9 +209,8 @@ def describe_answers(result: "Result", benchmark: "Benchmark") -> str:
     """Return a line with the number of unclear answers and of truncated answers."""
     line = f"unclear answers ({benchmark.unclear}): {result.num_unclear:,}"
     if result.num_cut:
-        line += (
-            f"; cut off at {benchmark.max_new_tokens} tokens or at the end of the context: {result.num_cut:,}"
-        )
+        limit = result.decoding.get("max_new_tokens", benchmark.max_new_tokens)
+        line += f"; cut off at {limit} tokens or at the end of the context: {result.num_cut:,}"
     return line
 
 

@@ -121,7 +121,9 @@ def score_answers(
         if answers:
             take_answers(benchmark, folders[name], folder, model=model, answers=Path(answers))
         grader = recorded.get(name, judge) if benchmark.judging is not None else None
-        results[name] = score(benchmark, folders[name], folder, blind=blind, limit=limit, judge=grader)
+        results[name] = score(
+            benchmark, folders[name], folder, blind=blind, limit=limit, judge=grader, model=model
+        )
     return results
 
 

@@ -16,6 +16,7 @@ from tinyllava.evaluation.judge import Judge, Reviews, save_reviews
 from tinyllava.evaluation.read import check_files
 from tinyllava.evaluation.results import Result, ResultTable, load_results
 from tinyllava.files import held, read_object
+from tinyllava.parts.folders import fingerprint
 
 BLANK = " (blank images)"
 """Behind a model's name in results without images."""
@@ -35,6 +36,14 @@ def _notes(benchmark: Benchmark, data: Path, run: Mapping[str, Any], *, blind: b
     return (*notes, BLIND) if blind else tuple(notes)
 
 
+def _name_decoding(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how the answers were made; nobody knows it of another program's."""
+    if "source" in run:
+        return {}
+    known = run.get("max_new_tokens")  # own questions may be scored with another --max-tokens
+    return {"do_sample": False, "num_beams": 1, "max_new_tokens": known} if known else None
+
+
 def _read_run(folder: Path) -> dict[str, Any]:
     """Return whose answers a folder holds.
 
@@ -48,6 +57,18 @@ def _read_run(folder: Path) -> dict[str, Any]:
             "run `tinyllava evaluate` again."
         )
     return run
+
+
+def _check_model(folder: Path, run: Mapping[str, Any], model: str) -> None:
+    """Make sure that answers are a model's: by its weights, or by its name where these are unknown."""
+    weights, known = fingerprint(Path(model)), run.get("weights")
+    is_same = weights == known if weights and known else Path(model) == Path(run["model"])
+    if not is_same:
+        now = f" (weights {known}, now {weights})" if weights and known else ""
+        raise ConfigError(
+            f"{folder}: has answers of {run['model']}, not of {model}{now}. Name that model, or give the "
+            "--output of this one."
+        )
 
 
 def set_aside_if_damaged(output: Path) -> Path | None:
@@ -104,6 +125,7 @@ def score(
     blind: bool = False,
     limit: int = 0,
     judge: Judge | Reviews | None = None,
+    model: str = "",
 ) -> Result:
     """Score a benchmark's answers; write predictions, the official upload files and ``output/results.json``.
 
@@ -114,15 +136,19 @@ def score(
         output: the folder that the run wrote to.
         limit: count only the first questions; 0 means all.
         judge: asked, or its recorded reviews; None leaves a benchmark that needs one without a score.
+        model: whose answers they have to be: a checkpoint folder, or a name; empty: whoever gave them.
 
     Raises:
         DataError: no answers there, or answers to other questions.
+        ConfigError: the answers are another model's.
         OutputError: another process asks or scores there.
         JudgeError: the judge does not answer.
     """
     folder = answers_folder(output, benchmark, blind=blind)
     if not (folder / "run.json").is_file():
         raise DataError(f"{folder}: no answers found. Run `tinyllava evaluate` without --score-only first.")
+    if model:
+        _check_model(folder, _read_run(folder), model)
     with held(folder):
         return _score(benchmark, data, output, folder, blind=blind, limit=limit, judge=judge)
 
@@ -162,7 +188,7 @@ def _score(
         scored,
         model=f"{run['model']}{BLANK}" if blind else run["model"],
         dtype=run["dtype"],
-        decoding={} if "source" in run else None,  # nobody knows how another program's answers were made
+        decoding=_name_decoding(run),
         judge=judge_name or None,
         notes=_notes(benchmark, data, run, blind=blind),
     )
