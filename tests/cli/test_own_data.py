@@ -1,5 +1,6 @@
 """Own questions on the command line: asked, resumed, graded again, blind, compared; the page in Chromium."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -228,3 +229,13 @@ def test_a_judges_reviews_score_what_waits_for_them(model, data, capsys) -> None
     assert main(asked(model, data, *judged)) == 0
     assert "own-my_test (own/judge): judge 40.00" in capsys.readouterr().out
     assert "<summary>short answers: 6 wrong</summary>" in page.read_text()
+    lines = [json.loads(line) for line in (data.parent / "out/own-my_test/answers-000.jsonl").open()]
+    texts = {line["question_id"]: line["text"] for line in lines}
+    hashes = {i: hashlib.sha256(texts[i].encode()).hexdigest()[:12] for i in ids}
+    rows = [{"question_id": i, "content": "5", "answer_hash": hashes[i]} for i in ids]
+    files.write_lines(reviews, rows)
+    assert main(asked(model, data, *judged)) == 0
+    files.write_lines(reviews, [{**rows[0], "answer_hash": "0" * 12}, *rows[1:]])
+    assert main(asked(model, data, *judged)) == 2
+    assert "1 of 12 reviews by some-judge are about other answers" in capsys.readouterr().err
+    assert load_results(data.parent / "out/results.json")[-1].value == 50

@@ -133,6 +133,13 @@ def test_nothing_is_paid_twice_and_a_stopped_run_goes_on(tmp_path: Path) -> None
         assert again.review(benchmark, questions, answers, tmp_path) == reviews
         assert len(requests) == 2
     assert Counter(reviews.replies.values()) == {"0.1": 2, "0.7": 1}
+    save_reviews(reviews, tmp_path / "reviews.jsonl")
+    recorded = read_reviews(tmp_path / "reviews.jsonl")
+    recorded.check_answers("mmvet", answers)
+    with pytest.raises(
+        DataError, match=r"mmvet: 1 of 3 reviews by stand-in are about other answers, .*'v1_1'"
+    ):
+        recorded.check_answers("mmvet", answers | {"v1_1": "of another model"})
 
 
 def test_an_interrupt_leaves_what_was_not_asked_unpaid(tmp_path: Path, monkeypatch) -> None:

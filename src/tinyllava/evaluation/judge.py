@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,26 @@ class Reviews:
 
     judge: str
     replies: Mapping[str, Reply]
+    reviewed: Mapping[str, str] = field(default_factory=dict)
+    """A hash of the answer that each reply is about; other programs' reviews do not have it."""
+
+    def check_answers(self, benchmark: str, answers: Mapping[str, str]) -> None:
+        """Make sure that the reviews are about these answers, as far as they say.
+
+        Raises:
+            DataError: one is about another answer to its question, such as another model's.
+        """
+        other = [key for key, told in self.reviewed.items() if told != _hash_answer(answers.get(key, ""))]
+        if other:
+            raise DataError(
+                f"{benchmark}: {len(other):,} of {len(self.replies):,} reviews by {self.judge} are about "
+                f"other answers, the first to question {other[0]!r}. Give the reviews of this model's "
+                "answers, or judge them with --judge-url."
+            )
+
+
+def _hash_answer(answer: str) -> str:
+    return hashlib.sha256(answer.encode()).hexdigest()[:12]
 
 
 class ReplyCache:
@@ -176,7 +196,11 @@ class Judge:
                     pool.shutdown(cancel_futures=True)
                     raise
         ids = [question.id for question in needed]
-        return Reviews(judge=self.endpoint.model, replies=dict(zip(ids, replies, strict=True)))
+        return Reviews(
+            judge=self.endpoint.model,
+            replies=dict(zip(ids, replies, strict=True)),
+            reviewed={key: _hash_answer(answers.get(key, "")) for key in ids},
+        )
 
     def _reply(self, client: httpx.Client, request: JudgeRequest) -> str:
         key = ReplyCache.key(self.endpoint.model, request)
@@ -269,6 +293,7 @@ def read_reviews(path: Path, *, judge: str = "") -> Reviews:
             has more runs than another.
     """
     found: dict[str, Reply] = {}
+    reviewed: dict[str, str] = {}
     judges = {judge} - {""}
     for key, record in _read_reviewed(path):
         if key in found:
@@ -283,6 +308,8 @@ def read_reviews(path: Path, *, judge: str = "") -> Reviews:
                 "Grade it again, or keep the same number of runs for every question.",
             )
         found[key] = runs[0] if len(runs) == 1 else tuple(runs)
+        if "answer_hash" in record.values:
+            reviewed[key] = record.text("answer_hash")
         judges |= set(record.texts("model")) if "model" in record.values else set()
         judges |= {str(record.values.get("judge", ""))} - {""}
     if len(judges) != 1:
@@ -291,7 +318,7 @@ def read_reviews(path: Path, *, judge: str = "") -> Reviews:
             f"{path}:1: the reviews must be from one judge; recorded or given: {named}. Name the judge, or "
             "keep the reviews of each judge in a separate file."
         )
-    return Reviews(judge=judges.pop(), replies=found)
+    return Reviews(judge=judges.pop(), replies=found, reviewed=reviewed)
 
 
 def _read_reviewed(path: Path) -> Iterator[tuple[str, Record]]:
@@ -303,12 +330,13 @@ def _read_reviewed(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def save_reviews(reviews: Reviews, path: Path) -> None:
-    """Write reviews as JSON lines: question id, judge, content."""
+    """Write reviews as JSON lines: question id, judge, content, and a hash of the answer they are about."""
     lines = (
-        json.dumps({"question_id": key, "judge": reviews.judge, "content": reply}, ensure_ascii=False)
+        {"question_id": key, "judge": reviews.judge, "content": reply}
+        | ({"answer_hash": reviews.reviewed[key]} if key in reviews.reviewed else {})
         for key, reply in reviews.replies.items()
     )
-    write_text(path, "".join(line + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 JUDGE = "judge"

@@ -175,6 +175,8 @@ def _score(
         save_reviews(reviews, folder / f"reviews-{name}.jsonl")
     judge_name = reviews.judge if reviews else ""
     scored = benchmark.score(questions, answers, reviews.replies if reviews else None, judge_name)
+    if reviews is not None:
+        reviews.check_answers(benchmark.name, answers)
     write_predictions(scored.predictions, folder / "predictions.jsonl")
     write_llava_answers(
         questions,
