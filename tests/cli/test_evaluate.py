@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -343,19 +342,3 @@ def test_without_a_model_a_command_says_what_to_do(arguments, fix, tmp_path, cap
     told = capsys.readouterr().err
     assert "`tinyllava starter`" in told
     assert fix in told
-
-
-@pytest.mark.parametrize("command", ["evaluate", "compare", "data", "chat"])
-def test_help_comes_at_once(command):
-    def used() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)  # not the clock: the machine may be busy
-        return usage.ru_utime + usage.ru_stime
-
-    seconds = []
-    for _ in range(3):
-        start = used()
-        subprocess.run(
-            [sys.executable, "-m", "tinyllava", command, "--help"], check=True, capture_output=True
-        )
-        seconds.append(used() - start)
-    assert min(seconds) < 0.3

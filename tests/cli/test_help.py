@@ -105,6 +105,20 @@ def test_mixtures_are_listed_and_what_they_lack_is_named(
     assert "Did you mean 'LLaVA-1.5-mix-665k'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_comes_at_once(name: str) -> None:
+    """It loads nothing but the standard library and this package; PyTorch alone takes seconds."""
+    code = (
+        "import sys\nbefore = set(sys.modules)\nfrom tinyllava.cli import main\n"
+        "try:\n    main([sys.argv[1], '--help'])\nexcept SystemExit:\n    pass\n"
+        "loaded = {module.partition('.')[0] for module in set(sys.modules) - before}\n"
+        "print(*sorted(loaded - sys.stdlib_module_names - {'__mp_main__'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, name], check=True, capture_output=True, text=True)
+    assert f"tinyllava {name}" in done.stdout
+    assert done.stdout.splitlines()[-1] == "tinyllava"
+
+
 def test_a_reader_that_stops_early_gets_no_traceback() -> None:
     """As `tinyllava show variants | head -1` does: the pipe is closed before anything is written."""
     code = "import sys, tinyllava.cli as c; sys.exit(c.main(['show', 'variants']))"
