@@ -6,6 +6,7 @@ Nothing in them may end in a traceback, run for ever, fill the memory or be exec
 import json
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,15 @@ def test_a_template_without_end_is_refused(
     (copy / "chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointError, match=rf"chat_template\.jinja: no chat template .*({message})"):
         open_checkpoint(copy)
+
+
+def test_a_trial_has_its_seconds_of_a_core_however_busy_the_machine_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(untrusted, "_TRIAL_SECONDS", 1.0)
+    assert untrusted.try_out(lambda: time.sleep(1.1)) == ""
+    monkeypatch.setattr(untrusted, "_WAITED_SECONDS", 0.1)
+    assert untrusted.try_out(lambda: time.sleep(600)) == "it does not finish within 0 seconds"
 
 
 def test_our_own_templates_end_in_a_fresh_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ _LARGEST = 2**31 - 1
 _LARGEST_SIDE_PX = 16_384
 _MOST_IMAGE_TOKENS = 100_000
 _MEMORY_BYTES = 2**30  # what a trial may take beyond what the process has
-_TRIAL_SECONDS = 10.0
+_TRIAL_SECONDS = 10.0  # of a core, because other programs may be busy
+_WAITED_SECONDS = 300.0  # by the clock, if it does not compute either
 
 
 def check_weight_map(path: Path, index: Mapping[str, Any]) -> set[str]:
@@ -129,22 +130,24 @@ def try_out(trial: Callable[[], object], template: str = "", chats: Sequence[Any
             os._exit(0)
     os.close(writer)
     try:
-        is_ready, _, _ = select.select([reader], [], [], _TRIAL_SECONDS)
+        is_ready, _, _ = select.select([reader], [], [], _WAITED_SECONDS)
         said = os.read(reader, 4096).decode(errors="replace") if is_ready else ""
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
     if not is_ready:
-        return _endless()
+        return _endless(_WAITED_SECONDS)
+    if os.waitstatus_to_exitcode(status) == -signal.SIGXCPU:
+        return _endless(_TRIAL_SECONDS)
     return said.strip() if said else _TOO_LARGE
 
 
 _TOO_LARGE = "it needs too much memory"
 
 
-def _endless() -> str:
-    return f"it does not finish within {_TRIAL_SECONDS:.0f} seconds"
+def _endless(seconds: float) -> str:
+    return f"it does not finish within {seconds:.0f} seconds"
 
 
 def _try_elsewhere(template: str, chats: Sequence[Any]) -> str:
@@ -158,13 +161,15 @@ def _try_elsewhere(template: str, chats: Sequence[Any]) -> str:
         stderr=subprocess.DEVNULL, env=environment,
     ) as child:  # fmt: skip
         assert child.stdin is not None
-        end, watched = time.monotonic() + _TRIAL_SECONDS, psutil.Process(child.pid)
+        end, watched = time.monotonic() + _WAITED_SECONDS, psutil.Process(child.pid)
         try:
             with child.stdin:
-                child.stdin.write(json.dumps([_TRIAL_SECONDS, template, chats]).encode())
+                child.stdin.write(json.dumps([_WAITED_SECONDS, template, chats]).encode())
             while child.poll() is None:
                 if time.monotonic() > end:
-                    return _endless()
+                    return _endless(_WAITED_SECONDS)
+                if sum(watched.cpu_times()[:2]) > _TRIAL_SECONDS:
+                    return _endless(_TRIAL_SECONDS)
                 if watched.memory_info().rss > _MEMORY_BYTES:
                     return _TOO_LARGE
                 time.sleep(0.01)
@@ -242,9 +247,10 @@ def _limit() -> None:
     import resource
 
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    most, seconds = pages * resource.getpagesize() + _MEMORY_BYTES, int(_TRIAL_SECONDS) + 1
+    most, seconds = pages * resource.getpagesize() + _MEMORY_BYTES, int(_TRIAL_SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # also if the parent is killed
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, also if the parent is killed
 
 
 def _told(trial: Callable[[], object]) -> str:
