@@ -3,6 +3,9 @@
 import gc
 import json
 import os
+import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,22 @@ def frozen() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def port() -> Iterator[str]:
+    """A port of this machine for a server, which nobody else is given before it starts, nor while it stops.
+
+    A socket that does not listen keeps it: Linux then gives the port to no other program that takes any, and
+    a server can listen on it all the same.
+    """
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        number = keeper.getsockname()[1]
+        if sys.platform != "linux":  # there the two exclude each other
+            keeper.close()
+        yield str(number)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import csv
 import json
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +52,9 @@ def test_the_drawn_photographs_are_of_many_looks_and_sizes(script, tmp_path: Pat
     assert [",".join(row.values()) for row in rows[:2]] == blocks(GUIDE, "")[0].splitlines()[1:]
 
 
-def test_its_commands_and_its_answer_over_http(script, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_its_commands_and_its_answer_over_http(
+    script, tmp_path: Path, monkeypatch, capsys, port: str
+) -> None:
     make_small_model(tmp_path)
     script.write_mugs(tmp_path / "mine")
     (tmp_path / "checkpoint").rename(tmp_path / "mine/checkpoint")
@@ -92,13 +93,11 @@ def test_its_commands_and_its_answer_over_http(script, tmp_path: Path, monkeypat
     assert len(given[1]) == 20
     assert (folders[1] / "answers.html").read_text().count("<img src") == 20
     assert Path("mugs-for-transformers/model.safetensors").is_file()
-    answer_over_http(serve)
+    answer_over_http(serve, port)
 
 
-def answer_over_http(serve: str) -> None:
+def answer_over_http(serve: str, port: str) -> None:
     """Start the guide's server and run its Python against it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
     words = shlex.split(serve.replace("8000", port))
     command = [sys.executable, "-m", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -69,9 +68,7 @@ def train_as_it_says(toy: Path, folder: Path) -> None:
     subprocess.run(shlex.split(copy), cwd=folder, check=True)
 
 
-def test_its_commands_run(toy: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+def test_its_commands_run(toy: Path, tmp_path: Path, port: str) -> None:
     install, serve, models, ask, open_to_all = (line.replace("8000", port) for line in commands(GUIDE)[2:7])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert install == "pip install 'tinyllava[serve]'"
@@ -110,9 +107,7 @@ def test_its_commands_run(toy: Path, tmp_path: Path) -> None:
             process.communicate()
 
 
-def test_its_commands_for_llama_cpp_run(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+def test_its_commands_for_llama_cpp_run(tmp_path: Path, port: str) -> None:
     install, export, serve = (line.replace("8001", port) for line in commands(GUIDE)[7:10])
     assert install == "pip install 'tinyllava[serve,gguf]'"
     chat = make_chat(tmp_path / "parts", "phi", "siglip")

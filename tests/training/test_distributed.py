@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -454,16 +453,13 @@ def make_slurm(folder: Path) -> None:
         (folder / name).chmod(0o755)
 
 
-def test_two_nodes_give_the_weights_of_one_process(parts, tmp_path):
+def test_two_nodes_give_the_weights_of_one_process(parts, tmp_path, port):
     """The guide's own script, with one process a node, this machine as both nodes and a toy run."""
     records = make_records(tmp_path, {1, 6})
     run = toy_run(parts, records, tmp_path / "two/run")
     run = dataclasses.replace(run, stages={"finetune": run.stages["finetune"]})
     (tmp_path / "two").mkdir()
     make_slurm(tmp_path / "bin")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     plain, script = guide_commands()
     options = re.compile(r"--(?:nnodes|nproc-per-node|rdzv-\w+) ")
     assert options.findall(plain) == options.findall(script)

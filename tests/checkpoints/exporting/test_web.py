@@ -192,11 +192,9 @@ def test_openvino_gives_our_tokens(checkpoint: Path, for_onnx: Path, images: lis
 
 
 @contextmanager
-def site(folder: Path) -> Iterator[str]:
+def site(folder: Path, port: str) -> Iterator[str]:
     """A page behind the guide's web server."""
     (line,) = (line for line in GUIDE if "http.server" in line)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
     _, *words = shlex.split(line.replace(" 8000", f" {port}").replace("./for-browsers", str(folder)))
     server = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while server.poll() is None:
@@ -209,8 +207,8 @@ def site(folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def address(exported: Path) -> Iterator[str]:
-    with site(exported) as address:
+def address(exported: Path, port: str) -> Iterator[str]:
+    with site(exported, port) as address:
         yield address
 
 
@@ -285,9 +283,9 @@ def test_the_page_answers_on_webgpu_with_our_tokens(
 
 
 def test_the_page_in_int8_gives_the_tokens_of_onnxruntime(
-    checkpoint: Path, in_int8: Path, images: list[Path], tmp_path: Path
+    checkpoint: Path, in_int8: Path, images: list[Path], tmp_path: Path, port: str
 ) -> None:
-    with site(in_int8) as address, browser.chromium(tmp_path, browser.Page) as page:
+    with site(in_int8, port) as address, browser.chromium(tmp_path, browser.Page) as page:
         page.call("Page.navigate", url=address)
         page.wait_for("document.body?.dataset.device || document.getElementById('error')?.textContent")
         assert page.run("document.body.dataset.device") == "wasm"
