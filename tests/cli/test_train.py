@@ -125,10 +125,15 @@ def test_the_saved_file_of_a_finished_run_trains_the_same_weights_again(recipe, 
     assert any(not torch.equal(value, weights(first)[name]) for name, value in weights(tuned).items())
 
 
-def test_one_stage_alone(recipe, tmp_path):
+def test_one_stage_alone(recipe, tmp_path, capsys):
     assert train(recipe, "--only", "pretrain", "--output", tmp_path / "run", "--pretrain.max-steps", 1) == 0
     assert not (tmp_path / "run/finetune").exists()
     assert (tmp_path / "run/model/model.safetensors").is_file()
+    asked = (recipe, "--only", "finetune", "--finetune.max-steps", 1, "--output")
+    assert train(*asked, tmp_path / "tuned", "--from", tmp_path / "run/model") == 0
+    assert "starts without" not in capsys.readouterr().out
+    assert train(*asked, tmp_path / "bare") == 0
+    assert "finetune: starts without pretrain, so the connector is untrained." in capsys.readouterr().out
 
 
 ERRORS = {

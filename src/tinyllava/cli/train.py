@@ -109,6 +109,7 @@ def main(arguments: list[str]) -> int:
         known.start_from = str(check_model(known.start_from))
     model = recorded_model(Path(known.start_from)) if known.start_from else None
     run = find_run(known.variant, model)
+    every_stage = list(run.stages)
     run = _with_shortcuts(as_published(run, known.code) if known.code else run, known)
     if model:
         run = _on_checkpoint(run, model, known)
@@ -134,6 +135,13 @@ def main(arguments: list[str]) -> int:
     if num_records and os.environ.get("RANK", "0") == "0":
         for name, stage in run.stages.items():
             print(f"{name}: {describe(stage, num_records)} (change them with --{name}.*)")
+
+    left_out = every_stage[: every_stage.index(known.only)] if known.only and not run.start_from else []
+    if left_out and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{known.only}: starts without {', '.join(left_out)}, so the connector is untrained. To continue "
+            "from a checkpoint of it, add --from RUN/model."
+        )
 
     from tinyllava.training.run import train
 
