@@ -156,10 +156,11 @@ def test_a_worker_that_dies_or_hangs_ends_in_one_line(
     monkeypatch.setattr(Examples, "__getitem__", lost)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # in which they may end
     hardware = Hardware(num_workers=2, precision="fp32", device_batch_size=2, timeout_seconds=limit_seconds)
+    before = multiprocessing.active_children()
     with pytest.raises(DataError, match=told) as caught:
         train(toy_run(parts, records, tmp_path / "run", hardware=hardware))
     assert "\n" not in str(caught.value)
-    assert not multiprocessing.active_children()  # PyTorch would raise its error again as one ends
+    assert set(multiprocessing.active_children()) <= set(before)  # PyTorch would raise again as one ends
 
 
 class _Images(Dataset):
@@ -185,13 +186,15 @@ def test_no_worker_outlives_an_error_that_interrupted_another():
         finally:
             raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
 
+    before = multiprocessing.active_children()
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
     other.start()
     try:
         with pytest.raises(DataError, match="images died") as caught, naming_dead_workers("--workers"):
             interrupted()
         assert caught.value.__cause__  # its frames are held, as by the caller who reports them
-        assert multiprocessing.active_children() == [other]  # which was there before
+        left = set(multiprocessing.active_children())
+        assert {other} <= left <= {other, *before}  # which were there before
     finally:
         other.kill()
         other.join()
