@@ -48,6 +48,23 @@ def test_the_table_has_a_row_for_each_run_and_none_for_its_checkpoint(runs):
     ]
 
 
+def test_scores_of_blank_images_and_of_a_part_of_the_questions_are_told_apart(runs):
+    metric = {"name": "f1", "value": 60.0, "num_questions": 3}
+    amount = {"num_questions": 100, "num_missing": 1, "num_expected": 8910}
+    blind = {"benchmark": "pope", "metric": "f1", "metrics": [metric], "model": "m (blank images)"}
+    part = {"benchmark": "pope", "metric": "f1", "metrics": [metric], "model": "m", **amount}
+    for name, listed in (("a/evaluation/pope", [blind]), ("a/short", [part]), ("b", [part])):
+        path = runs / name / "results.json"
+        known = json.loads(path.read_text())["results"] if path.exists() else []
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"version": 1, "results": [*known, *listed]}))
+    head, a, b = run_rows(find_runs(runs))
+    assert head[-2:] == ("pope", "pope-blind")
+    assert a[-2:] == ("81.50", "60.00")  # neither the blank images' nor a part's takes its place
+    assert b[-2:] == ("60.00 (100 of 8,910, 1 unanswered)", "-")
+    assert ("questions.pope", "-", "100 of 8,910, 1 unanswered") in diff_runs(*find_runs(runs))
+
+
 def test_runs_are_filtered_by_settings(runs):
     found = find_runs(runs)
     assert [run.folder.name for run in filter_runs(found, ["model.connector=lin*"])] == ["b"]

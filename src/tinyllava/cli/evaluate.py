@@ -173,8 +173,7 @@ def _write_page(
     predictions: Sequence["Prediction"],
 ) -> Path:
     """Write the page with right and wrong answers; it and a line have the score of blank images, if any."""
-    from tinyllava.evaluation.results import load_results
-    from tinyllava.evaluation.score import BLANK
+    from tinyllava.evaluation.results import BLANK, load_results
     from tinyllava.studies.report.answers import write_answers
 
     name = f"{result.model}{BLANK}"

@@ -14,12 +14,10 @@ from tinyllava.evaluation.answers import check_edited, read_answers, write_llava
 from tinyllava.evaluation.benchmark import Benchmark
 from tinyllava.evaluation.judge import Judge, Reviews, save_reviews
 from tinyllava.evaluation.read import check_files
-from tinyllava.evaluation.results import Result, ResultTable, load_results
+from tinyllava.evaluation.results import BLANK, Result, ResultTable, load_results
 from tinyllava.files import held, read_object
 from tinyllava.parts.folders import fingerprint
 
-BLANK = " (blank images)"
-"""Behind a model's name in results without images."""
 BLIND = "blind: every image replaced with its mean colour"
 
 

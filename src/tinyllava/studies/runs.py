@@ -15,6 +15,7 @@ from typing import Any
 
 from tinyllava.config import flatten
 from tinyllava.errors import DataError
+from tinyllava.evaluation.results import BLANK
 from tinyllava.files import files_below, read_object
 
 Rows = list[Sequence[object]]
@@ -31,7 +32,9 @@ class FoundRun:
     stages: Mapping[str, Mapping[str, Any]]
     """Finished stages: their metadata."""
     scores: Mapping[str, float]
-    """Benchmark -> headline number."""
+    """Benchmark -> headline number; with ``-blind`` behind its name, that of blank images."""
+    partial: Mapping[str, str]
+    """Benchmark -> how many of its questions were asked or have no answer, unless all have one."""
 
 
 def find_runs(folder: Path) -> list[FoundRun]:
@@ -59,23 +62,35 @@ def _read_run(folder: Path) -> FoundRun:
     config = _read(folder / "run.json")
     stages = {name: _read(folder / name / "stage.json") for name in config["stages"]}
     scores: dict[str, float] = {}
+    partial: dict[str, str] = {}
     for path in sorted(files_below(folder, "results.json")):
         with suppress(KeyError, TypeError, AttributeError):  # a damaged one has no scores
-            scores |= {
-                result["benchmark"]: float(metric["value"])
-                for result in _read(path)["results"]
-                for metric in result["metrics"]
-                if metric["name"] == result["metric"]
-            }
+            for result in _read(path)["results"]:
+                name = result["benchmark"] + "-blind" * str(result.get("model")).endswith(BLANK)
+                amount = _describe_amount(result)
+                values = [float(one["value"]) for one in result["metrics"] if one["name"] == result["metric"]]
+                if values and not (amount and name in scores and name not in partial):
+                    scores[name] = values[0]
+                    partial = {key: text for key, text in partial.items() if key != name}
+                    partial |= {name: amount} if amount else {}
     return FoundRun(
         folder=folder,
         config=dict(flatten(config)),
         scores=scores,
+        partial=partial,
         environment=dict(flatten(_read(folder / "environment.json"))),
         stages={
             n: metadata for n, metadata in stages.items() if isinstance(metadata.get("last_loss"), float)
         },
     )
+
+
+def _describe_amount(result: Mapping[str, Any]) -> str:
+    """Return how many of a benchmark's questions were asked and not answered; empty if all have an answer."""
+    num_expected, num_missing = result.get("num_expected") or 0, result.get("num_missing", 0)
+    num_asked = result.get("num_questions", num_expected)
+    amount = [f"{num_asked:,} of {num_expected:,}"] if num_asked < num_expected else []
+    return ", ".join(amount + ([f"{num_missing:,} unanswered"] if num_missing else []))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -154,7 +169,7 @@ def run_rows(runs: Sequence[FoundRun]) -> Rows:
         names = dict.fromkeys(key.split(".")[1] for key in run.config if key.startswith("stages."))
         done = [name for name in names if name in run.stages]
         losses = [f"{run.stages[name]['last_loss']:.3f}" for name in done]
-        scores = [f"{run.scores[name]:.2f}" if name in run.scores else "-" for name in benchmarks]
+        scores = [_show_score(run, name) for name in benchmarks]
         rows.append(
             (
                 run.folder.name,
@@ -171,6 +186,12 @@ def run_rows(runs: Sequence[FoundRun]) -> Rows:
     return rows
 
 
+def _show_score(run: FoundRun, name: str) -> str:
+    if name not in run.scores:
+        return "-"
+    return f"{run.scores[name]:.2f}" + (f" ({run.partial[name]})" if name in run.partial else "")
+
+
 def _short(part: str) -> str:
     return part.rstrip("/").rpartition("/")[2]
 
@@ -182,6 +203,7 @@ def diff_runs(first: FoundRun, second: FoundRun) -> Rows:
         ("", first.config, second.config),
         ("environment.", first.environment, second.environment),
         ("score.", first.scores, second.scores),
+        ("questions.", first.partial, second.partial),
     ):
         for key in dict.fromkeys([*left, *right]):
             if left.get(key) != right.get(key):
