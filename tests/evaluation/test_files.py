@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from evaluation import benchmark_files as files
+from tinyllava.evaluation.benchmark import hash_questions
 from tinyllava.evaluation.benchmarks import BENCHMARKS, PAPER_BENCHMARKS
 from tinyllava.evaluation.read import NeededFile, check_files, find_files
 
@@ -54,6 +55,13 @@ def test_another_release_in_the_folder_brings_its_own_images(tmp_path: Path) -> 
     (again, *_) = BENCHMARKS["mmbench"].load(tmp_path)
     assert again.conversation.images == (image,)
     assert image.path.read_bytes() == files.png(7) != before
+
+
+def test_line_ends_of_windows_change_no_prompt(tmp_path: Path) -> None:
+    before = BENCHMARKS["mmbench"].load(files.mmbench(tmp_path))
+    (table,) = tmp_path.glob("*.tsv")
+    table.write_bytes(table.read_bytes().replace(b"\n", b"\r\n"))
+    assert hash_questions(BENCHMARKS["mmbench"].load(tmp_path)) == hash_questions(before)
 
 
 def test_an_incomplete_folder_is_doubtful(tmp_path: Path) -> None:

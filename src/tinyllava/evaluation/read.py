@@ -204,8 +204,13 @@ def _cells_of_any_size() -> Iterator[None]:
 
 
 def read_table(path: Path, *columns: str) -> Iterator[Record]:
-    """Yield the rows of a table: tabs between cells, quotes around them where needed, as pandas has it."""
+    """Yield the rows of a table: tabs between cells, quotes around them where needed, as pandas has it.
+
+    Where lines end as on Windows, line breaks inside cells are read as they were before the conversion.
+    """
     read_text(path)
+    with path.open("rb") as raw:
+        is_converted = raw.readline().endswith(b"\r\n")
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
         with _cells_of_any_size():
@@ -222,6 +227,8 @@ def read_table(path: Path, *columns: str) -> Iterator[Record]:
             record = Record(values=row, path=path, line=line)
             if None in row or None in row.values():
                 record.fail(f"the row does not have the {len(header)} cells of the header.")
+            if is_converted:
+                row |= {name: cell.replace("\r\n", "\n") for name, cell in row.items()}
             yield record
 
 
