@@ -27,6 +27,7 @@ from tinyllava.data.conversion import read_stored
 from tinyllava.data.records import read_records
 from tinyllava.model.processing import TinyLlavaProcessor
 
+UNMINDED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 IMAGE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
 )
@@ -290,7 +291,7 @@ def read(form: str, talks: list[Pairs], folder: Path) -> tuple[list[Any], list[P
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=UNMINDED)
 @given(talks=conversations(PIECES))
 def test_ids_and_what_is_learned_of_them_are_those_of_every_layout_by_hand(form, talks, processors, tmp_path):
     conversations, talks = read(form, talks, tmp_path)
@@ -304,7 +305,7 @@ def test_ids_and_what_is_learned_of_them_are_those_of_every_layout_by_hand(form,
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=UNMINDED)
 @given(talks=conversations(SPELLED))
 def test_text_that_spells_special_tokens_is_learned_as_text(form, talks, processors, tmp_path):
     conversations, talks = read(form, talks, tmp_path)

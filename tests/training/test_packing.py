@@ -28,6 +28,7 @@ from tinyllava.training.run import train
 from tinyllava.training.trainer import StageTrainer
 from training_toys import toy_run
 
+UNMINDED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 KINDS = ("llama", "phi", "stablelm", "gemma", "qwen2")
 WORDS = st.lists(
     st.sampled_from(["red", "circle", "blue", "dog", "yes", "no", "12", "picture"]), min_size=1, max_size=9
@@ -103,7 +104,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(talks=TALKS)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=UNMINDED)
 def test_loss_gradients_and_every_position_are_those_of_padded_rows(models, images, kind, talks):
     model, processor = models[kind]
     examples = make_examples(talks, images, processor)
@@ -119,7 +120,7 @@ def test_loss_gradients_and_every_position_are_those_of_padded_rows(models, imag
 
 
 @given(talks=TALKS, others=TALKS)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=UNMINDED)
 def test_a_sample_is_the_same_whatever_its_neighbours_are(models, images, talks, others):
     model, processor = models["llama"]
     own, *before = make_examples(talks, images, processor)
