@@ -14,6 +14,7 @@ from tinyllava.evaluation.benchmarks import BENCHMARKS
 from tinyllava.evaluation.benchmarks.mmbench import ROTATION
 from tinyllava.evaluation.benchmarks.mme import PERCEPTION
 from tinyllava.evaluation.compare import compare, compare_predictions
+from tinyllava.studies.report.flips import write_flips
 
 
 def predict(name: str, folder: Path, answer: str, **special: str) -> list[Prediction]:
@@ -52,6 +53,10 @@ def test_questions_of_one_side_are_left_out_and_counted(tmp_path: Path) -> None:
     a, b = predict("gqa", tmp_path / "d", "no"), predict("gqa", tmp_path / "d", "man")
     result = compare_predictions(a[1:], b, BENCHMARKS["gqa"])
     assert (result.num_units, result.num_unpaired) == (3, 1)
+    said = "without 1 that only A or B was asked"
+    assert str(result).endswith(f"n = 3 questions, {said}")
+    write_flips([result], tmp_path / "flips.html", a="a", b="b")
+    assert said in (tmp_path / "flips.html").read_text()
 
 
 def test_folders_are_compared_by_benchmark(tmp_path: Path) -> None:

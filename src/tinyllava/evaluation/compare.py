@@ -49,8 +49,14 @@ class Comparison:
         return (
             f"{self.benchmark} {self.metric}: {self.a:.2f} -> {self.b:.2f}, difference "
             f"{found.difference:+.2f} [{found.describe_interval()}], p = {p_values}, "
-            f"n = {self.num_units:,} {self.unit}"
+            f"n = {self.num_units:,} {self.unit}{self.describe_unpaired(', ')}"
         )
+
+    def describe_unpaired(self, separator: str = "") -> str:
+        """Return, behind a separator, how many questions were left out; empty if none were."""
+        if not self.num_unpaired:
+            return ""
+        return f"{separator}without {self.num_unpaired:,} that only A or B was asked"
 
 
 def compare_predictions(

@@ -48,7 +48,8 @@ dd { margin: 0 }
 else "%.4f" | format(one.bootstrap.p_value) }}</td>
 <td class="number">{{ "%.4f" | format(one.mcnemar_p) }}</td>
 <td class="number">{{ "{:,}".format(one.num_units) }}
-{% if one.unit != "questions" %}<small>{{ one.unit }}</small>{% endif %}</td></tr>
+{% if one.unit != "questions" %}<small>{{ one.unit }}</small>{% endif %}
+{% if one.num_unpaired %}<small>{{ one.describe_unpaired() }}</small>{% endif %}</td></tr>
 {% endfor %}
 </table>
 </div>
