@@ -212,6 +212,10 @@ def test_a_raised_limit_takes_the_place_of_results_of_other_data(model, data, tm
     assert [one.num_questions for one in load_results(tmp_path / "results.json")] == [6]
     assert main([*asked, "--limit", "6", "--blind"]) == 0
     assert [one.num_questions for one in load_results(tmp_path / "results.json")] == [6, 6]
+    shutil.rmtree(tmp_path / "pope-blind")
+    assert main([*asked, "--limit", "6", "--blind", "--bits", "4"]) == 2
+    told = "on pope is of weights in float32, but this run has float32-4bit. Choose another --output"
+    assert told in capsys.readouterr().err
 
 
 def test_a_model_is_told_by_its_weights_however_its_folder_is_written(

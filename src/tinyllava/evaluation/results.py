@@ -12,8 +12,7 @@ from tinyllava.errors import DataError, look_up
 from tinyllava.files import parse_json, write_json
 
 FORMAT_VERSION = 1
-BLANK = " (blank images)"
-"""Behind a model's name in results without images."""
+BLANK = " (blank images)"  # behind a model's name in results without images
 _AGAIN = (
     "Delete it, and score the answers again with `tinyllava evaluate --score-only`, which needs no model."
 )

@@ -129,7 +129,7 @@ def answer_benchmark(
                 "blind": settings.blind,
                 "dtype": chat.dtype,
             }
-            refuse_other_weights(output, spell(model), weights)
+            refuse_other_weights(output, spell(model), weights, chat.dtype)
             claim_folder(folder, identity, questions if benchmark.is_edited else ())
             forget_refusals(folder)
         state.wait_for_everyone()

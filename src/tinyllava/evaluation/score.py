@@ -80,8 +80,8 @@ def set_aside_if_damaged(output: Path) -> Path | None:
     return None
 
 
-def refuse_other_weights(output: Path, model: str, weights: str) -> None:
-    """Make sure that the scores in an output folder under a model's name are of the same weights.
+def refuse_other_weights(output: Path, model: str, weights: str, dtype: str) -> None:
+    """Make sure that a model's scores in an output folder are of the same weights, in as many bits.
 
     Raises:
         ConfigError: they are not; a table of both would be of no model.
@@ -89,11 +89,23 @@ def refuse_other_weights(output: Path, model: str, weights: str) -> None:
     path = output / "results.json"
     set_aside_if_damaged(output)
     for result in load_results(path) if path.exists() else ():
-        if result.model.removesuffix(BLANK) == model and result.weights and result.weights != weights:
+        name = result.model.removesuffix(BLANK)
+        if name == model and result.weights and result.weights != weights:
             raise ConfigError(
                 f"{path}: the score of {model} on {result.benchmark} belongs to other weights "
                 f"({result.weights}, now {weights}). Choose another --output, or delete {output}."
             )
+        is_same = name == model or result.weights == weights
+        if is_same and result.dtype and _bits_of(result.dtype) != _bits_of(dtype):
+            raise ConfigError(
+                f"{path}: the score of {name} on {result.benchmark} is of weights in {result.dtype}, but "
+                f"this run has {dtype}. Choose another --output: a row of a table is one model."
+            )
+
+
+def _bits_of(dtype: str) -> str:
+    """Return ``4bit`` of ``float32-4bit``; other types, which a model has on other devices, may be mixed."""
+    return dtype.partition("-")[2]
 
 
 def _record(result: Result, output: Path) -> Result:
