@@ -179,7 +179,8 @@ def _ended_while_waiting(stop: object, ended: threading.Event) -> Iterator[None]
 
     def watch() -> None:
         while number := reader.recv(1):
-            if signal.getsignal(number[0]) is stop and not ended.wait(3):
+            # Several short waits: after a pause of the whole process, the main thread still has its turn.
+            if signal.getsignal(number[0]) is stop and not any(ended.wait(0.5) for _ in range(6)):
                 os._exit(128 + number[0])
 
     reader, writer = socket.socketpair()
