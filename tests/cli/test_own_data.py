@@ -117,12 +117,23 @@ def test_an_image_that_changed_is_not_answered_by_what_the_old_one_showed(model,
     for more in ([], ["--score-only"]):
         assert main(asked(model, data, *more)) == 2
         told = capsys.readouterr().err
-        assert f"{data}: record 0 (id c0): its image or an earlier turn changed since it was answered" in told
+        assert f"{data}: record 0 (id c0): its image, the image's place or an earlier turn changed" in told
     records = json.loads(data.read_text())
     data.write_text(json.dumps(records[2:]))  # without its questions, the other answers still count
     before = load_results(data.parent / "out/results.json")[-1].decoding
     assert main(asked(model, data, "--score-only", "--max-tokens", "99")) == 0
     assert load_results(data.parent / "out/results.json")[-1].decoding == before  # that of the answers
+
+
+def test_an_image_at_another_place_is_another_question(model, data, capsys) -> None:
+    """By default, images come before the text, which is the same then as with the image in it."""
+    records = json.loads(data.read_text())[:2]
+    records[0]["conversations"][0]["value"] = "Which colour has <image> this?"
+    data.write_text(json.dumps(records))
+    assert main(asked(model, data)) == 0
+    assert main(asked(model, data, "--keep-image-places")) == 2
+    assert "record 0 (id c0): its image, the image's place or an earlier turn" in capsys.readouterr().err
+    assert main(asked(model, data)) == 0
 
 
 def test_in_python(model, data, tmp_path: Path) -> None:

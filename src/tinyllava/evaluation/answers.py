@@ -243,8 +243,8 @@ def check_edited(folder: Path, questions: Sequence[Question], *, blind: bool) ->
     for question in questions:
         if question.id in answered and asked.get(question.id) != _hash_asked(question, blind):
             raise DataError(
-                f"{question.conversation.place}: its image or an earlier turn changed since it was answered. "
-                f"Choose another output folder, or delete {folder}."
+                f"{question.conversation.place}: its image, the image's place or an earlier turn changed "
+                f"since it was answered. Choose another output folder, or delete {folder}."
             )
 
 
@@ -252,7 +252,8 @@ def _hash_asked(question: Question, blind: bool) -> str:
     """Return a hash of the turns and, unless they are blanked, of the content of the images."""
     digest = hashlib.sha256()
     for message in question.conversation.messages:
-        digest.update(json.dumps([message.role, message.text, len(message.images)]).encode())
+        places = [list(message.places)] * bool(message.places)
+        digest.update(json.dumps([message.role, message.text, len(message.images), *places]).encode())
         for image in () if blind else message.images:
             if image.data is not None:
                 digest.update(hashlib.sha256(image.data).digest())
