@@ -201,9 +201,11 @@ def site(folder: Path, port: str) -> Iterator[str]:
         with suppress(OSError), socket.create_connection(("127.0.0.1", int(port))):
             break
         time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}/"
-    server.terminate()
-    server.wait()
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture
