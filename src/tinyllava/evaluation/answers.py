@@ -69,10 +69,12 @@ def read_answers(folder: Path, questions: Sequence[Question]) -> dict[str, Answe
             if question_id not in asked:
                 continue  # of a run with a higher limit
             question = asked[question_id]
-            given = [prompt, question.image if by_content else record.values.get("image", question.image)]
-            for was, now in zip(given, (question.prompt, question.image), strict=True):
+            image = question.image if by_content else record.values.get("image", question.image)
+            for about, was, now in (
+                ("asked as", prompt, question.prompt),
+                ("about the image", image, question.image),
+            ):
                 if was != now:
-                    about = "asked as" if was is prompt else "about the image"
                     record.fail(
                         f"question {question_id!r} was {about} {was!r}, but is now {now!r}: the data files "
                         "differ.",
