@@ -16,7 +16,9 @@ from PIL import Image
 
 from chats import make_chat
 from tinyllava.cli import main
+from tinyllava.errors import ConfigError
 from tinyllava.evaluation.results import load_results
+from tinyllava.evaluation.score import refuse_other_weights
 from tinyllava.parts.folders import default_name
 
 SPLITS = ("adversarial", "popular", "random")
@@ -216,6 +218,18 @@ def test_a_raised_limit_takes_the_place_of_results_of_other_data(model, data, tm
     assert main([*asked, "--limit", "6", "--blind", "--bits", "4"]) == 2
     told = "on pope is of weights in float32, but this run has float32-4bit. Choose another --output"
     assert told in capsys.readouterr().err
+
+
+def test_models_of_unknown_weights_are_told_by_their_names(model, data, tmp_path):
+    asked = ("--benchmarks", "pope", "--data", str(data), "--limit", "3", "--output", str(tmp_path))
+    assert main(["evaluate", str(model), *asked]) == 0
+    path = tmp_path / "results.json"
+    table = json.loads(path.read_text())
+    table["results"][0]["weights"] = ""
+    path.write_text(json.dumps(table))
+    refuse_other_weights(tmp_path, "another", "", "float32-4bit")
+    with pytest.raises(ConfigError, match="Choose another --output: a row of a table is one model"):
+        refuse_other_weights(tmp_path, table["results"][0]["model"], "", "float32-4bit")
 
 
 def test_a_model_is_told_by_its_weights_however_its_folder_is_written(

@@ -95,7 +95,7 @@ def refuse_other_weights(output: Path, model: str, weights: str, dtype: str) -> 
                 f"{path}: the score of {model} on {result.benchmark} belongs to other weights "
                 f"({result.weights}, now {weights}). Choose another --output, or delete {output}."
             )
-        is_same = name == model or result.weights == weights
+        is_same = name == model or (weights and result.weights == weights)
         if is_same and result.dtype and _bits_of(result.dtype) != _bits_of(dtype):
             raise ConfigError(
                 f"{path}: the score of {name} on {result.benchmark} is of weights in {result.dtype}, but "
