@@ -57,6 +57,17 @@ def test_another_release_in_the_folder_brings_its_own_images(tmp_path: Path) -> 
     assert image.path.read_bytes() == files.png(7) != before
 
 
+def test_an_image_that_cannot_be_written_leaves_nothing_half(tmp_path: Path) -> None:
+    (first, *_) = BENCHMARKS["mmbench"].load(files.mmbench_new_table(tmp_path))
+    (image,) = first.conversation.images
+    image.path.unlink()
+    image.path.mkdir()  # its place is taken
+    before = sorted(image.path.parent.iterdir())
+    with pytest.raises(IsADirectoryError):
+        BENCHMARKS["mmbench"].load(tmp_path)
+    assert sorted(image.path.parent.iterdir()) == before
+
+
 def test_line_ends_of_windows_change_no_prompt(tmp_path: Path) -> None:
     before = BENCHMARKS["mmbench"].load(files.mmbench(tmp_path))
     (table,) = tmp_path.glob("*.tsv")

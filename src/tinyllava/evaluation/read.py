@@ -280,8 +280,11 @@ def unpack_image(record: Record, field: str, folder: Path, name: str) -> ImageRe
     if not _holds(path, data):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid4().hex}")  # processes of a run unpack side by side
-        partial.write_bytes(data)
-        partial.replace(path)
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)  # as on a full disk
     return ImageRef(path=path, name=name)
 
 
