@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tinyllava.cli import main
 from tinyllava.config import ModelConfig
@@ -203,3 +204,9 @@ def test_our_own_templates_end_in_a_fresh_interpreter(monkeypatch: pytest.Monkey
     texts = "".join(read_template(name) for name in template_names())
     assert untrusted.try_out(lambda: None, texts, [to_chat(ask("What?", ImageRef(name="an image")))]) == ""
     assert untrusted.try_out(lambda: 1 // 0, texts, []) == "integer division or modulo by zero"
+
+
+def test_a_machine_that_is_short_of_memory_is_not_told_to_copy_the_folder(tmp_path):
+    told = r"cannot be opened \(.*\); it needs more memory than is free\.$"
+    with pytest.raises(CheckpointError, match=told), untrusted.refusing(tmp_path, "cannot be opened"):
+        torch.empty(2**60, dtype=torch.uint8)

@@ -95,7 +95,11 @@ def refusing(folder: Path, what: str) -> Iterator[None]:
     except TinyLlavaError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{folder}: {what} ({one_line(error)}); copy the folder again.") from error
+        is_short = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(
+            error
+        )  # the words of PyTorch
+        fix = "it needs more memory than is free" if is_short else "copy the folder again"
+        raise CheckpointError(f"{folder}: {what} ({one_line(error)}); {fix}.") from error
 
 
 def one_line(error: BaseException) -> str:
